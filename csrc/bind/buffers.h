@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a Python object becomes a pointer, and every check and error text about a single buffer.
+// A Buffer never copies: it views the memory of its owner, which it keeps alive.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../core/dtypes.h"
+#include "dlpack.h"
+
+namespace fastadam::bind {
+
+namespace py = pybind11;
+
+struct Buffer {
+  std::string label;  // the argument in error texts: "vars[3]" or "variable 'w'"
+  void* data = nullptr;
+  std::optional<DType> dtype;  // empty: not one of the four
+  std::string dtype_name;
+  std::vector<int64_t> shape;
+  std::vector<int64_t> strides;  // bytes
+  int64_t size = 1;
+  int64_t item_size = 0;
+  bool writable = false;
+  bool native_order = true;
+  bool c_contiguous = false;
+  bool f_contiguous = false;
+  py::object owner;
+
+  uintptr_t begin() const { return reinterpret_cast<uintptr_t>(data); }
+  uintptr_t end() const { return begin() + static_cast<uintptr_t>(size * item_size); }
+  bool aligned() const { return begin() % static_cast<uintptr_t>(item_size) == 0; }
+  const char* order() const { return c_contiguous ? "C" : f_contiguous ? "F" : "K"; }
+  bool same_layout(const Buffer& other) const {
+    return (c_contiguous && other.c_contiguous) || (f_contiguous && other.f_contiguous);
+  }
+  bool same_memory(const Buffer& other) const {
+    return data == other.data && dtype == other.dtype && shape == other.shape && same_layout(other);
+  }
+};
+
+inline std::string text(const py::object& object) { return py::cast<std::string>(py::str(object)); }
+
+inline std::string type_name(py::handle object) { return text(py::type::handle_of(object).attr("__name__")); }
+
+inline std::string tuple_text(const std::vector<int64_t>& values) { return text(py::tuple(py::cast(values))); }
+
+inline const char* name_of(DType dtype) {
+  constexpr const char* kNames[kDTypeCount] = {"float16", "bfloat16", "float32", "float64"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+inline bool contiguous(const Buffer& b, bool fortran) {
+  int64_t expected = b.item_size;
+  const auto rank = static_cast<int64_t>(b.shape.size());
+  for (int64_t step = 0; step < rank; ++step) {
+    const auto axis = static_cast<size_t>(fortran ? step : rank - 1 - step);
+    if (b.shape[axis] != 1 && b.strides[axis] != expected) return false;
+    expected *= b.shape[axis];
+  }
+  return true;
+}
+
+inline void derive_layout(Buffer& b) {
+  for (int64_t length : b.shape) b.size *= length;
+  b.c_contiguous = b.size == 0 || contiguous(b, false);
+  b.f_contiguous = b.size == 0 || contiguous(b, true);
+}
+
+inline std::optional<DType> dtype_of(const py::dtype& dtype) {
+  const char kind = dtype.kind();
+  const auto size = dtype.itemsize();
+  if (kind == 'f' && size == 4) return DType::kFloat32;
+  if (kind == 'f' && size == 8) return DType::kFloat64;
+  if (kind == 'f' && size == 2) return DType::kFloat16;
+  // ml_dtypes registers bfloat16 as an opaque two-byte type; its name is all that NumPy knows of it.
+  if (kind == 'V' && size == 2 && text(dtype) == "bfloat16") return DType::kBFloat16;
+  return std::nullopt;
+}
+
+inline Buffer from_ndarray(const py::array& array) {
+  const py::dtype dtype = array.dtype();
+  Buffer b;
+  b.dtype = dtype_of(dtype);
+  if (!b.dtype) b.dtype_name = text(dtype);
+  b.data = const_cast<void*>(array.data());
+  b.shape.assign(array.shape(), array.shape() + array.ndim());
+  b.strides.assign(array.strides(), array.strides() + array.ndim());
+  b.item_size = dtype.itemsize();
+  b.writable = array.writeable();
+  const char byte_order = dtype.byteorder();
+  b.native_order = byte_order != '<' && byte_order != '>';
+  b.owner = array;
+  derive_layout(b);
+  return b;
+}
+
+inline void read_dltensor(Buffer& b, const dlpack::DLTensor& t) {
+  b.data = static_cast<char*>(t.data) + t.byte_offset;
+  b.item_size = t.dtype.bits / 8;
+  const bool is_float = t.dtype.code == dlpack::kDLFloat && t.dtype.lanes == 1;
+  if (is_float && t.dtype.bits == 32) b.dtype = DType::kFloat32;
+  if (is_float && t.dtype.bits == 64) b.dtype = DType::kFloat64;
+  if (is_float && t.dtype.bits == 16) b.dtype = DType::kFloat16;
+  if (t.dtype.code == dlpack::kDLBfloat && t.dtype.bits == 16 && t.dtype.lanes == 1) b.dtype = DType::kBFloat16;
+  if (!b.dtype) {
+    b.dtype_name = "DLPack type (code " + std::to_string(t.dtype.code) + ", " + std::to_string(t.dtype.bits) + " bits)";
+  }
+  b.shape.assign(t.shape, t.shape + t.ndim);
+  b.strides.resize(b.shape.size());
+  int64_t packed = 1;
+  for (size_t axis = b.shape.size(); axis-- > 0;) {
+    b.strides[axis] = (t.strides != nullptr ? t.strides[axis] : packed) * b.item_size;
+    packed *= b.shape[axis];
+  }
+}
+
+// The capsule is kept, not consumed: its own destructor lets go of the memory when the Buffer dies.
+inline Buffer from_dlpack(const py::object& object, const std::string& label) {
+  const auto device = object.attr("__dlpack_device__")().cast<py::tuple>();
+  if (device[0].cast<int32_t>() != dlpack::kDLCPU) {
+    throw py::value_error(label + ": " + type_name(object) + " on DLPack device " + text(device) +
+                          ", expected CPU memory");
+  }
+  py::object capsule;
+  try {
+    capsule = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(dlpack::kMajorVersion, 0));
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+    capsule = object.attr("__dlpack__")();
+  }
+  Buffer b;
+  b.owner = capsule;
+  if (void* versioned = PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned")) {
+    const auto* managed = static_cast<const dlpack::DLManagedTensorVersioned*>(versioned);
+    if (managed->version.major != dlpack::kMajorVersion) {
+      throw py::value_error(label + ": DLPack version " + std::to_string(managed->version.major) + ", expected 1");
+    }
+    read_dltensor(b, managed->dl_tensor);
+    b.writable = (managed->flags & dlpack::kReadOnlyFlag) == 0;
+  } else {
+    PyErr_Clear();
+    void* unversioned = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
+    if (unversioned == nullptr) throw py::error_already_set();
+    read_dltensor(b, static_cast<const dlpack::DLManagedTensor*>(unversioned)->dl_tensor);
+    // The old capsule has no read-only flag, and JAX exports immutable arrays through it; torch's are writable.
+    b.writable = text(py::type::handle_of(object).attr("__module__")).rfind("torch", 0) == 0;
+  }
+  derive_layout(b);
+  return b;
+}
+
+inline bool is_masked(const py::object& object) {
+  const bool plain_ndarray = std::strcmp(Py_TYPE(object.ptr())->tp_name, "numpy.ndarray") == 0;
+  return !plain_ndarray && py::hasattr(object, "harden_mask");
+}
+
+// The bits of bfloat16 values that Python has rounded, as a buffer of that dtype.
+inline Buffer bfloat16_bits(const py::array_t<uint16_t>& bits) {
+  Buffer b = from_ndarray(bits);
+  b.dtype = DType::kBFloat16;
+  return b;
+}
+
+// Whatever `object` is, as it lies in memory; nothing is required of it but to be an array.
+inline std::optional<Buffer> read_array(py::object object, const std::string& label) {
+  if (py::isinstance<Buffer>(object)) return object.cast<Buffer>();
+  if (py::isinstance<py::array>(object)) {
+    if (is_masked(object)) {
+      throw py::type_error(label + ": masked array, whose mask Adam cannot honour; pass its .data");
+    }
+    return from_ndarray(py::reinterpret_borrow<py::array>(object));
+  }
+  if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
+    // A torch tensor that requires gradients refuses to be exported; detached it is the same memory.
+    if (py::hasattr(object, "requires_grad") && py::hasattr(object, "detach")) object = object.attr("detach")();
+    return from_dlpack(object, label);
+  }
+  if (py::hasattr(object, "__array_interface__") || PyObject_CheckBuffer(object.ptr())) {
+    return from_ndarray(py::module_::import("numpy").attr("asarray")(object).cast<py::array>());
+  }
+  return std::nullopt;
+}
+
+// The rules of promise 4: what is written in place is refused rather than copied.
+inline void require_in_place(const Buffer& b) {
+  if (!b.dtype) {
+    throw py::type_error(b.label + ": dtype " + b.dtype_name + ", expected float16, bfloat16, float32 or float64");
+  }
+  if (!b.native_order) throw py::value_error(b.label + ": byte-swapped, expected the byte order of this machine");
+  if (!b.writable) throw py::value_error(b.label + ": read-only, expected a writable array to update in place");
+  if (!b.c_contiguous && !b.f_contiguous) {
+    throw py::value_error(b.label + ": strides " + tuple_text(b.strides) + " for shape " + tuple_text(b.shape) +
+                          ", expected a contiguous array to update in place");
+  }
+  if (!b.aligned()) throw py::value_error(b.label + ": misaligned, expected a multiple of the item size as address");
+}
+
+inline Buffer read_variable(const py::object& object, const std::string& label) {
+  std::optional<Buffer> b = read_array(object, label);
+  if (!b) {
+    throw py::type_error(label + ": " + type_name(object) +
+                         ", expected a writable float array (NumPy, fastadam.Variable, DLPack, __array_interface__)");
+  }
+  b->label = label;
+  require_in_place(*b);
+  return *std::move(b);
+}
+
+// m, v or vhat of `var`.
+inline Buffer read_state(const py::object& object, const std::string& label, const Buffer& var) {
+  Buffer b = read_variable(object, label);
+  if (b.shape != var.shape) {
+    throw py::value_error(label + ": shape " + tuple_text(b.shape) + ", expected " + tuple_text(var.shape) + " like " +
+                          var.label);
+  }
+  if (*b.dtype != state_dtype(*var.dtype)) {
+    throw py::type_error(label + ": " + name_of(*b.dtype) + ", expected " + name_of(state_dtype(*var.dtype)) + " for " +
+                         name_of(*var.dtype) + " " + var.label);
+  }
+  if (!b.same_layout(var)) {
+    throw py::value_error(label + ": order " + b.order() + ", expected " + var.order() + " like " + var.label);
+  }
+  return b;
+}
+
+// The memory as a NumPy array, for conversions in Python. bfloat16, which NumPy lacks, comes as its uint16 bits.
+inline py::array as_numpy(const Buffer& b) {
+  if (!b.dtype && py::isinstance<py::array>(b.owner)) return py::reinterpret_borrow<py::array>(b.owner);
+  if (!b.dtype) throw py::type_error(b.label + ": " + b.dtype_name + ", expected a float array");
+  const py::dtype dtype(*b.dtype == DType::kBFloat16 ? "uint16" : name_of(*b.dtype));
+  const py::dtype stored = b.native_order ? dtype : dtype.attr("newbyteorder")().cast<py::dtype>();
+  return py::array(stored, b.shape, b.strides, b.data, b.owner);
+}
+
+}  // namespace fastadam::bind

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+// A step in two halves: Plan(...) checks a set of variables and their state once, check()/step() the gradients each time.
+// A cache of pointers, not state: the optimizer rebuilds it whenever the set of buffers changes.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../core/step_args.h"
+#include "buffers.h"
+
+namespace fastadam::bind {
+
+class Plan {
+ public:
+  // `positions[i]`: the place of variable i in the caller's list, for error texts about its gradient.
+  Plan(std::vector<Buffer> variables, const py::list& m, const py::list& v, const py::object& vhat,
+       std::vector<int64_t> positions)
+      : variables_(std::move(variables)), positions_(std::move(positions)), amsgrad_(!vhat.is_none()) {
+    require_length("m", m.size());
+    require_length("v", v.size());
+    if (amsgrad_) require_length("vhat", py::len(vhat));
+    for (size_t i = 0; i < variables_.size(); ++i) {
+      add_state("m", m[i], i);
+      add_state("v", v[i], i);
+      if (amsgrad_) add_state("vhat", vhat.cast<py::list>()[i], i);
+      add_tensor(i);
+    }
+    chain_repeats();
+    refuse_overlaps();
+  }
+
+  bool matches(const py::list& objects, const std::vector<int64_t>& positions) const {
+    if (objects.size() != variables_.size() || positions != positions_) return false;
+    for (size_t i = 0; i < variables_.size(); ++i) {
+      const std::optional<Buffer> b = read_array(objects[i], variables_[i].label);
+      if (!b || !b->same_memory(variables_[i]) || !b->writable) return false;
+    }
+    return true;
+  }
+
+  // Raises what is wrong with the gradients; returns those that must be converted before step().
+  std::vector<size_t> check(const py::list& gradients) {
+    require_length("grads", gradients.size());
+    std::vector<size_t> to_convert;
+    gradients_.clear();
+    for (size_t i = 0; i < variables_.size(); ++i) {
+      if (!add_gradient(gradients[i], i)) to_convert.push_back(i);
+    }
+    return to_convert;
+  }
+
+  // `counter`, a writable int64 scalar array, goes up by one after the update, where no signal can come between.
+  template <class Run>
+  void step(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
+            std::optional<py::array_t<int64_t>> counter, Run run) {
+    for (size_t i : check(gradients)) throw py::type_error(gradient_label(i) + ": must be converted before the step");
+    if (!factors.empty()) require_length("grad_factor", factors.size());
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      tensors_[i].grad = gradients_[i].data;
+      tensors_[i].grad_factor = factors.empty() ? 1.0 : factors[i];
+    }
+    StepArgs args{};
+    args.tensors = tensors_.data();
+    args.heads = heads_.data();
+    args.offsets = offsets_.data();
+    args.head_count = static_cast<int64_t>(heads_.size());
+    args.scalars_f32 = make_step_scalars<float>(hyper);
+    args.scalars_f64 = make_step_scalars<double>(hyper);
+    args.amsgrad = amsgrad_;
+    args.transform = !factors.empty() || hyper.clip_value != std::numeric_limits<double>::infinity();
+    int64_t* count = counter ? counter->mutable_data() : nullptr;
+    {
+      // Safe: the kernels touch only memory that this Plan, `gradients` and `counter` keep alive.
+      const py::gil_scoped_release unlocked;
+      run(args);
+      if (count != nullptr) ++*count;
+    }
+    gradients_.clear();
+  }
+
+ private:
+  struct Interval {
+    uintptr_t begin;
+    uintptr_t end;
+    const std::string* label;
+    bool operator<(const Interval& other) const { return begin < other.begin; }
+  };
+
+  void require_length(const char* name, size_t length) const {
+    if (length == variables_.size()) return;
+    throw py::value_error(std::string(name) + ": " + std::to_string(length) + " arrays, expected " +
+                          std::to_string(variables_.size()) + ", one for each variable");
+  }
+
+  std::string gradient_label(size_t i) const { return "grads[" + std::to_string(positions_[i]) + "]"; }
+
+  void add_state(const char* name, const py::object& object, size_t i) {
+    state_.push_back(read_state(object, std::string(name) + "[" + std::to_string(positions_[i]) + "]", variables_[i]));
+  }
+
+  void add_tensor(size_t i) {
+    TensorArgs t{};
+    const Buffer* state = &state_[state_.size() - (amsgrad_ ? 3 : 2)];
+    t.var = variables_[i].data;
+    t.m = state[0].data;
+    t.v = state[1].data;
+    t.vhat = amsgrad_ ? state[2].data : nullptr;
+    t.size = variables_[i].size;
+    t.next = -1;
+    t.dtype = *variables_[i].dtype;
+    tensors_.push_back(t);
+  }
+
+  bool is_repeat(size_t earlier, size_t later) const {
+    const TensorArgs& a = tensors_[earlier];
+    const TensorArgs& b = tensors_[later];
+    return variables_[earlier].same_memory(variables_[later]) && a.m == b.m && a.v == b.v && a.vhat == b.vhat;
+  }
+
+  // A variable given twice is updated twice, in order, with the same step count, as TF does.
+  void chain_repeats() {
+    std::vector<size_t> order(tensors_.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+    std::stable_sort(order.begin(), order.end(),
+                     [this](size_t a, size_t b) { return variables_[a].begin() < variables_[b].begin(); });
+    std::vector<bool> is_head(tensors_.size(), true);
+    for (size_t k = 1; k < order.size(); ++k) {
+      if (variables_[order[k]].size == 0 || !is_repeat(order[k - 1], order[k])) continue;
+      tensors_[order[k - 1]].next = static_cast<int64_t>(order[k]);
+      is_head[order[k]] = false;
+    }
+    offsets_.push_back(0);
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (!is_head[i]) continue;
+      heads_.push_back(static_cast<int64_t>(i));
+      offsets_.push_back(offsets_.back() + tensors_[i].size);
+    }
+  }
+
+  void refuse_overlaps() {
+    const size_t per_variable = amsgrad_ ? 3 : 2;
+    for (int64_t head : heads_) {
+      const auto i = static_cast<size_t>(head);
+      if (variables_[i].size == 0) continue;
+      written_.push_back({variables_[i].begin(), variables_[i].end(), &variables_[i].label});
+      for (size_t k = 0; k < per_variable; ++k) {
+        const Buffer& state = state_[i * per_variable + k];
+        written_.push_back({state.begin(), state.end(), &state.label});
+      }
+    }
+    std::sort(written_.begin(), written_.end());
+    for (size_t k = 1; k < written_.size(); ++k) {
+      if (written_[k].begin >= written_[k - 1].end) continue;
+      throw py::value_error(*written_[k].label + ": overlaps " + *written_[k - 1].label +
+                            " in memory, expected separate arrays (or the same variable with the same state)");
+    }
+  }
+
+  // False if the gradient has to be converted first.
+  bool add_gradient(const py::object& object, size_t i) {
+    const Buffer& var = variables_[i];
+    std::optional<Buffer> g = read_array(object, gradient_label(i));
+    if (!g) return false;
+    if (g->shape != var.shape) {
+      throw py::value_error(gradient_label(i) + ": shape " + tuple_text(g->shape) + ", expected " +
+                            tuple_text(var.shape) + " like " + var.label);
+    }
+    if (g->dtype != var.dtype || !g->native_order || !g->same_layout(var) || !g->aligned()) return false;
+    if (g->size > 0) refuse_alias(*g, i);
+    gradients_.push_back(*std::move(g));
+    return true;
+  }
+
+  void refuse_alias(const Buffer& g, size_t i) const {
+    const Interval wanted{g.end(), 0, nullptr};
+    const auto after = std::lower_bound(written_.begin(), written_.end(), wanted);
+    if (after == written_.begin() || std::prev(after)->end <= g.begin()) return;
+    throw py::value_error(gradient_label(i) + ": shares memory with " + *std::prev(after)->label +
+                          ", which the step writes; expected a separate array");
+  }
+
+  std::vector<Buffer> variables_;
+  std::vector<Buffer> state_;  // m, v[, vhat] of variable 0, then of variable 1, ...
+  std::vector<Buffer> gradients_;
+  std::vector<int64_t> positions_;
+  std::vector<TensorArgs> tensors_;
+  std::vector<int64_t> heads_;
+  std::vector<int64_t> offsets_;
+  std::vector<Interval> written_;  // by address
+  bool amsgrad_;
+};
+
+}  // namespace fastadam::bind

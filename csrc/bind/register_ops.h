@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// The m.def lines, once for every backend: python/fastadam/_cpu.pyi says what they do.
+// A Backend has `static void run(const StepArgs&)`.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "plan.h"
+
+namespace fastadam::bind {
+
+inline void register_buffer(py::module_& m) {
+  py::class_<Buffer>(m, "Buffer")
+      .def(py::init(&read_variable), py::arg("object"), py::arg("label"))
+      .def_readonly("label", &Buffer::label)
+      .def_readonly("size", &Buffer::size)
+      .def_property_readonly("address", &Buffer::begin)
+      .def_property_readonly("nbytes", [](const Buffer& b) { return b.size * b.item_size; })
+      .def_property_readonly("shape", [](const Buffer& b) { return py::tuple(py::cast(b.shape)); })
+      .def_property_readonly("dtype", [](const Buffer& b) { return name_of(*b.dtype); })
+      .def_property_readonly("state_dtype", [](const Buffer& b) { return name_of(state_dtype(*b.dtype)); })
+      .def_property_readonly("order", &Buffer::order)
+      .def("array", &as_numpy);
+  m.def("bfloat16_bits", &bfloat16_bits, py::arg("bits").noconvert());
+  m.def(
+      "read_array",
+      [](const py::object& object, const std::string& label) -> std::optional<std::pair<py::array, bool>> {
+        std::optional<Buffer> b = read_array(object, label);
+        if (!b) return std::nullopt;
+        b->label = label;
+        return std::make_pair(as_numpy(*b), b->dtype == DType::kBFloat16);
+      },
+      py::arg("object"), py::arg("label"));
+}
+
+template <class Backend>
+void register_ops(py::module_& m) {
+  register_buffer(m);
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<std::vector<Buffer>, const py::list&, const py::list&, const py::object&, std::vector<int64_t>>(),
+           py::arg("variables"), py::arg("m"), py::arg("v"), py::arg("vhat"), py::arg("positions"))
+      .def("matches", &Plan::matches, py::arg("objects"), py::arg("positions"))
+      .def("check", &Plan::check, py::arg("gradients"))
+      .def(
+          "step",
+          [](Plan& plan, const py::list& gradients, int64_t step, double learning_rate, double decay, double beta_1,
+             double beta_2, double epsilon, double clip_value, const std::vector<double>& grad_factors,
+             std::optional<py::array_t<int64_t>> counter) {
+            const AdamHyper hyper{learning_rate, decay, beta_1, beta_2, epsilon, clip_value, step};
+            plan.step(gradients, hyper, grad_factors, std::move(counter), &Backend::run);
+          },
+          py::arg("gradients"), py::kw_only(), py::arg("step"), py::arg("learning_rate"), py::arg("decay"),
+          py::arg("beta_1"), py::arg("beta_2"), py::arg("epsilon"), py::arg("clip_value"), py::arg("grad_factors"),
+          py::arg("counter").noconvert());
+}
+
+}  // namespace fastadam::bind

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// The update rule of Adam and AMSGrad: the only copy in C++, for host and device.
+// Only + - * / sqrt and comparisons, each correctly rounded and never contracted, so that every ISA, every
+// thread count and every device gives the same bits. Order of operations: TensorFlow's CPU kernel.
+#pragma once
+
+#include <cmath>
+
+#include "dtypes.h"
+#include "step_scalars.h"
+
+namespace fastadam {
+
+// Clip by value, then multiply by the factor that a norm clip or a loss scale asks for (TF >= 2.4 order).
+// NaN passes through both comparisons.
+template <class T>
+FASTADAM_INLINE T transform_gradient(T g, T clip_value, T factor) {
+  g = clip_value < g ? clip_value : g;
+  g = g < -clip_value ? -clip_value : g;
+  return g * factor;
+}
+
+// One element. `vhat` is read and written by AMSGrad only; its max keeps the old value against a NaN, as TF's does.
+template <bool kAmsgrad, class T>
+FASTADAM_INLINE void adam_update(T& var, T g, T& m, T& v, T& vhat, const StepScalars<T>& s) {
+  using std::sqrt;
+  m += (g - m) * s.one_minus_beta_1;
+  v += (g * g - v) * s.one_minus_beta_2;
+  T second_moment = v;
+  if constexpr (kAmsgrad) {
+    vhat = v > vhat ? v : vhat;
+    second_moment = vhat;
+  }
+  var -= (m * s.alpha) / (sqrt(second_moment) + s.epsilon);
+}
+
+}  // namespace fastadam

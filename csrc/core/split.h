@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cuts the elements of all variables of a step into equal shares, at cache lines of the variable.
+// Pure index arithmetic in int64: tested far beyond what can be allocated.
+#pragma once
+
+#include <cstdint>
+
+#include "dtypes.h"
+
+namespace fastadam {
+
+constexpr int64_t kCacheLineBytes = 64;
+
+// First element of `share` among `shares` equal parts of `total`. Does not overflow for total < 2^63 / shares.
+FASTADAM_INLINE int64_t share_begin(int64_t total, int64_t share, int64_t shares) {
+  return total / shares * share + total % shares * share / shares;
+}
+
+// Moves a cut inside a variable up to the next cache line, or to its end. `address` is a multiple of `item_size`.
+FASTADAM_INLINE int64_t cut_at_line(uint64_t address, int64_t item_size, int64_t cut, int64_t size) {
+  if (cut <= 0) return 0;
+  const uint64_t past_line = (address + static_cast<uint64_t>(cut * item_size)) % kCacheLineBytes;
+  const int64_t aligned = past_line == 0 ? cut : cut + (kCacheLineBytes - static_cast<int64_t>(past_line)) / item_size;
+  return aligned < size ? aligned : size;
+}
+
+// Index of the last variable that starts at or before `element` in the concatenation of all.
+FASTADAM_INLINE int64_t find_variable(const int64_t* offsets, int64_t count, int64_t element) {
+  int64_t low = 0;
+  int64_t high = count;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (offsets[middle] <= element ? low : high) = middle;
+  }
+  return low;
+}
+
+// Calls visit(variable, begin, end) for each piece of the share. `place(k)` gives {address, item_size} of variable k.
+template <class Place, class Visit>
+void for_each_piece(const int64_t* offsets, int64_t count, int64_t share, int64_t shares, Place place, Visit visit) {
+  const int64_t first = share_begin(offsets[count], share, shares);
+  const int64_t last = share_begin(offsets[count], share + 1, shares);
+  if (first == last) return;
+  for (int64_t k = find_variable(offsets, count, first); k < count && offsets[k] < last; ++k) {
+    const int64_t size = offsets[k + 1] - offsets[k];
+    const auto [address, item_size] = place(k);
+    const int64_t begin = cut_at_line(address, item_size, first - offsets[k], size);
+    const int64_t end = last >= offsets[k + 1] ? size : cut_at_line(address, item_size, last - offsets[k], size);
+    if (begin < end) visit(k, begin, end);
+  }
+}
+
+}  // namespace fastadam

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a launch is given: plain pointers and scalars, checked by the binding, owned by the caller.
+#pragma once
+
+#include <cstdint>
+
+#include "dtypes.h"
+#include "step_scalars.h"
+
+namespace fastadam {
+
+struct TensorArgs {
+  void* var;
+  const void* grad;
+  void* m;
+  void* v;
+  void* vhat;  // null without AMSGrad
+  int64_t size;
+  int64_t next;        // the next gradient of the same variable, applied after this one; -1: none
+  double grad_factor;  // multiplies the gradient after the value clip
+  DType dtype;
+};
+
+struct StepArgs {
+  const TensorArgs* tensors;
+  const int64_t* heads;    // tensors[heads[k]]: the first gradient of variable k
+  const int64_t* offsets;  // offsets[k]: elements before variable k; offsets[head_count]: all of them
+  int64_t head_count;
+  StepScalars<float> scalars_f32;
+  StepScalars<double> scalars_f64;
+  bool amsgrad;
+  bool transform;  // some gradient has a factor or a value clip
+};
+
+}  // namespace fastadam

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scalars of one step, computed once on the host, in the arithmetic of the variable's dtype, as TF does.
+// Included by the kernels (the struct) and by the binding (make_step_scalars).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace fastadam {
+
+// What the user chose, in double; `step` is t = iterations + 1 and counts from 1.
+struct AdamHyper {
+  double learning_rate;
+  double decay;
+  double beta_1;
+  double beta_2;
+  double epsilon;
+  double clip_value;  // infinity: no clipping
+  int64_t step;
+};
+
+template <class T>
+struct StepScalars {
+  T alpha;  // learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t)
+  T one_minus_beta_1;
+  T one_minus_beta_2;
+  T epsilon;
+  T clip_value;
+};
+
+// In float32 this is TF bit for bit: powf of libm, every operation rounded to float, left to right
+// (tensorflow/core/kernels/training_ops.cc, ApplyAdamNonCuda; Keras optimizer_v2 `_decayed_lr`).
+template <class T>
+StepScalars<T> make_step_scalars(const AdamHyper& hyper) {
+  const T one(1);
+  const T step = static_cast<T>(hyper.step);
+  const T beta_1 = static_cast<T>(hyper.beta_1);
+  const T beta_2 = static_cast<T>(hyper.beta_2);
+  T learning_rate = static_cast<T>(hyper.learning_rate);
+  if (hyper.decay > 0) {
+    learning_rate = learning_rate / (one + static_cast<T>(hyper.decay) * static_cast<T>(hyper.step - 1));
+  }
+  StepScalars<T> scalars;
+  scalars.alpha = learning_rate * std::sqrt(one - std::pow(beta_2, step)) / (one - std::pow(beta_1, step));
+  scalars.one_minus_beta_1 = one - beta_1;
+  scalars.one_minus_beta_2 = one - beta_2;
+  scalars.epsilon = static_cast<T>(hyper.epsilon);
+  scalars.clip_value = static_cast<T>(hyper.clip_value);
+  return scalars;
+}
+
+}  // namespace fastadam

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs a checked step on the CPU. Called by the binding without the GIL.
+#pragma once
+
+#include "../core/step_args.h"
+
+namespace fastadam::cpu {
+
+// One parallel region for the whole step, equal shares of elements per thread; small steps stay on the caller's thread.
+void run_step(const StepArgs& step);
+
+// 0: the default, which is OMP_NUM_THREADS, else the CPUs this process may run on.
+void set_num_threads(int count);
+int requested_threads();  // as last set
+int num_threads();        // in force
+
+}  // namespace fastadam::cpu

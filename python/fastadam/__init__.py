@@ -1,0 +1,32 @@
+"""fastadam: the Adam optimizer as a native library, in place on NumPy buffers, with TensorFlow's bits.
+
+>>> import numpy as np, fastadam
+>>> w = np.zeros(3, np.float32)
+>>> opt = fastadam.Adam(learning_rate=0.01)
+>>> step = opt.apply_gradients([(np.ones(3, np.float32), w)])
+"""
+
+from __future__ import annotations
+
+from fastadam import cuda, info, reference
+from fastadam._backend import _cpu
+from fastadam.info import isas, set_isa, set_num_threads, show_config
+from fastadam.ops import adam_step
+from fastadam.optimizer import Adam
+from fastadam.variable import Variable
+
+__version__: str = _cpu.__version__
+
+__all__ = [
+    "Adam",
+    "Variable",
+    "__version__",
+    "adam_step",
+    "cuda",
+    "info",
+    "isas",
+    "reference",
+    "set_isa",
+    "set_num_threads",
+    "show_config",
+]

@@ -1,0 +1,140 @@
+"""Stateless steps, for people who keep their own m and v, and what the optimizer shares with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastadam._backend import _cpu
+from fastadam.gradients import convert_gradient
+from fastadam.hyper import StepHyper, check_beta, check_epsilon, check_non_negative, check_number
+from fastadam.variable import buffers_of, unwrap
+
+__all__ = ["adam_step", "fit_gradients", "run_plan"]
+
+
+def fit_gradients(
+    plan: _cpu.Plan, gradients: Sequence[Any], buffers: Sequence[_cpu.Buffer], positions: Sequence[int]
+) -> list[Any]:
+    """Check the gradients against the plan and convert those that need it; raises before anything is written."""
+    fitting = [unwrap(gradient) for gradient in gradients]
+    unfit = plan.check(fitting)
+    for i in unfit:
+        fitting[i] = convert_gradient(fitting[i], buffers[i], f"grads[{positions[i]}]")
+    if unfit:
+        plan.check(fitting)
+    return fitting
+
+
+def run_plan(
+    plan: _cpu.Plan,
+    gradients: list[Any],
+    hyper: StepHyper,
+    grad_factors: list[float] | None = None,
+    counter: npt.NDArray[np.int64] | None = None,
+) -> None:
+    """The whole step: one native call, one release of the GIL, one parallel region."""
+    plan.step(gradients, grad_factors=grad_factors or [], counter=counter, **hyper.as_arguments())
+
+
+def adam_step(
+    vars: Any,  # noqa: A002  the public name
+    grads: Any,
+    m: Any,
+    v: Any,
+    vhat: Any = None,
+    *,
+    step: int,
+    learning_rate: float = 0.001,
+    beta_1: float = 0.9,
+    beta_2: float = 0.999,
+    epsilon: float | None = 1e-7,
+    decay: float = 0.0,
+    clipvalue: float | None = None,
+    grad_factor: float | Sequence[float] | None = None,
+) -> None:
+    r"""One Adam step in place on arrays that the caller owns; AMSGrad if ``vhat`` is given.
+
+    .. math::
+        \alpha_t = \eta \sqrt{1 - \beta_2^t} / (1 - \beta_1^t), \quad
+        m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
+        \theta \mathrel{-}= m \alpha_t / (\sqrt{v} + \hat\epsilon)
+
+    The epsilon is TensorFlow's: added to the square root of the *uncorrected* second moment. With PyTorch's epsilon
+    use :math:`\epsilon \sqrt{1 - \beta_2^t}`.
+
+    Args:
+        vars: Writable contiguous array (float16, bfloat16, float32, float64), or a list of them; updated in place.
+        grads: Gradients of the same shapes. Another float dtype or layout is converted; not modified.
+        m: First moments, zeros before step 1; float32 for half variables, else the variable's dtype.
+        v: Second moments, likewise.
+        vhat: Maxima of the second moments, for AMSGrad.
+        step: The step count t, from 1.
+        learning_rate: Step size.
+        beta_1: Decay rate of m, in [0, 1).
+        beta_2: Decay rate of v, in [0, 1).
+        epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.
+        decay: ``learning_rate / (1 + decay * (step - 1))`` is used.
+        clipvalue: Clip the elements of the gradients to [-clipvalue, clipvalue] first.
+        grad_factor: Multiply the clipped gradients by this number, or by one number for each variable.
+
+    Raises:
+        TypeError: An argument is not what it must be (a dtype, a list as variable).
+        ValueError: A shape, a layout, shared memory or a number is wrong. In both cases nothing is changed.
+
+    Source: Kingma and Ba, "Adam" (arXiv:1412.6980), the formulation before section 2.1;
+    https://www.tensorflow.org/api_docs/python/tf/keras/optimizers/Adam.
+
+    >>> import numpy as np, fastadam
+    >>> w, m, v = np.array([1.0, 2.0]), np.zeros(2), np.zeros(2)
+    >>> fastadam.adam_step(w, np.array([0.5, -0.5]), m, v, step=1, learning_rate=0.1)
+    >>> w.round(6)
+    array([0.900001, 2.099999])
+    """
+    hyper = StepHyper(
+        step=_check_step(step),
+        learning_rate=check_number("learning_rate", learning_rate),
+        beta_1=check_beta("beta_1", beta_1),
+        beta_2=check_beta("beta_2", beta_2),
+        epsilon=check_epsilon(epsilon),
+        decay=check_non_negative("decay", decay),
+        clipvalue=None if clipvalue is None else check_non_negative("clipvalue", clipvalue),
+    )
+    variables = list(vars) if isinstance(vars, (list, tuple)) else [vars]
+    gradients, m_list, v_list = (_as_list(argument) for argument in (grads, m, v))
+    vhat_list = None if vhat is None else _as_list(vhat)
+    if not isinstance(vars, (list, tuple)):
+        gradients = [grads]  # a list given for a single variable is its gradient
+    positions = list(range(len(variables)))
+    buffers = buffers_of(variables, positions)
+    plan = _cpu.Plan(buffers, m_list, v_list, vhat_list, positions)
+    factors = _check_factors(grad_factor, len(variables))
+    run_plan(plan, fit_gradients(plan, gradients, buffers, positions), hyper, factors)
+
+
+def _as_list(argument: Any) -> list[Any]:
+    return [unwrap(item) for item in argument] if isinstance(argument, (list, tuple)) else [unwrap(argument)]
+
+
+def _check_step(step: Any) -> int:
+    try:
+        count = int(step.__index__())
+    except AttributeError:
+        raise TypeError(f"step: {step!r}, expected an integer of at least 1") from None
+    if not 1 <= count < 2**63:
+        raise ValueError(f"step: {count}, expected an integer of at least 1")
+    return count
+
+
+def _check_factors(grad_factor: float | Sequence[float] | None, count: int) -> list[float] | None:
+    if grad_factor is None:
+        return None
+    if np.ndim(grad_factor) == 0:
+        return [check_number("grad_factor", grad_factor)] * count
+    factors = [check_number(f"grad_factor[{i}]", factor) for i, factor in enumerate(list(grad_factor))]  # type: ignore[arg-type]
+    if len(factors) != count:
+        raise ValueError(f"grad_factor: {len(factors)} numbers, expected {count}, one for each variable")
+    return factors

@@ -1,0 +1,415 @@
+"""``fastadam.Adam``: the bookkeeping of tf.keras.optimizers.Adam. The arithmetic is in the kernels."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastadam._backend import _cpu
+from fastadam.hyper import StepHyper, check_beta, check_epsilon, check_non_negative, check_number
+from fastadam.ops import fit_gradients, run_plan
+from fastadam.slots import Initializer, SlotStore, initial_value, zeros_like_variable
+from fastadam.variable import buffers_of, label_of, unwrap
+
+__all__ = ["Adam"]
+
+HyperValue = float | Callable[[], float]
+
+_CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
+_live_optimizers: weakref.WeakSet[Adam] = weakref.WeakSet()
+_auto_names: dict[str, int] = {}
+
+
+class _Hyper:
+    """A hyperparameter: a number checked when it is set, or a zero-argument callable evaluated once per step."""
+
+    def __init__(self, check: Callable[[str, Any], float]) -> None:
+        self.check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, optimizer: Adam | None, owner: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        value = optimizer._hyper[self.name]
+        return self.check(self.name, value()) if callable(value) else value
+
+    def __set__(self, optimizer: Adam, value: HyperValue) -> None:
+        optimizer._hyper[self.name] = value if callable(value) else self.check(self.name, value)
+
+
+class Adam:
+    r"""Adam and AMSGrad with the interface and, in float32, the bits of ``tf.keras.optimizers.Adam`` (TF 2.x).
+
+    .. math::
+        t = iterations + 1, \quad \alpha_t = \eta \sqrt{1 - \beta_2^t} / (1 - \beta_1^t)
+
+        m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
+        \theta \mathrel{-}= m \alpha_t / (\sqrt{v} + \hat\epsilon)
+
+    With ``amsgrad`` the square root is of :math:`\hat v = \max(\hat v, v)`. The epsilon is "epsilon hat" of the paper,
+    added before the bias correction: PyTorch's means something else.
+
+    Variables are updated in place: writable contiguous NumPy arrays, :class:`fastadam.Variable`, and whatever exports
+    writable CPU memory (DLPack, ``__array_interface__``), of dtype float16, bfloat16, float32 or float64. Slots are
+    found by the memory of the variable, which the optimizer keeps alive: a new view of a buffer is the same variable.
+
+    Args:
+        learning_rate: Step size; a number or a callable without arguments, evaluated once per step.
+        beta_1: Decay rate of the first moment, in [0, 1); number or callable.
+        beta_2: Decay rate of the second moment, likewise.
+        epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.
+        amsgrad: Use the maximum of the second moments.
+        name: Name of the optimizer; None or "" makes a unique one.
+        sparse_update: How IndexedSlices are applied; only "dense", TF's rule.
+        **kwargs: ``clipvalue`` (clip gradient elements), ``lr`` (wins over ``learning_rate``), ``decay`` (the rate
+            is divided by ``1 + decay * iterations``), each >= 0.
+
+    Raises:
+        TypeError: An unknown keyword, or a hyperparameter that is no number.
+        ValueError: A hyperparameter that is not finite, negative where it must not be, or a beta outside [0, 1).
+
+    Source: Kingma and Ba, "Adam" (arXiv:1412.6980); Reddi et al., "On the Convergence of Adam and Beyond" (AMSGrad);
+    https://www.tensorflow.org/api_docs/python/tf/keras/optimizers/Adam.
+
+    >>> import numpy as np, fastadam
+    >>> w = np.array([1.0, 2.0], dtype=np.float32)
+    >>> opt = fastadam.Adam(learning_rate=0.1)
+    >>> step = opt.apply_gradients([(np.array([0.5, -0.5], np.float32), w)])
+    >>> w
+    array([0.9, 2.1], dtype=float32)
+    >>> int(opt.iterations), opt.get_slot(w, "m")
+    (1, array([ 0.05, -0.05], dtype=float32))
+    """
+
+    learning_rate = _Hyper(check_number)
+    beta_1 = _Hyper(check_beta)
+    beta_2 = _Hyper(check_beta)
+    decay = _Hyper(check_non_negative)
+    epsilon = _Hyper(lambda _, value: check_epsilon(value))
+
+    def __init__(
+        self,
+        learning_rate: HyperValue = 0.001,
+        beta_1: HyperValue = 0.9,
+        beta_2: HyperValue = 0.999,
+        epsilon: HyperValue | None = 1e-7,
+        amsgrad: bool = False,
+        name: str | None = "Adam",
+        *,
+        sparse_update: str = "dense",
+        **kwargs: Any,
+    ) -> None:
+        if sparse_update != "dense":
+            raise ValueError(f"sparse_update: {sparse_update!r}, expected 'dense'")
+        for key, value in kwargs.items():
+            if key not in (*_CLIP_NAMES, "lr", "decay"):
+                raise TypeError(f"Unexpected keyword argument passed to optimizer: {key}")
+            if value is not None:
+                check_non_negative(key, value)
+        for key in ("clipnorm", "global_clipnorm"):
+            if kwargs.get(key) is not None:
+                raise TypeError(f"Unexpected keyword argument passed to optimizer: {key} (clipvalue is supported)")
+        self._hyper: dict[str, HyperValue] = {}
+        self.learning_rate = kwargs["lr"] if kwargs.get("lr") is not None else learning_rate
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self.decay = kwargs.get("decay") or 0.0
+        self.clipvalue = kwargs.get("clipvalue")
+        self.amsgrad = bool(amsgrad)
+        self.name = name or _unique_name(type(self).__name__.lower())
+        self._iterations = np.zeros((), np.int64)
+        self._slots = SlotStore()
+        self._plan: _cpu.Plan | None = None
+        self._plan_key: tuple[bool, int] | None = None
+        self._buffers: list[_cpu.Buffer] = []
+        self._lock = threading.RLock()
+        _live_optimizers.add(self)
+
+    # ---- hyperparameters -------------------------------------------------------------------------------------------
+
+    @property
+    def lr(self) -> Any:
+        """Another name of ``learning_rate``. Never the decayed rate, as in TF."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, value: HyperValue) -> None:
+        self.learning_rate = value
+
+    @property
+    def clipvalue(self) -> float | None:
+        """Bound of the gradient elements, or None."""
+        return self._clipvalue
+
+    @clipvalue.setter
+    def clipvalue(self, value: float | None) -> None:
+        self._clipvalue = None if value is None else check_non_negative("clipvalue", value)
+
+    @property
+    def iterations(self) -> np.int64:
+        """Steps made so far. Setting it continues from there: after ``opt.iterations = 5`` the next step uses t = 6."""
+        return np.int64(self._iterations)
+
+    @iterations.setter
+    def iterations(self, value: int) -> None:
+        self._iterations[...] = _check_iterations("iterations", value)
+
+    def _step_hyper(self) -> StepHyper:
+        return StepHyper(
+            step=int(self._iterations) + 1,
+            learning_rate=self.learning_rate,
+            beta_1=self.beta_1,
+            beta_2=self.beta_2,
+            epsilon=self.epsilon,
+            decay=self.decay,
+            clipvalue=self._clipvalue,
+        )
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], name: str | None = None) -> np.int64 | None:
+        """Update every variable in place with its gradient, then count the step.
+
+        All pairs are checked before anything is written: a call that raises leaves variables, slots and
+        ``iterations`` as they were. A variable that comes twice is updated twice, in order, with the same t. Pairs
+        whose gradient is None are left out with a warning. An empty list does nothing.
+
+        Args:
+            grads_and_vars: Iterable of (gradient, variable). A gradient of another float dtype or layout is
+                converted; gradients are not modified.
+            name: Accepted for TF's signature; it names nothing here.
+
+        Returns:
+            ``iterations`` after the step; None for an empty list.
+
+        Raises:
+            TypeError: Not pairs, a list as variable, a dtype that is not float.
+            ValueError: All gradients None; a wrong shape; a variable that cannot be updated in place; variables that
+                overlap partly; a gradient that shares memory with a variable.
+        """
+        gradients, variables, positions = _filter_none(_as_pairs(grads_and_vars))
+        if not variables:
+            return None
+        with self._lock:
+            hyper = self._step_hyper()
+            if not self._plan_fits(variables, positions):
+                self._make_plan(variables, gradients, positions)
+            assert self._plan is not None
+            gradients = fit_gradients(self._plan, gradients, self._buffers, positions)
+            run_plan(self._plan, gradients, hyper, counter=self._iterations)
+            return self.iterations
+
+    def _plan_fits(self, variables: Sequence[Any], positions: list[int]) -> bool:
+        if self._plan is None or self._plan_key != self._current_plan_key():
+            return False
+        return self._plan.matches([unwrap(variable) for variable in variables], positions)
+
+    def _current_plan_key(self) -> tuple[bool, int]:
+        return (self.amsgrad, len(self._slots.arrays))
+
+    def _make_plan(self, variables: Sequence[Any], gradients: Sequence[Any], positions: list[int]) -> None:
+        """Create the slots that are missing, but only when the whole step has been found good."""
+        buffers = buffers_of(variables, positions)
+        created = [(b, name, zeros_like_variable(b)) for b, name in self._slots.missing(buffers, self._slot_names())]
+        fresh = {(b.address, b.shape, name): array for b, name, array in created}
+
+        def slots_named(name: str) -> list[npt.NDArray[Any]]:
+            return [fresh[key] if (key := (b.address, b.shape, name)) in fresh else self._slots.find(b)[name] for b in buffers]  # type: ignore[index]
+
+        vhat = slots_named("vhat") if self.amsgrad else None
+        plan = _cpu.Plan(buffers, slots_named("m"), slots_named("v"), vhat, positions)
+        fit_gradients(plan, gradients, buffers, positions)
+        for buffer, name, array in created:
+            self._slots.add(buffer, name, array)
+        self._plan, self._plan_key, self._buffers = plan, self._current_plan_key(), buffers
+
+    def _slot_names(self) -> list[str]:
+        return ["m", "v", "vhat"] if self.amsgrad else ["m", "v"]
+
+    # ---- slots and weights -----------------------------------------------------------------------------------------
+
+    def build(self, var_list: Iterable[Any]) -> None:
+        """Create the slots of these variables now, so that ``set_weights`` works before the first step."""
+        variables = list(var_list)
+        buffers = buffers_of(variables, range(len(variables)))
+        with self._lock:
+            for buffer, name in self._slots.missing(buffers, self._slot_names()):
+                self._slots.add(buffer, name, zeros_like_variable(buffer))
+
+    @property
+    def weights(self) -> list[npt.NDArray[Any]]:
+        """The live state: iterations, then all m, all v, all vhat; variables that came later follow in the same way."""
+        return [self._iterations, *self._slots.arrays]
+
+    def variables(self) -> list[npt.NDArray[Any]]:
+        """The same as ``weights``."""
+        return self.weights
+
+    def get_weights(self) -> list[Any]:
+        """Copies of ``weights``; the first is an ``np.int64``."""
+        with self._lock:
+            return [self.iterations, *(array.copy() for array in self._slots.arrays)]
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Overwrite the state with a list in the order of ``weights``, for example from ``get_weights``.
+
+        The list of a Keras 1 Adam, which ends in one dummy of shape (1,) for each variable, is accepted as TF does.
+
+        Raises:
+            ValueError: Wrong number of arrays or a wrong shape; nothing is changed.
+        """
+        with self._lock:
+            current = self.weights
+            new = [np.asarray(weight) for weight in _drop_keras1_dummies(list(weights), len(current))]
+            if len(new) != len(current):
+                raise ValueError(
+                    f"You called `set_weights(weights)` on optimizer {self.name} with a weight list of length {len(new)}, "
+                    f"but the optimizer was expecting {len(current)} weights."
+                )
+            for i, (old, value) in enumerate(zip(current, new, strict=True)):
+                if old.shape != value.shape:
+                    raise ValueError(
+                        f"weights[{i}]: Optimizer weight shape {old.shape} not compatible with provided weight shape "
+                        f"{value.shape}"
+                    )
+                if value.dtype.kind not in "fiuV":
+                    raise TypeError(f"weights[{i}]: dtype {value.dtype}, expected {old.dtype}")
+            iterations = _check_iterations("weights[0]", new[0])
+            for old, value in zip(current[1:], new[1:], strict=True):
+                old[...] = value
+            self._iterations[...] = iterations
+
+    def get_slot(self, var: Any, slot_name: str) -> npt.NDArray[Any]:
+        """The live state array "m", "v" or "vhat" of a variable; KeyError if there is none."""
+        label = label_of(var, 0)
+        slots = self._slots.find(_cpu.Buffer(unwrap(var), label))
+        if slots is None:
+            raise KeyError(f"{label}: not a variable of this optimizer")
+        if slot_name not in slots:
+            raise KeyError(f"{slot_name}: not a slot of {label}, which has {list(slots)}")
+        return slots[slot_name]
+
+    def get_slot_names(self) -> list[str]:
+        """Names of the slots in the order of their creation."""
+        return list(self._slots.names)
+
+    def add_slot(self, var: Any, slot_name: str, initializer: Initializer = "zeros") -> npt.NDArray[Any]:
+        """Create a slot of the variable's shape, appended to ``weights``, or return the one that is there.
+
+        Args:
+            var: The variable.
+            slot_name: Name of the slot; "m", "v" and "vhat" are then used by the next step.
+            initializer: "zeros", "ones", a callable ``(shape, dtype)``, or an array.
+        """
+        buffer = _cpu.Buffer(unwrap(var), label_of(var, 0))
+        with self._lock:
+            slots = self._slots.find(buffer)
+            if slots is None:
+                self._slots.require_new_memory(buffer)
+            elif slot_name in slots:
+                return slots[slot_name]
+            array = initial_value(initializer, buffer.shape, buffer.state_dtype, buffer.order)
+            return self._slots.add(buffer, slot_name, array)
+
+    def add_weight(
+        self,
+        name: str,
+        shape: Sequence[int] = (),
+        dtype: npt.DTypeLike = np.float32,
+        initializer: Initializer = "zeros",
+    ) -> npt.NDArray[Any]:
+        """A new array for a subclass to keep state in; as in TF it is not part of ``weights``."""
+        if not isinstance(name, str):
+            raise TypeError(f"name: {name!r}, expected a string")
+        return initial_value(initializer, tuple(shape), dtype)
+
+    # ---- configuration ---------------------------------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values; callables by their present value."""
+        config: dict[str, Any] = {"name": self.name}
+        if self._clipvalue is not None:
+            config["clipvalue"] = self._clipvalue
+        for name in ("learning_rate", "decay", "beta_1", "beta_2", "epsilon"):
+            config[name] = getattr(self, name)
+        config["amsgrad"] = self.amsgrad
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Adam:
+        """An optimizer from ``get_config``; ``config`` is not modified.
+
+        Args:
+            config: Arguments of the constructor by name; ``lr`` is read as ``learning_rate``.
+            custom_objects: Accepted for TF's signature; a config of numbers needs none.
+        """
+        arguments = dict(config)
+        if "lr" in arguments:
+            arguments["learning_rate"] = arguments.pop("lr")
+        return cls(**arguments)
+
+
+def _as_pairs(grads_and_vars: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    try:
+        items = list(grads_and_vars)
+    except TypeError:
+        raise TypeError(
+            f"grads_and_vars: {type(grads_and_vars).__name__}, expected an iterable of (gradient, variable) pairs"
+        ) from None
+    for i, item in enumerate(items):
+        if not isinstance(item, (tuple, list)):
+            raise TypeError(f"grads_and_vars[{i}]: {type(item).__name__}, expected a (gradient, variable) pair")
+        if len(item) != 2:
+            raise ValueError(f"grads_and_vars[{i}]: {len(item)} items, expected a (gradient, variable) pair")
+    return items
+
+
+def _filter_none(pairs: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any], list[int]]:
+    """Gradients, variables and their places in the list, without the pairs whose gradient is None."""
+    positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
+    if len(positions) < len(pairs):
+        absent = [getattr(v, "name", None) or f"vars[{i}]" for i, (g, v) in enumerate(pairs) if g is None]
+        if not positions:
+            raise ValueError(f"No gradients provided for any variable: {absent}.")
+        warnings.warn(f"Gradients do not exist for variables {absent} when minimizing the loss.", stacklevel=3)
+    return [pairs[i][0] for i in positions], [pairs[i][1] for i in positions], positions
+
+
+def _check_iterations(name: str, value: Any) -> int:
+    number = check_non_negative(name, value)
+    if number != int(number):
+        raise ValueError(f"{name}: {number}, expected a whole number of steps")
+    return int(value)
+
+
+def _drop_keras1_dummies(weights: list[Any], expected: int) -> list[Any]:
+    variables = (expected - 1) // 2
+    if variables == 0 or expected != 2 * variables + 1 or len(weights) != 3 * variables + 1:
+        return weights
+    return weights[:expected] if all(np.shape(dummy) == (1,) for dummy in weights[expected:]) else weights
+
+
+def _unique_name(base: str) -> str:
+    count = _auto_names.get(base, 0)
+    _auto_names[base] = count + 1
+    return f"{base}_{count}" if count else base
+
+
+def _renew_locks() -> None:
+    """A thread that held a lock when the process forked does not exist in the child."""
+    for optimizer in _live_optimizers:
+        optimizer._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)

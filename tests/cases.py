@@ -1,0 +1,120 @@
+"""Inputs shared by the tests and by the script that asks TensorFlow: exact on every NumPy, no framework imported."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+GOLDEN = Path(__file__).parent / "data" / "golden_tf2151.npz"
+SIZES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 129, 4095, 4096, 4097, 100003)
+# Arrays longer than this are stored in the golden file as a digest and their first elements.
+STORED = 300
+
+
+def random_array(rng: np.random.RandomState, shape, low=-20, high=2, dtype=np.float32) -> np.ndarray:
+    """Full mantissas, exponents from 2**low to 2**high, one zero in 64: made of integers, so the same on every machine."""
+    mantissa = rng.randint(-(2**23) + 1, 2**23, size=shape)
+    exponent = rng.randint(low - 23, high - 22, size=shape)
+    zero = rng.randint(0, 64, size=shape) == 0
+    return np.asarray(np.where(zero, 0.0, np.ldexp(mantissa.astype(np.float64), exponent)), dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trajectory: variables of these shapes, `steps` random gradients each, and the optimizer's arguments."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    steps: int
+    options: dict = field(default_factory=dict)
+    low: int = -20
+    high: int = 2
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def arrays(self) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        seed = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "little")
+        rng = np.random.RandomState(seed)
+        variables = [random_array(rng, shape, dtype=self.dtype) for shape in self.shapes]
+        gradients = [
+            [random_array(rng, shape, self.low, self.high, self.dtype) for shape in self.shapes]
+            for _ in range(self.steps)
+        ]
+        return variables, gradients
+
+
+def _cases() -> list[Case]:
+    sized = [
+        Case(f"size_{'scalar' if shape == () else shape[0]}{'_amsgrad' if amsgrad else ''}", (shape,), steps,
+             {"learning_rate": 0.01, "amsgrad": amsgrad})
+        for amsgrad in (False, True)
+        for shape, steps in (
+            ((), 100), ((1,), 100), ((7,), 100), ((129,), 100), ((4095,), 25), ((4096,), 25), ((4097,), 25), ((100003,), 10),
+        )
+    ]  # fmt: skip
+    vector = ((129,),)
+    options = {
+        "defaults": {},
+        "large_rate": {"learning_rate": 3.0},
+        "negative_rate": {"learning_rate": -0.01},
+        "beta_1_zero": {"beta_1": 0.0},
+        "both_betas_zero": {"beta_1": 0.0, "beta_2": 0.0},
+        "beta_2_slow": {"beta_2": 0.9999},
+        "beta_1_over_root_beta_2": {"beta_1": 0.99, "beta_2": 0.95},
+        "epsilon_1e-8": {"epsilon": 1e-8},
+        "epsilon_1e-3": {"epsilon": 1e-3},
+        "epsilon_1": {"epsilon": 1.0},
+        "epsilon_zero": {"epsilon": 0.0},
+        "epsilon_none": {"epsilon": None},
+        "decay": {"decay": 0.1},
+        "decay_amsgrad": {"decay": 0.013, "amsgrad": True, "learning_rate": 0.1},
+        "lr": {"lr": 0.2, "learning_rate": 0.1},
+        "clipvalue": {"clipvalue": 0.01},
+        "clipvalue_zero": {"clipvalue": 0.0},
+    }
+    optioned = [Case(f"option_{name}", vector, 100, chosen) for name, chosen in options.items()]
+    return [
+        *sized,
+        *optioned,
+        Case("many_steps", ((16,),), 3000, {"learning_rate": 0.01}),
+        Case("many_steps_amsgrad", ((16,),), 3000, {"learning_rate": 0.01, "amsgrad": True}),
+        Case("denormal", ((129,),), 60, {"learning_rate": 0.01}, low=-140, high=-60),
+        Case("denormal_amsgrad", ((129,),), 60, {"learning_rate": 0.01, "amsgrad": True}, low=-140, high=-60),
+        Case("huge", ((129,),), 60, {"learning_rate": 0.01}, low=40, high=70),
+        Case("list", ((3, 5), (), (1,), (129,), (2, 3, 4), (0, 4), (257,)), 60, {"learning_rate": 0.01}),
+        Case("list_amsgrad", ((3, 5), (), (1,), (129,), (2, 3, 4), (0, 4)), 60, {"amsgrad": True, "decay": 0.01}),
+        Case("float64", ((129,),), 100, {"learning_rate": 0.01}, dtype="float64"),
+        Case("float64_amsgrad", ((129,),), 100, {"learning_rate": 0.01, "amsgrad": True}, dtype="float64"),
+    ]
+
+
+CASES = _cases()
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+
+
+def aligned(shape, dtype, offset: int, order: str = "C") -> np.ndarray:
+    """An uninitialised array that starts `offset` elements after a 64-byte boundary."""
+    item = np.dtype(dtype).itemsize
+    size = int(np.prod(shape, dtype=np.int64))
+    raw = np.empty(size * item + 64 + offset * item, np.uint8)
+    start = -raw.ctypes.data % 64 + offset * item
+    return raw[start : start + size * item].view(dtype).reshape(shape, order=order)
+
+
+def placed(array: np.ndarray, offset: int) -> np.ndarray:
+    """A copy of `array` that starts `offset` elements after a 64-byte boundary."""
+    copy = aligned(array.shape, array.dtype, offset)
+    copy[...] = array
+    return copy

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import fastadam
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _process_settings():
+    """Every test starts and ends with the default instruction set and threads."""
+    isa = fastadam.info.current_isa()
+    yield
+    fastadam.set_isa(isa)
+    fastadam.set_num_threads(None)
+
+
+@pytest.fixture(params=fastadam.isas())
+def isa(request):
+    fastadam.set_isa(request.param)
+    return request.param

@@ -30,6 +30,7 @@ struct StepArgs {
   StepScalars<double> scalars_f64;
   bool amsgrad;
   bool transform;  // some gradient has a factor or a value clip
+  bool prefetch;   // the step does not fit in cache
 };
 
 }  // namespace fastadam

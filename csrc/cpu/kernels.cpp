@@ -18,19 +18,33 @@ const StepScalars<T>& scalars_of(const StepArgs& step) {
   }
 }
 
-template <class Storage, bool kAmsgrad, bool kTransform>
-void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+// The streams of one variable, from one element on.
+template <class Storage>
+struct Streams {
   using T = Compute<Storage>;
-  const StepScalars<T> s = scalars_of<T>(step);
-  const T factor = static_cast<T>(tensor.grad_factor);
-  Storage* __restrict var = static_cast<Storage*>(tensor.var) + begin;
-  const Storage* __restrict grad = static_cast<const Storage*>(tensor.grad) + begin;
-  T* __restrict m = static_cast<T*>(tensor.m) + begin;
-  T* __restrict v = static_cast<T*>(tensor.v) + begin;
-  T* __restrict vhat = kAmsgrad ? static_cast<T*>(tensor.vhat) + begin : nullptr;
-  const int64_t size = end - begin;
+  Storage* var;
+  const Storage* grad;
+  T* m;
+  T* v;
+  T* vhat;  // null without AMSGrad
 
-// The binding has proved that nothing written here overlaps anything else read here.
+  Streams(const TensorArgs& tensor, int64_t begin)
+      : var(static_cast<Storage*>(tensor.var) + begin),
+        grad(static_cast<const Storage*>(tensor.grad) + begin),
+        m(static_cast<T*>(tensor.m) + begin),
+        v(static_cast<T*>(tensor.v) + begin),
+        vhat(tensor.vhat == nullptr ? nullptr : static_cast<T*>(tensor.vhat) + begin) {}
+};
+
+template <bool kAmsgrad, bool kTransform, class Storage, class T>
+FASTADAM_INLINE void update_block(const Streams<Storage>& streams, int64_t at, int64_t size, const StepScalars<T>& s,
+                                  T factor) {
+  // The binding has proved that nothing written here overlaps anything else read here.
+  Storage* __restrict var = streams.var + at;
+  const Storage* __restrict grad = streams.grad + at;
+  T* __restrict m = streams.m + at;
+  T* __restrict v = streams.v + at;
+  T* __restrict vhat = kAmsgrad ? streams.vhat + at : nullptr;
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     T g = load(grad[i]);
@@ -45,6 +59,40 @@ void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, i
     v[i] = v_i;
     if constexpr (kAmsgrad) vhat[i] = vhat_i;
   }
+}
+
+// In elements. Fetching 1 KiB ahead gains 5 % in DRAM and costs 8 % in cache (bench/README.md).
+constexpr int64_t kBlock = 32;
+
+template <bool kAmsgrad, class Storage>
+FASTADAM_INLINE void prefetch_block(const Streams<Storage>& streams, int64_t at) {
+  constexpr int64_t kAheadBytes = 1024;
+  constexpr auto kStep = static_cast<int64_t>(64 / sizeof(Compute<Storage>));
+  for (int64_t i = at; i < at + kBlock; i += kStep) {
+    const int64_t ahead = i + kAheadBytes / static_cast<int64_t>(sizeof(Compute<Storage>));
+    __builtin_prefetch(streams.var + ahead);
+    __builtin_prefetch(streams.grad + ahead);
+    __builtin_prefetch(streams.m + ahead);
+    __builtin_prefetch(streams.v + ahead);
+    if constexpr (kAmsgrad) __builtin_prefetch(streams.vhat + ahead);
+  }
+}
+
+template <class Storage, bool kAmsgrad, bool kTransform>
+void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+  using T = Compute<Storage>;
+  const StepScalars<T> s = scalars_of<T>(step);
+  const T factor = static_cast<T>(tensor.grad_factor);
+  const Streams<Storage> streams(tensor, begin);
+  const int64_t size = end - begin;
+  int64_t at = 0;
+  if (step.prefetch) {
+    for (; at + kBlock <= size; at += kBlock) {
+      prefetch_block<kAmsgrad>(streams, at);
+      update_block<kAmsgrad, kTransform>(streams, at, kBlock, s, factor);
+    }
+  }
+  update_block<kAmsgrad, kTransform>(streams, at, size - at, s, factor);
 }
 
 #define FASTADAM_DENSE_ROW(S) \

@@ -25,7 +25,10 @@ namespace fastadam::cpu {
 namespace {
 
 // Below this many elements per thread, waking a thread costs more than it saves (bench/README.md).
-constexpr int64_t kMinElementsPerThread = 32768;
+constexpr int64_t kMinElementsPerThread = 16384;
+
+// From here on a step does not fit in cache: 16 bytes per element are 32 MiB.
+constexpr int64_t kPrefetchElements = int64_t{1} << 21;
 
 std::atomic<int> thread_setting{0};
 
@@ -89,9 +92,10 @@ int num_threads() {
   return requested > 0 ? requested : default_threads();
 }
 
-void run_step(const StepArgs& step) {
+void run_step(StepArgs step) {
   const Kernels& kernels = *current_isa().kernels;
   const int64_t total = step.offsets[step.head_count];
+  step.prefetch = total >= kPrefetchElements;
   const int64_t useful = total / kMinElementsPerThread;
   const int shares = useful <= 1 ? 1 : static_cast<int>(std::min<int64_t>(useful, num_threads()));
 

@@ -7,7 +7,7 @@
 namespace fastadam::cpu {
 
 // One parallel region for the whole step, equal shares of elements per thread; small steps stay on the caller's thread.
-void run_step(const StepArgs& step);
+void run_step(StepArgs step);
 
 // 0: the default, which is OMP_NUM_THREADS, else the CPUs this process may run on.
 void set_num_threads(int count);

@@ -98,5 +98,21 @@ class SlotStore:
 
 
 def zeros_like_variable(buffer: _cpu.Buffer) -> npt.NDArray[Any]:
-    """A slot of zeros in the layout of the variable; float32 for half variables."""
-    return initial_value("zeros", buffer.shape, buffer.state_dtype, buffer.order)
+    """A slot of zeros in the layout of the variable; float32 for half variables.
+
+    Its address agrees with the variable's modulo a cache line, or a page where the array is long: a load does not wait
+    for a store to the same offset of another page, and one shift aligns all streams. Long arrays also start 64 KiB
+    further: arrays of 2^k bytes end to end hit the same DRAM banks, which costs a third of the bandwidth.
+    """
+    dtype = np.dtype(buffer.state_dtype)
+    nbytes = buffer.size * dtype.itemsize
+    period = _PAGE if nbytes >= 4 * _PAGE else _CACHE_LINE
+    skew = 16 * _PAGE if nbytes >= 256 * _PAGE else 0
+    raw = np.zeros(nbytes + period + skew, np.uint8)
+    start = skew + (buffer.address - raw.ctypes.data - skew) % period
+    layout: Any = buffer.order
+    return raw[start : start + nbytes].view(dtype).reshape(buffer.shape, order=layout)
+
+
+_CACHE_LINE = 64
+_PAGE = 4096

@@ -57,7 +57,7 @@ def fastadam_kernel(sizes):
     views = [_cpu.Buffer(w, f"vars[{i}]") for i, w in enumerate(variables)]
     plan = _cpu.Plan(views, m, v, None, positions)
     hyper = fastadam.hyper.StepHyper(step=10, **HYPER)
-    return lambda: fastadam.ops.run_plan(plan, gradients, hyper)
+    return lambda: plan.step(gradients, hyper, [], None)
 
 
 def numpy_plain(sizes):

@@ -6,6 +6,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -18,6 +19,13 @@ namespace fastadam::bind {
 
 namespace py = pybind11;
 
+// The argument that an error text names, put together only when there is an error: "vars[3]" or "variable 'w'".
+struct Label {
+  std::string text;
+  int64_t position = -1;
+  std::string operator()() const { return position < 0 ? text : text + "[" + std::to_string(position) + "]"; }
+};
+
 struct Buffer {
   std::string label;  // the argument in error texts: "vars[3]" or "variable 'w'"
   void* data = nullptr;
@@ -27,6 +35,8 @@ struct Buffer {
   std::vector<int64_t> strides;  // bytes
   int64_t size = 1;
   int64_t item_size = 0;
+  PyTypeObject* ndarray_type = nullptr;  // numpy.ndarray, if the owner is exactly that
+  int numpy_dtype = -1;
   bool writable = false;
   bool native_order = true;
   bool c_contiguous = false;
@@ -84,6 +94,10 @@ inline std::optional<DType> dtype_of(const py::dtype& dtype) {
   return std::nullopt;
 }
 
+inline bool is_plain_ndarray(py::handle object) {
+  return std::strcmp(Py_TYPE(object.ptr())->tp_name, "numpy.ndarray") == 0;
+}
+
 inline Buffer from_ndarray(const py::array& array) {
   const py::dtype dtype = array.dtype();
   Buffer b;
@@ -97,6 +111,10 @@ inline Buffer from_ndarray(const py::array& array) {
   const char byte_order = dtype.byteorder();
   b.native_order = byte_order != '<' && byte_order != '>';
   b.owner = array;
+  if (is_plain_ndarray(array)) {
+    b.ndarray_type = Py_TYPE(array.ptr());
+    b.numpy_dtype = dtype.num();
+  }
   derive_layout(b);
   return b;
 }
@@ -122,10 +140,10 @@ inline void read_dltensor(Buffer& b, const dlpack::DLTensor& t) {
 }
 
 // The capsule is kept, not consumed: its own destructor lets go of the memory when the Buffer dies.
-inline Buffer from_dlpack(const py::object& object, const std::string& label) {
+inline Buffer from_dlpack(const py::object& object, const Label& label) {
   const auto device = object.attr("__dlpack_device__")().cast<py::tuple>();
   if (device[0].cast<int32_t>() != dlpack::kDLCPU) {
-    throw py::value_error(label + ": " + type_name(object) + " on DLPack device " + text(device) +
+    throw py::value_error(label() + ": " + type_name(object) + " on DLPack device " + text(device) +
                           ", expected CPU memory");
   }
   py::object capsule;
@@ -140,7 +158,7 @@ inline Buffer from_dlpack(const py::object& object, const std::string& label) {
   if (void* versioned = PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned")) {
     const auto* managed = static_cast<const dlpack::DLManagedTensorVersioned*>(versioned);
     if (managed->version.major != dlpack::kMajorVersion) {
-      throw py::value_error(label + ": DLPack version " + std::to_string(managed->version.major) + ", expected 1");
+      throw py::value_error(label() + ": DLPack version " + std::to_string(managed->version.major) + ", expected 1");
     }
     read_dltensor(b, managed->dl_tensor);
     b.writable = (managed->flags & dlpack::kReadOnlyFlag) == 0;
@@ -156,10 +174,7 @@ inline Buffer from_dlpack(const py::object& object, const std::string& label) {
   return b;
 }
 
-inline bool is_masked(const py::object& object) {
-  const bool plain_ndarray = std::strcmp(Py_TYPE(object.ptr())->tp_name, "numpy.ndarray") == 0;
-  return !plain_ndarray && py::hasattr(object, "harden_mask");
-}
+inline bool is_masked(py::handle object) { return !is_plain_ndarray(object) && py::hasattr(object, "harden_mask"); }
 
 // The bits of bfloat16 values that Python has rounded, as a buffer of that dtype.
 inline Buffer bfloat16_bits(const py::array_t<uint16_t>& bits) {
@@ -168,12 +183,24 @@ inline Buffer bfloat16_bits(const py::array_t<uint16_t>& bits) {
   return b;
 }
 
+// The quick answer for the usual case: a plain ndarray just like `b`, in dtype, byte order, layout and shape.
+inline bool is_ndarray_like(py::handle object, const Buffer& b) {
+  if (Py_TYPE(object.ptr()) != b.ndarray_type) return false;
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  const py::dtype dtype = array.dtype();
+  if (dtype.num() != b.numpy_dtype || static_cast<size_t>(array.ndim()) != b.shape.size()) return false;
+  const int layout = (b.c_contiguous ? py::array::c_style : 0) | (b.f_contiguous ? py::array::f_style : 0);
+  constexpr int kAligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  return (array.flags() & layout) != 0 && (array.flags() & kAligned) != 0 && dtype.byteorder() == '=' &&
+         std::equal(b.shape.begin(), b.shape.end(), array.shape());
+}
+
 // Whatever `object` is, as it lies in memory; nothing is required of it but to be an array.
-inline std::optional<Buffer> read_array(py::object object, const std::string& label) {
+inline std::optional<Buffer> read_array(py::object object, const Label& label) {
   if (py::isinstance<Buffer>(object)) return object.cast<Buffer>();
   if (py::isinstance<py::array>(object)) {
     if (is_masked(object)) {
-      throw py::type_error(label + ": masked array, whose mask Adam cannot honour; pass its .data");
+      throw py::type_error(label() + ": masked array, whose mask Adam cannot honour; pass its .data");
     }
     return from_ndarray(py::reinterpret_borrow<py::array>(object));
   }
@@ -203,7 +230,7 @@ inline void require_in_place(const Buffer& b) {
 }
 
 inline Buffer read_variable(const py::object& object, const std::string& label) {
-  std::optional<Buffer> b = read_array(object, label);
+  std::optional<Buffer> b = read_array(object, Label{label});
   if (!b) {
     throw py::type_error(label + ": " + type_name(object) +
                          ", expected a writable float array (NumPy, fastadam.Variable, DLPack, __array_interface__)");

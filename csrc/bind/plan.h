@@ -39,8 +39,7 @@ class Plan {
   bool matches(const py::list& objects, const std::vector<int64_t>& positions) const {
     if (objects.size() != variables_.size() || positions != positions_) return false;
     for (size_t i = 0; i < variables_.size(); ++i) {
-      const std::optional<Buffer> b = read_array(objects[i], variables_[i].label);
-      if (!b || !b->same_memory(variables_[i]) || !b->writable) return false;
+      if (!is_variable(objects[i], variables_[i])) return false;
     }
     return true;
   }
@@ -49,7 +48,7 @@ class Plan {
   std::vector<size_t> check(const py::list& gradients) {
     require_length("grads", gradients.size());
     std::vector<size_t> to_convert;
-    gradients_.clear();
+    exported_.clear();
     for (size_t i = 0; i < variables_.size(); ++i) {
       if (!add_gradient(gradients[i], i)) to_convert.push_back(i);
     }
@@ -60,12 +59,9 @@ class Plan {
   template <class Run>
   void step(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
             std::optional<py::array_t<int64_t>> counter, Run run) {
-    for (size_t i : check(gradients)) throw py::type_error(gradient_label(i) + ": must be converted before the step");
+    for (size_t i : check(gradients)) throw py::type_error(gradient_label(i)() + ": must be converted before the step");
     if (!factors.empty()) require_length("grad_factor", factors.size());
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      tensors_[i].grad = gradients_[i].data;
-      tensors_[i].grad_factor = factors.empty() ? 1.0 : factors[i];
-    }
+    for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].grad_factor = factors.empty() ? 1.0 : factors[i];
     StepArgs args{};
     args.tensors = tensors_.data();
     args.heads = heads_.data();
@@ -82,7 +78,7 @@ class Plan {
       run(args);
       if (count != nullptr) ++*count;
     }
-    gradients_.clear();
+    exported_.clear();
   }
 
  private:
@@ -99,10 +95,19 @@ class Plan {
                           std::to_string(variables_.size()) + ", one for each variable");
   }
 
-  std::string gradient_label(size_t i) const { return "grads[" + std::to_string(positions_[i]) + "]"; }
+  Label gradient_label(size_t i) const { return {"grads", positions_[i]}; }
+
+  static bool is_variable(const py::object& object, const Buffer& variable) {
+    if (is_ndarray_like(object, variable)) {
+      const auto array = py::reinterpret_borrow<py::array>(object);
+      return array.data() == variable.data && array.writeable();
+    }
+    const std::optional<Buffer> b = read_array(object, Label{variable.label});
+    return b && b->same_memory(variable) && b->writable;
+  }
 
   void add_state(const char* name, const py::object& object, size_t i) {
-    state_.push_back(read_state(object, std::string(name) + "[" + std::to_string(positions_[i]) + "]", variables_[i]));
+    state_.push_back(read_state(object, Label{name, positions_[i]}(), variables_[i]));
   }
 
   void add_tensor(size_t i) {
@@ -166,29 +171,38 @@ class Plan {
   // False if the gradient has to be converted first.
   bool add_gradient(const py::object& object, size_t i) {
     const Buffer& var = variables_[i];
+    if (is_ndarray_like(object, var)) {
+      set_gradient(py::reinterpret_borrow<py::array>(object).data(), i);
+      return true;
+    }
     std::optional<Buffer> g = read_array(object, gradient_label(i));
     if (!g) return false;
     if (g->shape != var.shape) {
-      throw py::value_error(gradient_label(i) + ": shape " + tuple_text(g->shape) + ", expected " +
+      throw py::value_error(gradient_label(i)() + ": shape " + tuple_text(g->shape) + ", expected " +
                             tuple_text(var.shape) + " like " + var.label);
     }
     if (g->dtype != var.dtype || !g->native_order || !g->same_layout(var) || !g->aligned()) return false;
-    if (g->size > 0) refuse_alias(*g, i);
-    gradients_.push_back(*std::move(g));
+    set_gradient(g->data, i);
+    exported_.push_back(std::move(g->owner));
     return true;
   }
 
-  void refuse_alias(const Buffer& g, size_t i) const {
-    const Interval wanted{g.end(), 0, nullptr};
+  void set_gradient(const void* data, size_t i) {
+    if (variables_[i].size > 0) refuse_alias(reinterpret_cast<uintptr_t>(data), i);
+    tensors_[i].grad = data;
+  }
+
+  void refuse_alias(uintptr_t begin, size_t i) const {
+    const Interval wanted{begin + variables_[i].end() - variables_[i].begin(), 0, nullptr};
     const auto after = std::lower_bound(written_.begin(), written_.end(), wanted);
-    if (after == written_.begin() || std::prev(after)->end <= g.begin()) return;
-    throw py::value_error(gradient_label(i) + ": shares memory with " + *std::prev(after)->label +
+    if (after == written_.begin() || std::prev(after)->end <= begin) return;
+    throw py::value_error(gradient_label(i)() + ": shares memory with " + *std::prev(after)->label +
                           ", which the step writes; expected a separate array");
   }
 
   std::vector<Buffer> variables_;
   std::vector<Buffer> state_;  // m, v[, vhat] of variable 0, then of variable 1, ...
-  std::vector<Buffer> gradients_;
+  std::vector<py::object> exported_;  // keep gradients that are not ndarrays alive during a step
   std::vector<int64_t> positions_;
   std::vector<TensorArgs> tensors_;
   std::vector<int64_t> heads_;

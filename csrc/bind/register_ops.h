@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "plan.h"
 
 namespace fastadam::bind {
@@ -26,13 +28,21 @@ inline void register_buffer(py::module_& m) {
   m.def(
       "read_array",
       [](const py::object& object, const std::string& label) -> std::optional<std::pair<py::array, bool>> {
-        std::optional<Buffer> b = read_array(object, label);
+        std::optional<Buffer> b = read_array(object, Label{label});
         if (!b) return std::nullopt;
         b->label = label;
         return std::make_pair(as_numpy(*b), b->dtype == DType::kBFloat16);
       },
       py::arg("object"), py::arg("label"));
 }
+
+// StepHyper of python/fastadam/hyper.py, a tuple in the order of AdamHyper.
+using HyperTuple = std::tuple<int64_t, double, double, double, double, double, double>;
+
+struct MakeHyper : AdamHyper {
+  template <class... Fields>
+  explicit MakeHyper(Fields... fields) : AdamHyper{fields...} {}
+};
 
 template <class Backend>
 void register_ops(py::module_& m) {
@@ -44,15 +54,12 @@ void register_ops(py::module_& m) {
       .def("check", &Plan::check, py::arg("gradients"))
       .def(
           "step",
-          [](Plan& plan, const py::list& gradients, int64_t step, double learning_rate, double decay, double beta_1,
-             double beta_2, double epsilon, double clip_value, const std::vector<double>& grad_factors,
+          [](Plan& plan, const py::list& gradients, const HyperTuple& hyper, const std::vector<double>& grad_factors,
              std::optional<py::array_t<int64_t>> counter) {
-            const AdamHyper hyper{learning_rate, decay, beta_1, beta_2, epsilon, clip_value, step};
-            plan.step(gradients, hyper, grad_factors, std::move(counter), &Backend::run);
+            plan.step(gradients, std::make_from_tuple<MakeHyper>(hyper), grad_factors, std::move(counter),
+                      &Backend::run);
           },
-          py::arg("gradients"), py::kw_only(), py::arg("step"), py::arg("learning_rate"), py::arg("decay"),
-          py::arg("beta_1"), py::arg("beta_2"), py::arg("epsilon"), py::arg("clip_value"), py::arg("grad_factors"),
-          py::arg("counter").noconvert());
+          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter").noconvert());
 }
 
 }  // namespace fastadam::bind

@@ -8,15 +8,15 @@
 
 namespace fastadam {
 
-// What the user chose, in double; `step` is t = iterations + 1 and counts from 1.
+// What the user chose, in double; in the order of StepHyper in python/fastadam/hyper.py.
 struct AdamHyper {
+  int64_t step;  // t = iterations + 1, from 1
   double learning_rate;
-  double decay;
   double beta_1;
   double beta_2;
   double epsilon;
+  double decay;
   double clip_value;  // infinity: no clipping
-  int64_t step;
 };
 
 template <class T>

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastadam.hyper import StepHyper
+
 __version__: str
 compiler: str
 openmp: bool
@@ -42,14 +44,7 @@ class Plan:
     def step(
         self,
         gradients: list[Any],
-        *,
-        step: int,
-        learning_rate: float,
-        decay: float,
-        beta_1: float,
-        beta_2: float,
-        epsilon: float,
-        clip_value: float,
+        hyper: StepHyper,
         grad_factors: list[float],
         counter: npt.NDArray[np.int64] | None,
     ) -> None: ...

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["DEFAULT_EPSILON", "StepHyper", "check_beta", "check_epsilon", "check_non_negative", "check_number"]
+__all__ = ["DEFAULT_EPSILON", "StepHyper", "check_beta", "check_epsilon", "check_clip", "check_non_negative", "check_number"]
 
 # tf.keras.backend.epsilon(): what `epsilon=None` and `epsilon=0` mean in TF's Adam (`epsilon or backend.epsilon()`).
 DEFAULT_EPSILON = 1e-7
@@ -48,26 +47,18 @@ def check_epsilon(value: Any) -> float:
     return (0.0 if value is None else check_non_negative("epsilon", value)) or DEFAULT_EPSILON
 
 
-@dataclass(frozen=True)
-class StepHyper:
-    """The checked numbers of one step, in double; ``step`` is t and counts from 1."""
+def check_clip(name: str, value: Any) -> float:
+    """A bound >= 0; None means none."""
+    return math.inf if value is None else check_non_negative(name, value)
 
-    step: int
+
+class StepHyper(NamedTuple):
+    """The checked numbers of one step, in double; the native ``Plan.step`` reads them in this order."""
+
+    step: int  # t, from 1
     learning_rate: float
     beta_1: float
     beta_2: float
     epsilon: float
     decay: float = 0.0
-    clipvalue: float | None = None
-
-    def as_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the native ``Plan.step``."""
-        return {
-            "step": self.step,
-            "learning_rate": self.learning_rate,
-            "decay": self.decay,
-            "beta_1": self.beta_1,
-            "beta_2": self.beta_2,
-            "epsilon": self.epsilon,
-            "clip_value": math.inf if self.clipvalue is None else self.clipvalue,
-        }
+    clip_value: float = math.inf

@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from fastadam._backend import _cpu
 from fastadam.gradients import convert_gradient
-from fastadam.hyper import StepHyper, check_beta, check_epsilon, check_non_negative, check_number
+from fastadam.hyper import StepHyper, check_beta, check_clip, check_epsilon, check_non_negative, check_number
 from fastadam.variable import buffers_of, unwrap
 
-__all__ = ["adam_step", "fit_gradients", "run_plan"]
+__all__ = ["adam_step", "fit_gradients"]
 
 
 def fit_gradients(
@@ -27,17 +27,6 @@ def fit_gradients(
     if unfit:
         plan.check(fitting)
     return fitting
-
-
-def run_plan(
-    plan: _cpu.Plan,
-    gradients: list[Any],
-    hyper: StepHyper,
-    grad_factors: list[float] | None = None,
-    counter: npt.NDArray[np.int64] | None = None,
-) -> None:
-    """The whole step: one native call, one release of the GIL, one parallel region."""
-    plan.step(gradients, grad_factors=grad_factors or [], counter=counter, **hyper.as_arguments())
 
 
 def adam_step(
@@ -101,7 +90,7 @@ def adam_step(
         beta_2=check_beta("beta_2", beta_2),
         epsilon=check_epsilon(epsilon),
         decay=check_non_negative("decay", decay),
-        clipvalue=None if clipvalue is None else check_non_negative("clipvalue", clipvalue),
+        clip_value=check_clip("clipvalue", clipvalue),
     )
     variables = list(vars) if isinstance(vars, (list, tuple)) else [vars]
     gradients, m_list, v_list = (_as_list(argument) for argument in (grads, m, v))
@@ -112,7 +101,7 @@ def adam_step(
     buffers = buffers_of(variables, positions)
     plan = _cpu.Plan(buffers, m_list, v_list, vhat_list, positions)
     factors = _check_factors(grad_factor, len(variables))
-    run_plan(plan, fit_gradients(plan, gradients, buffers, positions), hyper, factors)
+    plan.step(fit_gradients(plan, gradients, buffers, positions), hyper, factors, None)
 
 
 def _as_list(argument: Any) -> list[Any]:
@@ -129,9 +118,9 @@ def _check_step(step: Any) -> int:
     return count
 
 
-def _check_factors(grad_factor: float | Sequence[float] | None, count: int) -> list[float] | None:
+def _check_factors(grad_factor: float | Sequence[float] | None, count: int) -> list[float]:
     if grad_factor is None:
-        return None
+        return []
     if np.ndim(grad_factor) == 0:
         return [check_number("grad_factor", grad_factor)] * count
     factors = [check_number(f"grad_factor[{i}]", factor) for i, factor in enumerate(list(grad_factor))]  # type: ignore[arg-type]

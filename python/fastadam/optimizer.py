@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._backend import _cpu
-from fastadam.hyper import StepHyper, check_beta, check_epsilon, check_non_negative, check_number
-from fastadam.ops import fit_gradients, run_plan
+from fastadam.hyper import StepHyper, check_beta, check_clip, check_epsilon, check_non_negative, check_number
+from fastadam.ops import fit_gradients
 from fastadam.slots import Initializer, SlotStore, initial_value, zeros_like_variable
 from fastadam.variable import buffers_of, label_of, unwrap
 
@@ -172,7 +172,7 @@ class Adam:
             beta_2=self.beta_2,
             epsilon=self.epsilon,
             decay=self.decay,
-            clipvalue=self._clipvalue,
+            clip_value=check_clip("clipvalue", self._clipvalue),
         )
 
     # ---- the step --------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class Adam:
                 self._make_plan(variables, gradients, positions)
             assert self._plan is not None
             gradients = fit_gradients(self._plan, gradients, self._buffers, positions)
-            run_plan(self._plan, gradients, hyper, counter=self._iterations)
+            self._plan.step(gradients, hyper, [], self._iterations)
             return self.iterations
 
     def _plan_fits(self, variables: Sequence[Any], positions: list[int]) -> bool:

@@ -73,11 +73,6 @@ std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t>>> split(const std:
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("__version__") = FASTADAM_VERSION;
   m.attr("compiler") = FASTADAM_COMPILER;
-#if defined(_OPENMP)
-  m.attr("openmp") = true;
-#else
-  m.attr("openmp") = false;
-#endif
   fastadam::bind::register_ops<CpuBackend>(m);
   m.def("compiled_isas", &compiled_isas);
   m.def("current_isa", [] { return std::string(cpu::current_isa().name); });

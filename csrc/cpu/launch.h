@@ -6,10 +6,10 @@
 
 namespace fastadam::cpu {
 
-// One parallel region for the whole step, equal shares of elements per thread; small steps stay on the caller's thread.
-void run_step(StepArgs step);
+// One parallel job for the whole step, equal shares of elements per thread; small steps stay on the caller's thread.
+void run_step(const StepArgs& step);
 
-// 0: the default, which is OMP_NUM_THREADS, else the CPUs this process may run on.
+// 0: the default, the CPUs this process may run on.
 void set_num_threads(int count);
 int requested_threads();  // as last set
 int num_threads();        // in force

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 try:
@@ -37,6 +38,10 @@ def _read_environment() -> None:
     threads = os.environ.get("FASTADAM_NUM_THREADS")
     if threads:
         _cpu.set_num_threads(parse_thread_count(threads, "environment variable FASTADAM_NUM_THREADS"))
+    elif openmp_threads := os.environ.get("OMP_NUM_THREADS"):
+        # A list such as "4,2" is for nested regions: the first number counts. Not ours to complain about.
+        with contextlib.suppress(ValueError):
+            _cpu.set_num_threads(parse_thread_count(openmp_threads.split(",")[0], "OMP_NUM_THREADS"))
 
 
 _read_environment()

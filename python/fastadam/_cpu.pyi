@@ -9,7 +9,6 @@ from fastadam.hyper import StepHyper
 
 __version__: str
 compiler: str
-openmp: bool
 
 class Buffer:
     """A writable variable as it lies in memory; keeps its owner alive."""

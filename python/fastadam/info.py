@@ -79,7 +79,7 @@ def show_config() -> None:
         "compiler": _cpu.compiler,
         "isas": compiled,
         "isa in use": current_isa(),
-        "threads": f"{num_threads()} ({'OpenMP' if _cpu.openmp else 'std::thread'})",
+        "threads": str(num_threads()),
         "cuda": cuda.describe(),
     }
     for label, value in rows.items():

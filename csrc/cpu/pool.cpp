@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "pool.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace fastadam::cpu {
+namespace {
+
+// Long enough to meet the next of several small steps in a row, short enough not to hold a core that BLAS wants.
+constexpr std::chrono::microseconds kSpin{40};
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+template <class Condition>
+bool spin_until(const Condition& condition) {
+  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  while (std::chrono::steady_clock::now() < deadline) {
+    for (int i = 0; i < 16; ++i) {
+      if (condition()) return true;
+      relax();
+    }
+  }
+  return condition();
+}
+
+class Pool {
+ public:
+  void run(Job& job) {
+    const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (!turn.owns_lock()) return job.work(0);
+    start_helpers(job.shares() - 1);
+    open(job);
+    job.work(0);
+    close();
+  }
+
+ private:
+  void start_helpers(int count) {
+    if (helpers_ >= count) return;
+    // Signals are for the interpreter's threads.
+    sigset_t all;
+    sigset_t before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      for (; helpers_ < count; ++helpers_) std::thread(&Pool::help, this, helpers_ + 1).detach();
+    } catch (const std::system_error&) {
+      // No more threads to be had: the others do the work.
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
+  void open(Job& job) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job;
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    if (sleeping_ > 0) opened_.notify_all();
+  }
+
+  // Nobody may begin any more; waits for those inside. They have a block each at most.
+  void close() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    job_ = nullptr;
+    if (inside_ == 0) return;
+    lock.unlock();
+    if (spin_until([this] { return inside_ == 0; })) return;
+    lock.lock();
+    left_.wait(lock, [this] { return inside_ == 0; });
+  }
+
+  void help(int index) {
+    uint64_t seen = 0;
+    while (true) {
+      wait_for_job(seen);
+      Job* job = nullptr;
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        seen = generation_;
+        if (job_ == nullptr || index >= job_->shares()) continue;
+        job = job_;
+        ++inside_;
+      }
+      job->work(index);
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (--inside_ == 0) left_.notify_one();
+    }
+  }
+
+  void wait_for_job(uint64_t seen) {
+    const auto changed = [this, seen] { return generation_.load(std::memory_order_acquire) != seen; };
+    if (spin_until(changed)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    ++sleeping_;
+    opened_.wait(lock, changed);
+    --sleeping_;
+  }
+
+  std::mutex turn_;  // held for a whole job
+  std::mutex mutex_;
+  std::condition_variable opened_;
+  std::condition_variable left_;
+  Job* job_ = nullptr;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> inside_{0};
+  std::atomic<int> sleeping_{0};
+  int helpers_ = 0;  // guarded by turn_
+};
+
+// Never destroyed: helpers may still look at it while the process exits.
+Pool* pool = new Pool;
+
+// The helpers do not exist in a forked child, and a lock may have been held: it starts afresh.
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+
+}  // namespace
+
+Job::Job(int shares, int64_t blocks_per_share, RunBlock run_block, const void* context)
+    : shares_(shares),
+      blocks_per_share_(blocks_per_share),
+      run_block_(run_block),
+      context_(context),
+      cursors_(new Cursor[static_cast<size_t>(shares)]) {}
+
+void Job::work(int own_share) {
+  for (int turn = 0; turn < shares_; ++turn) {
+    const int share = (own_share + turn) % shares_;
+    std::atomic<int64_t>& next = cursors_[share].next;
+    while (next.load(std::memory_order_relaxed) < blocks_per_share_) {
+      const int64_t block = next.fetch_add(1, std::memory_order_relaxed);
+      if (block >= blocks_per_share_) break;
+      run_block_(context_, share * blocks_per_share_ + block);
+    }
+  }
+}
+
+void run_job(Job& job) { pool->run(job); }
+
+}  // namespace fastadam::cpu

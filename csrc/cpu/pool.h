@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Threads for one job at a time: the caller and helpers that sleep between steps.
+//
+// Why not an OpenMP region: its closing barrier waits for every thread of the team, even one that was never scheduled.
+// After a NumPy matrix product the BLAS threads still spin on their cores, and such a step took 5 times as long
+// (bench/README.md). Here nobody waits for a helper that has not begun: the caller takes its work. The pool also
+// survives fork(), after which a libgomp region hangs.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+namespace fastadam::cpu {
+
+// The blocks of `shares` equal shares. A thread takes the blocks of its own share in order, then those left in others.
+class Job {
+ public:
+  using RunBlock = void (*)(const void* context, int64_t block);
+
+  Job(int shares, int64_t blocks_per_share, RunBlock run_block, const void* context);
+
+  // What a thread does with the job; returns when no block is left to begin.
+  void work(int own_share);
+
+  int shares() const { return shares_; }
+
+ private:
+  struct alignas(64) Cursor {
+    std::atomic<int64_t> next{0};
+  };
+
+  const int shares_;
+  const int64_t blocks_per_share_;
+  const RunBlock run_block_;
+  const void* const context_;
+  const std::unique_ptr<Cursor[]> cursors_;
+};
+
+// Runs every block of the job and returns when all are done. Called from two threads at once, one works alone.
+void run_job(Job& job);
+
+}  // namespace fastadam::cpu

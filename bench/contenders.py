@@ -12,7 +12,7 @@ HYPER = {"learning_rate": 0.001, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7
 
 
 def buffers(sizes: list[int], state: str = "none") -> list[list[np.ndarray]]:
-    """Variables and gradients as NumPy allocates them; then m and v, "numpy" or "placed" as fastadam places its slots."""
+    """Variables and gradients as NumPy allocates them; m and v too ("numpy") or as fastadam's slots ("placed")."""
     from fastadam._backend import _cpu
     from fastadam.slots import zeros_like_variable
 

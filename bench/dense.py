@@ -1,6 +1,6 @@
 """One float32 array from 1e3 to 1e9 bytes of traffic: how near to the traffic floor, against torch fused and NumPy.
 
-    python bench/dense.py [--turns N]        needs torch (CPU) and a C++ compiler for the floor
+python bench/dense.py [--turns N]        needs torch (CPU) and a C++ compiler for the floor
 """
 
 from __future__ import annotations

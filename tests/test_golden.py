@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import fastadam
 import numpy as np
@@ -75,11 +76,13 @@ def test_a_buffer_cut_in_pieces_has_the_same_bits_as_whole(name, isa, golden):
     case = next(case for case in CASES if case.name == name)
     (whole,), gradients = case.arrays()
     cuts = [0, 1, 5, 64, 100, whole.size]
-    pieces = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    pieces = [slice(a, b) for a, b in pairwise(cuts)]
     optimizer = fastadam.Adam(**case.options)
     for (gradient,) in gradients:
         optimizer.apply_gradients([(gradient[piece], whole[piece]) for piece in pieces])
-    slots = [np.concatenate([optimizer.get_slot(whole[p], name) for p in pieces]) for name in optimizer.get_slot_names()]
+    slots = [
+        np.concatenate([optimizer.get_slot(whole[p], name) for p in pieces]) for name in optimizer.get_slot_names()
+    ]
     assert_same_bits(case, [whole, *slots], golden)
 
 

@@ -94,6 +94,12 @@ inline std::optional<DType> dtype_of(const py::dtype& dtype) {
   return std::nullopt;
 }
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+constexpr bool kLittleEndian = false;
+#else
+constexpr bool kLittleEndian = true;
+#endif
+
 inline bool is_plain_ndarray(py::handle object) {
   return std::strcmp(Py_TYPE(object.ptr())->tp_name, "numpy.ndarray") == 0;
 }
@@ -108,8 +114,8 @@ inline Buffer from_ndarray(const py::array& array) {
   b.strides.assign(array.strides(), array.strides() + array.ndim());
   b.item_size = dtype.itemsize();
   b.writable = array.writeable();
-  const char byte_order = dtype.byteorder();
-  b.native_order = byte_order != '<' && byte_order != '>';
+  // '=' and '|' are native; an explicit '<' or '>' may be too.
+  b.native_order = dtype.byteorder() != (kLittleEndian ? '>' : '<');
   b.owner = array;
   if (is_plain_ndarray(array)) {
     b.ndarray_type = Py_TYPE(array.ptr());
@@ -128,7 +134,8 @@ inline void read_dltensor(Buffer& b, const dlpack::DLTensor& t) {
   if (is_float && t.dtype.bits == 16) b.dtype = DType::kFloat16;
   if (t.dtype.code == dlpack::kDLBfloat && t.dtype.bits == 16 && t.dtype.lanes == 1) b.dtype = DType::kBFloat16;
   if (!b.dtype) {
-    b.dtype_name = "DLPack type (code " + std::to_string(t.dtype.code) + ", " + std::to_string(t.dtype.bits) + " bits)";
+    constexpr const char* kCodes[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+    b.dtype_name = (t.dtype.code < 7 ? kCodes[t.dtype.code] : "DLPack type ") + std::to_string(t.dtype.bits);
   }
   b.shape.assign(t.shape, t.shape + t.ndim);
   b.strides.resize(b.shape.size());

@@ -60,10 +60,9 @@ std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t>>> split(const std:
   };
   std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t>>> result(static_cast<size_t>(shares));
   for (int64_t share = 0; share < shares; ++share) {
-    fastadam::for_each_piece(offsets.data(), static_cast<int64_t>(sizes.size()), share, shares, place,
-                             [&](int64_t k, int64_t begin, int64_t end) {
-                               result[static_cast<size_t>(share)].emplace_back(k, begin, end);
-                             });
+    fastadam::for_each_piece(
+        offsets.data(), static_cast<int64_t>(sizes.size()), share, shares, place,
+        [&](int64_t k, int64_t begin, int64_t end) { result[static_cast<size_t>(share)].emplace_back(k, begin, end); });
   }
   return result;
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of the DLPack ABI that is read here (https://dmlc.github.io/dlpack/latest/c_api.html), names as in its header.
+// The part of the DLPack ABI that is read here (https://dmlc.github.io/dlpack/latest/c_api.html), names as in its
+// header.
 #pragma once
 
 #include <cstdint>

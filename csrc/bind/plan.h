@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A step in two halves: Plan(...) checks a set of variables and their state once, check()/step() the gradients each time.
-// A cache of pointers, not state: the optimizer rebuilds it whenever the set of buffers changes.
+// A step in two halves: Plan(...) checks a set of variables and their state once, check()/step() the gradients each
+// time. A cache of pointers, not state: the optimizer rebuilds it whenever the set of buffers changes.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -201,7 +201,7 @@ class Plan {
   }
 
   std::vector<Buffer> variables_;
-  std::vector<Buffer> state_;  // m, v[, vhat] of variable 0, then of variable 1, ...
+  std::vector<Buffer> state_;         // m, v[, vhat] of variable 0, then of variable 1, ...
   std::vector<py::object> exported_;  // keep gradients that are not ndarrays alive during a step
   std::vector<int64_t> positions_;
   std::vector<TensorArgs> tensors_;

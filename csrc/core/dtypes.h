@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Element types: how each is stored, loaded for arithmetic and rounded back.
 // Included by every kernel and by the binding. Must stay free of Python, OpenMP, the CUDA runtime and std containers.
-// The conversions are integer code without branches: every ISA vectorises them and flush-to-zero cannot touch them.
+// The conversions have no branches, so that every ISA vectorises them, and no denormal operands that would be flushed.
 #pragma once
 
 #include <cstdint>
@@ -87,18 +87,14 @@ FASTADAM_INLINE Float16 store<Float16>(float x) {
   // Below 2^-14 the float16 spacing is 2^-24, which is the spacing of float32 at 0.5: the addition does the rounding.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-  half = magnitude >= 0x477ff000u ? 0x7c00u : half;                                        // 65520 and above
-  half = magnitude > 0x7f800000u ? (0x7e00u | ((magnitude >> 13) & 0x1ffu)) : half;        // quiet NaN
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;                                  // 65520 and above
+  half = magnitude > 0x7f800000u ? (0x7e00u | ((magnitude >> 13) & 0x1ffu)) : half;  // quiet NaN
   return {static_cast<uint16_t>(sign | half)};
 }
 
-FASTADAM_INLINE int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+FASTADAM_INLINE int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // dtype of m, v and vhat for a variable of this dtype.
-FASTADAM_INLINE DType state_dtype(DType dtype) {
-  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-}
+FASTADAM_INLINE DType state_dtype(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
 }  // namespace fastadam

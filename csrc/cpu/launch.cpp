@@ -79,7 +79,9 @@ void run_step(const StepArgs& step) {
   const int64_t blocks_per_share =
       std::min(kMaxBlocksPerShare, std::max<int64_t>(1, total / shares / kMinElementsPerBlock));
   launch.blocks = shares * blocks_per_share;
-  const auto run_block = [](const void* context, int64_t block) { static_cast<const Launch*>(context)->run_block(block); };
+  const auto run_block = [](const void* context, int64_t block) {
+    static_cast<const Launch*>(context)->run_block(block);
+  };
   Job job(shares, blocks_per_share, run_block, &launch);
   run_job(job);
 }

@@ -14,7 +14,7 @@ __all__ = ["bfloat16_to_float32", "convert_gradient", "float32_to_bfloat16"]
 
 def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     """Widen bfloat16 bits; exact."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.asarray((bits.astype(np.uint32) << np.uint32(16)).view(np.float32))
 
 
 def float32_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
@@ -40,8 +40,7 @@ def convert_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
     order: Any = variable.order
     if variable.dtype == "bfloat16":
         return _cpu.bfloat16_bits(np.asarray(float32_to_bfloat16(values.astype(np.float32)), order=order))
-    converted = np.array(values, dtype=variable.dtype, order=order)
-    return converted
+    return np.array(values, dtype=variable.dtype, order=order)
 
 
 def _as_array(gradient: Any, label: str) -> npt.NDArray[Any]:

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["DEFAULT_EPSILON", "StepHyper", "check_beta", "check_epsilon", "check_clip", "check_non_negative", "check_number"]
+__all__ = [
+    "DEFAULT_EPSILON",
+    "StepHyper",
+    "check_beta",
+    "check_clip",
+    "check_epsilon",
+    "check_non_negative",
+    "check_number",
+]
 
 # tf.keras.backend.epsilon(): what `epsilon=None` and `epsilon=0` mean in TF's Adam (`epsilon or backend.epsilon()`).
 DEFAULT_EPSILON = 1e-7

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastadam._backend import _cpu
 from fastadam.gradients import convert_gradient

@@ -15,12 +15,12 @@ import numpy.typing as npt
 from fastadam._backend import _cpu
 from fastadam.hyper import StepHyper, check_beta, check_clip, check_epsilon, check_non_negative, check_number
 from fastadam.ops import fit_gradients
-from fastadam.slots import Initializer, SlotStore, initial_value, zeros_like_variable
+from fastadam.slots import Initializer, SlotStore, initial_value
 from fastadam.variable import buffers_of, label_of, unwrap
 
 __all__ = ["Adam"]
 
-HyperValue = float | Callable[[], float]
+HyperValue = float | Callable[[], float] | None  # None: the default of epsilon
 
 _CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 _live_optimizers: weakref.WeakSet[Adam] = weakref.WeakSet()
@@ -84,9 +84,9 @@ class Adam:
     >>> w = np.array([1.0, 2.0], dtype=np.float32)
     >>> opt = fastadam.Adam(learning_rate=0.1)
     >>> step = opt.apply_gradients([(np.array([0.5, -0.5], np.float32), w)])
-    >>> w
+    >>> w.round(5)
     array([0.9, 2.1], dtype=float32)
-    >>> int(opt.iterations), opt.get_slot(w, "m")
+    >>> int(opt.iterations), opt.get_slot(w, "m").round(5)
     (1, array([ 0.05, -0.05], dtype=float32))
     """
 
@@ -158,7 +158,8 @@ class Adam:
     @property
     def iterations(self) -> np.int64:
         """Steps made so far. Setting it continues from there: after ``opt.iterations = 5`` the next step uses t = 6."""
-        return np.int64(self._iterations)
+        count: np.int64 = np.int64(int(self._iterations))
+        return count
 
     @iterations.setter
     def iterations(self, value: int) -> None:
@@ -220,17 +221,11 @@ class Adam:
     def _make_plan(self, variables: Sequence[Any], gradients: Sequence[Any], positions: list[int]) -> None:
         """Create the slots that are missing, but only when the whole step has been found good."""
         buffers = buffers_of(variables, positions)
-        created = [(b, name, zeros_like_variable(b)) for b, name in self._slots.missing(buffers, self._slot_names())]
-        fresh = {(b.address, b.shape, name): array for b, name, array in created}
-
-        def slots_named(name: str) -> list[npt.NDArray[Any]]:
-            return [fresh[key] if (key := (b.address, b.shape, name)) in fresh else self._slots.find(b)[name] for b in buffers]  # type: ignore[index]
-
-        vhat = slots_named("vhat") if self.amsgrad else None
-        plan = _cpu.Plan(buffers, slots_named("m"), slots_named("v"), vhat, positions)
+        (m, v, *vhat), created = self._slots.prepare(buffers, self._slot_names())
+        plan = _cpu.Plan(buffers, m, v, vhat[0] if vhat else None, positions)
         fit_gradients(plan, gradients, buffers, positions)
-        for buffer, name, array in created:
-            self._slots.add(buffer, name, array)
+        for slot in created:
+            self._slots.add(*slot)
         self._plan, self._plan_key, self._buffers = plan, self._current_plan_key(), buffers
 
     def _slot_names(self) -> list[str]:
@@ -243,8 +238,8 @@ class Adam:
         variables = list(var_list)
         buffers = buffers_of(variables, range(len(variables)))
         with self._lock:
-            for buffer, name in self._slots.missing(buffers, self._slot_names()):
-                self._slots.add(buffer, name, zeros_like_variable(buffer))
+            for slot in self._slots.prepare(buffers, self._slot_names())[1]:
+                self._slots.add(*slot)
 
     @property
     def weights(self) -> list[npt.NDArray[Any]]:
@@ -273,8 +268,8 @@ class Adam:
             new = [np.asarray(weight) for weight in _drop_keras1_dummies(list(weights), len(current))]
             if len(new) != len(current):
                 raise ValueError(
-                    f"You called `set_weights(weights)` on optimizer {self.name} with a weight list of length {len(new)}, "
-                    f"but the optimizer was expecting {len(current)} weights."
+                    f"You called `set_weights(weights)` on optimizer {self.name} with a weight list of length "
+                    f"{len(new)}, but the optimizer was expecting {len(current)} weights."
                 )
             for i, (old, value) in enumerate(zip(current, new, strict=True)):
                 if old.shape != value.shape:

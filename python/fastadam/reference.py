@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -35,16 +33,16 @@ def adam_step(
     >>> float(var[0].round(6)), float(m[0].round(6))
     (0.900001, 0.05)
     """
-    var, g, m, v = (np.asarray(x, dtype=np.float64) for x in (var, grad, m, v))
+    theta, g, m, v = (np.asarray(x, dtype=np.float64) for x in (var, grad, m, v))
     if clipvalue is not None:
         g = np.clip(g, -clipvalue, clipvalue)
     g = g * grad_factor
     alpha_t = learning_rate / (1 + decay * (step - 1)) * np.sqrt(1 - beta_2**step) / (1 - beta_1**step)
     m = m + (g - m) * (1 - beta_1)
     v = v + (g**2 - v) * (1 - beta_2)
-    second_moment: Any = v
+    second_moment = v
     if vhat is not None:
-        # Against a NaN the old maximum stays, as in TF.
-        second_moment = vhat = np.where(v > np.asarray(vhat, dtype=np.float64), v, np.asarray(vhat, dtype=np.float64))
-    var = var - m * alpha_t / (np.sqrt(second_moment) + epsilon)
-    return var, m, v, vhat
+        old = np.asarray(vhat, dtype=np.float64)
+        second_moment = vhat = np.where(v > old, v, old)  # against a NaN the old maximum stays, as in TF
+    theta = theta - m * alpha_t / (np.sqrt(second_moment) + epsilon)
+    return theta, m, v, vhat

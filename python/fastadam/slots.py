@@ -15,6 +15,8 @@ from fastadam._backend import _cpu
 __all__ = ["Initializer", "SlotStore", "initial_value"]
 
 Key = tuple[int, tuple[int, ...], str, str]
+Array = npt.NDArray[Any]
+NewSlot = tuple[_cpu.Buffer, str, Array]
 Initializer = str | Callable[..., npt.ArrayLike] | npt.ArrayLike
 
 
@@ -66,22 +68,30 @@ class SlotStore:
         for begin, end, known in self._intervals[max(at - 1, 0) : at + 1]:
             if begin < buffer.address + buffer.nbytes and buffer.address < end:
                 raise ValueError(
-                    f"{buffer.label}: overlaps a variable of this optimizer known as {known.dtype} {known.shape} in order "
-                    f"{known.order}, expected that view or separate memory, got {buffer.dtype} {buffer.shape} in order "
-                    f"{buffer.order}"
+                    f"{buffer.label}: overlaps a variable of this optimizer known as {known.dtype} {known.shape} in "
+                    f"order {known.order}, expected that view or separate memory, got {buffer.dtype} {buffer.shape} in "
+                    f"order {buffer.order}"
                 )
 
-    def missing(self, buffers: Sequence[_cpu.Buffer], names: Sequence[str]) -> list[tuple[_cpu.Buffer, str]]:
-        """What add_missing would create, in TF's order: all m, then all v, then all vhat."""
-        created: dict[tuple[Key, str], tuple[_cpu.Buffer, str]] = {}
+    def prepare(self, buffers: Sequence[_cpu.Buffer], names: Sequence[str]) -> tuple[list[list[Array]], list[NewSlot]]:
+        """For each name the slots of these variables, and the new ones among them, which are not registered yet.
+
+        The new ones come in TF's order: all m, then all v, then all vhat.
+        """
+        new: dict[tuple[Key, str], NewSlot] = {}
         for name in names:
             for buffer in buffers:
-                slots = self.find(buffer)
-                if slots is None:
+                known = self.find(buffer)
+                if known is None:
                     self.require_new_memory(buffer)
-                if slots is None or name not in slots:
-                    created.setdefault((key_of(buffer), name), (buffer, name))
-        return list(created.values())
+                key = (key_of(buffer), name)
+                if (known is None or name not in known) and key not in new:
+                    new[key] = (buffer, name, zeros_like_variable(buffer))
+        slots = [
+            [new[key][2] if (key := (key_of(b), name)) in new else self._entries[key[0]].slots[name] for b in buffers]
+            for name in names
+        ]
+        return slots, list(new.values())
 
     def add(self, buffer: _cpu.Buffer, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Register a new slot."""
@@ -89,7 +99,9 @@ class SlotStore:
         if key not in self._entries:
             self._entries[key] = _Entry(buffer)
             if buffer.nbytes:
-                bisect.insort(self._intervals, (buffer.address, buffer.address + buffer.nbytes, buffer), key=lambda i: i[:2])
+                bisect.insort(
+                    self._intervals, (buffer.address, buffer.address + buffer.nbytes, buffer), key=lambda i: i[:2]
+                )
         self._entries[key].slots[name] = array
         self.arrays.append(array)
         if name not in self.names:

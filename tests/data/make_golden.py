@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cases import CASES, GOLDEN, STORED, digest  # noqa: E402
+from cases import CASES, GOLDEN, STORED, digest
 
 
 def trajectory(case):

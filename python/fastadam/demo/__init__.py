@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Network:
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.parameters: list[Array] = []
-        for inputs, outputs in zip(LAYERS, LAYERS[1:], strict=False):
+        for inputs, outputs in pairwise(LAYERS):
             self.parameters.append(rng.normal(0, np.sqrt(2 / inputs), (inputs, outputs)).astype(np.float32))
             self.parameters.append(np.zeros(outputs, np.float32))
 

@@ -1,0 +1,82 @@
+"""Instruction sets can be listed, named and forced; a wrong name is a clear error."""
+
+from __future__ import annotations
+
+import platform
+import re
+
+import fastadam
+import pytest
+from fastadam._backend import _cpu
+from test_threads import run_python
+
+
+def test_isas_of_this_machine():
+    compiled = [name for name, _ in _cpu.compiled_isas()]
+    expected = {"x86_64": ["baseline", "avx2", "avx512"], "aarch64": ["neon"], "arm64": ["neon"]}
+    assert compiled == expected.get(platform.machine(), ["baseline"])
+    assert fastadam.isas()[0] == compiled[0]
+    assert set(fastadam.isas()) <= set(compiled)
+    assert fastadam.info.current_isa() in fastadam.isas()
+
+
+def test_the_widest_isa_is_the_default():
+    result = run_python("import fastadam; print(fastadam.info.current_isa() == fastadam.isas()[-1])")
+    assert result.stdout.split() == ["True"]
+
+
+@pytest.mark.parametrize("name", fastadam.isas())
+def test_an_isa_is_forced_by_name_and_by_the_environment(name):
+    fastadam.set_isa(name)
+    assert fastadam.info.current_isa() == name
+    result = run_python("import fastadam; print(fastadam.info.current_isa())", FASTADAM_ISA=name)
+    assert result.stdout.split() == [name]
+
+
+@pytest.mark.parametrize("name", ["avx9000", "", "AVX2"])
+def test_an_unknown_isa_is_refused_with_the_list_of_known_ones(name):
+    before = fastadam.info.current_isa()
+    with pytest.raises(
+        ValueError, match=re.escape(f"isa '{name}': not in this build, expected one of '{fastadam.isas()[0]}'")
+    ):
+        fastadam.set_isa(name)
+    assert fastadam.info.current_isa() == before
+
+
+def test_an_isa_that_is_no_text_is_refused():
+    with pytest.raises(TypeError, match="isa: int, expected one of"):
+        fastadam.set_isa(3)
+
+
+def test_every_isa_this_cpu_lacks_is_refused():
+    for name, usable in _cpu.compiled_isas():
+        if not usable:
+            with pytest.raises(ValueError, match=f"isa '{name}': not supported by this CPU, expected one of"):
+                fastadam.set_isa(name)
+
+
+def test_an_unknown_isa_of_the_environment_is_a_clear_error():
+    result = run_python("import fastadam", FASTADAM_ISA="avx9000")
+    assert result.returncode != 0
+    assert "environment variable FASTADAM_ISA: isa 'avx9000': not in this build, expected one of" in result.stderr
+
+
+def test_a_missing_extension_is_a_helpful_import_error():
+    result = run_python("import sys; sys.modules['fastadam._cpu'] = None; import fastadam")
+    assert "ImportError: fastadam: its compiled extension fastadam._cpu is missing or does not load" in result.stderr
+    assert "pip install ." in result.stderr
+
+
+def test_a_broken_extension_is_a_helpful_import_error(tmp_path):
+    code = f"""
+import importlib.util, pathlib, shutil, sys
+source = pathlib.Path(importlib.util.find_spec("fastadam").origin).parent
+copy = pathlib.Path({str(tmp_path)!r}) / "fastadam"
+shutil.copytree(source, copy)
+suffix = pathlib.Path(importlib.util.find_spec("fastadam._cpu").origin).name if False else "_cpu" + __import__("sysconfig").get_config_var("EXT_SUFFIX")
+(copy / suffix).write_bytes(b"not a library")
+sys.path.insert(0, {str(tmp_path)!r})
+import fastadam
+"""
+    result = run_python(code)
+    assert "ImportError: fastadam: its compiled extension fastadam._cpu is missing or does not load" in result.stderr

@@ -1,0 +1,108 @@
+"""The promises of the repository itself: examples run, documents name what exists, one version, the public names."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import fastadam
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+DOCUMENTS = ["README.md", "csrc/README.md", "bench/README.md", ".github/CONTRIBUTING.md"]
+MODULES = [
+    "fastadam",
+    *(f"fastadam.{m.name}" for m in pkgutil.iter_modules(fastadam.__path__) if m.name not in ("_cpu", "__main__")),
+]
+
+
+def test_readme_has_three_examples():
+    assert len(EXAMPLES) == 3
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.strip().splitlines()[3][:30])
+def test_an_example_of_the_readme_runs(example):
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_readme_has_two_set_up_commands():
+    commands = [line.strip() for line in README.splitlines() if line.startswith("    python3 -m venv")]
+    assert [("demo" in c, "pytest" in c) for c in commands] == [(True, False), (False, True)]
+    assert commands[1] in (ROOT / ".ci" / "run").read_text() or "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_of_docstrings_run(module):
+    result = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def test_every_public_name_has_a_docstring_with_an_example():
+    for name in fastadam.__all__:
+        value = getattr(fastadam, name)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            assert value.__doc__, name
+            assert ">>>" in value.__doc__ or name == "show_config", name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_that_a_document_names_exist(document):
+    text = (ROOT / document).read_text()
+    tops = "csrc|python|tests|bench|core|cpu|bind"
+    paths = set(re.findall(rf"(?<![\w/.])((?:{tops})/[\w./-]*\w)", text))
+    roots = [ROOT, ROOT / "csrc", ROOT / "python" / "fastadam", (ROOT / document).parent]
+    assert paths
+    missing = [path for path in sorted(paths) if not any((root / path).exists() for root in roots)]
+    assert missing == []
+
+
+def test_there_is_one_version():
+    versions = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert versions == [fastadam.__version__] == [importlib.metadata.version("fastadam")]
+
+
+def test_the_stub_names_what_the_extension_has():
+    from fastadam import _cpu
+
+    stub = (ROOT / "python" / "fastadam" / "_cpu.pyi").read_text()
+    declared = set(re.findall(r"^(?:def|class) (\w+)|^(\w+):", stub, re.MULTILINE))
+    names = {first or second for first, second in declared}
+    assert names == {name for name in dir(_cpu) if not name.startswith("__") or name == "__version__"}
+    for kind in ("Buffer", "Plan"):
+        body = stub.split(f"class {kind}")[1].split("\nclass ")[0].split("\ndef ")[0]
+        assert set(re.findall(r"    def (\w+)\(", body)) - {"__init__"} == {
+            name for name in dir(getattr(_cpu, kind)) if not name.startswith("_")
+        }
+
+
+def test_the_update_rule_stands_once_in_cpp():
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu"}]
+    assert len(sources) > 10
+    assert [
+        path.name for path in sources if "one_minus_beta_2;" in path.read_text() and "sqrt(" in path.read_text()
+    ] in (
+        ["adam_math.h", "step_scalars.h"],
+        ["step_scalars.h", "adam_math.h"],
+    )
+
+
+def test_core_includes_nothing_but_core():
+    for path in (ROOT / "csrc" / "core").iterdir():
+        for include in re.findall(r"#include (\S+)", path.read_text()):
+            assert (
+                include in ("<cmath>", "<cstdint>", "<cstring>")
+                or (ROOT / "csrc" / "core" / include.strip('"')).exists()
+            )
+
+
+def test_the_package_is_typed_and_shows_its_signature():
+    assert (Path(fastadam.__file__).parent / "py.typed").exists()
+    parameters = list(inspect.signature(fastadam.Adam).parameters)
+    assert parameters == ["learning_rate", "beta_1", "beta_2", "epsilon", "amsgrad", "name", "sparse_update", "kwargs"]

@@ -104,6 +104,43 @@ print("done")
     assert result.stdout.split() == ["done"], result.stderr
 
 
+INTERRUPT = """
+import os, signal, threading, time
+import fastadam, numpy as np
+rng = np.random.default_rng(0)
+variables = [rng.standard_normal(n, dtype=np.float32) for n in (100_003, 5)]
+gradients = [rng.standard_normal(n, dtype=np.float32) for n in (100_003, 5)]
+copies = [v.copy() for v in variables]
+optimizer, again = fastadam.Adam(0.01), fastadam.Adam(0.01)
+end = time.monotonic() + 1.5
+
+def interrupt():
+    while time.monotonic() < end:
+        time.sleep(0.0005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+thread = threading.Thread(target=interrupt)
+caught = 0
+while time.monotonic() < end + 0.2:
+    try:
+        if thread.ident is None:
+            thread.start()
+        while time.monotonic() < end + 0.2:
+            optimizer.apply_gradients(zip(gradients, variables))
+    except KeyboardInterrupt:
+        caught += 1
+for _ in range(optimizer.iterations):
+    again.apply_gradients(zip(gradients, copies))
+print(caught > 10, all((v == c).all() for v, c in zip(variables, copies)))
+"""
+
+
+def test_ctrl_c_at_any_moment_leaves_whole_steps():
+    """The variables are where as many steps as `iterations` counts bring them."""
+    result = run_python(INTERRUPT)
+    assert result.stdout.split() == ["True", "True"], result.stderr
+
+
 def test_steps_of_several_threads_at_once_do_not_disturb_each_other():
     variable, gradient = problem()
     expected = steps(fastadam.Adam(0.1), gradient, variable.copy())

@@ -28,6 +28,7 @@ FASTADAM_INLINE void adam_update(T& var, T g, T& m, T& v, T& vhat, const StepSca
   v += (g * g - v) * s.one_minus_beta_2;
   T second_moment = v;
   if constexpr (kAmsgrad) {
+    vhat += T(0);  // flushes a denormal; else it would depend on the instruction that compares
     vhat = v > vhat ? v : vhat;
     second_moment = vhat;
   }

@@ -56,7 +56,7 @@ class Worker:
         self._process.wait()
 
 
-def take_turns(workers: list[Worker], turns: int, seconds_per_turn: float = 0.05) -> dict[str, float]:
+def take_turns(workers: list[Worker], turns: int, seconds_per_turn: float = 0.1) -> dict[str, float]:
     """Median seconds per step of each worker."""
     steps = {}
     for worker in workers:

@@ -118,3 +118,71 @@ def placed(array: np.ndarray, offset: int) -> np.ndarray:
     copy = aligned(array.shape, array.dtype, offset)
     copy[...] = array
     return copy
+
+
+# Schedules by class name and arguments, and the steps at which TensorFlow was asked (with np.float64 arguments).
+SCHEDULES = [
+    ("ExponentialDecay", {"initial_learning_rate": 0.1, "decay_steps": 7, "decay_rate": 0.5}),
+    ("ExponentialDecay", {"initial_learning_rate": 0.1, "decay_steps": 7, "decay_rate": 0.5, "staircase": True}),
+    ("InverseTimeDecay", {"initial_learning_rate": 0.1, "decay_steps": 3, "decay_rate": 0.7}),
+    ("InverseTimeDecay", {"initial_learning_rate": 0.1, "decay_steps": 3, "decay_rate": 0.7, "staircase": True}),
+    ("PiecewiseConstantDecay", {"boundaries": [5.0, 10.0, 80.0], "values": [0.1, 0.05, 0.025, 0.01]}),
+    ("PolynomialDecay", {"initial_learning_rate": 0.1, "decay_steps": 10, "end_learning_rate": 0.0001}),
+    ("PolynomialDecay", {"initial_learning_rate": 0.1, "decay_steps": 10, "end_learning_rate": 0.01, "power": 0.5}),
+    (
+        "PolynomialDecay",
+        {"initial_learning_rate": 0.1, "decay_steps": 10, "end_learning_rate": 0.001, "power": 2.0, "cycle": True},
+    ),
+    ("CosineDecay", {"initial_learning_rate": 0.1, "decay_steps": 50}),
+    ("CosineDecay", {"initial_learning_rate": 0.1, "decay_steps": 50, "alpha": 0.2}),
+    ("CosineDecay", {"initial_learning_rate": 0.01, "decay_steps": 40, "warmup_target": 0.1, "warmup_steps": 10}),
+    ("CosineDecayRestarts", {"initial_learning_rate": 0.1, "first_decay_steps": 10}),
+    (
+        "CosineDecayRestarts",
+        {"initial_learning_rate": 0.1, "first_decay_steps": 8, "t_mul": 1.0, "m_mul": 0.9, "alpha": 0.1},
+    ),
+    ("CosineDecayRestarts", {"initial_learning_rate": 0.1, "first_decay_steps": 5, "t_mul": 1.5, "m_mul": 0.8}),
+]
+SCHEDULE_STEPS = [
+    0,
+    1,
+    2,
+    3,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+    11,
+    14,
+    15,
+    20,
+    21,
+    25,
+    30,
+    31,
+    40,
+    49,
+    50,
+    51,
+    60,
+    70,
+    80,
+    81,
+    100,
+    210,
+    1000,
+]
+# Trajectories whose scalars TF computes in float32 in an order of its own: equal within rounding, not to the bit.
+NEAR_CASES = [
+    Case("clipnorm", ((129,), (3, 5)), 60, {"learning_rate": 0.01, "clipnorm": 0.5}),
+    Case("clipnorm_large", ((129,), (3, 5)), 60, {"learning_rate": 0.01, "clipnorm": 1000.0}),
+    Case("clipnorm_zero", ((129,), (3, 5)), 5, {"learning_rate": 0.01, "clipnorm": 0.0}),
+    Case("clipnorm_clipvalue", ((129,), (3, 5)), 60, {"learning_rate": 0.01, "clipnorm": 0.5, "clipvalue": 0.05}),
+    Case("global_clipnorm", ((129,), (3, 5), (2,)), 60, {"learning_rate": 0.01, "global_clipnorm": 0.5}),
+    Case("global_clipnorm_all", ((129,), (3, 5)), 60,
+         {"learning_rate": 0.1, "global_clipnorm": 0.5, "clipvalue": 0.2, "decay": 0.02, "amsgrad": True}),
+    *(Case(f"schedule_{i}", ((33,),), 60, {"learning_rate": schedule, "decay": 0.01 * (i % 2)})
+      for i, schedule in enumerate(SCHEDULES)),
+]  # fmt: skip

@@ -18,7 +18,8 @@ namespace py = pybind11;
 namespace cpu = fastadam::cpu;
 
 struct CpuBackend {
-  static void run(const fastadam::StepArgs& step) { cpu::run_step(step); }
+  static void run_step(const fastadam::StepArgs& step) { cpu::run_step(step); }
+  static void run_norm(const fastadam::NormArgs& args) { cpu::run_norm(args); }
 };
 
 std::string quoted_names(bool usable_only) {

@@ -7,13 +7,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "../core/step_args.h"
 #include "buffers.h"
+#include "norms.h"
 
 namespace fastadam::bind {
 
@@ -56,12 +57,14 @@ class Plan {
   }
 
   // `counter`, a writable int64 scalar array, goes up by one after the update, where no signal can come between.
-  template <class Run>
+  template <class Backend>
   void step(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
-            std::optional<py::array_t<int64_t>> counter, Run run) {
+            std::optional<py::array_t<int64_t>> counter) {
     for (size_t i : check(gradients)) throw py::type_error(gradient_label(i)() + ": must be converted before the step");
     if (!factors.empty()) require_length("grad_factor", factors.size());
     for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].grad_factor = factors.empty() ? 1.0 : factors[i];
+    const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
+    if (clip_norms) norms_.resize(tensors_, hyper.clip_value);
     StepArgs args{};
     args.tensors = tensors_.data();
     args.heads = heads_.data();
@@ -70,12 +73,16 @@ class Plan {
     args.scalars_f32 = make_step_scalars<float>(hyper);
     args.scalars_f64 = make_step_scalars<double>(hyper);
     args.amsgrad = amsgrad_;
-    args.transform = !factors.empty() || hyper.clip_value != std::numeric_limits<double>::infinity();
+    args.transform = clip_norms || !factors.empty() || std::isfinite(hyper.clip_value);
     int64_t* count = counter ? counter->mutable_data() : nullptr;
     {
       // Safe: the kernels touch only memory that this Plan, `gradients` and `counter` keep alive.
       const py::gil_scoped_release unlocked;
-      run(args);
+      if (clip_norms) {
+        Backend::run_norm(norms_.args());
+        norms_.fold_into(tensors_, hyper);
+      }
+      Backend::run_step(args);
       if (count != nullptr) ++*count;
     }
     exported_.clear();
@@ -208,6 +215,7 @@ class Plan {
   std::vector<int64_t> heads_;
   std::vector<int64_t> offsets_;
   std::vector<Interval> written_;  // by address
+  Norms norms_;
   bool amsgrad_;
 };
 

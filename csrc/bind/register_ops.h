@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The m.def lines, once for every backend: python/fastadam/_cpu.pyi says what they do.
-// A Backend has `static void run(const StepArgs&)`.
+// A Backend has `static void run_step(const StepArgs&)` and `static void run_norm(const NormArgs&)`.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <tuple>
 
 #include "plan.h"
@@ -36,8 +37,38 @@ inline void register_buffer(py::module_& m) {
       py::arg("object"), py::arg("label"));
 }
 
+// Sums of squares of arrays of the four dtypes, contiguous in any order.
+template <class Backend>
+std::vector<double> sums_of_squares(const py::list& objects) {
+  std::vector<TensorArgs> tensors;
+  std::vector<Buffer> buffers;
+  for (size_t i = 0; i < objects.size(); ++i) {
+    const Label label{"grads", static_cast<int64_t>(i)};
+    std::optional<Buffer> b = read_array(objects[i], label);
+    if (!b || !b->dtype || !b->native_order || !b->aligned() || !(b->c_contiguous || b->f_contiguous)) {
+      throw py::type_error(label() + ": must be converted first");
+    }
+    TensorArgs tensor{};
+    tensor.grad = b->data;
+    tensor.size = b->size;
+    tensor.dtype = *b->dtype;
+    tensors.push_back(tensor);
+    buffers.push_back(*std::move(b));
+  }
+  Norms norms;
+  norms.resize(tensors, std::numeric_limits<double>::infinity());
+  {
+    // Safe: only the memory that `buffers` keeps alive is read.
+    const py::gil_scoped_release unlocked;
+    Backend::run_norm(norms.args());
+  }
+  std::vector<double> sums;
+  for (size_t i = 0; i < tensors.size(); ++i) sums.push_back(norms.sum_squares(i));
+  return sums;
+}
+
 // StepHyper of python/fastadam/hyper.py, a tuple in the order of AdamHyper.
-using HyperTuple = std::tuple<int64_t, double, double, double, double, double, double>;
+using HyperTuple = std::tuple<int64_t, double, double, double, double, double, double, double, double>;
 
 struct MakeHyper : AdamHyper {
   template <class... Fields>
@@ -47,6 +78,7 @@ struct MakeHyper : AdamHyper {
 template <class Backend>
 void register_ops(py::module_& m) {
   register_buffer(m);
+  m.def("sums_of_squares", &sums_of_squares<Backend>, py::arg("arrays"));
   py::class_<Plan>(m, "Plan")
       .def(py::init<std::vector<Buffer>, const py::list&, const py::list&, const py::object&, std::vector<int64_t>>(),
            py::arg("variables"), py::arg("m"), py::arg("v"), py::arg("vhat"), py::arg("positions"))
@@ -56,8 +88,7 @@ void register_ops(py::module_& m) {
           "step",
           [](Plan& plan, const py::list& gradients, const HyperTuple& hyper, const std::vector<double>& grad_factors,
              std::optional<py::array_t<int64_t>> counter) {
-            plan.step(gradients, std::make_from_tuple<MakeHyper>(hyper), grad_factors, std::move(counter),
-                      &Backend::run);
+            plan.step<Backend>(gradients, std::make_from_tuple<MakeHyper>(hyper), grad_factors, std::move(counter));
           },
           py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter").noconvert());
 }

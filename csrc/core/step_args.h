@@ -21,6 +21,15 @@ struct TensorArgs {
   DType dtype;
 };
 
+// Sums of squares of the gradients, block by block (norm.h).
+struct NormArgs {
+  const TensorArgs* tensors;
+  const int64_t* block_offsets;  // block_offsets[i]: blocks before tensor i; block_offsets[tensor_count]: all of them
+  int64_t tensor_count;
+  double clip_value;  // applied first
+  double* sums;       // one for each block
+};
+
 struct StepArgs {
   const TensorArgs* tensors;
   const int64_t* heads;    // tensors[heads[k]]: the first gradient of variable k

@@ -16,7 +16,9 @@ struct AdamHyper {
   double beta_2;
   double epsilon;
   double decay;
-  double clip_value;  // infinity: no clipping
+  double clip_value;        // infinity: no clipping
+  double clip_norm;         // of each gradient
+  double global_clip_norm;  // of all gradients together
 };
 
 template <class T>

@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 #include "../core/adam_math.h"
+#include "../core/norm.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
@@ -95,12 +96,30 @@ void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, i
   update_block<kAmsgrad, kTransform>(streams, at, size - at, s, factor);
 }
 
+template <class Storage>
+double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_value) {
+  using T = Compute<Storage>;
+  const Storage* __restrict g = static_cast<const Storage*>(grad) + begin;
+  const T limit = static_cast<T>(clip_value);
+  double lanes[kNormLanes] = {};
+  for (int64_t at = 0; at < size; at += kNormLanes) {
+    const int64_t count = size - at < kNormLanes ? size - at : kNormLanes;
+#pragma omp simd
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const auto x = static_cast<double>(transform_gradient(load(g[at + lane]), limit, T(1)));
+      lanes[lane] += x * x;
+    }
+  }
+  return pairwise_sum(lanes, kNormLanes);
+}
+
 #define FASTADAM_DENSE_ROW(S) \
   {{adam_dense<S, false, false>, adam_dense<S, false, true>}, {adam_dense<S, true, false>, adam_dense<S, true, true>}}
 
 }  // namespace
 
 extern const Kernels kernels = {
-    {FASTADAM_DENSE_ROW(Float16), FASTADAM_DENSE_ROW(BFloat16), FASTADAM_DENSE_ROW(float), FASTADAM_DENSE_ROW(double)}};
+    {FASTADAM_DENSE_ROW(Float16), FASTADAM_DENSE_ROW(BFloat16), FASTADAM_DENSE_ROW(float), FASTADAM_DENSE_ROW(double)},
+    {sum_squares<Float16>, sum_squares<BFloat16>, sum_squares<float>, sum_squares<double>}};
 
 }  // namespace fastadam::cpu::FASTADAM_ISA

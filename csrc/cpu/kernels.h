@@ -11,8 +11,12 @@ namespace fastadam::cpu {
 // Updates elements [begin, end) of one variable. Never checks, allocates, prints or throws.
 using DenseKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end);
 
+// Sum of squares of `size` elements of a gradient from `begin` on, at most kNormBlock of them.
+using NormKernel = double (*)(const void* grad, int64_t begin, int64_t size, double clip_value);
+
 struct Kernels {
   DenseKernel dense[kDTypeCount][2][2];  // [dtype][amsgrad][transform]
+  NormKernel norm[kDTypeCount];
 };
 
 namespace baseline {

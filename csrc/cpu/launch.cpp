@@ -10,6 +10,7 @@
 #include <thread>
 #include <utility>
 
+#include "../core/norm.h"
 #include "../core/split.h"
 #include "dispatch.h"
 #include "flush_denormals.h"
@@ -36,7 +37,8 @@ int cpus_allowed() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-struct Launch {
+// A task is cut into `blocks` equal parts; run_block(i) does part i.
+struct StepTask {
   StepArgs step;
   const Kernels* kernels;
   int64_t blocks;
@@ -57,6 +59,41 @@ struct Launch {
   }
 };
 
+struct NormTask {
+  NormArgs args;
+  const Kernels* kernels;
+  int64_t blocks;
+
+  void run_block(int64_t block) const {
+    const FlushDenormals flush;
+    const int64_t total = args.block_offsets[args.tensor_count];
+    const int64_t last = share_begin(total, block + 1, blocks);
+    int64_t i = share_begin(total, block, blocks);
+    for (int64_t t = find_variable(args.block_offsets, args.tensor_count, i); i < last; ++i) {
+      while (args.block_offsets[t + 1] <= i) ++t;
+      const TensorArgs& tensor = args.tensors[t];
+      const int64_t begin = (i - args.block_offsets[t]) * kNormBlock;
+      const int64_t size = std::min(kNormBlock, tensor.size - begin);
+      args.sums[i] = kernels->norm[static_cast<int>(tensor.dtype)](tensor.grad, begin, size, args.clip_value);
+    }
+  }
+};
+
+template <class Task>
+void run_task(Task& task, int64_t elements) {
+  const int64_t useful_threads = elements / kMinElementsPerThread;
+  if (useful_threads <= 1 || num_threads() == 1) return task.run_block(0);
+  const int shares = static_cast<int>(std::min<int64_t>(useful_threads, num_threads()));
+  const int64_t per_share =
+      std::min(kMaxBlocksPerShare, std::max<int64_t>(1, elements / shares / kMinElementsPerBlock));
+  task.blocks = shares * per_share;
+  const auto run_block = [](const void* context, int64_t block) {
+    static_cast<const Task*>(context)->run_block(block);
+  };
+  Job job(shares, per_share, run_block, &task);
+  run_job(job);
+}
+
 }  // namespace
 
 void set_num_threads(int count) { thread_setting = count; }
@@ -69,21 +106,15 @@ int num_threads() {
 }
 
 void run_step(const StepArgs& step) {
-  const int64_t total = step.offsets[step.head_count];
-  Launch launch{step, current_isa().kernels, 1};
-  launch.step.prefetch = total >= kPrefetchElements;
-  const int64_t useful_threads = total / kMinElementsPerThread;
-  if (useful_threads <= 1 || num_threads() == 1) return launch.run_block(0);
+  const int64_t elements = step.offsets[step.head_count];
+  StepTask task{step, current_isa().kernels, 1};
+  task.step.prefetch = elements >= kPrefetchElements;
+  run_task(task, elements);
+}
 
-  const int shares = static_cast<int>(std::min<int64_t>(useful_threads, num_threads()));
-  const int64_t blocks_per_share =
-      std::min(kMaxBlocksPerShare, std::max<int64_t>(1, total / shares / kMinElementsPerBlock));
-  launch.blocks = shares * blocks_per_share;
-  const auto run_block = [](const void* context, int64_t block) {
-    static_cast<const Launch*>(context)->run_block(block);
-  };
-  Job job(shares, blocks_per_share, run_block, &launch);
-  run_job(job);
+void run_norm(const NormArgs& args) {
+  NormTask task{args, current_isa().kernels, 1};
+  run_task(task, args.block_offsets[args.tensor_count] * kNormBlock);
 }
 
 }  // namespace fastadam::cpu

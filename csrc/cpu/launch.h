@@ -9,6 +9,9 @@ namespace fastadam::cpu {
 // One parallel job for the whole step, equal shares of elements per thread; small steps stay on the caller's thread.
 void run_step(const StepArgs& step);
 
+// Fills args.sums.
+void run_norm(const NormArgs& args);
+
 // 0: the default, the CPUs this process may run on.
 void set_num_threads(int count);
 int requested_threads();  // as last set

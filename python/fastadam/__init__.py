@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from fastadam import cuda, info, reference
+from fastadam import cuda, info, reference, schedules
 from fastadam._backend import _cpu
+from fastadam.clipping import global_norm
 from fastadam.info import isas, set_isa, set_num_threads, show_config
 from fastadam.ops import adam_step
 from fastadam.optimizer import Adam
@@ -23,9 +24,11 @@ __all__ = [
     "__version__",
     "adam_step",
     "cuda",
+    "global_norm",
     "info",
     "isas",
     "reference",
+    "schedules",
     "set_isa",
     "set_num_threads",
     "show_config",

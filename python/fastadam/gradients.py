@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fastadam._backend import _cpu
 
-__all__ = ["bfloat16_to_float32", "convert_gradient", "float32_to_bfloat16"]
+__all__ = ["as_float_array", "bfloat16_to_float32", "convert_gradient", "float32_to_bfloat16"]
 
 
 def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
@@ -25,18 +25,28 @@ def float32_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint1
     return np.asarray(np.where(np.isnan(values), quiet_nan, rounded), np.uint16)
 
 
+def as_float_array(values: Any, label: str) -> npt.NDArray[Any]:
+    """Any array or nested list of real numbers as a NumPy array; bfloat16 without ml_dtypes becomes float32.
+
+    Raises:
+        TypeError: No real numbers.
+    """
+    found = _cpu.read_array(values, label)
+    array, is_bfloat16 = found if found is not None else (_as_array(values, label), False)
+    if is_bfloat16:
+        return bfloat16_to_float32(array)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{label}: dtype {array.dtype}, expected real numbers")
+    return array
+
+
 def convert_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
     """``gradient`` in the dtype and layout of ``variable``, as TF converts arrays and lists.
 
     Raises:
         TypeError: The gradient does not hold real numbers.
     """
-    found = _cpu.read_array(gradient, label)
-    values, is_bfloat16 = found if found is not None else (_as_array(gradient, label), False)
-    if is_bfloat16:
-        values = bfloat16_to_float32(values)
-    if values.dtype.kind not in "fiu":
-        raise TypeError(f"{label}: dtype {values.dtype}, expected real numbers for {variable.dtype} {variable.label}")
+    values = as_float_array(gradient, label)
     order: Any = variable.order
     if variable.dtype == "bfloat16":
         return _cpu.bfloat16_bits(np.asarray(float32_to_bfloat16(values.astype(np.float32)), order=order))

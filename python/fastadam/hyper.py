@@ -1,63 +1,60 @@
-"""Checks of the numbers a step is made with; every message names the argument."""
+"""Hyperparameters: attributes of an optimizer, and the numbers that one step is made with."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
+from fastadam.checks import check_non_negative, check_one_norm
+from fastadam.schedules import LearningRateSchedule
 
-__all__ = [
-    "DEFAULT_EPSILON",
-    "StepHyper",
-    "check_beta",
-    "check_clip",
-    "check_epsilon",
-    "check_non_negative",
-    "check_number",
-]
+__all__ = ["CLIP_NAMES", "Clip", "Hyper", "HyperValue", "StepHyper"]
 
-# tf.keras.backend.epsilon(): what `epsilon=None` and `epsilon=0` mean in TF's Adam (`epsilon or backend.epsilon()`).
-DEFAULT_EPSILON = 1e-7
+HyperValue = float | Callable[..., float] | None  # None: the default of epsilon
+CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
-def check_number(name: str, value: Any) -> float:
-    """A finite float from any real scalar, 0-d array included; int means float."""
-    if isinstance(value, (bool, np.bool_, str, bytes)) or value is None or np.ndim(value) != 0:
-        raise TypeError(f"{name}: {value!r}, expected a number")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: {type(value).__name__}, expected a number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: {number}, expected a finite number")
-    return number
+class Hyper:
+    """Attribute of an optimizer: a number checked when it is set, or a callable checked when it is evaluated.
+
+    A callable without arguments is evaluated whenever it is read. A schedule, which takes the step, is read as it is.
+    """
+
+    def __init__(self, check: Callable[[str, Any], float]) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        value = optimizer._hyper[self._name]
+        if not callable(value) or isinstance(value, LearningRateSchedule):
+            return value
+        return self._check(self._name, value())
+
+    def __set__(self, optimizer: Any, value: HyperValue) -> None:
+        if isinstance(value, LearningRateSchedule) and self._name != "learning_rate":
+            raise TypeError(f"{self._name}: {type(value).__name__}, expected a number (learning_rate takes schedules)")
+        optimizer._hyper[self._name] = value if callable(value) else self._check(self._name, value)
 
 
-def check_non_negative(name: str, value: Any) -> float:
-    """A finite float >= 0; the text is TF's."""
-    number = check_number(name, value)
-    if number < 0:
-        raise ValueError(f"Expected {name} >= 0, received: {value}")
-    return number
+class Clip:
+    """Attribute of an optimizer: a bound >= 0, or None for none."""
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
 
-def check_beta(name: str, value: Any) -> float:
-    """A decay rate in [0, 1): at 1 the bias correction divides by zero and every variable becomes NaN."""
-    number = check_number(name, value)
-    if not 0.0 <= number < 1.0:
-        raise ValueError(f"{name}: {number}, expected 0 <= {name} < 1")
-    return number
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else optimizer._clip[self._name]
 
-
-def check_epsilon(value: Any) -> float:
-    """``epsilon >= 0``; None and 0 mean 1e-7, as in TF."""
-    return (0.0 if value is None else check_non_negative("epsilon", value)) or DEFAULT_EPSILON
-
-
-def check_clip(name: str, value: Any) -> float:
-    """A bound >= 0; None means none."""
-    return math.inf if value is None else check_non_negative(name, value)
+    def __set__(self, optimizer: Any, value: float | None) -> None:
+        bound = None if value is None else check_non_negative(self._name, value)
+        bounds = {**optimizer._clip, self._name: bound}
+        check_one_norm(bounds["clipnorm"], bounds["global_clipnorm"])
+        optimizer._clip = bounds
 
 
 class StepHyper(NamedTuple):
@@ -70,3 +67,5 @@ class StepHyper(NamedTuple):
     epsilon: float
     decay: float = 0.0
     clip_value: float = math.inf
+    clip_norm: float = math.inf
+    global_clip_norm: float = math.inf

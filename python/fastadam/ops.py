@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from fastadam._backend import _cpu
+from fastadam.checks import check_beta, check_clip, check_epsilon, check_non_negative, check_number, check_one_norm
 from fastadam.gradients import convert_gradient
-from fastadam.hyper import StepHyper, check_beta, check_clip, check_epsilon, check_non_negative, check_number
+from fastadam.hyper import StepHyper
 from fastadam.variable import buffers_of, unwrap
 
 __all__ = ["adam_step", "fit_gradients"]
@@ -42,6 +43,8 @@ def adam_step(
     epsilon: float | None = 1e-7,
     decay: float = 0.0,
     clipvalue: float | None = None,
+    clipnorm: float | None = None,
+    global_clipnorm: float | None = None,
     grad_factor: float | Sequence[float] | None = None,
 ) -> None:
     r"""One Adam step in place on arrays that the caller owns; AMSGrad if ``vhat`` is given.
@@ -67,6 +70,8 @@ def adam_step(
         epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.
         decay: ``learning_rate / (1 + decay * (step - 1))`` is used.
         clipvalue: Clip the elements of the gradients to [-clipvalue, clipvalue] first.
+        clipnorm: Then scale each gradient whose norm is larger down to this norm.
+        global_clipnorm: Or scale all gradients down, if the norm of all together is larger.
         grad_factor: Multiply the clipped gradients by this number, or by one number for each variable.
 
     Raises:
@@ -82,6 +87,7 @@ def adam_step(
     >>> w.round(6)
     array([0.900001, 2.099999])
     """
+    check_one_norm(clipnorm, global_clipnorm)
     hyper = StepHyper(
         step=_check_step(step),
         learning_rate=check_number("learning_rate", learning_rate),
@@ -90,6 +96,8 @@ def adam_step(
         epsilon=check_epsilon(epsilon),
         decay=check_non_negative("decay", decay),
         clip_value=check_clip("clipvalue", clipvalue),
+        clip_norm=check_clip("clipnorm", clipnorm),
+        global_clip_norm=check_clip("global_clipnorm", global_clipnorm),
     )
     variables = list(vars) if isinstance(vars, (list, tuple)) else [vars]
     gradients, m_list, v_list = (_as_list(argument) for argument in (grads, m, v))

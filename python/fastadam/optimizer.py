@@ -6,44 +6,24 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._backend import _cpu
-from fastadam.hyper import StepHyper, check_beta, check_clip, check_epsilon, check_non_negative, check_number
+from fastadam.checks import check_beta, check_clip, check_epsilon, check_non_negative, check_number
+from fastadam.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper
 from fastadam.ops import fit_gradients
+from fastadam.schedules import LearningRateSchedule, deserialize, serialize
 from fastadam.slots import Initializer, SlotStore, initial_value
 from fastadam.variable import buffers_of, label_of, unwrap
 
 __all__ = ["Adam"]
 
-HyperValue = float | Callable[[], float] | None  # None: the default of epsilon
-
-_CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 _live_optimizers: weakref.WeakSet[Adam] = weakref.WeakSet()
 _auto_names: dict[str, int] = {}
-
-
-class _Hyper:
-    """A hyperparameter: a number checked when it is set, or a zero-argument callable evaluated once per step."""
-
-    def __init__(self, check: Callable[[str, Any], float]) -> None:
-        self.check = check
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, optimizer: Adam | None, owner: type | None = None) -> Any:
-        if optimizer is None:
-            return self
-        value = optimizer._hyper[self.name]
-        return self.check(self.name, value()) if callable(value) else value
-
-    def __set__(self, optimizer: Adam, value: HyperValue) -> None:
-        optimizer._hyper[self.name] = value if callable(value) else self.check(self.name, value)
 
 
 class Adam:
@@ -63,15 +43,17 @@ class Adam:
     found by the memory of the variable, which the optimizer keeps alive: a new view of a buffer is the same variable.
 
     Args:
-        learning_rate: Step size; a number or a callable without arguments, evaluated once per step.
+        learning_rate: Step size; a number, a schedule of :mod:`fastadam.schedules`, or a callable without arguments.
+            Schedules and callables are evaluated once per step.
         beta_1: Decay rate of the first moment, in [0, 1); number or callable.
         beta_2: Decay rate of the second moment, likewise.
         epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.
         amsgrad: Use the maximum of the second moments.
         name: Name of the optimizer; None or "" makes a unique one.
         sparse_update: How IndexedSlices are applied; only "dense", TF's rule.
-        **kwargs: ``clipvalue`` (clip gradient elements), ``lr`` (wins over ``learning_rate``), ``decay`` (the rate
-            is divided by ``1 + decay * iterations``), each >= 0.
+        **kwargs: ``clipvalue`` (clip the elements of gradients), then ``clipnorm`` (scale each gradient down to this
+            norm) or ``global_clipnorm`` (all together), ``lr`` (wins over ``learning_rate``), ``decay`` (the rate is
+            divided by ``1 + decay * iterations``), each >= 0.
 
     Raises:
         TypeError: An unknown keyword, or a hyperparameter that is no number.
@@ -90,11 +72,14 @@ class Adam:
     (1, array([ 0.05, -0.05], dtype=float32))
     """
 
-    learning_rate = _Hyper(check_number)
-    beta_1 = _Hyper(check_beta)
-    beta_2 = _Hyper(check_beta)
-    decay = _Hyper(check_non_negative)
-    epsilon = _Hyper(lambda _, value: check_epsilon(value))
+    learning_rate = Hyper(check_number)
+    beta_1 = Hyper(check_beta)
+    beta_2 = Hyper(check_beta)
+    decay = Hyper(check_non_negative)
+    epsilon = Hyper(lambda _, value: check_epsilon(value))
+    clipvalue = Clip()
+    clipnorm = Clip()
+    global_clipnorm = Clip()
 
     def __init__(
         self,
@@ -111,20 +96,19 @@ class Adam:
         if sparse_update != "dense":
             raise ValueError(f"sparse_update: {sparse_update!r}, expected 'dense'")
         for key, value in kwargs.items():
-            if key not in (*_CLIP_NAMES, "lr", "decay"):
+            if key not in ("lr", "decay", *CLIP_NAMES):
                 raise TypeError(f"Unexpected keyword argument passed to optimizer: {key}")
-            if value is not None:
+            if value is not None and not callable(value):
                 check_non_negative(key, value)
-        for key in ("clipnorm", "global_clipnorm"):
-            if kwargs.get(key) is not None:
-                raise TypeError(f"Unexpected keyword argument passed to optimizer: {key} (clipvalue is supported)")
         self._hyper: dict[str, HyperValue] = {}
+        self._clip: dict[str, float | None] = dict.fromkeys(CLIP_NAMES)
         self.learning_rate = kwargs["lr"] if kwargs.get("lr") is not None else learning_rate
         self.beta_1 = beta_1
         self.beta_2 = beta_2
         self.epsilon = epsilon
         self.decay = kwargs.get("decay") or 0.0
-        self.clipvalue = kwargs.get("clipvalue")
+        for key in CLIP_NAMES:
+            setattr(self, key, kwargs.get(key))
         self.amsgrad = bool(amsgrad)
         self.name = name or _unique_name(type(self).__name__.lower())
         self._iterations = np.zeros((), np.int64)
@@ -147,15 +131,6 @@ class Adam:
         self.learning_rate = value
 
     @property
-    def clipvalue(self) -> float | None:
-        """Bound of the gradient elements, or None."""
-        return self._clipvalue
-
-    @clipvalue.setter
-    def clipvalue(self, value: float | None) -> None:
-        self._clipvalue = None if value is None else check_non_negative("clipvalue", value)
-
-    @property
     def iterations(self) -> np.int64:
         """Steps made so far. Setting it continues from there: after ``opt.iterations = 5`` the next step uses t = 6."""
         count: np.int64 = np.int64(int(self._iterations))
@@ -166,14 +141,21 @@ class Adam:
         self._iterations[...] = _check_iterations("iterations", value)
 
     def _step_hyper(self) -> StepHyper:
+        """The numbers of the next step; callables and schedules are evaluated here, once."""
+        iterations = int(self._iterations)
+        rate = self.learning_rate
+        if isinstance(rate, LearningRateSchedule):
+            rate = check_number("learning_rate", rate(iterations))
         return StepHyper(
-            step=int(self._iterations) + 1,
-            learning_rate=self.learning_rate,
+            step=iterations + 1,
+            learning_rate=rate,
             beta_1=self.beta_1,
             beta_2=self.beta_2,
             epsilon=self.epsilon,
             decay=self.decay,
-            clip_value=check_clip("clipvalue", self._clipvalue),
+            clip_value=check_clip("clipvalue", self.clipvalue),
+            clip_norm=check_clip("clipnorm", self.clipnorm),
+            global_clip_norm=check_clip("global_clipnorm", self.global_clipnorm),
         )
 
     # ---- the step --------------------------------------------------------------------------------------------------
@@ -333,10 +315,10 @@ class Adam:
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values; callables by their present value."""
         config: dict[str, Any] = {"name": self.name}
-        if self._clipvalue is not None:
-            config["clipvalue"] = self._clipvalue
+        config.update({name: bound for name, bound in self._clip.items() if bound is not None})
         for name in ("learning_rate", "decay", "beta_1", "beta_2", "epsilon"):
-            config[name] = getattr(self, name)
+            value = getattr(self, name)
+            config[name] = serialize(value) if isinstance(value, LearningRateSchedule) else value
         config["amsgrad"] = self.amsgrad
         return config
 
@@ -345,12 +327,15 @@ class Adam:
         """An optimizer from ``get_config``; ``config`` is not modified.
 
         Args:
-            config: Arguments of the constructor by name; ``lr`` is read as ``learning_rate``.
-            custom_objects: Accepted for TF's signature; a config of numbers needs none.
+            config: Arguments of the constructor by name; ``lr`` is read as ``learning_rate``, which may be a schedule
+                in the form of TF 2.x or Keras 3.
+            custom_objects: Schedule classes of your own by name.
         """
         arguments = dict(config)
         if "lr" in arguments:
             arguments["learning_rate"] = arguments.pop("lr")
+        if isinstance(arguments.get("learning_rate"), dict):
+            arguments["learning_rate"] = deserialize(arguments["learning_rate"], custom_objects)
         return cls(**arguments)
 
 

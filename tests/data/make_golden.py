@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cases import CASES, GOLDEN, STORED, digest
+from cases import CASES, GOLDEN, NEAR_CASES, SCHEDULE_STEPS, SCHEDULES, STORED, digest
 
 
 def trajectory(case):
@@ -25,6 +25,9 @@ def trajectory(case):
     if case.dtype == "float64":  # np.float64 numbers are kept in double by TF, Python floats are rounded to float32
         options = {k: np.float64(v) if isinstance(v, float) else v for k, v in options.items()}
         options = {"beta_1": np.float64(0.9), "beta_2": np.float64(0.999)} | options
+    if isinstance(options.get("learning_rate"), tuple):
+        name, arguments = options["learning_rate"]
+        options["learning_rate"] = getattr(tf.keras.optimizers.schedules, name)(**arguments)
     optimizer = tf.keras.optimizers.legacy.Adam(**options)
     for step in gradients:
         optimizer.apply_gradients([(tf.constant(g), v) for g, v in zip(step, variables)])
@@ -32,9 +35,20 @@ def trajectory(case):
     return [x.numpy() for x in variables + slots]
 
 
+def rates(name, arguments):
+    """The schedule in double: TF takes the dtype from the arguments."""
+    double = {k: np.float64(v) if isinstance(v, float) else v for k, v in arguments.items()}
+    if name == "PiecewiseConstantDecay":
+        double["values"] = [np.float64(v) for v in arguments["values"]]
+    schedule = getattr(tf.keras.optimizers.schedules, name)(**double)
+    return np.array([np.float64(schedule(np.float64(step))) for step in SCHEDULE_STEPS])
+
+
 def main():
     stored, digests = {}, {}
-    for case in CASES:
+    for i, (name, arguments) in enumerate(SCHEDULES):
+        stored[f"rates/{i}"] = rates(name, arguments)
+    for case in CASES + NEAR_CASES:
         arrays = trajectory(case)
         for i, array in enumerate(arrays):
             key = f"{case.name}/{i}"

@@ -1,0 +1,61 @@
+"""Checks of numbers that users give; every message names the argument."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+__all__ = ["check_beta", "check_clip", "check_epsilon", "check_non_negative", "check_number", "check_one_norm"]
+
+# tf.keras.backend.epsilon(): what `epsilon=None` and `epsilon=0` mean in TF's Adam (`epsilon or backend.epsilon()`).
+DEFAULT_EPSILON = 1e-7
+
+
+def check_number(name: str, value: Any) -> float:
+    """A finite float from any real scalar, 0-d array included; int means float."""
+    if isinstance(value, (bool, np.bool_, str, bytes)) or value is None or np.ndim(value) != 0:
+        raise TypeError(f"{name}: {value!r}, expected a number")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: {type(value).__name__}, expected a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: {number}, expected a finite number")
+    return number
+
+
+def check_non_negative(name: str, value: Any) -> float:
+    """A finite float >= 0; the text is TF's."""
+    number = check_number(name, value)
+    if number < 0:
+        raise ValueError(f"Expected {name} >= 0, received: {value}")
+    return number
+
+
+def check_beta(name: str, value: Any) -> float:
+    """A decay rate in [0, 1): at 1 the bias correction divides by zero and every variable becomes NaN."""
+    number = check_number(name, value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{name}: {number}, expected 0 <= {name} < 1")
+    return number
+
+
+def check_epsilon(value: Any) -> float:
+    """``epsilon >= 0``; None and 0 mean 1e-7, as in TF."""
+    return (0.0 if value is None else check_non_negative("epsilon", value)) or DEFAULT_EPSILON
+
+
+def check_clip(name: str, value: Any) -> float:
+    """A bound >= 0; None means none."""
+    return math.inf if value is None else check_non_negative(name, value)
+
+
+def check_one_norm(clipnorm: float | None, global_clipnorm: float | None) -> None:
+    """Refuse both norms at once; the text is TF's."""
+    if clipnorm is not None and global_clipnorm is not None:
+        raise ValueError(
+            "Cannot accept both `clipnorm` and `global_clipnorm`, "
+            f"passed `clipnorm` {clipnorm}, `global_clipnorm` {global_clipnorm}"
+        )

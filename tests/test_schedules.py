@@ -1,0 +1,275 @@
+"""Schedules against TensorFlow's in double, their rules, and their way through configs. Names of TF's own tests kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+
+import fastadam
+import numpy as np
+import pytest
+from cases import GOLDEN, SCHEDULE_STEPS, SCHEDULES, bits, random_array
+from fastadam import schedules
+from fastadam.schedules import (
+    CosineDecay,
+    CosineDecayRestarts,
+    ExponentialDecay,
+    InverseTimeDecay,
+    PiecewiseConstantDecay,
+    PolynomialDecay,
+)
+
+IDS = [f"{i}_{name}" for i, (name, _) in enumerate(SCHEDULES)]
+ALL = [getattr(schedules, name)(**arguments) for name, arguments in SCHEDULES]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as file:
+        return [file[f"rates/{i}"] for i in range(len(SCHEDULES))]
+
+
+@pytest.mark.parametrize("i", range(len(SCHEDULES)), ids=IDS)
+def test_rates_are_those_of_tensorflow_in_double(i, golden):
+    assert golden[i].dtype == np.float64
+    np.testing.assert_allclose(ALL[i](SCHEDULE_STEPS), golden[i], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=IDS)
+def test_an_array_of_steps_gives_the_rates_of_its_steps(schedule):
+    rates = schedule(SCHEDULE_STEPS)
+    assert rates.dtype == np.float64
+    one_by_one = [schedule(step) for step in SCHEDULE_STEPS]
+    assert all(isinstance(rate, float) for rate in one_by_one)
+    np.testing.assert_allclose(rates, one_by_one, rtol=1e-15)
+    assert schedule(np.arange(6).reshape(2, 3)).shape == (2, 3)
+    assert schedule(np.int64(3)) == schedule(3) == schedule(3.0) == schedule(np.array(3))
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=IDS)
+@pytest.mark.parametrize("form", ["tf", "keras3"])
+def test_configs_round_trip_through_json(schedule, form):
+    config = schedules.serialize(schedule)
+    if form == "keras3":
+        config = {"module": "keras.optimizers.schedules", **config, "registered_name": None}
+    before = copy.deepcopy(config)
+    again = schedules.deserialize(json.loads(json.dumps(config)))
+    assert type(again) is type(schedule)
+    assert again.get_config() == schedule.get_config()
+    schedules.deserialize(config)
+    assert config == before
+    assert pickle.loads(pickle.dumps(schedule)).get_config() == schedule.get_config()
+    assert schedule.from_config(schedule.get_config()).get_config() == schedule.get_config()
+
+
+def test_config_keys_are_those_of_keras():
+    assert list(CosineDecay(0.1, 10).get_config()) == [
+        "initial_learning_rate", "decay_steps", "alpha", "name", "warmup_target", "warmup_steps"]  # fmt: skip
+    assert list(PiecewiseConstantDecay(np.array([1]), [np.float32(0.5), 0.25]).get_config().items()) == [
+        ("boundaries", [1]), ("values", [0.5, 0.25]), ("name", None)]  # fmt: skip
+    assert list(CosineDecayRestarts(0.1, 10).get_config()) == [
+        "initial_learning_rate", "first_decay_steps", "t_mul", "m_mul", "alpha", "name"]  # fmt: skip
+
+
+# learning_rate_schedule_test.py
+
+
+def test_continuous():
+    assert ExponentialDecay(0.05, 10, 0.96)(5) == pytest.approx(0.05 * 0.96 ** (5 / 10), rel=1e-15)
+
+
+def test_staircase():
+    schedule = ExponentialDecay(0.1, 3, 0.96, staircase=True)
+    assert [schedule(step) for step in (0, 2)] == [0.1, 0.1]
+    assert schedule(100) == pytest.approx(0.1 * 0.96**33, rel=1e-13)
+
+
+def test_variables():
+    schedule = ExponentialDecay(0.1, 3, 0.96, staircase=True)
+    assert [schedule(np.array(step)) for step in (1, 2)] == [0.1, 0.1]
+    assert schedule(np.array(100)) == pytest.approx(0.1 * 0.96**33, rel=1e-13)
+
+
+def test_piecewise_constant():
+    schedule = PiecewiseConstantDecay([100, 110, 120], [1.0, 0.1, 0.01, 0.001])
+    assert schedule([0, 100, 101, 110, 111, 120, 999]).tolist() == [1.0, 1.0, 0.1, 0.1, 0.01, 0.01, 0.001]
+
+
+def test_piecewise_constant_edge_cases():
+    with pytest.raises(ValueError, match="The length of boundaries should be 1 less than the length of values"):
+        PiecewiseConstantDecay([1, 2], [1.0])
+    equal = PiecewiseConstantDecay([3, 3], [1.0, 2.0, 3.0])
+    assert equal([3, 4]).tolist() == [1.0, 3.0]
+    assert PiecewiseConstantDecay([], [0.5])([0, 9]).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_polynomial_half_way_end_and_beyond(power):
+    """testHalfWay, testEnd, testHalfWayWithEnd, testBeyondEnd of LinearDecayTestV2 and SqrtDecayTestV2."""
+    assert PolynomialDecay(0.05, 10, 0.0, power)(5) == pytest.approx(0.05 * 0.5**power, rel=1e-15)
+    assert PolynomialDecay(0.05, 10, 0.001, power)(10) == 0.001
+    assert PolynomialDecay(0.05, 10, 0.001, power)(5) == pytest.approx((0.05 - 0.001) * 0.5**power + 0.001, rel=1e-15)
+    assert PolynomialDecay(0.05, 10, 0.001, power)(15) == 0.001
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_polynomial_beyond_end_with_cycle(power):
+    schedule = PolynomialDecay(0.05, 10, 0.001, power, cycle=True)
+    assert schedule(15) == pytest.approx((0.05 - 0.001) * 0.25**power + 0.001, rel=1e-15)
+    assert schedule(20) == 0.001  # a multiple still ends its cycle
+    assert schedule(0) == pytest.approx(0.05, rel=1e-15)  # testBeginWithCycle
+
+
+def test_inverse_decay_and_staircase():
+    smooth, stairs = InverseTimeDecay(0.1, 10, 0.96), InverseTimeDecay(0.1, 10, 0.96, staircase=True)
+    for step in range(0, 40, 3):
+        assert smooth(step) == pytest.approx(0.1 / (1 + 0.96 * step / 10), rel=1e-15)
+        assert stairs(step) == pytest.approx(0.1 / (1 + 0.96 * (step // 10)), rel=1e-15)
+
+
+def test_cosine_decay_and_alpha():
+    for step in range(0, 1500, 250):
+        done = min(step, 1000) / 1000
+        decayed = 0.5 * (1 + np.cos(np.pi * done))
+        assert CosineDecay(1.0, 1000)(step) == pytest.approx(decayed, abs=1e-15)
+        assert CosineDecay(1.0, 1000, 0.1)(step) == pytest.approx(0.9 * decayed + 0.1, abs=1e-15)
+
+
+def test_cosine_warmup_ends_exactly_at_the_target():
+    schedule = CosineDecay(0.0, 100, warmup_target=0.3, warmup_steps=10)
+    assert schedule(10) == 0.3
+    assert CosineDecay(0.0, 100, warmup_target=0.3, warmup_steps=0)(0) == 0.3
+
+
+def test_every_restart_has_the_full_rate():
+    """TF's float32 logarithm gives 0 at steps 81910 (first 10) and 57337 (first 7)."""
+    for first, missed in ((10, 81910), (7, 57337)):
+        schedule = CosineDecayRestarts(0.1, first)
+        restarts = first * (2 ** np.arange(1, 30) - 1)
+        assert missed in restarts
+        np.testing.assert_allclose(schedule(restarts), 0.1, rtol=1e-12)
+        assert (schedule(restarts - 1) < 0.05).all()
+    for t_mul in (1.0, 1.1, 1.5, 3.0):
+        starts = np.cumsum(t_mul ** np.arange(20)) * 16
+        np.testing.assert_allclose(CosineDecayRestarts(0.1, 16, t_mul)(np.ceil(starts)), 0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ExponentialDecay(0.1, 0, 0.5), ValueError, "decay_steps: 0.0, expected decay_steps > 0"),
+        (lambda: ExponentialDecay(0.1, 10, -0.5), ValueError, "decay_rate: -0.5, expected decay_rate >= 0"),
+        (lambda: ExponentialDecay(np.nan, 10, 0.5), ValueError, "initial_learning_rate: nan, expected a finite number"),
+        (lambda: ExponentialDecay("0.1", 10, 0.5), TypeError, "initial_learning_rate: '0.1', expected a number"),
+        (lambda: InverseTimeDecay(0.1, -1, 0.5), ValueError, "decay_steps: -1.0, expected decay_steps > 0"),
+        (lambda: PolynomialDecay(0.1, 0), ValueError, "decay_steps: 0.0, expected decay_steps > 0"),
+        (lambda: PolynomialDecay(0.1, 10, power=-1), ValueError, "power: -1.0, expected power >= 0"),
+        (lambda: PiecewiseConstantDecay([2, 1], [1, 2, 3]), ValueError, "boundaries: [2.0, 1.0], expected numbers that do not decrease"),
+        (lambda: PiecewiseConstantDecay(5, [1, 2]), TypeError, "boundaries: int, expected a list of numbers"),
+        (lambda: PiecewiseConstantDecay([1], [1, None]), TypeError, "values[1]: None, expected a number"),
+        (lambda: CosineDecay(0.1, 0), ValueError, "decay_steps: 0.0, expected decay_steps > 0"),
+        (lambda: CosineDecay(0.1, 10, warmup_steps=-1), ValueError, "warmup_steps: -1.0, expected warmup_steps >= 0"),
+        (lambda: CosineDecayRestarts(0.1, 10, t_mul=0.5), ValueError, "t_mul: 0.5, expected t_mul >= 1"),
+        (lambda: CosineDecayRestarts(0.1, 10, m_mul=-1), ValueError, "m_mul: -1.0, expected m_mul >= 0"),
+        (lambda: schedules.deserialize({"class_name": "Nope", "config": {}}), ValueError, "Unknown decay: Nope"),
+        (lambda: schedules.deserialize({"config": {}}), ValueError, "Improper config format"),
+        (lambda: schedules.deserialize("CosineDecay"), ValueError, "Improper config format"),
+        (lambda: schedules.LearningRateSchedule()(0), NotImplementedError, "Learning rate schedule must override __call__"),
+        (lambda: schedules.LearningRateSchedule().get_config(), NotImplementedError, "must override get_config"),
+        (lambda: fastadam.Adam(beta_1=CosineDecay(0.1, 10)), TypeError, "beta_1: CosineDecay, expected a number"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_at_construction(make, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        make()
+
+
+class Halving(schedules.LearningRateSchedule):
+    def __init__(self, start):
+        self.start = start
+
+    def __call__(self, step):
+        return self.start * 0.5**step
+
+    def get_config(self):
+        return {"start": self.start}
+
+
+def trajectory(optimizer, steps=6, change=None):
+    rng = np.random.RandomState(0)
+    w = random_array(rng, 33)
+    for step in range(steps):
+        if change and step in change:
+            change[step](optimizer)
+        optimizer.apply_gradients([(random_array(rng, 33), w)])
+    return bits(w)
+
+
+def test_a_schedule_is_called_with_the_steps_made_before():
+    expected = trajectory(
+        fastadam.Adam(0.8), change={i: lambda o, i=i: setattr(o, "lr", 0.8 * 0.5**i) for i in range(6)}
+    )
+    np.testing.assert_array_equal(trajectory(fastadam.Adam(Halving(0.8))), expected)
+    np.testing.assert_array_equal(trajectory(fastadam.Adam(ExponentialDecay(0.8, 1, 0.5))), expected)
+    np.testing.assert_array_equal(trajectory(fastadam.Adam(0.1, lr=Halving(0.8))), expected)
+
+
+def test_a_rate_may_become_a_schedule_and_a_number_again():
+    """testAdaptiveLearningRate."""
+    change = {2: lambda o: setattr(o, "lr", Halving(0.8)), 4: lambda o: setattr(o, "learning_rate", 0.3)}
+    numbers = {
+        2: lambda o: setattr(o, "lr", 0.2),
+        3: lambda o: setattr(o, "lr", 0.1),
+        4: lambda o: setattr(o, "lr", 0.3),
+    }
+    np.testing.assert_array_equal(
+        trajectory(fastadam.Adam(0.5), change=change), trajectory(fastadam.Adam(0.5), change=numbers)
+    )
+
+
+def test_decay_comes_on_top_of_a_schedule():
+    """testBasicWithLearningRateInverseTimeDecay, and both together."""
+    twice = fastadam.Adam(InverseTimeDecay(0.5, 1.0, 0.5), decay=0.5)
+    assert twice.lr(2) == 0.25
+    expected = trajectory(
+        fastadam.Adam(0.5), change={i: lambda o, i=i: setattr(o, "lr", 0.5 / (1 + 0.5 * i) ** 2) for i in range(6)}
+    )
+    difference = np.abs(trajectory(twice).view(np.float32) - expected.view(np.float32))
+    assert difference.max() < 1e-6
+
+
+def test_a_schedule_that_returns_nonsense_changes_nothing():
+    class Broken(schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return np.nan
+
+    w = np.ones(3, np.float32)
+    optimizer = fastadam.Adam(Broken())
+    with pytest.raises(ValueError, match="learning_rate: nan, expected a finite number"):
+        optimizer.apply_gradients([(np.ones(3, np.float32), w)])
+    assert w.tolist() == [1, 1, 1]
+    assert optimizer.iterations == 0
+
+
+def test_an_optimizer_config_carries_its_schedule():
+    """testConfig."""
+    config = json.loads(json.dumps(fastadam.Adam(CosineDecay(0.1, 10)).get_config()))
+    assert config["learning_rate"] == {"class_name": "CosineDecay", "config": CosineDecay(0.1, 10).get_config()}
+    before = copy.deepcopy(config)
+    again = fastadam.Adam.from_config(config)
+    assert again.lr == CosineDecay(0.1, 10)
+    assert config == before
+    own = fastadam.Adam(Halving(0.8)).get_config()
+    assert fastadam.Adam.from_config(own, custom_objects={"Halving": Halving}).lr(1) == 0.4
+    with pytest.raises(ValueError, match="Unknown decay: Halving, expected one of"):
+        fastadam.Adam.from_config(own)
+
+
+def test_plot_draws_any_schedule():
+    pytest.importorskip("matplotlib")
+    axes = schedules.plot(Halving(0.8), 5)
+    (line,) = axes.get_lines()
+    assert line.get_ydata().tolist() == [0.8, 0.4, 0.2, 0.1, 0.05]
+    assert schedules.plot(CosineDecay(0.1, 10), 5, axes) is axes

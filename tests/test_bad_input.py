@@ -33,6 +33,7 @@ GRADIENT = np.full(5, 0.1, F32)
 BAD_VARIABLES = {
     "list": (lambda: [1.0] * 5, TypeError, "vars[2]: list, expected a writable float array"),
     "float": (lambda: 1.0, TypeError, "vars[2]: float, expected a writable float array"),
+    "scalar": (lambda: F32(1), TypeError, "vars[2]: float32, expected a writable float array"),
     "none": (lambda: None, TypeError, "vars[2]: NoneType, expected a writable float array"),
     "integer": (lambda: np.ones(5, np.int64), TypeError, "vars[2]: dtype int64, expected float16, bfloat16, float32 or float64"),
     "bool": (lambda: np.ones(5, bool), TypeError, "vars[2]: dtype bool, expected float16"),
@@ -61,6 +62,7 @@ BAD_GRADIENTS = {
     "list of wrong length": (lambda w: [1.0] * 4, ValueError, "grads[2]: shape (4,), expected (5,) like vars[2]"),
     "ragged": (lambda w: [[1.0], [1.0, 2.0]], TypeError, "grads[2]: list that is not an array of numbers"),
     "complex": (lambda w: np.ones(5, complex), TypeError, "grads[2]: dtype complex128, expected real numbers"),
+    "generator": (lambda w: (x for x in range(5)), TypeError, "grads[2]: generator, expected an array of numbers"),
     "object": (lambda w: np.ones(5, object), TypeError, "grads[2]: dtype object, expected real numbers"),
     "string": (lambda w: np.array(["1"] * 5), TypeError, "grads[2]: dtype <U1, expected real numbers"),
     "bool": (lambda w: np.ones(5, bool), TypeError, "grads[2]: dtype bool, expected real numbers"),
@@ -187,6 +189,11 @@ def test_a_gradient_that_shares_memory_with_a_slot_is_refused(trained):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"amsgrad": "False"}, TypeError, "amsgrad: 'False', expected True or False"),
+        ({"amsgrad": 1}, TypeError, "amsgrad: 1, expected True or False"),
+        ({"name": 5}, TypeError, "name: 5, expected a string"),
+        ({"decay": None}, TypeError, "decay: None, expected a number"),
+        ({"learning_rate": 10**400}, ValueError, "learning_rate: int beyond every float, expected a finite number"),
         ({"foo": 1}, TypeError, "Unexpected keyword argument passed to optimizer: foo"),
         ({"clipvalue": -1.0}, ValueError, "Expected clipvalue >= 0, received: -1.0"),
         ({"clipnorm": -1.0}, ValueError, "Expected clipnorm >= 0, received: -1.0"),
@@ -253,7 +260,7 @@ def test_bad_weights_are_refused(change, error, message, trained):
     trained.assert_unchanged()
 
 
-@pytest.mark.parametrize("value", [-1, 2.5, np.nan, "3", None])
+@pytest.mark.parametrize("value", [-1, 2.5, np.nan, "3", None, True, 2**63 - 1, 2**70])
 def test_bad_iterations_are_refused(value, trained):
     with pytest.raises((TypeError, ValueError), match="iterations"):
         trained.optimizer.iterations = value
@@ -261,6 +268,7 @@ def test_bad_iterations_are_refused(value, trained):
 
 
 STEP_ARGUMENTS = {
+    "step bool": ({"step": True}, TypeError, "step: True, expected an integer of at least 1"),
     "step zero": ({"step": 0}, ValueError, "step: 0, expected an integer of at least 1"),
     "step negative": ({"step": -3}, ValueError, "step: -3, expected an integer of at least 1"),
     "step float": ({"step": 1.0}, TypeError, "step: 1.0, expected an integer of at least 1"),
@@ -315,3 +323,135 @@ def test_slots_ask_for_known_names(trained):
     with pytest.raises(ValueError, match=re.escape("initializer: shape (4,), expected (3,)")):
         trained.optimizer.add_slot(trained.variables[0], "extra", np.zeros(4))
     trained.assert_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype", "message"),
+    [
+        ({"beta_1": 1 - 1e-10}, F32, "beta_1: 1.000000 is 1 in float32, expected less"),
+        ({"beta_2": 1 - 1e-10}, np.float16, "beta_2: 1.000000 is 1 in float32, expected less"),
+        ({"epsilon": 1e-40}, F32, "epsilon: so small that it is flushed to zero in float32, expected at least 1.2e-38"),
+        ({"epsilon": 1e-310}, np.float64, "epsilon: so small that it is flushed to zero in float64"),
+        ({"epsilon": 1e39}, F32, "epsilon: infinite in float32"),
+        ({"learning_rate": 1e39}, F32, "learning_rate: with this decay the step size is not finite in float32"),
+        ({"decay": 1e39}, F32, "learning_rate: with this decay the step size is not finite in float32"),
+    ],
+)
+def test_a_number_that_the_dtype_cannot_hold_changes_nothing(arguments, dtype, message):
+    w = np.ones(5, dtype)
+    optimizer = fastadam.Adam(**arguments)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.apply_gradients([(np.ones(5, dtype), w)])
+    np.testing.assert_array_equal(w, np.ones(5, dtype))
+    assert optimizer.iterations == 0
+    if dtype != np.float64:  # in double the same numbers are good
+        fastadam.Adam(**arguments).apply_gradients([(np.ones(5), np.ones(5))])
+
+
+def test_a_factor_that_float32_cannot_hold_is_refused():
+    w = np.ones(5, F32)
+    with pytest.raises(ValueError, match=re.escape("grad_factor[0]: infinite in float32, expected a finite number")):
+        fastadam.adam_step(w, np.ones(5, F32), np.zeros(5, F32), np.zeros(5, F32), step=1, grad_factor=1e308)
+    assert w.tolist() == [1] * 5
+
+
+def test_memory_that_was_freed_under_the_optimizer_is_not_taken_for_a_variable():
+    """`refcheck=False` lets NumPy free memory that others hold."""
+    w = np.zeros(1000, F32)
+    optimizer = fastadam.Adam(0.1)
+    optimizer.apply_gradients([(np.ones(1000, F32), w)])
+    address = w.ctypes.data
+    w.resize(100_000, refcheck=False)
+    reused = [x for x in (np.zeros(1000, F32) for _ in range(50)) if x.ctypes.data == address]
+    for x in reused:
+        with pytest.raises(ValueError, match="lies where a variable of this optimizer was before its memory was freed"):
+            optimizer.apply_gradients([(np.ones(1000, F32), x)])
+
+
+def test_a_gradient_that_frees_its_variable_while_it_is_read_is_refused():
+    n = 100_000
+    w = np.zeros(n, F32)
+    armed = []
+
+    class Freeing:
+        def __array__(self, dtype=None, copy=None):
+            gradient = np.ones(n, F32)
+            if armed:
+                w.resize(1, refcheck=False)
+            return gradient
+
+    optimizer = fastadam.Adam()
+    optimizer.apply_gradients([(Freeing(), w)])
+    armed.append(True)
+    with pytest.raises(ValueError, match=re.escape("vars[0]: was given other memory while the step was prepared")):
+        optimizer.apply_gradients([(Freeing(), w)])
+    assert optimizer.iterations == 1
+
+
+def test_a_step_inside_a_step_is_refused(trained):
+    class Stepping:
+        def __array__(self, dtype=None, copy=None):
+            trained.optimizer.apply_gradients(trained.good_pairs())
+            return np.ones(5, F32)
+
+    with pytest.raises(RuntimeError, match="apply_gradients of optimizer Adam was called from within itself"):
+        trained.optimizer.apply_gradients([*trained.good_pairs(), (Stepping(), np.ones(5, F32))])
+    trained.assert_unchanged()
+    trained.optimizer.learning_rate = lambda: trained.optimizer.apply_gradients(trained.good_pairs())
+    with pytest.raises(RuntimeError, match="was called from within itself"):
+        trained.optimizer.apply_gradients(trained.good_pairs())
+    trained.optimizer.learning_rate = 0.1
+    trained.assert_unchanged()
+
+
+def test_iterations_written_through_the_live_array_are_checked_at_the_step(trained):
+    for value in (-5, 2**63 - 1):
+        trained.optimizer.weights[0][...] = value
+        with pytest.raises(ValueError, match="iterations"):
+            trained.optimizer.apply_gradients(trained.good_pairs())
+    trained.optimizer.weights[0][...] = 2
+    trained.assert_unchanged()
+
+
+def test_build_refuses_what_a_step_would_refuse(trained):
+    shared = np.zeros(10, F32)
+    with pytest.raises(ValueError, match=re.escape("vars[1]: overlaps vars[0] in memory")):
+        trained.optimizer.build([shared[:6], shared[4:]])
+    with pytest.raises(TypeError, match="var_list: NoneType, expected a list"):
+        trained.optimizer.build(None)
+    with pytest.raises(TypeError, match="weights: int, expected a list"):
+        trained.optimizer.set_weights(5)
+    with pytest.raises(TypeError, match="config: NoneType, expected a dict"):
+        fastadam.Adam.from_config(None)
+    with pytest.raises(TypeError, match="slot_name: 5, expected a string"):
+        trained.optimizer.add_slot(trained.variables[0], 5)
+    trained.assert_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("abc", "value: dtype <U3, expected real numbers"),
+        ([1 + 2j], "value: dtype complex128, expected real numbers"),
+        ([[1], [2, 3]], "value: list that is not an array of numbers"),
+        (None, "value: dtype object, expected real numbers"),
+    ],
+)
+def test_variable_refuses_what_is_not_numbers(value, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        fastadam.Variable(value)
+    with pytest.raises(TypeError, match="value: dtype complex128, expected real numbers"):
+        fastadam.Variable([1.0]).assign([1j])
+
+
+def test_an_exporter_that_fails_is_named():
+    class Broken:
+        def __dlpack_device__(self):
+            return (1, 0)
+
+        def __dlpack__(self, **options):
+            raise BufferError("not today")
+
+    message = re.escape("vars[0]: Broken that cannot be read as it lies in memory (not today)")
+    with pytest.raises(ValueError, match=message):
+        fastadam.Adam().apply_gradients([(GRADIENT, Broken())])

@@ -73,6 +73,24 @@ def test_torch_tensors_that_cannot_be_updated_in_place_are_refused():
         fastadam.Adam().apply_gradients([(gradient, torch.ones(5, dtype=torch.int64))])
 
 
+def test_torch_integer_gradients_are_converted_and_odd_tensors_are_named():
+    torch = pytest.importorskip("torch")
+    variable = np.ones(3, F32)
+    fastadam.Adam(0.1).apply_gradients([(torch.ones(3, dtype=torch.int64), variable)])
+    np.testing.assert_allclose(variable, 0.9, rtol=1e-5)
+    negative = torch.tensor([1 + 2j, 3 + 4j]).conj().imag
+    with pytest.raises(ValueError, match=r"grads\[0\]: tensor with the negative bit; resolve it first"):
+        fastadam.Adam().apply_gradients([(negative, np.ones(2, F32))])
+    with pytest.raises(ValueError, match=r"vars\[0\]: Tensor that cannot be read as it lies in memory"):
+        fastadam.Adam().apply_gradients([(np.ones(3, F32), torch.ones(3).to_sparse())])
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"vars\[0\]: Tensor without memory"):
+        fastadam.Adam().apply_gradients([(np.ones(3, F32), freed)])
+    with pytest.raises(TypeError, match="value: Tensor, expected a NumPy array; pass other arrays as they are"):
+        fastadam.Variable(torch.ones(3))
+
+
 def test_jax_arrays_are_refused_as_variables_and_read_as_gradients():
     jnp = pytest.importorskip("jax.numpy")
     variable = np.ones(5, F32)

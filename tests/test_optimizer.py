@@ -152,6 +152,16 @@ def test_set_weights_casts_and_keeps_the_arrays():
     assert (optimizer.get_slot(pairs[0][1], "m") == 0.5).all()
 
 
+def test_live_weights_may_be_set_in_another_order():
+    optimizer = fastadam.Adam()
+    optimizer.build([np.zeros(3, F32), np.zeros(3, F32)])
+    for i, weight in enumerate(optimizer.weights[1:]):
+        weight[...] = i
+    iterations, a, b, c, d = optimizer.weights
+    optimizer.set_weights([iterations, b, a, d, c])
+    assert [int(w[0]) for w in optimizer.weights[1:]] == [1, 0, 3, 2]
+
+
 def test_the_list_of_a_keras_1_adam_is_accepted_but_no_amsgrad_state_is_dropped():
     optimizer, _ = trained()
     weights = optimizer.get_weights()

@@ -55,7 +55,7 @@ struct Buffer {
   }
 };
 
-inline std::string text(const py::object& object) { return py::cast<std::string>(py::str(object)); }
+inline std::string text(py::handle object) { return py::cast<std::string>(py::str(object)); }
 
 inline std::string type_name(py::handle object) { return text(py::type::handle_of(object).attr("__name__")); }
 
@@ -178,6 +178,7 @@ inline Buffer from_dlpack(const py::object& object, const Label& label) {
     b.writable = text(py::type::handle_of(object).attr("__module__")).rfind("torch", 0) == 0;
   }
   derive_layout(b);
+  if (b.data == nullptr && b.size > 0) throw py::value_error(label() + ": " + type_name(object) + " without memory");
   return b;
 }
 
@@ -202,6 +203,25 @@ inline bool is_ndarray_like(py::handle object, const Buffer& b) {
          std::equal(b.shape.begin(), b.shape.end(), array.shape());
 }
 
+inline bool is_true(const py::object& object, const char* method) {
+  return py::hasattr(object, method) && py::cast<bool>(object.attr(method)());
+}
+
+// Memory that an object of another library exports.
+inline std::optional<Buffer> read_exported(py::object object, const Label& label) {
+  if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
+    if (is_true(object, "is_neg")) throw py::value_error(label() + ": tensor with the negative bit; resolve it first");
+    // A torch tensor that requires gradients refuses to be exported; detached it is the same memory.
+    if (py::hasattr(object, "requires_grad") && py::hasattr(object, "detach")) object = object.attr("detach")();
+    return from_dlpack(object, label);
+  }
+  if (!py::hasattr(object, "__array_interface__") && !PyObject_CheckBuffer(object.ptr())) return std::nullopt;
+  const auto array = py::module_::import("numpy").attr("asarray")(object).cast<py::array>();
+  // An array with memory of its own is a copy: a NumPy scalar exports a temporary.
+  if (array.owndata()) return std::nullopt;
+  return from_ndarray(array);
+}
+
 // Whatever `object` is, as it lies in memory; nothing is required of it but to be an array.
 inline std::optional<Buffer> read_array(py::object object, const Label& label) {
   if (py::isinstance<Buffer>(object)) return object.cast<Buffer>();
@@ -211,15 +231,21 @@ inline std::optional<Buffer> read_array(py::object object, const Label& label) {
     }
     return from_ndarray(py::reinterpret_borrow<py::array>(object));
   }
-  if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
-    // A torch tensor that requires gradients refuses to be exported; detached it is the same memory.
-    if (py::hasattr(object, "requires_grad") && py::hasattr(object, "detach")) object = object.attr("detach")();
-    return from_dlpack(object, label);
+  try {
+    return read_exported(object, label);
+  } catch (py::error_already_set& error) {
+    // The exporter's own refusal (sparse, conjugated or quantized tensors) does not name the argument.
+    if (!error.matches(PyExc_Exception)) throw;
+    throw py::value_error(label() + ": " + type_name(object) + " that cannot be read as it lies in memory (" +
+                          text(error.value()) + ")");
   }
-  if (py::hasattr(object, "__array_interface__") || PyObject_CheckBuffer(object.ptr())) {
-    return from_ndarray(py::module_::import("numpy").attr("asarray")(object).cast<py::array>());
-  }
-  return std::nullopt;
+}
+
+// False if the array has been given other memory since (ndarray.resize with refcheck=False).
+inline bool is_current(const Buffer& b) {
+  if (b.ndarray_type == nullptr) return true;
+  const auto array = py::reinterpret_borrow<py::array>(b.owner);
+  return array.data() == b.data && array.size() == b.size;
 }
 
 // The rules of promise 4: what is written in place is refused rather than copied.

@@ -40,7 +40,7 @@ void set_isa(const std::string& name) {
     cpu::set_current_isa(isa);
     return;
   }
-  throw py::value_error("isa '" + name + "': not in this build, expected one of " + quoted_names(false));
+  throw py::value_error("isa '" + name + "': not in this build, expected one of " + quoted_names(true));
 }
 
 std::vector<std::pair<std::string, bool>> compiled_isas() {

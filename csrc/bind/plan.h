@@ -15,6 +15,7 @@
 #include "../core/step_args.h"
 #include "buffers.h"
 #include "norms.h"
+#include "step_checks.h"
 
 namespace fastadam::bind {
 
@@ -40,7 +41,7 @@ class Plan {
   bool matches(const py::list& objects, const std::vector<int64_t>& positions) const {
     if (objects.size() != variables_.size() || positions != positions_) return false;
     for (size_t i = 0; i < variables_.size(); ++i) {
-      if (!is_variable(objects[i], variables_[i])) return false;
+      if (!is_current(variables_[i]) || !is_variable(objects[i], variables_[i])) return false;
     }
     return true;
   }
@@ -74,6 +75,8 @@ class Plan {
     args.scalars_f64 = make_step_scalars<double>(hyper);
     args.amsgrad = amsgrad_;
     args.transform = clip_norms || !factors.empty() || std::isfinite(hyper.clip_value);
+    require_usable(hyper, args, tensors_);
+    require_current();
     int64_t* count = counter ? counter->mutable_data() : nullptr;
     {
       // Safe: the kernels touch only memory that this Plan, `gradients` and `counter` keep alive.
@@ -100,6 +103,15 @@ class Plan {
     if (length == variables_.size()) return;
     throw py::value_error(std::string(name) + ": " + std::to_string(length) + " arrays, expected " +
                           std::to_string(variables_.size()) + ", one for each variable");
+  }
+
+  // The last check: a gradient that runs Python code while it is read could have freed anything.
+  void require_current() const {
+    for (const std::vector<Buffer>* buffers : {&variables_, &state_}) {
+      for (const Buffer& b : *buffers) {
+        if (!is_current(b)) throw py::value_error(b.label + ": was given other memory while the step was prepared");
+      }
+    }
   }
 
   Label gradient_label(size_t i) const { return {"grads", positions_[i]}; }

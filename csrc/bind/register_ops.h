@@ -24,13 +24,15 @@ inline void register_buffer(py::module_& m) {
       .def_property_readonly("dtype", [](const Buffer& b) { return name_of(*b.dtype); })
       .def_property_readonly("state_dtype", [](const Buffer& b) { return name_of(state_dtype(*b.dtype)); })
       .def_property_readonly("order", &Buffer::order)
+      .def("is_current", &is_current)
       .def("array", &as_numpy);
   m.def("bfloat16_bits", &bfloat16_bits, py::arg("bits").noconvert());
   m.def(
       "read_array",
       [](const py::object& object, const std::string& label) -> std::optional<std::pair<py::array, bool>> {
         std::optional<Buffer> b = read_array(object, Label{label});
-        if (!b) return std::nullopt;
+        const bool unknown_to_numpy = b && !b->dtype && !py::isinstance<py::array>(b->owner);
+        if (!b || unknown_to_numpy) return std::nullopt;
         b->label = label;
         return std::make_pair(as_numpy(*b), b->dtype == DType::kBFloat16);
       },

@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_beta", "check_clip", "check_epsilon", "check_non_negative", "check_number", "check_one_norm"]
+__all__ = [
+    "check_beta",
+    "check_bool",
+    "check_clip",
+    "check_epsilon",
+    "check_iterations",
+    "check_list",
+    "check_non_negative",
+    "check_number",
+    "check_one_norm",
+]
 
 # tf.keras.backend.epsilon(): what `epsilon=None` and `epsilon=0` mean in TF's Adam (`epsilon or backend.epsilon()`).
 DEFAULT_EPSILON = 1e-7
@@ -21,6 +31,8 @@ def check_number(name: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: {type(value).__name__}, expected a number") from None
+    except OverflowError:
+        raise ValueError(f"{name}: {type(value).__name__} beyond every float, expected a finite number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name}: {number}, expected a finite number")
     return number
@@ -45,6 +57,29 @@ def check_beta(name: str, value: Any) -> float:
 def check_epsilon(value: Any) -> float:
     """``epsilon >= 0``; None and 0 mean 1e-7, as in TF."""
     return (0.0 if value is None else check_non_negative("epsilon", value)) or DEFAULT_EPSILON
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """True or False, NumPy's included."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: {value!r}, expected True or False")
+    return bool(value)
+
+
+def check_iterations(name: str, value: Any) -> int:
+    """A whole number of steps, from 0, that can be counted on from."""
+    number = check_non_negative(name, value)
+    if number != int(number) or int(value) >= 2**63 - 1:
+        raise ValueError(f"{name}: {value}, expected a whole number of steps below 2**63 - 1")
+    return int(value)
+
+
+def check_list(name: str, values: Any) -> list[Any]:
+    """The items of any iterable."""
+    try:
+        return list(values)
+    except TypeError:
+        raise TypeError(f"{name}: {type(values).__name__}, expected a list") from None
 
 
 def check_clip(name: str, value: Any) -> float:

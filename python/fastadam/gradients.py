@@ -48,6 +48,11 @@ def convert_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
     """
     values = as_float_array(gradient, label)
     order: Any = variable.order
+    with np.errstate(under="ignore"):  # what underflows is flushed in the kernels anyway
+        return _converted(values, variable, order)
+
+
+def _converted(values: npt.NDArray[Any], variable: _cpu.Buffer, order: Any) -> Any:
     if variable.dtype == "bfloat16":
         return _cpu.bfloat16_bits(np.asarray(float32_to_bfloat16(values.astype(np.float32)), order=order))
     return np.array(values, dtype=variable.dtype, order=order)
@@ -55,6 +60,9 @@ def convert_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
 
 def _as_array(gradient: Any, label: str) -> npt.NDArray[Any]:
     try:
-        return np.asarray(gradient)
+        array = np.asarray(gradient)
     except (ValueError, TypeError) as error:
         raise TypeError(f"{label}: {type(gradient).__name__} that is not an array of numbers ({error})") from None
+    if array.dtype == object and array.ndim == 0:
+        raise TypeError(f"{label}: {type(gradient).__name__}, expected an array of numbers")
+    return array

@@ -63,6 +63,8 @@ def set_num_threads(count: int | None) -> None:
     2
     >>> fastadam.set_num_threads(None)
     """
+    if isinstance(count, str):
+        raise ValueError(f"count: {count!r}, expected an integer from 1 to 65536")
     _cpu.set_num_threads(_DEFAULT_THREADS if count is None else parse_thread_count(count, "count"))
 
 

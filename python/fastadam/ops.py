@@ -116,10 +116,9 @@ def _as_list(argument: Any) -> list[Any]:
 
 
 def _check_step(step: Any) -> int:
-    try:
-        count = int(step.__index__())
-    except AttributeError:
-        raise TypeError(f"step: {step!r}, expected an integer of at least 1") from None
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise TypeError(f"step: {step!r}, expected an integer of at least 1")
+    count = int(step.__index__())
     if not 1 <= count < 2**63:
         raise ValueError(f"step: {count}, expected an integer of at least 1")
     return count

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._backend import _cpu
-from fastadam.checks import check_beta, check_clip, check_epsilon, check_non_negative, check_number
+from fastadam.checks import (
+    check_beta,
+    check_bool,
+    check_clip,
+    check_epsilon,
+    check_iterations,
+    check_list,
+    check_non_negative,
+    check_number,
+)
 from fastadam.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper
 from fastadam.ops import fit_gradients
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
@@ -98,7 +108,7 @@ class Adam:
         for key, value in kwargs.items():
             if key not in ("lr", "decay", *CLIP_NAMES):
                 raise TypeError(f"Unexpected keyword argument passed to optimizer: {key}")
-            if value is not None and not callable(value):
+            if not callable(value) and (value is not None or key == "decay"):
                 check_non_negative(key, value)
         self._hyper: dict[str, HyperValue] = {}
         self._clip: dict[str, float | None] = dict.fromkeys(CLIP_NAMES)
@@ -106,10 +116,12 @@ class Adam:
         self.beta_1 = beta_1
         self.beta_2 = beta_2
         self.epsilon = epsilon
-        self.decay = kwargs.get("decay") or 0.0
+        self.decay = kwargs.get("decay", 0.0)
         for key in CLIP_NAMES:
             setattr(self, key, kwargs.get(key))
-        self.amsgrad = bool(amsgrad)
+        self.amsgrad = amsgrad
+        if not isinstance(name, (str, type(None))):
+            raise TypeError(f"name: {name!r}, expected a string")
         self.name = name or _unique_name(type(self).__name__.lower())
         self._iterations = np.zeros((), np.int64)
         self._slots = SlotStore()
@@ -117,6 +129,7 @@ class Adam:
         self._plan_key: tuple[bool, int] | None = None
         self._buffers: list[_cpu.Buffer] = []
         self._lock = threading.RLock()
+        self._stepping = False
         _live_optimizers.add(self)
 
     # ---- hyperparameters -------------------------------------------------------------------------------------------
@@ -131,6 +144,15 @@ class Adam:
         self.learning_rate = value
 
     @property
+    def amsgrad(self) -> bool:
+        """Use the maximum of the second moments; set later, the next step creates vhat."""
+        return self._amsgrad
+
+    @amsgrad.setter
+    def amsgrad(self, value: bool) -> None:
+        self._amsgrad = check_bool("amsgrad", value)
+
+    @property
     def iterations(self) -> np.int64:
         """Steps made so far. Setting it continues from there: after ``opt.iterations = 5`` the next step uses t = 6."""
         count: np.int64 = np.int64(int(self._iterations))
@@ -138,11 +160,11 @@ class Adam:
 
     @iterations.setter
     def iterations(self, value: int) -> None:
-        self._iterations[...] = _check_iterations("iterations", value)
+        self._iterations[...] = check_iterations("iterations", value)
 
     def _step_hyper(self) -> StepHyper:
         """The numbers of the next step; callables and schedules are evaluated here, once."""
-        iterations = int(self._iterations)
+        iterations = check_iterations("iterations", self._iterations)
         rate = self.learning_rate
         if isinstance(rate, LearningRateSchedule):
             rate = check_number("learning_rate", rate(iterations))
@@ -183,7 +205,7 @@ class Adam:
         gradients, variables, positions = _filter_none(_as_pairs(grads_and_vars))
         if not variables:
             return None
-        with self._lock:
+        with self._lock, self._no_step_inside_a_step():
             hyper = self._step_hyper()
             if not self._plan_fits(variables, positions):
                 self._make_plan(variables, gradients, positions)
@@ -191,6 +213,17 @@ class Adam:
             gradients = fit_gradients(self._plan, gradients, self._buffers, positions)
             self._plan.step(gradients, hyper, [], self._iterations)
             return self.iterations
+
+    @contextlib.contextmanager
+    def _no_step_inside_a_step(self) -> Iterator[None]:
+        """A callable hyperparameter or a gradient's ``__array__`` may run any code but a step of this optimizer."""
+        if self._stepping:
+            raise RuntimeError(f"apply_gradients of optimizer {self.name} was called from within itself")
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
 
     def _plan_fits(self, variables: Sequence[Any], positions: list[int]) -> bool:
         if self._plan is None or self._plan_key != self._current_plan_key():
@@ -217,10 +250,13 @@ class Adam:
 
     def build(self, var_list: Iterable[Any]) -> None:
         """Create the slots of these variables now, so that ``set_weights`` works before the first step."""
-        variables = list(var_list)
-        buffers = buffers_of(variables, range(len(variables)))
+        variables = check_list("var_list", var_list)
+        positions = list(range(len(variables)))
+        buffers = buffers_of(variables, positions)
         with self._lock:
-            for slot in self._slots.prepare(buffers, self._slot_names())[1]:
+            (m, v, *vhat), created = self._slots.prepare(buffers, self._slot_names())
+            _cpu.Plan(buffers, m, v, vhat[0] if vhat else None, positions)  # refuses what overlaps
+            for slot in created:
                 self._slots.add(*slot)
 
     @property
@@ -247,7 +283,8 @@ class Adam:
         """
         with self._lock:
             current = self.weights
-            new = [np.asarray(weight) for weight in _drop_keras1_dummies(list(weights), len(current))]
+            given = _drop_keras1_dummies(check_list("weights", weights), len(current))
+            new = [np.array(weight) for weight in given]  # copies: they may be these very arrays in another order
             if len(new) != len(current):
                 raise ValueError(
                     f"You called `set_weights(weights)` on optimizer {self.name} with a weight list of length "
@@ -261,7 +298,7 @@ class Adam:
                     )
                 if value.dtype.kind not in "fiuV":
                     raise TypeError(f"weights[{i}]: dtype {value.dtype}, expected {old.dtype}")
-            iterations = _check_iterations("weights[0]", new[0])
+            iterations = check_iterations("weights[0]", new[0])
             for old, value in zip(current[1:], new[1:], strict=True):
                 old[...] = value
             self._iterations[...] = iterations
@@ -286,8 +323,10 @@ class Adam:
         Args:
             var: The variable.
             slot_name: Name of the slot; "m", "v" and "vhat" are then used by the next step.
-            initializer: "zeros", "ones", a callable ``(shape, dtype)``, or an array.
+            initializer: "zeros", "ones", a callable ``(shape, dtype=...)``, or an array.
         """
+        if not isinstance(slot_name, str):
+            raise TypeError(f"slot_name: {slot_name!r}, expected a string")
         buffer = _cpu.Buffer(unwrap(var), label_of(var, 0))
         with self._lock:
             slots = self._slots.find(buffer)
@@ -331,6 +370,8 @@ class Adam:
                 in the form of TF 2.x or Keras 3.
             custom_objects: Schedule classes of your own by name.
         """
+        if not isinstance(config, dict):
+            raise TypeError(f"config: {type(config).__name__}, expected a dict as get_config gives it")
         arguments = dict(config)
         if "lr" in arguments:
             arguments["learning_rate"] = arguments.pop("lr")
@@ -365,13 +406,6 @@ def _filter_none(pairs: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any], li
     return [pairs[i][0] for i in positions], [pairs[i][1] for i in positions], positions
 
 
-def _check_iterations(name: str, value: Any) -> int:
-    number = check_non_negative(name, value)
-    if number != int(number):
-        raise ValueError(f"{name}: {number}, expected a whole number of steps")
-    return int(value)
-
-
 def _drop_keras1_dummies(weights: list[Any], expected: int) -> list[Any]:
     variables = (expected - 1) // 2
     if variables == 0 or expected != 2 * variables + 1 or len(weights) != 3 * variables + 1:
@@ -389,6 +423,7 @@ def _renew_locks() -> None:
     """A thread that held a lock when the process forked does not exist in the child."""
     for optimizer in _live_optimizers:
         optimizer._lock = threading.RLock()
+        optimizer._stepping = False
 
 
 if hasattr(os, "register_at_fork"):

@@ -60,6 +60,11 @@ class SlotStore:
     def find(self, buffer: _cpu.Buffer) -> dict[str, npt.NDArray[Any]] | None:
         """The slots of this variable by name, or None for a variable never seen."""
         entry = self._entries.get(key_of(buffer))
+        if entry is not None and not entry.buffer.is_current():
+            raise ValueError(
+                f"{buffer.label}: lies where a variable of this optimizer was before its memory was freed "
+                "(ndarray.resize with refcheck=False?); its state belongs to that one"
+            )
         return None if entry is None else entry.slots
 
     def require_new_memory(self, buffer: _cpu.Buffer) -> None:

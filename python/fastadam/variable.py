@@ -37,7 +37,9 @@ class Variable:
     __slots__ = ("__weakref__", "_value", "name")
 
     def __init__(self, value: npt.ArrayLike, name: str | None = None) -> None:
-        array = value if isinstance(value, np.ndarray) else np.array(value, dtype=np.float32)
+        if not isinstance(name, (str, type(None))):
+            raise TypeError(f"name: {name!r}, expected a string")
+        array = value if isinstance(value, np.ndarray) else _new_array(value, name)
         self.name = name
         _cpu.Buffer(array, label_of(self, 0) if name else "value")
         self._value = array
@@ -65,7 +67,9 @@ class Variable:
         """Overwrite the elements; raises ValueError unless ``value`` has the variable's shape."""
         new = np.asarray(value)
         if new.shape != self._value.shape:
-            raise ValueError(f"value: shape {new.shape}, expected {self._value.shape} like {label_of(self, 0)}")
+            raise ValueError(f"value: shape {new.shape}, expected {self._value.shape} like this variable")
+        if new.dtype.kind == "c" or new.dtype == object:
+            raise TypeError(f"value: dtype {new.dtype}, expected real numbers")
         self._value[...] = new
         return self
 
@@ -76,6 +80,19 @@ class Variable:
 
     def __repr__(self) -> str:
         return f"Variable(name={self.name!r}, shape={self.shape}, dtype={self.dtype})"
+
+
+def _new_array(value: Any, name: str | None) -> npt.NDArray[np.float32]:
+    label = f"variable '{name}'" if name else "value"
+    if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
+        raise TypeError(f"{label}: {type(value).__name__}, expected a NumPy array; pass other arrays as they are")
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{label}: {type(value).__name__} that is not an array of numbers ({error})") from None
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{label}: dtype {array.dtype}, expected real numbers")
+    return np.array(array, dtype=np.float32)
 
 
 def unwrap(variable: Any) -> Any:

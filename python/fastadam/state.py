@@ -1,0 +1,166 @@
+"""The state of an optimizer, as tf.keras users read and write it: iterations, slots, weights."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastadam._backend import _cpu
+from fastadam.checks import check_iterations, check_list
+from fastadam.slots import Initializer, SlotStore, initial_value
+from fastadam.variable import buffers_of, label_of, unwrap
+
+__all__ = ["OptimizerState"]
+
+_live: weakref.WeakSet[OptimizerState] = weakref.WeakSet()
+
+
+class OptimizerState:
+    """Iterations and slots; a subclass says which slots its step needs."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self._iterations = np.zeros((), np.int64)
+        self._slots = SlotStore()
+        self._lock = threading.RLock()  # held while state changes
+        self._stepping = False
+        _live.add(self)
+
+    def _slot_names(self) -> list[str]:
+        raise NotImplementedError
+
+    @property
+    def iterations(self) -> np.int64:
+        """Steps made so far. Setting it continues from there: after ``opt.iterations = 5`` the next step uses t = 6."""
+        count: np.int64 = np.int64(int(self._iterations))
+        return count
+
+    @iterations.setter
+    def iterations(self, value: int) -> None:
+        self._iterations[...] = check_iterations("iterations", value)
+
+    def build(self, var_list: Iterable[Any]) -> None:
+        """Create the slots of these variables now, so that ``set_weights`` works before the first step."""
+        variables = check_list("var_list", var_list)
+        positions = list(range(len(variables)))
+        buffers = buffers_of(variables, positions)
+        with self._lock:
+            (m, v, *vhat), created = self._slots.prepare(buffers, self._slot_names())
+            _cpu.Plan(buffers, m, v, vhat[0] if vhat else None, positions)  # refuses what overlaps
+            for slot in created:
+                self._slots.add(*slot)
+
+    @property
+    def weights(self) -> list[npt.NDArray[Any]]:
+        """The live state: iterations, then all m, all v, all vhat; variables that came later follow in the same way."""
+        return [self._iterations, *self._slots.arrays]
+
+    def variables(self) -> list[npt.NDArray[Any]]:
+        """The same as ``weights``."""
+        return self.weights
+
+    def get_weights(self) -> list[Any]:
+        """Copies of ``weights``; the first is an ``np.int64``."""
+        with self._lock:
+            return [self.iterations, *(array.copy() for array in self._slots.arrays)]
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Overwrite the state with a list in the order of ``weights``, for example from ``get_weights``.
+
+        The list of a Keras 1 Adam, which ends in one dummy of shape (1,) for each variable, is accepted as TF does.
+
+        Raises:
+            ValueError: Wrong number of arrays or a wrong shape; nothing is changed.
+        """
+        with self._lock:
+            current = self.weights
+            given = _drop_keras1_dummies(check_list("weights", weights), len(current))
+            new = [np.array(weight) for weight in given]  # copies: they may be these very arrays in another order
+            if len(new) != len(current):
+                raise ValueError(
+                    f"You called `set_weights(weights)` on optimizer {self.name} with a weight list of length "
+                    f"{len(new)}, but the optimizer was expecting {len(current)} weights."
+                )
+            for i, (old, value) in enumerate(zip(current, new, strict=True)):
+                if old.shape != value.shape:
+                    raise ValueError(
+                        f"weights[{i}]: Optimizer weight shape {old.shape} not compatible with provided weight shape "
+                        f"{value.shape}"
+                    )
+                if value.dtype.kind not in "fiuV":
+                    raise TypeError(f"weights[{i}]: dtype {value.dtype}, expected {old.dtype}")
+            iterations = check_iterations("weights[0]", new[0])
+            for old, value in zip(current[1:], new[1:], strict=True):
+                old[...] = value
+            self._iterations[...] = iterations
+
+    def get_slot(self, var: Any, slot_name: str) -> npt.NDArray[Any]:
+        """The live state array "m", "v" or "vhat" of a variable; KeyError if there is none."""
+        label = label_of(var, 0)
+        slots = self._slots.find(_cpu.Buffer(unwrap(var), label))
+        if slots is None:
+            raise KeyError(f"{label}: not a variable of this optimizer")
+        if slot_name not in slots:
+            raise KeyError(f"{slot_name}: not a slot of {label}, which has {list(slots)}")
+        return slots[slot_name]
+
+    def get_slot_names(self) -> list[str]:
+        """Names of the slots in the order of their creation."""
+        return list(self._slots.names)
+
+    def add_slot(self, var: Any, slot_name: str, initializer: Initializer = "zeros") -> npt.NDArray[Any]:
+        """Create a slot of the variable's shape, appended to ``weights``, or return the one that is there.
+
+        Args:
+            var: The variable.
+            slot_name: Name of the slot; "m", "v" and "vhat" are then used by the next step.
+            initializer: "zeros", "ones", a callable ``(shape, dtype=...)``, or an array.
+        """
+        if not isinstance(slot_name, str):
+            raise TypeError(f"slot_name: {slot_name!r}, expected a string")
+        buffer = _cpu.Buffer(unwrap(var), label_of(var, 0))
+        with self._lock:
+            slots = self._slots.find(buffer)
+            if slots is None:
+                self._slots.require_new_memory(buffer)
+            elif slot_name in slots:
+                return slots[slot_name]
+            array = initial_value(initializer, buffer.shape, buffer.state_dtype, buffer.order)
+            return self._slots.add(buffer, slot_name, array)
+
+    def add_weight(
+        self,
+        name: str,
+        shape: Sequence[int] = (),
+        dtype: npt.DTypeLike = np.float32,
+        initializer: Initializer = "zeros",
+    ) -> npt.NDArray[Any]:
+        """A new array for a subclass to keep state in; as in TF it is not part of ``weights``."""
+        if not isinstance(name, str):
+            raise TypeError(f"name: {name!r}, expected a string")
+        return initial_value(initializer, tuple(shape), dtype)
+
+
+def _drop_keras1_dummies(weights: list[Any], expected: int) -> list[Any]:
+    variables = (expected - 1) // 2
+    if variables == 0 or expected != 2 * variables + 1 or len(weights) != 3 * variables + 1:
+        return weights
+    return weights[:expected] if all(np.shape(dummy) == (1,) for dummy in weights[expected:]) else weights
+
+
+def _renew_locks() -> None:
+    """A thread that held a lock when the process forked does not exist in the child."""
+    for optimizer in _live:
+        optimizer._lock = threading.RLock()
+        optimizer._stepping = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)

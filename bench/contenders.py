@@ -55,7 +55,7 @@ def fastadam_kernel(sizes):
     variables, gradients, m, v = buffers(sizes, "placed")
     positions = list(range(len(sizes)))
     views = [_cpu.Buffer(w, f"vars[{i}]") for i, w in enumerate(variables)]
-    plan = _cpu.Plan(views, m, v, None, positions)
+    plan = _cpu.Plan(views, m, v, None, None, [False] * len(views), positions)
     hyper = fastadam.hyper.StepHyper(step=10, **HYPER)
     return lambda: plan.step(gradients, hyper, [], None)
 

@@ -27,11 +27,11 @@ class Norms {
     return pairwise_sum(sums_.data() + block_offsets_[tensor], block_offsets_[tensor + 1] - block_offsets_[tensor]);
   }
 
-  // Clips each norm, then the norm of all: TF's order.
+  // Clips each norm, then the norm of all: TF's order. The factors hold gradient_scale already.
   void fold_into(std::vector<TensorArgs>& tensors, const AdamHyper& hyper) {
     double sum = 0;
     for (size_t i = 0; i < tensors.size(); ++i) {
-      const double norm = std::sqrt(sum_squares(i));
+      const double norm = std::sqrt(sum_squares(i)) * hyper.gradient_scale;
       const double factor = std::isfinite(hyper.clip_norm) ? clip_factor(norm, hyper.clip_norm) : 1.0;
       tensors[i].grad_factor *= factor;
       sum += norm * factor * norm * factor;

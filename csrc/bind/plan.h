@@ -22,17 +22,24 @@ namespace fastadam::bind {
 class Plan {
  public:
   // `positions[i]`: the place of variable i in the caller's list, for error texts about its gradient.
+  // `vhat` and `average` are lists or None; `decays[i]`: weight decay applies to variable i.
   Plan(std::vector<Buffer> variables, const py::list& m, const py::list& v, const py::object& vhat,
-       std::vector<int64_t> positions)
-      : variables_(std::move(variables)), positions_(std::move(positions)), amsgrad_(!vhat.is_none()) {
+       const py::object& average, const std::vector<bool>& decays, std::vector<int64_t> positions)
+      : variables_(std::move(variables)),
+        positions_(std::move(positions)),
+        amsgrad_(!vhat.is_none()),
+        has_average_(!average.is_none()) {
     require_length("m", m.size());
     require_length("v", v.size());
     if (amsgrad_) require_length("vhat", py::len(vhat));
+    if (has_average_) require_length("average", py::len(average));
+    require_length("decays", decays.size());
     for (size_t i = 0; i < variables_.size(); ++i) {
       add_state("m", m[i], i);
       add_state("v", v[i], i);
       if (amsgrad_) add_state("vhat", vhat.cast<py::list>()[i], i);
-      add_tensor(i);
+      if (has_average_) add_state("average", average.cast<py::list>()[i], i);
+      add_tensor(i, decays[i]);
     }
     chain_repeats();
     refuse_overlaps();
@@ -63,9 +70,11 @@ class Plan {
             std::optional<py::array_t<int64_t>> counter) {
     for (size_t i : check(gradients)) throw py::type_error(gradient_label(i)() + ": must be converted before the step");
     if (!factors.empty()) require_length("grad_factor", factors.size());
-    for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].grad_factor = factors.empty() ? 1.0 : factors[i];
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      tensors_[i].grad_factor = hyper.gradient_scale * (factors.empty() ? 1.0 : factors[i]);
+    }
     const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
-    if (clip_norms) norms_.resize(tensors_, hyper.clip_value);
+    if (clip_norms) norms_.resize(tensors_, hyper.clip_value / hyper.gradient_scale);
     StepArgs args{};
     args.tensors = tensors_.data();
     args.heads = heads_.data();
@@ -74,7 +83,8 @@ class Plan {
     args.scalars_f32 = make_step_scalars<float>(hyper);
     args.scalars_f64 = make_step_scalars<double>(hyper);
     args.amsgrad = amsgrad_;
-    args.transform = clip_norms || !factors.empty() || std::isfinite(hyper.clip_value);
+    args.transform = clip_norms || !factors.empty() || std::isfinite(hyper.clip_value) || hyper.gradient_scale != 1;
+    args.ema_overwrite = hyper.ema_overwrite;
     require_usable(hyper, args, tensors_);
     require_current();
     int64_t* count = counter ? counter->mutable_data() : nullptr;
@@ -114,6 +124,8 @@ class Plan {
     }
   }
 
+  size_t slots_per_variable() const { return 2 + (amsgrad_ ? 1 : 0) + (has_average_ ? 1 : 0); }
+
   Label gradient_label(size_t i) const { return {"grads", positions_[i]}; }
 
   static bool is_variable(const py::object& object, const Buffer& variable) {
@@ -129,13 +141,15 @@ class Plan {
     state_.push_back(read_state(object, Label{name, positions_[i]}(), variables_[i]));
   }
 
-  void add_tensor(size_t i) {
+  void add_tensor(size_t i, bool decays) {
     TensorArgs t{};
-    const Buffer* state = &state_[state_.size() - (amsgrad_ ? 3 : 2)];
+    const Buffer* state = &state_[state_.size() - slots_per_variable()];
     t.var = variables_[i].data;
     t.m = state[0].data;
     t.v = state[1].data;
     t.vhat = amsgrad_ ? state[2].data : nullptr;
+    t.average = has_average_ ? state[amsgrad_ ? 3 : 2].data : nullptr;
+    t.decays = decays;
     t.size = variables_[i].size;
     t.next = -1;
     t.dtype = *variables_[i].dtype;
@@ -169,7 +183,7 @@ class Plan {
   }
 
   void refuse_overlaps() {
-    const size_t per_variable = amsgrad_ ? 3 : 2;
+    const size_t per_variable = slots_per_variable();
     for (int64_t head : heads_) {
       const auto i = static_cast<size_t>(head);
       if (variables_[i].size == 0) continue;
@@ -220,7 +234,7 @@ class Plan {
   }
 
   std::vector<Buffer> variables_;
-  std::vector<Buffer> state_;         // m, v[, vhat] of variable 0, then of variable 1, ...
+  std::vector<Buffer> state_;         // m, v[, vhat][, average] of variable 0, then of variable 1, ...
   std::vector<py::object> exported_;  // keep gradients that are not ndarrays alive during a step
   std::vector<int64_t> positions_;
   std::vector<TensorArgs> tensors_;
@@ -229,6 +243,7 @@ class Plan {
   std::vector<Interval> written_;  // by address
   Norms norms_;
   bool amsgrad_;
+  bool has_average_;
 };
 
 }  // namespace fastadam::bind

@@ -70,7 +70,8 @@ std::vector<double> sums_of_squares(const py::list& objects) {
 }
 
 // StepHyper of python/fastadam/hyper.py, a tuple in the order of AdamHyper.
-using HyperTuple = std::tuple<int64_t, double, double, double, double, double, double, double, double>;
+using HyperTuple =
+    std::tuple<int64_t, double, double, double, double, double, double, double, double, double, double, double, bool>;
 
 struct MakeHyper : AdamHyper {
   template <class... Fields>
@@ -82,8 +83,10 @@ void register_ops(py::module_& m) {
   register_buffer(m);
   m.def("sums_of_squares", &sums_of_squares<Backend>, py::arg("arrays"));
   py::class_<Plan>(m, "Plan")
-      .def(py::init<std::vector<Buffer>, const py::list&, const py::list&, const py::object&, std::vector<int64_t>>(),
-           py::arg("variables"), py::arg("m"), py::arg("v"), py::arg("vhat"), py::arg("positions"))
+      .def(py::init<std::vector<Buffer>, const py::list&, const py::list&, const py::object&, const py::object&,
+                    const std::vector<bool>&, std::vector<int64_t>>(),
+           py::arg("variables"), py::arg("m"), py::arg("v"), py::arg("vhat"), py::arg("average"), py::arg("decays"),
+           py::arg("positions"))
       .def("matches", &Plan::matches, py::arg("objects"), py::arg("positions"))
       .def("check", &Plan::check, py::arg("gradients"))
       .def(

@@ -29,6 +29,7 @@ void require_usable(const AdamHyper& hyper, const StepScalars<T>& scalars) {
   if (!std::isfinite(scalars.alpha)) {
     refuse("learning_rate: with this decay the step size is not finite" + type + ", expected a finite step size");
   }
+  if (!std::isfinite(scalars.keep)) refuse("weight_decay: infinite" + type + ", expected a finite number");
 }
 
 // For each arithmetic that occurs among the tensors.

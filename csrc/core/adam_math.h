@@ -11,7 +11,7 @@
 
 namespace fastadam {
 
-// Clip by value, then multiply by the factor that a norm clip or a loss scale asks for (TF >= 2.4 order).
+// Clip by value, then multiply by the factor that norm clip and loss scale ask for (TF >= 2.4 order).
 // NaN passes through both comparisons.
 template <class T>
 FASTADAM_INLINE T transform_gradient(T g, T clip_value, T factor) {
@@ -20,9 +20,10 @@ FASTADAM_INLINE T transform_gradient(T g, T clip_value, T factor) {
   return g * factor;
 }
 
-// One element. `vhat` is read and written by AMSGrad only; its max keeps the old value against a NaN, as TF's does.
+// One element. `keep` is 1 without weight decay, and then changes nothing. `vhat` is read and written by AMSGrad only;
+// its max keeps the old value against a NaN, as TF's does.
 template <bool kAmsgrad, class T>
-FASTADAM_INLINE void adam_update(T& var, T g, T& m, T& v, T& vhat, const StepScalars<T>& s) {
+FASTADAM_INLINE void adam_update(T& var, T g, T& m, T& v, T& vhat, T keep, const StepScalars<T>& s) {
   using std::sqrt;
   m += (g - m) * s.one_minus_beta_1;
   v += (g * g - v) * s.one_minus_beta_2;
@@ -32,7 +33,13 @@ FASTADAM_INLINE void adam_update(T& var, T g, T& m, T& v, T& vhat, const StepSca
     vhat = v > vhat ? v : vhat;
     second_moment = vhat;
   }
-  var -= (m * s.alpha) / (sqrt(second_moment) + s.epsilon);
+  var = var * keep - (m * s.alpha) / (sqrt(second_moment) + s.epsilon);
+}
+
+// Exponential moving average of a variable (Keras 3's order of operations).
+template <class T>
+FASTADAM_INLINE T moving_average(T average, T var, T momentum) {
+  return momentum * average + (T(1) - momentum) * var;
 }
 
 }  // namespace fastadam

@@ -19,6 +19,8 @@ struct TensorArgs {
   int64_t next;        // the next gradient of the same variable, applied after this one; -1: none
   double grad_factor;  // multiplies the gradient after the value clip
   DType dtype;
+  bool decays;    // weight decay applies
+  void* average;  // moving average of the variable, of its state dtype, or null
 };
 
 // Sums of squares of the gradients, block by block (norm.h).
@@ -40,6 +42,7 @@ struct StepArgs {
   bool amsgrad;
   bool transform;  // some gradient has a factor or a value clip
   bool prefetch;   // the step does not fit in cache
+  bool ema_overwrite;
 };
 
 }  // namespace fastadam

@@ -19,6 +19,10 @@ struct AdamHyper {
   double clip_value;        // infinity: no clipping
   double clip_norm;         // of each gradient
   double global_clip_norm;  // of all gradients together
+  double gradient_scale;    // multiplies the gradients before they are clipped: 1 / loss scale
+  double weight_decay;      // decoupled: the variable shrinks by weight_decay * learning_rate first
+  double ema_momentum;      // of the averages of the variables, where there are any
+  bool ema_overwrite;       // this step ends with the averages in the variables
 };
 
 template <class T>
@@ -27,7 +31,9 @@ struct StepScalars {
   T one_minus_beta_1;
   T one_minus_beta_2;
   T epsilon;
-  T clip_value;
+  T clip_value;  // of the gradients as they come, before gradient_scale
+  T keep;        // 1 - weight_decay * learning_rate
+  T ema_momentum;
 };
 
 // In float32 this is TF bit for bit: powf of libm, every operation rounded to float, left to right
@@ -47,7 +53,9 @@ StepScalars<T> make_step_scalars(const AdamHyper& hyper) {
   scalars.one_minus_beta_1 = one - beta_1;
   scalars.one_minus_beta_2 = one - beta_2;
   scalars.epsilon = static_cast<T>(hyper.epsilon);
-  scalars.clip_value = static_cast<T>(hyper.clip_value);
+  scalars.clip_value = static_cast<T>(hyper.clip_value / hyper.gradient_scale);
+  scalars.keep = one - static_cast<T>(hyper.weight_decay) * learning_rate;
+  scalars.ema_momentum = static_cast<T>(hyper.ema_momentum);
   return scalars;
 }
 

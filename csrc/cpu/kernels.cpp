@@ -39,7 +39,7 @@ struct Streams {
 
 template <bool kAmsgrad, bool kTransform, class Storage, class T>
 FASTADAM_INLINE void update_block(const Streams<Storage>& streams, int64_t at, int64_t size, const StepScalars<T>& s,
-                                  T factor) {
+                                  T factor, T keep) {
   // The binding has proved that nothing written here overlaps anything else read here.
   Storage* __restrict var = streams.var + at;
   const Storage* __restrict grad = streams.grad + at;
@@ -54,7 +54,7 @@ FASTADAM_INLINE void update_block(const Streams<Storage>& streams, int64_t at, i
     T m_i = m[i];
     T v_i = v[i];
     T vhat_i = kAmsgrad ? vhat[i] : T(0);
-    adam_update<kAmsgrad>(var_i, g, m_i, v_i, vhat_i, s);
+    adam_update<kAmsgrad>(var_i, g, m_i, v_i, vhat_i, keep, s);
     var[i] = store<Storage>(var_i);
     m[i] = m_i;
     v[i] = v_i;
@@ -84,16 +84,17 @@ void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, i
   using T = Compute<Storage>;
   const StepScalars<T> s = scalars_of<T>(step);
   const T factor = static_cast<T>(tensor.grad_factor);
+  const T keep = tensor.decays ? s.keep : T(1);
   const Streams<Storage> streams(tensor, begin);
   const int64_t size = end - begin;
   int64_t at = 0;
   if (step.prefetch) {
     for (; at + kBlock <= size; at += kBlock) {
       prefetch_block<kAmsgrad>(streams, at);
-      update_block<kAmsgrad, kTransform>(streams, at, kBlock, s, factor);
+      update_block<kAmsgrad, kTransform>(streams, at, kBlock, s, factor, keep);
     }
   }
-  update_block<kAmsgrad, kTransform>(streams, at, size - at, s, factor);
+  update_block<kAmsgrad, kTransform>(streams, at, size - at, s, factor, keep);
 }
 
 template <class Storage>
@@ -113,6 +114,19 @@ double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_va
   return pairwise_sum(lanes, kNormLanes);
 }
 
+template <class Storage>
+void average(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+  using T = Compute<Storage>;
+  const T momentum = scalars_of<T>(step).ema_momentum;
+  Storage* __restrict var = static_cast<Storage*>(tensor.var) + begin;
+  T* __restrict averages = static_cast<T*>(tensor.average) + begin;
+#pragma omp simd
+  for (int64_t i = 0; i < end - begin; ++i) averages[i] = moving_average(averages[i], T(load(var[i])), momentum);
+  if (!step.ema_overwrite) return;
+#pragma omp simd
+  for (int64_t i = 0; i < end - begin; ++i) var[i] = store<Storage>(averages[i]);
+}
+
 #define FASTADAM_DENSE_ROW(S) \
   {{adam_dense<S, false, false>, adam_dense<S, false, true>}, {adam_dense<S, true, false>, adam_dense<S, true, true>}}
 
@@ -120,6 +134,7 @@ double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_va
 
 extern const Kernels kernels = {
     {FASTADAM_DENSE_ROW(Float16), FASTADAM_DENSE_ROW(BFloat16), FASTADAM_DENSE_ROW(float), FASTADAM_DENSE_ROW(double)},
-    {sum_squares<Float16>, sum_squares<BFloat16>, sum_squares<float>, sum_squares<double>}};
+    {sum_squares<Float16>, sum_squares<BFloat16>, sum_squares<float>, sum_squares<double>},
+    {average<Float16>, average<BFloat16>, average<float>, average<double>}};
 
 }  // namespace fastadam::cpu::FASTADAM_ISA

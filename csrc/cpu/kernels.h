@@ -14,9 +14,13 @@ using DenseKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, int
 // Sum of squares of `size` elements of a gradient from `begin` on, at most kNormBlock of them.
 using NormKernel = double (*)(const void* grad, int64_t begin, int64_t size, double clip_value);
 
+// Moves the average of elements [begin, end) towards the variable; with step.ema_overwrite the variable becomes it.
+using AverageKernel = DenseKernel;
+
 struct Kernels {
   DenseKernel dense[kDTypeCount][2][2];  // [dtype][amsgrad][transform]
   NormKernel norm[kDTypeCount];
+  AverageKernel average[kDTypeCount];
 };
 
 namespace baseline {

@@ -54,6 +54,8 @@ struct StepTask {
         const TensorArgs& tensor = step.tensors[t];
         kernels->dense[static_cast<int>(tensor.dtype)][step.amsgrad][step.transform](step, tensor, begin, end);
       }
+      const TensorArgs& tensor = step.tensors[step.heads[k]];
+      if (tensor.average != nullptr) kernels->average[static_cast<int>(tensor.dtype)](step, tensor, begin, end);
     };
     for_each_piece(step.offsets, step.head_count, block, blocks, place, update);
   }

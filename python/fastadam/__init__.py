@@ -12,14 +12,16 @@ from fastadam import cuda, info, reference, schedules
 from fastadam._backend import _cpu
 from fastadam.clipping import global_norm
 from fastadam.info import isas, set_isa, set_num_threads, show_config
+from fastadam.minimize import set_gradient_provider
 from fastadam.ops import adam_step
-from fastadam.optimizer import Adam
+from fastadam.optimizer import Adam, AdamW
 from fastadam.variable import Variable
 
 __version__: str = _cpu.__version__
 
 __all__ = [
     "Adam",
+    "AdamW",
     "Variable",
     "__version__",
     "adam_step",
@@ -29,6 +31,7 @@ __all__ = [
     "isas",
     "reference",
     "schedules",
+    "set_gradient_provider",
     "set_isa",
     "set_num_threads",
     "show_config",

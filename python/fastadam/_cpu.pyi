@@ -37,7 +37,14 @@ class Plan:
     """A checked set of variables and state, ready to step."""
 
     def __init__(
-        self, variables: list[Buffer], m: list[Any], v: list[Any], vhat: list[Any] | None, positions: list[int]
+        self,
+        variables: list[Buffer],
+        m: list[Any],
+        v: list[Any],
+        vhat: list[Any] | None,
+        average: list[Any] | None,
+        decays: list[bool],
+        positions: list[int],
     ) -> None: ...
     def matches(self, objects: list[Any], positions: list[int]) -> bool: ...
     def check(self, gradients: list[Any]) -> list[int]: ...

@@ -69,3 +69,7 @@ class StepHyper(NamedTuple):
     clip_value: float = math.inf
     clip_norm: float = math.inf
     global_clip_norm: float = math.inf
+    gradient_scale: float = 1.0
+    weight_decay: float = 0.0
+    ema_momentum: float = 0.0
+    ema_overwrite: bool = False

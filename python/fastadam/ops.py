@@ -46,6 +46,7 @@ def adam_step(
     clipnorm: float | None = None,
     global_clipnorm: float | None = None,
     grad_factor: float | Sequence[float] | None = None,
+    weight_decay: float = 0.0,
 ) -> None:
     r"""One Adam step in place on arrays that the caller owns; AMSGrad if ``vhat`` is given.
 
@@ -73,6 +74,7 @@ def adam_step(
         clipnorm: Then scale each gradient whose norm is larger down to this norm.
         global_clipnorm: Or scale all gradients down, if the norm of all together is larger.
         grad_factor: Multiply the clipped gradients by this number, or by one number for each variable.
+        weight_decay: Decoupled: the variables shrink by ``weight_decay * learning_rate`` first (AdamW).
 
     Raises:
         TypeError: An argument is not what it must be (a dtype, a list as variable).
@@ -98,6 +100,7 @@ def adam_step(
         clip_value=check_clip("clipvalue", clipvalue),
         clip_norm=check_clip("clipnorm", clipnorm),
         global_clip_norm=check_clip("global_clipnorm", global_clipnorm),
+        weight_decay=check_non_negative("weight_decay", weight_decay),
     )
     variables = list(vars) if isinstance(vars, (list, tuple)) else [vars]
     gradients, m_list, v_list = (_as_list(argument) for argument in (grads, m, v))
@@ -106,7 +109,8 @@ def adam_step(
         gradients = [grads]  # a list given for a single variable is its gradient
     positions = list(range(len(variables)))
     buffers = buffers_of(variables, positions)
-    plan = _cpu.Plan(buffers, m_list, v_list, vhat_list, positions)
+    decays = [weight_decay != 0] * len(variables)
+    plan = _cpu.Plan(buffers, m_list, v_list, vhat_list, None, decays, positions)
     factors = _check_factors(grad_factor, len(variables))
     plan.step(fit_gradients(plan, gradients, buffers, positions), hyper, factors, None)
 

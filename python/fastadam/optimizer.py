@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -16,21 +17,24 @@ from fastadam.checks import (
     check_clip,
     check_epsilon,
     check_iterations,
+    check_list,
     check_non_negative,
     check_number,
 )
+from fastadam.extras import EXTRA_NAMES, Extras, excluded, overwrite
 from fastadam.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper
+from fastadam.minimize import Minimizer
 from fastadam.ops import fit_gradients
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
 from fastadam.state import OptimizerState
 from fastadam.variable import buffers_of, unwrap
 
-__all__ = ["Adam"]
+__all__ = ["Adam", "AdamW"]
 
 _auto_names: dict[str, int] = {}
 
 
-class Adam(OptimizerState):
+class Adam(Minimizer, OptimizerState):
     r"""Adam and AMSGrad with the interface and, in float32, the bits of ``tf.keras.optimizers.Adam`` (TF 2.x).
 
     .. math::
@@ -57,7 +61,9 @@ class Adam(OptimizerState):
         sparse_update: How IndexedSlices are applied; only "dense", TF's rule.
         **kwargs: ``clipvalue`` (clip the elements of gradients), then ``clipnorm`` (scale each gradient down to this
             norm) or ``global_clipnorm`` (all together), ``lr`` (wins over ``learning_rate``), ``decay`` (the rate is
-            divided by ``1 + decay * iterations``), each >= 0.
+            divided by ``1 + decay * iterations``), each >= 0. Keras 3's ``weight_decay``, ``use_ema``,
+            ``ema_momentum``, ``ema_overwrite_frequency`` and ``loss_scale_factor``: in a step the gradients are
+            unscaled and clipped, the variables decay, are updated and averaged.
 
     Raises:
         TypeError: An unknown keyword, or a hyperparameter that is no number.
@@ -100,6 +106,7 @@ class Adam(OptimizerState):
         super().__init__()
         if sparse_update != "dense":
             raise ValueError(f"sparse_update: {sparse_update!r}, expected 'dense'")
+        extras = {key: kwargs.pop(key) for key in EXTRA_NAMES if key in kwargs}
         for key, value in kwargs.items():
             if key not in ("lr", "decay", *CLIP_NAMES):
                 raise TypeError(f"Unexpected keyword argument passed to optimizer: {key}")
@@ -115,12 +122,10 @@ class Adam(OptimizerState):
         for key in CLIP_NAMES:
             setattr(self, key, kwargs.get(key))
         self.amsgrad = amsgrad
+        self._extras = Extras(**extras)
         if not isinstance(name, (str, type(None))):
             raise TypeError(f"name: {name!r}, expected a string")
         self.name = name or _unique_name(type(self).__name__.lower())
-        self._plan: _cpu.Plan | None = None
-        self._plan_key: tuple[bool, int] | None = None
-        self._buffers: list[_cpu.Buffer] = []
 
     # ---- hyperparameters -------------------------------------------------------------------------------------------
 
@@ -158,7 +163,44 @@ class Adam(OptimizerState):
             clip_value=check_clip("clipvalue", self.clipvalue),
             clip_norm=check_clip("clipnorm", self.clipnorm),
             global_clip_norm=check_clip("global_clipnorm", self.global_clipnorm),
+            **self._extras.step_numbers(iterations),
         )
+
+    @property
+    def weight_decay(self) -> float | None:
+        """Decoupled decay (AdamW): a variable with a gradient shrinks by ``weight_decay * learning_rate`` first."""
+        return self._extras.weight_decay
+
+    @weight_decay.setter
+    def weight_decay(self, value: float | None) -> None:
+        self._extras = dataclasses.replace(self._extras, weight_decay=value)
+
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        """Name the variables that do not decay; replaces what was named before and works at any time.
+
+        Args:
+            var_list: Variables, found by their memory.
+            var_names: Patterns searched in the names of :class:`fastadam.Variable` (``re.search``).
+        """
+        self._extras = dataclasses.replace(self._extras, **excluded(var_list, var_names))
+
+    def scale_loss(self, loss: Any) -> Any:
+        """``loss * loss_scale_factor``, whose gradients ``apply_gradients`` divides by the factor again."""
+        factor = self._extras.loss_scale_factor
+        return loss if factor is None else loss * factor
+
+    def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
+        """Overwrite the variables with their moving averages (``use_ema``), at the end of training.
+
+        Raises:
+            KeyError: A variable has no average.
+        """
+        variables = check_list("var_list", var_list)
+        averages = [self.get_slot(variable, "average") for variable in variables]
+        for variable, average in zip(variables, averages, strict=True):
+            overwrite(_cpu.Buffer(unwrap(variable), "var_list"), average)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -210,21 +252,27 @@ class Adam(OptimizerState):
             return False
         return self._plan.matches([unwrap(variable) for variable in variables], positions)
 
-    def _current_plan_key(self) -> tuple[bool, int]:
-        return (self.amsgrad, len(self._slots.arrays))
+    def _current_plan_key(self) -> tuple[bool, int, Extras]:
+        return (self.amsgrad, len(self._slots.arrays), self._extras)
+
+    def _plan_of(
+        self, variables: Sequence[Any], buffers: list[_cpu.Buffer], slots: list[list[Any]], positions: list[int]
+    ) -> _cpu.Plan:
+        named = dict(zip(self._slot_names(), slots, strict=True))
+        decays = self._extras.decays(variables, buffers)
+        return _cpu.Plan(buffers, named["m"], named["v"], named.get("vhat"), named.get("average"), decays, positions)
 
     def _make_plan(self, variables: Sequence[Any], gradients: Sequence[Any], positions: list[int]) -> None:
         """Create the slots that are missing, but only when the whole step has been found good."""
         buffers = buffers_of(variables, positions)
-        (m, v, *vhat), created = self._slots.prepare(buffers, self._slot_names())
-        plan = _cpu.Plan(buffers, m, v, vhat[0] if vhat else None, positions)
+        prepared = self._slots.prepare(buffers, self._slot_names())
+        plan = self._plan_of(variables, buffers, prepared.slots, positions)
         fit_gradients(plan, gradients, buffers, positions)
-        for slot in created:
-            self._slots.add(*slot)
+        prepared.commit()
         self._plan, self._plan_key, self._buffers = plan, self._current_plan_key(), buffers
 
     def _slot_names(self) -> list[str]:
-        return ["m", "v", "vhat"] if self.amsgrad else ["m", "v"]
+        return ["m", "v", *(["vhat"] if self.amsgrad else []), *(["average"] if self._extras.use_ema else [])]
 
     # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -236,6 +284,7 @@ class Adam(OptimizerState):
             value = getattr(self, name)
             config[name] = serialize(value) if isinstance(value, LearningRateSchedule) else value
         config["amsgrad"] = self.amsgrad
+        config.update(self._extras.config())
         return config
 
     @classmethod
@@ -255,6 +304,44 @@ class Adam(OptimizerState):
         if isinstance(arguments.get("learning_rate"), dict):
             arguments["learning_rate"] = deserialize(arguments["learning_rate"], custom_objects)
         return cls(**arguments)
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), with Keras 3's arguments.
+
+    The decay is multiplied by the learning rate, as in Keras and PyTorch and unlike the paper.
+
+    Args:
+        learning_rate: As in :class:`Adam`.
+        weight_decay: A variable with a gradient shrinks by ``weight_decay * learning_rate`` before the update.
+        beta_1: As in :class:`Adam`.
+        beta_2: As in :class:`Adam`.
+        epsilon: As in :class:`Adam`.
+        amsgrad: As in :class:`Adam`.
+        name: As in :class:`Adam`.
+        **kwargs: As in :class:`Adam`.
+
+    >>> import numpy as np, fastadam
+    >>> w = np.array([2.0])
+    >>> step = fastadam.AdamW(learning_rate=0.1, weight_decay=0.5).apply_gradients([(np.zeros(1), w)])
+    >>> w
+    array([1.9])
+    """
+
+    def __init__(
+        self,
+        learning_rate: HyperValue = 0.001,
+        weight_decay: float = 0.004,
+        beta_1: HyperValue = 0.9,
+        beta_2: HyperValue = 0.999,
+        epsilon: HyperValue | None = 1e-7,
+        amsgrad: bool = False,
+        name: str | None = "AdamW",
+        **kwargs: Any,
+    ) -> None:
+        if weight_decay is None:
+            raise ValueError("Argument `weight_decay` must be a float. Received: weight_decay=None")
+        super().__init__(learning_rate, beta_1, beta_2, epsilon, amsgrad, name, weight_decay=weight_decay, **kwargs)
 
 
 def _as_pairs(grads_and_vars: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:

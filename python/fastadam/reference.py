@@ -25,6 +25,7 @@ def adam_step(
     decay: float = 0.0,
     clipvalue: float | None = None,
     grad_factor: float = 1.0,
+    weight_decay: float = 0.0,
 ) -> tuple[Array, Array, Array, Array | None]:
     """Return new float64 ``(var, m, v, vhat)``; the arguments of :func:`fastadam.adam_step`, nothing in place.
 
@@ -37,12 +38,13 @@ def adam_step(
     if clipvalue is not None:
         g = np.clip(g, -clipvalue, clipvalue)
     g = g * grad_factor
-    alpha_t = learning_rate / (1 + decay * (step - 1)) * np.sqrt(1 - beta_2**step) / (1 - beta_1**step)
+    rate = learning_rate / (1 + decay * (step - 1))
+    alpha_t = rate * np.sqrt(1 - beta_2**step) / (1 - beta_1**step)
     m = m + (g - m) * (1 - beta_1)
     v = v + (g**2 - v) * (1 - beta_2)
     second_moment = v
     if vhat is not None:
         old = np.asarray(vhat, dtype=np.float64)
         second_moment = vhat = np.where(v > old, v, old)  # against a NaN the old maximum stays, as in TF
-    theta = theta - m * alpha_t / (np.sqrt(second_moment) + epsilon)
+    theta = theta * (1 - weight_decay * rate) - m * alpha_t / (np.sqrt(second_moment) + epsilon)
     return theta, m, v, vhat

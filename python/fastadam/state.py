@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fastadam import serialization
 from fastadam._backend import _cpu
 from fastadam.checks import check_iterations, check_list
 from fastadam.slots import Initializer, SlotStore, initial_value
 from fastadam.variable import buffers_of, label_of, unwrap
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["OptimizerState"]
 
+_PASSING = ("_lock", "_stepping", "_plan", "_plan_key", "_buffers")
 _live: weakref.WeakSet[OptimizerState] = weakref.WeakSet()
 
 
@@ -29,11 +35,23 @@ class OptimizerState:
     def __init__(self) -> None:
         self._iterations = np.zeros((), np.int64)
         self._slots = SlotStore()
-        self._lock = threading.RLock()  # held while state changes
+        self._start()
+
+    def _start(self) -> None:
+        """What a process has and a copy does not: the lock, held while state changes, and the last step's plan."""
+        self._lock = threading.RLock()
         self._stepping = False
+        self._plan: _cpu.Plan | None = None
+        self._plan_key: object = None
+        self._buffers: list[_cpu.Buffer] = []
         _live.add(self)
 
     def _slot_names(self) -> list[str]:
+        raise NotImplementedError
+
+    def _plan_of(
+        self, variables: Sequence[Any], buffers: list[_cpu.Buffer], slots: list[list[Any]], positions: list[int]
+    ) -> _cpu.Plan:
         raise NotImplementedError
 
     @property
@@ -52,10 +70,9 @@ class OptimizerState:
         positions = list(range(len(variables)))
         buffers = buffers_of(variables, positions)
         with self._lock:
-            (m, v, *vhat), created = self._slots.prepare(buffers, self._slot_names())
-            _cpu.Plan(buffers, m, v, vhat[0] if vhat else None, positions)  # refuses what overlaps
-            for slot in created:
-                self._slots.add(*slot)
+            prepared = self._slots.prepare(buffers, self._slot_names())
+            self._plan_of(variables, buffers, prepared.slots, positions)  # refuses what overlaps
+            prepared.commit()
 
     @property
     def weights(self) -> list[npt.NDArray[Any]]:
@@ -126,14 +143,83 @@ class OptimizerState:
         if not isinstance(slot_name, str):
             raise TypeError(f"slot_name: {slot_name!r}, expected a string")
         buffer = _cpu.Buffer(unwrap(var), label_of(var, 0))
+
+        def make(variable: _cpu.Buffer, _: str) -> npt.NDArray[Any]:
+            return initial_value(initializer, variable.shape, variable.state_dtype, variable.order)
+
         with self._lock:
-            slots = self._slots.find(buffer)
-            if slots is None:
-                self._slots.require_new_memory(buffer)
-            elif slot_name in slots:
-                return slots[slot_name]
-            array = initial_value(initializer, buffer.shape, buffer.state_dtype, buffer.order)
-            return self._slots.add(buffer, slot_name, array)
+            prepared = self._slots.prepare([buffer], [slot_name], make)
+            prepared.commit()
+            return prepared.slots[0][0]
+
+    # ---- files and copies ------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], variables: Iterable[Any] | None = None) -> None:
+        """Write configuration, iterations and slots, not the variables, to one safetensors file.
+
+        The file is written under another name in its directory, then renamed: ``path`` is the old file or the new one,
+        whole, whenever the process is killed or the disk is full (a killed process may leave ``.fastadam-*.tmp``).
+        A callable hyperparameter is saved as its present value.
+
+        Args:
+            path: The file, replaced if it is there.
+            variables: Which variables' slots, in which order; None means all, in the order they came.
+
+        Raises:
+            OSError: The file could not be written.
+            ValueError: A variable without slots; a configuration that is not plain JSON.
+        """
+        serialization.save(self, path, variables)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], variables: Iterable[Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> Self:
+        """An optimizer from ``save``, which goes on to the bit with these variables.
+
+        Args:
+            path: The file. It is data only: nothing in it is run.
+            variables: The variables, with the values they had, in the order they were saved in.
+            custom_objects: Schedule classes of your own by name.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: It is not whole, not of this class, or not of these variables: shape, dtype, or name differ.
+        """
+        return serialization.load(cls, path, variables, custom_objects)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the variables: the first ones that a restored optimizer meets take its slots, in order."""
+        with self._lock:
+            return {**self._lasting(), "_iterations": int(self._iterations), "_slots": self._slots.__getstate__()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        slots = SlotStore()
+        slots.__setstate__(state["_slots"])
+        self._restore({**state, "_iterations": np.array(state["_iterations"], np.int64), "_slots": slots})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with its own state: it goes on with the same variables, or with copies of them in the same order."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        with self._lock:
+            twin._restore(copy.deepcopy(self._lasting(), memo))
+        return twin
+
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)
+
+    def _lasting(self) -> dict[str, Any]:
+        if getattr(self.__dict__.get("_extras"), "excluded_keys", None):
+            raise ValueError(
+                "exclude_from_weight_decay: var_list names variables by their memory, which a copy of the optimizer "
+                "does not share; expected var_names, to copy or pickle it"
+            )
+        return {name: value for name, value in self.__dict__.items() if name not in _PASSING}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     def add_weight(
         self,

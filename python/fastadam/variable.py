@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._backend import _cpu
 
-__all__ = ["Variable", "buffers_of", "label_of", "unwrap"]
+__all__ = ["Reader", "Variable", "buffers_of", "label_of", "reading", "unwrap"]
+
+
+class Reader(Protocol):
+    """Says what ``Variable.value`` is while a loss runs."""
+
+    def read(self, variable: Variable) -> Any:
+        """The array of the autodiff library that stands for the variable."""
+
+
+_reader: ContextVar[Reader | None] = ContextVar("fastadam_reader", default=None)
+_running: set[int] = set()  # one number for every loss that runs, in any thread; changed by atomic operations only
+
+
+@contextlib.contextmanager
+def reading(reader: Reader | None) -> Iterator[None]:
+    """Let ``reader`` answer for ``Variable.value`` in this thread or task; None gives the arrays themselves."""
+    token = _reader.set(reader)
+    _running.add(id(token))
+    try:
+        yield
+    finally:
+        _running.discard(id(token))
+        _reader.reset(token)
 
 
 class Variable:
@@ -18,6 +44,9 @@ class Variable:
 
     A float array is held, not copied: the caller's array and ``value`` are one buffer. Anything else (numbers, nested
     lists) becomes a new float32 array, as in TensorFlow.
+
+    Inside the loss of ``minimize`` ``value`` is an array of the autodiff library that stands for this variable. The
+    operators ``+ - * / @ **``, unary ``-`` and indexing act on ``value``, and so do NumPy's ufuncs.
 
     Args:
         value: Writable contiguous float16, bfloat16, float32 or float64 array, or numbers.
@@ -46,8 +75,11 @@ class Variable:
 
     @property
     def value(self) -> npt.NDArray[Any]:
-        """The array itself, not a copy."""
-        return self._value
+        """The array itself, not a copy; inside a loss the array of the autodiff library."""
+        if not _running:
+            return self._value
+        reader = _reader.get()
+        return self._value if reader is None else reader.read(self)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,7 +92,7 @@ class Variable:
         return self._value.dtype
 
     def numpy(self) -> npt.NDArray[Any]:
-        """A copy of ``value``."""
+        """A copy of the array; inside a loss too, where it is a constant."""
         return np.array(self._value)
 
     def assign(self, value: npt.ArrayLike) -> Variable:
@@ -74,12 +106,103 @@ class Variable:
         return self
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if not isinstance(self.value, np.ndarray):
+            raise TypeError(
+                f"{label_of(self, 0) if self.name else 'Variable'}: converted to an array inside a loss, which would "
+                "lose its gradient; use its `value` and the functions of the autodiff library"
+            )
         if copy or (dtype is not None and np.dtype(dtype) != self._value.dtype):
             return np.array(self._value, dtype=dtype)
         return self._value
 
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        values = _values(inputs)
+        if method == "__call__" and not kwargs and ufunc in _OPERATORS:
+            return _OPERATORS[ufunc](*values)  # arrays of JAX and PyTorch have operators, but no ufuncs
+        return getattr(ufunc, method)(*values, **_values(kwargs))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*_values(args), **_values(kwargs or {}))
+
+    @property
+    def _trace(self) -> Any:
+        # HIPS autograd, once a loss has used it, takes a Variable for a box: of this trace and node, or, by a number
+        # below those of all traces, for none.
+        return getattr(self.value, "_trace", -2)
+
+    @property
+    def _node(self) -> Any:
+        return getattr(self.value, "_node", None)
+
+    def __add__(self, other: Any) -> Any:
+        return self.value + _values(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self.value
+
+    def __sub__(self, other: Any) -> Any:
+        return self.value - _values(other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return other - self.value
+
+    def __mul__(self, other: Any) -> Any:
+        return self.value * _values(other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return other * self.value
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.value / _values(other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self.value
+
+    def __matmul__(self, other: Any) -> Any:
+        return self.value @ _values(other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return other @ self.value
+
+    def __pow__(self, other: Any) -> Any:
+        return self.value ** _values(other)
+
+    def __rpow__(self, other: Any) -> Any:
+        return other**self.value
+
+    def __neg__(self) -> Any:
+        return -self.value
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.value[_values(index)]
+
+    __iter__ = None  # indexing alone would make every Variable a list of its rows
+
     def __repr__(self) -> str:
         return f"Variable(name={self.name!r}, shape={self.shape}, dtype={self.dtype})"
+
+
+_OPERATORS: dict[np.ufunc, Callable[..., Any]] = {
+    np.add: operator.add,
+    np.subtract: operator.sub,
+    np.multiply: operator.mul,
+    np.true_divide: operator.truediv,
+    np.matmul: operator.matmul,
+    np.power: operator.pow,
+    np.negative: operator.neg,
+}
+
+
+def _values(tree: Any) -> Any:
+    """``tree`` with the value of every Variable in it, through lists, tuples and dicts."""
+    if isinstance(tree, Variable):
+        return tree.value
+    if type(tree) in (list, tuple):
+        return type(tree)(map(_values, tree))
+    if type(tree) is dict:
+        return {key: _values(item) for key, item in tree.items()}
+    return tree
 
 
 def _new_array(value: Any, name: str | None) -> npt.NDArray[np.float32]:
@@ -97,7 +220,7 @@ def _new_array(value: Any, name: str | None) -> npt.NDArray[np.float32]:
 
 def unwrap(variable: Any) -> Any:
     """The array of a :class:`Variable`; anything else as it is."""
-    return variable.value if isinstance(variable, Variable) else variable
+    return variable._value if isinstance(variable, Variable) else variable
 
 
 def label_of(variable: Any, position: int) -> str:

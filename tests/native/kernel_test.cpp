@@ -22,7 +22,7 @@ using namespace kernel_test;
 // Of the results of check_kernels, on every machine: the inputs come from integers and exact operations only.
 // x86 decides after rounding what is small enough to be flushed, AArch64 before: a result within half an ulp below the
 // smallest normal number differs. The inputs have none; new ones must keep it so.
-constexpr uint64_t kDigest = 0x0902bb48abddd26a;
+constexpr uint64_t kDigest = 0xd463c860c501e513;
 
 int failures = 0;
 
@@ -32,7 +32,7 @@ void report(bool ok, const std::string& claim) {
 }
 
 StepArgs step_of(int t, bool amsgrad, bool transform) {
-  return {nullptr, nullptr, nullptr, 0, scalars<float>(t), scalars<double>(t), amsgrad, transform, false};
+  return {nullptr, nullptr, nullptr, 0, scalars<float>(t), scalars<double>(t), amsgrad, transform, false, false};
 }
 
 void run(const TensorArgs* tensors, int64_t variables, int t, bool amsgrad, bool transform) {
@@ -210,7 +210,7 @@ void check_mode() {
     const float grad = 0x1p-70f;  // the square is denormal
     float m = 0;
     float v = 0;
-    const TensorArgs tensor{&var, &grad, &m, &v, nullptr, 1, -1, 1, DType::kFloat32};
+    const TensorArgs tensor{&var, &grad, &m, &v, nullptr, 1, -1, 1, DType::kFloat32, false, nullptr};
     std::fesetround(rounding);
     const uint64_t before = floating_point_mode();
     run(&tensor, 1, 0, false, false);

@@ -155,14 +155,15 @@ struct Variable {
       : dtype(o.dtype), size(o.size), var(o.var, at), m(o.m, at), v(o.v, at), vhat(o.vhat, at), grads(o.grads, at) {}
 
   TensorArgs args(int t, bool amsgrad) const {
-    return {var.at(0), grads.at(t), m.at(0), v.at(0), amsgrad ? vhat.at(0) : nullptr, size, -1, 0.37 * (t + 1), dtype};
+    return {var.at(0),      grads.at(t), m.at(0),    v.at(0), amsgrad ? vhat.at(0) : nullptr, size, -1,
+            0.37 * (t + 1), dtype,       t % 2 == 1, nullptr};
   }
   bool operator==(const Variable& o) const { return var == o.var && m == o.m && v == o.v && vhat == o.vhat; }
 };
 
 template <class T>
 inline StepScalars<T> scalars(int t) {
-  return {T(0.01) * T(t + 1), T(0.1), T(0.001), T(1e-7), T(0.5)};
+  return {T(0.01) * T(t + 1), T(0.1), T(0.001), T(1e-7), T(0.5), T(1) - T(0.004) * T(t + 1), T(0.75)};
 }
 
 // By the book, one element and one operation after the other.
@@ -187,7 +188,9 @@ __attribute__((noinline)) void adam(const TensorArgs& tensor, const StepScalars<
     const T change = m * s.alpha / (std::sqrt(second) + s.epsilon);
     write(tensor.m, state, i, static_cast<double>(m));
     write(tensor.v, state, i, static_cast<double>(v));
-    write(tensor.var, tensor.dtype, i, static_cast<double>(static_cast<T>(read(tensor.var, tensor.dtype, i)) - change));
+    T var = static_cast<T>(read(tensor.var, tensor.dtype, i));
+    if (tensor.decays) var = var * s.keep;
+    write(tensor.var, tensor.dtype, i, static_cast<double>(var - change));
   }
 }
 

@@ -1,0 +1,87 @@
+"""What Keras 3 added to the optimizer, by its names: weight decay, moving averages, a loss scale."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+
+from fastadam._backend import _cpu
+from fastadam.checks import check_bool, check_list, check_non_negative, check_number
+from fastadam.gradients import float32_to_bfloat16
+from fastadam.slots import Key, key_of
+from fastadam.variable import label_of, unwrap
+
+__all__ = ["EXTRA_NAMES", "Extras"]
+
+EXTRA_NAMES = ("weight_decay", "use_ema", "ema_momentum", "ema_overwrite_frequency", "loss_scale_factor")
+
+
+@dataclass(frozen=True)
+class Extras:
+    """The checked options; the defaults switch everything off."""
+
+    weight_decay: float | None = None
+    use_ema: bool = False
+    ema_momentum: float = 0.99
+    ema_overwrite_frequency: int | None = None
+    loss_scale_factor: float | None = None
+    excluded_keys: frozenset[Key] = field(default=frozenset())
+    excluded_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.weight_decay is not None:
+            check_non_negative("weight_decay", self.weight_decay)
+        check_bool("use_ema", self.use_ema)
+        if not 0 <= check_number("ema_momentum", self.ema_momentum) <= 1:
+            raise ValueError(f"ema_momentum: {self.ema_momentum}, expected 0 <= ema_momentum <= 1")
+        frequency = self.ema_overwrite_frequency
+        if frequency is not None and (isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1):
+            raise ValueError(f"ema_overwrite_frequency: {frequency!r}, expected an integer of at least 1, or None")
+        if self.loss_scale_factor is not None and check_number("loss_scale_factor", self.loss_scale_factor) <= 0:
+            raise ValueError(f"loss_scale_factor: {self.loss_scale_factor}, expected loss_scale_factor > 0")
+        if not self.use_ema and frequency is not None:
+            raise ValueError("ema_overwrite_frequency: given without use_ema=True, expected None")
+
+    def step_numbers(self, iterations: int) -> dict[str, Any]:
+        """Fields of StepHyper. The first average is the variable itself."""
+        frequency = self.ema_overwrite_frequency
+        return {
+            "weight_decay": float(self.weight_decay or 0.0),
+            "gradient_scale": 1.0 if self.loss_scale_factor is None else 1.0 / float(self.loss_scale_factor),
+            "ema_momentum": float(self.ema_momentum) if iterations else 0.0,
+            "ema_overwrite": frequency is not None and (iterations + 1) % frequency == 0,
+        }
+
+    def decays(self, variables: Sequence[Any], buffers: Sequence[_cpu.Buffer]) -> list[bool]:
+        """Whether weight decay applies, for each variable."""
+        return [
+            bool(self.weight_decay) and key_of(buffer) not in self.excluded_keys and not self._name_excluded(variable)
+            for variable, buffer in zip(variables, buffers, strict=True)
+        ]
+
+    def _name_excluded(self, variable: Any) -> bool:
+        name = getattr(variable, "name", None)
+        return isinstance(name, str) and any(re.search(pattern, name) for pattern in self.excluded_names)
+
+    def config(self) -> dict[str, Any]:
+        """The options that are not at their default."""
+        return {name: getattr(self, name) for name in EXTRA_NAMES if getattr(self, name) != getattr(Extras, name)}
+
+
+def excluded(var_list: Iterable[Any] | None, var_names: Iterable[str] | None) -> dict[str, Any]:
+    """Fields of Extras for ``exclude_from_weight_decay``."""
+    variables = [] if var_list is None else check_list("var_list", var_list)
+    names = [] if var_names is None else check_list("var_names", var_names)
+    if isinstance(var_names, str):
+        raise TypeError(f"var_names: {var_names!r}, expected a list of patterns")
+    buffers = [_cpu.Buffer(unwrap(variable), label_of(variable, i)) for i, variable in enumerate(variables)]
+    return {"excluded_keys": frozenset(map(key_of, buffers)), "excluded_names": tuple(names)}
+
+
+def overwrite(variable: _cpu.Buffer, average: npt.NDArray[Any]) -> None:
+    """Round a moving average into its variable."""
+    variable.array()[...] = float32_to_bfloat16(average) if variable.dtype == "bfloat16" else average

@@ -1,0 +1,115 @@
+"""State from and to tf.keras lists and PyTorch dicts: made by the real thing, and nothing silently different."""
+
+from __future__ import annotations
+
+import re
+
+import fastadam
+import numpy as np
+import pytest
+from cases import bits, random_array
+from fastadam import exchange
+
+F32 = np.float32
+SHAPES = ((3,), (2, 2), ())
+
+
+def make(seed=0):
+    rng = np.random.RandomState(seed)
+    return [np.asarray(random_array(rng, shape), F32) for shape in SHAPES]
+
+
+def trained(**options):
+    optimizer, variables = fastadam.Adam(0.1, **options), make()
+    for step in range(3):
+        optimizer.apply_gradients(zip(make(step + 1), variables, strict=True))
+    return optimizer, variables
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_keras_lists_round_trip_to_the_bit(amsgrad):
+    optimizer, variables = trained(amsgrad=amsgrad)
+    weights = exchange.to_keras_weights(optimizer, variables)
+    for mine, listed in zip(optimizer.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(mine, listed)
+    again, others = fastadam.Adam(0.1, amsgrad=amsgrad), [w.copy() for w in variables]
+    exchange.from_keras_weights(again, weights, others)
+    optimizer.apply_gradients(zip(make(9), variables, strict=True))
+    again.apply_gradients(zip(make(9), others, strict=True))
+    for a, b in zip(variables, others, strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b))
+
+
+def test_keras_lists_of_another_model_change_nothing():
+    optimizer, variables = trained()
+    before = optimizer.get_weights()
+    for weights in (before[:-1], [*before, before[-1]], [*before[:-1], np.ones(9, F32)], [-1, *before[1:]]):
+        with pytest.raises(ValueError, match="weights|v\\[2\\]"):
+            exchange.from_keras_weights(optimizer, weights, variables)
+    for a, b in zip(before, optimizer.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    exchange.from_keras_weights(optimizer, [*before, *[np.zeros(1, F32)] * 3], variables)
+    assert optimizer.iterations == 3
+
+
+def torch_trained(torch, **options):
+    parameters = [torch.nn.Parameter(torch.from_numpy(w.copy())) for w in make()]
+    optimizer = torch.optim.Adam(parameters, lr=0.05, betas=(0.8, 0.95), eps=1e-30, **options)
+    for step in range(3):
+        torch_step(torch, optimizer, parameters, step + 1)
+    return optimizer, parameters
+
+
+def torch_step(torch, optimizer, parameters, seed):
+    for parameter, gradient in zip(parameters, make(seed), strict=True):
+        parameter.grad = torch.from_numpy(gradient)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_training_goes_on_from_pytorch_and_back(amsgrad):
+    torch = pytest.importorskip("torch")
+    theirs, parameters = torch_trained(torch, amsgrad=amsgrad)
+    variables = [p.detach().numpy().copy() for p in parameters]
+    optimizer = fastadam.Adam()
+    exchange.from_torch_state_dict(optimizer, theirs.state_dict(), variables, epsilon=1e-30)
+    assert (optimizer.learning_rate, optimizer.beta_1, optimizer.beta_2) == (0.05, 0.8, 0.95)
+    assert (optimizer.amsgrad, optimizer.epsilon, optimizer.iterations) == (amsgrad, 1e-30, 3)
+    for step in (4, 5):
+        torch_step(torch, theirs, parameters, step)
+        optimizer.apply_gradients(zip(make(step), variables, strict=True))
+        for w, p in zip(variables, parameters, strict=True):
+            np.testing.assert_allclose(w, p.detach().numpy(), rtol=1e-5, atol=1e-7)
+    copies = [torch.nn.Parameter(torch.from_numpy(w.copy())) for w in variables]
+    again = torch.optim.Adam(copies)
+    again.load_state_dict(exchange.to_torch_state_dict(optimizer, variables, epsilon=1e-30))
+    torch_step(torch, theirs, parameters, 6)
+    torch_step(torch, again, copies, 6)
+    for a, b in zip(parameters, copies, strict=True):
+        np.testing.assert_allclose(a.detach().numpy(), b.detach().numpy(), rtol=1e-5, atol=1e-7)
+
+
+def test_what_pytorch_means_otherwise_is_refused():
+    torch = pytest.importorskip("torch")
+    optimizer, variables = trained()
+    before, config = optimizer.get_weights(), optimizer.get_config()
+    good = torch_trained(torch)[0].state_dict()
+    with pytest.raises(TypeError, match="epsilon"):
+        exchange.from_torch_state_dict(optimizer, good, variables)
+    with pytest.raises(ValueError, match="epsilon: 0, expected epsilon > 0"):
+        exchange.from_torch_state_dict(optimizer, good, variables, epsilon=0)
+    with pytest.raises(ValueError, match=re.escape("state_dict: 3 parameters with state, expected 2")):
+        exchange.from_torch_state_dict(optimizer, good, variables[:2], epsilon=1e-8)
+    for options in ({"weight_decay": 0.1}, {"maximize": True}):
+        with pytest.raises(ValueError, match=f"state_dict: .*{next(iter(options))}"):
+            exchange.from_torch_state_dict(
+                optimizer, torch_trained(torch, **options)[0].state_dict(), variables, epsilon=1e-8
+            )
+    good["state"][1]["step"] += 1
+    with pytest.raises(ValueError, match=re.escape("steps [3.0, 4.0]")):
+        exchange.from_torch_state_dict(optimizer, good, variables, epsilon=1e-8)
+    assert optimizer.get_config() == config
+    for a, b in zip(before, optimizer.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="expected no schedule, decay, clipping"):
+        exchange.to_torch_state_dict(trained(clipvalue=1.0)[0], variables, epsilon=1e-8)

@@ -76,6 +76,15 @@ def test_only_variables_with_a_gradient_decay():
     assert (w[0], idle[0]) == (1.9, 2.0)
 
 
+def test_a_name_is_remembered_when_the_bare_array_comes():
+    named, other = fastadam.Variable(np.array([2.0]), name="bias"), np.array([2.0])
+    optimizer = fastadam.Adam(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    optimizer.apply_gradients([(np.zeros(1), named)])
+    optimizer.apply_gradients([(np.zeros(1), named.value), (np.zeros(1), other)])
+    assert (named.value[0], other[0]) == (2.0, 1.9)
+
+
 def test_exclusions_may_change_between_steps():
     w = np.array([2.0])
     optimizer = fastadam.Adam(0.1, weight_decay=0.5)

@@ -109,10 +109,13 @@ def test_dtypes_may_be_mixed(provider):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(provider, dtype):
-    if dtype == "bfloat16" and provider.name == "autograd":
-        pytest.skip("autograd does not know the scalars of ml_dtypes")
+    autograd_lacks_it = dtype == "bfloat16" and provider.name == "autograd"
     dtype = np.dtype(dtype) if dtype == "float16" else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
     w = fastadam.Variable(np.array([1.0, -2.0]).astype(dtype))
+    if autograd_lacks_it:
+        with pytest.raises(TypeError, match="Can't differentiate w.r.t. type .*bfloat16"):
+            fastadam.Adam().get_gradients(lambda: (w.value * w.value).sum(), w, gradient=provider.name)
+        return
     (found,) = fastadam.Adam().get_gradients(lambda: (w.value * w.value).sum(), w, gradient=provider.name)
     assert found.dtype == dtype
     assert found.astype(float).tolist() == [2.0, -4.0]

@@ -19,7 +19,7 @@ def tool(name: str) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     found = shutil.which(name, path=path)
     if found is None:
-        pytest.skip(f"needs {name}")
+        pytest.fail(f"needs {name}")
     return found
 
 

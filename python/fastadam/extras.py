@@ -31,6 +31,7 @@ class Extras:
     loss_scale_factor: float | None = None
     excluded_keys: frozenset[Key] = field(default=frozenset())
     excluded_names: tuple[str, ...] = ()
+    kept_alive: tuple[_cpu.Buffer, ...] = field(default=(), compare=False)  # so that no excluded address is reused
 
     def __post_init__(self) -> None:
         if self.weight_decay is not None:
@@ -56,16 +57,15 @@ class Extras:
             "ema_overwrite": frequency is not None and (iterations + 1) % frequency == 0,
         }
 
-    def decays(self, variables: Sequence[Any], buffers: Sequence[_cpu.Buffer]) -> list[bool]:
+    def decays(self, names: Sequence[str | None], buffers: Sequence[_cpu.Buffer]) -> list[bool]:
         """Whether weight decay applies, for each variable."""
         return [
-            bool(self.weight_decay) and key_of(buffer) not in self.excluded_keys and not self._name_excluded(variable)
-            for variable, buffer in zip(variables, buffers, strict=True)
+            bool(self.weight_decay) and key_of(buffer) not in self.excluded_keys and not self._excludes(name or "")
+            for name, buffer in zip(names, buffers, strict=True)
         ]
 
-    def _name_excluded(self, variable: Any) -> bool:
-        name = getattr(variable, "name", None)
-        return isinstance(name, str) and any(re.search(pattern, name) for pattern in self.excluded_names)
+    def _excludes(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self.excluded_names) if name else False
 
     def config(self) -> dict[str, Any]:
         """The options that are not at their default."""
@@ -79,7 +79,8 @@ def excluded(var_list: Iterable[Any] | None, var_names: Iterable[str] | None) ->
     if isinstance(var_names, str):
         raise TypeError(f"var_names: {var_names!r}, expected a list of patterns")
     buffers = [_cpu.Buffer(unwrap(variable), label_of(variable, i)) for i, variable in enumerate(variables)]
-    return {"excluded_keys": frozenset(map(key_of, buffers)), "excluded_names": tuple(names)}
+    keys = frozenset(map(key_of, buffers))
+    return {"excluded_keys": keys, "excluded_names": tuple(names), "kept_alive": tuple(buffers)}
 
 
 def overwrite(variable: _cpu.Buffer, average: npt.NDArray[Any]) -> None:

@@ -27,7 +27,7 @@ from fastadam.minimize import Minimizer
 from fastadam.ops import fit_gradients
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
 from fastadam.state import OptimizerState
-from fastadam.variable import buffers_of, unwrap
+from fastadam.variable import Variable, buffers_of, unwrap
 
 __all__ = ["Adam", "AdamW"]
 
@@ -259,8 +259,16 @@ class Adam(Minimizer, OptimizerState):
         self, variables: Sequence[Any], buffers: list[_cpu.Buffer], slots: list[list[Any]], positions: list[int]
     ) -> _cpu.Plan:
         named = dict(zip(self._slot_names(), slots, strict=True))
-        decays = self._extras.decays(variables, buffers)
+        names = [self._name_of(variable, buffer) for variable, buffer in zip(variables, buffers, strict=True)]
+        decays = self._extras.decays(names, buffers)
         return _cpu.Plan(buffers, named["m"], named["v"], named.get("vhat"), named.get("average"), decays, positions)
+
+    def _name_of(self, variable: Any, buffer: _cpu.Buffer) -> str | None:
+        """Of a Variable, or the name that its array once came with."""
+        if isinstance(variable, Variable) and variable.name:
+            return variable.name
+        entry = self._slots.entry_of(buffer)
+        return None if entry is None else entry.spec.name
 
     def _make_plan(self, variables: Sequence[Any], gradients: Sequence[Any], positions: list[int]) -> None:
         """Create the slots that are missing, but only when the whole step has been found good."""

@@ -11,7 +11,8 @@ __global__ void update(Storage* var, const Storage* grad, fastadam::Compute<Stor
   using T = fastadam::Compute<Storage>;
   const T g = fastadam::transform_gradient(fastadam::load(grad[threadIdx.x]), s.clip_value, T(1));
   T var_i = fastadam::load(var[threadIdx.x]);
-  fastadam::adam_update<kAmsgrad>(var_i, g, state[0], state[1], state[2], s);
+  fastadam::adam_update<kAmsgrad>(var_i, g, state[0], state[1], state[2], s.keep, s);
+  state[3] = fastadam::moving_average(state[3], var_i, s.ema_momentum);
   var[threadIdx.x] = fastadam::store<Storage>(var_i);
 }
 

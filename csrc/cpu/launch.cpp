@@ -84,8 +84,9 @@ struct NormTask {
 template <class Task>
 void run_task(Task& task, int64_t elements) {
   const int64_t useful_threads = elements / kMinElementsPerThread;
-  if (useful_threads <= 1 || num_threads() == 1) return task.run_block(0);
-  const int shares = static_cast<int>(std::min<int64_t>(useful_threads, num_threads()));
+  // The affinity is a system call: asked for once, and only where it matters.
+  const int shares = useful_threads <= 1 ? 1 : static_cast<int>(std::min<int64_t>(useful_threads, num_threads()));
+  if (shares == 1) return task.run_block(0);
   const int64_t per_share =
       std::min(kMaxBlocksPerShare, std::max<int64_t>(1, elements / shares / kMinElementsPerBlock));
   task.blocks = shares * per_share;

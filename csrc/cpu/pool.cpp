@@ -6,8 +6,8 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 namespace fastadam::cpu {
@@ -57,7 +57,7 @@ class Pool {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
       for (; helpers_ < count; ++helpers_) std::thread(&Pool::help, this, helpers_ + 1).detach();
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
       // No more threads to be had: the others do the work.
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);

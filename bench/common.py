@@ -64,7 +64,7 @@ def take_turns(workers: list[Worker], turns: int, seconds_per_turn: float = 0.1)
         steps[worker.name] = max(1, int(seconds_per_turn / max(worker.turn(3), 1e-7)))
     for _ in range(turns):
         for worker in workers:
-            time.sleep(0.03)  # until the idle threads of the worker before have stopped spinning: libgomp takes 5 ms and more
+            time.sleep(0.03)  # libgomp's idle threads of the worker before spin for 5 ms and more
             worker.times.append(worker.turn(steps[worker.name]))
     return {worker.name: statistics.median(worker.times) for worker in workers}
 

@@ -251,6 +251,7 @@ def test_a_callable_that_returns_nonsense_changes_nothing(name, trained):
         (lambda w: [-1, *w[1:]], ValueError, "Expected weights[0] >= 0, received: -1"),
         (lambda w: [7.5, *w[1:]], ValueError, "weights[0]: 7.5, expected a whole number of steps"),
         (lambda w: [*w[:-1], np.full((2, 2), "x")], TypeError, "weights[6]: dtype <U1, expected float32"),
+        (lambda w: [*w[:-1], np.zeros((2, 2), "V4")], TypeError, "weights[6]: dtype |V4, expected float32"),
     ],
 )  # fmt: skip
 def test_bad_weights_are_refused(change, error, message, trained):
@@ -313,6 +314,16 @@ def test_adam_step_refuses_one_variable_with_two_states():
     np.testing.assert_array_equal(var, np.ones(5, F32))
 
 
+def test_a_slot_made_read_only_is_not_written(trained):
+    trained.optimizer.weights[-1].flags.writeable = False
+    weights = [w + 1 for w in trained.optimizer.get_weights()]
+    with pytest.raises(ValueError, match=re.escape("vhat[1]: was made read-only, expected a writable array")):
+        trained.optimizer.apply_gradients(trained.good_pairs())
+    with pytest.raises(ValueError, match=re.escape("weights[6]: was made read-only, expected a writable array")):
+        trained.optimizer.set_weights(weights)
+    trained.assert_unchanged()
+
+
 def test_slots_ask_for_known_names(trained):
     with pytest.raises(KeyError, match="velocity: not a slot of vars"):
         trained.optimizer.get_slot(trained.variables[0], "velocity")
@@ -343,6 +354,7 @@ def test_a_number_that_the_dtype_cannot_hold_changes_nothing(arguments, dtype, m
     with pytest.raises(ValueError, match=re.escape(message)):
         optimizer.apply_gradients([(np.ones(5, dtype), w)])
     np.testing.assert_array_equal(w, np.ones(5, dtype))
+    assert len(optimizer.weights) == 1
     assert optimizer.iterations == 0
     if dtype != np.float64:  # in double the same numbers are good
         fastadam.Adam(**arguments).apply_gradients([(np.ones(5), np.ones(5))])

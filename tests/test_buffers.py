@@ -94,6 +94,21 @@ def test_a_byte_swapped_gradient_is_converted():
     np.testing.assert_array_equal(variable, expected_after_one_step(np.ones(5), np.full(5, 0.5)))
 
 
+def test_a_gradient_is_converted_once():
+    class Counted:
+        conversions = 0
+
+        def __array__(self, dtype=None, copy=None):
+            self.conversions += 1
+            return np.full(3, 0.5, F32)
+
+    optimizer, w, gradient = fastadam.Adam(0.1), np.ones(3, F32), Counted()
+    for step in (1, 2):
+        optimizer.apply_gradients([(gradient, w)])
+        assert gradient.conversions == step
+    assert (w < 0.81).all()
+
+
 @pytest.mark.parametrize("wrap", [ArrayInterface, DLPack, fastadam.Variable])
 def test_other_holders_of_memory_are_updated_in_place(wrap):
     values, gradient = np.ones(9, F32), np.full(9, 0.5, F32)

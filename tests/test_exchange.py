@@ -52,6 +52,13 @@ def test_keras_lists_of_another_model_change_nothing():
     assert optimizer.iterations == 3
 
 
+def test_variables_that_overlap_are_refused_before_any_slot_is_made():
+    optimizer, memory = fastadam.Adam(), np.zeros(10, F32)
+    with pytest.raises(ValueError, match=re.escape("vars[1]: overlaps vars[0] in memory")):
+        exchange.from_keras_weights(optimizer, [1, *[np.ones(6, F32)] * 4], [memory[:6], memory[4:]])
+    assert len(optimizer.weights) == 1
+
+
 def torch_trained(torch, **options):
     parameters = [torch.nn.Parameter(torch.from_numpy(w.copy())) for w in make()]
     optimizer = torch.optim.Adam(parameters, lr=0.05, betas=(0.8, 0.95), eps=1e-30, **options)

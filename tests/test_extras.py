@@ -172,6 +172,26 @@ def test_a_loss_scale_of_a_power_of_two_changes_no_bit(options):
     np.testing.assert_array_equal(bits(actual), bits(expected))
 
 
+def test_finalize_changes_no_variable_if_one_is_bad():
+    w, fixed = np.ones(3), np.ones(3)
+    optimizer = fastadam.Adam(use_ema=True)
+    optimizer.apply_gradients([(np.ones(3), w), (np.ones(3), fixed)])
+    before = w.copy()
+    optimizer.get_slot(w, "average")[...] = 5
+    fixed.flags.writeable = False
+    with pytest.raises(ValueError, match=re.escape("vars[1]: read-only")):
+        optimizer.finalize_variable_values([w, fixed])
+    np.testing.assert_array_equal(w, before)
+
+
+def test_numbers_of_numpy_are_plain_in_the_config():
+    options = {"weight_decay": F32(0.5), "ema_momentum": F32(0.5), "loss_scale_factor": np.int64(8)}
+    optimizer = fastadam.Adam(use_ema=np.bool_(True), ema_overwrite_frequency=np.int64(7), **options)
+    config = json.loads(json.dumps(optimizer.get_config()))
+    assert {key: config[key] for key in options} == {"weight_decay": 0.5, "ema_momentum": 0.5, "loss_scale_factor": 8.0}
+    assert (config["use_ema"], config["ema_overwrite_frequency"]) == (True, 7)
+
+
 def test_options_are_in_the_config_where_they_are_not_at_their_default():
     options = {
         "weight_decay": 0.1,

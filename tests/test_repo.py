@@ -35,7 +35,7 @@ def test_an_example_of_the_readme_runs(example):
 def test_readme_has_two_set_up_commands():
     commands = [line.strip() for line in README.splitlines() if line.startswith("    python3 -m venv")]
     assert [("demo" in c, "pytest" in c) for c in commands] == [(True, False), (False, True)]
-    assert commands[1] in (ROOT / ".ci" / "run").read_text() or "README.md" in (ROOT / ".ci" / "run").read_text()
+    assert "grep -E '^    python3 -m venv .*pytest' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -84,13 +84,12 @@ def test_the_stub_names_what_the_extension_has():
 
 def test_the_update_rule_stands_once_in_cpp():
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu"}]
-    assert len(sources) > 10
-    assert [
-        path.name for path in sources if "one_minus_beta_2;" in path.read_text() and "sqrt(" in path.read_text()
-    ] in (
-        ["adam_math.h", "step_scalars.h"],
-        ["step_scalars.h", "adam_math.h"],
-    )
+    assert [path.name for path in sources if "one_minus_beta_2;" in _arithmetic(path.read_text())] == ["adam_math.h"]
+
+
+def _arithmetic(source):
+    """The products: whoever multiplies by 1 - beta_2 updates v."""
+    return "".join(re.findall(r"\* ?\w+\.one_minus_beta_2;", source))
 
 
 def test_core_includes_nothing_but_core():

@@ -241,11 +241,16 @@ inline std::optional<Buffer> read_array(py::object object, const Label& label) {
   }
 }
 
-// False if the array has been given other memory since (ndarray.resize with refcheck=False).
+// False if the array has since been given other memory (ndarray.resize with refcheck=False).
 inline bool is_current(const Buffer& b) {
   if (b.ndarray_type == nullptr) return true;
   const auto array = py::reinterpret_borrow<py::array>(b.owner);
   return array.data() == b.data && array.size() == b.size;
+}
+
+// False if the array has since been made read-only.
+inline bool is_still_writable(const Buffer& b) {
+  return b.ndarray_type == nullptr || py::reinterpret_borrow<py::array>(b.owner).writeable();
 }
 
 // The rules of promise 4: what is written in place is refused rather than copied.

@@ -64,29 +64,20 @@ class Plan {
     return to_convert;
   }
 
+  // Raises what is wrong with the numbers of a step.
+  void check_numbers(const AdamHyper& hyper, const std::vector<double>& factors) { arguments(hyper, factors); }
+
+  // Does the step, or nothing if some gradients must be converted first: these are returned.
   // `counter`, a writable int64 scalar array, goes up by one after the update, where no signal can come between.
   template <class Backend>
-  void step(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
-            std::optional<py::array_t<int64_t>> counter) {
-    for (size_t i : check(gradients)) throw py::type_error(gradient_label(i)() + ": must be converted before the step");
-    if (!factors.empty()) require_length("grad_factor", factors.size());
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      tensors_[i].grad_factor = hyper.gradient_scale * (factors.empty() ? 1.0 : factors[i]);
-    }
-    const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
-    if (clip_norms) norms_.resize(tensors_, hyper.clip_value / hyper.gradient_scale);
-    StepArgs args{};
-    args.tensors = tensors_.data();
-    args.heads = heads_.data();
-    args.offsets = offsets_.data();
-    args.head_count = static_cast<int64_t>(heads_.size());
-    args.scalars_f32 = make_step_scalars<float>(hyper);
-    args.scalars_f64 = make_step_scalars<double>(hyper);
-    args.amsgrad = amsgrad_;
-    args.transform = clip_norms || !factors.empty() || std::isfinite(hyper.clip_value) || hyper.gradient_scale != 1;
-    args.ema_overwrite = hyper.ema_overwrite;
-    require_usable(hyper, args, tensors_);
+  std::vector<size_t> step(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
+                           std::optional<py::array_t<int64_t>> counter) {
+    std::vector<size_t> to_convert = check(gradients);
+    if (!to_convert.empty()) return to_convert;
+    const StepArgs args = arguments(hyper, factors);
     require_current();
+    const bool clip_norms = clips_norms(hyper);
+    if (clip_norms) norms_.resize(tensors_, raw_clip_value(hyper));
     int64_t* count = counter ? counter->mutable_data() : nullptr;
     {
       // Safe: the kernels touch only memory that this Plan, `gradients` and `counter` keep alive.
@@ -99,6 +90,7 @@ class Plan {
       if (count != nullptr) ++*count;
     }
     exported_.clear();
+    return {};
   }
 
  private:
@@ -108,6 +100,36 @@ class Plan {
     const std::string* label;
     bool operator<(const Interval& other) const { return begin < other.begin; }
   };
+
+  static bool clips_norms(const AdamHyper& hyper) {
+    return std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
+  }
+
+  // The numbers of the step for the kernels, found usable in the arithmetic of the variables.
+  StepArgs arguments(const AdamHyper& hyper, const std::vector<double>& factors) {
+    if (!factors.empty()) require_length("grad_factor", factors.size());
+    StepArgs args{};
+    args.tensors = tensors_.data();
+    args.heads = heads_.data();
+    args.offsets = offsets_.data();
+    args.head_count = static_cast<int64_t>(heads_.size());
+    if (has_single_) args.scalars_f32 = usable_scalars<float>(hyper);
+    if (has_double_) args.scalars_f64 = usable_scalars<double>(hyper);
+    args.amsgrad = amsgrad_;
+    args.transform =
+        clips_norms(hyper) || !factors.empty() || std::isfinite(hyper.clip_value) || hyper.gradient_scale != 1;
+    args.ema_overwrite = hyper.ema_overwrite;
+    for (size_t i = 0; args.transform && i < tensors_.size(); ++i) {
+      tensors_[i].grad_factor = usable_factor(hyper.gradient_scale * (factors.empty() ? 1.0 : factors[i]), i);
+    }
+    return args;
+  }
+
+  double usable_factor(double factor, size_t i) const {
+    const bool is_double = tensors_[i].dtype == DType::kFloat64;
+    if (is_double || std::isfinite(static_cast<float>(factor))) return factor;
+    throw py::value_error(Label{"grad_factor", positions_[i]}() + ": infinite in float32, expected a finite number");
+  }
 
   void require_length(const char* name, size_t length) const {
     if (length == variables_.size()) return;
@@ -121,6 +143,9 @@ class Plan {
       for (const Buffer& b : *buffers) {
         if (!is_current(b)) throw py::value_error(b.label + ": was given other memory while the step was prepared");
       }
+    }
+    for (const Buffer& b : state_) {
+      if (!is_still_writable(b)) throw py::value_error(b.label + ": was made read-only, expected a writable array");
     }
   }
 
@@ -153,6 +178,7 @@ class Plan {
     t.size = variables_[i].size;
     t.next = -1;
     t.dtype = *variables_[i].dtype;
+    (t.dtype == DType::kFloat64 ? has_double_ : has_single_) = true;
     tensors_.push_back(t);
   }
 
@@ -164,13 +190,15 @@ class Plan {
 
   // A variable given twice is updated twice, in order, with the same step count, as TF does.
   void chain_repeats() {
-    std::vector<size_t> order(tensors_.size());
-    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+    std::vector<size_t> order;
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (variables_[i].size > 0) order.push_back(i);  // an empty one may share the address of any other
+    }
     std::stable_sort(order.begin(), order.end(),
                      [this](size_t a, size_t b) { return variables_[a].begin() < variables_[b].begin(); });
     std::vector<bool> is_head(tensors_.size(), true);
     for (size_t k = 1; k < order.size(); ++k) {
-      if (variables_[order[k]].size == 0 || !is_repeat(order[k - 1], order[k])) continue;
+      if (!is_repeat(order[k - 1], order[k])) continue;
       tensors_[order[k - 1]].next = static_cast<int64_t>(order[k]);
       is_head[order[k]] = false;
     }
@@ -244,6 +272,8 @@ class Plan {
   Norms norms_;
   bool amsgrad_;
   bool has_average_;
+  bool has_single_ = false;  // some variable is computed in float32
+  bool has_double_ = false;
 };
 
 }  // namespace fastadam::bind

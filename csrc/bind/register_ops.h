@@ -90,10 +90,17 @@ void register_ops(py::module_& m) {
       .def("matches", &Plan::matches, py::arg("objects"), py::arg("positions"))
       .def("check", &Plan::check, py::arg("gradients"))
       .def(
+          "check_numbers",
+          [](Plan& plan, const HyperTuple& hyper, const std::vector<double>& grad_factors) {
+            plan.check_numbers(std::make_from_tuple<MakeHyper>(hyper), grad_factors);
+          },
+          py::arg("hyper"), py::arg("grad_factors"))
+      .def(
           "step",
           [](Plan& plan, const py::list& gradients, const HyperTuple& hyper, const std::vector<double>& grad_factors,
              std::optional<py::array_t<int64_t>> counter) {
-            plan.step<Backend>(gradients, std::make_from_tuple<MakeHyper>(hyper), grad_factors, std::move(counter));
+            const auto numbers = std::make_from_tuple<MakeHyper>(hyper);
+            return plan.step<Backend>(gradients, numbers, grad_factors, std::move(counter));
           },
           py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter").noconvert());
 }

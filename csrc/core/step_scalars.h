@@ -25,13 +25,16 @@ struct AdamHyper {
   bool ema_overwrite;       // this step ends with the averages in the variables
 };
 
+// The value clip for gradients as they come, before gradient_scale.
+inline double raw_clip_value(const AdamHyper& hyper) { return hyper.clip_value / hyper.gradient_scale; }
+
 template <class T>
 struct StepScalars {
   T alpha;  // learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t)
   T one_minus_beta_1;
   T one_minus_beta_2;
   T epsilon;
-  T clip_value;  // of the gradients as they come, before gradient_scale
+  T clip_value;  // raw_clip_value
   T keep;        // 1 - weight_decay * learning_rate
   T ema_momentum;
 };
@@ -53,7 +56,7 @@ StepScalars<T> make_step_scalars(const AdamHyper& hyper) {
   scalars.one_minus_beta_1 = one - beta_1;
   scalars.one_minus_beta_2 = one - beta_2;
   scalars.epsilon = static_cast<T>(hyper.epsilon);
-  scalars.clip_value = static_cast<T>(hyper.clip_value / hyper.gradient_scale);
+  scalars.clip_value = static_cast<T>(raw_clip_value(hyper));
   scalars.keep = one - static_cast<T>(hyper.weight_decay) * learning_rate;
   scalars.ema_momentum = static_cast<T>(hyper.ema_momentum);
   return scalars;

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from fastadam import cuda, info, reference, schedules
+from fastadam import cuda, exchange, info, reference, schedules
 from fastadam._backend import _cpu
 from fastadam.clipping import global_norm
 from fastadam.info import isas, set_isa, set_num_threads, show_config
@@ -26,6 +26,7 @@ __all__ = [
     "__version__",
     "adam_step",
     "cuda",
+    "exchange",
     "global_norm",
     "info",
     "isas",

@@ -11,6 +11,7 @@ __all__ = [
     "check_beta",
     "check_bool",
     "check_clip",
+    "check_count",
     "check_epsilon",
     "check_iterations",
     "check_list",
@@ -72,6 +73,16 @@ def check_iterations(name: str, value: Any) -> int:
     if number != int(number) or int(value) >= 2**63 - 1:
         raise ValueError(f"{name}: {value}, expected a whole number of steps below 2**63 - 1")
     return int(value)
+
+
+def check_count(name: str, value: Any) -> int:
+    """An integer of at least 1; True, 2.0 and the like are none."""
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: {value!r}, expected an integer of at least 1")
+    count = int(value.__index__())
+    if not 1 <= count < 2**63 - 1:
+        raise ValueError(f"{name}: {count}, expected an integer of at least 1")
+    return count
 
 
 def check_list(name: str, values: Any) -> list[Any]:

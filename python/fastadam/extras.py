@@ -10,7 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from fastadam._backend import _cpu
-from fastadam.checks import check_bool, check_list, check_non_negative, check_number
+from fastadam.checks import check_bool, check_count, check_list, check_non_negative, check_number
 from fastadam.gradients import float32_to_bfloat16
 from fastadam.slots import Key, key_of
 from fastadam.variable import label_of, unwrap
@@ -34,26 +34,31 @@ class Extras:
     kept_alive: tuple[_cpu.Buffer, ...] = field(default=(), compare=False)  # so that no excluded address is reused
 
     def __post_init__(self) -> None:
+        """Check every option and make it a plain bool, int or float, as a JSON configuration needs."""
+        plain: dict[str, Any] = {"use_ema": check_bool("use_ema", self.use_ema)}
         if self.weight_decay is not None:
-            check_non_negative("weight_decay", self.weight_decay)
-        check_bool("use_ema", self.use_ema)
-        if not 0 <= check_number("ema_momentum", self.ema_momentum) <= 1:
+            plain["weight_decay"] = check_non_negative("weight_decay", self.weight_decay)
+        plain["ema_momentum"] = check_number("ema_momentum", self.ema_momentum)
+        if not 0 <= plain["ema_momentum"] <= 1:
             raise ValueError(f"ema_momentum: {self.ema_momentum}, expected 0 <= ema_momentum <= 1")
-        frequency = self.ema_overwrite_frequency
-        if frequency is not None and (isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1):
-            raise ValueError(f"ema_overwrite_frequency: {frequency!r}, expected an integer of at least 1, or None")
-        if self.loss_scale_factor is not None and check_number("loss_scale_factor", self.loss_scale_factor) <= 0:
-            raise ValueError(f"loss_scale_factor: {self.loss_scale_factor}, expected loss_scale_factor > 0")
-        if not self.use_ema and frequency is not None:
-            raise ValueError("ema_overwrite_frequency: given without use_ema=True, expected None")
+        if self.ema_overwrite_frequency is not None:
+            plain["ema_overwrite_frequency"] = check_count("ema_overwrite_frequency", self.ema_overwrite_frequency)
+            if not self.use_ema:
+                raise ValueError("ema_overwrite_frequency: given without use_ema=True, expected None")
+        if self.loss_scale_factor is not None:
+            plain["loss_scale_factor"] = check_number("loss_scale_factor", self.loss_scale_factor)
+            if plain["loss_scale_factor"] <= 0:
+                raise ValueError(f"loss_scale_factor: {self.loss_scale_factor}, expected loss_scale_factor > 0")
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def step_numbers(self, iterations: int) -> dict[str, Any]:
         """Fields of StepHyper. The first average is the variable itself."""
         frequency = self.ema_overwrite_frequency
         return {
-            "weight_decay": float(self.weight_decay or 0.0),
-            "gradient_scale": 1.0 if self.loss_scale_factor is None else 1.0 / float(self.loss_scale_factor),
-            "ema_momentum": float(self.ema_momentum) if iterations else 0.0,
+            "weight_decay": self.weight_decay or 0.0,
+            "gradient_scale": 1.0 if self.loss_scale_factor is None else 1.0 / self.loss_scale_factor,
+            "ema_momentum": self.ema_momentum if iterations else 0.0,
             "ema_overwrite": frequency is not None and (iterations + 1) % frequency == 0,
         }
 

@@ -6,27 +6,53 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastadam._backend import _cpu
-from fastadam.checks import check_beta, check_clip, check_epsilon, check_non_negative, check_number, check_one_norm
+from fastadam.checks import (
+    check_beta,
+    check_clip,
+    check_count,
+    check_epsilon,
+    check_non_negative,
+    check_number,
+    check_one_norm,
+)
 from fastadam.gradients import convert_gradient
 from fastadam.hyper import StepHyper
 from fastadam.variable import buffers_of, unwrap
 
-__all__ = ["adam_step", "fit_gradients"]
+__all__ = ["adam_step", "fit_gradients", "run_step"]
 
 
 def fit_gradients(
     plan: _cpu.Plan, gradients: Sequence[Any], buffers: Sequence[_cpu.Buffer], positions: Sequence[int]
 ) -> list[Any]:
-    """Check the gradients against the plan and convert those that need it; raises before anything is written."""
+    """Check the gradients against the plan and convert those that it cannot read as they lie."""
     fitting = [unwrap(gradient) for gradient in gradients]
-    unfit = plan.check(fitting)
-    for i in unfit:
-        fitting[i] = convert_gradient(fitting[i], buffers[i], f"grads[{positions[i]}]")
-    if unfit:
-        plan.check(fitting)
+    while unfit := plan.check(fitting):
+        _convert(fitting, unfit, buffers, positions)
     return fitting
+
+
+def run_step(
+    plan: _cpu.Plan,
+    gradients: Sequence[Any],
+    buffers: Sequence[_cpu.Buffer],
+    positions: Sequence[int],
+    hyper: StepHyper,
+    factors: list[float],
+    counter: npt.NDArray[np.int64] | None,
+) -> None:
+    """Check everything, make the step, count it. Gradients that cannot be read as they lie are converted first."""
+    fitting = [unwrap(gradient) for gradient in gradients]
+    while unfit := plan.step(fitting, hyper, factors, counter):
+        _convert(fitting, unfit, buffers, positions)
+
+
+def _convert(gradients: list[Any], which: list[int], buffers: Sequence[_cpu.Buffer], positions: Sequence[int]) -> None:
+    for i in which:
+        gradients[i] = convert_gradient(gradients[i], buffers[i], f"grads[{positions[i]}]")
 
 
 def adam_step(
@@ -91,7 +117,7 @@ def adam_step(
     """
     check_one_norm(clipnorm, global_clipnorm)
     hyper = StepHyper(
-        step=_check_step(step),
+        step=check_count("step", step),
         learning_rate=check_number("learning_rate", learning_rate),
         beta_1=check_beta("beta_1", beta_1),
         beta_2=check_beta("beta_2", beta_2),
@@ -112,20 +138,11 @@ def adam_step(
     decays = [weight_decay != 0] * len(variables)
     plan = _cpu.Plan(buffers, m_list, v_list, vhat_list, None, decays, positions)
     factors = _check_factors(grad_factor, len(variables))
-    plan.step(fit_gradients(plan, gradients, buffers, positions), hyper, factors, None)
+    run_step(plan, gradients, buffers, positions, hyper, factors, None)
 
 
 def _as_list(argument: Any) -> list[Any]:
     return [unwrap(item) for item in argument] if isinstance(argument, (list, tuple)) else [unwrap(argument)]
-
-
-def _check_step(step: Any) -> int:
-    if isinstance(step, bool) or not hasattr(step, "__index__"):
-        raise TypeError(f"step: {step!r}, expected an integer of at least 1")
-    count = int(step.__index__())
-    if not 1 <= count < 2**63:
-        raise ValueError(f"step: {count}, expected an integer of at least 1")
-    return count
 
 
 def _check_factors(grad_factor: float | Sequence[float] | None, count: int) -> list[float]:

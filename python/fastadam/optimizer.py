@@ -24,7 +24,7 @@ from fastadam.checks import (
 from fastadam.extras import EXTRA_NAMES, Extras, excluded, overwrite
 from fastadam.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper
 from fastadam.minimize import Minimizer
-from fastadam.ops import fit_gradients
+from fastadam.ops import fit_gradients, run_step
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
 from fastadam.state import OptimizerState
 from fastadam.variable import Variable, buffers_of, unwrap
@@ -149,7 +149,9 @@ class Adam(Minimizer, OptimizerState):
 
     def _step_hyper(self) -> StepHyper:
         """The numbers of the next step; callables and schedules are evaluated here, once."""
-        iterations = check_iterations("iterations", self._iterations)
+        iterations = int(self._iterations)  # which users may write to, as `weights[0]`
+        if not 0 <= iterations < 2**63 - 1:
+            check_iterations("iterations", iterations)
         rate = self.learning_rate
         if isinstance(rate, LearningRateSchedule):
             rate = check_number("learning_rate", rate(iterations))
@@ -198,9 +200,10 @@ class Adam(Minimizer, OptimizerState):
             KeyError: A variable has no average.
         """
         variables = check_list("var_list", var_list)
+        buffers = buffers_of(variables, range(len(variables)))
         averages = [self.get_slot(variable, "average") for variable in variables]
-        for variable, average in zip(variables, averages, strict=True):
-            overwrite(_cpu.Buffer(unwrap(variable), "var_list"), average)
+        for buffer, average in zip(buffers, averages, strict=True):
+            overwrite(buffer, average)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -229,11 +232,11 @@ class Adam(Minimizer, OptimizerState):
             return None
         with self._lock, self._no_step_inside_a_step():
             hyper = self._step_hyper()
-            if not self._plan_fits(variables, positions):
-                self._make_plan(variables, gradients, positions)
-            assert self._plan is not None
-            gradients = fit_gradients(self._plan, gradients, self._buffers, positions)
-            self._plan.step(gradients, hyper, [], self._iterations)
+            if self._plan is None or not self._plan_fits(variables, positions):
+                plan, gradients = self._make_plan(variables, gradients, positions, hyper)
+            else:
+                plan = self._plan
+            run_step(plan, gradients, self._buffers, positions, hyper, [], self._iterations)
             return self.iterations
 
     @contextlib.contextmanager
@@ -253,7 +256,7 @@ class Adam(Minimizer, OptimizerState):
         return self._plan.matches([unwrap(variable) for variable in variables], positions)
 
     def _current_plan_key(self) -> tuple[bool, int, Extras]:
-        return (self.amsgrad, len(self._slots.arrays), self._extras)
+        return (self.amsgrad, self._slots.version, self._extras)
 
     def _plan_of(
         self, variables: Sequence[Any], buffers: list[_cpu.Buffer], slots: list[list[Any]], positions: list[int]
@@ -270,14 +273,18 @@ class Adam(Minimizer, OptimizerState):
         entry = self._slots.entry_of(buffer)
         return None if entry is None else entry.spec.name
 
-    def _make_plan(self, variables: Sequence[Any], gradients: Sequence[Any], positions: list[int]) -> None:
-        """Create the slots that are missing, but only when the whole step has been found good."""
+    def _make_plan(
+        self, variables: Sequence[Any], gradients: Sequence[Any], positions: list[int], hyper: StepHyper
+    ) -> tuple[_cpu.Plan, list[Any]]:
+        """A plan and the gradients fit for it; missing slots are created once the whole step has been found good."""
         buffers = buffers_of(variables, positions)
         prepared = self._slots.prepare(buffers, self._slot_names())
         plan = self._plan_of(variables, buffers, prepared.slots, positions)
-        fit_gradients(plan, gradients, buffers, positions)
+        fitting = fit_gradients(plan, gradients, buffers, positions)
+        plan.check_numbers(hyper, [])
         prepared.commit()
         self._plan, self._plan_key, self._buffers = plan, self._current_plan_key(), buffers
+        return plan, fitting
 
     def _slot_names(self) -> list[str]:
         return ["m", "v", *(["vhat"] if self.amsgrad else []), *(["average"] if self._extras.use_ema else [])]

@@ -8,6 +8,7 @@ Source: https://www.tensorflow.org/api_docs/python/tf/keras/optimizers/schedules
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class LearningRateSchedule:
         return cls(**config)
 
 
-class _Schedule(LearningRateSchedule):
+class _Schedule(LearningRateSchedule, abc.ABC):
     """A schedule of this module: a dataclass with a vectorised ``_rates``."""
 
     def __call__(self, step: npt.ArrayLike) -> Any:
@@ -68,8 +69,8 @@ class _Schedule(LearningRateSchedule):
         rates = np.asarray(self._rates(steps), dtype=np.float64)
         return float(rates) if steps.ndim == 0 else np.broadcast_to(rates, steps.shape).copy()
 
-    def _rates(self, steps: Steps) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _rates(self, steps: Steps) -> Any: ...
 
     def get_config(self) -> dict[str, Any]:
         # Every subclass is a dataclass.
@@ -86,7 +87,27 @@ class _Schedule(LearningRateSchedule):
 
 
 @dataclass(frozen=True)
-class ExponentialDecay(_Schedule):
+class _DecayOfQuotient(_Schedule):
+    """A rate that decays with ``step / decay_steps``, floored if ``staircase``."""
+
+    initial_learning_rate: float
+    decay_steps: float
+    decay_rate: float
+    staircase: bool = False
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._require("initial_learning_rate")
+        self._require("decay_steps", above=0)
+        self._require("decay_rate", least=0)
+
+    def _quotient(self, steps: Steps) -> Steps:
+        quotient = steps / self.decay_steps
+        return np.asarray(np.floor(quotient) if self.staircase else quotient)
+
+
+@dataclass(frozen=True)
+class ExponentialDecay(_DecayOfQuotient):
     r"""``initial_learning_rate * decay_rate ** (step / decay_steps)``; with ``staircase`` the quotient is floored.
 
     Raises:
@@ -98,23 +119,12 @@ class ExponentialDecay(_Schedule):
     [0.1, 0.05, 0.025]
     """
 
-    initial_learning_rate: float
-    decay_steps: float
-    decay_rate: float
-    staircase: bool = False
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        self._require("initial_learning_rate")
-        self._require("decay_steps", above=0)
-        self._require("decay_rate", least=0)
-
     def _rates(self, steps: Steps) -> Any:
-        return self.initial_learning_rate * self.decay_rate ** _quotient(steps, self.decay_steps, self.staircase)
+        return self.initial_learning_rate * self.decay_rate ** self._quotient(steps)
 
 
 @dataclass(frozen=True)
-class InverseTimeDecay(_Schedule):
+class InverseTimeDecay(_DecayOfQuotient):
     r"""``initial_learning_rate / (1 + decay_rate * step / decay_steps)``; with ``staircase`` the quotient is floored.
 
     Raises:
@@ -125,20 +135,8 @@ class InverseTimeDecay(_Schedule):
     0.05
     """
 
-    initial_learning_rate: float
-    decay_steps: float
-    decay_rate: float
-    staircase: bool = False
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        self._require("initial_learning_rate")
-        self._require("decay_steps", above=0)
-        self._require("decay_rate", least=0)
-
     def _rates(self, steps: Steps) -> Any:
-        quotient = _quotient(steps, self.decay_steps, self.staircase)
-        return self.initial_learning_rate / (1 + self.decay_rate * quotient)
+        return self.initial_learning_rate / (1 + self.decay_rate * self._quotient(steps))
 
 
 @dataclass(frozen=True)
@@ -349,11 +347,6 @@ def plot(schedule: LearningRateSchedule, steps: int, axes: Any = None) -> Any:
     axes.plot([float(schedule(step)) for step in range(steps)])
     axes.set(xlabel="step", ylabel="learning rate", title=type(schedule).__name__)
     return axes
-
-
-def _quotient(steps: Steps, decay_steps: float, staircase: bool) -> Steps:
-    quotient = steps / decay_steps
-    return np.asarray(np.floor(quotient) if staircase else quotient)
 
 
 def _numbers(schedule: object, name: str) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -145,6 +146,7 @@ class SlotStore:
         distinct: dict[Key, _cpu.Buffer] = {}
         for buffer in buffers:
             distinct.setdefault(key_of(buffer), buffer)
+        _require_apart(list(distinct.values()))
         adopted = self._adoptions(distinct)
         slots = {k: dict(adopted[k][2]) if k in adopted else self.find(b) or {} for k, b in distinct.items()}
         created: dict[tuple[Key, str], tuple[_cpu.Buffer, Array]] = {}
@@ -258,6 +260,16 @@ class SlotStore:
         for entry in self.entries:
             twin.add_waiting(entry.spec, entry.slots, entry.buffer or entry.origin)
         return twin
+
+
+def _require_apart(buffers: list[_cpu.Buffer]) -> None:
+    lying = sorted((buffer for buffer in buffers if buffer.size), key=lambda buffer: buffer.address)
+    for before, after in itertools.pairwise(lying):
+        if after.address < before.address + before.nbytes:
+            raise ValueError(
+                f"{after.label}: overlaps {before.label} in memory, expected separate arrays "
+                "(or the same variable with the same state)"
+            )
 
 
 def _fresh_slot(buffer: _cpu.Buffer, name: str) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import os
 import threading
@@ -27,7 +28,7 @@ _PASSING = ("_lock", "_stepping", "_plan", "_plan_key", "_buffers")
 _live: weakref.WeakSet[OptimizerState] = weakref.WeakSet()
 
 
-class OptimizerState:
+class OptimizerState(abc.ABC):
     """Iterations and slots; a subclass says which slots its step needs."""
 
     name: str
@@ -46,13 +47,8 @@ class OptimizerState:
         self._buffers: list[_cpu.Buffer] = []
         _live.add(self)
 
-    def _slot_names(self) -> list[str]:
-        raise NotImplementedError
-
-    def _plan_of(
-        self, variables: Sequence[Any], buffers: list[_cpu.Buffer], slots: list[list[Any]], positions: list[int]
-    ) -> _cpu.Plan:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _slot_names(self) -> list[str]: ...
 
     @property
     def iterations(self) -> np.int64:
@@ -67,12 +63,9 @@ class OptimizerState:
     def build(self, var_list: Iterable[Any]) -> None:
         """Create the slots of these variables now, so that ``set_weights`` works before the first step."""
         variables = check_list("var_list", var_list)
-        positions = list(range(len(variables)))
-        buffers = buffers_of(variables, positions)
+        buffers = buffers_of(variables, range(len(variables)))
         with self._lock:
-            prepared = self._slots.prepare(buffers, self._slot_names())
-            self._plan_of(variables, buffers, prepared.slots, positions)  # refuses what overlaps
-            prepared.commit()
+            self._slots.prepare(buffers, self._slot_names()).commit()
 
     @property
     def weights(self) -> list[npt.NDArray[Any]]:
@@ -99,22 +92,14 @@ class OptimizerState:
         with self._lock:
             current = self.weights
             given = _drop_keras1_dummies(check_list("weights", weights), len(current))
-            new = [np.array(weight) for weight in given]  # copies: they may be these very arrays in another order
-            if len(new) != len(current):
+            if len(given) != len(current):
                 raise ValueError(
                     f"You called `set_weights(weights)` on optimizer {self.name} with a weight list of length "
-                    f"{len(new)}, but the optimizer was expecting {len(current)} weights."
+                    f"{len(given)}, but the optimizer was expecting {len(current)} weights."
                 )
-            for i, (old, value) in enumerate(zip(current, new, strict=True)):
-                if old.shape != value.shape:
-                    raise ValueError(
-                        f"weights[{i}]: Optimizer weight shape {old.shape} not compatible with provided weight shape "
-                        f"{value.shape}"
-                    )
-                if value.dtype.kind not in "fiuV":
-                    raise TypeError(f"weights[{i}]: dtype {value.dtype}, expected {old.dtype}")
-            iterations = check_iterations("weights[0]", new[0])
-            for old, value in zip(current[1:], new[1:], strict=True):
+            iterations = check_iterations("weights[0]", given[0])
+            new = [_like(old, given[i], f"weights[{i}]") for i, old in enumerate(current) if i > 0]
+            for old, value in zip(current[1:], new, strict=True):
                 old[...] = value
             self._iterations[...] = iterations
 
@@ -232,6 +217,21 @@ class OptimizerState:
         if not isinstance(name, str):
             raise TypeError(f"name: {name!r}, expected a string")
         return initial_value(initializer, tuple(shape), dtype)
+
+
+def _like(old: npt.NDArray[Any], value: Any, label: str) -> npt.NDArray[Any]:
+    """A copy of ``value`` that can be assigned to ``old``; a copy, for it may be one of the arrays assigned before."""
+    array = np.asarray(value)
+    if array.shape != old.shape:
+        raise ValueError(
+            f"{label}: Optimizer weight shape {old.shape} not compatible with provided weight shape {array.shape}"
+        )
+    if not old.flags.writeable:
+        raise ValueError(f"{label}: was made read-only, expected a writable array")
+    is_bfloat16 = array.dtype.name == "bfloat16"
+    if array.dtype.kind not in "fiu" and not is_bfloat16:
+        raise TypeError(f"{label}: dtype {array.dtype}, expected {old.dtype}")
+    return np.array(array, dtype=old.dtype)
 
 
 def _drop_keras1_dummies(weights: list[Any], expected: int) -> list[Any]:

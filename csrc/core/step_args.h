@@ -19,8 +19,18 @@ struct TensorArgs {
   int64_t next;        // the next gradient of the same variable, applied after this one; -1: none
   double grad_factor;  // multiplies the gradient after the value clip
   DType dtype;
-  bool decays;    // weight decay applies
-  void* average;  // moving average of the variable, of its state dtype, or null
+  DType grad_dtype;   // dtype, or its state dtype
+  bool decays;        // weight decay applies
+  void* average;      // moving average of the variable, of its state dtype, or null
+  void* accumulator;  // sum of gradients, of the state dtype, or null
+};
+
+// All gradients of a step: those of one variable are chained.
+struct Chains {
+  const TensorArgs* tensors;
+  const int64_t* heads;    // tensors[heads[k]]: the first gradient of variable k
+  const int64_t* offsets;  // offsets[k]: elements before variable k; offsets[count]: all of them
+  int64_t count;
 };
 
 // Sums of squares of the gradients, block by block (norm.h).
@@ -28,15 +38,19 @@ struct NormArgs {
   const TensorArgs* tensors;
   const int64_t* block_offsets;  // block_offsets[i]: blocks before tensor i; block_offsets[tensor_count]: all of them
   int64_t tensor_count;
-  double clip_value;  // applied first
-  double* sums;       // one for each block
+  double clip_value;    // applied first
+  bool require_finite;  // a block with an element that is not finite, before it is clipped, gives NaN
+  double* sums;         // one for each block
+};
+
+// Adds gradients, times grad_factor, to the accumulators.
+struct AccumulateArgs {
+  Chains chains;
+  bool restart;  // the accumulators count as zero
 };
 
 struct StepArgs {
-  const TensorArgs* tensors;
-  const int64_t* heads;    // tensors[heads[k]]: the first gradient of variable k
-  const int64_t* offsets;  // offsets[k]: elements before variable k; offsets[head_count]: all of them
-  int64_t head_count;
+  Chains chains;
   StepScalars<float> scalars_f32;
   StepScalars<double> scalars_f64;
   bool amsgrad;

@@ -23,6 +23,7 @@ struct AdamHyper {
   double weight_decay;      // decoupled: the variable shrinks by weight_decay * learning_rate first
   double ema_momentum;      // of the averages of the variables, where there are any
   bool ema_overwrite;       // this step ends with the averages in the variables
+  bool require_finite;      // a gradient with an element that is not finite: no step at all
 };
 
 // The value clip for gradients as they come, before gradient_scale.

@@ -11,16 +11,31 @@ namespace fastadam::cpu {
 // Updates elements [begin, end) of one variable. Never checks, allocates, prints or throws.
 using DenseKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end);
 
+// Of one combination of dtypes: [amsgrad][transform].
+struct DenseKernels {
+  DenseKernel of[2][2];
+};
+
 // Sum of squares of `size` elements of a gradient from `begin` on, at most kNormBlock of them.
 using NormKernel = double (*)(const void* grad, int64_t begin, int64_t size, double clip_value);
 
 // Moves the average of elements [begin, end) towards the variable; with step.ema_overwrite the variable becomes it.
 using AverageKernel = DenseKernel;
 
+// Adds elements [begin, end) of a gradient to the accumulator; `restart`: to zeros instead.
+using AccumulateKernel = void (*)(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart);
+
+// The dtypes, then the half types with gradients of their state dtype.
+constexpr int kPairCount = kDTypeCount + 2;
+inline int pair_of(const TensorArgs& tensor) {
+  return static_cast<int>(tensor.dtype) + (tensor.grad_dtype == tensor.dtype ? 0 : kDTypeCount);
+}
+
 struct Kernels {
-  DenseKernel dense[kDTypeCount][2][2];  // [dtype][amsgrad][transform]
-  NormKernel norm[kDTypeCount];
+  DenseKernels dense[kPairCount];
+  NormKernel norm[kDTypeCount][2];  // [gradient's dtype][require_finite]
   AverageKernel average[kDTypeCount];
+  AccumulateKernel accumulate[kPairCount];
 };
 
 namespace baseline {

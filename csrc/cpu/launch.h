@@ -9,6 +9,9 @@ namespace fastadam::cpu {
 // One parallel job for the whole step, equal shares of elements per thread; small steps stay on the caller's thread.
 void run_step(const StepArgs& step);
 
+// The same for gradients that are only added up.
+void run_accumulate(const AccumulateArgs& args);
+
 // Fills args.sums.
 void run_norm(const NormArgs& args);
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastadam._backend import _cpu
 from fastadam.checks import (
@@ -36,17 +35,15 @@ def fit_gradients(
 
 
 def run_step(
-    plan: _cpu.Plan,
+    native: Callable[..., list[int]],
     gradients: Sequence[Any],
     buffers: Sequence[_cpu.Buffer],
     positions: Sequence[int],
-    hyper: StepHyper,
-    factors: list[float],
-    counter: npt.NDArray[np.int64] | None,
+    *arguments: Any,
 ) -> None:
-    """Check everything, make the step, count it. Gradients that cannot be read as they lie are converted first."""
+    """Call ``native(gradients, *arguments)`` of a plan; gradients that it cannot read as they lie are converted."""
     fitting = [unwrap(gradient) for gradient in gradients]
-    while unfit := plan.step(fitting, hyper, factors, counter):
+    while unfit := native(fitting, *arguments):
         _convert(fitting, unfit, buffers, positions)
 
 
@@ -129,16 +126,16 @@ def adam_step(
         weight_decay=check_non_negative("weight_decay", weight_decay),
     )
     variables = list(vars) if isinstance(vars, (list, tuple)) else [vars]
-    gradients, m_list, v_list = (_as_list(argument) for argument in (grads, m, v))
-    vhat_list = None if vhat is None else _as_list(vhat)
+    gradients = _as_list(grads)
+    slots = {"m": _as_list(m), "v": _as_list(v)} | ({} if vhat is None else {"vhat": _as_list(vhat)})
     if not isinstance(vars, (list, tuple)):
         gradients = [grads]  # a list given for a single variable is its gradient
     positions = list(range(len(variables)))
     buffers = buffers_of(variables, positions)
     decays = [weight_decay != 0] * len(variables)
-    plan = _cpu.Plan(buffers, m_list, v_list, vhat_list, None, decays, positions)
+    plan = _cpu.Plan(buffers, slots, decays, positions)
     factors = _check_factors(grad_factor, len(variables))
-    run_step(plan, gradients, buffers, positions, hyper, factors, None)
+    run_step(plan.step, gradients, buffers, positions, hyper, factors, None)
 
 
 def _as_list(argument: Any) -> list[Any]:

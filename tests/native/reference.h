@@ -155,8 +155,18 @@ struct Variable {
       : dtype(o.dtype), size(o.size), var(o.var, at), m(o.m, at), v(o.v, at), vhat(o.vhat, at), grads(o.grads, at) {}
 
   TensorArgs args(int t, bool amsgrad) const {
-    return {var.at(0),      grads.at(t), m.at(0),    v.at(0), amsgrad ? vhat.at(0) : nullptr, size, -1,
-            0.37 * (t + 1), dtype,       t % 2 == 1, nullptr};
+    TensorArgs tensor{};
+    tensor.var = var.at(0);
+    tensor.grad = grads.at(t);
+    tensor.m = m.at(0);
+    tensor.v = v.at(0);
+    tensor.vhat = amsgrad ? vhat.at(0) : nullptr;
+    tensor.size = size;
+    tensor.next = -1;
+    tensor.grad_factor = 0.37 * (t + 1);
+    tensor.dtype = tensor.grad_dtype = dtype;
+    tensor.decays = t % 2 == 1;
+    return tensor;
   }
   bool operator==(const Variable& o) const { return var == o.var && m == o.m && v == o.v && vhat == o.vhat; }
 };

@@ -207,6 +207,27 @@ def test_options_are_in_the_config_where_they_are_not_at_their_default():
     assert fastadam.AdamW.from_config(fastadam.AdamW(weight_decay=0.5).get_config()).weight_decay == 0.5
 
 
+def test_options_are_attributes_that_the_next_step_uses():
+    w, alone = np.ones(3), np.ones(3)
+    optimizer = fastadam.Adam(0.1)
+    optimizer.apply_gradients([(np.ones(3), w)])
+    later = {"weight_decay": 0.25, "use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2}
+    for name, value in {**later, "loss_scale_factor": 8.0}.items():
+        setattr(optimizer, name, value)
+        assert getattr(optimizer, name) == optimizer.get_config()[name] == value
+    same = fastadam.Adam(0.1)
+    same.apply_gradients([(np.ones(3), alone)])
+    same.weight_decay = 0.25
+    same.apply_gradients([(np.full(3, 0.125), alone)])
+    before = w.copy()
+    optimizer.apply_gradients([(np.ones(3), w)])
+    np.testing.assert_array_equal(optimizer.get_slot(w, "average"), (before + alone) / 2)
+    np.testing.assert_array_equal(w, (before + alone) / 2)
+    with pytest.raises(ValueError, match="loss_scale_factor: 0, expected loss_scale_factor > 0"):
+        optimizer.loss_scale_factor = 0
+    assert optimizer.loss_scale_factor == 8.0
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from fastadam.gradients import float32_to_bfloat16
 from fastadam.slots import Key, key_of
 from fastadam.variable import label_of, unwrap
 
-__all__ = ["EXTRA_NAMES", "Extras"]
+__all__ = ["EXTRA_NAMES", "Extra", "Extras", "excluded", "overwrite"]
 
 EXTRA_NAMES = ("weight_decay", "use_ema", "ema_momentum", "ema_overwrite_frequency", "loss_scale_factor")
 
@@ -75,6 +76,19 @@ class Extras:
     def config(self) -> dict[str, Any]:
         """The options that are not at their default."""
         return {name: getattr(self, name) for name in EXTRA_NAMES if getattr(self, name) != getattr(Extras, name)}
+
+
+class Extra:
+    """Attribute of an optimizer: an option that is checked when it is set and used from the next step on."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else getattr(optimizer._extras, self._name)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        optimizer._extras = dataclasses.replace(optimizer._extras, **{self._name: value})
 
 
 def excluded(var_list: Iterable[Any] | None, var_names: Iterable[str] | None) -> dict[str, Any]:

@@ -26,18 +26,6 @@ def run(optimizer, value, gradients):
     return value
 
 
-def test_weight_decay_golden_of_keras():
-    """adam_test.test_weight_decay: three steps of lr 1 and decay 0.004 on a zero gradient take 2 to 1.9760959."""
-    w, excluded, named = np.array([2.0]), np.array([2.0]), fastadam.Variable(np.array([2.0]), name="exclude_me")
-    optimizer = fastadam.Adam(1.0, weight_decay=0.004)
-    optimizer.exclude_from_weight_decay(var_list=[excluded], var_names=["exclude"])
-    for _ in range(3):
-        optimizer.apply_gradients([(np.zeros(1), w), (np.zeros(1), excluded), (np.zeros(1), named)])
-    assert w[0] == pytest.approx(2 * (1 - 0.004) ** 3, rel=1e-15)
-    assert w[0] == pytest.approx(1.9760959, rel=1e-7)
-    assert excluded[0] == named.value[0] == 2.0
-
-
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_adamw_is_the_reference_with_decay(amsgrad):
     value, gradients = problem()

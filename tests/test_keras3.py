@@ -146,7 +146,7 @@ def test_pickleable_optimizers(kind):
 
 @pytest.mark.parametrize("kind", [fastadam.Adam, fastadam.AdamW])
 def test_config(kind):
-    """A configuration that Keras 3 writes, with every option, is read too."""
+    """Keras 3 writes every option, used or not: None and defaults are read."""
     options = {"learning_rate": 0.5, "beta_1": 0.5, "beta_2": 0.67, "epsilon": 1e-5, "amsgrad": True}
     optimizer = kind(**options)
     assert kind.from_config(json.loads(json.dumps(optimizer.get_config()))).get_config() == optimizer.get_config()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fastadam
 import pytest
+from providers import NAMES, Provider
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +18,8 @@ def _process_settings():
 def isa(request):
     fastadam.set_isa(request.param)
     return request.param
+
+
+@pytest.fixture(params=NAMES)
+def provider(request):
+    return Provider(request.param)

@@ -262,6 +262,8 @@ def test_averages_move_once_per_step():
 def test_the_option_is_in_the_config_and_bad_values_are_refused():
     optimizer = fastadam.Adam.from_config(fastadam.Adam(gradient_accumulation_steps=np.int64(4)).get_config())
     assert optimizer.get_config()["gradient_accumulation_steps"] == 4
+    with pytest.raises(AttributeError, match="gradient_accumulation_steps: chosen when the optimizer is made"):
+        optimizer.gradient_accumulation_steps = 2
     assert "gradient_accumulation_steps" not in fastadam.Adam(gradient_accumulation_steps=0).get_config()
     with pytest.raises(ValueError, match="gradient_accumulation_steps: 1, expected an integer of at least 2, or None"):
         fastadam.Adam(gradient_accumulation_steps=1)

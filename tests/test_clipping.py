@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 
@@ -46,25 +45,6 @@ def test_trajectory_is_near_that_of_tensorflow(case):
         assert (np.abs(w - stored[f"{case.name}/{i}"]) <= tolerance).all()
     for i, slot in enumerate(optimizer.weights[1:], start=len(variables)):
         np.testing.assert_allclose(slot, stored[f"{case.name}/{i}"], rtol=2e-5, atol=1e-7 * np.abs(slot).max(initial=0))
-
-
-def test_grad_clip_value():
-    """testGradClipValue."""
-    (m,) = first_step_gradients([np.array([3.0, -4.0, 0.5])], clipvalue=1.0)
-    assert m.tolist() == [1.0, -1.0, 0.5]
-
-
-def test_grad_clip_norm_is_per_tensor():
-    """testGradClipNorm."""
-    a, b = first_step_gradients([np.array([3.0, 4.0]), np.array([0.3])], clipnorm=1.0)
-    np.testing.assert_allclose(a, [0.6, 0.8], rtol=1e-15)
-    assert b.tolist() == [0.3]
-
-
-def test_grad_global_clip_norm():
-    """testGradGlobalClipNorm: 3 and 4 with 2.0 give 1.2 and 1.6."""
-    a, b = first_step_gradients([np.array([3.0]), np.array([4.0])], global_clipnorm=2.0)
-    np.testing.assert_allclose([a[0], b[0]], [1.2, 1.6], rtol=1e-15)
 
 
 def test_clipvalue_comes_before_the_norms():
@@ -155,26 +135,6 @@ def test_clipped_steps_have_the_same_bits_for_any_isa_and_thread_count(threads, 
     fastadam.set_num_threads(threads)
     fastadam.Adam(0.1, global_clipnorm=0.5).apply_gradients([(gradient, value), (gradient, np.ones_like(value))])
     np.testing.assert_array_equal(bits(value), bits(expected))
-
-
-def test_bounds_are_attributes_and_in_the_config():
-    """testConfigWithCliping, testInvalidClipNorm."""
-    optimizer = fastadam.Adam(clipnorm=2, clipvalue=0.5)
-    assert (optimizer.clipnorm, optimizer.clipvalue, optimizer.global_clipnorm) == (2.0, 0.5, None)
-    config = json.loads(json.dumps(optimizer.get_config()))
-    assert list(config)[:3] == ["name", "clipnorm", "clipvalue"]
-    assert fastadam.Adam.from_config(config).get_config() == config
-    assert "global_clipnorm" not in config
-    assert fastadam.Adam(global_clipnorm=1.0).get_config()["global_clipnorm"] == 1.0
-    with pytest.raises(ValueError, match=re.escape("Cannot accept both `clipnorm` and `global_clipnorm`")):
-        fastadam.Adam(clipnorm=1.0, global_clipnorm=1.0)
-    with pytest.raises(ValueError, match="Cannot accept both"):
-        optimizer.global_clipnorm = 1.0
-    assert optimizer.global_clipnorm is None
-    optimizer.clipnorm = None
-    optimizer.global_clipnorm = 1.0
-    with pytest.raises(ValueError, match="Expected clipnorm >= 0, received: -1"):
-        fastadam.Adam(clipnorm=-1)
 
 
 def test_adam_step_clips_too():

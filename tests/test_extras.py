@@ -26,18 +26,6 @@ def run(optimizer, value, gradients):
     return value
 
 
-def test_weight_decay_golden_of_keras():
-    """adam_test.test_weight_decay: three steps of lr 1 and decay 0.004 on a zero gradient take 2 to 1.9760959."""
-    w, excluded, named = np.array([2.0]), np.array([2.0]), fastadam.Variable(np.array([2.0]), name="exclude_me")
-    optimizer = fastadam.Adam(1.0, weight_decay=0.004)
-    optimizer.exclude_from_weight_decay(var_list=[excluded], var_names=["exclude"])
-    for _ in range(3):
-        optimizer.apply_gradients([(np.zeros(1), w), (np.zeros(1), excluded), (np.zeros(1), named)])
-    assert w[0] == pytest.approx(2 * (1 - 0.004) ** 3, rel=1e-15)
-    assert w[0] == pytest.approx(1.9760959, rel=1e-7)
-    assert excluded[0] == named.value[0] == 2.0
-
-
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_adamw_is_the_reference_with_decay(amsgrad):
     value, gradients = problem()
@@ -205,6 +193,27 @@ def test_options_are_in_the_config_where_they_are_not_at_their_default():
     assert fastadam.Adam.from_config(config).get_config() == config
     assert not set(options) & set(fastadam.Adam().get_config())
     assert fastadam.AdamW.from_config(fastadam.AdamW(weight_decay=0.5).get_config()).weight_decay == 0.5
+
+
+def test_options_are_attributes_that_the_next_step_uses():
+    w, alone = np.ones(3), np.ones(3)
+    optimizer = fastadam.Adam(0.1)
+    optimizer.apply_gradients([(np.ones(3), w)])
+    later = {"weight_decay": 0.25, "use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2}
+    for name, value in {**later, "loss_scale_factor": 8.0}.items():
+        setattr(optimizer, name, value)
+        assert getattr(optimizer, name) == optimizer.get_config()[name] == value
+    same = fastadam.Adam(0.1)
+    same.apply_gradients([(np.ones(3), alone)])
+    same.weight_decay = 0.25
+    same.apply_gradients([(np.full(3, 0.125), alone)])
+    before = w.copy()
+    optimizer.apply_gradients([(np.ones(3), w)])
+    np.testing.assert_array_equal(optimizer.get_slot(w, "average"), (before + alone) / 2)
+    np.testing.assert_array_equal(w, (before + alone) / 2)
+    with pytest.raises(ValueError, match="loss_scale_factor: 0, expected loss_scale_factor > 0"):
+        optimizer.loss_scale_factor = 0
+    assert optimizer.loss_scale_factor == 8.0
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,9 @@ def test_everything_else_is_the_inner_optimizers():
     optimizer.apply_gradients([(gradient(1), w)])
     assert optimizer.get_slot(w, "m") is optimizer.inner_optimizer.get_slot(w, "m")
     assert optimizer.iterations == 1
+    optimizer.loss_scale_factor = 2.0
+    with pytest.raises(ValueError, match="inner_optimizer: has a loss_scale_factor, expected None"):
+        optimizer.apply_gradients([(gradient(1), w)])
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = optimizer.no_such_name
 

@@ -12,26 +12,7 @@ import warnings
 import fastadam
 import numpy as np
 import pytest
-
-NUMPY_OF = {"autograd": "autograd.numpy", "jax": "jax.numpy", "torch": "torch"}
-NAMES = list(NUMPY_OF)
-
-
-class Provider:
-    """A provider's name, its functions by NumPy's names, and its constants."""
-
-    def __init__(self, name):
-        pytest.importorskip(name)
-        self.name = name
-        self.np = importlib.import_module(NUMPY_OF[name])
-
-    def __call__(self, array):
-        return self.np.from_numpy(array) if self.name == "torch" else array
-
-
-@pytest.fixture(params=NAMES)
-def provider(request):
-    return Provider(request.param)
+from providers import NAMES, Provider
 
 
 @pytest.fixture(autouse=True)
@@ -274,19 +255,6 @@ def test_a_loss_that_is_a_variable_itself(provider):
 # ---- the value of the loss ------------------------------------------------------------------------------------------
 
 
-def test_precomputed_gradient_of_tf(provider):
-    """TF's optimizer_v2_test.testPrecomputedGradient: the gradients of 5 * a + 3 * b with grad_loss (42, -42)."""
-    a, b = fastadam.Variable([1.0, 2.0]), fastadam.Variable([3.0, 4.0])
-    loss = lambda: 5 * a.value + 3 * b.value  # noqa: E731
-    optimizer = fastadam.Adam()
-    found = optimizer.get_gradients(loss, [a, b], grad_loss=[42, -42], gradient=provider.name)
-    assert [g.tolist() for g in found] == [[210.0, -210.0], [126.0, -126.0]]
-    found = optimizer.get_gradients(loss, [a, b], gradient=provider.name)
-    assert [g.tolist() for g in found] == [[5.0, 5.0], [3.0, 3.0]]
-    optimizer.minimize(loss, [a, b], np.array([42.0, -42.0]), gradient=provider.name)
-    np.testing.assert_allclose(optimizer.get_slot(a, "m"), [21, -21], rtol=1e-6)
-
-
 def test_grad_loss_is_not_written_to_nor_kept(provider):
     w, upstream = fastadam.Variable([1.0, 2.0]), np.float32([3.0, 4.0])
     (found,) = fastadam.Adam().get_gradients(lambda: w.value, w, grad_loss=upstream, gradient=provider.name)
@@ -362,23 +330,6 @@ def test_forms_of_var_list(provider):
         loss = lambda: (a.value + 2 * b.value + 3 * c.value).sum()  # noqa: E731
         found = optimizer.get_gradients(loss, tree, gradient=provider.name)
         assert [float(g[0]) for g in found] == order
-    assert optimizer.minimize(lambda: a.value.sum(), [], gradient=provider.name) is None
-    assert optimizer.iterations == 0
-
-
-def test_a_function_is_asked_after_the_loss_has_run(provider):
-    made = []
-
-    def loss():
-        if not made:
-            made.append(fastadam.Variable([3.0]))
-        return (made[0].value * made[0].value).sum()
-
-    fastadam.Adam(0.5).minimize(loss, lambda: made, gradient=provider.name)
-    assert made[0].value.round(4).tolist() == [2.5]
-    made.clear()
-    fastadam.Adam(0.5).minimize(loss, lambda: made, gradient=lambda _, variables: [2 * v.value for v in variables])
-    assert made[0].value.round(4).tolist() == [2.5]
 
 
 def test_arrays_are_refused_by_providers(provider):

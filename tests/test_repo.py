@@ -38,6 +38,13 @@ def test_readme_has_two_set_up_commands():
     assert "grep -E '^    python3 -m venv .*pytest' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_readme_names_every_public_attribute_and_argument_of_the_optimizers():
+    names = {name for name in dir(fastadam.Adam) if not name.startswith("_")}
+    names |= set(inspect.signature(fastadam.AdamW).parameters) - {"kwargs"}
+    names |= {name for name in fastadam.schedules.__all__ if name != "plot"}
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", README)] == []
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_of_docstrings_run(module):
     result = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from fastadam.gradients import float32_to_bfloat16
 from fastadam.slots import Key, key_of
 from fastadam.variable import label_of, unwrap
 
-__all__ = ["EXTRA_NAMES", "Extras"]
+__all__ = ["EXTRA_NAMES", "Extra", "Extras", "excluded", "overwrite"]
 
 EXTRA_NAMES = (
     "weight_decay",
@@ -92,6 +93,24 @@ def _accumulation_steps(value: Any) -> int | None:
     if steps == 1:
         raise ValueError("gradient_accumulation_steps: 1, expected an integer of at least 2, or None")
     return steps
+
+
+class Extra:
+    """Attribute of an optimizer: an option that is checked when it is set and used from the next step on."""
+
+    def __init__(self, *, fixed: bool = False) -> None:
+        self._fixed = fixed
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else getattr(optimizer._extras, self._name)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        if self._fixed:
+            raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
+        optimizer._extras = dataclasses.replace(optimizer._extras, **{self._name: value})
 
 
 def excluded(var_list: Iterable[Any] | None, var_names: Iterable[str] | None) -> dict[str, Any]:

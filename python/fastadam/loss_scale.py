@@ -51,8 +51,7 @@ class LossScaleOptimizer(Minimizer):
     def __init__(self, inner_optimizer: Adam, initial_scale: float = 2.0**15, dynamic_growth_steps: int = 2000) -> None:
         if not isinstance(inner_optimizer, Adam):
             raise TypeError(f"inner_optimizer: {type(inner_optimizer).__name__}, expected a fastadam.Adam")
-        if inner_optimizer._extras.loss_scale_factor is not None:
-            raise ValueError("inner_optimizer: has a loss_scale_factor, expected None beside a dynamic scale")
+        _require_no_factor(inner_optimizer)
         self.inner_optimizer = inner_optimizer
         self.initial_scale = _check_scale("initial_scale", initial_scale)
         self.dynamic_growth_steps = check_count("dynamic_growth_steps", dynamic_growth_steps)
@@ -85,6 +84,7 @@ class LossScaleOptimizer(Minimizer):
             ``iterations``, which is as before if the step was left out; None for an empty list.
         """
         with self.inner_optimizer._lock:
+            _require_no_factor(self.inner_optimizer)
             all_finite = self.inner_optimizer._apply(grads_and_vars, self.dynamic_scale)
             if all_finite is None:
                 return None
@@ -151,6 +151,11 @@ class LossScaleOptimizer(Minimizer):
 _LARGEST = 2.0**126  # the inverse is the smallest normal float32
 _SAVED = ("initial_scale", "dynamic_growth_steps", "dynamic_scale", "step_counter")
 _OWN = ("inner_optimizer", *_SAVED)
+
+
+def _require_no_factor(inner_optimizer: Adam) -> None:
+    if inner_optimizer.loss_scale_factor is not None:
+        raise ValueError("inner_optimizer: has a loss_scale_factor, expected None beside a dynamic scale")
 
 
 def _check_scale(name: str, value: Any) -> float:

@@ -16,7 +16,7 @@ from fastadam.checks import (
     check_non_negative,
     check_number,
 )
-from fastadam.extras import EXTRA_NAMES, Extras, excluded, overwrite
+from fastadam.extras import EXTRA_NAMES, Extra, Extras, excluded, overwrite
 from fastadam.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper
 from fastadam.minimize import Minimizer
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
@@ -84,6 +84,12 @@ class Adam(Minimizer, Stepper):
     clipvalue = Clip()
     clipnorm = Clip()
     global_clipnorm = Clip()
+    weight_decay = Extra()
+    use_ema = Extra()
+    ema_momentum = Extra()
+    ema_overwrite_frequency = Extra()
+    loss_scale_factor = Extra()
+    gradient_accumulation_steps = Extra(fixed=True)  # `weights[0]` counts in its units
 
     def __init__(
         self,
@@ -140,15 +146,6 @@ class Adam(Minimizer, Stepper):
     @amsgrad.setter
     def amsgrad(self, value: bool) -> None:
         self._amsgrad = check_bool("amsgrad", value)
-
-    @property
-    def weight_decay(self) -> float | None:
-        """Decoupled decay (AdamW): a variable with a gradient shrinks by ``weight_decay * learning_rate`` first."""
-        return self._extras.weight_decay
-
-    @weight_decay.setter
-    def weight_decay(self, value: float | None) -> None:
-        self._extras = dataclasses.replace(self._extras, weight_decay=value)
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None

@@ -34,7 +34,12 @@ class Stepper(OptimizerState):
     @abc.abstractmethod
     def _step_hyper(self, gradient_scale: float) -> StepHyper: ...
 
-    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], name: str | None = None) -> np.int64 | None:
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[Any, Any]],
+        name: str | None = None,
+        experimental_aggregate_gradients: bool = True,
+    ) -> np.int64 | None:
         """Update every variable in place with its gradient, then count the step.
 
         All pairs are checked before anything is written: a call that raises leaves variables, slots and
@@ -48,6 +53,7 @@ class Stepper(OptimizerState):
             grads_and_vars: Iterable of (gradient, variable). A gradient of another float dtype or layout is
                 converted; gradients are not modified.
             name: Accepted for TF's signature; it names nothing here.
+            experimental_aggregate_gradients: Likewise; a single process has no replicas to sum over.
 
         Returns:
             ``iterations`` after the step; None for an empty list.

@@ -151,7 +151,8 @@ def test_config(kind):
     optimizer = kind(**options)
     assert kind.from_config(json.loads(json.dumps(optimizer.get_config()))).get_config() == optimizer.get_config()
     unused = {"weight_decay": optimizer.weight_decay, "clipnorm": None, "global_clipnorm": None, "clipvalue": None,
-              "use_ema": False, "ema_momentum": 0.99, "ema_overwrite_frequency": None, "loss_scale_factor": None}  # fmt: skip
+              "use_ema": False, "ema_momentum": 0.99, "ema_overwrite_frequency": None, "loss_scale_factor": None,
+              "gradient_accumulation_steps": None}  # fmt: skip
     of_keras = {"name": optimizer.name, **unused, **options}
     assert kind.from_config(of_keras).get_config() == optimizer.get_config()
 

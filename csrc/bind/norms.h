@@ -16,7 +16,8 @@ class Norms {
  public:
   void resize(const std::vector<TensorArgs>& tensors, double clip_value, bool require_finite = false) {
     block_offsets_.assign(1, 0);
-    for (const TensorArgs& tensor : tensors) block_offsets_.push_back(block_offsets_.back() + norm_blocks(tensor.size));
+    for (const TensorArgs& tensor : tensors)
+      block_offsets_.push_back(block_offsets_.back() + norm_blocks(tensor.grad_size));
     sums_.resize(static_cast<size_t>(block_offsets_.back()));
     args_ = {tensors.data(), block_offsets_.data(), static_cast<int64_t>(tensors.size()),
              clip_value,     require_finite,        sums_.data()};

@@ -32,8 +32,10 @@ class Plan {
   std::vector<size_t> step(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
                            int64_t* counter) {
     std::vector<size_t> to_convert = set_.check(gradients);
-    if (to_convert.empty()) run<Backend>(arguments(hyper, factors), hyper, counter);
-    return to_convert;
+    if (!to_convert.empty()) return to_convert;
+    set_.index_rows<Backend>();
+    run<Backend>(arguments(hyper, factors), hyper, counter);
+    return {};
   }
 
   // Adds the gradients, times `scale`, to their accumulators, which count as zero if `restart`; then `update`, if it is
@@ -44,6 +46,7 @@ class Plan {
     std::vector<size_t> to_convert = set_.check(gradients);
     if (!to_convert.empty()) return to_convert;
     set_.require_current();
+    set_.index_rows<Backend>();
     if (update != nullptr) {  // refused before anything is written
       update->set_.require_current();
       update->arguments(hyper, {});
@@ -109,6 +112,7 @@ class Plan {
     args.transform =
         clips_norms(hyper) || !factors.empty() || std::isfinite(hyper.clip_value) || hyper.gradient_scale != 1;
     args.ema_overwrite = hyper.ema_overwrite;
+    args.lazy = set_.lazy();
     for (size_t i = 0; args.transform && i < set_.tensors().size(); ++i) {
       set_.tensors()[i].grad_factor = usable_factor(hyper.gradient_scale * (factors.empty() ? 1.0 : factors[i]), i);
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The m.def lines, once for every backend: python/fastadam/_cpu.pyi says what they do.
-// A Backend has static functions run_step(const StepArgs&), run_accumulate(const AccumulateArgs&) and
-// run_norm(const NormArgs&).
+// A Backend has static functions index_rows(IndexArgs&), run_step(const StepArgs&), run_accumulate(const
+// AccumulateArgs&) and run_norm(const NormArgs&).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -53,7 +53,7 @@ std::vector<double> sums_of_squares(const py::list& objects) {
     }
     TensorArgs tensor{};
     tensor.grad = b->data;
-    tensor.size = b->size;
+    tensor.grad_size = b->size;
     tensor.dtype = tensor.grad_dtype = *b->dtype;
     tensors.push_back(tensor);
     buffers.push_back(*std::move(b));
@@ -89,12 +89,16 @@ void register_ops(py::module_& m) {
   register_buffer(m);
   m.def("sums_of_squares", &sums_of_squares<Backend>, py::arg("arrays"));
   const auto numbers = [](const HyperTuple& hyper) -> AdamHyper { return std::make_from_tuple<MakeHyper>(hyper); };
+  py::class_<Slices>(m, "Slices")
+      .def(py::init<py::object, py::object>(), py::arg("values"), py::arg("indices"))
+      .def_readonly("values", &Slices::values)
+      .def_readonly("indices", &Slices::indices);
   py::class_<Plan>(m, "Plan")
       .def(py::init([](std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
-                       std::vector<int64_t> positions) {
-             return Plan(TensorSet(std::move(variables), slots, decays, std::move(positions)));
+                       std::vector<int64_t> positions, bool lazy) {
+             return Plan(TensorSet(std::move(variables), slots, decays, std::move(positions), lazy));
            }),
-           py::arg("variables"), py::arg("slots"), py::arg("decays"), py::arg("positions"))
+           py::arg("variables"), py::arg("slots"), py::arg("decays"), py::arg("positions"), py::arg("lazy"))
       .def_property_readonly("all_finite", &Plan::all_finite)
       .def(
           "matches",

@@ -7,12 +7,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "../core/step_args.h"
 #include "buffers.h"
+#include "slices.h"
 
 namespace fastadam::bind {
 
@@ -21,9 +23,11 @@ class TensorSet {
   // `slots`: lists of arrays by name: m, v and, where there are such, vhat, average, gradient_accumulator.
   // `positions[i]`: the place of variable i in the caller's list, for error texts about its gradient.
   // `decays[i]`: weight decay applies to variable i.
+  // `lazy`: IndexedSlices move only the rows that they touch.
   TensorSet(std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
-            std::vector<int64_t> positions)
-      : variables_(std::move(variables)), positions_(std::move(positions)) {
+            std::vector<int64_t> positions, bool lazy)
+      : variables_(std::move(variables)), positions_(std::move(positions)), lazy_(lazy) {
+    indexes_.resize(variables_.size());
     for (const auto& [name, arrays] : slots) require_length(text(name).c_str(), py::len(arrays));
     require_length("decays", decays.size());
     for (size_t i = 0; i < variables_.size(); ++i) add_tensor(slots, i, decays[i]);
@@ -68,12 +72,33 @@ class TensorSet {
     }
   }
 
+  // Sorts the indices of IndexedSlices; raises if one is no row of its variable. Writes nothing else.
+  template <class Backend>
+  void index_rows() {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (tensors_[i].rows != nullptr && !sort<Backend>(*indexes_[i])) {
+        throw py::value_error(gradient_label(i)() + ".indices[" + std::to_string(indexes_[i]->bad()) + "]: no row of " +
+                              variables_[i].label + ", expected 0 <= index < " +
+                              std::to_string(variables_[i].shape[0]));
+      }
+    }
+    for (size_t k = 0; k < heads_.size(); ++k)
+      offsets_[k + 1] = offsets_[k] + elements(tensors_[static_cast<size_t>(heads_[k])]);
+  }
+
+  bool lazy() const { return lazy_; }
+
   // The gradients of the last check are used; what they belong to need not be kept any more.
-  void forget_gradients() { exported_.clear(); }
+  void forget_gradients() {
+    exported_.clear();
+    for (auto& index : indexes_) index.reset();
+  }
 
   // The accumulators are the gradients.
   void read_accumulators() {
     for (TensorArgs& t : tensors_) {
+      t.rows = nullptr;
+      t.grad_size = t.size;
       t.grad = t.accumulator;
       t.grad_dtype = state_dtype(t.dtype);
     }
@@ -161,6 +186,8 @@ class TensorSet {
       heads_.push_back(static_cast<int64_t>(i));
       offsets_.push_back(offsets_.back() + tensors_[i].size);
     }
+    is_repeated_.resize(tensors_.size());
+    for (size_t i = 0; i < tensors_.size(); ++i) is_repeated_[i] = tensors_[i].next >= 0 || !is_head[i];
   }
 
   void refuse_overlaps() {
@@ -185,6 +212,9 @@ class TensorSet {
   // False if the gradient has to be converted first.
   bool add_gradient(const py::object& object, size_t i) {
     const Buffer& var = variables_[i];
+    tensors_[i].rows = nullptr;
+    tensors_[i].grad_size = tensors_[i].size;
+    if (py::isinstance<Slices>(object)) return add_slices(object.cast<Slices>(), i);
     if (is_ndarray_like(object, var)) {
       set_gradient(py::reinterpret_borrow<py::array>(object).data(), *var.dtype, i);
       return true;
@@ -202,9 +232,54 @@ class TensorSet {
     return true;
   }
 
+  bool add_slices(const Slices& slices, size_t i) {
+    const Buffer& var = variables_[i];
+    require_rows(i);
+    const Label label{gradient_label(i)() + ".values"};
+    std::optional<Buffer> values = read_array(slices.values, label);
+    if (!values || !is_index_array(slices.indices)) return false;
+    const auto indices = py::reinterpret_borrow<py::array>(slices.indices);
+    std::vector<int64_t> shape = var.shape;
+    shape[0] = indices.size();
+    if (values->shape != shape) {
+      throw py::value_error(label() + ": shape " + tuple_text(values->shape) + ", expected " + tuple_text(shape) +
+                            ", a row of " + var.label + " for each index");
+    }
+    const bool readable = values->dtype == var.dtype || values->dtype == state_dtype(*var.dtype);
+    if (!readable || !values->native_order || !values->c_contiguous || !values->aligned()) return false;
+    tensors_[i].grad_size = values->size;
+    set_gradient(values->data, *values->dtype, i);
+    indexes_[i] = std::make_unique<RowIndex>(indices, var);
+    tensors_[i].rows = &indexes_[i]->rows();
+    exported_.push_back(std::move(values->owner));
+    exported_.push_back(indices);
+    return true;
+  }
+
+  // What a variable needs for IndexedSlices.
+  void require_rows(size_t i) const {
+    const Buffer& var = variables_[i];
+    const std::string found = gradient_label(i)() + ": IndexedSlices for " + var.label;
+    if (var.shape.empty()) throw py::value_error(found + " of shape (), expected at least one axis");
+    if (!var.c_contiguous) throw py::value_error(found + " in order F, expected order C, rows side by side");
+    if (lazy_ && is_repeated_[i]) {
+      throw py::value_error(found + ", which comes twice, expected it once with sparse_update='lazy'");
+    }
+  }
+
+  template <class Backend>
+  static bool sort(RowIndex& index) {
+    const py::gil_scoped_release unlocked;
+    return index.sort<Backend>();
+  }
+
+  int64_t elements(const TensorArgs& tensor) const {
+    return lazy_ && tensor.rows != nullptr ? tensor.rows->count * tensor.rows->width : tensor.size;
+  }
+
   void set_gradient(const void* data, DType dtype, size_t i) {
     TensorArgs& tensor = tensors_[i];
-    if (tensor.size > 0) refuse_alias(reinterpret_cast<uintptr_t>(data), tensor.size * size_of(dtype), i);
+    if (tensor.grad_size > 0) refuse_alias(reinterpret_cast<uintptr_t>(data), tensor.grad_size * size_of(dtype), i);
     tensor.grad = data;
     tensor.grad_dtype = dtype;
   }
@@ -224,7 +299,10 @@ class TensorSet {
   std::vector<TensorArgs> tensors_;
   std::vector<int64_t> heads_;
   std::vector<int64_t> offsets_;
-  std::vector<Interval> written_;  // by address
+  std::vector<Interval> written_;                   // by address
+  std::vector<bool> is_repeated_;                   // the variable comes more than once
+  std::vector<std::unique_ptr<RowIndex>> indexes_;  // of the gradients that are IndexedSlices
+  bool lazy_;
   bool has_single_ = false;
   bool has_double_ = false;
 };

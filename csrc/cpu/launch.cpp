@@ -59,7 +59,10 @@ struct StepTask {
       const TensorArgs* tensors = step.chains.tensors;
       const int64_t head = step.chains.heads[k];
       for (int64_t t = head; t >= 0; t = tensors[t].next) {
-        kernels->dense[pair_of(tensors[t])].of[step.amsgrad][step.transform](step, tensors[t], begin, end);
+        const UpdateKernels& update = tensors[t].rows == nullptr ? kernels->dense[pair_of(tensors[t])]
+                                      : step.lazy                ? kernels->lazy_rows[pair_of(tensors[t])]
+                                                                 : kernels->all_rows[pair_of(tensors[t])];
+        update.of[step.amsgrad][step.transform](step, tensors[t], begin, end);
       }
       if (tensors[head].average == nullptr) return;
       kernels->average[static_cast<int>(tensors[head].dtype)](step, tensors[head], begin, end);
@@ -98,7 +101,7 @@ struct NormTask {
       while (args.block_offsets[t + 1] <= i) ++t;
       const TensorArgs& tensor = args.tensors[t];
       const int64_t begin = (i - args.block_offsets[t]) * kNormBlock;
-      const int64_t size = std::min(kNormBlock, tensor.size - begin);
+      const int64_t size = std::min(kNormBlock, tensor.grad_size - begin);
       const NormKernel sum_squares = kernels->norm[static_cast<int>(tensor.grad_dtype)][args.require_finite];
       args.sums[i] = sum_squares(tensor.grad, begin, size, args.clip_value);
     }
@@ -110,15 +113,10 @@ void run_task(Task& task, int64_t elements) {
   const int64_t useful_threads = elements / kMinElementsPerThread;
   // The affinity is a system call: asked for once, and only where it matters.
   const int shares = useful_threads <= 1 ? 1 : static_cast<int>(std::min<int64_t>(useful_threads, num_threads()));
-  if (shares == 1) return task.run_block(0);
   const int64_t per_share =
       std::min(kMaxBlocksPerShare, std::max<int64_t>(1, elements / shares / kMinElementsPerBlock));
-  task.blocks = shares * per_share;
-  const auto run_block = [](const void* context, int64_t block) {
-    static_cast<const Task*>(context)->run_block(block);
-  };
-  Job job(shares, per_share, run_block, &task);
-  run_job(job);
+  task.blocks = shares == 1 ? 1 : shares * per_share;
+  run_blocks(task, task.blocks, shares);
 }
 
 }  // namespace

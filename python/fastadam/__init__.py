@@ -16,6 +16,7 @@ from fastadam.loss_scale import LossScaleOptimizer
 from fastadam.minimize import set_gradient_provider
 from fastadam.ops import adam_step
 from fastadam.optimizer import Adam, AdamW
+from fastadam.slices import IndexedSlices
 from fastadam.variable import Variable
 
 __version__: str = _cpu.__version__
@@ -23,6 +24,7 @@ __version__: str = _cpu.__version__
 __all__ = [
     "Adam",
     "AdamW",
+    "IndexedSlices",
     "LossScaleOptimizer",
     "Variable",
     "__version__",

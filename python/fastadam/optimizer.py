@@ -20,6 +20,7 @@ from fastadam.extras import EXTRA_NAMES, Extra, Extras, excluded, overwrite
 from fastadam.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper
 from fastadam.minimize import Minimizer
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
+from fastadam.slices import check_sparse_update
 from fastadam.stepping import Stepper
 from fastadam.variable import buffers_of
 
@@ -52,7 +53,8 @@ class Adam(Minimizer, Stepper):
         epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.
         amsgrad: Use the maximum of the second moments.
         name: Name of the optimizer; None or "" makes a unique one.
-        sparse_update: How IndexedSlices are applied; only "dense", TF's rule.
+        sparse_update: How :class:`fastadam.IndexedSlices` are applied: "dense" moves every row of the variable, as TF
+            does; "lazy" only the rows that they touch, another algorithm (LazyAdam, torch.optim.SparseAdam).
         **kwargs: ``clipvalue`` (clip the elements of gradients), then ``clipnorm`` (scale each gradient down to this
             norm) or ``global_clipnorm`` (all together), ``lr`` (wins over ``learning_rate``), ``decay`` (the rate is
             divided by ``1 + decay * iterations``), each >= 0. Keras 3's ``weight_decay``, ``use_ema``,
@@ -104,8 +106,6 @@ class Adam(Minimizer, Stepper):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if sparse_update != "dense":
-            raise ValueError(f"sparse_update: {sparse_update!r}, expected 'dense'")
         extras = {key: kwargs.pop(key) for key in EXTRA_NAMES if key in kwargs}
         for key, value in kwargs.items():
             if key not in ("lr", "decay", *CLIP_NAMES):
@@ -123,6 +123,7 @@ class Adam(Minimizer, Stepper):
             setattr(self, key, kwargs.get(key))
         self.amsgrad = amsgrad
         self._extras = Extras(**extras)
+        self.sparse_update = sparse_update
         if not isinstance(name, (str, type(None))):
             raise TypeError(f"name: {name!r}, expected a string")
         self.name = name or _unique_name(type(self).__name__.lower())
@@ -137,6 +138,19 @@ class Adam(Minimizer, Stepper):
     @lr.setter
     def lr(self, value: HyperValue) -> None:
         self.learning_rate = value
+
+    @property
+    def sparse_update(self) -> str:
+        """How IndexedSlices are applied: "dense", every row moves, as in TF; "lazy", only those that they touch."""
+        return self._sparse_update
+
+    @sparse_update.setter
+    def sparse_update(self, value: str) -> None:
+        check_sparse_update(value)
+        extras = self._extras
+        if value == "lazy" and (extras.use_ema or extras.gradient_accumulation_steps):
+            raise ValueError("sparse_update: 'lazy' with use_ema or gradient_accumulation_steps, expected 'dense'")
+        self._sparse_update = value
 
     @property
     def amsgrad(self) -> bool:
@@ -221,6 +235,8 @@ class Adam(Minimizer, Stepper):
             value = getattr(self, name)
             config[name] = serialize(value) if isinstance(value, LearningRateSchedule) else value
         config["amsgrad"] = self.amsgrad
+        if self.sparse_update != "dense":
+            config["sparse_update"] = self.sparse_update
         config.update(self._extras.config())
         return config
 

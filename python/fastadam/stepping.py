@@ -27,6 +27,7 @@ class Stepper(OptimizerState):
     """``apply_gradients`` for a class that says which slots and numbers its step needs."""
 
     _extras: Extras
+    sparse_update: Any
 
     @abc.abstractmethod
     def _slot_names(self) -> list[str]: ...
@@ -105,18 +106,20 @@ class Stepper(OptimizerState):
         hyper: StepHyper,
     ) -> tuple[_cpu.Plan, Sequence[Any]]:
         """The plan of these variables, and gradients as far as they had to be converted to check the first step."""
-        plan, key = self._plan, (names, self._slots.version, self._extras)
+        plan, key = self._plan, (names, self._slots.version, self._extras, self.sparse_update)
         if plan is not None and self._plan_key == key and plan.matches([unwrap(v) for v in variables], positions):
             return plan, gradients
         buffers = buffers_of(variables, positions)
         prepared = self._slots.prepare(buffers, names)
         slots = dict(zip(names, prepared.slots, strict=True))
         known_as = [self._name_of(variable, buffer) for variable, buffer in zip(variables, buffers, strict=True)]
-        plan = _cpu.Plan(buffers, slots, self._extras.decays(known_as, buffers), positions)
+        decays = self._extras.decays(known_as, buffers)
+        plan = _cpu.Plan(buffers, slots, decays, positions, self.sparse_update == "lazy")
         gradients = fit_gradients(plan, gradients, buffers, positions)
         plan.check_numbers(hyper, [])
         prepared.commit()  # slots are made once the whole step has been found good
-        self._plan, self._plan_key, self._buffers = plan, (names, self._slots.version, self._extras), buffers
+        key = (names, self._slots.version, self._extras, self.sparse_update)
+        self._plan, self._plan_key, self._buffers = plan, key, buffers
         return plan, gradients
 
     def _name_of(self, variable: Any, buffer: _cpu.Buffer) -> str | None:
@@ -170,7 +173,7 @@ class Stepper(OptimizerState):
             buffers.append(entry.buffer)
         slots = dict(zip(names, self._slots.prepare(buffers, names).slots, strict=True))
         decays = self._extras.decays([entry.spec.name for entry in waiting], buffers)
-        return _cpu.Plan(buffers, slots, decays, list(range(len(buffers))))
+        return _cpu.Plan(buffers, slots, decays, list(range(len(buffers))), lazy=False)
 
 
 def _as_pairs(grads_and_vars: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:

@@ -32,7 +32,12 @@ void report(bool ok, const std::string& claim) {
 }
 
 StepArgs step_of(int t, bool amsgrad, bool transform) {
-  return {{}, scalars<float>(t), scalars<double>(t), amsgrad, transform, false, false};
+  StepArgs step{};
+  step.scalars_f32 = scalars<float>(t);
+  step.scalars_f64 = scalars<double>(t);
+  step.amsgrad = amsgrad;
+  step.transform = transform;
+  return step;
 }
 
 void run(const TensorArgs* tensors, int64_t variables, int t, bool amsgrad, bool transform) {

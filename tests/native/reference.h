@@ -173,7 +173,17 @@ struct Variable {
 
 template <class T>
 inline StepScalars<T> scalars(int t) {
-  return {T(0.01) * T(t + 1), T(0.1), T(0.001), T(1e-7), T(0.5), T(1) - T(0.004) * T(t + 1), T(0.75)};
+  StepScalars<T> s;
+  s.alpha = s.row_alpha = T(0.01) * T(t + 1);
+  s.beta_1 = T(0.9);
+  s.beta_2 = T(0.999);
+  s.one_minus_beta_1 = T(0.1);
+  s.one_minus_beta_2 = T(0.001);
+  s.epsilon = T(1e-7);
+  s.clip_value = T(0.5);
+  s.keep = T(1) - T(0.004) * T(t + 1);
+  s.ema_momentum = T(0.75);
+  return s;
 }
 
 // By the book, one element and one operation after the other.

@@ -1,0 +1,16 @@
+"""The state of other libraries' Adam, to and from this one.
+
+Whatever comes in is checked whole before anything is written: a call that raises has changed nothing.
+"""
+
+from __future__ import annotations
+
+from fastadam.exchange.keras import from_keras_weights, to_keras_weights
+from fastadam.exchange.torch import from_torch_state_dict, to_torch_state_dict
+
+__all__ = [
+    "from_keras_weights",
+    "from_torch_state_dict",
+    "to_keras_weights",
+    "to_torch_state_dict",
+]

@@ -186,3 +186,10 @@ NEAR_CASES = [
     *(Case(f"schedule_{i}", ((33,),), 60, {"learning_rate": schedule, "decay": 0.01 * (i % 2)})
       for i, schedule in enumerate(SCHEDULES)),
 ]  # fmt: skip
+# Trajectories that stop half way: the golden file has TensorFlow's `get_weights()` there, and the variables there and at
+# the end.
+RESUME_CASES = [
+    Case("resume", ((3, 5), (), (129,), (0, 4)), 12, {"learning_rate": 0.01}),
+    Case("resume_amsgrad", ((3, 5), (), (129,), (0, 4)), 12,
+         {"learning_rate": 0.01, "amsgrad": True, "beta_2": 0.9, "decay": 0.02}),
+]  # fmt: skip

@@ -210,7 +210,7 @@ def test_a_gradient_that_shares_memory_with_a_slot_is_refused(trained):
         ({"beta_2": np.nan}, ValueError, "beta_2: nan, expected a finite number"),
         ({"epsilon": -1e-7}, ValueError, "Expected epsilon >= 0, received: -1e-07"),
         ({"epsilon": np.inf}, ValueError, "epsilon: inf, expected a finite number"),
-        ({"sparse_update": "sometimes"}, ValueError, "sparse_update: 'sometimes', expected 'dense'"),
+        ({"sparse_update": "sometimes"}, ValueError, "sparse_update: 'sometimes', expected one of 'dense', 'lazy'"),
     ],
     ids=str,
 )

@@ -17,9 +17,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 DOCUMENTS = ["README.md", "csrc/README.md", "bench/README.md", ".github/CONTRIBUTING.md"]
+NO_EXAMPLES = ("_cpu", "__main__")
 MODULES = [
     "fastadam",
-    *(f"fastadam.{m.name}" for m in pkgutil.iter_modules(fastadam.__path__) if m.name not in ("_cpu", "__main__")),
+    *(
+        m.name
+        for m in pkgutil.walk_packages(fastadam.__path__, "fastadam.")
+        if m.name.split(".")[-1] not in NO_EXAMPLES
+    ),
 ]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastadam.autodiff import Loss, check_provider, installed, run_and_differentiate
 from fastadam.gradients import as_float_array
+from fastadam.tree import flatten
 from fastadam.variable import Variable, reading
 
 __all__ = ["Gradient", "Minimizer", "set_gradient_provider"]
@@ -196,7 +197,7 @@ class _Targets:
         return self.known
 
     def _flat(self, tree: Any) -> list[Variable]:
-        leaves = list(_flatten(tree, self._argument))
+        leaves = list(flatten(tree, self._argument))
         for label, leaf in leaves:
             if not isinstance(leaf, Variable):
                 raise TypeError(
@@ -215,7 +216,7 @@ def _from_function(
         if callable(var_list):
             loss()
             var_list = var_list()
-        variables = [leaf for _, leaf in _flatten(var_list, argument)]
+        variables = [leaf for _, leaf in flatten(var_list, argument)]
         gradients = function(loss, list(variables))
     if not isinstance(gradients, (list, tuple)):
         raise TypeError(f"gradient: returned {type(gradients).__name__}, expected a list with one for each variable")
@@ -241,19 +242,3 @@ def _check_gradient(gradient: Any, label: str) -> Gradient:
     elif not callable(gradient):
         raise TypeError(f"{label}: {type(gradient).__name__}, expected the name of a provider or a function")
     return gradient  # type: ignore[no-any-return]
-
-
-def _flatten(tree: Any, label: str) -> Iterator[tuple[str, Any]]:
-    """Each leaf with its place, in TF's order."""
-    if isinstance(tree, Mapping):
-        try:
-            keys = sorted(tree)
-        except TypeError as error:
-            raise TypeError(f"{label}: a dict with keys that have no order ({error})") from None
-        for key in keys:
-            yield from _flatten(tree[key], f"{label}[{key!r}]")
-    elif isinstance(tree, (list, tuple, Iterator, ValuesView)):
-        for i, item in enumerate(tree):
-            yield from _flatten(item, f"{label}[{i}]")
-    else:
-        yield label, tree

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -34,6 +35,7 @@ class Plan {
     std::vector<size_t> to_convert = set_.check(gradients);
     if (!to_convert.empty()) return to_convert;
     set_.index_rows<Backend>();
+    set_.read_histories(hyper);
     run<Backend>(arguments(hyper, factors), hyper, counter);
     return {};
   }
@@ -71,6 +73,20 @@ class Plan {
     return {};
   }
 
+  // Brings rows of a stale table, the only variable, up to date: those that `ids` name, or all. No step.
+  template <class Backend>
+  void catch_up(const std::optional<py::array>& ids, const AdamHyper& hyper) {
+    const StepArgs args = arguments(hyper, {});
+    set_.require_current();
+    set_.choose_rows<Backend>(ids, hyper);
+    {
+      const py::gil_scoped_release unlocked;
+      Backend::run_step(args);
+    }
+    set_.note_histories(nullptr);
+    set_.forget_gradients();
+  }
+
   // Of the gradients of the last call, where its numbers required it. If they were not, nothing was done.
   bool all_finite() const { return all_finite_; }
 
@@ -97,6 +113,7 @@ class Plan {
       if (clip_norms) norms_.fold_into(set_.tensors(), hyper);
       if (all_finite_) Backend::run_step(args);
     }
+    if (all_finite_) set_.note_histories(&args);
     if (all_finite_) count(counter);
     set_.forget_gradients();
   }

@@ -95,10 +95,17 @@ void register_ops(py::module_& m) {
       .def_readonly("indices", &Slices::indices);
   py::class_<Plan>(m, "Plan")
       .def(py::init([](std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
-                       std::vector<int64_t> positions, bool lazy) {
-             return Plan(TensorSet(std::move(variables), slots, decays, std::move(positions), lazy));
+                       std::vector<int64_t> positions, bool lazy, const Histories& histories) {
+             return Plan(TensorSet(std::move(variables), slots, decays, std::move(positions), lazy, histories));
            }),
-           py::arg("variables"), py::arg("slots"), py::arg("decays"), py::arg("positions"), py::arg("lazy"))
+           py::arg("variables"), py::arg("slots"), py::arg("decays"), py::arg("positions"), py::arg("lazy"),
+           py::arg("histories"))
+      .def(
+          "catch_up",
+          [numbers](Plan& plan, const std::optional<py::array>& ids, const HyperTuple& hyper) {
+            plan.catch_up<Backend>(ids, numbers(hyper));
+          },
+          py::arg("ids"), py::arg("hyper"))
       .def_property_readonly("all_finite", &Plan::all_finite)
       .def(
           "matches",

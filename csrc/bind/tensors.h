@@ -15,8 +15,11 @@
 #include "../core/step_args.h"
 #include "buffers.h"
 #include "slices.h"
+#include "stale.h"
 
 namespace fastadam::bind {
+
+using Histories = std::vector<std::optional<StaleTable::Arrays>>;
 
 class TensorSet {
  public:
@@ -24,10 +27,15 @@ class TensorSet {
   // `positions[i]`: the place of variable i in the caller's list, for error texts about its gradient.
   // `decays[i]`: weight decay applies to variable i.
   // `lazy`: IndexedSlices move only the rows that they touch.
+  // `histories[i]`: of variable i, if it is a table in a deferred mode.
   TensorSet(std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
-            std::vector<int64_t> positions, bool lazy)
+            std::vector<int64_t> positions, bool lazy, const Histories& histories)
       : variables_(std::move(variables)), positions_(std::move(positions)), lazy_(lazy) {
     indexes_.resize(variables_.size());
+    require_length("histories", histories.size());
+    for (size_t i = 0; i < histories.size(); ++i) {
+      tables_.push_back(histories[i] ? std::make_unique<StaleTable>(*histories[i], variables_[i]) : nullptr);
+    }
     for (const auto& [name, arrays] : slots) require_length(text(name).c_str(), py::len(arrays));
     require_length("decays", decays.size());
     for (size_t i = 0; i < variables_.size(); ++i) add_tensor(slots, i, decays[i]);
@@ -82,6 +90,47 @@ class TensorSet {
                               std::to_string(variables_[i].shape[0]));
       }
     }
+    measure();
+  }
+
+  // The histories of the tables that IndexedSlices touch; a dense gradient meets a table that is up to date.
+  void read_histories(const AdamHyper& hyper) {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      TensorArgs& tensor = tensors_[i];
+      tensor.stale = nullptr;
+      if (tables_[i] == nullptr) continue;
+      if (tensor.rows != nullptr) tensor.stale = &tables_[i]->rows(tensor.rows, hyper, amsgrad());
+      if (tensor.rows == nullptr && !tables_[i]->is_empty()) {
+        throw py::value_error(variables_[i].label + ": rows are not up to date, expected sync() before this gradient");
+      }
+    }
+    measure();
+  }
+
+  // The rows that `ids` name of the only variable, or all: the next step has no gradient and brings them up to date.
+  template <class Backend>
+  void choose_rows(const std::optional<py::array>& ids, const AdamHyper& hyper) {
+    TensorArgs& tensor = tensors_.at(0);
+    tensor.grad = nullptr;
+    tensor.rows = nullptr;
+    if (ids) indexes_[0] = std::make_unique<RowIndex>(*ids, variables_[0]);
+    if (ids) tensor.rows = &indexes_[0]->rows();
+    index_rows<Backend>();
+    tensor.stale = &tables_.at(0)->rows(tensor.rows, hyper, amsgrad());
+    measure();
+  }
+
+  // After a step, whose scalars these are, or after rows have only been brought up to date.
+  void note_histories(const StepArgs* step) {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (tensors_[i].stale == nullptr || tensors_[i].rows == nullptr) continue;
+      tables_[i]->note(*tensors_[i].rows, step == nullptr ? nullptr : &step->scalars_f32,
+                       step == nullptr ? nullptr : &step->scalars_f64, tensors_[i].decays);
+    }
+  }
+
+  // The work of a step, in elements.
+  void measure() {
     for (size_t k = 0; k < heads_.size(); ++k)
       offsets_[k + 1] = offsets_[k] + elements(tensors_[static_cast<size_t>(heads_[k])]);
   }
@@ -92,6 +141,7 @@ class TensorSet {
   void forget_gradients() {
     exported_.clear();
     for (auto& index : indexes_) index.reset();
+    for (TensorArgs& tensor : tensors_) tensor.rows = nullptr;
   }
 
   // The accumulators are the gradients.
@@ -155,7 +205,7 @@ class TensorSet {
     t.decays = decays;
     t.size = variables_[i].size;
     t.next = -1;
-    t.dtype = *variables_[i].dtype;
+    t.dtype = t.grad_dtype = *variables_[i].dtype;
     (t.dtype == DType::kFloat64 ? has_double_ : has_single_) = true;
     tensors_.push_back(t);
   }
@@ -213,6 +263,7 @@ class TensorSet {
   bool add_gradient(const py::object& object, size_t i) {
     const Buffer& var = variables_[i];
     tensors_[i].rows = nullptr;
+    tensors_[i].stale = nullptr;
     tensors_[i].grad_size = tensors_[i].size;
     if (py::isinstance<Slices>(object)) return add_slices(object.cast<Slices>(), i);
     if (is_ndarray_like(object, var)) {
@@ -262,8 +313,8 @@ class TensorSet {
     const std::string found = gradient_label(i)() + ": IndexedSlices for " + var.label;
     if (var.shape.empty()) throw py::value_error(found + " of shape (), expected at least one axis");
     if (!var.c_contiguous) throw py::value_error(found + " in order F, expected order C, rows side by side");
-    if (lazy_ && is_repeated_[i]) {
-      throw py::value_error(found + ", which comes twice, expected it once with sparse_update='lazy'");
+    if ((lazy_ || tables_[i] != nullptr) && is_repeated_[i]) {
+      throw py::value_error(found + ", which comes twice, expected it once unless sparse_update is 'dense'");
     }
   }
 
@@ -274,7 +325,8 @@ class TensorSet {
   }
 
   int64_t elements(const TensorArgs& tensor) const {
-    return lazy_ && tensor.rows != nullptr ? tensor.rows->count * tensor.rows->width : tensor.size;
+    const bool only_rows = tensor.rows != nullptr && (lazy_ || tensor.stale != nullptr);
+    return only_rows ? tensor.rows->count * tensor.rows->width : tensor.size;
   }
 
   void set_gradient(const void* data, DType dtype, size_t i) {
@@ -299,9 +351,10 @@ class TensorSet {
   std::vector<TensorArgs> tensors_;
   std::vector<int64_t> heads_;
   std::vector<int64_t> offsets_;
-  std::vector<Interval> written_;                   // by address
-  std::vector<bool> is_repeated_;                   // the variable comes more than once
-  std::vector<std::unique_ptr<RowIndex>> indexes_;  // of the gradients that are IndexedSlices
+  std::vector<Interval> written_;                    // by address
+  std::vector<bool> is_repeated_;                    // the variable comes more than once
+  std::vector<std::unique_ptr<RowIndex>> indexes_;   // of the gradients that are IndexedSlices
+  std::vector<std::unique_ptr<StaleTable>> tables_;  // of the variables in a deferred mode
   bool lazy_;
   bool has_single_ = false;
   bool has_double_ = false;

@@ -18,9 +18,21 @@ struct Rows {
   int64_t width;  // elements of a row
 };
 
+// A table whose rows wait: each has had only the first `from` of the steps in its history. They are replayed.
+struct StaleRows {
+  const void* alphas;   // row_alpha of each step, in the compute type of the variable
+  const void* keeps;    // its factor of weight decay
+  const void* peaks;    // the largest |alpha| of every kPeakSteps steps
+  const int32_t* from;  // of rows[k], or of row k if there are no `rows`
+  int64_t now;          // steps in the history
+  int64_t width;        // elements of a row
+  bool may_stop;        // a row that has come to rest moves no more: see StaleTable in csrc/bind/stale.h
+};
+constexpr int64_t kPeakSteps = 64;
+
 struct TensorArgs {
   void* var;
-  const void* grad;  // dense, or the values of IndexedSlices
+  const void* grad;  // dense, or the values of IndexedSlices; null: stale rows are only brought up to date
   void* m;
   void* v;
   void* vhat;  // null without AMSGrad
@@ -28,12 +40,13 @@ struct TensorArgs {
   int64_t next;        // the next gradient of the same variable, applied after this one; -1: none
   double grad_factor;  // multiplies the gradient after the value clip
   DType dtype;
-  DType grad_dtype;   // dtype, or its state dtype
-  bool decays;        // weight decay applies
-  void* average;      // moving average of the variable, of its state dtype, or null
-  void* accumulator;  // sum of gradients, of the state dtype, or null
-  const Rows* rows;   // of IndexedSlices, or null
-  int64_t grad_size;  // elements of `grad`
+  DType grad_dtype;        // dtype, or its state dtype
+  bool decays;             // weight decay applies
+  void* average;           // moving average of the variable, of its state dtype, or null
+  void* accumulator;       // sum of gradients, of the state dtype, or null
+  const Rows* rows;        // of IndexedSlices, or null
+  const StaleRows* stale;  // of a table in a deferred mode, unless its gradient is dense
+  int64_t grad_size;       // elements of `grad`
 };
 
 // All gradients of a step: those of one variable are chained.

@@ -199,6 +199,123 @@ void adam_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, in
   }
 }
 
+// Multiplies `times` times: as many roundings as the steps had.
+template <class T>
+FASTADAM_INLINE void decay_often(T* values, int64_t size, T factor, int64_t times) {
+  constexpr int64_t kGroup = 32;  // in registers
+  for (int64_t at = 0; at < size; at += kGroup) {
+    const int64_t count = size - at < kGroup ? size - at : kGroup;
+    T group[kGroup] = {};
+    for (int64_t i = 0; i < count; ++i) group[i] = values[at + i];
+    for (int64_t done = 0; done < times;) {
+      const int64_t stop = times - done < kPeakSteps ? times : done + kPeakSteps;
+      for (; done < stop; ++done) {
+#pragma omp simd
+        for (int64_t i = 0; i < kGroup; ++i) group[i] *= factor;
+      }
+      int alive = 0;
+#pragma omp simd reduction(+ : alive)
+      for (int64_t i = 0; i < kGroup; ++i) alive += group[i] != T(0);
+      if (alive == 0) break;
+    }
+    for (int64_t i = 0; i < count; ++i) values[at + i] = group[i];
+  }
+}
+
+// Some columns of one row, in the compute type.
+template <class T>
+struct RowPart {
+  T var[kColumns];
+  T m[kColumns];
+  T v[kColumns];
+  T vhat[kColumns];
+};
+
+// Whether no later step can move a variable: the largest rate to come, times what m / sqrt(v) is now and never exceeds
+// again, is lost in the rounding.
+template <bool kAmsgrad, class Storage, class T>
+FASTADAM_INLINE bool at_rest(const RowPart<T>& row, int64_t size, T peak, T epsilon) {
+  using std::sqrt;
+  constexpr T kMargin = T(1) + T(0x1p-20);
+  int moving = 0;
+#pragma omp simd reduction(+ : moving)
+  for (int64_t i = 0; i < size; ++i) {
+    const T change = peak * (row.m[i] / (sqrt(kAmsgrad ? row.vhat[i] : row.v[i]) + epsilon)) * kMargin;
+    const bool rests = T(load(store<Storage>(row.var[i] - change))) == row.var[i] &&
+                       T(load(store<Storage>(row.var[i] + change))) == row.var[i];
+    moving += !rests;
+  }
+  return moving == 0;
+}
+
+// The steps [from, now) of the history, in which the row had no gradient.
+template <bool kAmsgrad, class Storage, class T>
+FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& row, int64_t size, StepScalars<T> s) {
+  constexpr int64_t kCheckSteps = 8;
+  const T* alphas = static_cast<const T*>(stale.alphas);
+  const T* keeps = static_cast<const T*>(stale.keeps);
+  T peak = T(0);
+  for (int64_t i = from / kPeakSteps; stale.may_stop && i * kPeakSteps < stale.now; ++i) {
+    const T other = static_cast<const T*>(stale.peaks)[i];
+    peak = other > peak ? other : peak;
+  }
+  int64_t step = from;
+  while (step < stale.now) {
+    const int64_t stop = stale.now - step < kCheckSteps ? stale.now : step + kCheckSteps;
+    for (; step < stop; ++step) {
+      s.row_alpha = alphas[step];
+      const T keep = keeps[step];
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) {
+        T var = row.var[i];
+        adam_update_row<kAmsgrad, false>(var, T(0), row.m[i], row.v[i], row.vhat[i], keep, s);
+        row.var[i] = load(store<Storage>(var));
+      }
+    }
+    if (stale.may_stop && at_rest<kAmsgrad, Storage>(row, size, peak, s.epsilon)) break;
+  }
+  decay_often(row.m, size, s.beta_1, stale.now - step);
+  decay_often(row.v, size, s.beta_2, stale.now - step);
+}
+
+// Rows of a table in a deferred mode, laid one after the other: the steps they missed, then this one.
+template <class Storage, class Grad, bool kAmsgrad, bool kTransform>
+void adam_stale_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+  using T = Compute<Storage>;
+  const StepScalars<T> s = scalars_of<T>(step);
+  const T keep = tensor.decays ? s.keep : T(1);
+  const StaleRows& stale = *tensor.stale;
+  const Streams<Storage, T> streams(tensor, 0);
+  RowPart<T> row;
+  T sums[kColumns];
+  for (int64_t at = begin; at < end;) {
+    const int64_t k = at / stale.width;
+    const int64_t column = at % stale.width;
+    const int64_t rest = stale.width - column < end - at ? stale.width - column : end - at;
+    const int64_t size = rest < kColumns ? rest : kColumns;
+    const int64_t place = (tensor.rows == nullptr ? k : tensor.rows->rows[k]) * stale.width + column;
+    if (column == 0 && tensor.grad != nullptr) prefetch_row<Grad>(streams, tensor, k);
+    for (int64_t i = 0; i < size; ++i) {
+      row.var[i] = load(streams.var[place + i]);
+      row.m[i] = streams.m[place + i];
+      row.v[i] = streams.v[place + i];
+      row.vhat[i] = kAmsgrad ? streams.vhat[place + i] : T(0);
+    }
+    replay<kAmsgrad, Storage>(stale, stale.from[k], row, size, s);
+    for (int64_t i = 0; i < size; ++i) {
+      streams.var[place + i] = store<Storage>(row.var[i]);
+      streams.m[place + i] = row.m[i];
+      streams.v[place + i] = row.v[i];
+      if constexpr (kAmsgrad) streams.vhat[place + i] = row.vhat[i];
+    }
+    if (tensor.grad != nullptr) {
+      sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, sums);
+      update_rows<kAmsgrad, true>(streams, place, size, sums, keep, s);
+    }
+    at += size;
+  }
+}
+
 template <class Storage, bool kRequireFinite>
 double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_value) {
   using T = Compute<Storage>;
@@ -282,6 +399,11 @@ constexpr UpdateKernels row_kernels = {
     {{adam_rows<kLazy, Storage, Grad, false, false>, adam_rows<kLazy, Storage, Grad, false, true>},
      {adam_rows<kLazy, Storage, Grad, true, false>, adam_rows<kLazy, Storage, Grad, true, true>}}};
 
+template <class Storage, class Grad = Storage>
+constexpr UpdateKernels stale_kernels = {
+    {{adam_stale_rows<Storage, Grad, false, false>, adam_stale_rows<Storage, Grad, false, true>},
+     {adam_stale_rows<Storage, Grad, true, false>, adam_stale_rows<Storage, Grad, true, true>}}};
+
 }  // namespace
 
 extern const Kernels kernels = {
@@ -291,6 +413,8 @@ extern const Kernels kernels = {
      row_kernels<false, Float16, float>, row_kernels<false, BFloat16, float>},
     {row_kernels<true, Float16>, row_kernels<true, BFloat16>, row_kernels<true, float>, row_kernels<true, double>,
      row_kernels<true, Float16, float>, row_kernels<true, BFloat16, float>},
+    {stale_kernels<Float16>, stale_kernels<BFloat16>, stale_kernels<float>, stale_kernels<double>,
+     stale_kernels<Float16, float>, stale_kernels<BFloat16, float>},
     {{sum_squares<Float16, false>, sum_squares<Float16, true>},
      {sum_squares<BFloat16, false>, sum_squares<BFloat16, true>},
      {sum_squares<float, false>, sum_squares<float, true>},

@@ -53,16 +53,20 @@ struct StepTask {
   const Kernels* kernels;
   int64_t blocks;
 
+  const UpdateKernels& kernels_for(const TensorArgs& tensor) const {
+    const int pair = pair_of(tensor);
+    if (tensor.stale != nullptr) return kernels->stale_rows[pair];
+    if (tensor.rows == nullptr) return kernels->dense[pair];
+    return step.lazy ? kernels->lazy_rows[pair] : kernels->all_rows[pair];
+  }
+
   void run_block(int64_t block) const {
     const FlushDenormals flush;
     for_each_chain(step.chains, block, blocks, [this](int64_t k, int64_t begin, int64_t end) {
       const TensorArgs* tensors = step.chains.tensors;
       const int64_t head = step.chains.heads[k];
       for (int64_t t = head; t >= 0; t = tensors[t].next) {
-        const UpdateKernels& update = tensors[t].rows == nullptr ? kernels->dense[pair_of(tensors[t])]
-                                      : step.lazy                ? kernels->lazy_rows[pair_of(tensors[t])]
-                                                                 : kernels->all_rows[pair_of(tensors[t])];
-        update.of[step.amsgrad][step.transform](step, tensors[t], begin, end);
+        kernels_for(tensors[t]).of[step.amsgrad][step.transform](step, tensors[t], begin, end);
       }
       if (tensors[head].average == nullptr) return;
       kernels->average[static_cast<int>(tensors[head].dtype)](step, tensors[head], begin, end);

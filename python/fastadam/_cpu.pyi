@@ -1,5 +1,6 @@
 """What csrc/bind registers. Checks and error texts live there; these functions are private to fastadam."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,15 @@ class Plan:
     """A checked set of variables and state, ready to step."""
 
     def __init__(
-        self, variables: list[Buffer], slots: dict[str, list[Any]], decays: list[bool], positions: list[int], lazy: bool
+        self,
+        variables: list[Buffer],
+        slots: dict[str, list[Any]],
+        decays: list[bool],
+        positions: list[int],
+        lazy: bool,
+        histories: Sequence[tuple[npt.NDArray[Any], ...] | None],
     ) -> None: ...
+    def catch_up(self, ids: npt.NDArray[Any] | None, hyper: StepHyper) -> None: ...
     @property
     def all_finite(self) -> bool: ...
     def matches(self, objects: list[Any], positions: list[int]) -> bool: ...

@@ -110,8 +110,8 @@ class Extra:
     def __set__(self, optimizer: Any, value: Any) -> None:
         if self._fixed:
             raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
-        if self._name == "use_ema" and value and optimizer.sparse_update == "lazy":
-            raise ValueError("use_ema: with sparse_update='lazy', expected False")
+        if self._name == "use_ema" and value and optimizer.sparse_update != "dense":
+            raise ValueError(f"use_ema: with sparse_update={optimizer.sparse_update!r}, expected False")
         optimizer._extras = dataclasses.replace(optimizer._extras, **{self._name: value})
 
 

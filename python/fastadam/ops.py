@@ -122,7 +122,8 @@ def adam_step(
     array([0.900001, 2.099999])
     """
     check_one_norm(clipnorm, global_clipnorm)
-    check_sparse_update(sparse_update)
+    if check_sparse_update(sparse_update) == "deferred":
+        raise ValueError("sparse_update: 'deferred', whose history an optimizer keeps; expected 'dense' or 'lazy'")
     hyper = StepHyper(
         step=check_count("step", step),
         learning_rate=check_number("learning_rate", learning_rate),
@@ -143,7 +144,8 @@ def adam_step(
     positions = list(range(len(variables)))
     buffers = buffers_of(variables, positions)
     decays = [weight_decay != 0] * len(variables)
-    plan = _cpu.Plan(buffers, slots, decays, positions, sparse_update == "lazy")
+    histories = [None] * len(variables)
+    plan = _cpu.Plan(buffers, slots, decays, positions, sparse_update == "lazy", histories)
     factors = _check_factors(grad_factor, len(variables))
     run_step(plan.step, gradients, buffers, positions, hyper, factors, None)
 

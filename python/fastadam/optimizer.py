@@ -54,7 +54,9 @@ class Adam(Minimizer, Stepper):
         amsgrad: Use the maximum of the second moments.
         name: Name of the optimizer; None or "" makes a unique one.
         sparse_update: How :class:`fastadam.IndexedSlices` are applied: "dense" moves every row of the variable, as TF
-            does; "lazy" only the rows that they touch, another algorithm (LazyAdam, torch.optim.SparseAdam).
+            does. "deferred" gives the same bits at the cost of the rows touched: the others wait, in the variable too,
+            until they are touched or read by :meth:`gather`, :meth:`sync` or :meth:`dense_view`. "lazy" never moves
+            the others, another algorithm (LazyAdam, torch.optim.SparseAdam).
         **kwargs: ``clipvalue`` (clip the elements of gradients), then ``clipnorm`` (scale each gradient down to this
             norm) or ``global_clipnorm`` (all together), ``lr`` (wins over ``learning_rate``), ``decay`` (the rate is
             divided by ``1 + decay * iterations``), each >= 0. Keras 3's ``weight_decay``, ``use_ema``,
@@ -141,16 +143,20 @@ class Adam(Minimizer, Stepper):
 
     @property
     def sparse_update(self) -> str:
-        """How IndexedSlices are applied: "dense", every row moves, as in TF; "lazy", only those that they touch."""
+        """How IndexedSlices are applied; see the class. Set later, every row is brought up to date first."""
         return self._sparse_update
 
     @sparse_update.setter
     def sparse_update(self, value: str) -> None:
         check_sparse_update(value)
         extras = self._extras
-        if value == "lazy" and (extras.use_ema or extras.gradient_accumulation_steps):
-            raise ValueError("sparse_update: 'lazy' with use_ema or gradient_accumulation_steps, expected 'dense'")
-        self._sparse_update = value
+        if value != "dense" and (extras.use_ema or extras.gradient_accumulation_steps):
+            raise ValueError(f"sparse_update: {value!r} with use_ema or gradient_accumulation_steps, expected 'dense'")
+        with self._lock:
+            self._settle()
+            for entry in self._slots.entries:
+                entry.staleness = None
+            self._sparse_update = value
 
     @property
     def amsgrad(self) -> bool:

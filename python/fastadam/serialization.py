@@ -40,6 +40,7 @@ def save(
     target = Path(os.fsdecode(path))
     chosen = None if variables is None else check_list("variables", variables)
     with optimizer._lock:
+        optimizer._settle()
         tensors, header = _contents(optimizer, chosen)
         header["loss_scale"] = loss_scale
         try:
@@ -289,7 +290,7 @@ class _Reader:
             store.arrays.append(placed_copy(self._tensor(key), buffers[i]))
         store.names = list(dict.fromkeys(name for _, name in homes.values()))
         for spec, places in zip(specs, slots, strict=True):
-            store.add_waiting(spec, places)
+            store.add_waiting(Entry(spec, places))
 
     def _home(self, key: str, slots: list[dict[str, int]]) -> tuple[int, str]:
         index, slash, name = key.partition("/")

@@ -11,9 +11,17 @@ import numpy.typing as npt
 from fastadam._backend import _cpu
 from fastadam.gradients import as_float_array, convert_values
 
-__all__ = ["SPARSE_UPDATES", "IndexedSlices", "check_sparse_update", "convert_slices", "native_gradient"]
+__all__ = [
+    "SPARSE_UPDATES",
+    "IndexedSlices",
+    "check_ids",
+    "check_sparse_update",
+    "convert_slices",
+    "is_sparse",
+    "native_gradient",
+]
 
-SPARSE_UPDATES = ("dense", "lazy")
+SPARSE_UPDATES = ("dense", "deferred", "lazy")
 
 
 class IndexedSlices:
@@ -59,19 +67,43 @@ def check_sparse_update(value: Any) -> str:
     return str(value)
 
 
+def check_ids(ids: npt.ArrayLike, shape: tuple[int, ...], label: str) -> npt.NDArray[Any]:
+    """Integers of any shape, int32 or int64, that name rows of a variable of this shape."""
+    rows = _as_integers("ids", ids)
+    if not shape:
+        raise ValueError(f"ids: {label} has shape (), expected at least one axis")
+    bad = rows[(rows < 0) | (rows >= shape[0])]
+    if bad.size:
+        raise ValueError(f"ids: {bad.flat[0]} is no row of {label}, expected 0 <= id < {shape[0]}")
+    return rows
+
+
 def _as_indices(indices: Any) -> npt.NDArray[Any]:
-    array = np.asarray(indices)
-    if array.size == 0 and not isinstance(indices, np.ndarray):
-        array = array.astype(np.int64)  # an empty list has no dtype
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"indices: dtype {array.dtype}, expected integers")
+    array = _as_integers("indices", indices)
     if array.ndim != 1:
         raise ValueError(f"indices: shape {array.shape}, expected one dimension")
-    if array.dtype not in (np.int32, np.int64) or not array.dtype.isnative:
-        if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
-            raise ValueError(f"indices: {int(array.max())}, expected int64")
-        array = array.astype(np.int64)
     return np.ascontiguousarray(array)
+
+
+def _as_integers(name: str, values: Any) -> npt.NDArray[Any]:
+    """In int32 or int64, as the kernels read them."""
+    array = np.asarray(values)
+    if array.size == 0 and not isinstance(values, np.ndarray):
+        array = array.astype(np.int64)  # an empty list has no dtype
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: dtype {array.dtype}, expected integers")
+    if array.dtype in (np.int32, np.int64) and array.dtype.isnative:
+        return array
+    if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: {int(array.max())}, expected int64")
+    return array.astype(np.int64)
+
+
+def is_sparse(gradient: Any) -> bool:
+    """Whether a gradient names the rows that it touches."""
+    if isinstance(gradient, (np.ndarray, list)):
+        return False
+    return isinstance(gradient, IndexedSlices) or _is_torch(gradient) or _is_scipy(gradient)
 
 
 def native_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
@@ -94,9 +126,17 @@ def convert_slices(slices: _cpu.Slices, variable: _cpu.Buffer, label: str) -> _c
 
 
 def _of_other_library(gradient: Any, label: str) -> IndexedSlices | None:
-    if getattr(gradient, "is_sparse", False) is True and hasattr(gradient, "_indices"):
+    if _is_torch(gradient):
         return _of_torch(gradient, label)
-    return _of_scipy(gradient) if hasattr(gradient, "tocsr") and hasattr(gradient, "nnz") else None
+    return _of_scipy(gradient) if _is_scipy(gradient) else None
+
+
+def _is_torch(gradient: Any) -> bool:
+    return getattr(gradient, "is_sparse", False) is True and hasattr(gradient, "_indices")
+
+
+def _is_scipy(gradient: Any) -> bool:
+    return hasattr(gradient, "tocsr") and hasattr(gradient, "nnz")
 
 
 def _of_torch(tensor: Any, label: str) -> IndexedSlices:

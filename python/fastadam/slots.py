@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fastadam._backend import _cpu
 from fastadam.gradients import bfloat16_to_float32
+from fastadam.staleness import Staleness
 
 __all__ = ["Entry", "Initializer", "SlotStore", "Spec", "initial_value", "placed_copy"]
 
@@ -73,6 +74,7 @@ class Entry:
     spec: Spec
     slots: dict[str, int]
     buffer: _cpu.Buffer | None = None  # None: restored, waits for its variable
+    staleness: Staleness | None = None  # of a table in a deferred mode
     accumulating: int | None = None  # the step for which its accumulator holds gradients, as a count of steps before
     origin: _cpu.Buffer | None = None  # of a waiting entry of a deep copy: the variable it was copied from
 
@@ -221,13 +223,11 @@ class SlotStore:
         self.arrays.append(array)
         self.names = list(dict.fromkeys([*self.names, name]))
 
-    def add_waiting(
-        self, spec: Spec, slots: dict[str, int], accumulating: int | None = None, origin: _cpu.Buffer | None = None
-    ) -> None:
-        """Register an entry of a restored store; ``slots`` are places in ``arrays``."""
-        self.entries.append(Entry(spec, dict(slots), None, accumulating, origin))
-        if origin:
-            self._origins[key_of(origin)] = self.entries[-1]
+    def add_waiting(self, entry: Entry) -> None:
+        """Register an entry of a restored store, without a buffer."""
+        self.entries.append(entry)
+        if entry.origin:
+            self._origins[key_of(entry.origin)] = entry
 
     def _register(self, entry: Entry, buffer: _cpu.Buffer) -> None:
         self._known[key_of(buffer)] = entry
@@ -238,7 +238,10 @@ class SlotStore:
     # ---- copies ----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        entries = [(tuple(entry.spec), dict(entry.slots), entry.accumulating) for entry in self.entries]
+        entries = [
+            (tuple(entry.spec), dict(entry.slots), entry.staleness and entry.staleness.copy(), entry.accumulating)
+            for entry in self.entries
+        ]
         return {
             "arrays": [array.copy(order="K") for array in self.arrays],
             "names": list(self.names),
@@ -250,8 +253,8 @@ class SlotStore:
         # Buffers that a pickle keeps outside of itself may come back read-only.
         self.arrays = [array if array.flags.writeable else array.copy(order="K") for array in state["arrays"]]
         self.names = list(state["names"])
-        for spec, slots, accumulating in state["entries"]:
-            self.add_waiting(Spec(*spec), slots, accumulating)
+        for spec, slots, staleness, accumulating in state["entries"]:
+            self.add_waiting(Entry(Spec(*spec), slots, None, staleness, accumulating))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:
         twin = type(self)()
@@ -261,7 +264,8 @@ class SlotStore:
             twin.arrays.append(memo[id(array)])
         twin.names = self.names[:]
         for entry in self.entries:
-            twin.add_waiting(entry.spec, entry.slots, entry.accumulating, entry.buffer or entry.origin)
+            staleness, origin = entry.staleness and entry.staleness.copy(), entry.buffer or entry.origin
+            twin.add_waiting(Entry(entry.spec, dict(entry.slots), None, staleness, entry.accumulating, origin))
         return twin
 
 

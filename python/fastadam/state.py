@@ -17,6 +17,7 @@ from fastadam import serialization
 from fastadam._backend import _cpu
 from fastadam.checks import check_iterations, check_list
 from fastadam.slots import Entry, Initializer, SlotStore, initial_value
+from fastadam.staleness import Staleness
 from fastadam.variable import buffers_of, label_of, unwrap
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OptimizerState"]
 
-_PASSING = ("_lock", "_stepping", "_plan", "_plan_key", "_buffers")
+_PASSING = ("_lock", "_stepping", "_plan", "_plan_key", "_buffers", "_tables")
 _live: weakref.WeakSet[OptimizerState] = weakref.WeakSet()
 
 
@@ -45,6 +46,7 @@ class OptimizerState(abc.ABC):
         self._plan: _cpu.Plan | None = None
         self._plan_key: object = None
         self._buffers: list[_cpu.Buffer] = []
+        self._tables: list[Staleness | None] = []
         _live.add(self)
 
     @abc.abstractmethod
@@ -78,6 +80,10 @@ class OptimizerState(abc.ABC):
         for entry in entries:
             entry.accumulating = int(self._iterations) // self._micro_steps
 
+    @abc.abstractmethod
+    def _settle(self) -> None:
+        """Finish what was deferred: whatever reads or replaces the state comes after it."""
+
     def build(self, var_list: Iterable[Any]) -> None:
         """Create the slots of these variables now, so that ``set_weights`` works before the first step."""
         variables = check_list("var_list", var_list)
@@ -91,6 +97,7 @@ class OptimizerState(abc.ABC):
 
         With ``gradient_accumulation_steps`` the first counts the calls, not the steps, as in Keras 3.
         """
+        self._settle()
         return [self._iterations, *self._slots.arrays]
 
     def variables(self) -> list[npt.NDArray[Any]]:
@@ -100,6 +107,7 @@ class OptimizerState(abc.ABC):
     def get_weights(self) -> list[Any]:
         """Copies of ``weights``; the first is an ``np.int64``."""
         with self._lock:
+            self._settle()
             return [np.int64(int(self._iterations)), *(array.copy() for array in self._slots.arrays)]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -129,6 +137,7 @@ class OptimizerState(abc.ABC):
     def get_slot(self, var: Any, slot_name: str) -> npt.NDArray[Any]:
         """The live state array "m", "v" or "vhat" of a variable; KeyError if there is none."""
         label = label_of(var, 0)
+        self._settle()
         slots = self._slots.find(_cpu.Buffer(unwrap(var), label))
         if slots is None:
             raise KeyError(f"{label}: not a variable of this optimizer")

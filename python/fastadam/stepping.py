@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from fastadam._backend import _cpu
+from fastadam.deferred import DeferredTables
 from fastadam.extras import Extras
 from fastadam.hyper import StepHyper
 from fastadam.ops import fit_gradients, run_step
+from fastadam.slices import is_sparse
 from fastadam.slots import Entry
-from fastadam.state import OptimizerState
+from fastadam.staleness import Numbers, Staleness
 from fastadam.variable import Variable, buffers_of, unwrap
 
 __all__ = ["Stepper"]
@@ -23,7 +25,7 @@ __all__ = ["Stepper"]
 _ACCUMULATOR = "gradient_accumulator"
 
 
-class Stepper(OptimizerState):
+class Stepper(DeferredTables):
     """``apply_gradients`` for a class that says which slots and numbers its step needs."""
 
     _extras: Extras
@@ -81,7 +83,11 @@ class Stepper(OptimizerState):
                 return self._accumulate(plan, fitting, positions, scale, loss_scale is not None, hyper)
             if loss_scale is not None:
                 hyper = hyper._replace(require_finite=True)
+            self._settle_before(gradients, hyper)
             run_step(plan.step, fitting, self._buffers, positions, hyper, [], self._iterations)
+            grown = [table.make_room() for table in self._tables if table]
+            if True in grown:
+                self._plan = None
             return plan.all_finite
 
     @contextlib.contextmanager
@@ -107,20 +113,53 @@ class Stepper(OptimizerState):
     ) -> tuple[_cpu.Plan, Sequence[Any]]:
         """The plan of these variables, and gradients as far as they had to be converted to check the first step."""
         plan, key = self._plan, (names, self._slots.version, self._extras, self.sparse_update)
+        deferred = self.sparse_update == "deferred"
         if plan is not None and self._plan_key == key and plan.matches([unwrap(v) for v in variables], positions):
-            return plan, gradients
+            pairs = zip(self._tables, gradients, strict=True) if deferred else ()
+            if all(table is not None or not is_sparse(gradient) for table, gradient in pairs):
+                return plan, gradients
         buffers = buffers_of(variables, positions)
         prepared = self._slots.prepare(buffers, names)
         slots = dict(zip(names, prepared.slots, strict=True))
         known_as = [self._name_of(variable, buffer) for variable, buffer in zip(variables, buffers, strict=True)]
         decays = self._extras.decays(known_as, buffers)
-        plan = _cpu.Plan(buffers, slots, decays, positions, self.sparse_update == "lazy")
+        tables = [self._table_of(b, is_sparse(g), hyper) for b, g in zip(buffers, gradients, strict=True)]
+        histories = [None if table is None else table.arrays() for table in tables]
+        plan = _cpu.Plan(buffers, slots, decays, positions, self.sparse_update == "lazy", histories)
         gradients = fit_gradients(plan, gradients, buffers, positions)
         plan.check_numbers(hyper, [])
         prepared.commit()  # slots are made once the whole step has been found good
         key = (names, self._slots.version, self._extras, self.sparse_update)
-        self._plan, self._plan_key, self._buffers = plan, key, buffers
+        self._plan, self._plan_key, self._buffers, self._tables = plan, key, buffers, tables
+        for buffer, table in zip(buffers, tables, strict=True):
+            if table is not None and (entry := self._slots.entry_of(buffer)):
+                entry.staleness = table
         return plan, gradients
+
+    def _table_of(self, buffer: _cpu.Buffer, sparse: bool, hyper: StepHyper) -> Staleness | None:
+        """The history of a variable, if it is, or with this gradient becomes, a table in a deferred mode."""
+        if self.sparse_update != "deferred":
+            return None
+        entry = self._slots.entry_of(buffer)
+        if entry is not None and entry.staleness is not None:
+            return entry.staleness
+        return Staleness.of(buffer, self._numbers(hyper)) if sparse and buffer.shape else None
+
+    def _numbers(self, hyper: StepHyper) -> Numbers:
+        return Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, "vhat" in self._slot_names())
+
+    def _settle_before(self, gradients: Sequence[Any], hyper: StepHyper) -> None:
+        """Rows cannot wait for a step with a dense gradient, or with numbers that their history does not have."""
+        if not any(self._tables):
+            return
+        numbers = self._numbers(hyper)
+        for buffer, table, gradient in zip(self._buffers, self._tables, gradients, strict=True):
+            entry = self._slots.entry_of(buffer) if table else None
+            if table is None or entry is None:
+                continue
+            if table.numbers != numbers or not is_sparse(gradient):
+                self._catch_up(entry)
+            table.numbers = numbers
 
     def _name_of(self, variable: Any, buffer: _cpu.Buffer) -> str | None:
         """Of a Variable, or the name that its array once came with."""
@@ -173,7 +212,8 @@ class Stepper(OptimizerState):
             buffers.append(entry.buffer)
         slots = dict(zip(names, self._slots.prepare(buffers, names).slots, strict=True))
         decays = self._extras.decays([entry.spec.name for entry in waiting], buffers)
-        return _cpu.Plan(buffers, slots, decays, list(range(len(buffers))), lazy=False)
+        positions = list(range(len(buffers)))
+        return _cpu.Plan(buffers, slots, decays, positions, lazy=False, histories=[None] * len(buffers))
 
 
 def _as_pairs(grads_and_vars: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:

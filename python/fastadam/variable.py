@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._backend import _cpu
+from fastadam.slices import check_ids
 
 __all__ = ["Reader", "Variable", "buffers_of", "label_of", "reading", "unwrap"]
 
@@ -112,23 +113,9 @@ class Variable:
         >>> table.gather([1, 1, 0]).tolist()
         [[3.0, 4.0], [3.0, 4.0], [1.0, 2.0]]
         """
-        rows = self._checked_rows(ids)
+        rows = check_ids(ids, self.shape, label_of(self, 0) if self.name else "this variable")
         reader = _reader.get() if _running else None
         return self._value[rows] if reader is None else reader.gather(self, rows)
-
-    def _checked_rows(self, ids: npt.ArrayLike) -> npt.NDArray[Any]:
-        label = label_of(self, 0) if self.name else "this variable"
-        rows = np.asarray(ids)
-        if rows.size == 0 and not isinstance(ids, np.ndarray):
-            rows = rows.astype(np.int64)  # an empty list has no dtype
-        if rows.dtype.kind not in "iu":
-            raise TypeError(f"ids: dtype {rows.dtype}, expected integers")
-        if not self.shape:
-            raise ValueError(f"ids: {label} has shape (), expected at least one axis")
-        bad = rows[(rows < 0) | (rows >= self.shape[0])]
-        if bad.size:
-            raise ValueError(f"ids: {bad.flat[0]} is no row of {label}, expected 0 <= id < {self.shape[0]}")
-        return rows
 
     def numpy(self) -> npt.NDArray[Any]:
         """A copy of the array; inside a loss too, where it is a constant."""

@@ -1,0 +1,108 @@
+"""Reading tables in a deferred mode: rows are brought up to date when they are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastadam._backend import _cpu
+from fastadam.hyper import StepHyper
+from fastadam.slices import check_ids
+from fastadam.slots import Entry
+from fastadam.state import OptimizerState
+from fastadam.variable import label_of, unwrap
+
+__all__ = ["DeferredTables"]
+
+
+class DeferredTables(OptimizerState):
+    """``gather``, ``sync`` and ``dense_view`` for an optimizer whose tables may lag behind their steps."""
+
+    def gather(self, var: Any, indices: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """The rows ``var[indices]`` as they are after all steps so far, a copy.
+
+        With ``sparse_update="deferred"`` the rows of the variable's buffer lag behind until they are touched, gathered
+        or synced; the rows gathered are written back. With the other modes it is plain indexing.
+
+        Args:
+            var: The variable.
+            indices: Integers of any shape, repeated or not.
+            out: Array of the result's shape and dtype to write to.
+
+        Raises:
+            TypeError: Indices that are no integers.
+            ValueError: An index that is no row; ``out`` of another shape.
+
+        >>> import numpy as np, fastadam
+        >>> table = np.ones((1000, 2), np.float32)
+        >>> opt = fastadam.Adam(0.1, sparse_update="deferred")
+        >>> gradient = fastadam.IndexedSlices(np.full((1, 2), 0.5, np.float32), [7])
+        >>> for _ in range(3):
+        ...     step = opt.apply_gradients([(gradient, table)])
+        >>> opt.gather(table, [7, 0]).round(3).tolist()
+        [[0.699999988079071, 0.699999988079071], [1.0, 1.0]]
+        """
+        label = label_of(var, 0)
+        buffer = _cpu.Buffer(unwrap(var), label)
+        ids = check_ids(indices, buffer.shape, label)
+        with self._lock:
+            entry = self._slots.entry_of(buffer)
+            if entry is not None:
+                self._catch_up(entry, ids)
+            array = unwrap(var)
+            values = array if isinstance(array, np.ndarray) else buffer.array()
+            if out is not None and out.shape != (*ids.shape, *buffer.shape[1:]):
+                raise ValueError(f"out: shape {out.shape}, expected {(*ids.shape, *buffer.shape[1:])}")
+            rows: npt.NDArray[Any] = np.take(values, ids, axis=0, out=out, mode="clip")  # checked above
+            return rows
+
+    def sync(self, var: Any = None) -> None:
+        """Bring every row of a variable, or of all, up to date; does nothing where none lags behind."""
+        with self._lock:
+            if var is None:
+                self._settle()
+                return
+            entry = self._slots.entry_of(_cpu.Buffer(unwrap(var), label_of(var, 0)))
+            if entry is not None:
+                self._catch_up(entry)
+
+    @contextlib.contextmanager
+    def dense_view(self, var: Any) -> Iterator[npt.NDArray[Any]]:
+        """``with opt.dense_view(table) as values``: the array itself, every row up to date, as long as no step is made.
+
+        >>> import numpy as np, fastadam
+        >>> table = np.ones((3, 1), np.float32)
+        >>> opt = fastadam.Adam(0.1, sparse_update="deferred")
+        >>> step = opt.apply_gradients([(fastadam.IndexedSlices([[0.5]], [1]), table)])
+        >>> with opt.dense_view(table) as values:
+        ...     values.round(3).tolist()
+        [[1.0], [0.8999999761581421], [1.0]]
+        """
+        self.sync(var)
+        array = unwrap(var)
+        yield array if isinstance(array, np.ndarray) else _cpu.Buffer(array, label_of(var, 0)).array()
+
+    def _settle(self) -> None:
+        """Every row of every table; whatever reads or replaces the state comes after it."""
+        for entry in self._slots.entries:
+            self._catch_up(entry)
+
+    def _catch_up(self, entry: Entry, ids: npt.NDArray[Any] | None = None) -> None:
+        """Replay the steps that the rows missed: those that ``ids`` name, or all."""
+        table = entry.staleness
+        if table is None or table.steps == 0:
+            return
+        if entry.buffer is None:
+            raise ValueError(f"{entry.spec}: rows wait for steps since before the state was restored; build it first")
+        beta_1, beta_2, epsilon, amsgrad = table.numbers
+        named = self._slots.slots_of(entry)
+        slots = {name: [named[name]] for name in (("m", "v", "vhat") if amsgrad else ("m", "v"))}
+        plan = _cpu.Plan([entry.buffer], slots, [False], [0], False, [table.arrays()])
+        flat = None if ids is None else np.ascontiguousarray(ids.reshape(-1))
+        plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon))
+        if ids is None:
+            table.clear()

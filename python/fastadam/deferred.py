@@ -50,13 +50,12 @@ class DeferredTables(OptimizerState):
         buffer = _cpu.Buffer(unwrap(var), label)
         ids = check_ids(indices, buffer.shape, label)
         with self._lock:
-            entry = self._slots.entry_of(buffer)
-            if entry is not None:
-                self._catch_up(entry, ids)
             array = unwrap(var)
             values = array if isinstance(array, np.ndarray) else buffer.array()
-            if out is not None and out.shape != (*ids.shape, *buffer.shape[1:]):
-                raise ValueError(f"out: shape {out.shape}, expected {(*ids.shape, *buffer.shape[1:])}")
+            shape = (*ids.shape, *buffer.shape[1:])
+            if out is not None and (out.shape, out.dtype) != (shape, values.dtype):
+                raise ValueError(f"out: {out.dtype} {out.shape}, expected {values.dtype} {shape}")
+            self._catch_up_variable(buffer, ids)
             rows: npt.NDArray[Any] = np.take(values, ids, axis=0, out=out, mode="clip")  # checked above
             return rows
 
@@ -66,9 +65,7 @@ class DeferredTables(OptimizerState):
             if var is None:
                 self._settle()
                 return
-            entry = self._slots.entry_of(_cpu.Buffer(unwrap(var), label_of(var, 0)))
-            if entry is not None:
-                self._catch_up(entry)
+            self._catch_up_variable(_cpu.Buffer(unwrap(var), label_of(var, 0)))
 
     @contextlib.contextmanager
     def dense_view(self, var: Any) -> Iterator[npt.NDArray[Any]]:
@@ -86,10 +83,28 @@ class DeferredTables(OptimizerState):
         array = unwrap(var)
         yield array if isinstance(array, np.ndarray) else _cpu.Buffer(array, label_of(var, 0)).array()
 
+    def _refresh(self, variable: Any, ids: Any) -> None:
+        """What a loss of ``minimize`` reads is brought up to date first."""
+        if variable is None:
+            self._settle()
+        elif any(entry.staleness for entry in self._slots.entries):
+            with self._lock:
+                self._catch_up_variable(_cpu.Buffer(unwrap(variable), label_of(variable, 0)), ids)
+
     def _settle(self) -> None:
         """Every row of every table; whatever reads or replaces the state comes after it."""
         for entry in self._slots.entries:
             self._catch_up(entry)
+
+    def _catch_up_variable(self, buffer: _cpu.Buffer, ids: npt.NDArray[Any] | None = None) -> None:
+        entry = self._slots.entry_of(buffer)
+        if entry is not None:
+            self._catch_up(entry, ids)
+        elif any(waiting.staleness and waiting.staleness.steps for waiting in self._slots.waiting()):
+            raise ValueError(
+                f"{buffer.label}: not met since the state was restored, and its rows may lag behind; build all variables "
+                "of the state first"
+            )
 
     def _catch_up(self, entry: Entry, ids: npt.NDArray[Any] | None = None) -> None:
         """Replay the steps that the rows missed: those that ``ids`` name, or all."""

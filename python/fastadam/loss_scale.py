@@ -100,6 +100,9 @@ class LossScaleOptimizer(Minimizer):
             doubled = self.dynamic_scale * 2
             self.dynamic_scale, self.step_counter = doubled if doubled <= _LARGEST else self.dynamic_scale, 0
 
+    def _refresh(self, variable: Any, ids: Any) -> None:
+        self.inner_optimizer._refresh(variable, ids)
+
     @property
     def _loss_scale(self) -> float:
         return self.dynamic_scale

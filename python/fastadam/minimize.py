@@ -53,6 +53,9 @@ class Minimizer:
         """What ``apply_gradients`` divides the gradients by: the loss is multiplied by it."""
         return None
 
+    def _refresh(self, variable: Any, ids: Any) -> None:
+        """Bring rows of a variable (None: of every one), or all for None, up to date before a loss reads them."""
+
     def minimize(
         self,
         loss: Loss,
@@ -105,7 +108,7 @@ class Minimizer:
         >>> w.value.round(5)
         array([ 0.5, -1.5], dtype=float32)
         """
-        gradients, variables = _differentiate(loss, var_list, grad_loss, gradient, "var_list", self._loss_scale)
+        gradients, variables = _differentiate(self, loss, var_list, grad_loss, gradient, "var_list", self._loss_scale)
         return self.apply_gradients(list(zip(gradients, variables, strict=True)), name)
 
     def get_gradients(
@@ -125,7 +128,7 @@ class Minimizer:
         >>> fastadam.Adam().get_gradients(lambda: (w.value**2).sum(), [w], gradient=twice)
         [array([ 2., -4.], dtype=float32)]
         """
-        return _all_gradients(loss, params, grad_loss, gradient)[0]
+        return _all_gradients(self, loss, params, grad_loss, gradient)[0]
 
     def get_updates(
         self, loss: Loss, params: Any, *, grad_loss: Any = None, gradient: Gradient | None = None
@@ -138,14 +141,19 @@ class Minimizer:
         >>> [int(i) for i in fastadam.Adam().get_updates(lambda: (w.value**2).sum(), [w], gradient=twice)]
         [1]
         """
-        gradients, variables = _all_gradients(loss, params, grad_loss, gradient, self._loss_scale)
+        gradients, variables = _all_gradients(self, loss, params, grad_loss, gradient, self._loss_scale)
         return [self.apply_gradients(list(zip(gradients, variables, strict=True)))]
 
 
 def _all_gradients(
-    loss: Loss, params: Any, grad_loss: Any, gradient: Gradient | None, scale: float | None = None
+    optimizer: Minimizer,
+    loss: Loss,
+    params: Any,
+    grad_loss: Any,
+    gradient: Gradient | None,
+    scale: float | None = None,
 ) -> tuple[list[Any], list[Any]]:
-    gradients, variables = _differentiate(loss, params, grad_loss, gradient, "params", scale)
+    gradients, variables = _differentiate(optimizer, loss, params, grad_loss, gradient, "params", scale)
     for i, (found, variable) in enumerate(zip(gradients, variables, strict=True)):
         if found is None:
             name = getattr(variable, "name", None) or f"params[{i}]"
@@ -157,7 +165,13 @@ def _all_gradients(
 
 
 def _differentiate(
-    loss: Any, var_list: Any, grad_loss: Any, gradient: Gradient | None, argument: str, scale: float | None
+    optimizer: Minimizer,
+    loss: Any,
+    var_list: Any,
+    grad_loss: Any,
+    gradient: Gradient | None,
+    argument: str,
+    scale: float | None,
 ) -> tuple[list[Any], list[Any]]:
     """Gradients of the loss times ``scale``, and variables, flat."""
     if not callable(loss):
@@ -169,11 +183,12 @@ def _differentiate(
                 "gradient: a function, which a loss scale cannot reach; expected the name of a provider, or gradients "
                 "of scale_loss(loss) given to apply_gradients"
             )
+        optimizer._refresh(None, None)
         return _from_function(chosen, loss, var_list, grad_loss, argument)
     upstream = None if grad_loss is None else as_float_array(grad_loss, "grad_loss")
     targets = _Targets(var_list, argument)
     scaled = loss if scale is None else lambda: loss() * scale
-    gradients = run_and_differentiate(chosen, scaled, targets.known, targets.resolve, upstream)
+    gradients = run_and_differentiate(chosen, scaled, targets.known, targets.resolve, upstream, optimizer._refresh)
     variables = targets.resolve()
     if variables and all(found is None for found in gradients):
         names = [variable.name or f"{argument}[{i}]" for i, variable in enumerate(variables)]

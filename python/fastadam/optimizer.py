@@ -29,7 +29,7 @@ __all__ = ["Adam", "AdamW"]
 _auto_names: dict[str, int] = {}
 
 
-class Adam(Minimizer, Stepper):
+class Adam(Stepper, Minimizer):
     r"""Adam and AMSGrad with the interface and, in float32, the bits of ``tf.keras.optimizers.Adam`` (TF 2.x).
 
     .. math::
@@ -156,6 +156,7 @@ class Adam(Minimizer, Stepper):
             self._settle()
             for entry in self._slots.entries:
                 entry.staleness = None
+            self._plan = None
             self._sparse_update = value
 
     @property

@@ -89,6 +89,11 @@ class Prepared:
     adopted: dict[Key, tuple[Entry, _cpu.Buffer, dict[str, Array]]]
     created: dict[tuple[Key, str], tuple[_cpu.Buffer, Array]]
 
+    def entry_of(self, buffer: _cpu.Buffer) -> Entry | None:
+        """The entry that this variable has or adopts; None for a new one."""
+        adopted = self.adopted.get(key_of(buffer))
+        return self.store.entry_of(buffer) if adopted is None else adopted[0]
+
     def commit(self) -> None:
         """Register the new slots, and the variables that adopt restored ones."""
         if self.version != self.store.version:

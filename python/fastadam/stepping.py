@@ -123,7 +123,8 @@ class Stepper(DeferredTables):
         slots = dict(zip(names, prepared.slots, strict=True))
         known_as = [self._name_of(variable, buffer) for variable, buffer in zip(variables, buffers, strict=True)]
         decays = self._extras.decays(known_as, buffers)
-        tables = [self._table_of(b, is_sparse(g), hyper) for b, g in zip(buffers, gradients, strict=True)]
+        entries = [prepared.entry_of(buffer) for buffer in buffers]
+        tables = [self._table_of(*found, hyper) for found in zip(buffers, entries, gradients, strict=True)]
         histories = [None if table is None else table.arrays() for table in tables]
         plan = _cpu.Plan(buffers, slots, decays, positions, self.sparse_update == "lazy", histories)
         gradients = fit_gradients(plan, gradients, buffers, positions)
@@ -136,14 +137,13 @@ class Stepper(DeferredTables):
                 entry.staleness = table
         return plan, gradients
 
-    def _table_of(self, buffer: _cpu.Buffer, sparse: bool, hyper: StepHyper) -> Staleness | None:
+    def _table_of(self, buffer: _cpu.Buffer, entry: Entry | None, gradient: Any, hyper: StepHyper) -> Staleness | None:
         """The history of a variable, if it is, or with this gradient becomes, a table in a deferred mode."""
         if self.sparse_update != "deferred":
             return None
-        entry = self._slots.entry_of(buffer)
         if entry is not None and entry.staleness is not None:
             return entry.staleness
-        return Staleness.of(buffer, self._numbers(hyper)) if sparse and buffer.shape else None
+        return Staleness.of(buffer, self._numbers(hyper)) if is_sparse(gradient) and buffer.shape else None
 
     def _numbers(self, hyper: StepHyper) -> Numbers:
         return Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, "vhat" in self._slot_names())

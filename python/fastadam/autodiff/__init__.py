@@ -13,7 +13,7 @@ import numpy as np
 
 from fastadam.autodiff.autograd import AutogradTape
 from fastadam.autodiff.jax import JaxTape
-from fastadam.autodiff.tape import Loss, Resolve, Tape
+from fastadam.autodiff.tape import Loss, Refresh, Resolve, Tape
 from fastadam.autodiff.torch import TorchTape
 from fastadam.slices import IndexedSlices
 from fastadam.variable import Variable
@@ -40,7 +40,7 @@ def check_provider(name: str, label: str) -> None:
 
 
 def run_and_differentiate(
-    provider: str, loss: Loss, variables: Sequence[Variable] | None, resolve: Resolve, upstream: Any
+    provider: str, loss: Loss, variables: Sequence[Variable] | None, resolve: Resolve, upstream: Any, refresh: Refresh
 ) -> list[Any]:
     """The gradients of a loss, each in the dtype of its variable, None where the loss does not depend on it.
 
@@ -50,12 +50,13 @@ def run_and_differentiate(
         variables: The variables, or None if they are known only after the loss has run.
         resolve: The variables, asked after the loss has run.
         upstream: The gradient with respect to the value of the loss; None means ones.
+        refresh: Called with a variable, and ids or None, before its memory is read.
 
     Raises:
         TypeError: The loss returned no float array.
         ValueError: ``upstream`` has not the shape of the loss.
     """
-    found = PROVIDERS[provider](variables).differentiate(loss, resolve, upstream)
+    found = PROVIDERS[provider](variables, refresh).differentiate(loss, resolve, upstream)
     return [
         part if part is None or isinstance(part, IndexedSlices) else np.asarray(part, variable.dtype)
         for part, variable in zip(found, resolve(), strict=True)

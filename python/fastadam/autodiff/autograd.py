@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from fastadam.autodiff.tape import Loss, Resolve, Tape, check_loss, seed_of
+from fastadam.autodiff.tape import Loss, Refresh, Resolve, Tape, check_loss, seed_of
 from fastadam.variable import Variable
 
 __all__ = ["AutogradTape"]
@@ -17,8 +17,8 @@ __all__ = ["AutogradTape"]
 class AutogradTape(Tape):
     """HIPS autograd: every variable is a root of its own, made when the loss first reads it."""
 
-    def __init__(self, variables: Sequence[Variable] | None) -> None:
-        super().__init__(variables)
+    def __init__(self, variables: Sequence[Variable] | None, refresh: Refresh) -> None:
+        super().__init__(variables, refresh)
         importlib.import_module("autograd.numpy")
         self._core = importlib.import_module("autograd.core")
         self._tracer = importlib.import_module("autograd.tracer")
@@ -28,10 +28,10 @@ class AutogradTape(Tape):
         self._trace = self._tracer.trace_stack.top + 0.5
 
     def leaf(self, variable: Variable) -> Any:
-        return self._root(variable._value)
+        return self._root(self.memory(variable))
 
     def rows(self, variable: Variable, ids: npt.NDArray[Any]) -> Any:
-        return self._root(variable._value[ids])
+        return self._root(self.memory(variable, ids))
 
     def _root(self, values: npt.NDArray[Any]) -> Any:
         return self._tracer.new_box(values, self._trace, self._core.VJPNode.new_root())

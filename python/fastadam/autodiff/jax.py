@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastadam.autodiff.tape import Gathered, Loss, Resolve, Tape, check_loss, seed_of
+from fastadam.autodiff.tape import Gathered, Loss, Refresh, Resolve, Tape, check_loss, seed_of
 from fastadam.variable import Variable
 
 __all__ = ["JaxTape"]
@@ -29,8 +29,10 @@ class JaxTape(Tape):
     A run that only asks for them goes before where variables are not known, or have been gathered from.
     """
 
-    def __init__(self, variables: Sequence[Variable] | None, expected: Sequence[Gathered] = ()) -> None:
-        super().__init__(variables)
+    def __init__(
+        self, variables: Sequence[Variable] | None, refresh: Refresh, expected: Sequence[Gathered] = ()
+    ) -> None:
+        super().__init__(variables, refresh)
         self._jax = importlib.import_module("jax")
         self._numpy = importlib.import_module("jax.numpy")
         self._known = variables
@@ -46,13 +48,14 @@ class JaxTape(Tape):
 
     def rows(self, variable: Variable, ids: npt.NDArray[Any]) -> Any:
         if self._asks:
-            return self.leaf(variable)[ids]
+            known = self._values.get(id(variable))
+            return self.array(self.memory(variable, ids)) if known is None else known[ids]
         at = len(self._gathered)
         if at == len(self._rows) and not self._expected:
             _gathered_from.add(variable)
             raise _UnexpectedGather
-        known, known_ids, _ = self._expected[at] if at < len(self._rows) else (None, ids, None)
-        if known is not variable or not np.array_equal(known_ids, ids):
+        expected, known_ids, _ = self._expected[at] if at < len(self._rows) else (None, ids, None)
+        if expected is not variable or not np.array_equal(known_ids, ids):
             raise ValueError("loss: gathers other rows in its second run, expected the same; draw them outside of it")
         return self._rows[at]
 
@@ -68,7 +71,7 @@ class JaxTape(Tape):
 
     def _ask(self, loss: Loss, resolve: Resolve) -> JaxTape:
         """A tape that knows what the loss reads."""
-        asking = JaxTape(self._known)
+        asking = JaxTape(self._known, self._refresh)
         asking._asks = True
         if self._known is None:
             asking.run(loss)
@@ -77,7 +80,7 @@ class JaxTape(Tape):
                 shapes = [self._jax.ShapeDtypeStruct(v.shape, v.dtype) for v in self._known]
                 self._jax.eval_shape(lambda values: asking._traced(loss, self._known or (), values, (), None), shapes)
         wanted = resolve()
-        tape = JaxTape(wanted, [gather for gather in asking._gathered if any(gather[0] is v for v in wanted)])
+        tape = JaxTape(wanted, self._refresh, [g for g in asking._gathered if any(g[0] is v for v in wanted)])
         tape._read = [variable for variable, _ in asking._seen.values() if tape._wants(variable)]
         return tape
 
@@ -98,7 +101,7 @@ class JaxTape(Tape):
         assert self._known is not None
         distinct = list({id(variable): variable for variable in read}.values())
         values = [self.constant(variable) for variable in distinct]
-        rows = [self.array(variable._value[ids]) for variable, ids, _ in self._expected]
+        rows = [self.array(self.memory(variable, ids)) for variable, ids, _ in self._expected]
         result, pull_back = self._jax.vjp(lambda v, r: self._traced(loss, distinct, v, r, upstream), values, rows)
         if not self._depends:
             return [None] * len(self._known)

@@ -12,10 +12,11 @@ import numpy.typing as npt
 from fastadam.slices import IndexedSlices
 from fastadam.variable import Variable, reading
 
-__all__ = ["Gathered", "Loss", "Resolve", "Tape", "check_loss", "seed_of"]
+__all__ = ["Gathered", "Loss", "Refresh", "Resolve", "Tape", "check_loss", "seed_of"]
 
 Loss = Callable[[], Any]
 Resolve = Callable[[], Sequence[Variable]]
+Refresh = Callable[[Variable, Any], None]
 Gathered = tuple[Variable, npt.NDArray[Any], Any]  # the ids, and the array that stands for the rows
 
 
@@ -24,9 +25,11 @@ class Tape(abc.ABC):
 
     Args:
         variables: What to differentiate with respect to; None means every Variable that the loss reads.
+        refresh: Called before a variable is read, with the ids of the rows or None for all: a table may lag behind.
     """
 
-    def __init__(self, variables: Sequence[Variable] | None) -> None:
+    def __init__(self, variables: Sequence[Variable] | None, refresh: Refresh) -> None:
+        self._refresh = refresh
         self._wanted = None if variables is None else {id(variable) for variable in variables}
         self._seen: dict[int, tuple[Variable, Any]] = {}  # holds the variables: the id of a freed one comes again
         self._gathered: list[Gathered] = []
@@ -41,7 +44,7 @@ class Tape(abc.ABC):
     def gather(self, variable: Variable, ids: npt.NDArray[Any]) -> Any:
         """The library's array for some rows, a new one each time."""
         if not self._wants(variable):
-            return self.array(variable._value[ids])
+            return self.array(self.memory(variable, ids))
         rows = self.rows(variable, ids)
         self._gathered.append((variable, ids, rows))
         return rows
@@ -73,7 +76,12 @@ class Tape(abc.ABC):
 
     def constant(self, variable: Variable) -> Any:
         """The whole variable without gradient."""
-        return self.array(variable._value)
+        return self.array(self.memory(variable))
+
+    def memory(self, variable: Variable, ids: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """The variable itself, or copies of rows, up to date."""
+        self._refresh(variable, ids)
+        return variable._value if ids is None else np.asarray(variable._value[ids])
 
     @abc.abstractmethod
     def differentiate(self, loss: Loss, resolve: Resolve, upstream: Any) -> list[Any]:

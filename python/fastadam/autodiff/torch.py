@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastadam.autodiff.tape import Loss, Resolve, Tape, check_loss, seed_of
+from fastadam.autodiff.tape import Loss, Refresh, Resolve, Tape, check_loss, seed_of
 from fastadam.variable import Variable
 
 __all__ = ["TorchTape"]
@@ -18,8 +18,8 @@ __all__ = ["TorchTape"]
 class TorchTape(Tape):
     """PyTorch on the CPU: tensors that share the memory of the variables."""
 
-    def __init__(self, variables: Sequence[Variable] | None) -> None:
-        super().__init__(variables)
+    def __init__(self, variables: Sequence[Variable] | None, refresh: Refresh) -> None:
+        super().__init__(variables, refresh)
         self._torch = importlib.import_module("torch")
 
     def run(self, loss: Loss) -> Any:
@@ -30,7 +30,7 @@ class TorchTape(Tape):
         return self.constant(variable).requires_grad_()
 
     def rows(self, variable: Variable, ids: npt.NDArray[Any]) -> Any:
-        return self.array(np.asarray(variable._value[ids])).requires_grad_()
+        return self.array(self.memory(variable, ids)).requires_grad_()
 
     def array(self, values: npt.NDArray[Any]) -> Any:
         if values.dtype.name == "bfloat16":  # NumPy's bfloat16 is unknown to PyTorch; its bits are not

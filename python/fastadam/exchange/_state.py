@@ -49,6 +49,7 @@ def copies_of_slots(optimizer: Adam, variables: Iterable[Any], names: Sequence[s
     """
     given = check_list("variables", variables)
     with optimizer._lock:
+        optimizer._settle()
         found = [optimizer._slots.find(buffer) or {} for buffer in buffers_of(given, range(len(given)))]
         for i, slots in enumerate(found):
             if not set(names) <= set(slots):
@@ -76,6 +77,7 @@ def assign(
         for name, arrays in slots.items()
     }
     with optimizer._lock:
+        optimizer._settle()
         prepared = optimizer._slots.prepare(buffers, list(slots))
         for name, targets in zip(slots, prepared.slots, strict=True):
             for i, target in enumerate(targets):

@@ -2,18 +2,30 @@ from __future__ import annotations
 
 import fastadam
 import pytest
+from helpers import NUMPY_OF, Provider, Snapshot
 
 
 @pytest.fixture(autouse=True)
 def _process_settings():
-    """Every test starts and ends with the default instruction set and threads."""
+    """Every test starts and ends with the default instruction set, threads and provider of gradients."""
     isa = fastadam.info.current_isa()
     yield
     fastadam.set_isa(isa)
     fastadam.set_num_threads(None)
+    fastadam.set_gradient_provider(None)
 
 
 @pytest.fixture(params=fastadam.isas())
 def isa(request):
     fastadam.set_isa(request.param)
     return request.param
+
+
+@pytest.fixture(params=NUMPY_OF)
+def provider(request):
+    return Provider(request.param)
+
+
+@pytest.fixture
+def snapshot():
+    return Snapshot()

@@ -8,7 +8,7 @@ import re
 import fastadam
 import pytest
 from fastadam._backend import _cpu
-from test_threads import run_python
+from helpers import run_python
 
 
 def test_isas_of_this_machine():

@@ -20,6 +20,7 @@ from fastadam.schedules import (
     PiecewiseConstantDecay,
     PolynomialDecay,
 )
+from helpers import Halving
 
 IDS = [f"{i}_{name}" for i, (name, _) in enumerate(SCHEDULES)]
 ALL = [getattr(schedules, name)(**arguments) for name, arguments in SCHEDULES]
@@ -184,17 +185,6 @@ def test_every_restart_has_the_full_rate():
 def test_bad_arguments_are_refused_at_construction(make, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make()
-
-
-class Halving(schedules.LearningRateSchedule):
-    def __init__(self, start):
-        self.start = start
-
-    def __call__(self, step):
-        return self.start * 0.5**step
-
-    def get_config(self):
-        return {"start": self.start}
 
 
 def trajectory(optimizer, steps=6, change=None):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from cases import bits, random_array
 from fastadam._backend import _cpu
+from helpers import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,12 +30,6 @@ def steps(optimizer, gradient, variable, count=3):
     for _ in range(count):
         optimizer.apply_gradients([(gradient, variable)])
     return variable
-
-
-def run_python(code, **environment):
-    kept = {k: v for k, v in os.environ.items() if k not in ("FASTADAM_NUM_THREADS", "FASTADAM_ISA", "OMP_NUM_THREADS")}
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
-    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=120)
 
 
 # In interpreters of their own: other libraries of the test process (JAX) do not bear a fork.

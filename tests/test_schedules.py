@@ -258,7 +258,6 @@ def test_an_optimizer_config_carries_its_schedule():
 
 
 def test_plot_draws_any_schedule():
-    pytest.importorskip("matplotlib")
     axes = schedules.plot(Halving(0.8), 5)
     (line,) = axes.get_lines()
     assert line.get_ydata().tolist() == [0.8, 0.4, 0.2, 0.1, 0.05]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import sys
 from pathlib import Path
 
 import fastadam
@@ -79,7 +78,6 @@ def test_an_optimizer_whose_variables_have_not_come_can_be_saved(tmp_path):
     assert_goes_on_alike(optimizer, variables, again, others)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
 def test_the_mode_of_a_saved_file_follows_the_umask(tmp_path):
     before = os.umask(0o027)
     try:

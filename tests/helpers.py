@@ -32,6 +32,25 @@ def run_python(code, **environment):
     return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=120)
 
 
+# For programs given to `run_python`.
+COUNT_THREADS = """
+import os, pathlib, subprocess
+
+def native_threads():
+    tasks = pathlib.Path("/proc/self/task")
+    if tasks.exists():
+        return len(list(tasks.iterdir()))
+    listed = subprocess.run(["ps", "-M", str(os.getpid())], capture_output=True, text=True, check=True)  # macOS
+    return len(listed.stdout.splitlines()) - 1
+"""
+
+
+def assert_moved(after, before):
+    """Most elements: the gradient of the others may be zero, or too small to be seen."""
+    assert np.isfinite(after).all()
+    assert (after != before).mean() > 0.9
+
+
 def pairs_of(*shapes, dtype=F32):
     rng = np.random.RandomState(0)
     return [(random_array(rng, shape, dtype=dtype), random_array(rng, shape, dtype=dtype)) for shape in shapes]

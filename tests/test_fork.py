@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from helpers import run_python
+from helpers import COUNT_THREADS, run_python
 
 # In interpreters of their own: other libraries of the test process (JAX) do not bear a fork.
-FORK = """
+FORK = f"""{COUNT_THREADS}
 import multiprocessing, sys, threading
 import fastadam, numpy as np
 context = multiprocessing.get_context("fork")
@@ -16,12 +16,17 @@ optimizer = fastadam.Adam(0.1)
 fastadam.set_num_threads(3)
 
 def step(count=3):
+    before, made = variable.copy(), optimizer.iterations
     for _ in range(count):
         optimizer.apply_gradients([(gradient, variable)])
+    assert optimizer.iterations == made + count
+    assert (variable != before).all()
     return variable.tobytes()
 
 def child_step(connection, generations):
+    before = native_threads()
     connection.send(step())
+    assert native_threads() == before + 2, "the child has no helpers of its own"
     if generations > 1:
         assert fork_and_compare(generations - 1)
 
@@ -76,6 +81,7 @@ rng = np.random.default_rng(0)
 variables = [rng.standard_normal(n, dtype=np.float32) for n in (100_003, 5)]
 gradients = [rng.standard_normal(n, dtype=np.float32) for n in (100_003, 5)]
 copies = [v.copy() for v in variables]
+starts = [v.copy() for v in variables]
 optimizer, again = fastadam.Adam(0.01), fastadam.Adam(0.01)
 end = time.monotonic() + 1.5
 
@@ -96,6 +102,7 @@ while time.monotonic() < end + 0.2:
         caught += 1
 for _ in range(optimizer.iterations):
     again.apply_gradients(zip(gradients, copies))
+assert all((v != s).all() for v, s in zip(variables, starts))
 print(caught > 10, all((v == c).all() for v, c in zip(variables, copies)))
 """
 

@@ -12,7 +12,7 @@ import fastadam
 import numpy as np
 import pytest
 from cases import bits, random_array
-from helpers import run_python
+from helpers import COUNT_THREADS, assert_moved, run_python
 
 F32 = np.float32
 SIZE = 300_000  # enough for several threads
@@ -29,9 +29,35 @@ def steps(optimizer, gradient, variable, count=3):
     return variable
 
 
+@pytest.mark.parametrize(("size", "threads", "helpers"), [(SIZE, 1, 0), (SIZE, 3, 2), (SIZE, 5, 4), (5, 5, 0)])
+def test_a_step_runs_on_as_many_threads_as_it_may(size, threads, helpers):
+    code = f"""{COUNT_THREADS}
+import fastadam, numpy as np
+fastadam.set_num_threads({threads})
+optimizer, variable, gradient = fastadam.Adam(), np.ones({size}, np.float32), np.ones({size}, np.float32)
+before = native_threads()
+optimizer.apply_gradients([(gradient, variable)])
+print(native_threads() - before, (variable < 1).all())
+"""
+    result = run_python(code)
+    assert result.stdout.split() == [str(helpers), "True"], result.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_denormal_numbers_are_flushed_on_every_thread(threads, isa):
+    fastadam.set_num_threads(threads)
+    variable, gradient = np.ones(SIZE, F32), np.full(SIZE, 1e-20, F32)  # the square is denormal
+    optimizer = fastadam.Adam(0.1)
+    for _ in range(3):  # helpers that sleep may come late to a single step
+        optimizer.apply_gradients([(gradient, variable)])
+    assert not optimizer.get_slot(variable, "v").any()
+    assert optimizer.get_slot(variable, "m").all()
+
+
 def test_steps_of_several_threads_at_once_do_not_disturb_each_other():
     variable, gradient = problem()
     expected = steps(fastadam.Adam(0.1), gradient, variable.copy())
+    assert_moved(expected, variable)
     copies = [variable.copy() for _ in range(4)]
     threads = [threading.Thread(target=steps, args=(fastadam.Adam(0.1), gradient, copy)) for copy in copies]
     for thread in threads:
@@ -60,14 +86,14 @@ def test_other_threads_of_python_run_during_a_step():
     try:
         thread = threading.Thread(target=step)
         thread.start()
-        running.wait()
-        while running.is_set():
-            during.append(1)
+        while thread.is_alive():
+            if running.is_set():
+                during.append(1)
             time.sleep(0)
-        thread.join()
     finally:
         sys.setswitchinterval(interval)
     assert optimizer.iterations == 2
+    np.testing.assert_allclose(variable[:: size // 10], 0.8, rtol=1e-5)
     assert during
 
 

@@ -48,7 +48,7 @@ def native_threads():
 def assert_moved(after, before):
     """Most elements: the gradient of the others may be zero, or too small to be seen."""
     assert np.isfinite(after).all()
-    assert (after != before).mean() > 0.9
+    assert (after != before).mean() > 0.75
 
 
 def pairs_of(*shapes, dtype=F32):
@@ -103,7 +103,9 @@ def assert_same(actual, expected):
 
 def assert_goes_on_alike(optimizer, variables, again, others):
     assert_same(again.get_weights(), optimizer.get_weights())
+    before = [w.copy() for w in map(np.asarray, variables)]
     train(optimizer, variables, range(3, 6))
+    assert all((np.asarray(w) != b).any() for w, b in zip(variables, before, strict=True) if b.size)
     train(again, others, range(3, 6))
     assert_same(others, variables)
     assert_same(again.get_weights(), optimizer.get_weights())

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import bits, random_array
+from helpers import assert_moved
 
 F32 = np.float32
 
@@ -19,6 +20,7 @@ def expected_after_one_step(value, gradient):
     fastadam.adam_step(
         result, np.asarray(gradient, F32), np.zeros_like(result), np.zeros_like(result), step=1, learning_rate=0.1
     )
+    assert_moved(result, np.asarray(value, F32))
     return result
 
 

@@ -44,6 +44,7 @@ def test_a_copy_goes_on_with_the_same_variables_in_any_order(copied):
     gradients = gradients_of(3, variables)
     optimizer.apply_gradients(zip(gradients, variables, strict=True))
     after = [w.copy() for w in variables]
+    assert all((a != b).any() for a, b in zip(after, before, strict=True))
     for w, b in zip(variables, before, strict=True):
         w[...] = b
     again.apply_gradients(list(zip(gradients, variables, strict=True))[::-1])

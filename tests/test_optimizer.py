@@ -10,7 +10,7 @@ import fastadam
 import numpy as np
 import pytest
 from cases import bits, random_array
-from helpers import pairs_of, trained_on_pairs
+from helpers import assert_moved, pairs_of, trained_on_pairs
 
 F32 = np.float32
 
@@ -88,6 +88,7 @@ def test_a_variable_given_twice_is_updated_twice_with_the_same_t():
     expected, m, v = w.copy(), np.zeros_like(w), np.zeros_like(w)
     for g in (g1, g2):
         fastadam.adam_step(expected, g, m, v, step=1, learning_rate=0.1)
+    assert_moved(expected, w)
     optimizer = fastadam.Adam(0.1)
     other = np.ones(3, F32)
     assert optimizer.apply_gradients([(g1, w), (np.ones(3, F32), other), (g2, w[:])]) == 1
@@ -147,8 +148,9 @@ def test_callables_are_called_once_per_step():
         optimizer.apply_gradients(pairs)
         same.apply_gradients(others)
         assert len(calls) == step + 1
-    for (_, a), (_, b) in zip(pairs, others, strict=True):
+    for (_, a), (_, b), (_, start) in zip(pairs, others, pairs_of((3,), (2, 2), (4,)), strict=True):
         np.testing.assert_array_equal(bits(a), bits(b))
+        assert_moved(a, start)
 
 
 def test_config_round_trips_through_json_before_and_after_use():
@@ -181,6 +183,7 @@ def test_names_left_out_are_made_unique():
 def test_threads_that_share_an_optimizer_take_turns():
     pairs = pairs_of((200_000,), (7,))
     expected = [(g, w.copy()) for g, w in pairs]
+    start = pairs[0][1].copy()
     shared, alone = fastadam.Adam(0.1), fastadam.Adam(0.1)
     threads = [threading.Thread(target=lambda: [shared.apply_gradients(pairs) for _ in range(10)]) for _ in range(4)]
     for thread in threads:
@@ -189,6 +192,7 @@ def test_threads_that_share_an_optimizer_take_turns():
         thread.join()
     for _ in range(40):
         alone.apply_gradients(expected)
+    assert_moved(expected[0][1], start)
     assert shared.iterations == 40
     for (_, w), (_, e) in zip(pairs, expected, strict=True):
         np.testing.assert_array_equal(bits(w), bits(e))

@@ -6,7 +6,7 @@ import fastadam
 import numpy as np
 import pytest
 from cases import bits
-from helpers import assert_close, pairs_of, trained_on_pairs
+from helpers import assert_close, assert_moved, pairs_of, trained_on_pairs
 
 F32 = np.float32
 
@@ -49,11 +49,13 @@ def test_training_resumes_to_the_bit_from_weights_set_before_the_first_step(amsg
     second.build([w for _, w in copies])
     second.set_weights(first.get_weights())
     assert second.iterations == 3
+    before = [c.copy() for _, c in copies]
     for _ in range(3):
         first.apply_gradients(pairs)
         second.apply_gradients(copies)
-    for (_, w), (_, c) in zip(pairs, copies, strict=True):
+    for (_, w), (_, c), b in zip(pairs, copies, before, strict=True):
         np.testing.assert_array_equal(bits(w), bits(c))
+        assert_moved(c, b)
 
 
 def test_build_creates_slots_once():

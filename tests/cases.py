@@ -186,3 +186,32 @@ NEAR_CASES = [
     *(Case(f"schedule_{i}", ((33,),), 60, {"learning_rate": schedule, "decay": 0.01 * (i % 2)})
       for i, schedule in enumerate(SCHEDULES)),
 ]  # fmt: skip
+# Trajectories that stop half way: the golden file has TensorFlow's `get_weights()` there, and the variables there and at
+# the end.
+RESUME_CASES = [
+    Case("resume", ((3, 5), (), (129,), (0, 4)), 12, {"learning_rate": 0.01}),
+    Case("resume_amsgrad", ((3, 5), (), (129,), (0, 4)), 12,
+         {"learning_rate": 0.01, "amsgrad": True, "beta_2": 0.9, "decay": 0.02}),
+]  # fmt: skip
+# What Keras 3 was asked for: its variables half way, and the model's there and at the end. float32 holds these betas and
+# 1 - beta, so that Keras and TF multiply by the same numbers; "keras3_defaults" has others.
+KERAS3 = Path(__file__).parent / "data" / "keras3_adam.npz"
+KERAS3_FILE = KERAS3.with_suffix(".weights.h5")
+_BINARY = {"learning_rate": 0.015625, "beta_1": 0.875, "beta_2": 0.96875}
+_RATES = ("ExponentialDecay", {"initial_learning_rate": 0.0625, "decay_steps": 4, "decay_rate": 0.5, "staircase": True})
+KERAS3_CASES = [
+    Case(f"keras3_{name}", ((3, 5), (7,), ()), 8, options)
+    for name, options in {
+        "plain": _BINARY,
+        "amsgrad_ema": {
+            **_BINARY,
+            "amsgrad": True,
+            "use_ema": True,
+            "ema_momentum": 0.75,
+            "ema_overwrite_frequency": 4,
+        },
+        "decayed_schedule": {**_BINARY, "learning_rate": _RATES, "weight_decay": 0.125},
+        "accumulated": {**_BINARY, "gradient_accumulation_steps": 4},
+        "defaults": {"learning_rate": 0.015625, "amsgrad": True},
+    }.items()
+]

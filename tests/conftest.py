@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import fastadam
 import pytest
-from helpers import NUMPY_OF, Provider, Snapshot
+from helpers import Snapshot
+from providers import NAMES, Provider
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def isa(request):
     return request.param
 
 
-@pytest.fixture(params=NUMPY_OF)
+@pytest.fixture(params=NAMES)
 def provider(request):
     return Provider(request.param)
 

@@ -1,9 +1,8 @@
-"""What several test files need of fastadam itself: trained optimizers, comparisons, providers of gradients."""
+"""What several test files need of fastadam itself: trained optimizers, comparisons, what is stored."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 import os
 import re
 import subprocess
@@ -23,7 +22,6 @@ OPTIONS = {
     "clipped": {"clipvalue": 0.2, "clipnorm": 0.3, "decay": 0.01},
 }
 DTYPES = ["float16", "float32", "float64"]
-NUMPY_OF = {"autograd": "autograd.numpy", "jax": "jax.numpy", "torch": "torch"}
 
 
 def run_python(code, **environment):
@@ -49,6 +47,20 @@ def assert_moved(after, before):
     """Most elements: the gradient of the others may be zero, or too small to be seen."""
     assert np.isfinite(after).all()
     assert (after != before).mean() > 0.75
+
+
+def first_step_gradients(gradients, **options):
+    """What the step sees: with beta_1 = 0 the first moment is the clipped gradient."""
+    variables = [np.zeros(np.shape(g), np.asarray(g).dtype) for g in gradients]
+    optimizer = fastadam.Adam(beta_1=0.0, **options)
+    optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    return [optimizer.get_slot(w, "m") for w in variables]
+
+
+def listed(golden, name, part):
+    """The arrays of one part of a case, by their places."""
+    keys = [f"{name}/{part}/{i}" for i in range(len(golden))]
+    return [golden[key].copy() for key in keys if key in golden]
 
 
 def pairs_of(*shapes, dtype=F32):
@@ -159,15 +171,3 @@ class Snapshot:
             for b, a in zip(before, after, strict=True):
                 np.testing.assert_array_equal(b, a)
         assert self.before[3] == self.state()[3]
-
-
-class Provider:
-    """A provider's name, its functions by NumPy's names, and its constants."""
-
-    def __init__(self, name):
-        pytest.importorskip(name)
-        self.name = name
-        self.np = importlib.import_module(NUMPY_OF[name])
-
-    def __call__(self, array):
-        return self.np.from_numpy(array) if self.name == "torch" else array

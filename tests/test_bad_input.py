@@ -113,8 +113,6 @@ def test_a_bad_gradient_of_a_known_variable_changes_nothing(kind):
         ([(GRADIENT,)], ValueError, "grads_and_vars[0]: 1 items, expected a (gradient, variable) pair"),
         ([(GRADIENT, np.ones(5, F32), 1)], ValueError, "grads_and_vars[0]: 3 items, expected a (gradient, variable) pair"),
         ("ab", TypeError, "grads_and_vars[0]: str, expected a (gradient, variable) pair"),
-        ([(None, np.ones(5, F32)), (None, fastadam.Variable([1.0], name="w"))], ValueError,
-         "No gradients provided for any variable: ['vars[0]', 'w']."),
     ],
 )  # fmt: skip
 def test_what_is_not_pairs_changes_nothing(pairs, error, message, snapshot):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 
@@ -11,17 +10,9 @@ import numpy as np
 import pytest
 from cases import GOLDEN, NEAR_CASES, aligned, bits, random_array
 from fastadam import schedules
-from helpers import assert_moved
+from helpers import assert_moved, first_step_gradients
 
 F32 = np.float32
-
-
-def first_step_gradients(gradients, **options):
-    """What the step sees: with beta_1 = 0 the first moment is the clipped gradient."""
-    variables = [np.zeros(np.shape(g), np.asarray(g).dtype) for g in gradients]
-    optimizer = fastadam.Adam(beta_1=0.0, **options)
-    optimizer.apply_gradients(zip(gradients, variables, strict=True))
-    return [optimizer.get_slot(w, "m") for w in variables]
 
 
 @pytest.mark.parametrize("case", NEAR_CASES, ids=str)
@@ -47,25 +38,6 @@ def test_trajectory_is_near_that_of_tensorflow(case):
         assert (np.abs(w - stored[f"{case.name}/{i}"]) <= tolerance).all()
     for i, slot in enumerate(optimizer.weights[1:], start=len(variables)):
         np.testing.assert_allclose(slot, stored[f"{case.name}/{i}"], rtol=2e-5, atol=1e-7 * np.abs(slot).max(initial=0))
-
-
-def test_grad_clip_value():
-    """testGradClipValue."""
-    (m,) = first_step_gradients([np.array([3.0, -4.0, 0.5])], clipvalue=1.0)
-    assert m.tolist() == [1.0, -1.0, 0.5]
-
-
-def test_grad_clip_norm_is_per_tensor():
-    """testGradClipNorm."""
-    a, b = first_step_gradients([np.array([3.0, 4.0]), np.array([0.3])], clipnorm=1.0)
-    np.testing.assert_allclose(a, [0.6, 0.8], rtol=1e-15)
-    assert b.tolist() == [0.3]
-
-
-def test_grad_global_clip_norm():
-    """testGradGlobalClipNorm: 3 and 4 with 2.0 give 1.2 and 1.6."""
-    a, b = first_step_gradients([np.array([3.0]), np.array([4.0])], global_clipnorm=2.0)
-    np.testing.assert_allclose([a[0], b[0]], [1.2, 1.6], rtol=1e-15)
 
 
 def test_clipvalue_comes_before_the_norms():
@@ -178,26 +150,6 @@ def test_clipped_steps_have_the_same_bits_for_any_isa_and_thread_count(threads, 
     }
     for m, g in zip(actual[2:], clipped[name], strict=True):
         np.testing.assert_allclose(m, g, rtol=1e-6)  # the factor is rounded to float32 from another sum
-
-
-def test_bounds_are_attributes_and_in_the_config():
-    """testConfigWithCliping, testInvalidClipNorm."""
-    optimizer = fastadam.Adam(clipnorm=2, clipvalue=0.5)
-    assert (optimizer.clipnorm, optimizer.clipvalue, optimizer.global_clipnorm) == (2.0, 0.5, None)
-    config = json.loads(json.dumps(optimizer.get_config()))
-    assert list(config)[:3] == ["name", "clipnorm", "clipvalue"]
-    assert fastadam.Adam.from_config(config).get_config() == config
-    assert "global_clipnorm" not in config
-    assert fastadam.Adam(global_clipnorm=1.0).get_config()["global_clipnorm"] == 1.0
-    with pytest.raises(ValueError, match=re.escape("Cannot accept both `clipnorm` and `global_clipnorm`")):
-        fastadam.Adam(clipnorm=1.0, global_clipnorm=1.0)
-    with pytest.raises(ValueError, match="Cannot accept both"):
-        optimizer.global_clipnorm = 1.0
-    assert optimizer.global_clipnorm is None
-    optimizer.clipnorm = None
-    optimizer.global_clipnorm = 1.0
-    with pytest.raises(ValueError, match="Expected clipnorm >= 0, received: -1"):
-        fastadam.Adam(clipnorm=-1)
 
 
 def test_adam_step_clips_too():

@@ -7,8 +7,9 @@ import re
 import fastadam
 import numpy as np
 import pytest
-from cases import bits, random_array
+from cases import GOLDEN, RESUME_CASES, bits, random_array
 from fastadam import exchange
+from helpers import listed
 
 F32 = np.float32
 SHAPES = ((3,), (2, 2), ())
@@ -30,14 +31,84 @@ def trained(**options):
 def test_keras_lists_round_trip_to_the_bit(amsgrad):
     optimizer, variables = trained(amsgrad=amsgrad)
     weights = exchange.to_keras_weights(optimizer, variables)
-    for mine, listed in zip(optimizer.get_weights(), weights, strict=True):
-        np.testing.assert_array_equal(mine, listed)
+    for mine, other in zip(optimizer.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(mine, other)
     again, others = fastadam.Adam(0.1, amsgrad=amsgrad), [w.copy() for w in variables]
     exchange.from_keras_weights(again, weights, others)
     optimizer.apply_gradients(zip(make(9), variables, strict=True))
     again.apply_gradients(zip(make(9), others, strict=True))
     for a, b in zip(variables, others, strict=True):
         np.testing.assert_array_equal(bits(a), bits(b))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("by", ["set_weights", "from_keras_weights"])
+@pytest.mark.parametrize("case", RESUME_CASES, ids=str)
+def test_a_list_of_tensorflow_goes_on_with_its_bits(golden, case, by):
+    weights, variables = listed(golden, case.name, "weights"), listed(golden, case.name, "variables")
+    optimizer = fastadam.Adam(**case.options)
+    if by == "set_weights":
+        optimizer.build(variables)
+        optimizer.set_weights(weights)
+    else:
+        exchange.from_keras_weights(optimizer, weights, variables)
+    again = exchange.to_keras_weights(optimizer, variables)
+    assert [np.asarray(a).dtype for a in again] == [w.dtype for w in weights]
+    for a, b in zip(again, weights, strict=True):
+        np.testing.assert_array_equal(bits(np.asarray(a)), bits(b))
+    for step in case.arrays()[1][case.steps // 2 :]:
+        optimizer.apply_gradients(zip(step, variables, strict=True))
+    for a, b in zip(variables, listed(golden, case.name, "after"), strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("case", RESUME_CASES, ids=str)
+def test_the_list_half_way_is_the_one_of_tensorflow(golden, case):
+    variables, gradients = case.arrays()
+    optimizer = fastadam.Adam(**case.options)
+    for step in gradients[: case.steps // 2]:
+        optimizer.apply_gradients(zip(step, variables, strict=True))
+    found = exchange.to_keras_weights(optimizer, variables)
+    for a, b in zip(found, listed(golden, case.name, "weights"), strict=True):
+        np.testing.assert_array_equal(bits(np.asarray(a)), bits(b))
+
+
+def test_averages_that_a_list_has_no_place_for_are_refused():
+    optimizer, variables = trained(use_ema=True)
+    with pytest.raises(ValueError, match="use_ema=True, expected False: the list of tf.keras legacy has no place"):
+        exchange.to_keras_weights(optimizer, variables)
+
+
+def test_what_cannot_be_assigned_changes_nothing():
+    optimizer, variables = trained()
+    before = optimizer.get_weights()
+    count = len(variables)
+    for name, at in (("m", 1), ("v", count + 1)):
+        weights = [*before[:at], np.full(SHAPES[0], 1e300), *before[at + 1 :]]
+        with pytest.raises(ValueError, match=re.escape(f"{name}[0]: numbers that float32 cannot hold")):
+            exchange.from_keras_weights(optimizer, weights, variables)
+    with pytest.raises(ValueError, match=re.escape("variables[1]: the same as variables[0]")):
+        exchange.from_keras_weights(optimizer, before[:1] + [before[1]] * 4, [variables[0]] * 2)
+    optimizer.get_slot(variables[2], "v").flags.writeable = False
+    with pytest.raises(ValueError, match=re.escape("slot v of variables[2]: was made read-only")):
+        exchange.from_keras_weights(optimizer, [9, *(a + 1 for a in before[1:])], variables)
+    for a, b in zip(before, optimizer.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_slots_may_be_exchanged_among_variables():
+    optimizer, variables = fastadam.Adam(0.1), [np.zeros(2, F32), np.ones(2, F32)]
+    optimizer.apply_gradients(zip([np.ones(2, F32), np.full(2, 2, F32)], variables, strict=True))
+    live = optimizer.weights
+    before = optimizer.get_weights()
+    exchange.from_keras_weights(optimizer, [1, live[2], live[1], live[4], live[3]], variables)
+    for a, b in zip(optimizer.get_weights()[1:], [before[i] for i in (2, 1, 4, 3)], strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_keras_lists_of_another_model_change_nothing():
@@ -107,6 +178,9 @@ def test_what_pytorch_means_otherwise_is_refused():
         exchange.from_torch_state_dict(optimizer, good, variables, epsilon=0)
     with pytest.raises(ValueError, match=re.escape("state_dict: 3 parameters with state, expected 2")):
         exchange.from_torch_state_dict(optimizer, good, variables[:2], epsilon=1e-8)
+    absent = {**good, "state": {i: state for i, state in good["state"].items() if i != 1}}
+    with pytest.raises(ValueError, match=re.escape("state_dict: no state of parameters [1]")):
+        exchange.from_torch_state_dict(optimizer, absent, variables, epsilon=1e-8)
     for options in ({"weight_decay": 0.1}, {"maximize": True}):
         with pytest.raises(ValueError, match=f"state_dict: .*{next(iter(options))}"):
             exchange.from_torch_state_dict(

@@ -150,19 +150,6 @@ def test_a_loss_that_is_a_variable_itself(provider):
     assert found.tolist() == [1.0, 1.0]
 
 
-def test_precomputed_gradient_of_tf(provider):
-    """TF's optimizer_v2_test.testPrecomputedGradient: the gradients of 5 * a + 3 * b with grad_loss (42, -42)."""
-    a, b = fastadam.Variable([1.0, 2.0]), fastadam.Variable([3.0, 4.0])
-    loss = lambda: 5 * a.value + 3 * b.value  # noqa: E731
-    optimizer = fastadam.Adam()
-    found = optimizer.get_gradients(loss, [a, b], grad_loss=[42, -42], gradient=provider.name)
-    assert [g.tolist() for g in found] == [[210.0, -210.0], [126.0, -126.0]]
-    found = optimizer.get_gradients(loss, [a, b], gradient=provider.name)
-    assert [g.tolist() for g in found] == [[5.0, 5.0], [3.0, 3.0]]
-    optimizer.minimize(loss, [a, b], np.array([42.0, -42.0]), gradient=provider.name)
-    np.testing.assert_allclose(optimizer.get_slot(a, "m"), [21, -21], rtol=1e-6)
-
-
 def test_grad_loss_is_not_written_to_nor_kept(provider):
     w, upstream = fastadam.Variable([1.0, 2.0]), np.float32([3.0, 4.0])
     (found,) = fastadam.Adam().get_gradients(lambda: w.value, w, grad_loss=upstream, gradient=provider.name)

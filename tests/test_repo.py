@@ -17,9 +17,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 DOCUMENTS = ["README.md", "csrc/README.md", "bench/README.md", ".github/CONTRIBUTING.md"]
+NO_EXAMPLES = ("_cpu", "__main__")
 MODULES = [
     "fastadam",
-    *(f"fastadam.{m.name}" for m in pkgutil.iter_modules(fastadam.__path__) if m.name not in ("_cpu", "__main__")),
+    *(
+        m.name
+        for m in pkgutil.walk_packages(fastadam.__path__, "fastadam.")
+        if m.name.split(".")[-1] not in NO_EXAMPLES
+    ),
 ]
 
 
@@ -36,6 +41,13 @@ def test_readme_has_two_set_up_commands():
     commands = [line.strip() for line in README.splitlines() if line.startswith("    python3 -m venv")]
     assert [("demo" in c, "pytest" in c) for c in commands] == [(True, False), (False, True)]
     assert "grep -E '^    python3 -m venv .*pytest' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_readme_names_every_public_attribute_and_argument_of_the_optimizers():
+    names = {name for name in dir(fastadam.Adam) if not name.startswith("_")}
+    names |= set(inspect.signature(fastadam.AdamW).parameters) - {"kwargs"}
+    names |= {name for name in fastadam.schedules.__all__ if name != "plot"}
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", README)] == []
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -7,7 +7,7 @@ import importlib
 import fastadam
 import numpy as np
 import pytest
-from helpers import Provider
+from providers import Provider
 
 
 def test_operators_outside_a_loss_are_those_of_the_array():

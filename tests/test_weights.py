@@ -11,27 +11,6 @@ from helpers import assert_close, assert_moved, pairs_of, trained_on_pairs
 F32 = np.float32
 
 
-def test_weights_come_in_the_order_of_tf():
-    (ga, a), (gb, b), (gc, c) = pairs_of((3,), (2, 2), (4,))
-    optimizer = fastadam.Adam(amsgrad=True)
-    optimizer.apply_gradients([(ga, a), (gb, b)])
-    optimizer.apply_gradients([(ga, a), (gb, b), (gc, c)])
-    expected = [optimizer.get_slot(x, name) for x, name in
-                [(a, "m"), (b, "m"), (a, "v"), (b, "v"), (a, "vhat"), (b, "vhat"), (c, "m"), (c, "v"), (c, "vhat")]]  # fmt: skip
-    weights = optimizer.weights
-    assert int(weights[0]) == 2
-    assert weights[0].dtype == np.int64
-    assert all(x is y for x, y in zip(weights[1:], expected, strict=True))
-    assert all(x is y for x, y in zip(optimizer.variables(), weights, strict=True))
-    assert optimizer.get_slot_names() == ["m", "v", "vhat"]
-
-
-def test_two_variables_have_five_distinct_weights():
-    """TF's testSlotsUniqueEager."""
-    optimizer, _ = trained_on_pairs()
-    assert len({id(w) for w in optimizer.weights}) == 5
-
-
 def test_weights_are_live_and_get_weights_copies():
     optimizer, pairs = trained_on_pairs()
     live, copied = optimizer.weights[1], optimizer.get_weights()[1]
@@ -91,23 +70,6 @@ def test_the_list_of_a_keras_1_adam_is_accepted_but_no_amsgrad_state_is_dropped(
     with_vhat, _ = trained_on_pairs(amsgrad=True)
     with pytest.raises(ValueError, match="length 7, but the optimizer was expecting 5"):
         optimizer.set_weights(with_vhat.get_weights())
-
-
-def test_a_length_one_list_is_harmless_before_the_first_step():
-    """TF's testSetWeightsFromV1AdamWithoutMinimize."""
-    optimizer = fastadam.Adam()
-    optimizer.set_weights([np.int64(0)])
-    assert optimizer.iterations == 0
-
-
-def test_iterations_can_be_set_and_the_next_step_uses_them():
-    (g, w), = pairs_of((5,), dtype=np.float64)  # fmt: skip
-    expected, *_ = fastadam.reference.adam_step(w, g, np.zeros(5), np.zeros(5), step=6, learning_rate=0.1)
-    optimizer = fastadam.Adam(0.1)
-    optimizer.iterations = 5
-    assert optimizer.apply_gradients([(g, w)]) == 6
-    assert isinstance(optimizer.iterations, np.int64)
-    assert_close(w, expected)
 
 
 def test_an_amsgrad_flag_set_later_creates_vhat_at_the_end():

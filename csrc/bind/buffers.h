@@ -209,6 +209,7 @@ inline bool is_true(const py::object& object, const char* method) {
 
 // Memory that an object of another library exports.
 inline std::optional<Buffer> read_exported(py::object object, const Label& label) {
+  if (py::hasattr(object, "is_sparse") && py::bool_(object.attr("is_sparse"))) return std::nullopt;
   if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
     if (is_true(object, "is_neg")) throw py::value_error(label() + ": tensor with the negative bit; resolve it first");
     // A torch tensor that requires gradients refuses to be exported; detached it is the same memory.

@@ -18,7 +18,9 @@ namespace py = pybind11;
 namespace cpu = fastadam::cpu;
 
 struct CpuBackend {
+  static void index_rows(fastadam::IndexArgs& args) { cpu::index_rows(args); }
   static void run_step(const fastadam::StepArgs& step) { cpu::run_step(step); }
+  static void run_accumulate(const fastadam::AccumulateArgs& args) { cpu::run_accumulate(args); }
   static void run_norm(const fastadam::NormArgs& args) { cpu::run_norm(args); }
 };
 

@@ -2,6 +2,7 @@
 // The working memory of norm clipping: block sums of the gradients of a step, and the factors that follow from them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -13,14 +14,21 @@ namespace fastadam::bind {
 
 class Norms {
  public:
-  void resize(const std::vector<TensorArgs>& tensors, double clip_value) {
+  void resize(const std::vector<TensorArgs>& tensors, double clip_value, bool require_finite = false) {
     block_offsets_.assign(1, 0);
-    for (const TensorArgs& tensor : tensors) block_offsets_.push_back(block_offsets_.back() + norm_blocks(tensor.size));
+    for (const TensorArgs& tensor : tensors)
+      block_offsets_.push_back(block_offsets_.back() + norm_blocks(tensor.grad_size));
     sums_.resize(static_cast<size_t>(block_offsets_.back()));
-    args_ = {tensors.data(), block_offsets_.data(), static_cast<int64_t>(tensors.size()), clip_value, sums_.data()};
+    args_ = {tensors.data(), block_offsets_.data(), static_cast<int64_t>(tensors.size()),
+             clip_value,     require_finite,        sums_.data()};
   }
 
   const NormArgs& args() const { return args_; }
+
+  // Whether every gradient was, where that was required.
+  bool all_finite() const {
+    return std::none_of(sums_.begin(), sums_.end(), [](double sum) { return std::isnan(sum); });
+  }
 
   // Sum of squares of one gradient, once the blocks are there; overwrites them.
   double sum_squares(size_t tensor) {

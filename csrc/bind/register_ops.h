@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The m.def lines, once for every backend: python/fastadam/_cpu.pyi says what they do.
-// A Backend has `static void run_step(const StepArgs&)` and `static void run_norm(const NormArgs&)`.
+// A Backend has static functions index_rows(IndexArgs&), run_step(const StepArgs&), run_accumulate(const
+// AccumulateArgs&) and run_norm(const NormArgs&).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -52,8 +53,8 @@ std::vector<double> sums_of_squares(const py::list& objects) {
     }
     TensorArgs tensor{};
     tensor.grad = b->data;
-    tensor.size = b->size;
-    tensor.dtype = *b->dtype;
+    tensor.grad_size = b->size;
+    tensor.dtype = tensor.grad_dtype = *b->dtype;
     tensors.push_back(tensor);
     buffers.push_back(*std::move(b));
   }
@@ -70,39 +71,64 @@ std::vector<double> sums_of_squares(const py::list& objects) {
 }
 
 // StepHyper of python/fastadam/hyper.py, a tuple in the order of AdamHyper.
-using HyperTuple =
-    std::tuple<int64_t, double, double, double, double, double, double, double, double, double, double, double, bool>;
+using HyperTuple = std::tuple<int64_t, double, double, double, double, double, double, double, double, double, double,
+                              double, bool, bool>;
 
 struct MakeHyper : AdamHyper {
   template <class... Fields>
   explicit MakeHyper(Fields... fields) : AdamHyper{fields...} {}
 };
 
+// A writable int64 scalar array, or None.
+using Counter = std::optional<py::array_t<int64_t>>;
+
+inline int64_t* place_of(Counter& counter) { return counter ? counter->mutable_data() : nullptr; }
+
 template <class Backend>
 void register_ops(py::module_& m) {
   register_buffer(m);
   m.def("sums_of_squares", &sums_of_squares<Backend>, py::arg("arrays"));
+  const auto numbers = [](const HyperTuple& hyper) -> AdamHyper { return std::make_from_tuple<MakeHyper>(hyper); };
+  py::class_<Slices>(m, "Slices")
+      .def(py::init<py::object, py::object>(), py::arg("values"), py::arg("indices"))
+      .def_readonly("values", &Slices::values)
+      .def_readonly("indices", &Slices::indices);
   py::class_<Plan>(m, "Plan")
-      .def(py::init<std::vector<Buffer>, const py::list&, const py::list&, const py::object&, const py::object&,
-                    const std::vector<bool>&, std::vector<int64_t>>(),
-           py::arg("variables"), py::arg("m"), py::arg("v"), py::arg("vhat"), py::arg("average"), py::arg("decays"),
-           py::arg("positions"))
-      .def("matches", &Plan::matches, py::arg("objects"), py::arg("positions"))
+      .def(py::init([](std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
+                       std::vector<int64_t> positions, bool lazy) {
+             return Plan(TensorSet(std::move(variables), slots, decays, std::move(positions), lazy));
+           }),
+           py::arg("variables"), py::arg("slots"), py::arg("decays"), py::arg("positions"), py::arg("lazy"))
+      .def_property_readonly("all_finite", &Plan::all_finite)
+      .def(
+          "matches",
+          [](const Plan& plan, const py::list& objects, const std::vector<int64_t>& positions) {
+            return plan.set().matches(objects, positions);
+          },
+          py::arg("objects"), py::arg("positions"))
       .def("check", &Plan::check, py::arg("gradients"))
       .def(
           "check_numbers",
-          [](Plan& plan, const HyperTuple& hyper, const std::vector<double>& grad_factors) {
-            plan.check_numbers(std::make_from_tuple<MakeHyper>(hyper), grad_factors);
+          [numbers](Plan& plan, const HyperTuple& hyper, const std::vector<double>& grad_factors) {
+            plan.check_numbers(numbers(hyper), grad_factors);
           },
           py::arg("hyper"), py::arg("grad_factors"))
       .def(
           "step",
-          [](Plan& plan, const py::list& gradients, const HyperTuple& hyper, const std::vector<double>& grad_factors,
-             std::optional<py::array_t<int64_t>> counter) {
-            const auto numbers = std::make_from_tuple<MakeHyper>(hyper);
-            return plan.step<Backend>(gradients, numbers, grad_factors, std::move(counter));
+          [numbers](Plan& plan, const py::list& gradients, const HyperTuple& hyper,
+                    const std::vector<double>& grad_factors, Counter counter) {
+            return plan.step<Backend>(gradients, numbers(hyper), grad_factors, place_of(counter));
           },
-          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter").noconvert());
+          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter").noconvert())
+      .def(
+          "accumulate",
+          [numbers](Plan& plan, const py::list& gradients, double scale, bool require_finite, bool restart,
+                    Plan* update, const HyperTuple& hyper, Counter counter) {
+            return plan.accumulate<Backend>(gradients, scale, require_finite, restart, update, numbers(hyper),
+                                            place_of(counter));
+          },
+          py::arg("gradients"), py::arg("scale"), py::arg("require_finite"), py::arg("restart"), py::arg("update"),
+          py::arg("hyper"), py::arg("counter").noconvert());
 }
 
 }  // namespace fastadam::bind

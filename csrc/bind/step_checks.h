@@ -25,7 +25,7 @@ StepScalars<T> usable_scalars(const AdamHyper& hyper) {
     refuse("epsilon: so small that it is flushed to zero", sizeof(T) == 4 ? "at least 1.2e-38" : "at least 2.3e-308");
   }
   if (!std::isfinite(scalars.epsilon)) refuse("epsilon: infinite", "a finite number");
-  if (!std::isfinite(scalars.alpha)) {
+  if (!std::isfinite(scalars.alpha) || !std::isfinite(scalars.row_alpha)) {
     refuse("learning_rate: with this decay the step size is not finite", "a finite step size");
   }
   if (!std::isfinite(scalars.keep)) refuse("weight_decay: infinite", "a finite number");

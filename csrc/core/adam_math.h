@@ -20,20 +20,39 @@ FASTADAM_INLINE T transform_gradient(T g, T clip_value, T factor) {
   return g * factor;
 }
 
-// One element. `keep` is 1 without weight decay, and then changes nothing. `vhat` is read and written by AMSGrad only;
-// its max keeps the old value against a NaN, as TF's does.
+// Moves one variable along its moments. `keep` is 1 without weight decay, and then changes nothing. `vhat` is read and
+// written by AMSGrad only; its max keeps the old value against a NaN, as TF's does.
 template <bool kAmsgrad, class T>
-FASTADAM_INLINE void adam_update(T& var, T g, T& m, T& v, T& vhat, T keep, const StepScalars<T>& s) {
+FASTADAM_INLINE void adam_move(T& var, T m, T v, T& vhat, T keep, T alpha, T epsilon) {
   using std::sqrt;
-  m += (g - m) * s.one_minus_beta_1;
-  v += (g * g - v) * s.one_minus_beta_2;
   T second_moment = v;
   if constexpr (kAmsgrad) {
     vhat += T(0);  // flushes a denormal; else it would depend on the instruction that compares
     vhat = v > vhat ? v : vhat;
     second_moment = vhat;
   }
-  var = var * keep - (m * s.alpha) / (sqrt(second_moment) + s.epsilon);
+  var = var * keep - (m * alpha) / (sqrt(second_moment) + epsilon);
+}
+
+// One element of a dense gradient.
+template <bool kAmsgrad, class T>
+FASTADAM_INLINE void adam_update(T& var, T g, T& m, T& v, T& vhat, T keep, const StepScalars<T>& s) {
+  m += (g - m) * s.one_minus_beta_1;
+  v += (g * g - v) * s.one_minus_beta_2;
+  adam_move<kAmsgrad>(var, m, v, vhat, keep, s.alpha, s.epsilon);
+}
+
+// One element of a row that IndexedSlices touch, and of one that they do not: TF's other order of operations. A zero
+// gradient is not added, or a moment that has decayed to -0 would become +0.
+template <bool kAmsgrad, bool kTouched, class T>
+FASTADAM_INLINE void adam_update_row(T& var, T g, T& m, T& v, T& vhat, T keep, const StepScalars<T>& s) {
+  m *= s.beta_1;
+  v *= s.beta_2;
+  if constexpr (kTouched) {
+    m += g * s.one_minus_beta_1;
+    v += (g * g) * s.one_minus_beta_2;
+  }
+  adam_move<kAmsgrad>(var, m, v, vhat, keep, s.row_alpha, s.epsilon);
 }
 
 // Exponential moving average of a variable (Keras 3's order of operations).

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "dtypes.h"
+#include "step_args.h"
 
 namespace fastadam {
 
@@ -31,6 +32,21 @@ FASTADAM_INLINE int64_t find_variable(const int64_t* offsets, int64_t count, int
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
     (offsets[middle] <= element ? low : high) = middle;
+  }
+  return low;
+}
+
+// Place in rows.rows of the first that is not before `row`.
+FASTADAM_INLINE int64_t first_row_from(const Rows& rows, int64_t row) {
+  int64_t low = 0;
+  int64_t high = rows.count;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (rows.rows[middle] < row) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
   }
   return low;
 }

@@ -9,9 +9,18 @@
 
 namespace fastadam {
 
+// What IndexedSlices touch: unique rows in ascending order, and where the values of each lie, in order of occurrence.
+struct Rows {
+  const int64_t* rows;
+  const int64_t* starts;  // starts[k]: first occurrence of rows[k] in `order`; starts[count]: all of them
+  const int64_t* order;   // places among the values
+  int64_t count;
+  int64_t width;  // elements of a row
+};
+
 struct TensorArgs {
   void* var;
-  const void* grad;
+  const void* grad;  // dense, or the values of IndexedSlices
   void* m;
   void* v;
   void* vhat;  // null without AMSGrad
@@ -19,8 +28,34 @@ struct TensorArgs {
   int64_t next;        // the next gradient of the same variable, applied after this one; -1: none
   double grad_factor;  // multiplies the gradient after the value clip
   DType dtype;
-  bool decays;    // weight decay applies
-  void* average;  // moving average of the variable, of its state dtype, or null
+  DType grad_dtype;   // dtype, or its state dtype
+  bool decays;        // weight decay applies
+  void* average;      // moving average of the variable, of its state dtype, or null
+  void* accumulator;  // sum of gradients, of the state dtype, or null
+  const Rows* rows;   // of IndexedSlices, or null
+  int64_t grad_size;  // elements of `grad`
+};
+
+// All gradients of a step: those of one variable are chained.
+struct Chains {
+  const TensorArgs* tensors;
+  const int64_t* heads;    // tensors[heads[k]]: the first gradient of variable k
+  const int64_t* offsets;  // offsets[k]: elements before variable k; offsets[count]: all of them
+  int64_t count;
+};
+
+// Indices to be sorted into Rows, with the memory for it, of `count` elements each.
+struct IndexArgs {
+  const void* indices;
+  bool is_int64;  // else int32
+  int64_t count;
+  int64_t row_count;  // of the variable
+  int64_t* keys;      // becomes the unique rows
+  int64_t* order;
+  int64_t* spare_keys;  // becomes `starts`, with one element more
+  int64_t* spare_order;
+  int64_t unique;  // result
+  int64_t bad;     // result: the first index outside [0, row_count), or -1
 };
 
 // Sums of squares of the gradients, block by block (norm.h).
@@ -28,21 +63,26 @@ struct NormArgs {
   const TensorArgs* tensors;
   const int64_t* block_offsets;  // block_offsets[i]: blocks before tensor i; block_offsets[tensor_count]: all of them
   int64_t tensor_count;
-  double clip_value;  // applied first
-  double* sums;       // one for each block
+  double clip_value;    // applied first
+  bool require_finite;  // a block with an element that is not finite, before it is clipped, gives NaN
+  double* sums;         // one for each block
+};
+
+// Adds gradients, times grad_factor, to the accumulators.
+struct AccumulateArgs {
+  Chains chains;
+  bool restart;  // the accumulators count as zero
 };
 
 struct StepArgs {
-  const TensorArgs* tensors;
-  const int64_t* heads;    // tensors[heads[k]]: the first gradient of variable k
-  const int64_t* offsets;  // offsets[k]: elements before variable k; offsets[head_count]: all of them
-  int64_t head_count;
+  Chains chains;
   StepScalars<float> scalars_f32;
   StepScalars<double> scalars_f64;
   bool amsgrad;
   bool transform;  // some gradient has a factor or a value clip
   bool prefetch;   // the step does not fit in cache
   bool ema_overwrite;
+  bool lazy;  // IndexedSlices leave the rows alone that they do not touch
 };
 
 }  // namespace fastadam

@@ -23,6 +23,7 @@ struct AdamHyper {
   double weight_decay;      // decoupled: the variable shrinks by weight_decay * learning_rate first
   double ema_momentum;      // of the averages of the variables, where there are any
   bool ema_overwrite;       // this step ends with the averages in the variables
+  bool require_finite;      // a gradient with an element that is not finite: no step at all
 };
 
 // The value clip for gradients as they come, before gradient_scale.
@@ -30,7 +31,10 @@ inline double raw_clip_value(const AdamHyper& hyper) { return hyper.clip_value /
 
 template <class T>
 struct StepScalars {
-  T alpha;  // learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t)
+  T alpha;      // learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t)
+  T row_alpha;  // learning_rate * (sqrt(1 - beta_2^t) / (1 - beta_1^t)), for IndexedSlices
+  T beta_1;
+  T beta_2;
   T one_minus_beta_1;
   T one_minus_beta_2;
   T epsilon;
@@ -52,7 +56,12 @@ StepScalars<T> make_step_scalars(const AdamHyper& hyper) {
     learning_rate = learning_rate / (one + static_cast<T>(hyper.decay) * static_cast<T>(hyper.step - 1));
   }
   StepScalars<T> scalars;
-  scalars.alpha = learning_rate * std::sqrt(one - std::pow(beta_2, step)) / (one - std::pow(beta_1, step));
+  const T root = std::sqrt(one - std::pow(beta_2, step));
+  const T correction = one - std::pow(beta_1, step);
+  scalars.alpha = learning_rate * root / correction;
+  scalars.row_alpha = learning_rate * (root / correction);
+  scalars.beta_1 = beta_1;
+  scalars.beta_2 = beta_2;
   scalars.one_minus_beta_1 = one - beta_1;
   scalars.one_minus_beta_2 = one - beta_2;
   scalars.epsilon = static_cast<T>(hyper.epsilon);

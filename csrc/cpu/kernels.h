@@ -8,19 +8,37 @@
 
 namespace fastadam::cpu {
 
-// Updates elements [begin, end) of one variable. Never checks, allocates, prints or throws.
-using DenseKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end);
+// Updates elements [begin, end) of one variable; of the rows that it touches, one after the other, if only these move.
+// Never checks, allocates, prints or throws.
+using UpdateKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end);
+
+// Of one combination of dtypes: [amsgrad][transform].
+struct UpdateKernels {
+  UpdateKernel of[2][2];
+};
 
 // Sum of squares of `size` elements of a gradient from `begin` on, at most kNormBlock of them.
 using NormKernel = double (*)(const void* grad, int64_t begin, int64_t size, double clip_value);
 
 // Moves the average of elements [begin, end) towards the variable; with step.ema_overwrite the variable becomes it.
-using AverageKernel = DenseKernel;
+using AverageKernel = UpdateKernel;
+
+// Adds elements [begin, end) of a gradient to the accumulator; `restart`: to zeros instead.
+using AccumulateKernel = void (*)(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart);
+
+// The dtypes, then the half types with gradients of their state dtype.
+constexpr int kPairCount = kDTypeCount + 2;
+inline int pair_of(const TensorArgs& tensor) {
+  return static_cast<int>(tensor.dtype) + (tensor.grad_dtype == tensor.dtype ? 0 : kDTypeCount);
+}
 
 struct Kernels {
-  DenseKernel dense[kDTypeCount][2][2];  // [dtype][amsgrad][transform]
-  NormKernel norm[kDTypeCount];
+  UpdateKernels dense[kPairCount];
+  UpdateKernels all_rows[kPairCount];   // IndexedSlices, TF's rule: every row moves
+  UpdateKernels lazy_rows[kPairCount];  // only the rows move that are touched
+  NormKernel norm[kDTypeCount][2];      // [gradient's dtype][require_finite]
   AverageKernel average[kDTypeCount];
+  AccumulateKernel accumulate[kPairCount];
 };
 
 namespace baseline {

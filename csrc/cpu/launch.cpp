@@ -37,6 +37,16 @@ int cpus_allowed() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
+// Calls visit(chain, begin, end) for each piece of a block of the variables.
+template <class Visit>
+void for_each_chain(const Chains& chains, int64_t block, int64_t blocks, Visit visit) {
+  const auto place = [&chains](int64_t k) {
+    const TensorArgs& tensor = chains.tensors[chains.heads[k]];
+    return std::pair<uint64_t, int64_t>(reinterpret_cast<uintptr_t>(tensor.var), size_of(tensor.dtype));
+  };
+  for_each_piece(chains.offsets, chains.count, block, blocks, place, visit);
+}
+
 // A task is cut into `blocks` equal parts; run_block(i) does part i.
 struct StepTask {
   StepArgs step;
@@ -45,19 +55,35 @@ struct StepTask {
 
   void run_block(int64_t block) const {
     const FlushDenormals flush;
-    const auto place = [this](int64_t k) {
-      const TensorArgs& tensor = step.tensors[step.heads[k]];
-      return std::pair<uint64_t, int64_t>(reinterpret_cast<uintptr_t>(tensor.var), size_of(tensor.dtype));
-    };
-    const auto update = [this](int64_t k, int64_t begin, int64_t end) {
-      for (int64_t t = step.heads[k]; t >= 0; t = step.tensors[t].next) {
-        const TensorArgs& tensor = step.tensors[t];
-        kernels->dense[static_cast<int>(tensor.dtype)][step.amsgrad][step.transform](step, tensor, begin, end);
+    for_each_chain(step.chains, block, blocks, [this](int64_t k, int64_t begin, int64_t end) {
+      const TensorArgs* tensors = step.chains.tensors;
+      const int64_t head = step.chains.heads[k];
+      for (int64_t t = head; t >= 0; t = tensors[t].next) {
+        const UpdateKernels& update = tensors[t].rows == nullptr ? kernels->dense[pair_of(tensors[t])]
+                                      : step.lazy                ? kernels->lazy_rows[pair_of(tensors[t])]
+                                                                 : kernels->all_rows[pair_of(tensors[t])];
+        update.of[step.amsgrad][step.transform](step, tensors[t], begin, end);
       }
-      const TensorArgs& tensor = step.tensors[step.heads[k]];
-      if (tensor.average != nullptr) kernels->average[static_cast<int>(tensor.dtype)](step, tensor, begin, end);
-    };
-    for_each_piece(step.offsets, step.head_count, block, blocks, place, update);
+      if (tensors[head].average == nullptr) return;
+      kernels->average[static_cast<int>(tensors[head].dtype)](step, tensors[head], begin, end);
+    });
+  }
+};
+
+struct AccumulateTask {
+  AccumulateArgs args;
+  const Kernels* kernels;
+  int64_t blocks;
+
+  void run_block(int64_t block) const {
+    const FlushDenormals flush;
+    for_each_chain(args.chains, block, blocks, [this](int64_t k, int64_t begin, int64_t end) {
+      const TensorArgs* tensors = args.chains.tensors;
+      const int64_t head = args.chains.heads[k];
+      for (int64_t t = head; t >= 0; t = tensors[t].next) {
+        kernels->accumulate[pair_of(tensors[t])](tensors[t], begin, end, args.restart && t == head);
+      }
+    });
   }
 };
 
@@ -75,8 +101,9 @@ struct NormTask {
       while (args.block_offsets[t + 1] <= i) ++t;
       const TensorArgs& tensor = args.tensors[t];
       const int64_t begin = (i - args.block_offsets[t]) * kNormBlock;
-      const int64_t size = std::min(kNormBlock, tensor.size - begin);
-      args.sums[i] = kernels->norm[static_cast<int>(tensor.dtype)](tensor.grad, begin, size, args.clip_value);
+      const int64_t size = std::min(kNormBlock, tensor.grad_size - begin);
+      const NormKernel sum_squares = kernels->norm[static_cast<int>(tensor.grad_dtype)][args.require_finite];
+      args.sums[i] = sum_squares(tensor.grad, begin, size, args.clip_value);
     }
   }
 };
@@ -86,15 +113,10 @@ void run_task(Task& task, int64_t elements) {
   const int64_t useful_threads = elements / kMinElementsPerThread;
   // The affinity is a system call: asked for once, and only where it matters.
   const int shares = useful_threads <= 1 ? 1 : static_cast<int>(std::min<int64_t>(useful_threads, num_threads()));
-  if (shares == 1) return task.run_block(0);
   const int64_t per_share =
       std::min(kMaxBlocksPerShare, std::max<int64_t>(1, elements / shares / kMinElementsPerBlock));
-  task.blocks = shares * per_share;
-  const auto run_block = [](const void* context, int64_t block) {
-    static_cast<const Task*>(context)->run_block(block);
-  };
-  Job job(shares, per_share, run_block, &task);
-  run_job(job);
+  task.blocks = shares == 1 ? 1 : shares * per_share;
+  run_blocks(task, task.blocks, shares);
 }
 
 }  // namespace
@@ -109,10 +131,15 @@ int num_threads() {
 }
 
 void run_step(const StepArgs& step) {
-  const int64_t elements = step.offsets[step.head_count];
+  const int64_t elements = step.chains.offsets[step.chains.count];
   StepTask task{step, current_isa().kernels, 1};
   task.step.prefetch = elements >= kPrefetchElements;
   run_task(task, elements);
+}
+
+void run_accumulate(const AccumulateArgs& args) {
+  AccumulateTask task{args, current_isa().kernels, 1};
+  run_task(task, args.chains.offsets[args.chains.count]);
 }
 
 void run_norm(const NormArgs& args) {

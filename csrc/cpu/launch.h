@@ -6,8 +6,14 @@
 
 namespace fastadam::cpu {
 
+// Sorts the indices of IndexedSlices; writes nothing but what `args` points to.
+void index_rows(IndexArgs& args);
+
 // One parallel job for the whole step, equal shares of elements per thread; small steps stay on the caller's thread.
 void run_step(const StepArgs& step);
+
+// The same for gradients that are only added up.
+void run_accumulate(const AccumulateArgs& args);
 
 // Fills args.sums.
 void run_norm(const NormArgs& args);

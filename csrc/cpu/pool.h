@@ -40,4 +40,24 @@ class Job {
 // Runs every block of the job and returns when all are done. Called from two threads at once, one works alone.
 void run_job(Job& job);
 
+// task.run_block(i) for each i in [0, blocks), on at most `threads` threads.
+template <class Task>
+void run_blocks(const Task& task, int64_t blocks, int threads) {
+  struct Context {
+    const Task& task;
+    int64_t blocks;
+  };
+  const Context context{task, blocks};
+  const auto run_block = [](const void* given, int64_t block) {
+    const Context& c = *static_cast<const Context*>(given);
+    if (block < c.blocks) c.task.run_block(block);
+  };
+  if (threads == 1 || blocks == 1) {
+    for (int64_t block = 0; block < blocks; ++block) task.run_block(block);
+    return;
+  }
+  Job job(threads, (blocks + threads - 1) / threads, run_block, &context);
+  run_job(job);
+}
+
 }  // namespace fastadam::cpu

@@ -12,9 +12,11 @@ from fastadam import cuda, exchange, info, reference, schedules
 from fastadam._backend import _cpu
 from fastadam.clipping import global_norm
 from fastadam.info import isas, set_isa, set_num_threads, show_config
+from fastadam.loss_scale import LossScaleOptimizer
 from fastadam.minimize import set_gradient_provider
 from fastadam.ops import adam_step
 from fastadam.optimizer import Adam, AdamW
+from fastadam.slices import IndexedSlices
 from fastadam.variable import Variable
 
 __version__: str = _cpu.__version__
@@ -22,6 +24,8 @@ __version__: str = _cpu.__version__
 __all__ = [
     "Adam",
     "AdamW",
+    "IndexedSlices",
+    "LossScaleOptimizer",
     "Variable",
     "__version__",
     "adam_step",

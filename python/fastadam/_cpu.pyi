@@ -33,19 +33,23 @@ class Buffer:
     def is_current(self) -> bool: ...
     def array(self) -> npt.NDArray[Any]: ...
 
+class Slices:
+    """An IndexedSlices on its way to a plan."""
+
+    def __init__(self, values: Any, indices: Any) -> None: ...
+    @property
+    def values(self) -> Any: ...
+    @property
+    def indices(self) -> Any: ...
+
 class Plan:
     """A checked set of variables and state, ready to step."""
 
     def __init__(
-        self,
-        variables: list[Buffer],
-        m: list[Any],
-        v: list[Any],
-        vhat: list[Any] | None,
-        average: list[Any] | None,
-        decays: list[bool],
-        positions: list[int],
+        self, variables: list[Buffer], slots: dict[str, list[Any]], decays: list[bool], positions: list[int], lazy: bool
     ) -> None: ...
+    @property
+    def all_finite(self) -> bool: ...
     def matches(self, objects: list[Any], positions: list[int]) -> bool: ...
     def check(self, gradients: list[Any]) -> list[int]: ...
     def check_numbers(self, hyper: StepHyper, grad_factors: list[float]) -> None: ...
@@ -54,6 +58,16 @@ class Plan:
         gradients: list[Any],
         hyper: StepHyper,
         grad_factors: list[float],
+        counter: npt.NDArray[np.int64] | None,
+    ) -> list[int]: ...
+    def accumulate(
+        self,
+        gradients: list[Any],
+        scale: float,
+        require_finite: bool,
+        restart: bool,
+        update: Plan | None,
+        hyper: StepHyper,
         counter: npt.NDArray[np.int64] | None,
     ) -> list[int]: ...
 

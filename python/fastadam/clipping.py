@@ -10,6 +10,7 @@ import numpy as np
 
 from fastadam._backend import _cpu
 from fastadam.gradients import as_float_array
+from fastadam.slices import IndexedSlices
 from fastadam.variable import unwrap
 
 __all__ = ["global_norm"]
@@ -22,7 +23,7 @@ def global_norm(grads: Iterable[Any]) -> float:
     None entries are left out, as in TF; a NaN or an infinity in any gradient shows in the result.
 
     Args:
-        grads: Arrays of any real dtype and layout.
+        grads: Arrays of any real dtype and layout; of IndexedSlices the values as they are, as in TF.
 
     Raises:
         TypeError: A gradient does not hold real numbers.
@@ -33,8 +34,12 @@ def global_norm(grads: Iterable[Any]) -> float:
     >>> fastadam.global_norm([np.array([3.0, 0.0]), None, np.array([[4.0]])])
     5.0
     """
-    arrays = [_readable(unwrap(g), f"grads[{i}]") for i, g in enumerate(grads) if g is not None]
+    arrays = [_readable(_values(unwrap(g)), f"grads[{i}]") for i, g in enumerate(grads) if g is not None]
     return math.sqrt(sum(_cpu.sums_of_squares(arrays)))
+
+
+def _values(gradient: Any) -> Any:
+    return gradient.values if isinstance(gradient, IndexedSlices) else gradient
 
 
 def _readable(gradient: Any, label: str) -> Any:

@@ -1,7 +1,8 @@
-"""What Keras 3 added to the optimizer, by its names: weight decay, moving averages, a loss scale."""
+"""What Keras 3 added to the optimizer, by its names: weight decay, averages, a loss scale, accumulation."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,16 @@ from fastadam.gradients import float32_to_bfloat16
 from fastadam.slots import Key, key_of
 from fastadam.variable import label_of, unwrap
 
-__all__ = ["EXTRA_NAMES", "Extras"]
+__all__ = ["EXTRA_NAMES", "Extra", "Extras", "excluded", "overwrite"]
 
-EXTRA_NAMES = ("weight_decay", "use_ema", "ema_momentum", "ema_overwrite_frequency", "loss_scale_factor")
+EXTRA_NAMES = (
+    "weight_decay",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Extras:
     ema_momentum: float = 0.99
     ema_overwrite_frequency: int | None = None
     loss_scale_factor: float | None = None
+    gradient_accumulation_steps: int | None = None
     excluded_keys: frozenset[Key] = field(default=frozenset())
     excluded_names: tuple[str, ...] = ()
     kept_alive: tuple[_cpu.Buffer, ...] = field(default=(), compare=False)  # so that no excluded address is reused
@@ -49,6 +58,8 @@ class Extras:
             plain["loss_scale_factor"] = check_number("loss_scale_factor", self.loss_scale_factor)
             if plain["loss_scale_factor"] <= 0:
                 raise ValueError(f"loss_scale_factor: {self.loss_scale_factor}, expected loss_scale_factor > 0")
+        if self.gradient_accumulation_steps is not None:
+            plain["gradient_accumulation_steps"] = _accumulation_steps(self.gradient_accumulation_steps)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
@@ -57,7 +68,6 @@ class Extras:
         frequency = self.ema_overwrite_frequency
         return {
             "weight_decay": self.weight_decay or 0.0,
-            "gradient_scale": 1.0 if self.loss_scale_factor is None else 1.0 / self.loss_scale_factor,
             "ema_momentum": self.ema_momentum if iterations else 0.0,
             "ema_overwrite": frequency is not None and (iterations + 1) % frequency == 0,
         }
@@ -75,6 +85,34 @@ class Extras:
     def config(self) -> dict[str, Any]:
         """The options that are not at their default."""
         return {name: getattr(self, name) for name in EXTRA_NAMES if getattr(self, name) != getattr(Extras, name)}
+
+
+def _accumulation_steps(value: Any) -> int | None:
+    """As in Keras 0 switches it off, and 1 is refused."""
+    steps = None if value == 0 and not isinstance(value, bool) else check_count("gradient_accumulation_steps", value)
+    if steps == 1:
+        raise ValueError("gradient_accumulation_steps: 1, expected an integer of at least 2, or None")
+    return steps
+
+
+class Extra:
+    """Attribute of an optimizer: an option that is checked when it is set and used from the next step on."""
+
+    def __init__(self, *, fixed: bool = False) -> None:
+        self._fixed = fixed
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else getattr(optimizer._extras, self._name)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        if self._fixed:
+            raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
+        if self._name == "use_ema" and value and optimizer.sparse_update == "lazy":
+            raise ValueError("use_ema: with sparse_update='lazy', expected False")
+        optimizer._extras = dataclasses.replace(optimizer._extras, **{self._name: value})
 
 
 def excluded(var_list: Iterable[Any] | None, var_names: Iterable[str] | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fastadam._backend import _cpu
 
-__all__ = ["as_float_array", "bfloat16_to_float32", "convert_gradient", "float32_to_bfloat16"]
+__all__ = ["as_float_array", "bfloat16_to_float32", "convert_gradient", "convert_values", "float32_to_bfloat16"]
 
 
 def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
@@ -46,16 +46,16 @@ def convert_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
     Raises:
         TypeError: The gradient does not hold real numbers.
     """
-    values = as_float_array(gradient, label)
-    order: Any = variable.order
+    return convert_values(as_float_array(gradient, label), variable.dtype, variable.order)
+
+
+def convert_values(values: npt.NDArray[Any], dtype: str, order: str = "C") -> Any:
+    """Real numbers in one of the four dtypes: an array, or a buffer of bfloat16."""
+    layout: Any = order
     with np.errstate(under="ignore"):  # what underflows is flushed in the kernels anyway
-        return _converted(values, variable, order)
-
-
-def _converted(values: npt.NDArray[Any], variable: _cpu.Buffer, order: Any) -> Any:
-    if variable.dtype == "bfloat16":
-        return _cpu.bfloat16_bits(np.asarray(float32_to_bfloat16(values.astype(np.float32)), order=order))
-    return np.array(values, dtype=variable.dtype, order=order)
+        if dtype == "bfloat16":
+            return _cpu.bfloat16_bits(np.asarray(float32_to_bfloat16(values.astype(np.float32)), order=layout))
+        return np.array(values, dtype=dtype, order=layout)
 
 
 def _as_array(gradient: Any, label: str) -> npt.NDArray[Any]:

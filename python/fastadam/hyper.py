@@ -73,3 +73,4 @@ class StepHyper(NamedTuple):
     weight_decay: float = 0.0
     ema_momentum: float = 0.0
     ema_overwrite: bool = False
+    require_finite: bool = False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastadam.autodiff import Loss, check_provider, installed, run_and_differentiate
 from fastadam.gradients import as_float_array
+from fastadam.tree import flatten
 from fastadam.variable import Variable, reading
 
 __all__ = ["Gradient", "Minimizer", "set_gradient_provider"]
@@ -47,6 +48,11 @@ class Minimizer:
 
     apply_gradients: Callable[..., np.int64 | None]
 
+    @property
+    def _loss_scale(self) -> float | None:
+        """What ``apply_gradients`` divides the gradients by: the loss is multiplied by it."""
+        return None
+
     def minimize(
         self,
         loss: Loss,
@@ -76,6 +82,8 @@ class Minimizer:
             gradient: "autograd", "jax", "torch", or a function ``gradient(loss, variables)`` that returns a list with
                 a gradient or None for each variable; the default is that of :func:`fastadam.set_gradient_provider`.
 
+        A loss scale of the optimizer is applied to the loss.
+
         Returns:
             What ``apply_gradients`` does: ``iterations`` after the step, None for an empty ``var_list``.
 
@@ -97,7 +105,7 @@ class Minimizer:
         >>> w.value.round(5)
         array([ 0.5, -1.5], dtype=float32)
         """
-        gradients, variables = _differentiate(loss, var_list, grad_loss, gradient, "var_list")
+        gradients, variables = _differentiate(loss, var_list, grad_loss, gradient, "var_list", self._loss_scale)
         return self.apply_gradients(list(zip(gradients, variables, strict=True)), name)
 
     def get_gradients(
@@ -130,12 +138,14 @@ class Minimizer:
         >>> [int(i) for i in fastadam.Adam().get_updates(lambda: (w.value**2).sum(), [w], gradient=twice)]
         [1]
         """
-        gradients, variables = _all_gradients(loss, params, grad_loss, gradient)
+        gradients, variables = _all_gradients(loss, params, grad_loss, gradient, self._loss_scale)
         return [self.apply_gradients(list(zip(gradients, variables, strict=True)))]
 
 
-def _all_gradients(loss: Loss, params: Any, grad_loss: Any, gradient: Gradient | None) -> tuple[list[Any], list[Any]]:
-    gradients, variables = _differentiate(loss, params, grad_loss, gradient, "params")
+def _all_gradients(
+    loss: Loss, params: Any, grad_loss: Any, gradient: Gradient | None, scale: float | None = None
+) -> tuple[list[Any], list[Any]]:
+    gradients, variables = _differentiate(loss, params, grad_loss, gradient, "params", scale)
     for i, (found, variable) in enumerate(zip(gradients, variables, strict=True)):
         if found is None:
             name = getattr(variable, "name", None) or f"params[{i}]"
@@ -147,17 +157,23 @@ def _all_gradients(loss: Loss, params: Any, grad_loss: Any, gradient: Gradient |
 
 
 def _differentiate(
-    loss: Any, var_list: Any, grad_loss: Any, gradient: Gradient | None, argument: str
+    loss: Any, var_list: Any, grad_loss: Any, gradient: Gradient | None, argument: str, scale: float | None
 ) -> tuple[list[Any], list[Any]]:
-    """Gradients and variables, flat."""
+    """Gradients of the loss times ``scale``, and variables, flat."""
     if not callable(loss):
         raise TypeError(f"loss: {type(loss).__name__}, expected a function without arguments")
     chosen = _chosen(gradient)
     if not isinstance(chosen, str):
+        if scale is not None:
+            raise ValueError(
+                "gradient: a function, which a loss scale cannot reach; expected the name of a provider, or gradients "
+                "of scale_loss(loss) given to apply_gradients"
+            )
         return _from_function(chosen, loss, var_list, grad_loss, argument)
     upstream = None if grad_loss is None else as_float_array(grad_loss, "grad_loss")
     targets = _Targets(var_list, argument)
-    gradients = run_and_differentiate(chosen, loss, targets.known, targets.resolve, upstream)
+    scaled = loss if scale is None else lambda: loss() * scale
+    gradients = run_and_differentiate(chosen, scaled, targets.known, targets.resolve, upstream)
     variables = targets.resolve()
     if variables and all(found is None for found in gradients):
         names = [variable.name or f"{argument}[{i}]" for i, variable in enumerate(variables)]
@@ -181,7 +197,7 @@ class _Targets:
         return self.known
 
     def _flat(self, tree: Any) -> list[Variable]:
-        leaves = list(_flatten(tree, self._argument))
+        leaves = list(flatten(tree, self._argument))
         for label, leaf in leaves:
             if not isinstance(leaf, Variable):
                 raise TypeError(
@@ -200,7 +216,7 @@ def _from_function(
         if callable(var_list):
             loss()
             var_list = var_list()
-        variables = [leaf for _, leaf in _flatten(var_list, argument)]
+        variables = [leaf for _, leaf in flatten(var_list, argument)]
         gradients = function(loss, list(variables))
     if not isinstance(gradients, (list, tuple)):
         raise TypeError(f"gradient: returned {type(gradients).__name__}, expected a list with one for each variable")
@@ -226,19 +242,3 @@ def _check_gradient(gradient: Any, label: str) -> Gradient:
     elif not callable(gradient):
         raise TypeError(f"{label}: {type(gradient).__name__}, expected the name of a provider or a function")
     return gradient  # type: ignore[no-any-return]
-
-
-def _flatten(tree: Any, label: str) -> Iterator[tuple[str, Any]]:
-    """Each leaf with its place, in TF's order."""
-    if isinstance(tree, Mapping):
-        try:
-            keys = sorted(tree)
-        except TypeError as error:
-            raise TypeError(f"{label}: a dict with keys that have no order ({error})") from None
-        for key in keys:
-            yield from _flatten(tree[key], f"{label}[{key!r}]")
-    elif isinstance(tree, (list, tuple, Iterator, ValuesView)):
-        for i, item in enumerate(tree):
-            yield from _flatten(item, f"{label}[{i}]")
-    else:
-        yield label, tree

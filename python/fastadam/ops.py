@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastadam._backend import _cpu
 from fastadam.checks import (
@@ -20,6 +19,7 @@ from fastadam.checks import (
 )
 from fastadam.gradients import convert_gradient
 from fastadam.hyper import StepHyper
+from fastadam.slices import check_sparse_update, convert_slices, native_gradient
 from fastadam.variable import buffers_of, unwrap
 
 __all__ = ["adam_step", "fit_gradients", "run_step"]
@@ -36,23 +36,26 @@ def fit_gradients(
 
 
 def run_step(
-    plan: _cpu.Plan,
+    native: Callable[..., list[int]],
     gradients: Sequence[Any],
     buffers: Sequence[_cpu.Buffer],
     positions: Sequence[int],
-    hyper: StepHyper,
-    factors: list[float],
-    counter: npt.NDArray[np.int64] | None,
+    *arguments: Any,
 ) -> None:
-    """Check everything, make the step, count it. Gradients that cannot be read as they lie are converted first."""
+    """Call ``native(gradients, *arguments)`` of a plan; gradients that it cannot read as they lie are converted."""
     fitting = [unwrap(gradient) for gradient in gradients]
-    while unfit := plan.step(fitting, hyper, factors, counter):
+    while unfit := native(fitting, *arguments):
         _convert(fitting, unfit, buffers, positions)
 
 
 def _convert(gradients: list[Any], which: list[int], buffers: Sequence[_cpu.Buffer], positions: Sequence[int]) -> None:
     for i in which:
-        gradients[i] = convert_gradient(gradients[i], buffers[i], f"grads[{positions[i]}]")
+        label = f"grads[{positions[i]}]"
+        if isinstance(gradients[i], _cpu.Slices):
+            gradients[i] = convert_slices(gradients[i], buffers[i], label)
+            continue
+        found = native_gradient(gradients[i], buffers[i], label)
+        gradients[i] = found if isinstance(found, _cpu.Slices) else convert_gradient(found, buffers[i], label)
 
 
 def adam_step(
@@ -73,6 +76,7 @@ def adam_step(
     global_clipnorm: float | None = None,
     grad_factor: float | Sequence[float] | None = None,
     weight_decay: float = 0.0,
+    sparse_update: str = "dense",
 ) -> None:
     r"""One Adam step in place on arrays that the caller owns; AMSGrad if ``vhat`` is given.
 
@@ -101,6 +105,8 @@ def adam_step(
         global_clipnorm: Or scale all gradients down, if the norm of all together is larger.
         grad_factor: Multiply the clipped gradients by this number, or by one number for each variable.
         weight_decay: Decoupled: the variables shrink by ``weight_decay * learning_rate`` first (AdamW).
+        sparse_update: With a gradient that is an :class:`fastadam.IndexedSlices`, "dense" moves every row, as TF does;
+            "lazy" only those that it touches.
 
     Raises:
         TypeError: An argument is not what it must be (a dtype, a list as variable).
@@ -116,6 +122,7 @@ def adam_step(
     array([0.900001, 2.099999])
     """
     check_one_norm(clipnorm, global_clipnorm)
+    check_sparse_update(sparse_update)
     hyper = StepHyper(
         step=check_count("step", step),
         learning_rate=check_number("learning_rate", learning_rate),
@@ -129,16 +136,16 @@ def adam_step(
         weight_decay=check_non_negative("weight_decay", weight_decay),
     )
     variables = list(vars) if isinstance(vars, (list, tuple)) else [vars]
-    gradients, m_list, v_list = (_as_list(argument) for argument in (grads, m, v))
-    vhat_list = None if vhat is None else _as_list(vhat)
+    gradients = _as_list(grads)
+    slots = {"m": _as_list(m), "v": _as_list(v)} | ({} if vhat is None else {"vhat": _as_list(vhat)})
     if not isinstance(vars, (list, tuple)):
         gradients = [grads]  # a list given for a single variable is its gradient
     positions = list(range(len(variables)))
     buffers = buffers_of(variables, positions)
     decays = [weight_decay != 0] * len(variables)
-    plan = _cpu.Plan(buffers, m_list, v_list, vhat_list, None, decays, positions)
+    plan = _cpu.Plan(buffers, slots, decays, positions, sparse_update == "lazy")
     factors = _check_factors(grad_factor, len(variables))
-    run_step(plan, gradients, buffers, positions, hyper, factors, None)
+    run_step(plan.step, gradients, buffers, positions, hyper, factors, None)
 
 
 def _as_list(argument: Any) -> list[Any]:

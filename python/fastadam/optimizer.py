@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
-from fastadam._backend import _cpu
 from fastadam.checks import (
     check_beta,
     check_bool,
@@ -21,20 +16,20 @@ from fastadam.checks import (
     check_non_negative,
     check_number,
 )
-from fastadam.extras import EXTRA_NAMES, Extras, excluded, overwrite
+from fastadam.extras import EXTRA_NAMES, Extra, Extras, excluded, overwrite
 from fastadam.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper
 from fastadam.minimize import Minimizer
-from fastadam.ops import fit_gradients, run_step
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
-from fastadam.state import OptimizerState
-from fastadam.variable import Variable, buffers_of, unwrap
+from fastadam.slices import check_sparse_update
+from fastadam.stepping import Stepper
+from fastadam.variable import buffers_of
 
 __all__ = ["Adam", "AdamW"]
 
 _auto_names: dict[str, int] = {}
 
 
-class Adam(Minimizer, OptimizerState):
+class Adam(Minimizer, Stepper):
     r"""Adam and AMSGrad with the interface and, in float32, the bits of ``tf.keras.optimizers.Adam`` (TF 2.x).
 
     .. math::
@@ -58,12 +53,13 @@ class Adam(Minimizer, OptimizerState):
         epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.
         amsgrad: Use the maximum of the second moments.
         name: Name of the optimizer; None or "" makes a unique one.
-        sparse_update: How IndexedSlices are applied; only "dense", TF's rule.
+        sparse_update: How :class:`fastadam.IndexedSlices` are applied: "dense" moves every row of the variable, as TF
+            does; "lazy" only the rows that they touch, another algorithm (LazyAdam, torch.optim.SparseAdam).
         **kwargs: ``clipvalue`` (clip the elements of gradients), then ``clipnorm`` (scale each gradient down to this
             norm) or ``global_clipnorm`` (all together), ``lr`` (wins over ``learning_rate``), ``decay`` (the rate is
             divided by ``1 + decay * iterations``), each >= 0. Keras 3's ``weight_decay``, ``use_ema``,
-            ``ema_momentum``, ``ema_overwrite_frequency`` and ``loss_scale_factor``: in a step the gradients are
-            unscaled and clipped, the variables decay, are updated and averaged.
+            ``ema_momentum``, ``ema_overwrite_frequency``, ``loss_scale_factor`` and ``gradient_accumulation_steps``:
+            the gradients are unscaled, accumulated and clipped, the variables decay, are updated and averaged.
 
     Raises:
         TypeError: An unknown keyword, or a hyperparameter that is no number.
@@ -90,6 +86,12 @@ class Adam(Minimizer, OptimizerState):
     clipvalue = Clip()
     clipnorm = Clip()
     global_clipnorm = Clip()
+    weight_decay = Extra()
+    use_ema = Extra()
+    ema_momentum = Extra()
+    ema_overwrite_frequency = Extra()
+    loss_scale_factor = Extra()
+    gradient_accumulation_steps = Extra(fixed=True)  # `weights[0]` counts in its units
 
     def __init__(
         self,
@@ -104,8 +106,6 @@ class Adam(Minimizer, OptimizerState):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if sparse_update != "dense":
-            raise ValueError(f"sparse_update: {sparse_update!r}, expected 'dense'")
         extras = {key: kwargs.pop(key) for key in EXTRA_NAMES if key in kwargs}
         for key, value in kwargs.items():
             if key not in ("lr", "decay", *CLIP_NAMES):
@@ -123,6 +123,7 @@ class Adam(Minimizer, OptimizerState):
             setattr(self, key, kwargs.get(key))
         self.amsgrad = amsgrad
         self._extras = Extras(**extras)
+        self.sparse_update = sparse_update
         if not isinstance(name, (str, type(None))):
             raise TypeError(f"name: {name!r}, expected a string")
         self.name = name or _unique_name(type(self).__name__.lower())
@@ -139,6 +140,19 @@ class Adam(Minimizer, OptimizerState):
         self.learning_rate = value
 
     @property
+    def sparse_update(self) -> str:
+        """How IndexedSlices are applied: "dense", every row moves, as in TF; "lazy", only those that they touch."""
+        return self._sparse_update
+
+    @sparse_update.setter
+    def sparse_update(self, value: str) -> None:
+        check_sparse_update(value)
+        extras = self._extras
+        if value == "lazy" and (extras.use_ema or extras.gradient_accumulation_steps):
+            raise ValueError("sparse_update: 'lazy' with use_ema or gradient_accumulation_steps, expected 'dense'")
+        self._sparse_update = value
+
+    @property
     def amsgrad(self) -> bool:
         """Use the maximum of the second moments; set later, the next step creates vhat."""
         return self._amsgrad
@@ -146,36 +160,6 @@ class Adam(Minimizer, OptimizerState):
     @amsgrad.setter
     def amsgrad(self, value: bool) -> None:
         self._amsgrad = check_bool("amsgrad", value)
-
-    def _step_hyper(self) -> StepHyper:
-        """The numbers of the next step; callables and schedules are evaluated here, once."""
-        iterations = int(self._iterations)  # which users may write to, as `weights[0]`
-        if not 0 <= iterations < 2**63 - 1:
-            check_iterations("iterations", iterations)
-        rate = self.learning_rate
-        if isinstance(rate, LearningRateSchedule):
-            rate = check_number("learning_rate", rate(iterations))
-        return StepHyper(
-            step=iterations + 1,
-            learning_rate=rate,
-            beta_1=self.beta_1,
-            beta_2=self.beta_2,
-            epsilon=self.epsilon,
-            decay=self.decay,
-            clip_value=check_clip("clipvalue", self.clipvalue),
-            clip_norm=check_clip("clipnorm", self.clipnorm),
-            global_clip_norm=check_clip("global_clipnorm", self.global_clipnorm),
-            **self._extras.step_numbers(iterations),
-        )
-
-    @property
-    def weight_decay(self) -> float | None:
-        """Decoupled decay (AdamW): a variable with a gradient shrinks by ``weight_decay * learning_rate`` first."""
-        return self._extras.weight_decay
-
-    @weight_decay.setter
-    def weight_decay(self, value: float | None) -> None:
-        self._extras = dataclasses.replace(self._extras, weight_decay=value)
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
@@ -187,6 +171,10 @@ class Adam(Minimizer, OptimizerState):
             var_names: Patterns searched in the names of :class:`fastadam.Variable` (``re.search``).
         """
         self._extras = dataclasses.replace(self._extras, **excluded(var_list, var_names))
+
+    @property
+    def _loss_scale(self) -> float | None:
+        return self._extras.loss_scale_factor
 
     def scale_loss(self, loss: Any) -> Any:
         """``loss * loss_scale_factor``, whose gradients ``apply_gradients`` divides by the factor again."""
@@ -207,87 +195,35 @@ class Adam(Minimizer, OptimizerState):
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
-    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], name: str | None = None) -> np.int64 | None:
-        """Update every variable in place with its gradient, then count the step.
-
-        All pairs are checked before anything is written: a call that raises leaves variables, slots and
-        ``iterations`` as they were. A variable that comes twice is updated twice, in order, with the same t. Pairs
-        whose gradient is None are left out with a warning. An empty list does nothing.
-
-        Args:
-            grads_and_vars: Iterable of (gradient, variable). A gradient of another float dtype or layout is
-                converted; gradients are not modified.
-            name: Accepted for TF's signature; it names nothing here.
-
-        Returns:
-            ``iterations`` after the step; None for an empty list.
-
-        Raises:
-            TypeError: Not pairs, a list as variable, a dtype that is not float.
-            ValueError: All gradients None; a wrong shape; a variable that cannot be updated in place; variables that
-                overlap partly; a gradient that shares memory with a variable.
-        """
-        gradients, variables, positions = _filter_none(_as_pairs(grads_and_vars))
-        if not variables:
-            return None
-        with self._lock, self._no_step_inside_a_step():
-            hyper = self._step_hyper()
-            if self._plan is None or not self._plan_fits(variables, positions):
-                plan, gradients = self._make_plan(variables, gradients, positions, hyper)
-            else:
-                plan = self._plan
-            run_step(plan, gradients, self._buffers, positions, hyper, [], self._iterations)
-            return self.iterations
-
-    @contextlib.contextmanager
-    def _no_step_inside_a_step(self) -> Iterator[None]:
-        """A callable hyperparameter or a gradient's ``__array__`` may run any code but a step of this optimizer."""
-        if self._stepping:
-            raise RuntimeError(f"apply_gradients of optimizer {self.name} was called from within itself")
-        self._stepping = True
-        try:
-            yield
-        finally:
-            self._stepping = False
-
-    def _plan_fits(self, variables: Sequence[Any], positions: list[int]) -> bool:
-        if self._plan is None or self._plan_key != self._current_plan_key():
-            return False
-        return self._plan.matches([unwrap(variable) for variable in variables], positions)
-
-    def _current_plan_key(self) -> tuple[bool, int, Extras]:
-        return (self.amsgrad, self._slots.version, self._extras)
-
-    def _plan_of(
-        self, variables: Sequence[Any], buffers: list[_cpu.Buffer], slots: list[list[Any]], positions: list[int]
-    ) -> _cpu.Plan:
-        named = dict(zip(self._slot_names(), slots, strict=True))
-        names = [self._name_of(variable, buffer) for variable, buffer in zip(variables, buffers, strict=True)]
-        decays = self._extras.decays(names, buffers)
-        return _cpu.Plan(buffers, named["m"], named["v"], named.get("vhat"), named.get("average"), decays, positions)
-
-    def _name_of(self, variable: Any, buffer: _cpu.Buffer) -> str | None:
-        """Of a Variable, or the name that its array once came with."""
-        if isinstance(variable, Variable) and variable.name:
-            return variable.name
-        entry = self._slots.entry_of(buffer)
-        return None if entry is None else entry.spec.name
-
-    def _make_plan(
-        self, variables: Sequence[Any], gradients: Sequence[Any], positions: list[int], hyper: StepHyper
-    ) -> tuple[_cpu.Plan, list[Any]]:
-        """A plan and the gradients fit for it; missing slots are created once the whole step has been found good."""
-        buffers = buffers_of(variables, positions)
-        prepared = self._slots.prepare(buffers, self._slot_names())
-        plan = self._plan_of(variables, buffers, prepared.slots, positions)
-        fitting = fit_gradients(plan, gradients, buffers, positions)
-        plan.check_numbers(hyper, [])
-        prepared.commit()
-        self._plan, self._plan_key, self._buffers = plan, self._current_plan_key(), buffers
-        return plan, fitting
+    def _step_hyper(self, gradient_scale: float) -> StepHyper:
+        """The numbers of the next step; callables and schedules are evaluated here, once."""
+        calls = int(self._iterations)  # which users may write to, as `weights[0]`
+        if not 0 <= calls < 2**63 - 1:
+            check_iterations("iterations", calls)
+        rate = self.learning_rate
+        if isinstance(rate, LearningRateSchedule):
+            rate = check_number("learning_rate", rate(calls))
+        iterations = calls // self._micro_steps
+        return StepHyper(
+            step=iterations + 1,
+            learning_rate=rate,
+            beta_1=self.beta_1,
+            beta_2=self.beta_2,
+            epsilon=self.epsilon,
+            decay=self.decay,
+            clip_value=check_clip("clipvalue", self.clipvalue),
+            clip_norm=check_clip("clipnorm", self.clipnorm),
+            global_clip_norm=check_clip("global_clipnorm", self.global_clipnorm),
+            gradient_scale=gradient_scale,
+            **self._extras.step_numbers(iterations),
+        )
 
     def _slot_names(self) -> list[str]:
         return ["m", "v", *(["vhat"] if self.amsgrad else []), *(["average"] if self._extras.use_ema else [])]
+
+    @property
+    def _micro_steps(self) -> int:
+        return self._extras.gradient_accumulation_steps or 1
 
     # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -299,6 +235,8 @@ class Adam(Minimizer, OptimizerState):
             value = getattr(self, name)
             config[name] = serialize(value) if isinstance(value, LearningRateSchedule) else value
         config["amsgrad"] = self.amsgrad
+        if self.sparse_update != "dense":
+            config["sparse_update"] = self.sparse_update
         config.update(self._extras.config())
         return config
 
@@ -357,32 +295,6 @@ class AdamW(Adam):
         if weight_decay is None:
             raise ValueError("Argument `weight_decay` must be a float. Received: weight_decay=None")
         super().__init__(learning_rate, beta_1, beta_2, epsilon, amsgrad, name, weight_decay=weight_decay, **kwargs)
-
-
-def _as_pairs(grads_and_vars: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    try:
-        items = list(grads_and_vars)
-    except TypeError:
-        raise TypeError(
-            f"grads_and_vars: {type(grads_and_vars).__name__}, expected an iterable of (gradient, variable) pairs"
-        ) from None
-    for i, item in enumerate(items):
-        if not isinstance(item, (tuple, list)):
-            raise TypeError(f"grads_and_vars[{i}]: {type(item).__name__}, expected a (gradient, variable) pair")
-        if len(item) != 2:
-            raise ValueError(f"grads_and_vars[{i}]: {len(item)} items, expected a (gradient, variable) pair")
-    return items
-
-
-def _filter_none(pairs: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any], list[int]]:
-    """Gradients, variables and their places in the list, without the pairs whose gradient is None."""
-    positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
-    if len(positions) < len(pairs):
-        absent = [getattr(v, "name", None) or f"vars[{i}]" for i, (g, v) in enumerate(pairs) if g is None]
-        if not positions:
-            raise ValueError(f"No gradients provided for any variable: {absent}.")
-        warnings.warn(f"Gradients do not exist for variables {absent} when minimizing the loss.", stacklevel=3)
-    return [pairs[i][0] for i in positions], [pairs[i][1] for i in positions], positions
 
 
 def _unique_name(base: str) -> str:

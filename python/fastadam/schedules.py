@@ -26,6 +26,7 @@ __all__ = [
     "ExponentialDecay",
     "InverseTimeDecay",
     "LearningRateSchedule",
+    "LinearCosineDecay",
     "PiecewiseConstantDecay",
     "PolynomialDecay",
     "deserialize",
@@ -297,6 +298,38 @@ class CosineDecayRestarts(_Schedule):
         guess = np.floor(np.log1p(periods * (self.t_mul - 1)) / np.log(self.t_mul))
         guess = np.where(self._start(guess) > periods, guess - 1, guess)
         return np.where(self._start(guess + 1) <= periods, guess + 1, guess)
+
+
+@dataclass(frozen=True)
+class LinearCosineDecay(_Schedule):
+    r"""A cosine of ``num_periods`` periods under a line to 0 (Bello et al., arXiv:1709.07417); TF 2.x's experimental.
+
+    .. math:: \eta_0 ((\alpha + 1 - q) (1 + \cos(2 \pi n q)) / 2 + \beta), \quad q = \min(s, d) / d
+
+    Raises:
+        ValueError: ``decay_steps`` is not positive.
+
+    >>> import fastadam
+    >>> schedule = fastadam.schedules.LinearCosineDecay(0.1, decay_steps=100, beta=0.0)
+    >>> schedule([0, 50, 100, 500]).round(6).tolist()
+    [0.1, 0.025, 0.0, 0.0]
+    """
+
+    initial_learning_rate: float
+    decay_steps: float
+    num_periods: float = 0.5
+    alpha: float = 0.0
+    beta: float = 0.001
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._require("initial_learning_rate", "num_periods", "alpha", "beta")
+        self._require("decay_steps", above=0)
+
+    def _rates(self, steps: Steps) -> Any:
+        completed = np.minimum(steps, self.decay_steps) / self.decay_steps
+        cosine = 0.5 * (1 + np.cos(2 * np.pi * self.num_periods * completed))
+        return self.initial_learning_rate * ((self.alpha + 1 - completed) * cosine + self.beta)
 
 
 def serialize(learning_rate_schedule: LearningRateSchedule) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -30,12 +30,18 @@ _DTYPES = {"int64": "I64", "float32": "F32", "float64": "F64"}
 Optimizer = TypeVar("Optimizer", bound="OptimizerState")
 
 
-def save(optimizer: OptimizerState, path: str | os.PathLike[str], variables: Iterable[Any] | None = None) -> None:
-    """See ``Adam.save``."""
+def save(
+    optimizer: OptimizerState,
+    path: str | os.PathLike[str],
+    variables: Iterable[Any] | None = None,
+    loss_scale: dict[str, Any] | None = None,
+) -> None:
+    """See ``Adam.save``; ``loss_scale`` is what a LossScaleOptimizer adds."""
     target = Path(os.fsdecode(path))
     chosen = None if variables is None else check_list("variables", variables)
     with optimizer._lock:
         tensors, header = _contents(optimizer, chosen)
+        header["loss_scale"] = loss_scale
         try:
             text = json.dumps(header, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -61,7 +67,7 @@ def _contents(optimizer: Any, chosen: list[Any] | None) -> tuple[dict[str, npt.N
     entries = store.entries if chosen is None else _entries_of(store, chosen)
     places = {at: f"{i}/{name}" for i, entry in enumerate(entries) for name, at in entry.slots.items()}
     slots = {places[at]: np.asarray(store.arrays[at], order="C") for at in sorted(places)}
-    tensors = {_ITERATIONS: np.array(optimizer.iterations), **slots}
+    tensors = {_ITERATIONS: np.array(optimizer._iterations), **slots}
     header = {
         "version": _VERSION,
         "optimizer": type(optimizer).__name__,
@@ -69,6 +75,7 @@ def _contents(optimizer: Any, chosen: list[Any] | None) -> tuple[dict[str, npt.N
         "variables": [entry.spec._asdict() for entry in entries],
         "weights": [[name, _crc32(array)] for name, array in tensors.items()],
         "excluded": _excluded(optimizer, entries),
+        "accumulating": [i for i, entry in enumerate(entries) if optimizer._is_accumulating(entry)],
     }
     return tensors, header
 
@@ -134,12 +141,12 @@ def _sync_directory(path: Path) -> None:
 
 
 def load(
-    cls: type[Optimizer],
+    classes: Sequence[type[Optimizer]],
     path: str | os.PathLike[str],
     variables: Iterable[Any],
     custom_objects: Mapping[str, Any] | None = None,
-) -> Optimizer:
-    """See ``Adam.load``."""
+) -> tuple[Optimizer, dict[str, Any] | None]:
+    """See ``Adam.load``: an optimizer of one of the classes, and what a LossScaleOptimizer added."""
     name = os.fsdecode(path)
     given = check_list("variables", variables)
     buffers = buffers_of(given, range(len(given)))
@@ -147,7 +154,8 @@ def load(
     Path(name).open("rb").close()  # a missing file is an OSError that names it, not an invalid one
     try:
         with safetensors.safe_open(name, framework="numpy") as file:
-            return _Reader(name, file).read(cls, given, buffers, custom_objects)
+            reader = _Reader(name, file)
+            return reader.read(classes, given, buffers, custom_objects), reader.loss_scale()
     except safetensors.SafetensorError as error:
         raise ValueError(f"{name}: not a whole safetensors file ({error})") from error
 
@@ -163,16 +171,20 @@ class _Reader:
 
     def read(
         self,
-        cls: type[Optimizer],
+        classes: Sequence[type[Optimizer]],
         variables: list[Any],
         buffers: list[_cpu.Buffer],
         custom_objects: Mapping[str, Any] | None,
     ) -> Optimizer:
-        self._require(self._header["optimizer"] == cls.__name__, f"state of {self._header['optimizer']}", cls.__name__)
+        named = {cls.__name__: cls for cls in classes}
+        saved_by = self._header["optimizer"]
+        self._require(saved_by in named, f"state of {saved_by}", " or ".join(named))
+        cls = named[saved_by]
         specs = self._match(buffers)
         optimizer = self._configured(cls, custom_objects)
         optimizer._iterations[...] = self._iterations()
         self._fill(optimizer._slots, specs, buffers)
+        self._set_accumulating(optimizer)
         try:
             optimizer.build(variables)
         except ValueError as error:
@@ -180,6 +192,17 @@ class _Reader:
         self._require(not optimizer._slots.waiting(), "as many variables as given, of which two are one", "others")
         self._exclude(optimizer, variables)
         return optimizer
+
+    def loss_scale(self) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self._header.get("loss_scale")  # files of version 0.1 have none
+        return found
+
+    def _set_accumulating(self, optimizer: Any) -> None:
+        places = self._header.get("accumulating", [])  # files of version 0.1 have none
+        entries = dict(enumerate(optimizer._slots.entries))
+        good = isinstance(places, list) and all(type(i) is int and i in entries for i in places)
+        self._require(good, f"'accumulating' {places!r:.60}", "places of variables")
+        optimizer._restart_accumulation([entries[i] for i in places])
 
     def _exclude(self, optimizer: Any, variables: list[Any]) -> None:
         excluded = self._header["excluded"]

@@ -73,6 +73,7 @@ class Entry:
     spec: Spec
     slots: dict[str, int]
     buffer: _cpu.Buffer | None = None  # None: restored, waits for its variable
+    accumulating: int | None = None  # the step for which its accumulator holds gradients, as a count of steps before
     origin: _cpu.Buffer | None = None  # of a waiting entry of a deep copy: the variable it was copied from
 
 
@@ -220,9 +221,11 @@ class SlotStore:
         self.arrays.append(array)
         self.names = list(dict.fromkeys([*self.names, name]))
 
-    def add_waiting(self, spec: Spec, slots: dict[str, int], origin: _cpu.Buffer | None = None) -> None:
+    def add_waiting(
+        self, spec: Spec, slots: dict[str, int], accumulating: int | None = None, origin: _cpu.Buffer | None = None
+    ) -> None:
         """Register an entry of a restored store; ``slots`` are places in ``arrays``."""
-        self.entries.append(Entry(spec, dict(slots), None, origin))
+        self.entries.append(Entry(spec, dict(slots), None, accumulating, origin))
         if origin:
             self._origins[key_of(origin)] = self.entries[-1]
 
@@ -235,7 +238,7 @@ class SlotStore:
     # ---- copies ----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        entries = [(tuple(entry.spec), dict(entry.slots)) for entry in self.entries]
+        entries = [(tuple(entry.spec), dict(entry.slots), entry.accumulating) for entry in self.entries]
         return {
             "arrays": [array.copy(order="K") for array in self.arrays],
             "names": list(self.names),
@@ -247,8 +250,8 @@ class SlotStore:
         # Buffers that a pickle keeps outside of itself may come back read-only.
         self.arrays = [array if array.flags.writeable else array.copy(order="K") for array in state["arrays"]]
         self.names = list(state["names"])
-        for spec, slots in state["entries"]:
-            self.add_waiting(Spec(*spec), slots)
+        for spec, slots, accumulating in state["entries"]:
+            self.add_waiting(Spec(*spec), slots, accumulating)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:
         twin = type(self)()
@@ -258,7 +261,7 @@ class SlotStore:
             twin.arrays.append(memo[id(array)])
         twin.names = self.names[:]
         for entry in self.entries:
-            twin.add_waiting(entry.spec, entry.slots, entry.buffer or entry.origin)
+            twin.add_waiting(entry.spec, entry.slots, entry.accumulating, entry.buffer or entry.origin)
         return twin
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fastadam import serialization
 from fastadam._backend import _cpu
 from fastadam.checks import check_iterations, check_list
-from fastadam.slots import Initializer, SlotStore, initial_value
+from fastadam.slots import Entry, Initializer, SlotStore, initial_value
 from fastadam.variable import buffers_of, label_of, unwrap
 
 if TYPE_CHECKING:
@@ -51,14 +51,32 @@ class OptimizerState(abc.ABC):
     def _slot_names(self) -> list[str]: ...
 
     @property
+    def _micro_steps(self) -> int:
+        """Calls of ``apply_gradients`` in a step."""
+        return 1
+
+    @property
     def iterations(self) -> np.int64:
         """Steps made so far. Setting it continues from there: after ``opt.iterations = 5`` the next step uses t = 6."""
-        count: np.int64 = np.int64(int(self._iterations))
+        count: np.int64 = np.int64(int(self._iterations) // self._micro_steps)
         return count
 
     @iterations.setter
     def iterations(self, value: int) -> None:
-        self._iterations[...] = check_iterations("iterations", value)
+        steps = check_iterations("iterations", value) * self._micro_steps
+        self._iterations[...] = check_iterations("iterations", steps)
+        self._restart_accumulation([])
+
+    def _is_accumulating(self, entry: Entry) -> bool:
+        """Whether its accumulator holds gradients for the next step."""
+        return self._micro_steps > 1 and entry.accumulating == int(self._iterations) // self._micro_steps
+
+    def _restart_accumulation(self, entries: Iterable[Entry]) -> None:
+        """As if only these variables had had gradients since the last step."""
+        for entry in self._slots.entries:
+            entry.accumulating = None
+        for entry in entries:
+            entry.accumulating = int(self._iterations) // self._micro_steps
 
     def build(self, var_list: Iterable[Any]) -> None:
         """Create the slots of these variables now, so that ``set_weights`` works before the first step."""
@@ -69,7 +87,10 @@ class OptimizerState(abc.ABC):
 
     @property
     def weights(self) -> list[npt.NDArray[Any]]:
-        """The live state: iterations, then all m, all v, all vhat; variables that came later follow in the same way."""
+        """The live state: iterations, then all m, all v, all vhat; variables that came later follow in the same way.
+
+        With ``gradient_accumulation_steps`` the first counts the calls, not the steps, as in Keras 3.
+        """
         return [self._iterations, *self._slots.arrays]
 
     def variables(self) -> list[npt.NDArray[Any]]:
@@ -79,7 +100,7 @@ class OptimizerState(abc.ABC):
     def get_weights(self) -> list[Any]:
         """Copies of ``weights``; the first is an ``np.int64``."""
         with self._lock:
-            return [self.iterations, *(array.copy() for array in self._slots.arrays)]
+            return [np.int64(int(self._iterations)), *(array.copy() for array in self._slots.arrays)]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Overwrite the state with a list in the order of ``weights``, for example from ``get_weights``.
@@ -102,6 +123,8 @@ class OptimizerState(abc.ABC):
             for old, value in zip(current[1:], new, strict=True):
                 old[...] = value
             self._iterations[...] = iterations
+            is_amid = iterations % self._micro_steps != 0
+            self._restart_accumulation(self._slots.entries if is_amid else [])
 
     def get_slot(self, var: Any, slot_name: str) -> npt.NDArray[Any]:
         """The live state array "m", "v" or "vhat" of a variable; KeyError if there is none."""
@@ -171,7 +194,10 @@ class OptimizerState(abc.ABC):
             OSError: The file cannot be read.
             ValueError: It is not whole, not of this class, or not of these variables: shape, dtype, or name differ.
         """
-        return serialization.load(cls, path, variables, custom_objects)
+        optimizer, loss_scale = serialization.load([cls], path, variables, custom_objects)
+        if loss_scale is not None:
+            raise ValueError(f"{os.fsdecode(path)}: state of LossScaleOptimizer, expected {cls.__name__}")
+        return optimizer
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the variables: the first ones that a restored optimizer meets take its slots, in order."""

@@ -2,7 +2,7 @@
 
 In an environment of its own:  pip install tensorflow-cpu==2.15.1 "numpy<2"  and  python tests/data/make_golden.py
 The file holds, for every case of tests/cases.py, the variables and slots after the last step: whole, or the SHA-256 of
-their bytes and the first elements where they are long.
+their bytes and the first elements where they are long; and, for the cases that stop half way, the list of get_weights.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import numpy as np
 import tensorflow as tf
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cases import CASES, GOLDEN, NEAR_CASES, SCHEDULE_STEPS, SCHEDULES, STORED, digest
+from cases import CASES, GOLDEN, NEAR_CASES, RESUME_CASES, SCHEDULE_STEPS, SCHEDULES, STORED, digest
 
 
-def trajectory(case):
-    values, gradients = case.arrays()
-    variables = [tf.Variable(value) for value in values]
+def optimizer_of(case):
     options = dict(case.options)
     if case.dtype == "float64":  # np.float64 numbers are kept in double by TF, Python floats are rounded to float32
         options = {k: np.float64(v) if isinstance(v, float) else v for k, v in options.items()}
@@ -28,11 +26,32 @@ def trajectory(case):
     if isinstance(options.get("learning_rate"), tuple):
         name, arguments = options["learning_rate"]
         options["learning_rate"] = getattr(tf.keras.optimizers.schedules, name)(**arguments)
-    optimizer = tf.keras.optimizers.legacy.Adam(**options)
+    return tf.keras.optimizers.legacy.Adam(**options)
+
+
+def train(optimizer, variables, gradients):
     for step in gradients:
         optimizer.apply_gradients([(tf.constant(g), v) for g, v in zip(step, variables)])
+
+
+def trajectory(case):
+    values, gradients = case.arrays()
+    variables = [tf.Variable(value) for value in values]
+    optimizer = optimizer_of(case)
+    train(optimizer, variables, gradients)
     slots = [optimizer.get_slot(v, name) for name in optimizer.get_slot_names() for v in variables]
     return [x.numpy() for x in variables + slots]
+
+
+def halves(case):
+    """The list that get_weights gives half way, the variables there, and the variables at the end."""
+    values, gradients = case.arrays()
+    variables = [tf.Variable(value) for value in values]
+    optimizer, half = optimizer_of(case), case.steps // 2
+    train(optimizer, variables, gradients[:half])
+    found = {"weights": optimizer.get_weights(), "variables": [x.numpy() for x in variables]}
+    train(optimizer, variables, gradients[half:])
+    return {**found, "after": [x.numpy() for x in variables]}
 
 
 def rates(name, arguments):
@@ -56,6 +75,10 @@ def main():
                 digests[key] = digest(array)
             stored[key] = array if array.size <= STORED else array.ravel()[:16]
         print(case.name, len(arrays))
+    for case in RESUME_CASES:
+        for part, arrays in halves(case).items():
+            stored.update({f"{case.name}/{part}/{i}": array for i, array in enumerate(arrays)})
+        print(case.name)
     stored["digests"] = np.array(json.dumps({"tensorflow": tf.__version__, **digests}))
     np.savez_compressed(GOLDEN, **stored)
     print(GOLDEN.stat().st_size, "bytes")

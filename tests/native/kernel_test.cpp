@@ -32,7 +32,12 @@ void report(bool ok, const std::string& claim) {
 }
 
 StepArgs step_of(int t, bool amsgrad, bool transform) {
-  return {nullptr, nullptr, nullptr, 0, scalars<float>(t), scalars<double>(t), amsgrad, transform, false, false};
+  StepArgs step{};
+  step.scalars_f32 = scalars<float>(t);
+  step.scalars_f64 = scalars<double>(t);
+  step.amsgrad = amsgrad;
+  step.transform = transform;
+  return step;
 }
 
 void run(const TensorArgs* tensors, int64_t variables, int t, bool amsgrad, bool transform) {
@@ -43,10 +48,7 @@ void run(const TensorArgs* tensors, int64_t variables, int t, bool amsgrad, bool
     offsets.push_back(offsets.back() + tensors[k].size);
   }
   StepArgs step = step_of(t, amsgrad, transform);
-  step.tensors = tensors;
-  step.heads = heads.data();
-  step.offsets = offsets.data();
-  step.head_count = variables;
+  step.chains = {tensors, heads.data(), offsets.data(), variables};
   cpu::run_step(step);
 }
 
@@ -75,7 +77,7 @@ uint64_t check_kernels() {
             const cpu::FlushDenormals flush;
             StepArgs step = step_of(t, amsgrad, transform);
             step.prefetch = true;
-            isas[k].kernels->dense[mode / 4][amsgrad][transform](step, prefetching.args(t, amsgrad), 0, size);
+            isas[k].kernels->dense[mode / 4].of[amsgrad][transform](step, prefetching.args(t, amsgrad), 0, size);
           }
           const bool same = plain == expected && prefetching == expected;
           if (!same) good[k * kDTypeCount + static_cast<size_t>(mode / 4)] = false;
@@ -210,7 +212,14 @@ void check_mode() {
     const float grad = 0x1p-70f;  // the square is denormal
     float m = 0;
     float v = 0;
-    const TensorArgs tensor{&var, &grad, &m, &v, nullptr, 1, -1, 1, DType::kFloat32, false, nullptr};
+    TensorArgs tensor{};
+    tensor.var = &var;
+    tensor.grad = &grad;
+    tensor.m = &m;
+    tensor.v = &v;
+    tensor.size = 1;
+    tensor.next = -1;
+    tensor.dtype = tensor.grad_dtype = DType::kFloat32;
     std::fesetround(rounding);
     const uint64_t before = floating_point_mode();
     run(&tensor, 1, 0, false, false);

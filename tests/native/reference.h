@@ -155,15 +155,35 @@ struct Variable {
       : dtype(o.dtype), size(o.size), var(o.var, at), m(o.m, at), v(o.v, at), vhat(o.vhat, at), grads(o.grads, at) {}
 
   TensorArgs args(int t, bool amsgrad) const {
-    return {var.at(0),      grads.at(t), m.at(0),    v.at(0), amsgrad ? vhat.at(0) : nullptr, size, -1,
-            0.37 * (t + 1), dtype,       t % 2 == 1, nullptr};
+    TensorArgs tensor{};
+    tensor.var = var.at(0);
+    tensor.grad = grads.at(t);
+    tensor.m = m.at(0);
+    tensor.v = v.at(0);
+    tensor.vhat = amsgrad ? vhat.at(0) : nullptr;
+    tensor.size = size;
+    tensor.next = -1;
+    tensor.grad_factor = 0.37 * (t + 1);
+    tensor.dtype = tensor.grad_dtype = dtype;
+    tensor.decays = t % 2 == 1;
+    return tensor;
   }
   bool operator==(const Variable& o) const { return var == o.var && m == o.m && v == o.v && vhat == o.vhat; }
 };
 
 template <class T>
 inline StepScalars<T> scalars(int t) {
-  return {T(0.01) * T(t + 1), T(0.1), T(0.001), T(1e-7), T(0.5), T(1) - T(0.004) * T(t + 1), T(0.75)};
+  StepScalars<T> s;
+  s.alpha = s.row_alpha = T(0.01) * T(t + 1);
+  s.beta_1 = T(0.9);
+  s.beta_2 = T(0.999);
+  s.one_minus_beta_1 = T(0.1);
+  s.one_minus_beta_2 = T(0.001);
+  s.epsilon = T(1e-7);
+  s.clip_value = T(0.5);
+  s.keep = T(1) - T(0.004) * T(t + 1);
+  s.ema_momentum = T(0.75);
+  return s;
 }
 
 // By the book, one element and one operation after the other.

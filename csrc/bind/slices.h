@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// IndexedSlices as the kernels read them: the values as they lie, the indices sorted into rows.
+#pragma once
+
+#include <pybind11/numpy.h>
+
+#include <string>
+#include <vector>
+
+#include "../core/step_args.h"
+#include "buffers.h"
+
+namespace fastadam::bind {
+
+// What Python hands over for a gradient that is an IndexedSlices.
+struct Slices {
+  py::object values;
+  py::object indices;
+};
+
+// The indices of one gradient, with the memory in which they are sorted.
+class RowIndex {
+ public:
+  // `indices`: one-dimensional, contiguous, int32 or int64; read by sort(), which whoever calls keeps alive.
+  RowIndex(const py::array& indices, const Buffer& variable) {
+    args_.indices = indices.data();
+    args_.is_int64 = indices.itemsize() == 8;
+    args_.count = indices.size();
+    args_.row_count = variable.shape[0];
+    rows_.width = variable.shape[0] == 0 ? 0 : variable.size / variable.shape[0];
+    const auto count = static_cast<size_t>(args_.count);
+    memory_.resize(4 * count + 1);
+    args_.keys = memory_.data();
+    args_.order = args_.keys + count;
+    args_.spare_order = args_.order + count;
+    args_.spare_keys = args_.spare_order + count;  // one longer
+  }
+  RowIndex(const RowIndex&) = delete;
+  RowIndex& operator=(const RowIndex&) = delete;
+
+  // False if an index is not a row of the variable: bad() tells which.
+  template <class Backend>
+  bool sort() {
+    Backend::index_rows(args_);
+    rows_.rows = args_.keys;
+    rows_.starts = args_.spare_keys;
+    rows_.order = args_.order;
+    rows_.count = args_.unique;
+    return args_.bad < 0;
+  }
+
+  int64_t bad() const { return args_.bad; }
+  const Rows& rows() const { return rows_; }
+
+ private:
+  IndexArgs args_{};
+  Rows rows_{};
+  std::vector<int64_t> memory_;
+};
+
+// Whether the kernels can read these indices as they lie.
+inline bool is_index_array(const py::object& indices) {
+  if (!py::isinstance<py::array>(indices)) return false;
+  const auto array = py::reinterpret_borrow<py::array>(indices);
+  const py::dtype dtype = array.dtype();
+  return dtype.kind() == 'i' && (dtype.itemsize() == 4 || dtype.itemsize() == 8) && dtype.byteorder() == '=' &&
+         array.ndim() == 1 && (array.flags() & py::array::c_style) != 0 &&
+         (array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0;
+}
+
+}  // namespace fastadam::bind

@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+// A set of variables, their slots and gradients, checked once and again where they may have changed, as the kernels
+// read it. It holds pointers, no state: the optimizer makes a new one whenever the set of buffers changes.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../core/step_args.h"
+#include "buffers.h"
+#include "slices.h"
+
+namespace fastadam::bind {
+
+class TensorSet {
+ public:
+  // `slots`: lists of arrays by name: m, v and, where there are such, vhat, average, gradient_accumulator.
+  // `positions[i]`: the place of variable i in the caller's list, for error texts about its gradient.
+  // `decays[i]`: weight decay applies to variable i.
+  // `lazy`: IndexedSlices move only the rows that they touch.
+  TensorSet(std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
+            std::vector<int64_t> positions, bool lazy)
+      : variables_(std::move(variables)), positions_(std::move(positions)), lazy_(lazy) {
+    indexes_.resize(variables_.size());
+    for (const auto& [name, arrays] : slots) require_length(text(name).c_str(), py::len(arrays));
+    require_length("decays", decays.size());
+    for (size_t i = 0; i < variables_.size(); ++i) add_tensor(slots, i, decays[i]);
+    chain_repeats();
+    refuse_overlaps();
+  }
+
+  bool matches(const py::list& objects, const std::vector<int64_t>& positions) const {
+    if (objects.size() != variables_.size() || positions != positions_) return false;
+    for (size_t i = 0; i < variables_.size(); ++i) {
+      if (!is_current(variables_[i]) || !is_variable(objects[i], variables_[i])) return false;
+    }
+    return true;
+  }
+
+  // Raises what is wrong with the gradients; returns those that must be converted before step().
+  std::vector<size_t> check(const py::list& gradients) {
+    require_length("grads", gradients.size());
+    std::vector<size_t> to_convert;
+    exported_.clear();
+    for (size_t i = 0; i < variables_.size(); ++i) {
+      if (!add_gradient(gradients[i], i)) to_convert.push_back(i);
+    }
+    return to_convert;
+  }
+
+  void require_length(const char* name, size_t length) const {
+    if (length == variables_.size()) return;
+    throw py::value_error(std::string(name) + ": " + std::to_string(length) + " arrays, expected " +
+                          std::to_string(variables_.size()) + ", one for each variable");
+  }
+
+  // The last check: a gradient that runs Python code while it is read could have freed anything.
+  void require_current() const {
+    for (const std::vector<Buffer>* buffers : {&variables_, &state_}) {
+      for (const Buffer& b : *buffers) {
+        if (!is_current(b)) throw py::value_error(b.label + ": was given other memory while the step was prepared");
+      }
+    }
+    for (const Buffer& b : state_) {
+      if (!is_still_writable(b)) throw py::value_error(b.label + ": was made read-only, expected a writable array");
+    }
+  }
+
+  // Sorts the indices of IndexedSlices; raises if one is no row of its variable. Writes nothing else.
+  template <class Backend>
+  void index_rows() {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (tensors_[i].rows != nullptr && !sort<Backend>(*indexes_[i])) {
+        throw py::value_error(gradient_label(i)() + ".indices[" + std::to_string(indexes_[i]->bad()) + "]: no row of " +
+                              variables_[i].label + ", expected 0 <= index < " +
+                              std::to_string(variables_[i].shape[0]));
+      }
+    }
+    for (size_t k = 0; k < heads_.size(); ++k)
+      offsets_[k + 1] = offsets_[k] + elements(tensors_[static_cast<size_t>(heads_[k])]);
+  }
+
+  bool lazy() const { return lazy_; }
+
+  // The gradients of the last check are used; what they belong to need not be kept any more.
+  void forget_gradients() {
+    exported_.clear();
+    for (auto& index : indexes_) index.reset();
+  }
+
+  // The accumulators are the gradients.
+  void read_accumulators() {
+    for (TensorArgs& t : tensors_) {
+      t.rows = nullptr;
+      t.grad_size = t.size;
+      t.grad = t.accumulator;
+      t.grad_dtype = state_dtype(t.dtype);
+    }
+  }
+
+  Chains chains() const {
+    return {tensors_.data(), heads_.data(), offsets_.data(), static_cast<int64_t>(heads_.size())};
+  }
+
+  std::vector<TensorArgs>& tensors() { return tensors_; }
+
+  // Whether some variable is computed in float64, or in float32.
+  bool has(bool is_double) const { return is_double ? has_double_ : has_single_; }
+
+  bool amsgrad() const { return !tensors_.empty() && tensors_[0].vhat != nullptr; }
+
+  int64_t position(size_t i) const { return positions_[i]; }
+
+ private:
+  struct Interval {
+    uintptr_t begin;
+    uintptr_t end;
+    const std::string* label;
+    bool operator<(const Interval& other) const { return begin < other.begin; }
+  };
+
+  Label gradient_label(size_t i) const { return {"grads", positions_[i]}; }
+
+  static bool is_variable(const py::object& object, const Buffer& variable) {
+    if (is_ndarray_like(object, variable)) {
+      const auto array = py::reinterpret_borrow<py::array>(object);
+      return array.data() == variable.data && array.writeable();
+    }
+    const std::optional<Buffer> b = read_array(object, Label{variable.label});
+    return b && b->same_memory(variable) && b->writable;
+  }
+
+  // The memory of slot `name` of variable i, or null if there is none.
+  void* state(const py::dict& slots, const char* name, size_t i) {
+    if (!slots.contains(name)) return nullptr;
+    const py::object array = slots[name].cast<py::list>()[i];
+    state_.push_back(read_state(array, Label{name, positions_[i]}(), variables_[i]));
+    return state_.back().data;
+  }
+
+  void add_tensor(const py::dict& slots, size_t i, bool decays) {
+    TensorArgs t{};
+    t.var = variables_[i].data;
+    t.m = state(slots, "m", i);
+    t.v = state(slots, "v", i);
+    t.vhat = state(slots, "vhat", i);
+    t.average = state(slots, "average", i);
+    t.accumulator = state(slots, "gradient_accumulator", i);
+    t.decays = decays;
+    t.size = variables_[i].size;
+    t.next = -1;
+    t.dtype = *variables_[i].dtype;
+    (t.dtype == DType::kFloat64 ? has_double_ : has_single_) = true;
+    tensors_.push_back(t);
+  }
+
+  bool is_repeat(size_t earlier, size_t later) const {
+    const TensorArgs& a = tensors_[earlier];
+    const TensorArgs& b = tensors_[later];
+    return variables_[earlier].same_memory(variables_[later]) && a.m == b.m && a.v == b.v && a.vhat == b.vhat;
+  }
+
+  // A variable given twice is updated twice, in order, with the same step count, as TF does.
+  void chain_repeats() {
+    std::vector<size_t> order;
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (variables_[i].size > 0) order.push_back(i);  // an empty one may share the address of any other
+    }
+    std::stable_sort(order.begin(), order.end(),
+                     [this](size_t a, size_t b) { return variables_[a].begin() < variables_[b].begin(); });
+    std::vector<bool> is_head(tensors_.size(), true);
+    for (size_t k = 1; k < order.size(); ++k) {
+      if (!is_repeat(order[k - 1], order[k])) continue;
+      tensors_[order[k - 1]].next = static_cast<int64_t>(order[k]);
+      is_head[order[k]] = false;
+    }
+    offsets_.push_back(0);
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (!is_head[i]) continue;
+      heads_.push_back(static_cast<int64_t>(i));
+      offsets_.push_back(offsets_.back() + tensors_[i].size);
+    }
+    is_repeated_.resize(tensors_.size());
+    for (size_t i = 0; i < tensors_.size(); ++i) is_repeated_[i] = tensors_[i].next >= 0 || !is_head[i];
+  }
+
+  void refuse_overlaps() {
+    const size_t per_variable = variables_.empty() ? 0 : state_.size() / variables_.size();
+    for (int64_t head : heads_) {
+      const auto i = static_cast<size_t>(head);
+      if (variables_[i].size == 0) continue;
+      written_.push_back({variables_[i].begin(), variables_[i].end(), &variables_[i].label});
+      for (size_t k = 0; k < per_variable; ++k) {
+        const Buffer& state = state_[i * per_variable + k];
+        written_.push_back({state.begin(), state.end(), &state.label});
+      }
+    }
+    std::sort(written_.begin(), written_.end());
+    for (size_t k = 1; k < written_.size(); ++k) {
+      if (written_[k].begin >= written_[k - 1].end) continue;
+      throw py::value_error(*written_[k].label + ": overlaps " + *written_[k - 1].label +
+                            " in memory, expected separate arrays (or the same variable with the same state)");
+    }
+  }
+
+  // False if the gradient has to be converted first.
+  bool add_gradient(const py::object& object, size_t i) {
+    const Buffer& var = variables_[i];
+    tensors_[i].rows = nullptr;
+    tensors_[i].grad_size = tensors_[i].size;
+    if (py::isinstance<Slices>(object)) return add_slices(object.cast<Slices>(), i);
+    if (is_ndarray_like(object, var)) {
+      set_gradient(py::reinterpret_borrow<py::array>(object).data(), *var.dtype, i);
+      return true;
+    }
+    std::optional<Buffer> g = read_array(object, gradient_label(i));
+    if (!g) return false;
+    if (g->shape != var.shape) {
+      throw py::value_error(gradient_label(i)() + ": shape " + tuple_text(g->shape) + ", expected " +
+                            tuple_text(var.shape) + " like " + var.label);
+    }
+    const bool readable = g->dtype == var.dtype || g->dtype == state_dtype(*var.dtype);
+    if (!readable || !g->native_order || !g->same_layout(var) || !g->aligned()) return false;
+    set_gradient(g->data, *g->dtype, i);
+    exported_.push_back(std::move(g->owner));
+    return true;
+  }
+
+  bool add_slices(const Slices& slices, size_t i) {
+    const Buffer& var = variables_[i];
+    require_rows(i);
+    const Label label{gradient_label(i)() + ".values"};
+    std::optional<Buffer> values = read_array(slices.values, label);
+    if (!values || !is_index_array(slices.indices)) return false;
+    const auto indices = py::reinterpret_borrow<py::array>(slices.indices);
+    std::vector<int64_t> shape = var.shape;
+    shape[0] = indices.size();
+    if (values->shape != shape) {
+      throw py::value_error(label() + ": shape " + tuple_text(values->shape) + ", expected " + tuple_text(shape) +
+                            ", a row of " + var.label + " for each index");
+    }
+    const bool readable = values->dtype == var.dtype || values->dtype == state_dtype(*var.dtype);
+    if (!readable || !values->native_order || !values->c_contiguous || !values->aligned()) return false;
+    tensors_[i].grad_size = values->size;
+    set_gradient(values->data, *values->dtype, i);
+    indexes_[i] = std::make_unique<RowIndex>(indices, var);
+    tensors_[i].rows = &indexes_[i]->rows();
+    exported_.push_back(std::move(values->owner));
+    exported_.push_back(indices);
+    return true;
+  }
+
+  // What a variable needs for IndexedSlices.
+  void require_rows(size_t i) const {
+    const Buffer& var = variables_[i];
+    const std::string found = gradient_label(i)() + ": IndexedSlices for " + var.label;
+    if (var.shape.empty()) throw py::value_error(found + " of shape (), expected at least one axis");
+    if (!var.c_contiguous) throw py::value_error(found + " in order F, expected order C, rows side by side");
+    if (lazy_ && is_repeated_[i]) {
+      throw py::value_error(found + ", which comes twice, expected it once with sparse_update='lazy'");
+    }
+  }
+
+  template <class Backend>
+  static bool sort(RowIndex& index) {
+    const py::gil_scoped_release unlocked;
+    return index.sort<Backend>();
+  }
+
+  int64_t elements(const TensorArgs& tensor) const {
+    return lazy_ && tensor.rows != nullptr ? tensor.rows->count * tensor.rows->width : tensor.size;
+  }
+
+  void set_gradient(const void* data, DType dtype, size_t i) {
+    TensorArgs& tensor = tensors_[i];
+    if (tensor.grad_size > 0) refuse_alias(reinterpret_cast<uintptr_t>(data), tensor.grad_size * size_of(dtype), i);
+    tensor.grad = data;
+    tensor.grad_dtype = dtype;
+  }
+
+  void refuse_alias(uintptr_t begin, int64_t nbytes, size_t i) const {
+    const Interval wanted{begin + static_cast<uintptr_t>(nbytes), 0, nullptr};
+    const auto after = std::lower_bound(written_.begin(), written_.end(), wanted);
+    if (after == written_.begin() || std::prev(after)->end <= begin) return;
+    throw py::value_error(gradient_label(i)() + ": shares memory with " + *std::prev(after)->label +
+                          ", which the step writes; expected a separate array");
+  }
+
+  std::vector<Buffer> variables_;
+  std::vector<Buffer> state_;         // all slots of variable 0, then of variable 1, ...
+  std::vector<py::object> exported_;  // keep gradients that are not ndarrays alive during a step
+  std::vector<int64_t> positions_;
+  std::vector<TensorArgs> tensors_;
+  std::vector<int64_t> heads_;
+  std::vector<int64_t> offsets_;
+  std::vector<Interval> written_;                   // by address
+  std::vector<bool> is_repeated_;                   // the variable comes more than once
+  std::vector<std::unique_ptr<RowIndex>> indexes_;  // of the gradients that are IndexedSlices
+  bool lazy_;
+  bool has_single_ = false;
+  bool has_double_ = false;
+};
+
+}  // namespace fastadam::bind

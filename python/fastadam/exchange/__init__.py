@@ -1,0 +1,23 @@
+"""The state of other libraries' Adam, to and from this one.
+
+Whatever comes in is checked whole before anything is written: a call that raises has changed nothing.
+"""
+
+from __future__ import annotations
+
+from fastadam.exchange.keras import from_keras_weights, to_keras_weights
+from fastadam.exchange.keras3 import from_keras3_variables, read_keras3_file, to_keras3_variables
+from fastadam.exchange.optax import from_optax_state, to_optax_state
+from fastadam.exchange.torch import from_torch_state_dict, to_torch_state_dict
+
+__all__ = [
+    "from_keras3_variables",
+    "from_keras_weights",
+    "from_optax_state",
+    "from_torch_state_dict",
+    "read_keras3_file",
+    "to_keras3_variables",
+    "to_keras_weights",
+    "to_optax_state",
+    "to_torch_state_dict",
+]

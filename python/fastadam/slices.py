@@ -1,0 +1,113 @@
+"""Gradients of a few rows of a table: TensorFlow's IndexedSlices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastadam._backend import _cpu
+from fastadam.gradients import as_float_array, convert_values
+
+__all__ = ["SPARSE_UPDATES", "IndexedSlices", "check_sparse_update", "convert_slices", "native_gradient"]
+
+SPARSE_UPDATES = ("dense", "lazy")
+
+
+class IndexedSlices:
+    """A gradient that is zero but for some rows: ``values[i]`` belongs to row ``indices[i]`` of the variable.
+
+    Indices may come in any order and more than once: the values of a row are summed, in order of occurrence. No values
+    at all are a gradient of zeros, which is not the same as no gradient: every row of the variable still moves along
+    its moments, as in TF.
+
+    Args:
+        values: Array of floats (n, ...), a row of the variable's shape for each index.
+        indices: n integers, one-dimensional.
+        dense_shape: The shape of the variable, if it is to be checked.
+
+    Raises:
+        TypeError: ``indices`` are no integers. Everything else is checked by the step, against the variable.
+        ValueError: ``indices`` are not one-dimensional.
+
+    Source: https://www.tensorflow.org/api_docs/python/tf/IndexedSlices.
+
+    >>> import numpy as np, fastadam
+    >>> table = np.ones((4, 2), np.float32)
+    >>> gradient = fastadam.IndexedSlices(np.full((3, 2), 0.5, np.float32), [2, 0, 2])
+    >>> step = fastadam.Adam(0.1).apply_gradients([(gradient, table)])
+    >>> table.round(5).tolist()
+    [[0.8999999761581421, 0.8999999761581421], [1.0, 1.0], [0.8999999761581421, 0.8999999761581421], [1.0, 1.0]]
+    """
+
+    def __init__(self, values: Any, indices: Any, dense_shape: Sequence[int] | None = None) -> None:
+        self.values = values
+        self.indices = _as_indices(indices)
+        self.dense_shape = None if dense_shape is None else tuple(int(length) for length in dense_shape)
+
+    def __repr__(self) -> str:
+        shape = "" if self.dense_shape is None else f", dense_shape={self.dense_shape}"
+        return f"IndexedSlices(values of shape {np.shape(self.values)}, {len(self.indices)} indices{shape})"
+
+
+def check_sparse_update(value: Any) -> str:
+    """One of the names in ``SPARSE_UPDATES``."""
+    if value not in SPARSE_UPDATES:
+        raise ValueError(f"sparse_update: {value!r}, expected one of {', '.join(map(repr, SPARSE_UPDATES))}")
+    return str(value)
+
+
+def _as_indices(indices: Any) -> npt.NDArray[Any]:
+    array = np.asarray(indices)
+    if array.size == 0 and not isinstance(indices, np.ndarray):
+        array = array.astype(np.int64)  # an empty list has no dtype
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"indices: dtype {array.dtype}, expected integers")
+    if array.ndim != 1:
+        raise ValueError(f"indices: shape {array.shape}, expected one dimension")
+    if array.dtype not in (np.int32, np.int64) or not array.dtype.isnative:
+        if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
+            raise ValueError(f"indices: {int(array.max())}, expected int64")
+        array = array.astype(np.int64)
+    return np.ascontiguousarray(array)
+
+
+def native_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
+    """``gradient`` as a plan takes it: an IndexedSlices, or a sparse one of PyTorch or SciPy, as ``_cpu.Slices``."""
+    slices = gradient if isinstance(gradient, IndexedSlices) else _of_other_library(gradient, label)
+    if slices is None:
+        return gradient
+    if slices.dense_shape is not None and slices.dense_shape != variable.shape:
+        raise ValueError(f"{label}: dense_shape {slices.dense_shape}, expected {variable.shape} like {variable.label}")
+    return _cpu.Slices(slices.values, slices.indices)
+
+
+def convert_slices(slices: _cpu.Slices, variable: _cpu.Buffer, label: str) -> _cpu.Slices:
+    """With values in the dtype of ``variable``, as they lie in a NumPy array."""
+    values = as_float_array(slices.values, f"{label}.values")
+    shape = (len(slices.indices), *variable.shape[1:])
+    if values.size == 0 and len(slices.indices) == 0:
+        values = np.zeros(shape, values.dtype)  # an empty list has no rows to show their shape
+    return _cpu.Slices(convert_values(values, variable.dtype), slices.indices)
+
+
+def _of_other_library(gradient: Any, label: str) -> IndexedSlices | None:
+    if getattr(gradient, "is_sparse", False) is True and hasattr(gradient, "_indices"):
+        return _of_torch(gradient, label)
+    return _of_scipy(gradient) if hasattr(gradient, "tocsr") and hasattr(gradient, "nnz") else None
+
+
+def _of_torch(tensor: Any, label: str) -> IndexedSlices:
+    """A COO tensor whose sparse axis is the first, as ``nn.Embedding(sparse=True)`` gives; coalesced or not."""
+    if tensor.sparse_dim() != 1:
+        raise ValueError(f"{label}: sparse tensor with {tensor.sparse_dim()} sparse axes, expected the first alone")
+    return IndexedSlices(tensor._values().detach(), tensor._indices()[0].numpy(), tuple(tensor.shape))
+
+
+def _of_scipy(matrix: Any) -> IndexedSlices:
+    """The rows of a SciPy matrix that hold elements."""
+    rows = matrix.tocsr()
+    touched = np.flatnonzero(np.diff(rows.indptr))
+    return IndexedSlices(rows[touched].toarray(), touched, tuple(matrix.shape))

@@ -1,0 +1,202 @@
+"""From pairs of gradient and variable to one native call: the plans of an optimizer, and its accumulated gradients."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastadam._backend import _cpu
+from fastadam.extras import Extras
+from fastadam.hyper import StepHyper
+from fastadam.ops import fit_gradients, run_step
+from fastadam.slots import Entry
+from fastadam.state import OptimizerState
+from fastadam.variable import Variable, buffers_of, unwrap
+
+__all__ = ["Stepper"]
+
+_ACCUMULATOR = "gradient_accumulator"
+
+
+class Stepper(OptimizerState):
+    """``apply_gradients`` for a class that says which slots and numbers its step needs."""
+
+    _extras: Extras
+    sparse_update: Any
+
+    @abc.abstractmethod
+    def _slot_names(self) -> list[str]: ...
+
+    @abc.abstractmethod
+    def _step_hyper(self, gradient_scale: float) -> StepHyper: ...
+
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[Any, Any]],
+        name: str | None = None,
+        experimental_aggregate_gradients: bool = True,
+    ) -> np.int64 | None:
+        """Update every variable in place with its gradient, then count the step.
+
+        All pairs are checked before anything is written: a call that raises leaves variables, slots and
+        ``iterations`` as they were. A variable that comes twice is updated twice, in order, with the same t. Pairs
+        whose gradient is None are left out with a warning. An empty list does nothing.
+
+        With ``gradient_accumulation_steps`` k, k - 1 calls only add the gradients up, and the k-th updates every
+        variable that had a gradient in one of the k calls with the sum divided by k.
+
+        Args:
+            grads_and_vars: Iterable of (gradient, variable). A gradient of another float dtype or layout is
+                converted; gradients are not modified.
+            name: Accepted for TF's signature; it names nothing here.
+            experimental_aggregate_gradients: Likewise; a single process has no replicas to sum over.
+
+        Returns:
+            ``iterations`` after the step; None for an empty list.
+
+        Raises:
+            TypeError: Not pairs, a list as variable, a dtype that is not float.
+            ValueError: All gradients None; a wrong shape; a variable that cannot be updated in place; variables that
+                overlap partly; a gradient that shares memory with a variable.
+        """
+        return None if self._apply(grads_and_vars) is None else self.iterations
+
+    def _apply(self, grads_and_vars: Iterable[tuple[Any, Any]], loss_scale: float | None = None) -> bool | None:
+        """Whether all gradients were finite, which only a dynamic ``loss_scale`` asks for; None for an empty list."""
+        gradients, variables, positions = _filter_none(_as_pairs(grads_and_vars))
+        if not variables:
+            return None
+        with self._lock, self._no_step_inside_a_step():
+            scale = 1.0 / (loss_scale or self._extras.loss_scale_factor or 1.0)
+            steps = self._extras.gradient_accumulation_steps
+            hyper = self._step_hyper(1.0 / steps if steps else scale)
+            names = [*self._slot_names(), _ACCUMULATOR] if steps else self._slot_names()
+            plan, fitting = self._plan_for(variables, gradients, positions, names, hyper)
+            if steps:
+                return self._accumulate(plan, fitting, positions, scale, loss_scale is not None, hyper)
+            if loss_scale is not None:
+                hyper = hyper._replace(require_finite=True)
+            run_step(plan.step, fitting, self._buffers, positions, hyper, [], self._iterations)
+            return plan.all_finite
+
+    @contextlib.contextmanager
+    def _no_step_inside_a_step(self) -> Iterator[None]:
+        """A callable hyperparameter or a gradient's ``__array__`` may run any code but a step of this optimizer."""
+        if self._stepping:
+            raise RuntimeError(f"apply_gradients of optimizer {self.name} was called from within itself")
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    # ---- plans -----------------------------------------------------------------------------------------------------
+
+    def _plan_for(
+        self,
+        variables: Sequence[Any],
+        gradients: Sequence[Any],
+        positions: list[int],
+        names: list[str],
+        hyper: StepHyper,
+    ) -> tuple[_cpu.Plan, Sequence[Any]]:
+        """The plan of these variables, and gradients as far as they had to be converted to check the first step."""
+        plan, key = self._plan, (names, self._slots.version, self._extras, self.sparse_update)
+        if plan is not None and self._plan_key == key and plan.matches([unwrap(v) for v in variables], positions):
+            return plan, gradients
+        buffers = buffers_of(variables, positions)
+        prepared = self._slots.prepare(buffers, names)
+        slots = dict(zip(names, prepared.slots, strict=True))
+        known_as = [self._name_of(variable, buffer) for variable, buffer in zip(variables, buffers, strict=True)]
+        decays = self._extras.decays(known_as, buffers)
+        plan = _cpu.Plan(buffers, slots, decays, positions, self.sparse_update == "lazy")
+        gradients = fit_gradients(plan, gradients, buffers, positions)
+        plan.check_numbers(hyper, [])
+        prepared.commit()  # slots are made once the whole step has been found good
+        key = (names, self._slots.version, self._extras, self.sparse_update)
+        self._plan, self._plan_key, self._buffers = plan, key, buffers
+        return plan, gradients
+
+    def _name_of(self, variable: Any, buffer: _cpu.Buffer) -> str | None:
+        """Of a Variable, or the name that its array once came with."""
+        if isinstance(variable, Variable) and variable.name:
+            return variable.name
+        entry = self._slots.entry_of(buffer)
+        return None if entry is None else entry.spec.name
+
+    # ---- accumulated gradients -------------------------------------------------------------------------------------
+
+    def _accumulate(
+        self,
+        plan: _cpu.Plan,
+        gradients: Sequence[Any],
+        positions: list[int],
+        scale: float,
+        require_finite: bool,
+        hyper: StepHyper,
+    ) -> bool:
+        calls, steps = int(self._iterations), self._micro_steps
+        entries = [entry for buffer in self._buffers if (entry := self._slots.entry_of(buffer))]
+        before = {id(entry): (entry, entry.accumulating) for entry in entries}
+        fresh = [entry for entry, cycle in before.values() if cycle != calls // steps]
+        if restart := len(fresh) == len(before):
+            fresh = []
+        for entry in fresh:
+            self._slots.slots_of(entry)[_ACCUMULATOR].fill(0)
+        for entry, _ in before.values():
+            entry.accumulating = calls // steps
+        try:
+            update = self._update_plan(plan, entries) if (calls + 1) % steps == 0 else None
+            arguments = (scale, require_finite, restart, update, hyper, self._iterations)
+            run_step(plan.accumulate, gradients, self._buffers, positions, *arguments)
+        finally:
+            if int(self._iterations) == calls:  # refused, or not finite
+                for entry, cycle in before.values():
+                    entry.accumulating = cycle
+        return plan.all_finite
+
+    def _update_plan(self, plan: _cpu.Plan, entries: list[Entry]) -> _cpu.Plan:
+        """The plan of all variables with an accumulated gradient: this call's, unless others had one before."""
+        waiting = [entry for entry in self._slots.entries if self._is_accumulating(entry)]
+        if len({id(entry) for entry in entries}) == len(entries) == len(waiting):
+            return plan
+        names = [*self._slot_names(), _ACCUMULATOR]
+        buffers = []
+        for entry in waiting:
+            if entry.buffer is None:
+                raise ValueError(f"gradients were accumulated for {entry.spec} and saved; build it, the step needs it")
+            buffers.append(entry.buffer)
+        slots = dict(zip(names, self._slots.prepare(buffers, names).slots, strict=True))
+        decays = self._extras.decays([entry.spec.name for entry in waiting], buffers)
+        return _cpu.Plan(buffers, slots, decays, list(range(len(buffers))), lazy=False)
+
+
+def _as_pairs(grads_and_vars: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    try:
+        items = list(grads_and_vars)
+    except TypeError:
+        raise TypeError(
+            f"grads_and_vars: {type(grads_and_vars).__name__}, expected an iterable of (gradient, variable) pairs"
+        ) from None
+    for i, item in enumerate(items):
+        if not isinstance(item, (tuple, list)):
+            raise TypeError(f"grads_and_vars[{i}]: {type(item).__name__}, expected a (gradient, variable) pair")
+        if len(item) != 2:
+            raise ValueError(f"grads_and_vars[{i}]: {len(item)} items, expected a (gradient, variable) pair")
+    return items
+
+
+def _filter_none(pairs: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any], list[int]]:
+    """Gradients, variables and their places in the list, without the pairs whose gradient is None."""
+    positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
+    if len(positions) < len(pairs):
+        absent = [getattr(v, "name", None) or f"vars[{i}]" for i, (g, v) in enumerate(pairs) if g is None]
+        if not positions:
+            raise ValueError(f"No gradients provided for any variable: {absent}.")
+        warnings.warn(f"Gradients do not exist for variables {absent} when minimizing the loss.", stacklevel=4)
+    return [pairs[i][0] for i in positions], [pairs[i][1] for i in positions], positions

@@ -1,0 +1,190 @@
+"""LossScaleOptimizer: a step with a gradient that is not finite is left out whole, and the scale follows."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+
+import fastadam
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import bits, random_array
+
+F32 = np.float32
+
+
+def gradient(seed, size=5, dtype=F32):
+    return np.asarray(random_array(np.random.RandomState(seed), (size,)), dtype)
+
+
+def make(scale=1024.0, growth=3, **options):
+    return fastadam.LossScaleOptimizer(fastadam.Adam(0.1, **options), scale, growth)
+
+
+@pytest.mark.parametrize("options", [{}, {"clipvalue": 0.01}, {"clipnorm": 0.1}, {"global_clipnorm": 0.1}], ids=str)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, F32, np.float64])
+def test_finite_step(options, dtype):
+    w, plain = np.ones(5, dtype), np.ones(5, dtype)
+    optimizer, expected = make(**options), fastadam.Adam(0.1, **options)
+    for seed in range(2):
+        g = gradient(seed).astype(dtype).astype(F32)
+        assert optimizer.apply_gradients([(optimizer.scale_loss(g), w)]) == seed + 1
+        expected.apply_gradients([(g, plain)])
+    np.testing.assert_array_equal(bits(w), bits(plain))
+    assert (w != 1).any()
+    assert (optimizer.dynamic_scale, optimizer.step_counter) == (1024, 2)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("options", [{}, {"clipvalue": 0.01}, {"global_clipnorm": 0.1}], ids=str)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, F32, np.float64])
+def test_infinite_step(bad, options, dtype, isa):
+    variables = [np.ones(4099, dtype), np.ones(3, dtype)]
+    optimizer = make(**options)
+    good = [np.full(4099, 0.5, dtype), np.full(3, 0.5, dtype)]
+    optimizer.apply_gradients(zip(good, variables, strict=True))
+    before = [np.array(x) for x in (*variables, *optimizer.get_weights())]
+    for place, at in ((0, 0), (0, 4096), (0, 4098), (1, 2)):
+        broken = [g.copy() for g in good]
+        broken[place][at] = bad
+        assert optimizer.apply_gradients(zip(broken, variables, strict=True)) == 1
+        for a, b in zip(before, (*variables, *optimizer.get_weights()), strict=True):
+            np.testing.assert_array_equal(bits(a), bits(np.asarray(b)))
+    assert (optimizer.dynamic_scale, optimizer.step_counter) == (1024 / 16, 0)
+
+
+def test_large_finite_squares_are_no_reason_to_skip():
+    w = np.ones(3)
+    optimizer = make(scale=1.0)
+    assert optimizer.apply_gradients([(np.array([1.2e154, -1.2e154, 1.2e154]), w)]) == 1
+    assert w.round(5).tolist() == [0.9, 1.1, 0.9]
+
+
+def test_upscaling_after_growth_steps_in_a_row():
+    w, optimizer = np.ones(5, F32), make(scale=8.0, growth=3)
+    scales = []
+    for step in range(8):
+        g = np.full(5, np.inf, F32) if step == 4 else gradient(step)
+        optimizer.apply_gradients([(g, w)])
+        scales.append(optimizer.dynamic_scale)
+    assert scales == [8, 8, 16, 16, 8, 8, 8, 16]
+    assert optimizer.iterations == 7
+
+
+def test_the_scale_stays_in_its_bounds():
+    w, optimizer = np.ones(5, F32), make(scale=2.0, growth=1)
+    for _ in range(3):
+        optimizer.apply_gradients([(np.full(5, np.nan, F32), w)])
+    assert optimizer.dynamic_scale == 1
+    optimizer = make(scale=2.0**126, growth=1)
+    optimizer.apply_gradients([(np.full(5, 2.0**127, F32), w)])
+    assert optimizer.dynamic_scale == 2.0**126
+    np.testing.assert_allclose(w, 0.9, rtol=1e-6)  # the gradient was 2
+
+
+def test_a_call_that_is_not_finite_gathers_nothing():
+    w, plain = np.ones(5, F32), np.ones(5, F32)
+    optimizer = make(gradient_accumulation_steps=2)
+    for g in (gradient(1), np.full(5, np.inf, F32), gradient(2)):
+        optimizer.apply_gradients([(g * F32(optimizer.dynamic_scale), w)])
+    assert (optimizer.iterations, optimizer.dynamic_scale) == (1, 512)
+    fastadam.Adam(0.1).apply_gradients([((gradient(1) + gradient(2)) / 2, plain)])
+    np.testing.assert_array_equal(bits(w), bits(plain))
+
+
+def test_a_refused_step_leaves_the_scale_alone():
+    optimizer, w = make(), np.ones(5, F32)
+    with pytest.raises(ValueError, match="shape"):
+        optimizer.apply_gradients([(np.full(4, np.inf, F32), w)])
+    assert (optimizer.dynamic_scale, optimizer.step_counter) == (1024, 0)
+    assert optimizer.apply_gradients([]) is None
+
+
+def test_everything_else_is_the_inner_optimizers():
+    optimizer, w = make(), np.ones(5, F32)
+    optimizer.learning_rate = 0.5
+    assert optimizer.inner_optimizer.learning_rate == 0.5
+    optimizer.apply_gradients([(gradient(1), w)])
+    assert optimizer.get_slot(w, "m") is optimizer.inner_optimizer.get_slot(w, "m")
+    assert optimizer.iterations == 1
+    optimizer.loss_scale_factor = 2.0
+    with pytest.raises(ValueError, match="inner_optimizer: has a loss_scale_factor, expected None"):
+        optimizer.apply_gradients([(gradient(1), w)])
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = optimizer.no_such_name
+
+
+@pytest.mark.parametrize("provider", ["autograd", "jax", "torch"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_minimize_scales_the_loss_it_differentiates(provider, dynamic):
+    pytest.importorskip(provider)
+    w, plain = fastadam.Variable([1.0, -2.0]), fastadam.Variable([1.0, -2.0])
+    optimizer = make() if dynamic else fastadam.Adam(0.1, loss_scale_factor=1024.0)
+    for _ in range(3):
+        optimizer.minimize(lambda: (w * w).sum(), [w], gradient=provider)
+        fastadam.Adam.minimize(
+            expected := fastadam.Adam(0.1), lambda: (plain * plain).sum(), [plain], gradient=provider
+        )
+        expected.iterations = 0
+    assert optimizer.iterations == 3
+    assert optimizer.get_gradients(lambda: (w * w).sum(), [w], gradient=provider)[0].tolist() == (2 * w.value).tolist()
+    slot = optimizer.get_slot(w, "m")
+    assert 0 < np.abs(slot).max() < 3
+
+
+def test_minimize_refuses_a_function_that_the_scale_cannot_reach():
+    w = fastadam.Variable([1.0, -2.0])
+    for optimizer in (make(), fastadam.Adam(loss_scale_factor=2.0)):
+        with pytest.raises(ValueError, match="gradient: a function, which a loss scale cannot reach"):
+            optimizer.minimize(lambda: 0.0, [w], gradient=lambda loss, variables: [w.value])
+    assert w.value.tolist() == [1, -2]
+
+
+def test_config_files_and_pickles_keep_scale_and_count(tmp_path):
+    w, optimizer = np.ones(5, F32), make(scale=8.0, growth=3)
+    for g in (np.full(5, np.inf, F32), gradient(1), gradient(2)):
+        optimizer.apply_gradients([(g, w)])
+    assert (optimizer.dynamic_scale, optimizer.step_counter) == (4, 2)
+    config = json.loads(json.dumps(optimizer.get_config()))
+    assert fastadam.LossScaleOptimizer.from_config(config).get_config() == config
+    optimizer.save(tmp_path / "state")
+    with pytest.raises(ValueError, match="state of LossScaleOptimizer, expected Adam"):
+        fastadam.Adam.load(tmp_path / "state", [w])
+    copies = [w.copy(), w.copy()]
+    again = [fastadam.LossScaleOptimizer.load(tmp_path / "state", copies[:1]), pickle.loads(pickle.dumps(optimizer))]
+    optimizer.apply_gradients([(gradient(3), w)])
+    for other, copy in zip(again, copies, strict=True):
+        other.apply_gradients([(gradient(3), copy)])
+        np.testing.assert_array_equal(bits(w), bits(copy))
+        assert (other.dynamic_scale, other.step_counter, other.iterations) == (8, 0, 3)
+    fastadam.Adam().save(tmp_path / "plain")
+    with pytest.raises(ValueError, match="state of Adam, expected LossScaleOptimizer"):
+        fastadam.LossScaleOptimizer.load(tmp_path / "plain", [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("adam",), TypeError, "inner_optimizer: str, expected a fastadam.Adam"),
+        (
+            (fastadam.Adam(loss_scale_factor=2.0),),
+            ValueError,
+            "inner_optimizer: has a loss_scale_factor, expected None",
+        ),
+        ((fastadam.Adam(), 0.5), ValueError, "initial_scale: 0.5, expected 1 <= initial_scale"),
+        ((fastadam.Adam(), 2.0**127), ValueError, "initial_scale: "),
+        ((fastadam.Adam(), 2.0, 0), ValueError, "dynamic_growth_steps: 0, expected an integer of at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        fastadam.LossScaleOptimizer(*arguments)
+
+
+def test_a_scale_whose_inverse_is_flushed_is_refused():
+    w = np.ones(3, F32)
+    with pytest.raises(ValueError, match="so small that it is flushed to zero in float32"):
+        fastadam.Adam(loss_scale_factor=1e39).apply_gradients([(np.ones(3, F32), w)])
+    assert w.tolist() == [1, 1, 1]

@@ -193,6 +193,44 @@ RESUME_CASES = [
     Case("resume_amsgrad", ((3, 5), (), (129,), (0, 4)), 12,
          {"learning_rate": 0.01, "amsgrad": True, "beta_2": 0.9, "decay": 0.02}),
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SparseCase(Case):
+    """A trajectory whose first variable gets `ids[step % len(ids)]` rows a step, half of them of its first five rows."""
+
+    ids: tuple[int, ...] = (5,)
+
+    def arrays(self):
+        """The gradients of the first variable are pairs of values and indices."""
+        variables, gradients = super().arrays()
+        rows, *rest = self.shapes[0]
+        rng = np.random.RandomState(rows)
+        for step, found in enumerate(gradients):
+            count = self.ids[step % len(self.ids)]
+            indices = np.where(
+                rng.randint(0, 2, count) == 0, rng.randint(0, rows, count), rng.randint(0, min(rows, 5), count)
+            )
+            values = random_array(rng, (count, *rest), self.low, self.high, self.dtype)
+            found[0] = (values, indices.astype(np.int32 if step % 2 else np.int64))
+        return variables, gradients
+
+
+SPARSE_CASES = [
+    SparseCase("sparse", ((40, 3),), 100, {"learning_rate": 0.01}, ids=(5, 0, 1, 12)),
+    SparseCase("sparse_amsgrad", ((40, 3),), 100, {"learning_rate": 0.1, "amsgrad": True, "decay": 0.01}, ids=(7, 1)),
+    SparseCase("sparse_vector", ((100,),), 60, {"learning_rate": 0.01, "beta_1": 0.5}, ids=(9,)),
+    SparseCase("sparse_rank_3", ((9, 2, 5),), 60, {"learning_rate": 0.01, "epsilon": 1e-3}, ids=(4, 0)),
+    SparseCase("sparse_wide", ((6, 300),), 20, {"learning_rate": 0.01}, ids=(3,)),
+    SparseCase("sparse_one_row", ((1, 4),), 30, {"learning_rate": 0.01}, ids=(6,)),
+    SparseCase("sparse_rare", ((40, 3),), 1500, {"learning_rate": 0.01}, ids=(4, *(0,) * 499)),
+    SparseCase("sparse_betas", ((40, 3),), 100, {"beta_1": 0.98, "beta_2": 0.95}, ids=(3, 0)),
+    SparseCase("sparse_clipvalue", ((40, 3),), 50, {"learning_rate": 0.01, "clipvalue": 0.01}, ids=(8,)),
+    SparseCase("sparse_denormal", ((40, 3),), 60, {"learning_rate": 0.01}, low=-140, high=-60, ids=(8, 1)),
+    SparseCase("sparse_list", ((40, 3), (7,), (), (0, 4)), 50, {"learning_rate": 0.01}, ids=(8, 0)),
+]
+
+
 # What Keras 3 was asked for: its variables half way, and the model's there and at the end. float32 holds these betas and
 # 1 - beta, so that Keras and TF multiply by the same numbers; "keras3_defaults" has others.
 KERAS3 = Path(__file__).parent / "data" / "keras3_adam.npz"

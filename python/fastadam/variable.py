@@ -22,6 +22,9 @@ class Reader(Protocol):
     def read(self, variable: Variable) -> Any:
         """The array of the autodiff library that stands for the variable."""
 
+    def gather(self, variable: Variable, ids: npt.NDArray[Any]) -> Any:
+        """The array of the autodiff library that stands for these rows."""
+
 
 _reader: ContextVar[Reader | None] = ContextVar("fastadam_reader", default=None)
 _running: set[int] = set()  # one number for every loss that runs, in any thread; changed by atomic operations only
@@ -90,6 +93,42 @@ class Variable:
     def dtype(self) -> np.dtype[Any]:
         """Dtype of ``value``."""
         return self._value.dtype
+
+    def gather(self, ids: npt.ArrayLike) -> Any:
+        """The rows ``value[ids]``, of shape ``ids.shape + value.shape[1:]``.
+
+        Inside a loss their gradient is an :class:`fastadam.IndexedSlices`: no array of the variable's shape is made,
+        unless the loss reads ``value`` too.
+
+        Args:
+            ids: Integers of any shape, repeated or not, known when the loss runs.
+
+        Raises:
+            TypeError: Ids that are no integers.
+            ValueError: An id that is no row, or a variable without rows.
+
+        >>> import fastadam
+        >>> table = fastadam.Variable([[1.0, 2.0], [3.0, 4.0]], name="table")
+        >>> table.gather([1, 1, 0]).tolist()
+        [[3.0, 4.0], [3.0, 4.0], [1.0, 2.0]]
+        """
+        rows = self._checked_rows(ids)
+        reader = _reader.get() if _running else None
+        return self._value[rows] if reader is None else reader.gather(self, rows)
+
+    def _checked_rows(self, ids: npt.ArrayLike) -> npt.NDArray[Any]:
+        label = label_of(self, 0) if self.name else "this variable"
+        rows = np.asarray(ids)
+        if rows.size == 0 and not isinstance(ids, np.ndarray):
+            rows = rows.astype(np.int64)  # an empty list has no dtype
+        if rows.dtype.kind not in "iu":
+            raise TypeError(f"ids: dtype {rows.dtype}, expected integers")
+        if not self.shape:
+            raise ValueError(f"ids: {label} has shape (), expected at least one axis")
+        bad = rows[(rows < 0) | (rows >= self.shape[0])]
+        if bad.size:
+            raise ValueError(f"ids: {bad.flat[0]} is no row of {label}, expected 0 <= id < {self.shape[0]}")
+        return rows
 
     def numpy(self) -> npt.NDArray[Any]:
         """A copy of the array; inside a loss too, where it is a constant."""

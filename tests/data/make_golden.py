@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cases import CASES, GOLDEN, NEAR_CASES, RESUME_CASES, SCHEDULE_STEPS, SCHEDULES, STORED, digest
+from cases import CASES, GOLDEN, NEAR_CASES, RESUME_CASES, SCHEDULE_STEPS, SCHEDULES, SPARSE_CASES, STORED, digest
 
 
 def optimizer_of(case):
@@ -31,7 +31,13 @@ def optimizer_of(case):
 
 def train(optimizer, variables, gradients):
     for step in gradients:
-        optimizer.apply_gradients([(tf.constant(g), v) for g, v in zip(step, variables)])
+        optimizer.apply_gradients([(as_tensor(g, v), v) for g, v in zip(step, variables)])
+
+
+def as_tensor(gradient, variable):
+    if not isinstance(gradient, tuple):
+        return tf.constant(gradient)
+    return tf.IndexedSlices(*map(tf.constant, gradient), dense_shape=tf.constant(variable.shape))
 
 
 def trajectory(case):
@@ -67,7 +73,7 @@ def main():
     stored, digests = {}, {}
     for i, (name, arguments) in enumerate(SCHEDULES):
         stored[f"rates/{i}"] = rates(name, arguments)
-    for case in CASES + NEAR_CASES:
+    for case in CASES + NEAR_CASES + SPARSE_CASES:
         arrays = trajectory(case)
         for i, array in enumerate(arrays):
             key = f"{case.name}/{i}"

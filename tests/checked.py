@@ -6,8 +6,6 @@ import fastadam
 import numpy as np
 from cases import bits
 
-DTYPES = [np.float16, np.float32, np.float64]
-
 
 class Checked:
     """Variables of one dtype, and their steps in the float64 reference."""

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import fastadam
 import pytest
+from helpers import Snapshot
 from providers import NAMES, Provider
 
 
 @pytest.fixture(autouse=True)
 def _process_settings():
-    """Every test starts and ends with the default instruction set and threads."""
+    """Every test starts and ends with the default instruction set, threads and provider of gradients."""
     isa = fastadam.info.current_isa()
     yield
     fastadam.set_isa(isa)
     fastadam.set_num_threads(None)
+    fastadam.set_gradient_provider(None)
 
 
 @pytest.fixture(params=fastadam.isas())
@@ -23,3 +25,8 @@ def isa(request):
 @pytest.fixture(params=NAMES)
 def provider(request):
     return Provider(request.param)
+
+
+@pytest.fixture
+def snapshot():
+    return Snapshot()

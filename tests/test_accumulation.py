@@ -10,7 +10,8 @@ import fastadam
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import bits, random_array
+from cases import random_array
+from helpers import assert_same
 
 F32 = np.float32
 SHAPES = ((5,), (3, 4), ())
@@ -24,12 +25,6 @@ def arrays(seed, shapes=SHAPES, dtype=F32):
 def pairs(seed, variables, without=()):
     found = list(zip(arrays(seed), variables, strict=True))
     return [pair for i, pair in enumerate(found) if i not in without]
-
-
-def same(first, second):
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(bits(np.asarray(a)), bits(np.asarray(b)))
 
 
 def mean_of(seeds):
@@ -59,15 +54,15 @@ def test_k_calls_are_one_step_with_the_mean_to_the_bit(steps, options, isa):
         before = [w.copy() for w in variables]
         assert optimizer.apply_gradients(pairs(call + 1, variables)) == (call + 1) // steps
         if (call + 1) % steps:
-            same(before, variables)
+            assert_same(before, variables)
         else:
             mean = mean_of(range(call + 2 - steps, call + 2))
             expected.apply_gradients(zip(mean, plain, strict=True))
             assert (before[0] != variables[0]).any()
-    same(variables, plain)
+    assert_same(variables, plain)
     assert optimizer.iterations == expected.iterations == 3
     for i, w in enumerate(variables):
-        same([optimizer.get_slot(w, "v")], [expected.get_slot(plain[i], "v")])
+        assert_same([optimizer.get_slot(w, "v")], [expected.get_slot(plain[i], "v")])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -79,7 +74,7 @@ def test_gradients_of_half_variables_are_added_in_float32(dtype):
         optimizer.apply_gradients([(gradient, w)])
     mean = sum(g.astype(F32) for g in gradients) * F32(0.25)
     fastadam.Adam(0.1).apply_gradients([(mean, plain)])
-    same([w], [plain])
+    assert_same([w], [plain])
     assert optimizer.get_slot(w, "gradient_accumulator").dtype == F32
     assert (w != 1).any()
 
@@ -92,7 +87,7 @@ def test_a_variable_without_gradient_in_the_last_call_keeps_what_it_gathered():
     first, second = arrays(1), arrays(2)
     mean = [first[0] / 2, (first[1] + second[1]) / 2, second[2] / 2]
     fastadam.Adam(0.1).apply_gradients(zip(mean, plain, strict=True))
-    same(variables, plain)
+    assert_same(variables, plain)
 
 
 def test_a_variable_without_any_gradient_is_left_alone_and_what_it_gathered_before_is_forgotten():
@@ -109,7 +104,7 @@ def test_a_variable_without_any_gradient_is_left_alone_and_what_it_gathered_befo
     mean = mean_of((5, 6))
     mean[0] = arrays(6)[0] / 2
     expected.apply_gradients(zip(mean, plain, strict=True))
-    same(variables, plain)
+    assert_same(variables, plain)
 
 
 def test_a_variable_given_twice_gathers_both_gradients_for_one_update():
@@ -120,7 +115,7 @@ def test_a_variable_given_twice_gathers_both_gradients_for_one_update():
     optimizer.apply_gradients([(arrays(2)[0], w), (arrays(3)[0], w)])
     total = (arrays(1)[0] + arrays(2)[0]) + arrays(3)[0]
     fastadam.Adam(0.1).apply_gradients([(total / 2, plain), (arrays(1)[1] / 2, plain_other)])
-    same([w, other], [plain, plain_other])
+    assert_same([w, other], [plain, plain_other])
 
 
 COPIES = {
@@ -146,7 +141,7 @@ def test_a_copy_made_between_calls_goes_on_to_the_bit(kind, tmp_path):
     assert again.iterations == 1
     optimizer.apply_gradients(pairs(6, variables, without=(0,)))
     again.apply_gradients(pairs(6, copies, without=(0,)))
-    same(variables, copies)
+    assert_same(variables, copies)
     assert (optimizer.iterations, again.iterations) == (2, 2)
 
 
@@ -159,7 +154,7 @@ def test_a_variable_that_gathered_before_a_restore_must_come_before_the_step():
         ValueError, match=re.escape("gradients were accumulated for float32 (3, 4) and saved; build it")
     ):
         again.apply_gradients([(arrays(2)[0], first)])
-    same([first], [variables[0]])
+    assert_same([first], [variables[0]])
     assert again.weights[0] == 1
 
 
@@ -178,7 +173,7 @@ def test_weights_and_iterations_count_as_in_keras():
     again.set_weights(optimizer.get_weights())
     optimizer.apply_gradients(pairs(4, variables))
     again.apply_gradients(pairs(4, copies))
-    same(variables, copies)
+    assert_same(variables, copies)
     optimizer.iterations = 10
     assert (optimizer.weights[0], optimizer.iterations) == (20, 10)
 
@@ -191,7 +186,7 @@ def test_setting_iterations_forgets_what_was_gathered():
     for seed in (2, 3):
         optimizer.apply_gradients(pairs(seed, variables))
     expected.apply_gradients(zip(mean_of((2, 3)), plain, strict=True))
-    same(variables, plain)
+    assert_same(variables, plain)
 
 
 def test_a_schedule_sees_the_calls_as_in_keras():
@@ -241,11 +236,11 @@ def test_a_refused_call_gathers_nothing():
     optimizer.learning_rate = 1e39
     with pytest.raises(ValueError, match="learning_rate"):
         optimizer.apply_gradients(pairs(2, variables))
-    same(state, [optimizer.get_slot(w, "gradient_accumulator") for w in variables])
+    assert_same(state, [optimizer.get_slot(w, "gradient_accumulator") for w in variables])
     optimizer.learning_rate = 0.1
     optimizer.apply_gradients(pairs(2, variables))
     fastadam.Adam(0.1).apply_gradients(zip(mean_of((1, 2)), plain, strict=True))
-    same(variables, plain)
+    assert_same(variables, plain)
 
 
 def test_averages_move_once_per_step():
@@ -256,7 +251,7 @@ def test_averages_move_once_per_step():
         for _ in range(2):
             optimizer.apply_gradients([(np.ones(3, F32), w)])
         expected.apply_gradients([(np.ones(3, F32), plain)])
-    same([w, optimizer.get_slot(w, "average")], [plain, expected.get_slot(plain, "average")])
+    assert_same([w, optimizer.get_slot(w, "average")], [plain, expected.get_slot(plain, "average")])
 
 
 def test_the_option_is_in_the_config_and_bad_values_are_refused():
@@ -283,4 +278,4 @@ def test_threads_change_no_bit():
             optimizer.apply_gradients([(gradient, w)])
         results.append(w)
     assert (results[0] != arrays(9, ((200_003,),))[0]).mean() > 0.9
-    same([results[0]] * 2, results[1:])
+    assert_same([results[0]] * 2, results[1:])

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import bits, random_array
+from helpers import assert_moved
 
 F32 = np.float32
 
@@ -19,6 +20,7 @@ def expected_after_one_step(value, gradient):
     fastadam.adam_step(
         result, np.asarray(gradient, F32), np.zeros_like(result), np.zeros_like(result), step=1, learning_rate=0.1
     )
+    assert_moved(result, np.asarray(value, F32))
     return result
 
 
@@ -124,12 +126,7 @@ def test_other_holders_of_memory_are_updated_in_place(wrap):
 def test_other_holders_of_read_only_memory_are_refused(wrap):
     values = np.ones(9, F32)
     values.flags.writeable = False
-    if wrap is DLPack:
-        try:
-            values.__dlpack__(max_version=(1, 0))
-        except (TypeError, BufferError):
-            return  # this NumPy does not export read-only arrays at all
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(ValueError, match="read-?only"):  # "readonly": a NumPy before 2.1 does not export them at all
         fastadam.Adam(0.1).apply_gradients([(np.ones(9, F32), wrap(values))])
 
 

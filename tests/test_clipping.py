@@ -10,16 +10,9 @@ import numpy as np
 import pytest
 from cases import GOLDEN, NEAR_CASES, aligned, bits, random_array
 from fastadam import schedules
+from helpers import assert_moved, first_step_gradients
 
 F32 = np.float32
-
-
-def first_step_gradients(gradients, **options):
-    """What the step sees: with beta_1 = 0 the first moment is the clipped gradient."""
-    variables = [np.zeros(np.shape(g), np.asarray(g).dtype) for g in gradients]
-    optimizer = fastadam.Adam(beta_1=0.0, **options)
-    optimizer.apply_gradients(zip(gradients, variables, strict=True))
-    return [optimizer.get_slot(w, "m") for w in variables]
 
 
 @pytest.mark.parametrize("case", NEAR_CASES, ids=str)
@@ -86,7 +79,8 @@ def test_norms_that_are_not_finite():
 
 def test_gradients_are_not_modified():
     gradients = [np.array([3.0, 4.0]), np.array([5.0])]
-    first_step_gradients(gradients, clipvalue=2.0, clipnorm=1.0)
+    clipped = first_step_gradients(gradients, clipvalue=2.0, clipnorm=1.0)
+    np.testing.assert_allclose(np.concatenate(clipped), [0.5**0.5, 0.5**0.5, 1.0], rtol=1e-15)
     assert [g.tolist() for g in gradients] == [[3.0, 4.0], [5.0]]
 
 
@@ -111,6 +105,7 @@ def test_global_norm_is_right_and_takes_any_gradients(dtype):
 def test_norms_have_the_same_bits_for_any_isa_thread_count_and_alignment():
     rng = np.random.RandomState(0)
     value = random_array(rng, 300_007)
+    expected = math.sqrt(math.fsum(float(x) ** 2 for part in (value, value[:100], value[:65_000]) for x in part))
     results = set()
     for isa in fastadam.isas():
         fastadam.set_isa(isa)
@@ -121,20 +116,40 @@ def test_norms_have_the_same_bits_for_any_isa_thread_count_and_alignment():
                 copy[...] = value
                 results.add(fastadam.global_norm([copy, copy[:100], copy[:65_000]]))
     assert len(results) == 1
+    assert results.pop() == pytest.approx(expected, rel=1e-14)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_clipped_steps_have_the_same_bits_for_any_isa_and_thread_count(threads, isa):
-    rng = np.random.RandomState(0)
-    value, gradient = random_array(rng, 300_007), random_array(rng, 300_007)
-    fastadam.set_isa(fastadam.isas()[0])
-    fastadam.set_num_threads(1)
-    expected = value.copy()
-    fastadam.Adam(0.1, global_clipnorm=0.5).apply_gradients([(gradient, expected), (gradient, np.ones_like(value))])
+CLIPPINGS = {"clipvalue": 1.0, "clipnorm": 0.5, "global_clipnorm": 0.5}
+
+
+def clipped_step(name, value, gradient, isa, threads):
+    """The variables and first moments of a step with two variables."""
     fastadam.set_isa(isa)
     fastadam.set_num_threads(threads)
-    fastadam.Adam(0.1, global_clipnorm=0.5).apply_gradients([(gradient, value), (gradient, np.ones_like(value))])
-    np.testing.assert_array_equal(bits(value), bits(expected))
+    variables = [value.copy(), np.ones_like(value)]
+    optimizer = fastadam.Adam(0.1, beta_1=0.0, **{name: CLIPPINGS[name]})
+    optimizer.apply_gradients([(gradient, variables[0]), (2 * gradient, variables[1])])
+    return [*variables, *(optimizer.get_slot(w, "m") for w in variables)]
+
+
+@pytest.mark.parametrize("name", CLIPPINGS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_clipped_steps_have_the_same_bits_for_any_isa_and_thread_count(threads, name, isa):
+    rng = np.random.RandomState(0)
+    value, gradient = random_array(rng, 300_007), random_array(rng, 300_007)
+    actual = clipped_step(name, value, gradient, isa, threads)
+    expected = clipped_step(name, value, gradient, fastadam.isas()[0], 1)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(bits(a), bits(e))
+    assert_moved(actual[0], value)
+    norm = np.linalg.norm(gradient.astype(np.float64))
+    clipped = {
+        "clipvalue": (gradient.clip(-1, 1), (2 * gradient).clip(-1, 1)),
+        "clipnorm": (gradient * F32(0.5 / norm), gradient * F32(0.5 / norm)),
+        "global_clipnorm": (gradient * F32(0.5 / norm / 5**0.5), 2 * gradient * F32(0.5 / norm / 5**0.5)),
+    }
+    for m, g in zip(actual[2:], clipped[name], strict=True):
+        np.testing.assert_allclose(m, g, rtol=1e-6)  # the factor is rounded to float32 from another sum
 
 
 def test_adam_step_clips_too():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -51,10 +52,20 @@ def test_the_command_line_trains_and_reports(tmp_path):
     accuracy = next(line for line in result.stdout.splitlines() if line.startswith("test accuracy"))
     assert float(accuracy.split()[2].rstrip("%")) > 95
     assert "plain NumPy Adam" in result.stdout
-    if "no loss curve" in result.stdout:
-        assert list(tmp_path.iterdir()) == []
-    else:
-        assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "loss curve in" in result.stdout
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "training: 100%" in result.stderr
+
+
+def test_without_matplotlib_and_tqdm_the_demo_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    for module in ("matplotlib", "matplotlib.figure", "tqdm"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(demo, "train", functools.partial(demo.train, epochs=1))
+    demo.main(tmp_path / "curve.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "training 1 epochs (install tqdm for a progress bar)"
+    assert lines[-1] == "no loss curve: matplotlib is not installed"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_arguments_it_prints_what_a_bug_report_needs(capsys):

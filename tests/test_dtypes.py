@@ -42,6 +42,7 @@ def test_half_types_have_the_state_of_float32_and_round_the_variable_once(dtype,
     rng = np.random.RandomState(2)
     half = random_array(rng, 1001, -8, 3).astype(dtype)
     single = half.astype(np.float32)
+    start = single.copy()
     half_optimizer, single_optimizer = (fastadam.Adam(0.01, **options) for _ in range(2))
     for _ in range(30):
         gradient = random_array(rng, 1001, -12, 1).astype(dtype)
@@ -53,6 +54,7 @@ def test_half_types_have_the_state_of_float32_and_round_the_variable_once(dtype,
             slot = half_optimizer.get_slot(half, name)
             assert slot.dtype == np.float32
             np.testing.assert_array_equal(bits(slot), bits(single_optimizer.get_slot(single, name)))
+    assert (single != start).mean() > 0.5  # a large half stays where a step is less than half an ulp
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
@@ -87,6 +89,7 @@ def test_gradients_of_another_dtype_are_converted_and_not_modified(dtype, grad_d
     fastadam.Adam(0.1).apply_gradients([(gradient.astype(dtype), expected)])
     fastadam.Adam(0.1).apply_gradients([(gradient, actual)])
     np.testing.assert_array_equal(bits(actual), bits(expected))
+    np.testing.assert_array_equal(actual != 1, before != 0)
     np.testing.assert_array_equal(gradient, before)
 
 
@@ -103,5 +106,6 @@ def test_amsgrad_keeps_the_old_maximum_against_a_nan():
     optimizer = fastadam.Adam(0.1, amsgrad=True)
     optimizer.apply_gradients([(np.ones(9, np.float32), var)])
     before = optimizer.get_slot(var, "vhat").copy()
+    assert before.all()
     optimizer.apply_gradients([(np.full(9, np.nan, np.float32), var)])
     np.testing.assert_array_equal(optimizer.get_slot(var, "vhat"), before)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cases import GOLDEN, RESUME_CASES, bits, random_array
 from fastadam import exchange
+from helpers import listed
 
 F32 = np.float32
 SHAPES = ((3,), (2, 2), ())
@@ -30,8 +31,8 @@ def trained(**options):
 def test_keras_lists_round_trip_to_the_bit(amsgrad):
     optimizer, variables = trained(amsgrad=amsgrad)
     weights = exchange.to_keras_weights(optimizer, variables)
-    for mine, listed in zip(optimizer.get_weights(), weights, strict=True):
-        np.testing.assert_array_equal(mine, listed)
+    for mine, other in zip(optimizer.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(mine, other)
     again, others = fastadam.Adam(0.1, amsgrad=amsgrad), [w.copy() for w in variables]
     exchange.from_keras_weights(again, weights, others)
     optimizer.apply_gradients(zip(make(9), variables, strict=True))
@@ -46,15 +47,10 @@ def golden():
         return dict(file)
 
 
-def golden_list(golden, case, part):
-    keys = [f"{case.name}/{part}/{i}" for i in range(len(golden))]
-    return [golden[key].copy() for key in keys if key in golden]
-
-
 @pytest.mark.parametrize("by", ["set_weights", "from_keras_weights"])
 @pytest.mark.parametrize("case", RESUME_CASES, ids=str)
 def test_a_list_of_tensorflow_goes_on_with_its_bits(golden, case, by):
-    weights, variables = golden_list(golden, case, "weights"), golden_list(golden, case, "variables")
+    weights, variables = listed(golden, case.name, "weights"), listed(golden, case.name, "variables")
     optimizer = fastadam.Adam(**case.options)
     if by == "set_weights":
         optimizer.build(variables)
@@ -67,7 +63,7 @@ def test_a_list_of_tensorflow_goes_on_with_its_bits(golden, case, by):
         np.testing.assert_array_equal(bits(np.asarray(a)), bits(b))
     for step in case.arrays()[1][case.steps // 2 :]:
         optimizer.apply_gradients(zip(step, variables, strict=True))
-    for a, b in zip(variables, golden_list(golden, case, "after"), strict=True):
+    for a, b in zip(variables, listed(golden, case.name, "after"), strict=True):
         np.testing.assert_array_equal(bits(a), bits(b))
 
 
@@ -78,7 +74,7 @@ def test_the_list_half_way_is_the_one_of_tensorflow(golden, case):
     for step in gradients[: case.steps // 2]:
         optimizer.apply_gradients(zip(step, variables, strict=True))
     found = exchange.to_keras_weights(optimizer, variables)
-    for a, b in zip(found, golden_list(golden, case, "weights"), strict=True):
+    for a, b in zip(found, listed(golden, case.name, "weights"), strict=True):
         np.testing.assert_array_equal(bits(np.asarray(a)), bits(b))
 
 

@@ -8,8 +8,9 @@ from collections import OrderedDict, namedtuple
 import fastadam
 import numpy as np
 import pytest
-from cases import bits, random_array
+from cases import random_array
 from fastadam import exchange
+from helpers import assert_same
 
 F32 = np.float32
 SHAPES = {"b": (), "a": {"w": (3, 2), "bias": (2,)}}  # JAX's order: a.bias, a.w, b
@@ -67,11 +68,6 @@ def assert_near(mine, theirs, learning_rate, steps):
         np.testing.assert_allclose(a, np.asarray(b), rtol=0, atol=bound)
 
 
-def assert_same_bits(found, expected):
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(bits(np.asarray(a)), bits(np.asarray(b)))
-
-
 def state_of(count=3, kind=ScaleByAdamState, seed=1):
     moments = [tree(seed + 10 * i) for i in range(len(kind._fields) - 1)]
     return kind(count, *moments)
@@ -100,7 +96,7 @@ def test_training_goes_on_from_optax_and_back(optax, name):
     adam = next(s for s in (state, *state, *state[0]) if type(s).__name__ == "ScaleByAdamState")
     exported = exchange.to_optax_state(optimizer, mine)
     assert type(exported) is optax.ScaleByAdamState
-    assert_same_bits([exported.count, *leaves(exported.mu), *leaves(exported.nu)],
+    assert_same([exported.count, *leaves(exported.mu), *leaves(exported.nu)],
                      [adam.count, *leaves(adam.mu), *leaves(adam.nu)])  # fmt: skip
     for step in range(3):
         params, state = step_there(optax, transformation, state, params, 100 + 10 * step)
@@ -139,7 +135,7 @@ def test_amsgrad_goes_on_where_its_corrections_have_faded(optax, options):
     assert optimizer.amsgrad
     exported = exchange.to_optax_state(optimizer, mine)
     assert type(exported) is optax.ScaleByAmsgradState
-    assert_same_bits(leaves(exported.nu_max), leaves(state[0].nu_max))
+    assert_same(leaves(exported.nu_max), leaves(state[0].nu_max))
     for step in range(3):
         params, state = step_there(optax, transformation, state, params, 500 + 10 * step)
         step_here(optimizer, mine, 500 + 10 * step)
@@ -206,8 +202,8 @@ def test_trees_lists_and_chains():
             exchange.from_optax_state(optimizer, given, variables, epsilon=1e-8)
             assert (optimizer.iterations, optimizer.epsilon) == (3, 1e-8)
             listed = variables if isinstance(variables, list) else leaves(variables)
-            assert_same_bits([optimizer.get_slot(w, "m") for w in listed], leaves(state.mu))
-            assert_same_bits([optimizer.get_slot(w, "v") for w in listed], leaves(state.nu))
+            assert_same([optimizer.get_slot(w, "m") for w in listed], leaves(state.mu))
+            assert_same([optimizer.get_slot(w, "v") for w in listed], leaves(state.nu))
 
 
 def test_a_none_is_no_leaf_and_an_ordered_dict_keeps_its_order():
@@ -216,7 +212,7 @@ def test_a_none_is_no_leaf_and_an_ordered_dict_keeps_its_order():
     variables = [np.zeros(2, F32), np.ones(2, F32)]
     optimizer = fastadam.Adam()
     exchange.from_optax_state(optimizer, ScaleByAdamState(1, moments, moments), variables, epsilon=1e-8)
-    assert_same_bits([optimizer.get_slot(w, "m") for w in variables], [first, second])
+    assert_same([optimizer.get_slot(w, "m") for w in variables], [first, second])
 
 
 def test_bfloat16_moments_are_widened():
@@ -224,7 +220,7 @@ def test_bfloat16_moments_are_widened():
     moments = [np.array([0.5, -1.25], ml_dtypes.bfloat16)]
     w, optimizer = np.ones(2, F32), fastadam.Adam()
     exchange.from_optax_state(optimizer, ScaleByAdamState(1, moments, moments), [w], epsilon=1e-8)
-    assert_same_bits([optimizer.get_slot(w, "m")], [np.array([0.5, -1.25], F32)])
+    assert_same([optimizer.get_slot(w, "m")], [np.array([0.5, -1.25], F32)])
 
 
 def refused(optimizer, state, variables, match, error=ValueError, **options):
@@ -232,7 +228,7 @@ def refused(optimizer, state, variables, match, error=ValueError, **options):
     with pytest.raises(error, match=match):
         exchange.from_optax_state(optimizer, state, variables, **{"epsilon": 1e-8, **options})
     assert optimizer.get_config() == config
-    assert_same_bits(optimizer.get_weights(), before)
+    assert_same(optimizer.get_weights(), before)
 
 
 def test_what_is_no_state_of_adam_is_refused():

@@ -6,6 +6,7 @@ import fastadam
 import numpy as np
 import pytest
 from cases import bits, random_array
+from helpers import assert_moved
 
 F32 = np.float32
 
@@ -52,6 +53,7 @@ def test_a_transposed_torch_gradient_is_read_by_its_strides():
     value, gradient = random_array(rng, (4, 6)), random_array(rng, (6, 4))
     expected = value.copy()
     fastadam.Adam(0.1).apply_gradients([(np.ascontiguousarray(gradient.T), expected)])
+    assert_moved(expected, value)
     tensor = torch.from_numpy(value)
     fastadam.Adam(0.1).apply_gradients([(torch.from_numpy(gradient).T, tensor)])
     np.testing.assert_array_equal(bits(tensor.numpy()), bits(expected))

@@ -14,9 +14,9 @@ import re
 import fastadam
 import numpy as np
 import pytest
-from checked import DTYPES, Checked
+from checked import Checked
 from fastadam.schedules import PolynomialDecay
-from test_clipping import first_step_gradients
+from helpers import DTYPES, first_step_gradients
 
 F32 = np.float32
 ONES = np.ones((2, 2))

@@ -20,6 +20,7 @@ from fastadam.schedules import (
     PiecewiseConstantDecay,
     PolynomialDecay,
 )
+from helpers import Halving, assert_moved
 
 IDS = [f"{i}_{name}" for i, (name, _) in enumerate(SCHEDULES)]
 ALL = [getattr(schedules, name)(**arguments) for name, arguments in SCHEDULES]
@@ -123,24 +124,15 @@ def test_bad_arguments_are_refused_at_construction(make, error, message):
         make()
 
 
-class Halving(schedules.LearningRateSchedule):
-    def __init__(self, start):
-        self.start = start
-
-    def __call__(self, step):
-        return self.start * 0.5**step
-
-    def get_config(self):
-        return {"start": self.start}
-
-
 def trajectory(optimizer, steps=6, change=None):
     rng = np.random.RandomState(0)
     w = random_array(rng, 33)
+    start = w.copy()
     for step in range(steps):
         if change and step in change:
             change[step](optimizer)
         optimizer.apply_gradients([(random_array(rng, 33), w)])
+    assert_moved(w, start)
     return bits(w)
 
 
@@ -184,7 +176,6 @@ def test_a_schedule_of_the_user_comes_back_from_an_optimizer_config_by_custom_ob
 
 
 def test_plot_draws_any_schedule():
-    pytest.importorskip("matplotlib")
     axes = schedules.plot(Halving(0.8), 5)
     (line,) = axes.get_lines()
     assert line.get_ydata().tolist() == [0.8, 0.4, 0.2, 0.1, 0.05]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import fastadam
 import numpy as np
 import pytest
-from checked import DTYPES, Checked
+from checked import Checked
 from fastadam.schedules import InverseTimeDecay
+from helpers import DTYPES
 
 GRADIENTS = ([0.1, 0.1], [0.01, 0.01])
 # What TensorFlow has after each of three steps from [1, 2] and [3, 4], with the default epsilon and with 1e-8.

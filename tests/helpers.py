@@ -1,0 +1,173 @@
+"""What several test files need of fastadam itself: trained optimizers, comparisons, what is stored."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+
+import fastadam
+import numpy as np
+import pytest
+from cases import bits, random_array
+
+F32 = np.float32
+SHAPES = ((3,), (2, 2), (), (4, 3))
+OPTIONS = {
+    "plain": {},
+    "amsgrad": {"amsgrad": True},
+    "schedule": {"learning_rate": fastadam.schedules.CosineDecay(0.1, 7, warmup_target=0.2, warmup_steps=2)},
+    "clipped": {"clipvalue": 0.2, "clipnorm": 0.3, "decay": 0.01},
+}
+DTYPES = ["float16", "float32", "float64"]
+
+
+def run_python(code, **environment):
+    kept = {k: v for k, v in os.environ.items() if k not in ("FASTADAM_NUM_THREADS", "FASTADAM_ISA", "OMP_NUM_THREADS")}
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
+    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=120)
+
+
+# For programs given to `run_python`.
+COUNT_THREADS = """
+import os, pathlib, subprocess
+
+def native_threads():
+    tasks = pathlib.Path("/proc/self/task")
+    if tasks.exists():
+        return len(list(tasks.iterdir()))
+    listed = subprocess.run(["ps", "-M", str(os.getpid())], capture_output=True, text=True, check=True)  # macOS
+    return len(listed.stdout.splitlines()) - 1
+"""
+
+
+def assert_moved(after, before):
+    """Most elements: the gradient of the others may be zero, or too small to be seen."""
+    assert np.isfinite(after).all()
+    assert (after != before).mean() > 0.75
+
+
+def first_step_gradients(gradients, **options):
+    """What the step sees: with beta_1 = 0 the first moment is the clipped gradient."""
+    variables = [np.zeros(np.shape(g), np.asarray(g).dtype) for g in gradients]
+    optimizer = fastadam.Adam(beta_1=0.0, **options)
+    optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    return [optimizer.get_slot(w, "m") for w in variables]
+
+
+def listed(golden, name, part):
+    """The arrays of one part of a case, by their places."""
+    keys = [f"{name}/{part}/{i}" for i in range(len(golden))]
+    return [golden[key].copy() for key in keys if key in golden]
+
+
+def pairs_of(*shapes, dtype=F32):
+    rng = np.random.RandomState(0)
+    return [(random_array(rng, shape, dtype=dtype), random_array(rng, shape, dtype=dtype)) for shape in shapes]
+
+
+def assert_close(actual, expected):
+    """For float64 arrays: a few ulps of the step that was made."""
+    assert actual.dtype == np.float64
+    np.testing.assert_allclose(actual, expected, rtol=1e-14, atol=1e-15)
+
+
+def trained_on_pairs(shapes=((3,), (2, 2)), steps=3, **options):
+    pairs = pairs_of(*shapes)
+    optimizer = fastadam.Adam(0.1, **options)
+    for _ in range(steps):
+        optimizer.apply_gradients(pairs)
+    return optimizer, pairs
+
+
+def make_variables(order="C", dtype=F32, shapes=SHAPES):
+    rng = np.random.RandomState(0)
+    return [np.asarray(random_array(rng, shape, dtype=dtype), order=order) for shape in shapes]
+
+
+def gradients_of(step, variables):
+    rng = np.random.RandomState(step)
+    return [random_array(rng, w.shape, dtype=w.dtype) for w in variables]
+
+
+def train(optimizer, variables, steps):
+    for step in steps:
+        optimizer.apply_gradients(zip(gradients_of(step, variables), variables, strict=True))
+
+
+def trained(options=None, order="C", dtype=F32, shapes=SHAPES):
+    optimizer = fastadam.Adam(**{"learning_rate": 0.1, **(options or {})})
+    variables = make_variables(order, dtype, shapes)
+    train(optimizer, variables, range(3))
+    return optimizer, variables
+
+
+def assert_same(actual, expected):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        a, e = np.asarray(a), np.asarray(e)
+        assert a.dtype == e.dtype
+        assert a.shape == e.shape
+        np.testing.assert_array_equal(bits(a), bits(e))
+
+
+def assert_goes_on_alike(optimizer, variables, again, others):
+    assert_same(again.get_weights(), optimizer.get_weights())
+    before = [w.copy() for w in map(np.asarray, variables)]
+    train(optimizer, variables, range(3, 6))
+    assert all((np.asarray(w) != b).any() for w, b in zip(variables, before, strict=True) if b.size)
+    train(again, others, range(3, 6))
+    assert_same(others, variables)
+    assert_same(again.get_weights(), optimizer.get_weights())
+    assert again.get_config() == optimizer.get_config()
+
+
+def saved(path, options=None, **kwargs):
+    optimizer, variables = trained(options, **kwargs)
+    optimizer.save(path)
+    return optimizer, variables
+
+
+def refuses(path, variables, message="", cls=fastadam.Adam):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{message}"):
+        cls.load(path, variables)
+
+
+class Halving(fastadam.schedules.LearningRateSchedule):
+    def __init__(self, start):
+        self.start = start
+
+    def __call__(self, step):
+        return self.start * 0.5**step
+
+    def get_config(self):
+        return {"start": self.start}
+
+
+class Snapshot:
+    """An optimizer two steps into training, whose whole state is compared later."""
+
+    def __init__(self):
+        self.variables = [np.ones(3, F32), np.full((2, 2), 2, F32)]
+        self.gradients = [np.full(3, 0.5, F32), np.full((2, 2), 0.25, F32)]
+        self.optimizer = fastadam.Adam(0.1, amsgrad=True)
+        for _ in range(2):
+            self.optimizer.apply_gradients(self.good_pairs())
+        self.before = self.state()
+
+    def good_pairs(self):
+        return list(zip(self.gradients, self.variables, strict=True))
+
+    def state(self):
+        return copy.deepcopy(
+            [self.variables, self.gradients, self.optimizer.get_weights(), self.optimizer.get_config()]
+        )
+
+    def assert_unchanged(self):
+        for before, after in zip(self.before[:3], self.state()[:3], strict=True):
+            assert len(before) == len(after)
+            for b, a in zip(before, after, strict=True):
+                np.testing.assert_array_equal(b, a)
+        assert self.before[3] == self.state()[3]

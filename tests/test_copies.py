@@ -1,0 +1,225 @@
+"""A copied or pickled optimizer goes on to the bit, and its state finds the variables it belongs to."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import subprocess
+import sys
+
+import fastadam
+import numpy as np
+import pytest
+from helpers import DTYPES, OPTIONS, assert_goes_on_alike, assert_same, gradients_of, make_variables, train, trained
+
+F32 = np.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_pickled_optimizer_goes_on_to_the_bit(options, order, dtype):
+    optimizer, variables = trained(options, order, dtype)
+    again, others = pickle.loads(pickle.dumps((optimizer, variables)))
+    assert_goes_on_alike(optimizer, variables, again, others)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_deep_copy_with_its_variables_goes_on_to_the_bit(options, order):
+    optimizer, variables = trained(options, order)
+    again, others = copy.deepcopy((optimizer, variables))
+    assert not any(np.shares_memory(a, b) for a in again.weights for b in optimizer.weights)
+    assert_goes_on_alike(optimizer, variables, again, others)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_goes_on_with_the_same_variables_in_any_order(copied):
+    shapes = ((4,), (4,), (4,))
+    optimizer, variables = trained(shapes=shapes)
+    before = [w.copy() for w in variables]
+    again = copied(optimizer)
+    assert_same([again.get_slot(w, "m") for w in variables], [optimizer.get_slot(w, "m") for w in variables])
+    gradients = gradients_of(3, variables)
+    optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    after = [w.copy() for w in variables]
+    assert all((a != b).any() for a, b in zip(after, before, strict=True))
+    for w, b in zip(variables, before, strict=True):
+        w[...] = b
+    again.apply_gradients(list(zip(gradients, variables, strict=True))[::-1])
+    assert_same(variables, after)
+    assert_same(again.get_weights(), optimizer.get_weights())
+
+
+def test_a_copy_is_independent():
+    optimizer, variables = trained()
+    again = copy.deepcopy(optimizer)
+    before = again.get_weights()
+    train(optimizer, variables, range(3, 5))
+    optimizer.learning_rate = 0.5
+    assert_same(again.get_weights(), before)
+    assert again.learning_rate == 0.1
+    assert again.iterations == 3
+
+
+def test_a_fresh_optimizer_can_be_copied_and_pickled():
+    for again in (copy.deepcopy(fastadam.Adam(0.1)), pickle.loads(pickle.dumps(fastadam.Adam(0.1)))):
+        variables, expected = make_variables(), make_variables()
+        train(again, variables, range(2))
+        train(fastadam.Adam(0.1), expected, range(2))
+        assert_same(variables, expected)
+
+
+@pytest.mark.parametrize("again_and_again", [1, 3])
+def test_the_order_of_weights_is_kept_when_variables_came_in_two_calls(again_and_again):
+    optimizer = fastadam.Adam(0.1, amsgrad=True)
+    variables = make_variables()
+    train(optimizer, variables[:2], range(2))
+    optimizer.add_slot(variables[0], "extra", "ones")
+    train(optimizer, variables, range(2, 3))
+    again, others = optimizer, variables
+    for _ in range(again_and_again):
+        again, others = pickle.loads(pickle.dumps((again, others)))
+    assert again.get_slot_names() == ["m", "v", "vhat", "extra"]
+    assert [w.shape for w in again.weights] == [w.shape for w in optimizer.weights]
+    assert_goes_on_alike(optimizer, variables, again, others)
+
+
+def test_restored_weights_can_be_set_before_the_variables_come():
+    optimizer, variables = trained()
+    again = pickle.loads(pickle.dumps(optimizer))
+    other, _ = trained({"learning_rate": 0.3})
+    again.set_weights(other.get_weights())
+    again.build(make_variables())
+    assert_same(again.get_weights(), other.get_weights())
+    del variables
+
+
+def test_variables_may_come_back_in_several_calls_and_new_ones_after_them():
+    optimizer, variables = trained()
+    again = pickle.loads(pickle.dumps(optimizer))
+    others = [w.copy() for w in variables]
+    again.build(others[:1])
+    again.build(others[1:3])
+    new = np.ones(7, F32)
+    again.build([others[3], new])
+    assert_same(again.get_weights()[:9], optimizer.get_weights())
+    assert_same([again.get_slot(w, "v") for w in others], [optimizer.get_slot(w, "v") for w in variables])
+    assert not again.get_slot(new, "m").any()
+
+
+def test_a_slot_can_be_added_to_a_restored_variable():
+    optimizer, variables = trained()
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert again.add_slot(variables[0], "m", "ones").tolist() == optimizer.get_slot(variables[0], "m").tolist()
+    again.add_slot(variables[1], "extra")
+    assert len(again.weights) == len(optimizer.weights) + 1
+    assert again.get_slot(variables[1], "m").shape == (2, 2)
+
+
+def test_the_layout_of_the_slots_follows_the_variable():
+    optimizer, variables = trained(order="F")
+    again = pickle.loads(pickle.dumps(optimizer))
+    others = [np.array(w, order="C") for w in variables]
+    assert_goes_on_alike(optimizer, variables, again, others)
+    assert again.get_slot(others[3], "m").flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ([np.ones(3, F32)], "vars[0]: float32 (3,), expected float32 (2, 2) named 'a': the state restored for variable 0 waits for it"),
+        ([np.ones((2, 2))], "vars[0]: float64 (2, 2), expected float32 (2, 2) named 'a': the state restored for variable 0"),
+        ([fastadam.Variable(np.ones((2, 2), F32), "b")], "variable 'b': float32 (2, 2), expected float32 (2, 2) named 'a': the"),
+        ([np.ones((2, 2), F32), np.ones(4, F32)], "vars[1]: float32 (4,), expected float32 (3,): the state restored for variable 1"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("call", ["build", "apply_gradients"])
+def test_a_variable_unlike_the_one_that_was_saved_is_refused(variables, message, call):
+    optimizer = fastadam.Adam(0.1)
+    named = fastadam.Variable(np.full((2, 2), 2, F32), name="a")
+    optimizer.apply_gradients([(np.ones((2, 2), F32), named), (np.ones(3, F32), np.ones(3, F32))])
+    again = pickle.loads(pickle.dumps(optimizer))
+    before = [np.array(w) for w in variables]
+    argument = variables if call == "build" else [(np.ones(w.shape, F32), w) for w in variables]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(again, call)(argument)
+    assert_same([np.array(w) for w in variables], before)
+    again.build([fastadam.Variable(np.ones((2, 2), F32), "a"), np.ones(3, F32)])  # nothing was adopted
+    assert_same(again.get_weights(), optimizer.get_weights())
+
+
+def test_a_slot_of_a_variable_unlike_the_one_that_was_saved_is_refused():
+    optimizer, variables = trained()
+    again = pickle.loads(pickle.dumps(optimizer))
+    with pytest.raises(ValueError, match=re.escape("vars[0]: float32 (2, 2), expected float32 (3,): the state")):
+        again.add_slot(variables[1], "m")
+    assert_same(again.get_weights(), optimizer.get_weights())
+
+
+def test_exclusions_by_memory_are_not_copied_to_other_memory():
+    optimizer, variables = trained({"weight_decay": 0.1})
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    again, others = pickle.loads(pickle.dumps((optimizer, variables)))
+    assert_goes_on_alike(optimizer, variables, again, others)
+    optimizer.exclude_from_weight_decay([variables[0]])
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ValueError, match="exclude_from_weight_decay: var_list names variables by their memory"):
+            copied(optimizer)
+
+
+def test_a_refused_step_adopts_nothing():
+    optimizer, variables = trained()
+    again = pickle.loads(pickle.dumps(optimizer))
+    wrong = [*gradients_of(3, variables)[:-1], np.ones(5, F32)]
+    with pytest.raises(ValueError, match=re.escape("grads[3]: shape (5,)")):
+        again.apply_gradients(zip(wrong, [w.copy() for w in variables], strict=True))
+    assert_goes_on_alike(optimizer, variables, again, [w.copy() for w in variables])
+
+
+def test_code_that_adds_slots_while_a_step_is_prepared_is_noticed():
+    optimizer, w = fastadam.Adam(0.1), np.ones(3, F32)
+
+    class Gradient:
+        def __array__(self, dtype=None, copy=None):
+            optimizer.build([w])
+            return np.ones(3, F32)
+
+    with pytest.raises(RuntimeError, match="the optimizer's slots were changed"):
+        optimizer.apply_gradients([(Gradient(), w)])
+    assert len(optimizer.weights) == 3
+    assert (w == 1).all()
+
+    def initializer(shape, dtype):
+        optimizer.add_slot(w, "extra")
+        return np.ones(shape, dtype)
+
+    with pytest.raises(RuntimeError, match="the optimizer's slots were changed"):
+        optimizer.add_slot(w, "extra", initializer)
+    assert len(optimizer.weights) == 4
+
+
+def test_a_pickle_with_buffers_outside_of_it_is_writable_again():
+    optimizer, variables = trained()
+    outside = []
+    data = pickle.dumps(optimizer, protocol=5, buffer_callback=outside.append)
+    again = pickle.loads(data, buffers=[bytes(buffer.raw()) for buffer in outside])
+    assert_goes_on_alike(optimizer, variables, again, [w.copy() for w in variables])
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_goes_on_in_another_process(protocol, tmp_path):
+    optimizer, variables = trained({"amsgrad": True}, order="F")
+    (tmp_path / "in").write_bytes(pickle.dumps((optimizer, variables, gradients_of(3, variables)), protocol))
+    program = (
+        "import pickle, sys; from pathlib import Path; where = Path(sys.argv[1])\n"
+        "optimizer, variables, gradients = pickle.loads((where / 'in').read_bytes())\n"
+        "optimizer.apply_gradients(zip(gradients, variables, strict=True))\n"
+        "(where / 'out').write_bytes(pickle.dumps((optimizer, variables)))\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    train(optimizer, variables, [3])
+    again, others = pickle.loads((tmp_path / "out").read_bytes())
+    assert_same(others, variables)
+    assert_goes_on_alike(optimizer, variables, again, others)

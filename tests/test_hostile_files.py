@@ -1,0 +1,153 @@
+"""Files that were cut, changed or made by someone else are refused, with the path and what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import zlib
+
+import fastadam
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from helpers import assert_same, refuses
+
+F32 = np.float32
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "opt"
+    optimizer = fastadam.Adam(fastadam.schedules.ExponentialDecay(0.1, 10, 0.5))
+    w = fastadam.Variable(np.ones(2, F32), "w")
+    optimizer.apply_gradients([(np.ones(2, F32), w)])
+    optimizer.save(path)
+    return path, [w]
+
+
+def test_a_truncated_file_is_refused_at_every_length(small):
+    path, variables = small
+    data = path.read_bytes()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        refuses(path, variables)
+    path.write_bytes(data + b"\0")
+    refuses(path, variables)
+
+
+def test_a_flipped_byte_is_refused_wherever_it_is(small):
+    path, variables = small
+    data = path.read_bytes()
+    expected = fastadam.Adam.load(path, variables)
+    accepted = []
+    for at in range(len(data)):
+        for flip in (1, 0x20, 0x80):
+            path.write_bytes(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :])
+            with contextlib.suppress(ValueError):
+                accepted.append(fastadam.Adam.load(path, variables))
+    for again in accepted:  # such as a space for a tab between JSON values, or for a digit of no tensor
+        assert_same(again.get_weights(), expected.get_weights())
+        assert again.get_config() == expected.get_config()
+    assert len(accepted) < 10
+
+
+def rewrite(path, change, tensors=None, checksum=True):
+    """The file with a header changed by someone who knows the format."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["fastadam"])
+        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    text = change(header)
+    text = text if isinstance(text, str) else json.dumps(header)
+    metadata = {"fastadam": text, "fastadam_crc32": str(zlib.crc32(text.encode()) if checksum else 0)}
+    safetensors.numpy.save_file({**arrays, **(tensors or {})}, path, metadata)
+
+
+HOSTILE = {
+    "array": lambda h: "[]",
+    "nested": lambda h: "[" * 100_000,
+    "digits": lambda h: '{"version": ' + "9" * 10_000 + "}",
+    "nan": lambda h: '{"version": NaN}',
+    "empty": lambda h: "{}",
+    "newer": lambda h: h.update(version=2),
+    "true": lambda h: h.update(version=True),
+    "no config": lambda h: h.pop("config"),
+    "config list": lambda h: h.update(config=[]),
+    "unknown option": lambda h: h["config"].update(foo=1),
+    "bad beta": lambda h: h["config"].update(beta_1=2),
+    "bad schedule": lambda h: h["config"]["learning_rate"].update(class_name="os.system"),
+    "unhashable schedule": lambda h: h["config"]["learning_rate"].update(class_name=[]),
+    "schedule argument": lambda h: h["config"]["learning_rate"]["config"].update(foo=1),
+    "no variables": lambda h: h.update(variables=[]),
+    "variables dict": lambda h: h.update(variables={}),
+    "variable number": lambda h: h.update(variables=[1]),
+    "shape text": lambda h: h["variables"][0].update(shape="ab"),
+    "shape float": lambda h: h["variables"][0].update(shape=[2.0]),
+    "shape wrong": lambda h: h["variables"][0].update(shape=[3]),
+    "dtype": lambda h: h["variables"][0].update(dtype="float64"),
+    "order": lambda h: h["variables"][0].update(order="K"),
+    "name": lambda h: h["variables"][0].update(name=3),
+    "other name": lambda h: h["variables"][0].update(name="x"),
+    "weights empty": lambda h: h.update(weights=[]),
+    "weights numbers": lambda h: h.update(weights=[1, 2, 3]),
+    "weights twice": lambda h: h["weights"].append(h["weights"][-1]),
+    "weights missing": lambda h: h["weights"].pop(),
+    "iterations not first": lambda h: h["weights"].reverse(),
+    "checksum": lambda h: h["weights"][1].__setitem__(1, 5),
+    "excluded": lambda h: h.update(excluded={}),
+    "excluded number": lambda h: h.update(excluded={"names": [], "variables": [5]}),
+    "excluded pattern": lambda h: h.update(excluded={"names": ["("], "variables": []}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_header_is_refused(kind, small):
+    rewrite(small[0], HOSTILE[kind])
+    refuses(*small)
+
+
+def with_tensor(name, array, replaces=None):
+    def change(header):
+        header["weights"] = [item for item in header["weights"] if item[0] != (replaces or name)]
+        header["weights"].insert(name == "iterations", [name, zlib.crc32(array.tobytes())])
+        header["weights"].sort(key=lambda item: item[0] != "iterations")
+
+    return change, {name: array}
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("0/m", np.ones(3, F32), "tensor '0/m' F32 (3,), expected F32 (2,)"),
+        ("0/m", np.ones(2), "tensor '0/m' F64 (2,), expected F32 (2,)"),
+        ("1/m", np.ones(2, F32), "tensor '1/m', expected '<variable>/<slot>' of 1 variables"),
+        ("00/m", np.ones(2, F32), "tensor '00/m', expected"),
+        ("-1/m", np.ones(2, F32), "tensor '-1/m', expected"),
+        ("\u0661/m", np.ones(2, F32), "expected '<variable>/<slot>'"),
+        ("9" * 9999 + "/m", np.ones(2, F32), "expected '<variable>/<slot>'"),
+        ("m", np.ones(2, F32), "tensor 'm', expected"),
+        ("iterations", np.array(-1), "Expected iterations >= 0, received: -1"),
+        ("iterations", np.array([1]), "tensor 'iterations' I64 (1,), expected I64 ()"),
+        ("iterations", np.array(1.0), "tensor 'iterations' F64 (), expected I64 ()"),
+        ("iterations", np.array(2**63 - 1), "iterations"),
+    ],
+)
+def test_hostile_tensors_are_refused(name, array, message, small):
+    rewrite(small[0], *with_tensor(name, array))
+    refuses(*small, re.escape(message))
+
+
+def test_tensors_that_are_not_listed_are_refused(small):
+    rewrite(small[0], lambda h: None, {"0/extra": np.ones(2, F32)})
+    refuses(*small, "tensors ")
+
+
+def test_files_of_others_are_refused(small):
+    path, variables = small
+    safetensors.numpy.save_file({"w": np.ones(3)}, path)
+    refuses(path, variables, "no metadata 'fastadam', expected a file that fastadam saved")
+    path.write_bytes(b"\xff" * 100)
+    refuses(path, variables, "not a whole safetensors file")
+    with pytest.raises(OSError, match=re.escape(str(path.parent))):
+        fastadam.Adam.load(path.parent, variables)

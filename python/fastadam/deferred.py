@@ -102,8 +102,7 @@ class DeferredTables(OptimizerState):
             self._catch_up(entry, ids)
         elif any(waiting.staleness and waiting.staleness.steps for waiting in self._slots.waiting()):
             raise ValueError(
-                f"{buffer.label}: not met since the state was restored, and its rows may lag behind; build all variables "
-                "of the state first"
+                f"{buffer.label}: not met since the state was restored, its rows may lag behind; build all variables first"
             )
 
     def _catch_up(self, entry: Entry, ids: npt.NDArray[Any] | None = None) -> None:

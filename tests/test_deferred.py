@@ -238,6 +238,30 @@ def test_a_history_of_many_steps_is_grown():
     pair.compare()
 
 
+@pytest.mark.parametrize(("max_staleness", "options"), [(1, {}), (7, {"weight_decay": 0.1}), (64, {}), (1000, {})])
+def test_a_sweep_bounds_gaps_and_history_and_changes_no_bit(max_staleness, options):
+    pair = Pair(rows=23, width=(2,), **options)
+    pair.optimizers[1].max_staleness = max_staleness
+    for step in range(2200):
+        pair.step([step % 20] if step % 97 == 0 else [])
+        staleness = pair.optimizers[1]._slots.entries[0].staleness
+        assert step < max_staleness or (staleness.steps - staleness.last).max() <= max_staleness
+    assert len(staleness.alphas) <= (2048 if max_staleness < 1000 else 4096)
+    pair.compare()
+
+
+def test_a_batch_that_touches_much_of_the_table_takes_the_full_pass():
+    pair = Pair(rows=400)
+    pair.step([1, 2, 3])
+    pair.step(pair.rng.permutation(400)[:300])
+    assert not pair.lags()
+    np.testing.assert_array_equal(bits(pair.tables[0]), bits(pair.tables[1]))
+    pair.step([4])
+    pair.step([5])
+    assert pair.lags()
+    pair.compare()
+
+
 def test_a_refused_step_leaves_history_and_rows_as_they_were():
     pair = Pair()
     pair.step([1, 2])

@@ -35,8 +35,11 @@ class Plan {
     std::vector<size_t> to_convert = set_.check(gradients);
     if (!to_convert.empty()) return to_convert;
     set_.index_rows<Backend>();
+    const StepArgs args = arguments(hyper, factors);
+    set_.require_current();
+    for (size_t i : set_.crowded_tables()) catch_up_table<Backend>(i, args, hyper);
     set_.read_histories(hyper);
-    run<Backend>(arguments(hyper, factors), hyper, counter);
+    run<Backend>(args, hyper, counter);
     return {};
   }
 
@@ -97,6 +100,20 @@ class Plan {
 
   static void count(int64_t* counter) {
     if (counter != nullptr) ++*counter;
+  }
+
+  // Changes no bit that is read by gather or sync: it may come before the gradients are found finite.
+  template <class Backend>
+  void catch_up_table(size_t i, StepArgs args, const AdamHyper& hyper) {
+    const TensorArgs tensor = set_.all_rows_of(i, hyper);
+    constexpr int64_t kHead = 0;
+    const int64_t offsets[] = {0, tensor.size};
+    args.chains = {&tensor, &kHead, offsets, 1};
+    {
+      const py::gil_scoped_release unlocked;
+      Backend::run_step(args);
+    }
+    set_.clear_history(i);
   }
 
   template <class Backend>

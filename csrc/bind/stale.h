@@ -6,6 +6,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -47,6 +48,20 @@ class StaleTable {
     int32_t* last = std::get<0>(arrays_).mutable_data();
     const auto now = static_cast<int32_t>(counts()[0]);
     for (int64_t k = 0; k < rows.count; ++k) last[rows.rows[k]] = now;
+  }
+
+  // All rows have had all steps.
+  void clear() {
+    auto& last = std::get<0>(arrays_);
+    std::fill_n(last.mutable_data(), last.size(), 0);
+    std::fill_n(counts(), 2, int64_t{0});
+  }
+
+  // Whether so many rows are touched that one pass over the table is cheaper than going from row to row, each with the
+  // steps it missed (bench/README.md).
+  bool is_crowded(const Rows& rows) const {
+    constexpr int64_t kRowsPerTouched = 8;
+    return rows.count * kRowsPerTouched >= std::get<0>(arrays_).size();
   }
 
   bool is_empty() const { return std::get<4>(arrays_).data()[0] == 0; }

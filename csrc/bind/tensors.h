@@ -93,13 +93,35 @@ class TensorSet {
     measure();
   }
 
+  // Tables of which this step touches so much that all rows had better be up to date.
+  std::vector<size_t> crowded_tables() const {
+    std::vector<size_t> crowded;
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const Rows* rows = tensors_[i].rows;
+      if (tables_[i] != nullptr && rows != nullptr && tables_[i]->is_crowded(*rows)) crowded.push_back(i);
+    }
+    return crowded;
+  }
+
+  // All rows of table i, for a step without gradient.
+  TensorArgs all_rows_of(size_t i, const AdamHyper& hyper) {
+    TensorArgs tensor = tensors_[i];
+    tensor.grad = nullptr;
+    tensor.rows = nullptr;
+    tensor.stale = &tables_[i]->rows(nullptr, hyper, amsgrad());
+    return tensor;
+  }
+
+  void clear_history(size_t i) { tables_[i]->clear(); }
+
   // The histories of the tables that IndexedSlices touch; a dense gradient meets a table that is up to date.
   void read_histories(const AdamHyper& hyper) {
     for (size_t i = 0; i < tensors_.size(); ++i) {
       TensorArgs& tensor = tensors_[i];
       tensor.stale = nullptr;
       if (tables_[i] == nullptr) continue;
-      if (tensor.rows != nullptr) tensor.stale = &tables_[i]->rows(tensor.rows, hyper, amsgrad());
+      const bool waits = tensor.rows != nullptr && !(tables_[i]->is_empty() && tables_[i]->is_crowded(*tensor.rows));
+      if (waits) tensor.stale = &tables_[i]->rows(tensor.rows, hyper, amsgrad());
       if (tensor.rows == nullptr && !tables_[i]->is_empty()) {
         throw py::value_error(variables_[i].label + ": rows are not up to date, expected sync() before this gradient");
       }

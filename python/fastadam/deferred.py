@@ -22,6 +22,8 @@ __all__ = ["DeferredTables"]
 class DeferredTables(OptimizerState):
     """``gather``, ``sync`` and ``dense_view`` for an optimizer whose tables may lag behind their steps."""
 
+    max_staleness: Any
+
     def gather(self, var: Any, indices: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """The rows ``var[indices]`` as they are after all steps so far, a copy.
 
@@ -102,7 +104,7 @@ class DeferredTables(OptimizerState):
             self._catch_up(entry, ids)
         elif any(waiting.staleness and waiting.staleness.steps for waiting in self._slots.waiting()):
             raise ValueError(
-                f"{buffer.label}: not met since the state was restored, its rows may lag behind; build all variables first"
+                f"{buffer.label}: not met since the state was restored, rows may lag behind; build all variables first"
             )
 
     def _catch_up(self, entry: Entry, ids: npt.NDArray[Any] | None = None) -> None:
@@ -120,3 +122,14 @@ class DeferredTables(OptimizerState):
         plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon))
         if ids is None:
             table.clear()
+
+    def _sweep(self) -> bool:
+        """After a step: keep gaps within ``max_staleness`` and room in the histories; True if arrays are new ones."""
+        moved = False
+        for buffer, table in zip(self._buffers, self._tables, strict=True):
+            if table is None:
+                continue
+            if self.max_staleness is not None and table.steps and (entry := self._slots.entry_of(buffer)):
+                self._catch_up(entry, table.next_rows(self.max_staleness))
+            moved = table.make_room() or moved
+        return moved

@@ -10,6 +10,7 @@ from fastadam.checks import (
     check_beta,
     check_bool,
     check_clip,
+    check_count,
     check_epsilon,
     check_iterations,
     check_list,
@@ -55,8 +56,9 @@ class Adam(Stepper, Minimizer):
         name: Name of the optimizer; None or "" makes a unique one.
         sparse_update: How :class:`fastadam.IndexedSlices` are applied: "dense" moves every row of the variable, as TF
             does. "deferred" gives the same bits at the cost of the rows touched: the others wait, in the variable too,
-            until they are touched or read by :meth:`gather`, :meth:`sync` or :meth:`dense_view`. "lazy" never moves
-            the others, another algorithm (LazyAdam, torch.optim.SparseAdam).
+            until they are touched or read by :meth:`gather`, :meth:`sync` or :meth:`dense_view`, or have waited for
+            ``max_staleness`` steps, if that is given. "lazy" never moves the others, another algorithm (LazyAdam,
+            torch.optim.SparseAdam).
         **kwargs: ``clipvalue`` (clip the elements of gradients), then ``clipnorm`` (scale each gradient down to this
             norm) or ``global_clipnorm`` (all together), ``lr`` (wins over ``learning_rate``), ``decay`` (the rate is
             divided by ``1 + decay * iterations``), each >= 0. Keras 3's ``weight_decay``, ``use_ema``,
@@ -109,6 +111,7 @@ class Adam(Stepper, Minimizer):
     ) -> None:
         super().__init__()
         extras = {key: kwargs.pop(key) for key in EXTRA_NAMES if key in kwargs}
+        self.max_staleness = kwargs.pop("max_staleness", None)
         for key, value in kwargs.items():
             if key not in ("lr", "decay", *CLIP_NAMES):
                 raise TypeError(f"Unexpected keyword argument passed to optimizer: {key}")
@@ -158,6 +161,15 @@ class Adam(Stepper, Minimizer):
                 entry.staleness = None
             self._plan = None
             self._sparse_update = value
+
+    @property
+    def max_staleness(self) -> int | None:
+        """Steps that a row of a deferred table may wait; None for any number."""
+        return self._max_staleness
+
+    @max_staleness.setter
+    def max_staleness(self, value: int | None) -> None:
+        self._max_staleness = None if value is None else check_count("max_staleness", value)
 
     @property
     def amsgrad(self) -> bool:
@@ -244,6 +256,8 @@ class Adam(Stepper, Minimizer):
         config["amsgrad"] = self.amsgrad
         if self.sparse_update != "dense":
             config["sparse_update"] = self.sparse_update
+        if self.max_staleness is not None:
+            config["max_staleness"] = self.max_staleness
         config.update(self._extras.config())
         return config
 

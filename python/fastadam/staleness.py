@@ -37,6 +37,7 @@ class Staleness:
     keeps: npt.NDArray[Any]  # its factor of weight decay
     peaks: npt.NDArray[Any]  # the largest |alpha| of every 64 steps
     numbers: Numbers
+    swept: int = 0  # the row that a sweep comes to next
     counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))  # steps; those with decay
 
     @classmethod
@@ -61,15 +62,37 @@ class Staleness:
         self.counts.fill(0)
 
     def make_room(self) -> bool:
-        """Grow if the next step would not fit; True if the arrays are new ones."""
+        """Forget what all rows have had, or grow, if the next step would not fit; True if the arrays are new ones."""
         if self.steps < len(self.alphas):
+            return False
+        if self._forget():
             return False
         self.alphas, self.keeps, self.peaks = (
             np.concatenate([old, np.zeros_like(old)]) for old in (self.alphas, self.keeps, self.peaks)
         )
         return True
 
+    def _forget(self) -> bool:
+        """Drop the steps that every row has had, if they are half of the history."""
+        first = int(self.last.min(initial=self.steps)) // _PEAK_STEPS * _PEAK_STEPS
+        if first < self.steps // 2:
+            return False
+        rest = self.steps - first
+        for rates, scale in ((self.alphas, 1), (self.keeps, 1), (self.peaks, _PEAK_STEPS)):
+            kept = rates[first // scale :].copy()
+            rates[: len(kept)] = kept
+        self.last -= np.int32(first)
+        self.counts[:] = rest, np.count_nonzero(self.keeps[:rest] != 1)
+        return True
+
+    def next_rows(self, max_staleness: int) -> npt.NDArray[np.int64]:
+        """As many rows as a step must sweep so that all have come within ``max_staleness`` steps."""
+        rows = len(self.last)
+        chosen = (self.swept + np.arange(-(-rows // max_staleness))) % max(rows, 1)
+        self.swept = int(chosen[-1] + 1) % rows if rows else 0
+        return chosen
+
     def copy(self) -> Staleness:
         """With arrays of its own."""
         last, alphas, keeps, peaks, counts = (array.copy() for array in self.arrays())
-        return Staleness(last, alphas, keeps, peaks, self.numbers, counts)
+        return Staleness(last, alphas, keeps, peaks, self.numbers, self.swept, counts)

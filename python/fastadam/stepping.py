@@ -85,8 +85,7 @@ class Stepper(DeferredTables):
                 hyper = hyper._replace(require_finite=True)
             self._settle_before(gradients, hyper)
             run_step(plan.step, fitting, self._buffers, positions, hyper, [], self._iterations)
-            grown = [table.make_room() for table in self._tables if table]
-            if True in grown:
+            if any(self._tables) and self._sweep():
                 self._plan = None
             return plan.all_finite
 

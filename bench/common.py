@@ -26,11 +26,11 @@ BYTES_PER_ELEMENT = 28  # float32 Adam: reads of var, grad, m, v and writes of v
 class Worker:
     """A contender in a process of its own, waiting to be told how many steps to time."""
 
-    def __init__(self, name: str, sizes: list[int], **options) -> None:
+    def __init__(self, name: str, sizes: list[int], python: str = sys.executable, **options) -> None:
         self.name = name
         self.times: list[float] = []
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "contenders.py"), name, json.dumps(sizes), json.dumps(options)],
+            [python, str(HERE / "contenders.py"), name, json.dumps(sizes), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -90,8 +90,8 @@ def serve(step) -> None:
         print((time.perf_counter() - start) / count, flush=True)
 
 
-def load_floor():
-    """Compile bench/floor.cpp with the widest instruction set that fastadam uses here."""
+def load_floor(function: str = "traffic_floor", pointers: int = 4):
+    """A function of bench/floor.cpp, compiled with the widest instruction set that fastadam uses here."""
     import fastadam
 
     flags = {"avx512": ["-mavx512f", "-mprefer-vector-width=512"], "avx2": ["-mavx2"]}.get(fastadam.isas()[-1], [])
@@ -99,9 +99,9 @@ def load_floor():
     compiler = os.environ.get("CXX", "c++")
     command = [compiler, "-O3", "-std=c++17", "-fopenmp", *flags, "-shared", "-fPIC"]
     subprocess.run([*command, str(HERE / "floor.cpp"), "-o", str(library)], check=True)
-    function = ctypes.CDLL(str(library)).traffic_floor
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64]
-    return function
+    found = ctypes.CDLL(str(library))[function]
+    found.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64]
+    return found
 
 
 def machine_facts() -> dict[str, object]:

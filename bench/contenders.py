@@ -55,7 +55,8 @@ def fastadam_kernel(sizes):
     variables, gradients, m, v = buffers(sizes, "placed")
     positions = list(range(len(sizes)))
     views = [_cpu.Buffer(w, f"vars[{i}]") for i, w in enumerate(variables)]
-    plan = _cpu.Plan(views, m, v, None, None, [False] * len(views), positions)
+    histories = [None] * len(views)
+    plan = _cpu.Plan(views, {"m": m, "v": v}, [False] * len(views), positions, False, histories)
     hyper = fastadam.hyper.StepHyper(step=10, **HYPER)
     return lambda: plan.step(gradients, hyper, [], None)
 
@@ -102,6 +103,82 @@ def torch_kernel(sizes):
     options = {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-7, "amsgrad": False}
     options |= {"maximize": False, "grad_scale": None, "found_inf": None}
     return lambda: torch._fused_adam_(variables, gradients, *state, [], steps, **options)
+
+
+def _table(sizes):
+    """A table of rows x width, and 400 different batches of ids, Zipf(1.1) over shuffled rows, with their values."""
+    rows, width, count = sizes
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((rows, width), dtype=np.float32) * np.float32(0.05)
+    weights = 1 / np.arange(1, rows + 1) ** 1.1
+    cumulated = np.cumsum(weights / weights.sum())
+    shuffled = rng.permutation(rows)
+    batches = [shuffled[np.searchsorted(cumulated, rng.random(count)).clip(0, rows - 1)] for _ in range(400)]
+    values = rng.standard_normal((count, width), dtype=np.float32) * np.float32(1e-3)
+    return table, batches, values
+
+
+def _cycle(batches, step, warm_up):
+    state = {"at": 0}
+
+    def next_step():
+        step(batches[state["at"] % len(batches)])
+        state["at"] += 1
+
+    for _ in range(warm_up):
+        next_step()
+    return next_step
+
+
+def table_floor(sizes):
+    """3 reads and 3 writes of the whole table."""
+    kernel = load_floor("table_floor", 3)
+    arrays = [array[0] for array in buffers([sizes[0] * sizes[1]], "placed")]
+    pointers = [arrays[i].ctypes.data for i in (0, 2, 3)]
+    return lambda _keep_alive=arrays: kernel(*pointers, arrays[0].size)
+
+
+def table_fastadam(sizes, mode):
+    """`Adam(sparse_update=mode).apply_gradients` of IndexedSlices."""
+    import fastadam
+
+    table, batches, values = _table(sizes)
+    optimizer = fastadam.Adam(**HYPER, sparse_update=mode)
+    step = lambda ids: optimizer.apply_gradients([(fastadam.IndexedSlices(values, ids), table)])  # noqa: E731
+    return _cycle(batches, step, 5 if mode == "dense" else 400)
+
+
+def table_torch(sizes):
+    """`torch.optim.SparseAdam`, the lazy rule, on the uncoalesced gradient that nn.Embedding gives."""
+    import torch
+
+    table, batches, values = _table(sizes)
+    parameter = torch.nn.Parameter(torch.from_numpy(table))
+    optimizer = torch.optim.SparseAdam([parameter], lr=0.001, eps=1e-7)
+    rows = torch.from_numpy(values)
+
+    def step(ids):
+        indices = torch.from_numpy(ids)[None]
+        parameter.grad = torch.sparse_coo_tensor(indices, rows, parameter.shape, check_invariants=False)
+        optimizer.step()
+
+    return _cycle(batches, step, 20)
+
+
+def table_tensorflow(sizes):
+    """`tf.keras.optimizers.legacy.Adam` of tf.IndexedSlices, in a tf.function."""
+    import tensorflow as tf
+
+    table, batches, values = _table(sizes)
+    variable, rows = tf.Variable(table), tf.constant(values)
+    optimizer = tf.keras.optimizers.legacy.Adam(**HYPER)
+    shape = tf.constant(table.shape)
+
+    @tf.function
+    def run(ids):
+        optimizer.apply_gradients([(tf.IndexedSlices(rows, ids, shape), variable)])
+
+    return _cycle([tf.constant(ids) for ids in batches[:40]], run, 2)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ MODULES = [
 ]
 
 
-def test_readme_has_four_examples():
-    assert len(EXAMPLES) == 4
+def test_readme_has_five_examples():
+    assert len(EXAMPLES) == 5
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.strip().splitlines()[3][:30])

@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._backend import _cpu
+from fastadam.checks import check_count
+from fastadam.extras import Extras
 from fastadam.hyper import StepHyper
-from fastadam.slices import check_ids
+from fastadam.slices import check_ids, check_sparse_update
 from fastadam.slots import Entry
 from fastadam.state import OptimizerState
 from fastadam.variable import label_of, unwrap
@@ -22,7 +24,36 @@ __all__ = ["DeferredTables"]
 class DeferredTables(OptimizerState):
     """``gather``, ``sync`` and ``dense_view`` for an optimizer whose tables may lag behind their steps."""
 
-    max_staleness: Any
+    _extras: Extras
+    _sparse_update: str
+    _max_staleness: int | None
+
+    @property
+    def sparse_update(self) -> str:
+        """How IndexedSlices are applied; see the class. Set later, every row is brought up to date first."""
+        return self._sparse_update
+
+    @sparse_update.setter
+    def sparse_update(self, value: str) -> None:
+        check_sparse_update(value)
+        extras = self._extras
+        if value != "dense" and (extras.use_ema or extras.gradient_accumulation_steps):
+            raise ValueError(f"sparse_update: {value!r} with use_ema or gradient_accumulation_steps, expected 'dense'")
+        with self._lock:
+            self._settle()
+            for entry in self._slots.entries:
+                entry.staleness = None
+            self._plan = None
+            self._sparse_update = value
+
+    @property
+    def max_staleness(self) -> int | None:
+        """Steps that a row of a deferred table may wait; None for any number."""
+        return self._max_staleness
+
+    @max_staleness.setter
+    def max_staleness(self, value: int | None) -> None:
+        self._max_staleness = None if value is None else check_count("max_staleness", value)
 
     def gather(self, var: Any, indices: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """The rows ``var[indices]`` as they are after all steps so far, a copy.

@@ -10,7 +10,6 @@ from fastadam.checks import (
     check_beta,
     check_bool,
     check_clip,
-    check_count,
     check_epsilon,
     check_iterations,
     check_list,
@@ -21,7 +20,6 @@ from fastadam.extras import EXTRA_NAMES, Extra, Extras, excluded, overwrite
 from fastadam.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper
 from fastadam.minimize import Minimizer
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
-from fastadam.slices import check_sparse_update
 from fastadam.stepping import Stepper
 from fastadam.variable import buffers_of
 
@@ -143,33 +141,6 @@ class Adam(Stepper, Minimizer):
     @lr.setter
     def lr(self, value: HyperValue) -> None:
         self.learning_rate = value
-
-    @property
-    def sparse_update(self) -> str:
-        """How IndexedSlices are applied; see the class. Set later, every row is brought up to date first."""
-        return self._sparse_update
-
-    @sparse_update.setter
-    def sparse_update(self, value: str) -> None:
-        check_sparse_update(value)
-        extras = self._extras
-        if value != "dense" and (extras.use_ema or extras.gradient_accumulation_steps):
-            raise ValueError(f"sparse_update: {value!r} with use_ema or gradient_accumulation_steps, expected 'dense'")
-        with self._lock:
-            self._settle()
-            for entry in self._slots.entries:
-                entry.staleness = None
-            self._plan = None
-            self._sparse_update = value
-
-    @property
-    def max_staleness(self) -> int | None:
-        """Steps that a row of a deferred table may wait; None for any number."""
-        return self._max_staleness
-
-    @max_staleness.setter
-    def max_staleness(self, value: int | None) -> None:
-        self._max_staleness = None if value is None else check_count("max_staleness", value)
 
     @property
     def amsgrad(self) -> bool:

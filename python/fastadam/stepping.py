@@ -12,7 +12,6 @@ import numpy as np
 
 from fastadam._backend import _cpu
 from fastadam.deferred import DeferredTables
-from fastadam.extras import Extras
 from fastadam.hyper import StepHyper
 from fastadam.ops import fit_gradients, run_step
 from fastadam.slices import is_sparse
@@ -27,9 +26,6 @@ _ACCUMULATOR = "gradient_accumulator"
 
 class Stepper(DeferredTables):
     """``apply_gradients`` for a class that says which slots and numbers its step needs."""
-
-    _extras: Extras
-    sparse_update: Any
 
     @abc.abstractmethod
     def _slot_names(self) -> list[str]: ...

@@ -112,7 +112,7 @@ def train(epochs: int = 30, seed: int = 0, learning_rate: float = 0.001, show_pr
     plain = PlainAdam(network.parameters, learning_rate)
     optimizer = Adam(learning_rate)
     times, plain_times, losses = [], [], []
-    for _ in _progress(range(epochs), show_progress):
+    for _ in progress(range(epochs), show_progress, "epochs"):
         for batch in _batches(rng.permutation(rest)):
             loss, gradients = network.gradients(images[batch], labels[batch])
             start = time.perf_counter()
@@ -136,26 +136,28 @@ def _batches(order: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
         yield order[start : start + BATCH]
 
 
-def _progress(epochs: range, show: bool) -> Iterable[int]:
+def progress(numbers: range, show: bool, unit: str) -> Iterable[int]:
+    """``numbers``, with a bar if there is tqdm."""
     if not show:
-        return epochs
+        return numbers
     try:
         from tqdm import tqdm
     except ImportError:
-        print(f"training {len(epochs)} epochs (install tqdm for a progress bar)")
-        return epochs
-    bar: Iterable[int] = tqdm(epochs, desc="training", unit="epoch")
+        print(f"training {len(numbers)} {unit} (install tqdm for a progress bar)")
+        return numbers
+    bar: Iterable[int] = tqdm(numbers, desc="training", unit=unit.removesuffix("s"))
     return bar
 
 
-def _write_curve(losses: list[float], path: Path) -> str:
+def write_curve(losses: list[float], path: Path, title: str) -> str:
+    """Plot the losses if there is matplotlib; a line that says what was done."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return "no loss curve: matplotlib is not installed"
     axes: Any = Figure(figsize=(6, 4), layout="constrained").subplots()
     axes.semilogy(losses, linewidth=0.8)
-    axes.set(xlabel="step", ylabel="cross entropy", title="Handwritten digits, fastadam.Adam")
+    axes.set(xlabel="step", ylabel="cross entropy", title=f"{title}, fastadam.Adam")
     axes.figure.savefig(path, dpi=120)
     return f"loss curve in {path}"
 
@@ -170,4 +172,4 @@ def main(curve: Path = Path("loss.png")) -> None:
         f"the same place     largest difference of a weight to the plain Adam's {report.largest_difference:.1e} "
         f"(weights of size {report.typical_weight:.2f}), whose accuracy is {report.plain_accuracy:.1%}"
     )
-    print(_write_curve(report.losses, curve))
+    print(write_curve(report.losses, curve, "Handwritten digits"))

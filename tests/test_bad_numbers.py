@@ -37,7 +37,11 @@ F32 = np.float32
         ({"beta_2": np.nan}, ValueError, "beta_2: nan, expected a finite number"),
         ({"epsilon": -1e-7}, ValueError, "Expected epsilon >= 0, received: -1e-07"),
         ({"epsilon": np.inf}, ValueError, "epsilon: inf, expected a finite number"),
-        ({"sparse_update": "sometimes"}, ValueError, "sparse_update: 'sometimes', expected one of 'dense', 'deferred', 'lazy'"),
+        (
+            {"sparse_update": "sometimes"},
+            ValueError,
+            "sparse_update: 'sometimes', expected one of 'dense', 'deferred', 'lazy'",
+        ),
     ],
     ids=str,
 )

@@ -58,10 +58,12 @@ class StaleTable {
   }
 
   // Whether so many rows are touched that one pass over the table is cheaper than going from row to row, each with the
-  // steps it missed (bench/README.md).
+  // steps it missed. In cache a pass costs little more than the replay of what it would have done (bench/README.md).
   bool is_crowded(const Rows& rows) const {
-    constexpr int64_t kRowsPerTouched = 8;
-    return rows.count * kRowsPerTouched >= std::get<0>(arrays_).size();
+    constexpr int64_t kCacheBytes = int64_t{1} << 25;
+    const int64_t all_rows = std::get<0>(arrays_).size();
+    const bool in_cache = all_rows * args_.width * (is_double_ ? 24 : 12) <= kCacheBytes;
+    return rows.count * (in_cache ? 64 : 8) >= all_rows;
   }
 
   bool is_empty() const { return std::get<4>(arrays_).data()[0] == 0; }

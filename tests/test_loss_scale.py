@@ -188,3 +188,23 @@ def test_a_scale_whose_inverse_is_flushed_is_refused():
     with pytest.raises(ValueError, match="so small that it is flushed to zero in float32"):
         fastadam.Adam(loss_scale_factor=1e39).apply_gradients([(np.ones(3, F32), w)])
     assert w.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dynamic_scale", -5.0, "dynamic_scale: -5.0, expected 1 <= dynamic_scale"),
+        ("dynamic_scale", np.nan, "dynamic_scale: nan, expected a finite number"),
+        ("dynamic_growth_steps", "x", "dynamic_growth_steps: 'x', expected an integer"),
+        ("step_counter", -1, "Expected step_counter >= 0"),
+        ("inner_optimizer", None, "inner_optimizer: NoneType, expected a fastadam.Adam"),
+    ],
+)
+def test_what_is_set_later_is_checked(name, value, message):
+    optimizer, w = make(), np.ones(2, F32)
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        setattr(optimizer, name, value)
+    optimizer.apply_gradients([(np.ones(2, F32), w)])
+    assert optimizer.dynamic_scale == 1024
+    with pytest.raises(ValueError, match="inner_optimizer: None, expected a dict"):
+        fastadam.LossScaleOptimizer.from_config({})

@@ -260,8 +260,8 @@ def test_lazy_agrees_with_torch_sparse_adam():
 
 BAD = {
     "too large": (lambda: IndexedSlices(np.ones((2, 5), F32), [3, 60]), ValueError,
-                  "grads[1].indices[1]: no row of vars[1], expected 0 <= index < 60"),
-    "negative": (lambda: IndexedSlices(np.ones((2, 5), F32), [-1, 0]), ValueError, "grads[1].indices[0]: no row of vars[1]"),
+                  "grads[1].indices[1]: 60 is no row of vars[1], expected 0 <= index < 60"),
+    "negative": (lambda: IndexedSlices(np.ones((2, 5), F32), [-1, 0]), ValueError, "grads[1].indices[0]: -1 is no row of vars[1]"),
     "row shape": (lambda: IndexedSlices(np.ones((2, 4), F32), [1, 2]), ValueError,
                   "grads[1].values: shape (2, 4), expected (2, 5), a row of vars[1] for each index"),
     "count": (lambda: IndexedSlices(np.ones((3, 5), F32), [1, 2]), ValueError, "grads[1].values: shape (3, 5), expected (2, 5)"),
@@ -326,3 +326,20 @@ def test_empty_tables(shape):
         optimizer = fastadam.Adam(sparse_update=mode)
         slices = IndexedSlices(np.ones((count, *shape[1:]), F32), np.arange(count))
         assert optimizer.apply_gradients([(slices, w)]) == 1
+
+
+@pytest.mark.parametrize("mode", fastadam.slices.SPARSE_UPDATES)
+def test_misaligned_and_later_set_indices_are_converted(mode):
+    buffer = bytearray(17)
+    buffer[1:] = np.array([0, 1]).tobytes()
+    misaligned = np.frombuffer(buffer, np.int64, offset=1)
+    w, slices = np.ones((4, 2), F32), IndexedSlices(np.ones((2, 2), F32), misaligned)
+    optimizer = fastadam.Adam(0.1, sparse_update=mode)
+    optimizer.apply_gradients([(slices, w)])
+    slices.indices = [2, 3]
+    optimizer.apply_gradients([(slices, w)])
+    assert (w < 1).all()
+    slices.indices = [1.5, 2]
+    with pytest.raises(TypeError, match="indices: dtype float64, expected integers"):
+        optimizer.apply_gradients([(slices, w)])
+    assert optimizer.iterations == 2

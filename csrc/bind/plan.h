@@ -86,7 +86,8 @@ class Plan {
       const py::gil_scoped_release unlocked;
       Backend::run_step(args);
     }
-    set_.note_histories(nullptr);
+    if (ids) set_.note_histories(nullptr);
+    if (!ids) set_.clear_history(0);
     set_.forget_gradients();
   }
 

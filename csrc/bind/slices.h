@@ -50,6 +50,7 @@ class RowIndex {
   }
 
   int64_t bad() const { return args_.bad; }
+  int64_t bad_index() const { return args_.keys[args_.bad]; }
   const Rows& rows() const { return rows_; }
 
  private:

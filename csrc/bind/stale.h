@@ -66,6 +66,12 @@ class StaleTable {
     return rows.count * (in_cache ? 64 : 8) >= all_rows;
   }
 
+  // Before a step that will be noted.
+  void require_room(const std::string& label) const {
+    if (std::get<4>(arrays_).data()[0] < std::get<1>(arrays_).size()) return;
+    throw py::value_error(label + ": the history of its steps is full");
+  }
+
   bool is_empty() const { return std::get<4>(arrays_).data()[0] == 0; }
 
  private:
@@ -78,7 +84,7 @@ class StaleTable {
     return hyper.epsilon >= 0x1p-40 && (amsgrad || hyper.beta_1 < std::sqrt(hyper.beta_2) * (1 - 1e-4));
   }
 
-  // Python has made room.
+  // There is room: require_room() has been asked.
   template <class T>
   void append(const StepScalars<T>& s, bool decays) {
     const int64_t step = counts()[0]++;

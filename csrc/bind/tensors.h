@@ -85,9 +85,9 @@ class TensorSet {
   void index_rows() {
     for (size_t i = 0; i < tensors_.size(); ++i) {
       if (tensors_[i].rows != nullptr && !sort<Backend>(*indexes_[i])) {
-        throw py::value_error(gradient_label(i)() + ".indices[" + std::to_string(indexes_[i]->bad()) + "]: no row of " +
-                              variables_[i].label + ", expected 0 <= index < " +
-                              std::to_string(variables_[i].shape[0]));
+        throw py::value_error(gradient_label(i)() + ".indices[" + std::to_string(indexes_[i]->bad()) + "]: " +
+                              std::to_string(indexes_[i]->bad_index()) + " is no row of " + variables_[i].label +
+                              ", expected 0 <= index < " + std::to_string(variables_[i].shape[0]));
       }
     }
     measure();
@@ -121,6 +121,7 @@ class TensorSet {
       tensor.stale = nullptr;
       if (tables_[i] == nullptr) continue;
       const bool waits = tensor.rows != nullptr && !(tables_[i]->is_empty() && tables_[i]->is_crowded(*tensor.rows));
+      if (waits) tables_[i]->require_room(variables_[i].label);
       if (waits) tensor.stale = &tables_[i]->rows(tensor.rows, hyper, amsgrad());
       if (tensor.rows == nullptr && !tables_[i]->is_empty()) {
         throw py::value_error(variables_[i].label + ": rows are not up to date, expected sync() before this gradient");

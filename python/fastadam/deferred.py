@@ -12,6 +12,7 @@ import numpy.typing as npt
 from fastadam._backend import _cpu
 from fastadam.checks import check_count
 from fastadam.extras import Extras
+from fastadam.gradients import bfloat16_to_float32
 from fastadam.hyper import StepHyper
 from fastadam.slices import check_ids, check_sparse_update
 from fastadam.slots import Entry
@@ -64,7 +65,7 @@ class DeferredTables(OptimizerState):
         Args:
             var: The variable.
             indices: Integers of any shape, repeated or not.
-            out: Array of the result's shape and dtype to write to.
+            out: Array of the result's shape and dtype to write to; a bfloat16 tensor of PyTorch gives float32.
 
         Raises:
             TypeError: Indices that are no integers.
@@ -83,14 +84,17 @@ class DeferredTables(OptimizerState):
         buffer = _cpu.Buffer(unwrap(var), label)
         ids = check_ids(indices, buffer.shape, label)
         with self._lock:
-            array = unwrap(var)
-            values = array if isinstance(array, np.ndarray) else buffer.array()
+            values = _readable(var, buffer)
             shape = (*ids.shape, *buffer.shape[1:])
+            if out is not None and not (isinstance(out, np.ndarray) and out.flags.writeable):
+                raise TypeError(f"out: {type(out).__name__}, expected a writable array")
             if out is not None and (out.shape, out.dtype) != (shape, values.dtype):
                 raise ValueError(f"out: {out.dtype} {out.shape}, expected {values.dtype} {shape}")
+            if out is not None and np.may_share_memory(out, values):
+                raise ValueError(f"out: shares memory with {label}, expected a separate array")
             self._catch_up_variable(buffer, ids)
             rows: npt.NDArray[Any] = np.take(values, ids, axis=0, out=out, mode="clip")  # checked above
-            return rows
+            return bfloat16_to_float32(rows) if rows.dtype == np.uint16 else rows
 
     def sync(self, var: Any = None) -> None:
         """Bring every row of a variable, or of all, up to date; does nothing where none lags behind."""
@@ -101,7 +105,7 @@ class DeferredTables(OptimizerState):
             self._catch_up_variable(_cpu.Buffer(unwrap(var), label_of(var, 0)))
 
     @contextlib.contextmanager
-    def dense_view(self, var: Any) -> Iterator[npt.NDArray[Any]]:
+    def dense_view(self, var: Any) -> Iterator[Any]:
         """``with opt.dense_view(table) as values``: the array itself, every row up to date, as long as no step is made.
 
         >>> import numpy as np, fastadam
@@ -113,13 +117,13 @@ class DeferredTables(OptimizerState):
         [[1.0], [0.8999999761581421], [1.0]]
         """
         self.sync(var)
-        array = unwrap(var)
-        yield array if isinstance(array, np.ndarray) else _cpu.Buffer(array, label_of(var, 0)).array()
+        yield unwrap(var)
 
     def _refresh(self, variable: Any, ids: Any) -> None:
         """What a loss of ``minimize`` reads is brought up to date first."""
         if variable is None:
-            self._settle()
+            with self._lock:
+                self._settle()
         elif any(entry.staleness for entry in self._slots.entries):
             with self._lock:
                 self._catch_up_variable(_cpu.Buffer(unwrap(variable), label_of(variable, 0)), ids)
@@ -131,6 +135,8 @@ class DeferredTables(OptimizerState):
 
     def _catch_up_variable(self, buffer: _cpu.Buffer, ids: npt.NDArray[Any] | None = None) -> None:
         entry = self._slots.entry_of(buffer)
+        if entry is None:
+            self._slots.require_new_memory(buffer)  # another view of a table would be read as it lies
         if entry is not None:
             self._catch_up(entry, ids)
         elif any(waiting.staleness and waiting.staleness.steps for waiting in self._slots.waiting()):
@@ -143,24 +149,27 @@ class DeferredTables(OptimizerState):
         table = entry.staleness
         if table is None or table.steps == 0:
             return
+        if entry.buffer is None and entry.origin is not None and entry.origin.is_current():
+            self._slots.prepare([entry.origin], []).commit()  # of a deep copy: it goes on with the same variable
         if entry.buffer is None:
             raise ValueError(f"{entry.spec}: rows wait for steps since before the state was restored; build it first")
         beta_1, beta_2, epsilon, amsgrad = table.numbers
         named = self._slots.slots_of(entry)
         slots = {name: [named[name]] for name in (("m", "v", "vhat") if amsgrad else ("m", "v"))}
-        plan = _cpu.Plan([entry.buffer], slots, [False], [0], False, [table.arrays()])
+        plan = _cpu.Plan([entry.buffer], slots, [False], [0], False, [table.arrays])
         flat = None if ids is None else np.ascontiguousarray(ids.reshape(-1))
         plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon))
-        if ids is None:
-            table.clear()
 
-    def _sweep(self) -> bool:
-        """After a step: keep gaps within ``max_staleness`` and room in the histories; True if arrays are new ones."""
-        moved = False
+    def _sweep(self) -> None:
+        """After a step: keep gaps within ``max_staleness``."""
+        if self.max_staleness is None:
+            return
         for buffer, table in zip(self._buffers, self._tables, strict=True):
-            if table is None:
-                continue
-            if self.max_staleness is not None and table.steps and (entry := self._slots.entry_of(buffer)):
+            if table is not None and table.steps and (entry := self._slots.entry_of(buffer)):
                 self._catch_up(entry, table.next_rows(self.max_staleness))
-            moved = table.make_room() or moved
-        return moved
+
+
+def _readable(var: Any, buffer: _cpu.Buffer) -> npt.NDArray[Any]:
+    """The memory as NumPy has it; bfloat16 of PyTorch as its bits."""
+    array = unwrap(var)
+    return array if isinstance(array, np.ndarray) else buffer.array()

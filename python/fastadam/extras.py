@@ -121,6 +121,11 @@ def excluded(var_list: Iterable[Any] | None, var_names: Iterable[str] | None) ->
     names = [] if var_names is None else check_list("var_names", var_names)
     if isinstance(var_names, str):
         raise TypeError(f"var_names: {var_names!r}, expected a list of patterns")
+    for i, name in enumerate(names):
+        try:
+            re.compile(name)
+        except (TypeError, re.error) as error:
+            raise ValueError(f"var_names[{i}]: {name!r}, expected a pattern ({error})") from None
     buffers = [_cpu.Buffer(unwrap(variable), label_of(variable, i)) for i, variable in enumerate(variables)]
     keys = frozenset(map(key_of, buffers))
     return {"excluded_keys": keys, "excluded_names": tuple(names), "kept_alive": tuple(buffers)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,19 +42,16 @@ class LossScaleOptimizer(Minimizer):
     >>> import numpy as np, fastadam
     >>> w = np.array([1.0, 2.0], dtype=np.float32)
     >>> opt = fastadam.LossScaleOptimizer(fastadam.Adam(0.1), initial_scale=1024.0)
-    >>> opt.apply_gradients([(np.array([np.inf, 1.0], np.float32), w)]), opt.dynamic_scale, w.tolist()
-    (np.int64(0), 512.0, [1.0, 2.0])
-    >>> opt.apply_gradients([(np.array([512.0, -512.0], np.float32), w)]), w.round(5).tolist()
-    (np.int64(1), [0.8999999761581421, 2.0999999046325684])
+    >>> int(opt.apply_gradients([(np.array([np.inf, 1.0], np.float32), w)])), opt.dynamic_scale, w.tolist()
+    (0, 512.0, [1.0, 2.0])
+    >>> int(opt.apply_gradients([(np.array([512.0, -512.0], np.float32), w)])), w.round(5).tolist()
+    (1, [0.8999999761581421, 2.0999999046325684])
     """
 
     def __init__(self, inner_optimizer: Adam, initial_scale: float = 2.0**15, dynamic_growth_steps: int = 2000) -> None:
-        if not isinstance(inner_optimizer, Adam):
-            raise TypeError(f"inner_optimizer: {type(inner_optimizer).__name__}, expected a fastadam.Adam")
-        _require_no_factor(inner_optimizer)
         self.inner_optimizer = inner_optimizer
-        self.initial_scale = _check_scale("initial_scale", initial_scale)
-        self.dynamic_growth_steps = check_count("dynamic_growth_steps", dynamic_growth_steps)
+        self.initial_scale = initial_scale
+        self.dynamic_growth_steps = dynamic_growth_steps
         self.dynamic_scale = self.initial_scale
         self.step_counter = 0
 
@@ -66,8 +63,8 @@ class LossScaleOptimizer(Minimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a hyperparameter of the inner optimizer, or an attribute of this one."""
-        if name in _OWN:
-            super().__setattr__(name, value)
+        if name in _CHECKS:
+            super().__setattr__(name, _CHECKS[name](name, value))
         else:
             setattr(self.inner_optimizer, name, value)
 
@@ -120,7 +117,9 @@ class LossScaleOptimizer(Minimizer):
     def from_config(cls, config: Mapping[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         """An optimizer from ``get_config``; ``config`` is not modified."""
         arguments = dict(config)
-        inner = arguments.pop("inner_optimizer")
+        inner = arguments.pop("inner_optimizer", None)
+        if not isinstance(inner, Mapping) or not {"class_name", "config"} <= set(inner):
+            raise ValueError(f"inner_optimizer: {inner!r}, expected a dict with 'class_name' and 'config'")
         classes = {"Adam": Adam, "AdamW": AdamW, **(custom_objects or {})}
         if inner["class_name"] not in classes:
             raise ValueError(f"inner_optimizer: {inner['class_name']!r}, expected one of {sorted(classes)}")
@@ -144,8 +143,8 @@ class LossScaleOptimizer(Minimizer):
             if not isinstance(state, dict) or set(state) != set(_SAVED):
                 raise ValueError(f"state of {type(inner).__name__}, expected LossScaleOptimizer")
             optimizer = cls(inner, state["initial_scale"], state["dynamic_growth_steps"])
-            optimizer.dynamic_scale = _check_scale("dynamic_scale", state["dynamic_scale"])
-            optimizer.step_counter = check_iterations("step_counter", state["step_counter"])
+            optimizer.dynamic_scale = state["dynamic_scale"]
+            optimizer.step_counter = state["step_counter"]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{os.fsdecode(path)}: {error}") from None
         return optimizer
@@ -153,7 +152,6 @@ class LossScaleOptimizer(Minimizer):
 
 _LARGEST = 2.0**126  # the inverse is the smallest normal float32
 _SAVED = ("initial_scale", "dynamic_growth_steps", "dynamic_scale", "step_counter")
-_OWN = ("inner_optimizer", *_SAVED)
 
 
 def _require_no_factor(inner_optimizer: Adam) -> None:
@@ -166,3 +164,19 @@ def _check_scale(name: str, value: Any) -> float:
     if not 1 <= scale <= _LARGEST:
         raise ValueError(f"{name}: {scale}, expected 1 <= {name} <= {_LARGEST}")
     return scale
+
+
+def _check_inner(name: str, value: Any) -> Adam:
+    if not isinstance(value, Adam):
+        raise TypeError(f"{name}: {type(value).__name__}, expected a fastadam.Adam")
+    _require_no_factor(value)
+    return value
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "inner_optimizer": _check_inner,
+    "initial_scale": _check_scale,
+    "dynamic_scale": _check_scale,
+    "dynamic_growth_steps": check_count,
+    "step_counter": check_iterations,
+}

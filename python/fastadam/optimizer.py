@@ -20,6 +20,7 @@ from fastadam.extras import EXTRA_NAMES, Extra, Extras, excluded, overwrite
 from fastadam.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper
 from fastadam.minimize import Minimizer
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
+from fastadam.slots import ACCUMULATOR
 from fastadam.stepping import Stepper
 from fastadam.variable import buffers_of
 
@@ -209,7 +210,9 @@ class Adam(Stepper, Minimizer):
         )
 
     def _slot_names(self) -> list[str]:
-        return ["m", "v", *(["vhat"] if self.amsgrad else []), *(["average"] if self._extras.use_ema else [])]
+        extras = self._extras
+        chosen = {"vhat": self.amsgrad, "average": extras.use_ema, ACCUMULATOR: extras.gradient_accumulation_steps}
+        return ["m", "v", *(name for name, used in chosen.items() if used)]
 
     @property
     def _micro_steps(self) -> int:

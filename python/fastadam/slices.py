@@ -82,7 +82,7 @@ def _as_indices(indices: Any) -> npt.NDArray[Any]:
     array = _as_integers("indices", indices)
     if array.ndim != 1:
         raise ValueError(f"indices: shape {array.shape}, expected one dimension")
-    return np.ascontiguousarray(array)
+    return np.require(array, requirements=["C", "A"])
 
 
 def _as_integers(name: str, values: Any) -> npt.NDArray[Any]:
@@ -113,7 +113,7 @@ def native_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
         return gradient
     if slices.dense_shape is not None and slices.dense_shape != variable.shape:
         raise ValueError(f"{label}: dense_shape {slices.dense_shape}, expected {variable.shape} like {variable.label}")
-    return _cpu.Slices(slices.values, slices.indices)
+    return _cpu.Slices(slices.values, _as_indices(slices.indices))  # a user may have set them
 
 
 def convert_slices(slices: _cpu.Slices, variable: _cpu.Buffer, label: str) -> _cpu.Slices:

@@ -15,8 +15,9 @@ from fastadam._backend import _cpu
 from fastadam.gradients import bfloat16_to_float32
 from fastadam.staleness import Staleness
 
-__all__ = ["Entry", "Initializer", "SlotStore", "Spec", "initial_value", "placed_copy"]
+__all__ = ["ACCUMULATOR", "Entry", "Initializer", "SlotStore", "Spec", "initial_value", "placed_copy"]
 
+ACCUMULATOR = "gradient_accumulator"  # the slot of gradient_accumulation_steps
 Key = tuple[int, tuple[int, ...], str, str]
 Array = npt.NDArray[Any]
 Maker = Callable[[_cpu.Buffer, str], Array]
@@ -172,7 +173,7 @@ class SlotStore:
         for key, buffer in buffers.items():
             entry = self.entry_of(buffer)
             if entry is None:
-                self._require_new_memory(buffer)
+                self.require_new_memory(buffer)
             elif entry.buffer is None:
                 chosen[key] = entry
         taken = {id(entry) for entry in chosen.values()}
@@ -181,6 +182,8 @@ class SlotStore:
             if key not in chosen and key not in self._known and (entry := next(rest, None)) is not None:
                 self._require_match(buffer, entry)
                 chosen[key] = entry
+        for key, entry in chosen.items():
+            self._require_history(buffers[key], entry)
         return {key: (entry, buffers[key], self._laid_out(entry, buffers[key])) for key, entry in chosen.items()}
 
     def _require_match(self, buffer: _cpu.Buffer, entry: Entry) -> None:
@@ -191,12 +194,19 @@ class SlotStore:
                 f"the state restored for variable {self.entries.index(entry)} waits for it"
             )
 
+    def _require_history(self, buffer: _cpu.Buffer, entry: Entry) -> None:
+        if entry.staleness is not None and not entry.staleness.fits(buffer):
+            raise ValueError(
+                f"{buffer.label}: changed since the state was copied, while rows lagged behind; expected the table as "
+                "it was then (sync() before a deferred optimizer is copied apart from its tables)"
+            )
+
     def _laid_out(self, entry: Entry, buffer: _cpu.Buffer) -> dict[str, Array]:
         flag: Any = f"{buffer.order}_CONTIGUOUS"
         arrays = self.slots_of(entry).items()
         return {name: a if a.flags[flag] else placed_copy(a, buffer) for name, a in arrays}
 
-    def _require_new_memory(self, buffer: _cpu.Buffer) -> None:
+    def require_new_memory(self, buffer: _cpu.Buffer) -> None:
         """Refuse a variable that overlaps a known one under another shape: its moments would start at zero unseen."""
         at = bisect.bisect_left(self._intervals, (buffer.address, 0), key=lambda interval: interval[:2])
         for begin, end, known in self._intervals[max(at - 1, 0) : at + 1]:
@@ -243,10 +253,7 @@ class SlotStore:
     # ---- copies ----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        entries = [
-            (tuple(entry.spec), dict(entry.slots), entry.staleness and entry.staleness.copy(), entry.accumulating)
-            for entry in self.entries
-        ]
+        entries = [(tuple(entry.spec), dict(entry.slots), _copied(entry), entry.accumulating) for entry in self.entries]
         return {
             "arrays": [array.copy(order="K") for array in self.arrays],
             "names": list(self.names),
@@ -269,9 +276,13 @@ class SlotStore:
             twin.arrays.append(memo[id(array)])
         twin.names = self.names[:]
         for entry in self.entries:
-            staleness, origin = entry.staleness and entry.staleness.copy(), entry.buffer or entry.origin
-            twin.add_waiting(Entry(entry.spec, dict(entry.slots), None, staleness, entry.accumulating, origin))
+            origin = entry.buffer or entry.origin
+            twin.add_waiting(Entry(entry.spec, dict(entry.slots), None, _copied(entry), entry.accumulating, origin))
         return twin
+
+
+def _copied(entry: Entry) -> Staleness | None:
+    return None if entry.staleness is None else entry.staleness.copy(entry.buffer)
 
 
 def _require_apart(buffers: list[_cpu.Buffer]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ __all__ = ["Numbers", "Staleness"]
 
 _PEAK_STEPS = 64  # kPeakSteps in csrc/core/step_args.h
 _FIRST_ROOM = 1024
+Arrays = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 
 
 class Numbers(NamedTuple):
@@ -25,65 +26,61 @@ class Numbers(NamedTuple):
     amsgrad: bool
 
 
-@dataclass(eq=False)
 class Staleness:
     """The history of one table, in arrays that the native plan reads and appends to.
 
-    There is always room for one step more.
+    ``arrays`` are replaced all at once: whatever is interrupted leaves one whole history. In the order of
+    StaleTable::Arrays in csrc/bind/stale.h they are:
+
+    - last: steps of the history that each row has had, int32
+    - alphas: the rate of each step, in the dtype of the moments
+    - keeps: its factor of weight decay
+    - peaks: the largest |alpha| of every 64 steps
+    - counts: steps in the history; those of them with weight decay
     """
 
-    last: npt.NDArray[np.int32]  # steps of the history that each row has had
-    alphas: npt.NDArray[Any]  # the rate of each step, in the dtype of the moments
-    keeps: npt.NDArray[Any]  # its factor of weight decay
-    peaks: npt.NDArray[Any]  # the largest |alpha| of every 64 steps
-    numbers: Numbers
-    swept: int = 0  # the row that a sweep comes to next
-    counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))  # steps; those with decay
+    def __init__(self, arrays: Arrays, numbers: Numbers, fingerprint: int | None = None) -> None:
+        self.arrays = arrays
+        self.numbers = numbers
+        self.swept = 0  # the row that a sweep comes to next
+        self.fingerprint = fingerprint  # of the table, when this copy of its history was made
 
     @classmethod
     def of(cls, buffer: _cpu.Buffer, numbers: Numbers) -> Staleness:
         """That of a table all of whose rows are up to date."""
         rooms = (_FIRST_ROOM, _FIRST_ROOM, _FIRST_ROOM // _PEAK_STEPS)
         alphas, keeps, peaks = (np.zeros(room, buffer.state_dtype) for room in rooms)
-        return cls(np.zeros(buffer.shape[0], np.int32), alphas, keeps, peaks, numbers)
+        last, counts = np.zeros(buffer.shape[0], np.int32), np.zeros(2, np.int64)
+        return cls((last, alphas, keeps, peaks, counts), numbers)
+
+    @property
+    def last(self) -> npt.NDArray[Any]:
+        """Steps of the history that each row has had."""
+        return self.arrays[0]
 
     @property
     def steps(self) -> int:
         """Steps in the history."""
-        return int(self.counts[0])
+        return int(self.arrays[4][0])
 
-    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
-        """In the order of StaleTable::Arrays in csrc/bind/stale.h."""
-        return (self.last, self.alphas, self.keeps, self.peaks, self.counts)
+    @property
+    def room(self) -> int:
+        """Steps for which there is room."""
+        return len(self.arrays[1])
 
-    def clear(self) -> None:
-        """All rows have had all steps."""
-        self.last.fill(0)
-        self.counts.fill(0)
-
-    def make_room(self) -> bool:
-        """Forget what all rows have had, or grow, if the next step would not fit; True if the arrays are new ones."""
-        if self.steps < len(self.alphas):
-            return False
-        if self._forget():
-            return False
-        self.alphas, self.keeps, self.peaks = (
-            np.concatenate([old, np.zeros_like(old)]) for old in (self.alphas, self.keeps, self.peaks)
-        )
-        return True
-
-    def _forget(self) -> bool:
-        """Drop the steps that every row has had, if they are half of the history."""
-        first = int(self.last.min(initial=self.steps)) // _PEAK_STEPS * _PEAK_STEPS
+    def make_room(self) -> None:
+        """In new arrays: without the steps that all rows have had, if these are half of them, else twice as long."""
+        last, *rates, counts = self.arrays
+        first = int(last.min(initial=self.steps)) // _PEAK_STEPS * _PEAK_STEPS
         if first < self.steps // 2:
-            return False
-        rest = self.steps - first
-        for rates, scale in ((self.alphas, 1), (self.keeps, 1), (self.peaks, _PEAK_STEPS)):
-            kept = rates[first // scale :].copy()
-            rates[: len(kept)] = kept
-        self.last -= np.int32(first)
-        self.counts[:] = rest, np.count_nonzero(self.keeps[:rest] != 1)
-        return True
+            alphas, keeps, peaks = (np.concatenate([old, np.zeros_like(old)]) for old in rates)
+            self.arrays = (last, alphas, keeps, peaks, counts)
+            return
+        places = (first, first, first // _PEAK_STEPS)
+        alphas, keeps, peaks = (np.roll(old, -place) for old, place in zip(rates, places, strict=True))
+        steps = self.steps - first
+        counts = np.array([steps, np.count_nonzero(keeps[:steps] != 1)], np.int64)
+        self.arrays = (last - np.int32(first), alphas, keeps, peaks, counts)
 
     def next_rows(self, max_staleness: int) -> npt.NDArray[np.int64]:
         """As many rows as a step must sweep so that all have come within ``max_staleness`` steps."""
@@ -92,7 +89,17 @@ class Staleness:
         self.swept = int(chosen[-1] + 1) % rows if rows else 0
         return chosen
 
-    def copy(self) -> Staleness:
-        """With arrays of its own."""
-        last, alphas, keeps, peaks, counts = (array.copy() for array in self.arrays())
-        return Staleness(last, alphas, keeps, peaks, self.numbers, self.swept, counts)
+    def copy(self, buffer: _cpu.Buffer | None) -> Staleness:
+        """With arrays of its own, for a copy of the table as it is now."""
+        last, alphas, keeps, peaks, counts = (array.copy() for array in self.arrays)
+        fingerprint = self.fingerprint if buffer is None else fingerprint_of(buffer)
+        return Staleness((last, alphas, keeps, peaks, counts), self.numbers, fingerprint)
+
+    def fits(self, buffer: _cpu.Buffer) -> bool:
+        """Whether this is the table, as it was, that the copied history belongs to."""
+        return self.steps == 0 or self.fingerprint is None or self.fingerprint == fingerprint_of(buffer)
+
+
+def fingerprint_of(buffer: _cpu.Buffer) -> int:
+    """Of the values of a table."""
+    return zlib.crc32(buffer.array().reshape(-1).view(np.uint8).data)

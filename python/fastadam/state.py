@@ -97,8 +97,9 @@ class OptimizerState(abc.ABC):
 
         With ``gradient_accumulation_steps`` the first counts the calls, not the steps, as in Keras 3.
         """
-        self._settle()
-        return [self._iterations, *self._slots.arrays]
+        with self._lock:
+            self._settle()
+            return [self._iterations, *self._slots.arrays]
 
     def variables(self) -> list[npt.NDArray[Any]]:
         """The same as ``weights``."""
@@ -137,8 +138,9 @@ class OptimizerState(abc.ABC):
     def get_slot(self, var: Any, slot_name: str) -> npt.NDArray[Any]:
         """The live state array "m", "v" or "vhat" of a variable; KeyError if there is none."""
         label = label_of(var, 0)
-        self._settle()
-        slots = self._slots.find(_cpu.Buffer(unwrap(var), label))
+        with self._lock:
+            self._settle()
+            slots = self._slots.find(_cpu.Buffer(unwrap(var), label))
         if slots is None:
             raise KeyError(f"{label}: not a variable of this optimizer")
         if slot_name not in slots:
@@ -165,6 +167,7 @@ class OptimizerState(abc.ABC):
             return initial_value(initializer, variable.shape, variable.state_dtype, variable.order)
 
         with self._lock:
+            self._settle()
             prepared = self._slots.prepare([buffer], [slot_name], make)
             prepared.commit()
             return prepared.slots[0][0]

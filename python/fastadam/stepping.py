@@ -15,13 +15,11 @@ from fastadam.deferred import DeferredTables
 from fastadam.hyper import StepHyper
 from fastadam.ops import fit_gradients, run_step
 from fastadam.slices import is_sparse
-from fastadam.slots import Entry
+from fastadam.slots import ACCUMULATOR, Entry
 from fastadam.staleness import Numbers, Staleness
 from fastadam.variable import Variable, buffers_of, unwrap
 
 __all__ = ["Stepper"]
-
-_ACCUMULATOR = "gradient_accumulator"
 
 
 class Stepper(DeferredTables):
@@ -73,16 +71,15 @@ class Stepper(DeferredTables):
             scale = 1.0 / (loss_scale or self._extras.loss_scale_factor or 1.0)
             steps = self._extras.gradient_accumulation_steps
             hyper = self._step_hyper(1.0 / steps if steps else scale)
-            names = [*self._slot_names(), _ACCUMULATOR] if steps else self._slot_names()
-            plan, fitting = self._plan_for(variables, gradients, positions, names, hyper)
+            plan, fitting = self._plan_for(variables, gradients, positions, self._slot_names(), hyper)
             if steps:
                 return self._accumulate(plan, fitting, positions, scale, loss_scale is not None, hyper)
             if loss_scale is not None:
                 hyper = hyper._replace(require_finite=True)
             self._settle_before(gradients, hyper)
             run_step(plan.step, fitting, self._buffers, positions, hyper, [], self._iterations)
-            if any(self._tables) and self._sweep():
-                self._plan = None
+            if any(self._tables):
+                self._sweep()
             return plan.all_finite
 
     @contextlib.contextmanager
@@ -111,7 +108,7 @@ class Stepper(DeferredTables):
         deferred = self.sparse_update == "deferred"
         if plan is not None and self._plan_key == key and plan.matches([unwrap(v) for v in variables], positions):
             pairs = zip(self._tables, gradients, strict=True) if deferred else ()
-            if all(table is not None or not is_sparse(gradient) for table, gradient in pairs):
+            if all(table.steps < table.room if table else not is_sparse(gradient) for table, gradient in pairs):
                 return plan, gradients
         buffers = buffers_of(variables, positions)
         prepared = self._slots.prepare(buffers, names)
@@ -120,7 +117,7 @@ class Stepper(DeferredTables):
         decays = self._extras.decays(known_as, buffers)
         entries = [prepared.entry_of(buffer) for buffer in buffers]
         tables = [self._table_of(*found, hyper) for found in zip(buffers, entries, gradients, strict=True)]
-        histories = [None if table is None else table.arrays() for table in tables]
+        histories = [None if table is None else table.arrays for table in tables]
         plan = _cpu.Plan(buffers, slots, decays, positions, self.sparse_update == "lazy", histories)
         gradients = fit_gradients(plan, gradients, buffers, positions)
         plan.check_numbers(hyper, [])
@@ -137,6 +134,8 @@ class Stepper(DeferredTables):
         if self.sparse_update != "deferred":
             return None
         if entry is not None and entry.staleness is not None:
+            if entry.staleness.steps >= entry.staleness.room:
+                entry.staleness.make_room()
             return entry.staleness
         return Staleness.of(buffer, self._numbers(hyper)) if is_sparse(gradient) and buffer.shape else None
 
@@ -181,7 +180,7 @@ class Stepper(DeferredTables):
         if restart := len(fresh) == len(before):
             fresh = []
         for entry in fresh:
-            self._slots.slots_of(entry)[_ACCUMULATOR].fill(0)
+            self._slots.slots_of(entry)[ACCUMULATOR].fill(0)
         for entry, _ in before.values():
             entry.accumulating = calls // steps
         try:
@@ -199,13 +198,15 @@ class Stepper(DeferredTables):
         waiting = [entry for entry in self._slots.entries if self._is_accumulating(entry)]
         if len({id(entry) for entry in entries}) == len(entries) == len(waiting):
             return plan
-        names = [*self._slot_names(), _ACCUMULATOR]
-        buffers = []
+        names, buffers = self._slot_names(), []
         for entry in waiting:
-            if entry.buffer is None:
+            buffer = entry.buffer or entry.origin
+            if buffer is None:
                 raise ValueError(f"gradients were accumulated for {entry.spec} and saved; build it, the step needs it")
-            buffers.append(entry.buffer)
-        slots = dict(zip(names, self._slots.prepare(buffers, names).slots, strict=True))
+            buffers.append(buffer)
+        prepared = self._slots.prepare(buffers, names)
+        prepared.commit()  # of a deep copy: it goes on with the same variables
+        slots = dict(zip(names, prepared.slots, strict=True))
         decays = self._extras.decays([entry.spec.name for entry in waiting], buffers)
         positions = list(range(len(buffers)))
         return _cpu.Plan(buffers, slots, decays, positions, lazy=False, histories=[None] * len(buffers))

@@ -142,8 +142,12 @@ struct RowPart {
   T vhat[kColumns];
 };
 
+FASTADAM_INLINE uint32_t bits_of(float x) { return bit_cast<uint32_t>(x); }
+FASTADAM_INLINE uint64_t bits_of(double x) { return bit_cast<uint64_t>(x); }
+
 // Whether no later step can move a variable: the largest rate to come, times what m / sqrt(v) is now and never exceeds
-// again, is lost in the rounding.
+// again, is lost in the rounding. Multiplied first, as in adam_move: the quotient alone may be flushed. A -0 never
+// rests: a change of -0 makes it +0.
 template <bool kAmsgrad, class Storage, class T>
 FASTADAM_INLINE bool at_rest(const RowPart<T>& row, int64_t size, T peak, T epsilon) {
   using std::sqrt;
@@ -151,9 +155,9 @@ FASTADAM_INLINE bool at_rest(const RowPart<T>& row, int64_t size, T peak, T epsi
   int moving = 0;
 #pragma omp simd reduction(+ : moving)
   for (int64_t i = 0; i < size; ++i) {
-    const T change = peak * (row.m[i] / (sqrt(kAmsgrad ? row.vhat[i] : row.v[i]) + epsilon)) * kMargin;
-    const bool rests = T(load(store<Storage>(row.var[i] - change))) == row.var[i] &&
-                       T(load(store<Storage>(row.var[i] + change))) == row.var[i];
+    const T change = (row.m[i] * peak) / (sqrt(kAmsgrad ? row.vhat[i] : row.v[i]) + epsilon) * kMargin;
+    const bool rests = bits_of(load(store<Storage>(row.var[i] - change))) == bits_of(row.var[i]) &&
+                       bits_of(load(store<Storage>(row.var[i] + change))) == bits_of(row.var[i]);
     moving += !rests;
   }
   return moving == 0;

@@ -1,4 +1,4 @@
-"""The C++ core without Python: tests/native/kernel_test.cpp, plain and sanitized, and the symbols of the kernels."""
+"""The C++ core without Python: the programs of tests/native, plain and sanitized, and the symbols of the kernels."""
 
 from __future__ import annotations
 
@@ -48,23 +48,29 @@ def build(tmp_path_factory):
     return build_with
 
 
-def test_kernels_give_the_bits_of_a_scalar_loop_and_one_digest(build):
-    assert "digest " in run(build("") / "kernel_test")
+@pytest.mark.parametrize("program", ["kernel_test", "row_test", "sum_test"])
+def test_kernels_give_the_bits_of_a_scalar_loop_and_one_digest(build, program):
+    assert "digest " in run(build("") / program)
 
 
-def test_kernels_have_no_address_or_undefined_behaviour_error(build):
-    run(build("address,undefined") / "kernel_test")
+def test_indices_are_sorted_as_by_a_stable_sort(build):
+    assert "stable sort" in run(build("") / "index_test")
 
 
-def test_threads_have_no_data_race(build):
-    program = build("thread") / "kernel_test"
-    command = [program, "threads"]
+@pytest.mark.parametrize("program", ["kernel_test", "row_test", "sum_test", "index_test"])
+def test_kernels_have_no_address_or_undefined_behaviour_error(build, program):
+    run(build("address,undefined") / program)
+
+
+@pytest.mark.parametrize("program", ["kernel_test", "row_test", "sum_test", "index_test"])
+def test_threads_have_no_data_race(build, program):
+    command = [build("thread") / program, "threads"]
     probe = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if (
         "unexpected memory mapping" in probe.stdout
     ):  # an older ThreadSanitizer does not stand so much address randomness
         command = [tool("setarch"), "--addr-no-randomize", *command]
-    assert "threads: 3 give the bits" in run(*command)
+    assert "threads: 3 give the " in run(*command)
 
 
 def test_isa_objects_share_no_symbol_with_the_rest(build):

@@ -29,11 +29,11 @@ class RowIndex {
     args_.row_count = variable.shape[0];
     rows_.width = variable.shape[0] == 0 ? 0 : variable.size / variable.shape[0];
     const auto count = static_cast<size_t>(args_.count);
-    memory_.resize(4 * count + 1);
+    memory_.resize(4 * count + 2);
     args_.keys = memory_.data();
-    args_.order = args_.keys + count;
+    args_.spare_keys = args_.keys + count + 1;
+    args_.order = args_.spare_keys + count + 1;
     args_.spare_order = args_.order + count;
-    args_.spare_keys = args_.spare_order + count;  // one longer
   }
   RowIndex(const RowIndex&) = delete;
   RowIndex& operator=(const RowIndex&) = delete;

@@ -57,7 +57,7 @@ struct Chains {
   int64_t count;
 };
 
-// Indices to be sorted into Rows, with the memory for it, of `count` elements each.
+// Indices to be sorted into Rows, with the memory for it: `count` elements each, the two arrays of keys one more.
 struct IndexArgs {
   const void* indices;
   bool is_int64;  // else int32
@@ -65,7 +65,7 @@ struct IndexArgs {
   int64_t row_count;  // of the variable
   int64_t* keys;      // becomes the unique rows
   int64_t* order;
-  int64_t* spare_keys;  // becomes `starts`, with one element more
+  int64_t* spare_keys;  // becomes `starts`; the arrays change places while they are sorted
   int64_t* spare_order;
   int64_t unique;  // result
   int64_t bad;     // result: the first index outside [0, row_count), or -1

@@ -1,42 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernels: plain loops, compiled once per ISA with that ISA's flags and FASTADAM_ISA naming its namespace.
 // Everything but the table has internal linkage or is always inlined: no symbol compiled for a newer CPU may be
-// shared with code that an older one runs. Include nothing but core headers here.
+// shared with code that an older one runs. Include nothing but core headers and the parts of this source here.
 #include "kernels.h"
 
 #include "../core/adam_math.h"
 #include "../core/norm.h"
 #include "../core/split.h"
+#include "row_kernels.h"
+#include "streams.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
-
-template <class T>
-const StepScalars<T>& scalars_of(const StepArgs& step) {
-  if constexpr (sizeof(T) == 8) {
-    return step.scalars_f64;
-  } else {
-    return step.scalars_f32;
-  }
-}
-
-// The streams of one variable, from one element on.
-template <class Storage, class Grad>
-struct Streams {
-  using T = Compute<Storage>;
-  Storage* var;
-  const Grad* grad;
-  T* m;
-  T* v;
-  T* vhat;  // null without AMSGrad
-
-  Streams(const TensorArgs& tensor, int64_t begin)
-      : var(static_cast<Storage*>(tensor.var) + begin),
-        grad(static_cast<const Grad*>(tensor.grad) + begin),
-        m(static_cast<T*>(tensor.m) + begin),
-        v(static_cast<T*>(tensor.v) + begin),
-        vhat(tensor.vhat == nullptr ? nullptr : static_cast<T*>(tensor.vhat) + begin) {}
-};
 
 template <bool kAmsgrad, bool kTransform, class Storage, class Grad, class T>
 FASTADAM_INLINE void update_block(const Streams<Storage, Grad>& streams, int64_t at, int64_t size,
@@ -63,23 +38,6 @@ FASTADAM_INLINE void update_block(const Streams<Storage, Grad>& streams, int64_t
   }
 }
 
-// In elements. Fetching 1 KiB ahead gains 5 % in DRAM and costs 8 % in cache (bench/README.md).
-constexpr int64_t kBlock = 32;
-
-template <bool kAmsgrad, bool kGrad, class Storage, class Grad>
-FASTADAM_INLINE void prefetch_block(const Streams<Storage, Grad>& streams, int64_t at) {
-  constexpr int64_t kAheadBytes = 1024;
-  constexpr auto kStep = static_cast<int64_t>(64 / sizeof(Compute<Storage>));
-  for (int64_t i = at; i < at + kBlock; i += kStep) {
-    const int64_t ahead = i + kAheadBytes / static_cast<int64_t>(sizeof(Compute<Storage>));
-    __builtin_prefetch(streams.var + ahead);
-    if constexpr (kGrad) __builtin_prefetch(streams.grad + ahead);
-    __builtin_prefetch(streams.m + ahead);
-    __builtin_prefetch(streams.v + ahead);
-    if constexpr (kAmsgrad) __builtin_prefetch(streams.vhat + ahead);
-  }
-}
-
 template <class Storage, class Grad, bool kAmsgrad, bool kTransform>
 void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
@@ -96,224 +54,6 @@ void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, i
     }
   }
   update_block<kAmsgrad, kTransform>(streams, at, size - at, s, factor, keep);
-}
-
-// Columns of a row whose gradient is summed before they are updated.
-constexpr int64_t kColumns = 128;
-
-// Sums the gradients of one touched row, `size` columns from `column` on, in order of occurrence.
-template <bool kTransform, class Grad, class T>
-FASTADAM_INLINE void sum_row(const TensorArgs& tensor, int64_t k, int64_t column, int64_t size, T clip_value, T* sums) {
-  const Rows& rows = *tensor.rows;
-  const T factor = static_cast<T>(tensor.grad_factor);
-  for (int64_t i = 0; i < size; ++i) sums[i] = T(0);
-  for (int64_t at = rows.starts[k]; at < rows.starts[k + 1]; ++at) {
-    const Grad* __restrict grad = static_cast<const Grad*>(tensor.grad) + rows.order[at] * rows.width + column;
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-      T g = load(grad[i]);
-      if constexpr (kTransform) g = transform_gradient(g, clip_value, factor);
-      sums[i] += g;
-    }
-  }
-}
-
-template <bool kAmsgrad, bool kTouched, class Storage, class T>
-FASTADAM_INLINE void update_rows(const Streams<Storage, T>& streams, int64_t at, int64_t size, const T* sums, T keep,
-                                 const StepScalars<T>& s) {
-  Storage* __restrict var = streams.var + at;
-  T* __restrict m = streams.m + at;
-  T* __restrict v = streams.v + at;
-  T* __restrict vhat = kAmsgrad ? streams.vhat + at : nullptr;
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    T var_i = load(var[i]);
-    T m_i = m[i];
-    T v_i = v[i];
-    T vhat_i = kAmsgrad ? vhat[i] : T(0);
-    adam_update_row<kAmsgrad, kTouched>(var_i, kTouched ? sums[i] : T(0), m_i, v_i, vhat_i, keep, s);
-    var[i] = store<Storage>(var_i);
-    m[i] = m_i;
-    v[i] = v_i;
-    if constexpr (kAmsgrad) vhat[i] = vhat_i;
-  }
-}
-
-// Rows that are not touched, side by side.
-template <bool kAmsgrad, class Storage, class T>
-FASTADAM_INLINE void rest_rows(const Streams<Storage, T>& streams, int64_t at, int64_t end, T keep,
-                               const StepScalars<T>& s, bool prefetch) {
-  for (; prefetch && at + kBlock <= end; at += kBlock) {
-    prefetch_block<kAmsgrad, false>(streams, at);
-    update_rows<kAmsgrad, false>(streams, at, kBlock, static_cast<const T*>(nullptr), keep, s);
-  }
-  update_rows<kAmsgrad, false>(streams, at, end - at, static_cast<const T*>(nullptr), keep, s);
-}
-
-// Fetches the row that comes a few rows after row k: they lie anywhere in the table.
-template <class Grad, class Storage, class T>
-FASTADAM_INLINE void prefetch_row(const Streams<Storage, T>& streams, const TensorArgs& tensor, int64_t k) {
-  constexpr int64_t kAhead = 4;
-  constexpr auto kStep = static_cast<int64_t>(64 / sizeof(T));
-  const Rows& rows = *tensor.rows;
-  if (k + kAhead >= rows.count) return;
-  const int64_t row = rows.rows[k + kAhead] * rows.width;
-  const Grad* grad = static_cast<const Grad*>(tensor.grad) + rows.order[rows.starts[k + kAhead]] * rows.width;
-  const int64_t size = rows.width < kColumns ? rows.width : kColumns;
-  for (int64_t i = 0; i < size; i += kStep) {
-    __builtin_prefetch(streams.var + row + i, 1);
-    __builtin_prefetch(streams.m + row + i, 1);
-    __builtin_prefetch(streams.v + row + i, 1);
-    __builtin_prefetch(grad + i);
-  }
-}
-
-// Elements [begin, end) of the table; if kLazy of the touched rows alone, laid one after the other.
-template <bool kLazy, class Storage, class Grad, bool kAmsgrad, bool kTransform>
-void adam_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
-  using T = Compute<Storage>;
-  const StepScalars<T> s = scalars_of<T>(step);
-  const T keep = tensor.decays ? s.keep : T(1);
-  const Rows& rows = *tensor.rows;
-  const Streams<Storage, T> streams(tensor, 0);
-  T sums[kColumns];
-  int64_t k = kLazy ? begin / rows.width : first_row_from(rows, begin / rows.width);
-  for (int64_t at = begin; at < end;) {
-    const int64_t row = at / rows.width;
-    const int64_t column = at % rows.width;
-    const bool is_touched = kLazy || (k < rows.count && rows.rows[k] == row);
-    if (!is_touched) {
-      const int64_t next = k < rows.count ? rows.rows[k] * rows.width : end;
-      const int64_t size = (next < end ? next : end) - at;
-      rest_rows<kAmsgrad>(streams, at, at + size, keep, s, step.prefetch);
-      at += size;
-      continue;
-    }
-    if (column == 0) prefetch_row<Grad>(streams, tensor, k);
-    const int64_t rest = rows.width - column < end - at ? rows.width - column : end - at;
-    const int64_t size = rest < kColumns ? rest : kColumns;
-    sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, sums);
-    update_rows<kAmsgrad, true>(streams, rows.rows[k] * rows.width + column, size, sums, keep, s);
-    at += size;
-    if (column + size == rows.width) ++k;
-  }
-}
-
-// Multiplies `times` times: as many roundings as the steps had.
-template <class T>
-FASTADAM_INLINE void decay_often(T* values, int64_t size, T factor, int64_t times) {
-  constexpr int64_t kGroup = 32;  // in registers
-  for (int64_t at = 0; at < size; at += kGroup) {
-    const int64_t count = size - at < kGroup ? size - at : kGroup;
-    T group[kGroup] = {};
-    for (int64_t i = 0; i < count; ++i) group[i] = values[at + i];
-    for (int64_t done = 0; done < times;) {
-      const int64_t stop = times - done < kPeakSteps ? times : done + kPeakSteps;
-      for (; done < stop; ++done) {
-#pragma omp simd
-        for (int64_t i = 0; i < kGroup; ++i) group[i] *= factor;
-      }
-      int alive = 0;
-#pragma omp simd reduction(+ : alive)
-      for (int64_t i = 0; i < kGroup; ++i) alive += group[i] != T(0);
-      if (alive == 0) break;
-    }
-    for (int64_t i = 0; i < count; ++i) values[at + i] = group[i];
-  }
-}
-
-// Some columns of one row, in the compute type.
-template <class T>
-struct RowPart {
-  T var[kColumns];
-  T m[kColumns];
-  T v[kColumns];
-  T vhat[kColumns];
-};
-
-// Whether no later step can move a variable: the largest rate to come, times what m / sqrt(v) is now and never exceeds
-// again, is lost in the rounding.
-template <bool kAmsgrad, class Storage, class T>
-FASTADAM_INLINE bool at_rest(const RowPart<T>& row, int64_t size, T peak, T epsilon) {
-  using std::sqrt;
-  constexpr T kMargin = T(1) + T(0x1p-20);
-  int moving = 0;
-#pragma omp simd reduction(+ : moving)
-  for (int64_t i = 0; i < size; ++i) {
-    const T change = peak * (row.m[i] / (sqrt(kAmsgrad ? row.vhat[i] : row.v[i]) + epsilon)) * kMargin;
-    const bool rests = T(load(store<Storage>(row.var[i] - change))) == row.var[i] &&
-                       T(load(store<Storage>(row.var[i] + change))) == row.var[i];
-    moving += !rests;
-  }
-  return moving == 0;
-}
-
-// The steps [from, now) of the history, in which the row had no gradient.
-template <bool kAmsgrad, class Storage, class T>
-FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& row, int64_t size, StepScalars<T> s) {
-  constexpr int64_t kCheckSteps = 8;
-  const T* alphas = static_cast<const T*>(stale.alphas);
-  const T* keeps = static_cast<const T*>(stale.keeps);
-  T peak = T(0);
-  for (int64_t i = from / kPeakSteps; stale.may_stop && i * kPeakSteps < stale.now; ++i) {
-    const T other = static_cast<const T*>(stale.peaks)[i];
-    peak = other > peak ? other : peak;
-  }
-  int64_t step = from;
-  while (step < stale.now) {
-    const int64_t stop = stale.now - step < kCheckSteps ? stale.now : step + kCheckSteps;
-    for (; step < stop; ++step) {
-      s.row_alpha = alphas[step];
-      const T keep = keeps[step];
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) {
-        T var = row.var[i];
-        adam_update_row<kAmsgrad, false>(var, T(0), row.m[i], row.v[i], row.vhat[i], keep, s);
-        row.var[i] = load(store<Storage>(var));
-      }
-    }
-    if (stale.may_stop && at_rest<kAmsgrad, Storage>(row, size, peak, s.epsilon)) break;
-  }
-  decay_often(row.m, size, s.beta_1, stale.now - step);
-  decay_often(row.v, size, s.beta_2, stale.now - step);
-}
-
-// Rows of a table in a deferred mode, laid one after the other: the steps they missed, then this one.
-template <class Storage, class Grad, bool kAmsgrad, bool kTransform>
-void adam_stale_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
-  using T = Compute<Storage>;
-  const StepScalars<T> s = scalars_of<T>(step);
-  const T keep = tensor.decays ? s.keep : T(1);
-  const StaleRows& stale = *tensor.stale;
-  const Streams<Storage, T> streams(tensor, 0);
-  RowPart<T> row;
-  T sums[kColumns];
-  for (int64_t at = begin; at < end;) {
-    const int64_t k = at / stale.width;
-    const int64_t column = at % stale.width;
-    const int64_t rest = stale.width - column < end - at ? stale.width - column : end - at;
-    const int64_t size = rest < kColumns ? rest : kColumns;
-    const int64_t place = (tensor.rows == nullptr ? k : tensor.rows->rows[k]) * stale.width + column;
-    if (column == 0 && tensor.grad != nullptr) prefetch_row<Grad>(streams, tensor, k);
-    for (int64_t i = 0; i < size; ++i) {
-      row.var[i] = load(streams.var[place + i]);
-      row.m[i] = streams.m[place + i];
-      row.v[i] = streams.v[place + i];
-      row.vhat[i] = kAmsgrad ? streams.vhat[place + i] : T(0);
-    }
-    replay<kAmsgrad, Storage>(stale, stale.from[k], row, size, s);
-    for (int64_t i = 0; i < size; ++i) {
-      streams.var[place + i] = store<Storage>(row.var[i]);
-      streams.m[place + i] = row.m[i];
-      streams.v[place + i] = row.v[i];
-      if constexpr (kAmsgrad) streams.vhat[place + i] = row.vhat[i];
-    }
-    if (tensor.grad != nullptr) {
-      sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, sums);
-      update_rows<kAmsgrad, true>(streams, place, size, sums, keep, s);
-    }
-    at += size;
-  }
 }
 
 template <class Storage, bool kRequireFinite>

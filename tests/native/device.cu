@@ -23,6 +23,32 @@ template __global__ void update<fastadam::BFloat16, false>(fastadam::BFloat16*, 
 template __global__ void update<float, true>(float*, const float*, float*, fastadam::StepScalars<float>);
 template __global__ void update<double, false>(double*, const double*, double*, fastadam::StepScalars<double>);
 
+// A row that IndexedSlices touch and one that they do not, and the part of a step that a replay shares.
+template <class Storage, bool kAmsgrad>
+__global__ void update_row(Storage* var, const Storage* grad, fastadam::Compute<Storage>* state,
+                           fastadam::StepScalars<fastadam::Compute<Storage>> s, fastadam::Rows rows) {
+  using T = fastadam::Compute<Storage>;
+  const int64_t place = fastadam::first_row_from(rows, threadIdx.x);
+  T var_i = fastadam::load(var[threadIdx.x]);
+  if (place < rows.count && rows.rows[place] == threadIdx.x) {
+    const T g = fastadam::load(grad[rows.order[rows.starts[place]] * rows.width]);
+    fastadam::adam_update_row<kAmsgrad, true>(var_i, g, state[0], state[1], state[2], s.keep, s);
+  } else {
+    fastadam::adam_update_row<kAmsgrad, false>(var_i, T(0), state[0], state[1], state[2], s.keep, s);
+  }
+  fastadam::adam_move<kAmsgrad>(var_i, state[0], state[1], state[2], s.keep, s.row_alpha, s.epsilon);
+  var[threadIdx.x] = fastadam::store<Storage>(var_i);
+}
+
+template __global__ void update_row<fastadam::Float16, true>(fastadam::Float16*, const fastadam::Float16*, float*,
+                                                             fastadam::StepScalars<float>, fastadam::Rows);
+template __global__ void update_row<fastadam::BFloat16, false>(fastadam::BFloat16*, const fastadam::BFloat16*, float*,
+                                                               fastadam::StepScalars<float>, fastadam::Rows);
+template __global__ void update_row<float, false>(float*, const float*, float*, fastadam::StepScalars<float>,
+                                                  fastadam::Rows);
+template __global__ void update_row<double, true>(double*, const double*, double*, fastadam::StepScalars<double>,
+                                                  fastadam::Rows);
+
 __global__ void cut(int64_t* n) { *n = fastadam::cut_at_line(16, 4, fastadam::share_begin(*n, 1, 3), *n); }
 
 }  // namespace device_check

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// For kernel_test.cpp: inputs made of integers, the half types by their definition, and the step as a plain scalar
+// For the native tests: inputs made of integers, the half types by their definition, and the step as a plain scalar
 // loop. Written apart from csrc/core, which it is the judge of.
 #pragma once
 
@@ -124,17 +124,20 @@ struct Random {
 
 struct Variable {
   DType dtype;
+  DType grad_dtype;
   int64_t size;
   Array var, m, v, vhat, grads;  // the gradient of step t begins at grads.at(t)
 
-  Variable(DType dtype_, int64_t size_)
+  Variable(DType dtype_, int64_t size_) : Variable(dtype_, size_, dtype_) {}
+  Variable(DType dtype_, int64_t size_, DType grad_dtype_)
       : dtype(dtype_),
+        grad_dtype(grad_dtype_),
         size(size_),
         var(dtype, size),
         m(state_dtype(dtype), size),
         v(m),
         vhat(m),
-        grads(dtype, size + kSteps) {
+        grads(grad_dtype, size + kSteps) {
     Random random{static_cast<uint64_t>(size * kDTypeCount + static_cast<int>(dtype))};
     for (int64_t i = 0; i < size; ++i) {
       var.set(i, size > 0xffff && size_of(dtype) == 2  // every pattern once
@@ -147,12 +150,19 @@ struct Variable {
     }
     for (int64_t i = 0; i < size + kSteps; ++i) {
       const double sign = i % 2 == 0 ? 1 : -1;
-      const double number = random.number(dtype);
+      const double number = random.number(grad_dtype);
       grads.set(i, i % 211 == 8 ? kNan : i % 307 == 14 ? sign * kInfinity : i % 11 == 3 ? sign * 0 : number);
     }
   }
   Variable(const Variable& o, int64_t at)
-      : dtype(o.dtype), size(o.size), var(o.var, at), m(o.m, at), v(o.v, at), vhat(o.vhat, at), grads(o.grads, at) {}
+      : dtype(o.dtype),
+        grad_dtype(o.grad_dtype),
+        size(o.size),
+        var(o.var, at),
+        m(o.m, at),
+        v(o.v, at),
+        vhat(o.vhat, at),
+        grads(o.grads, at) {}
 
   TensorArgs args(int t, bool amsgrad) const {
     TensorArgs tensor{};
@@ -164,9 +174,14 @@ struct Variable {
     tensor.size = size;
     tensor.next = -1;
     tensor.grad_factor = 0.37 * (t + 1);
-    tensor.dtype = tensor.grad_dtype = dtype;
+    tensor.dtype = dtype;
+    tensor.grad_dtype = grad_dtype;
+    tensor.grad_size = size;
     tensor.decays = t % 2 == 1;
     return tensor;
+  }
+  void add_to(uint64_t& digest) const {
+    for (const Array* array : {&var, &m, &v, &vhat}) array->add_to(digest);
   }
   bool operator==(const Variable& o) const { return var == o.var && m == o.m && v == o.v && vhat == o.vhat; }
 };
@@ -174,7 +189,8 @@ struct Variable {
 template <class T>
 inline StepScalars<T> scalars(int t) {
   StepScalars<T> s;
-  s.alpha = s.row_alpha = T(0.01) * T(t + 1);
+  s.alpha = T(0.01) * T(t + 1);
+  s.row_alpha = T(0.013) * T(t + 1);
   s.beta_1 = T(0.9);
   s.beta_2 = T(0.999);
   s.one_minus_beta_1 = T(0.1);
@@ -191,7 +207,7 @@ template <class T>
 __attribute__((noinline)) void adam(const TensorArgs& tensor, const StepScalars<T>& s, bool transform) {
   const DType state = state_dtype(tensor.dtype);
   for (int64_t i = 0; i < tensor.size; ++i) {
-    T g = static_cast<T>(read(tensor.grad, tensor.dtype, i));
+    T g = static_cast<T>(read(tensor.grad, tensor.grad_dtype, i));
     if (transform && g > s.clip_value) g = s.clip_value;
     if (transform && g < -s.clip_value) g = -s.clip_value;
     if (transform) g = g * static_cast<T>(tensor.grad_factor);

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks the kernels for IndexedSlices and for tables whose rows wait: every usable ISA against plain scalar loops, bit
+// for bit, in pieces that begin and end in mid-row, on several threads, and one digest for all machines.
+// `row_test threads` does only what needs several threads, for ThreadSanitizer. Prints a line per check.
+#include <string>
+#include <vector>
+
+#include "../../csrc/cpu/launch.h"
+#include "harness.h"
+#include "row_reference.h"
+
+namespace {
+
+using namespace kernel_test;
+
+// Of the results of check_slices, then check_stale: see Digests.
+constexpr uint64_t kDigest = 0x1f8c392025921785;
+
+TensorArgs with_slices(TensorArgs tensor, const Array& values, const Pair& pair, int t, const Rows& rows) {
+  tensor.grad = values.at(t);
+  tensor.grad_dtype = pair.grad_dtype;
+  tensor.rows = &rows;
+  return tensor;
+}
+
+void run_pieces(cpu::UpdateKernel kernel, const StepArgs& step, const TensorArgs& tensor, int64_t total,
+                int64_t piece) {
+  const cpu::FlushDenormals flush;
+  for_each_cut(total, piece, [&](int64_t begin, int64_t end) { kernel(step, tensor, begin, end); });
+}
+
+// IndexedSlices, one way of touching the table after the other.
+void check_slices(const Pair& pair, int64_t width, bool amsgrad, bool transform, bool lazy, Claims& claims,
+                  Digests& digests) {
+  const Variable initial(pair.dtype, kRows * width);
+  const Array values = slice_values(pair.grad_dtype, kMaxIndices * width + kSteps);
+  const Variable expected(initial, 0);
+  const auto args = [&](const Variable& table, const Array& grads, int t, const Rows& rows) {
+    return with_slices(table.args(t, amsgrad), grads, pair, t, rows);
+  };
+  for (int t = 0; t < kSteps; ++t) {
+    expect_slices(args(expected, values, t, {}), kIndices[t], width, t, transform, lazy);
+  }
+  for_each_isa([&](const cpu::Isa& isa) {
+    const cpu::UpdateKernels* kernels = lazy ? isa.kernels->lazy_rows : isa.kernels->all_rows;
+    for (int variant = 0; variant < 8; ++variant) {
+      const int64_t offset = variant % 2 * 3;
+      const int64_t piece = variant / 2 % 2 == 0 ? initial.size : width * 2 / 3 + 2;
+      const Variable table(initial, offset);
+      const Array grads(values, offset);
+      for (int t = 0; t < kSteps; ++t) {
+        const Occurrences sorted(kIndices[t]);
+        const Rows rows = sorted.view(width);
+        StepArgs step = step_of(t, amsgrad, transform);
+        step.prefetch = variant / 4 != 0;
+        step.lazy = lazy;
+        const int64_t total = lazy ? rows.count * width : table.size;
+        const auto kernel = kernels[&pair - kPairs].of[amsgrad][transform];
+        run_pieces(kernel, step, args(table, grads, t, rows), total, piece);
+      }
+      const std::string rule = lazy ? ", rows that are touched" : ", all rows";
+      claims.note(isa.name + rule + ": " + pair.name() + " gives the bits of the scalar loop", table == expected);
+      if (variant == 0) table.add_to(digests.of(isa));
+    }
+  });
+}
+
+constexpr int kGaps[] = {0, 1, 7, 8, 9, 200};
+constexpr int64_t kStaleRows = 18;
+constexpr int64_t kLeftRow = 4;  // touched by nothing
+
+// Of every gap: a row that comes to rest, one that does but for an element near zero, and one of random numbers.
+Variable stale_table(const Pair& pair, int64_t width) {
+  Variable table(pair.dtype, kStaleRows * width);
+  Random random{static_cast<uint64_t>(width)};
+  for (int64_t i = 0; i < kStaleRows * 2 / 3 * width; ++i) {
+    const bool near_zero = i / width >= kStaleRows / 3 && i % width == width / 2;
+    table.var.set(i, near_zero ? 0 : 1 + std::ldexp(static_cast<double>(random.below(128)), -7));
+    table.m.set(i, std::ldexp(static_cast<double>(random.below(512)) - 256, near_zero ? -40 : -20));
+    table.v.set(i, std::ldexp(static_cast<double>(random.below(512)), -14));
+    table.vhat.set(i, std::ldexp(static_cast<double>(random.below(512)), -14));
+  }
+  return table;
+}
+
+enum class Touch { kAll, kChosen, kGradient };
+
+// Rows with every gap are brought up to date: all, some, or some that have a gradient too.
+void check_stale(const Pair& pair, int64_t width, bool amsgrad, bool transform, bool may_stop, Touch touch, int64_t now,
+                 Claims& claims, Digests& digests) {
+  constexpr int t = 2;
+  const Variable initial = stale_table(pair, width);
+  const History history(pair.dtype, now, !may_stop);
+  std::vector<int32_t> had;
+  for (int64_t row = 0; row < kStaleRows; ++row) {
+    had.push_back(static_cast<int32_t>(std::max<int64_t>(0, now - kGaps[row % 6])));
+  }
+  std::vector<int64_t> indices{5, 14};
+  for (int64_t row = kStaleRows - 1; row >= 0; --row) {
+    if (touch == Touch::kAll || row != kLeftRow) indices.push_back(row);
+  }
+  const Occurrences sorted(indices);
+  const Rows rows = sorted.view(width);
+  std::vector<int32_t> from;
+  for (const int64_t row : sorted.rows) from.push_back(had[static_cast<size_t>(row)]);
+  const StaleRows stale = history.view(from.data(), width, may_stop);
+  const Array values = slice_values(pair.grad_dtype, static_cast<int64_t>(indices.size()) * width + t);
+  const auto args = [&](const Variable& table, const Array& grads) {
+    TensorArgs tensor = with_slices(table.args(t, amsgrad), grads, pair, t, rows);
+    tensor.stale = &stale;
+    if (touch != Touch::kGradient) tensor.grad = nullptr;
+    if (touch == Touch::kAll) tensor.rows = nullptr;
+    return tensor;
+  };
+  const Variable expected(initial, 0);
+  expect_replay(args(expected, values), history, sorted.rows, had, width, t);
+  if (touch == Touch::kGradient) expect_slices(args(expected, values), indices, width, t, transform, true);
+  for_each_isa([&](const cpu::Isa& isa) {
+    for (const int64_t offset : {0, 3}) {
+      for (const int64_t piece : {initial.size, width * 2 / 3 + 2}) {
+        const Variable table(initial, offset);
+        const Array grads(values, offset);
+        const TensorArgs tensor = args(table, grads);
+        const auto kernel = isa.kernels->stale_rows[&pair - kPairs].of[amsgrad][transform];
+        run_pieces(kernel, step_of(t, amsgrad, transform), tensor, rows.count * width, piece);
+        const std::string rule = may_stop ? ", rows that wait and may rest: " : ", rows that wait: ";
+        claims.note(isa.name + rule + pair.name() + " gives the bits of the dense steps", table == expected);
+        if (offset == 0 && piece == initial.size) table.add_to(digests.of(isa));
+      }
+    }
+  });
+}
+
+void check_kernels() {
+  Digests digests(kDigest);
+  Claims claims;
+  for (const Pair& pair : kPairs) {
+    for (const int64_t width : kWidths) {
+      for (int mode = 0; mode < 8; ++mode) {
+        check_slices(pair, width, mode / 4 != 0, mode / 2 % 2 != 0, mode % 2 != 0, claims, digests);
+      }
+    }
+  }
+  for (const Pair& pair : kPairs) {
+    for (int mode = 0; mode < 8; ++mode) {
+      const bool amsgrad = mode / 4 != 0;
+      const bool transform = mode / 2 % 2 != 0;
+      const bool may_stop = mode % 2 != 0;
+      for (const int64_t now : {0, 9, 203}) {
+        check_stale(pair, 300, amsgrad, transform, may_stop, Touch::kGradient, now, claims, digests);
+        check_stale(pair, 5, amsgrad, transform, may_stop, Touch::kGradient, now, claims, digests);
+        check_stale(pair, 130, amsgrad, transform, may_stop, Touch::kChosen, now, claims, digests);
+        check_stale(pair, 1, amsgrad, transform, may_stop, Touch::kAll, now, claims, digests);
+      }
+    }
+  }
+}
+
+// `rates`: of the steps that the one row of `table` has missed; the largest is `peak`.
+void catch_up(const Variable& table, const std::vector<float>& rates, float peak, bool may_stop) {
+  const std::vector<float> keeps(rates.size(), 1);
+  const std::vector<float> peaks(rates.size() / kPeakSteps + 1, peak);
+  const int32_t from = 0;
+  const auto now = static_cast<int64_t>(rates.size());
+  const StaleRows stale{rates.data(), keeps.data(), peaks.data(), &from, now, table.size, may_stop};
+  TensorArgs tensor = table.args(0, false);
+  tensor.grad = nullptr;
+  tensor.stale = &stale;
+  const cpu::FlushDenormals flush;
+  cpu::current_isa().kernels->stale_rows[static_cast<int>(DType::kFloat32)].of[0][0](step_of(0, false, false), tensor,
+                                                                                     0, table.size);
+}
+
+Variable row_of(double var, double m, double v) {
+  Variable table(DType::kFloat32, 3);
+  for (int64_t i = 0; i < table.size; ++i) {
+    table.var.set(i, var);
+    table.m.set(i, m);
+    table.v.set(i, v);
+  }
+  return table;
+}
+
+// The bits do not tell whether a row was left at rest: a rate does that nobody should read.
+void check_rest() {
+  for_each_isa([](const cpu::Isa& isa) {
+    std::vector<float> rates(200, 0.01f);
+    rates[100] = static_cast<float>(kNan);
+    const Variable resting = row_of(1, 0x1p-60, 1);
+    const Variable moving(resting, 0);
+    catch_up(resting, rates, 0.01f, true);
+    catch_up(moving, rates, 0.01f, false);
+    const std::string name = isa.name;
+    report(read(resting.var.at(0), DType::kFloat32, 2) == 1, name + " leaves a row at rest");
+    report(std::isnan(read(moving.var.at(0), DType::kFloat32, 2)), name + " replays every step if it may not stop");
+    report(resting.m == moving.m && resting.v == moving.v, name + " lets the moments of a row at rest decay");
+    const auto stops_rightly = [](const Variable& stopped, const std::vector<float>& steps) {
+      const Variable replayed(stopped, 0);
+      const float peak = std::fabs(steps[0]);
+      catch_up(stopped, steps, peak, true);
+      catch_up(replayed, steps, peak, false);
+      return stopped == replayed;
+    };
+    // m / sqrt(v) is flushed to zero, a change of the variable is not.
+    const bool moves = stops_rightly(row_of(0, 0x1p-110, 0x1p40), std::vector<float>(50, 0x1p20f));
+    report(moves, name + " moves a row whose quotient underflows");
+    std::vector<float> back(50, 0.01f);
+    back[30] = -0.01f;
+    report(stops_rightly(row_of(-0.0, 0, 1), back), name + " makes +0 of a -0 that gets a step of -0");
+  });
+}
+
+// A table of each pair of dtypes; two of them wait. One has a dense gradient too, where the rule permits it.
+struct Mixed {
+  static constexpr int64_t kWidth = 200;
+  static constexpr int64_t kCount = 130;
+  bool lazy;
+  const History* history;
+  std::vector<int64_t> indices;
+  Occurrences sorted{indices};
+  Rows rows = sorted.view(kWidth);
+  std::vector<int32_t> had = std::vector<int32_t>(kCount, 3);
+  StaleRows stale;
+  std::vector<Variable> tables;
+  std::vector<Array> values;
+  std::vector<TensorArgs> tensors;
+
+  static std::vector<int64_t> some_indices() {
+    Random random{7};
+    std::vector<int64_t> some;
+    for (int i = 0; i < 200; ++i) some.push_back(random.below(kCount));
+    return some;
+  }
+  Mixed(bool lazily, const History& steps)
+      : lazy(lazily), history(&steps), indices(some_indices()), stale(steps.view(had.data(), kWidth, false)) {
+    for (const Pair& pair : kPairs) {
+      tables.emplace_back(pair.dtype, kCount * kWidth);
+      values.push_back(slice_values(pair.grad_dtype, 200 * kWidth));
+    }
+    for (size_t k = 0; k < tables.size(); ++k) {
+      tensors.push_back(with_slices(tables[k].args(0, true), values[k], kPairs[k], 0, rows));
+      if (waits(k)) tensors[k].stale = &stale;
+    }
+    if (lazy) return;
+    tensors[0].next = static_cast<int64_t>(tensors.size());
+    tensors.push_back(tables[0].args(1, true));
+  }
+  Mixed(const Mixed&) = delete;
+  Mixed& operator=(const Mixed&) = delete;
+
+  static bool waits(size_t k) { return k == 2 || k == 5; }
+  void expect_all() const {
+    for (size_t k = 0; k < tables.size(); ++k) {
+      if (waits(k)) expect_replay(tensors[k], *history, sorted.rows, had, kWidth, 0);
+      expect_slices(tensors[k], indices, kWidth, 0, true, lazy || waits(k));
+    }
+    if (!lazy) expect(tensors.back(), 0, true);
+  }
+  void run_all() const {
+    std::vector<int64_t> heads;
+    std::vector<int64_t> offsets{0};
+    for (size_t k = 0; k < tables.size(); ++k) {
+      heads.push_back(static_cast<int64_t>(k));
+      offsets.push_back(offsets.back() + (lazy || waits(k) ? rows.count * kWidth : tables[k].size));
+    }
+    StepArgs step = step_of(0, true, true);
+    step.lazy = lazy;
+    step.chains = {tensors.data(), heads.data(), offsets.data(), static_cast<int64_t>(heads.size())};
+    cpu::run_step(step);
+  }
+};
+
+void check_threads() {
+  const History history(DType::kFloat32, 20, true);
+  for (const bool lazy : {false, true}) {
+    const Mixed expected(lazy, history);
+    expected.expect_all();
+    for (const int threads : {1, 2, 3}) {
+      cpu::set_num_threads(threads);
+      const Mixed mixed(lazy, history);
+      mixed.run_all();
+      const std::string rule = lazy ? " give the bits of the scalar loop, rows that are touched"
+                                    : " give the bits of the scalar loop, all rows";
+      report(mixed.tables == expected.tables, "threads: " + std::to_string(threads) + rule);
+    }
+  }
+  cpu::set_num_threads(0);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  check_threads();
+  if (argc < 2 || std::string(argv[1]) != "threads") {
+    check_rest();
+    check_kernels();
+  }
+  return failures == 0 ? 0 : 1;
+}

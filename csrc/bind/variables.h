@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// Variables and their slots, checked once, as the kernels read them. Pointers, no state: the optimizer makes a new set
+// whenever the buffers change.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../core/step_args.h"
+#include "buffers.h"
+
+namespace fastadam::bind {
+
+class VariableSet {
+ public:
+  // `slots`: lists of arrays by name: m, v and, where there are such, vhat, average, gradient_accumulator.
+  // `positions[i]`: the place of variable i in the caller's list, for error texts about its gradient.
+  // `decays[i]`: weight decay applies to variable i.
+  VariableSet(std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
+              std::vector<int64_t> positions)
+      : variables_(std::move(variables)), positions_(std::move(positions)) {
+    for (const auto& [name, arrays] : slots) require_length(text(name).c_str(), py::len(arrays));
+    require_length("decays", decays.size());
+    for (size_t i = 0; i < variables_.size(); ++i) add_tensor(slots, i, decays[i]);
+    chain_repeats();
+    refuse_overlaps();
+  }
+
+  bool matches(const py::list& objects, const std::vector<int64_t>& positions) const {
+    if (objects.size() != variables_.size() || positions != positions_) return false;
+    for (size_t i = 0; i < variables_.size(); ++i) {
+      if (!is_current(variables_[i]) || !is_variable(objects[i], variables_[i])) return false;
+    }
+    return true;
+  }
+
+  void require_length(const char* name, size_t length) const {
+    if (length == variables_.size()) return;
+    throw py::value_error(std::string(name) + ": " + std::to_string(length) + " arrays, expected " +
+                          std::to_string(variables_.size()) + ", one for each variable");
+  }
+
+  // The last check: a gradient that runs Python code while it is read could have freed anything.
+  void require_current() const {
+    for (const std::vector<Buffer>* buffers : {&variables_, &state_}) {
+      for (const Buffer& b : *buffers) {
+        if (!is_current(b)) throw py::value_error(b.label + ": was given other memory while the step was prepared");
+      }
+    }
+    for (const Buffer& b : state_) {
+      if (!is_still_writable(b)) throw py::value_error(b.label + ": was made read-only, expected a writable array");
+    }
+  }
+
+  Chains chains() const {
+    return {tensors_.data(), heads_.data(), offsets_.data(), static_cast<int64_t>(heads_.size())};
+  }
+
+  std::vector<TensorArgs>& tensors() { return tensors_; }
+
+  // Whether some variable is computed in float64, or in float32.
+  bool has(bool is_double) const { return is_double ? has_double_ : has_single_; }
+
+  bool amsgrad() const { return !tensors_.empty() && tensors_[0].vhat != nullptr; }
+
+  int64_t position(size_t i) const { return positions_[i]; }
+
+ protected:
+  struct Interval {
+    uintptr_t begin;
+    uintptr_t end;
+    const std::string* label;
+    bool operator<(const Interval& other) const { return begin < other.begin; }
+  };
+
+  std::vector<Buffer> variables_;
+  std::vector<Buffer> state_;  // all slots of variable 0, then of variable 1, ...
+  std::vector<int64_t> positions_;
+  std::vector<TensorArgs> tensors_;
+  std::vector<int64_t> heads_;
+  std::vector<int64_t> offsets_;
+  std::vector<Interval> written_;  // by address
+  std::vector<bool> is_repeated_;  // the variable comes more than once
+
+ private:
+  static bool is_variable(const py::object& object, const Buffer& variable) {
+    if (is_ndarray_like(object, variable)) {
+      const auto array = py::reinterpret_borrow<py::array>(object);
+      return array.data() == variable.data && array.writeable();
+    }
+    const std::optional<Buffer> b = read_array(object, Label{variable.label});
+    return b && b->same_memory(variable) && b->writable;
+  }
+
+  // The memory of slot `name` of variable i, or null if there is none.
+  void* state(const py::dict& slots, const char* name, size_t i) {
+    if (!slots.contains(name)) return nullptr;
+    const py::object array = slots[name].cast<py::list>()[i];
+    state_.push_back(read_state(array, Label{name, positions_[i]}(), variables_[i]));
+    return state_.back().data;
+  }
+
+  void add_tensor(const py::dict& slots, size_t i, bool decays) {
+    TensorArgs t{};
+    t.var = variables_[i].data;
+    t.m = state(slots, "m", i);
+    t.v = state(slots, "v", i);
+    t.vhat = state(slots, "vhat", i);
+    t.average = state(slots, "average", i);
+    t.accumulator = state(slots, "gradient_accumulator", i);
+    t.decays = decays;
+    t.size = variables_[i].size;
+    t.next = -1;
+    t.dtype = t.grad_dtype = *variables_[i].dtype;
+    (t.dtype == DType::kFloat64 ? has_double_ : has_single_) = true;
+    tensors_.push_back(t);
+  }
+
+  bool is_repeat(size_t earlier, size_t later) const {
+    const TensorArgs& a = tensors_[earlier];
+    const TensorArgs& b = tensors_[later];
+    return variables_[earlier].same_memory(variables_[later]) && a.m == b.m && a.v == b.v && a.vhat == b.vhat;
+  }
+
+  // A variable given twice is updated twice, in order, with the same step count, as TF does.
+  void chain_repeats() {
+    std::vector<size_t> order;
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (variables_[i].size > 0) order.push_back(i);  // an empty one may share the address of any other
+    }
+    std::stable_sort(order.begin(), order.end(),
+                     [this](size_t a, size_t b) { return variables_[a].begin() < variables_[b].begin(); });
+    std::vector<bool> is_head(tensors_.size(), true);
+    for (size_t k = 1; k < order.size(); ++k) {
+      if (!is_repeat(order[k - 1], order[k])) continue;
+      tensors_[order[k - 1]].next = static_cast<int64_t>(order[k]);
+      is_head[order[k]] = false;
+    }
+    offsets_.push_back(0);
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (!is_head[i]) continue;
+      heads_.push_back(static_cast<int64_t>(i));
+      offsets_.push_back(offsets_.back() + tensors_[i].size);
+    }
+    is_repeated_.resize(tensors_.size());
+    for (size_t i = 0; i < tensors_.size(); ++i) is_repeated_[i] = tensors_[i].next >= 0 || !is_head[i];
+  }
+
+  void refuse_overlaps() {
+    const size_t per_variable = variables_.empty() ? 0 : state_.size() / variables_.size();
+    for (int64_t head : heads_) {
+      const auto i = static_cast<size_t>(head);
+      if (variables_[i].size == 0) continue;
+      written_.push_back({variables_[i].begin(), variables_[i].end(), &variables_[i].label});
+      for (size_t k = 0; k < per_variable; ++k) {
+        const Buffer& state = state_[i * per_variable + k];
+        written_.push_back({state.begin(), state.end(), &state.label});
+      }
+    }
+    std::sort(written_.begin(), written_.end());
+    for (size_t k = 1; k < written_.size(); ++k) {
+      if (written_[k].begin >= written_[k - 1].end) continue;
+      throw py::value_error(*written_[k].label + ": overlaps " + *written_[k - 1].label +
+                            " in memory, expected separate arrays (or the same variable with the same state)");
+    }
+  }
+
+  bool has_single_ = false;
+  bool has_double_ = false;
+};
+
+}  // namespace fastadam::bind

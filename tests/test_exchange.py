@@ -194,3 +194,14 @@ def test_what_pytorch_means_otherwise_is_refused():
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="expected no schedule, decay, clipping"):
         exchange.to_torch_state_dict(trained(clipvalue=1.0)[0], variables, epsilon=1e-8)
+
+
+def test_a_wrapper_and_what_is_no_state_dict_are_named():
+    wrapper, variables = fastadam.LossScaleOptimizer(fastadam.Adam()), make()
+    with pytest.raises(TypeError, match="optimizer: LossScaleOptimizer, expected a fastadam.Adam"):
+        exchange.to_keras_weights(wrapper, variables)
+    with pytest.raises(TypeError, match="optimizer: LossScaleOptimizer, expected a fastadam.Adam"):
+        exchange.from_keras_weights(wrapper, [1], variables)
+    for nothing in ({}, None, wrapper):
+        with pytest.raises(TypeError, match="state_dict: .*, expected a dict with 'state' and 'param_groups'"):
+            exchange.from_torch_state_dict(fastadam.Adam(), nothing, variables, epsilon=1e-8)

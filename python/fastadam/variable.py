@@ -99,7 +99,8 @@ class Variable:
         """The rows ``value[ids]``, of shape ``ids.shape + value.shape[1:]``.
 
         Inside a loss their gradient is an :class:`fastadam.IndexedSlices`: no array of the variable's shape is made,
-        unless the loss reads ``value`` too.
+        unless the loss reads ``value`` too. Outside of a loss it is plain indexing: rows of a table in a deferred mode
+        are read by the optimizer's own ``gather``, as they lag behind in ``value``.
 
         Args:
             ids: Integers of any shape, repeated or not, known when the loss runs.

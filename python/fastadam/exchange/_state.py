@@ -12,14 +12,29 @@ from fastadam._backend import _cpu
 from fastadam.checks import check_list, check_non_negative
 from fastadam.gradients import as_float_array
 from fastadam.slots import key_of
+from fastadam.state import OptimizerState
 from fastadam.variable import buffers_of
 
 if TYPE_CHECKING:
     from fastadam.optimizer import Adam
 
-__all__ = ["Array", "assign", "check_epsilon_here", "copies_of_slots", "moment_names", "require_no_average"]
+__all__ = [
+    "Array",
+    "assign",
+    "check_adam",
+    "check_epsilon_here",
+    "copies_of_slots",
+    "moment_names",
+    "require_no_average",
+]
 
 Array = npt.NDArray[Any]
+
+
+def check_adam(optimizer: Any) -> None:
+    """Refuse a wrapper, whose inner optimizer has the state."""
+    if not isinstance(optimizer, OptimizerState):
+        raise TypeError(f"optimizer: {type(optimizer).__name__}, expected a fastadam.Adam (of a wrapper the inner one)")
 
 
 def moment_names(amsgrad: bool) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastadam.checks import check_iterations, check_list
-from fastadam.exchange._state import assign, copies_of_slots, moment_names, require_no_average
+from fastadam.exchange._state import assign, check_adam, copies_of_slots, moment_names, require_no_average
 
 if TYPE_CHECKING:
     from fastadam.optimizer import Adam
@@ -37,6 +37,7 @@ def to_keras_weights(optimizer: Adam, variables: Iterable[Any]) -> list[Any]:
     >>> fastadam.exchange.to_keras_weights(opt, [w])[:2]
     [np.int64(1), array([0.5, 0.5], dtype=float32)]
     """
+    check_adam(optimizer)
     require_no_average(optimizer, "the list of tf.keras legacy")
     slots = copies_of_slots(optimizer, variables, moment_names(optimizer.amsgrad))
     return [optimizer.iterations, *(array for arrays in slots.values() for array in arrays)]
@@ -65,6 +66,7 @@ def from_keras_weights(optimizer: Adam, weights: Iterable[Any], variables: Itera
     >>> int(opt.iterations), opt.get_slot(w, "v")
     (7, array([0.25, 0.25], dtype=float32))
     """
+    check_adam(optimizer)
     names = moment_names(optimizer.amsgrad)
     given, arrays = check_list("variables", variables), check_list("weights", weights)
     count = len(given)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastadam.checks import check_count, check_iterations, check_list, check_number
-from fastadam.exchange._state import Array, assign, copies_of_slots
+from fastadam.exchange._state import Array, assign, check_adam, copies_of_slots
 from fastadam.gradients import bfloat16_to_float32
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def to_keras3_variables(optimizer: Adam, variables: Iterable[Any]) -> dict[str, 
     >>> stored["0"], stored["1"], stored["2"]
     (array(1, dtype=int32), array(0.5, dtype=float32), array([0.5, 0.5], dtype=float32))
     """
+    check_adam(optimizer)
     if optimizer.decay:
         raise ValueError(f"decay: {optimizer.decay}, expected 0, for Keras 3 has none; use a schedule")
     if optimizer.iterations >= 2**31:
@@ -101,6 +102,7 @@ def from_keras3_variables(
     >>> int(opt.iterations), opt.learning_rate, opt.get_slot(w, "v")
     (7, 0.5, array([0.25, 0.25], dtype=float32))
     """
+    check_adam(optimizer)
     given, arrays = check_list("variables", variables), _listed(weights)
     small_steps = None
     if gradient_accumulation_steps is not None:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastadam.checks import check_iterations
-from fastadam.exchange._state import assign, check_epsilon_here, copies_of_slots, moment_names, require_no_average
+from fastadam.exchange._state import (
+    assign,
+    check_adam,
+    check_epsilon_here,
+    copies_of_slots,
+    moment_names,
+    require_no_average,
+)
 from fastadam.tree import flatten
 from fastadam.variable import buffers_of
 
@@ -64,6 +71,7 @@ def from_optax_state(optimizer: Adam, state: Any, variables: Any, *, epsilon: fl
     >>> int(opt.iterations), opt.get_slot(params["w"], "m")
     (1, array([0.1, 0.1], dtype=float32))
     """
+    check_adam(optimizer)
     eps = check_epsilon_here(epsilon)
     adam = _adam_in(state)
     amsgrad = type(adam).__name__ == "ScaleByAmsgradState"
@@ -106,6 +114,7 @@ def to_optax_state(optimizer: Adam, variables: Any) -> Any:
     ...     state = fastadam.exchange.to_optax_state(opt, params)
     ...     assert int(state.count) == 1 and list(state.mu) == ["w"]
     """
+    check_adam(optimizer)
     import jax
     import jax.numpy as jnp
     import optax

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastadam.checks import check_bool, check_iterations, check_list, check_non_negative
-from fastadam.exchange._state import assign, check_epsilon_here, copies_of_slots, moment_names
+from fastadam.exchange._state import assign, check_adam, check_epsilon_here, copies_of_slots, moment_names
 
 if TYPE_CHECKING:
     from fastadam.optimizer import Adam
@@ -44,6 +44,7 @@ def to_torch_state_dict(optimizer: Adam, variables: Iterable[Any], *, epsilon: f
     ...     found = fastadam.exchange.to_torch_state_dict(opt, [w], epsilon=1e-8)
     ...     assert found["param_groups"][0]["lr"] == 0.1
     """
+    check_adam(optimizer)
     import torch
 
     config = _plain_config(optimizer)
@@ -104,6 +105,7 @@ def from_torch_state_dict(
     >>> opt.learning_rate, int(opt.iterations), opt.get_slot(w, "m")
     (0.5, 1, array([0.1, 0.1], dtype=float32))
     """
+    check_adam(optimizer)
     eps = check_epsilon_here(epsilon)
     given = check_list("variables", variables)
     group, states = _group_of(state_dict)
@@ -134,6 +136,8 @@ def _checked_hyper(group: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
 
 
 def _group_of(state_dict: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise TypeError(f"state_dict: {type(state_dict).__name__}, expected a dict with 'state' and 'param_groups'")
     groups = state_dict["param_groups"]
     options = [{key: value for key, value in group.items() if key not in ("params", "param_names")} for group in groups]
     if any(option != options[0] for option in options):
@@ -155,6 +159,9 @@ def _on_cpu(tensor: Any) -> Any:
 
 def _plain_config(optimizer: Adam) -> dict[str, Any]:
     config = optimizer.get_config()
+    config.pop("max_staleness", None)
+    if config.get("sparse_update") == "deferred":  # dense's bits
+        del config["sparse_update"]
     plain = ("name", "learning_rate", "decay", "beta_1", "beta_2", "epsilon", "amsgrad")
     if config["decay"] or isinstance(config["learning_rate"], dict) or not set(config) <= set(plain):
         raise ValueError(f"optimizer: {config}, expected no schedule, decay, clipping or other option PyTorch has not")

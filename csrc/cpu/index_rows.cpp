@@ -36,7 +36,7 @@ struct ReadTask {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = at(i);
       if ((row < 0 || row >= args.row_count) && bad[block] < 0) bad[block] = i;
-      if (row <= before) ascends[block] = false;
+      if (row < before) ascends[block] = false;
       before = row;
       args.keys[i] = row;
       args.order[i] = i;

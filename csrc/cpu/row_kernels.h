@@ -12,9 +12,12 @@ namespace {
 // Columns of a row whose gradient is summed before they are updated.
 constexpr int64_t kColumns = 128;
 
+// Functions that depend on fewer types than the kernels are not inlined: there would be hundreds of copies.
+
 // Sums the gradients of one touched row, `size` columns from `column` on, in order of occurrence.
 template <bool kTransform, class Grad, class T>
-FASTADAM_INLINE void sum_row(const TensorArgs& tensor, int64_t k, int64_t column, int64_t size, T clip_value, T* sums) {
+__attribute__((noinline)) void sum_row(const TensorArgs& tensor, int64_t k, int64_t column, int64_t size, T clip_value,
+                                       T* sums) {
   const Rows& rows = *tensor.rows;
   const T factor = static_cast<T>(tensor.grad_factor);
   for (int64_t i = 0; i < size; ++i) sums[i] = T(0);
@@ -50,10 +53,17 @@ FASTADAM_INLINE void update_rows(const Streams<Storage, T>& streams, int64_t at,
   }
 }
 
+// Some columns of a touched row.
+template <bool kAmsgrad, class Storage, class T>
+__attribute__((noinline)) void touch_row(const Streams<Storage, T>& streams, int64_t at, int64_t size, const T* sums,
+                                         T keep, const StepScalars<T>& s) {
+  update_rows<kAmsgrad, true>(streams, at, size, sums, keep, s);
+}
+
 // Rows that are not touched, side by side.
 template <bool kAmsgrad, class Storage, class T>
-FASTADAM_INLINE void rest_rows(const Streams<Storage, T>& streams, int64_t at, int64_t end, T keep,
-                               const StepScalars<T>& s, bool prefetch) {
+__attribute__((noinline)) void rest_rows(const Streams<Storage, T>& streams, int64_t at, int64_t end, T keep,
+                                         const StepScalars<T>& s, bool prefetch) {
   for (; prefetch && at + kBlock <= end; at += kBlock) {
     prefetch_block<kAmsgrad, false>(streams, at);
     update_rows<kAmsgrad, false>(streams, at, kBlock, static_cast<const T*>(nullptr), keep, s);
@@ -104,7 +114,7 @@ void adam_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, in
     const int64_t rest = rows.width - column < end - at ? rows.width - column : end - at;
     const int64_t size = rest < kColumns ? rest : kColumns;
     sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, sums);
-    update_rows<kAmsgrad, true>(streams, rows.rows[k] * rows.width + column, size, sums, keep, s);
+    touch_row<kAmsgrad>(streams, rows.rows[k] * rows.width + column, size, sums, keep, s);
     at += size;
     if (column + size == rows.width) ++k;
   }
@@ -193,6 +203,26 @@ FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& ro
   decay_often(row.v, size, s.beta_2, stale.now - step);
 }
 
+template <bool kAmsgrad, class Storage, class T>
+__attribute__((noinline)) void catch_up_row(const StaleRows& stale, int64_t from, const Streams<Storage, T>& streams,
+                                            int64_t at, int64_t size, const StepScalars<T>& s) {
+  if (from == stale.now) return;
+  RowPart<T> row;
+  for (int64_t i = 0; i < size; ++i) {
+    row.var[i] = load(streams.var[at + i]);
+    row.m[i] = streams.m[at + i];
+    row.v[i] = streams.v[at + i];
+    row.vhat[i] = kAmsgrad ? streams.vhat[at + i] : T(0);
+  }
+  replay<kAmsgrad, Storage>(stale, from, row, size, s);
+  for (int64_t i = 0; i < size; ++i) {
+    streams.var[at + i] = store<Storage>(row.var[i]);
+    streams.m[at + i] = row.m[i];
+    streams.v[at + i] = row.v[i];
+    if constexpr (kAmsgrad) streams.vhat[at + i] = row.vhat[i];
+  }
+}
+
 // Rows of a table in a deferred mode, laid one after the other: the steps they missed, then this one.
 template <class Storage, class Grad, bool kAmsgrad, bool kTransform>
 void adam_stale_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
@@ -201,7 +231,6 @@ void adam_stale_rows(const StepArgs& step, const TensorArgs& tensor, int64_t beg
   const T keep = tensor.decays ? s.keep : T(1);
   const StaleRows& stale = *tensor.stale;
   const Streams<Storage, T> streams(tensor, 0);
-  RowPart<T> row;
   T sums[kColumns];
   for (int64_t at = begin; at < end;) {
     const int64_t k = at / stale.width;
@@ -210,22 +239,10 @@ void adam_stale_rows(const StepArgs& step, const TensorArgs& tensor, int64_t beg
     const int64_t size = rest < kColumns ? rest : kColumns;
     const int64_t place = (tensor.rows == nullptr ? k : tensor.rows->rows[k]) * stale.width + column;
     if (column == 0 && tensor.grad != nullptr) prefetch_row<Grad>(streams, tensor, k);
-    for (int64_t i = 0; i < size; ++i) {
-      row.var[i] = load(streams.var[place + i]);
-      row.m[i] = streams.m[place + i];
-      row.v[i] = streams.v[place + i];
-      row.vhat[i] = kAmsgrad ? streams.vhat[place + i] : T(0);
-    }
-    replay<kAmsgrad, Storage>(stale, stale.from[k], row, size, s);
-    for (int64_t i = 0; i < size; ++i) {
-      streams.var[place + i] = store<Storage>(row.var[i]);
-      streams.m[place + i] = row.m[i];
-      streams.v[place + i] = row.v[i];
-      if constexpr (kAmsgrad) streams.vhat[place + i] = row.vhat[i];
-    }
+    catch_up_row<kAmsgrad>(stale, stale.from[k], streams, place, size, s);
     if (tensor.grad != nullptr) {
       sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, sums);
-      update_rows<kAmsgrad, true>(streams, place, size, sums, keep, s);
+      touch_row<kAmsgrad>(streams, place, size, sums, keep, s);
     }
     at += size;
   }

@@ -46,7 +46,7 @@ inline StepArgs step_of(int t, bool amsgrad, bool transform) {
   return step;
 }
 
-// check(isa) for each that this CPU runs, which is the current one then; the last is the default.
+// check(isa) for each that this CPU runs, and that is the current one then; the last is the default.
 template <class Check>
 void for_each_isa(Check check) {
   for (const cpu::Isa& isa : cpu::isas()) {

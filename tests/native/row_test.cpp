@@ -156,19 +156,22 @@ void check_kernels() {
   }
 }
 
-// `rates`: of the steps that the one row of `table` has missed; the largest is `peak`.
-void catch_up(const Variable& table, const std::vector<float>& rates, float peak, bool may_stop) {
+// `rates`: of the steps that the one row of `table` has missed.
+void catch_up(const Variable& table, const std::vector<float>& rates, bool may_stop) {
   const std::vector<float> keeps(rates.size(), 1);
-  const std::vector<float> peaks(rates.size() / kPeakSteps + 1, peak);
+  std::vector<float> peaks(rates.size() / kPeakSteps + 1, 0);
+  for (size_t i = 0; i < rates.size(); ++i) {
+    float& peak = peaks[i / kPeakSteps];
+    if (std::fabs(rates[i]) > peak) peak = std::fabs(rates[i]);
+  }
   const int32_t from = 0;
   const auto now = static_cast<int64_t>(rates.size());
   const StaleRows stale{rates.data(), keeps.data(), peaks.data(), &from, now, table.size, may_stop};
   TensorArgs tensor = table.args(0, false);
   tensor.grad = nullptr;
   tensor.stale = &stale;
-  const cpu::FlushDenormals flush;
-  cpu::current_isa().kernels->stale_rows[static_cast<int>(DType::kFloat32)].of[0][0](step_of(0, false, false), tensor,
-                                                                                     0, table.size);
+  const auto kernel = cpu::current_isa().kernels->stale_rows[static_cast<int>(DType::kFloat32)].of[0][0];
+  run_pieces(kernel, step_of(0, false, false), tensor, table.size, table.size);
 }
 
 Variable row_of(double var, double m, double v) {
@@ -181,26 +184,35 @@ Variable row_of(double var, double m, double v) {
   return table;
 }
 
-// The bits do not tell whether a row was left at rest: a rate does that nobody should read.
+bool stops_rightly(const Variable& stopped, const std::vector<float>& rates) {
+  const Variable replayed(stopped, 0);
+  catch_up(stopped, rates, true);
+  catch_up(replayed, rates, false);
+  return stopped == replayed;
+}
+
 void check_rest() {
   for_each_isa([](const cpu::Isa& isa) {
+    const std::string name = isa.name;
+    // The bits do not tell whether a row was left at rest: a rate does that nobody should read.
     std::vector<float> rates(200, 0.01f);
     rates[100] = static_cast<float>(kNan);
     const Variable resting = row_of(1, 0x1p-60, 1);
     const Variable moving(resting, 0);
-    catch_up(resting, rates, 0.01f, true);
-    catch_up(moving, rates, 0.01f, false);
-    const std::string name = isa.name;
+    catch_up(resting, rates, true);
+    catch_up(moving, rates, false);
     report(read(resting.var.at(0), DType::kFloat32, 2) == 1, name + " leaves a row at rest");
     report(std::isnan(read(moving.var.at(0), DType::kFloat32, 2)), name + " replays every step if it may not stop");
     report(resting.m == moving.m && resting.v == moving.v, name + " lets the moments of a row at rest decay");
-    const auto stops_rightly = [](const Variable& stopped, const std::vector<float>& steps) {
-      const Variable replayed(stopped, 0);
-      const float peak = std::fabs(steps[0]);
-      catch_up(stopped, steps, peak, true);
-      catch_up(replayed, steps, peak, false);
-      return stopped == replayed;
-    };
+    bool no_sooner = true;
+    for (int i = 0; i < 256; ++i) {
+      const Variable row = row_of(1, std::ldexp(256 + i, -16), 1);
+      no_sooner = stops_rightly(row, std::vector<float>(300, 0.01f)) && no_sooner;
+    }
+    report(no_sooner, name + " leaves a row no sooner than it rests");
+    std::vector<float> late(200, 0x1p-12f);
+    late[70] = 0x1p20f;
+    report(stops_rightly(row_of(1, 0x1p-30, 1), late), name + " looks for the largest rate to come");
     // m / sqrt(v) is flushed to zero, a change of the variable is not.
     const bool moves = stops_rightly(row_of(0, 0x1p-110, 0x1p40), std::vector<float>(50, 0x1p20f));
     report(moves, name + " moves a row whose quotient underflows");

@@ -15,7 +15,7 @@ namespace {
 using namespace kernel_test;
 
 // Of the results of check_accumulate, then check_norms: see Digests.
-constexpr uint64_t kDigest = 0x0ef62f4046d58b0b;
+constexpr uint64_t kDigest = 0x45b0830717599669;
 
 // Gradient t is dense, or that of kIndices[t].
 void expect_sum(const TensorArgs& tensor, const std::vector<int64_t>* indices, int64_t width, bool restart) {
@@ -121,7 +121,8 @@ double expect_squares(const void* grad, DType dtype, int64_t begin, int64_t size
   return squares(grad, dtype, begin, size, clip_value, require_finite);
 }
 
-// Gradients of one dtype: numbers, the same with some that are not finite, and numbers whose squares overflow in float.
+// Gradients of one dtype: numbers, some whose squares overflow in float, and numbers with one infinity or with several
+// elements that are not finite. The one is hidden by a clip.
 std::vector<Array> gradients(DType dtype, int64_t size, int64_t offset) {
   std::vector<Array> grads;
   Random random{static_cast<uint64_t>(size)};
@@ -129,6 +130,8 @@ std::vector<Array> gradients(DType dtype, int64_t size, int64_t offset) {
     grads.emplace_back(dtype, size, offset);
     for (int64_t i = 0; i < size; ++i) grads.back().set(i, std::ldexp(random.number(dtype), large));
   }
+  grads.emplace_back(grads[0], offset);
+  if (size > 0) grads.back().set(size / 3, kInfinity);
   const Array values = slice_values(dtype, size);
   grads.emplace_back(values, offset);
   return grads;

@@ -58,7 +58,8 @@ class StaleTable {
   }
 
   // Whether so many rows are touched that one pass over the table is cheaper than going from row to row, each with the
-  // steps it missed. In cache a pass costs little more than the replay of what it would have done (bench/README.md).
+  // steps it missed. In cache a pass costs little more than the replay of what it would have done. Both numbers are
+  // estimates from a few sizes, not the fit of a measured model; they change no bit.
   bool is_crowded(const Rows& rows) const {
     constexpr int64_t kCacheBytes = int64_t{1} << 25;
     const int64_t all_rows = std::get<0>(arrays_).size();

@@ -171,3 +171,42 @@ class Snapshot:
             for b, a in zip(before, after, strict=True):
                 np.testing.assert_array_equal(b, a)
         assert self.before[3] == self.state()[3]
+
+
+class Pair:
+    """Two optimizers of equal options on copies of one table, the second deferred."""
+
+    def __init__(self, rows=3000, width=(5,), dtype=F32, **options):
+        self.rng = np.random.RandomState(rows)
+        self.tables = [random_array(self.rng, (rows, *width), low=-6, high=0).astype(dtype) for _ in range(2)]
+        self.tables[1][...] = self.tables[0]
+        self.start = self.tables[0].copy()
+        self.optimizers = [
+            fastadam.Adam(**{"learning_rate": 0.01, **options}, sparse_update=mode) for mode in ("dense", "deferred")
+        ]
+
+    def step(self, ids, low=-20, high=2, values=None):
+        dtype, shape = self.tables[0].dtype, (len(ids), *self.tables[0].shape[1:])
+        values = random_array(self.rng, shape, low, high).astype(dtype) if values is None else values
+        for optimizer, table in zip(self.optimizers, self.tables, strict=True):
+            optimizer.apply_gradients([(fastadam.IndexedSlices(values, np.asarray(ids, np.int64)), table)])
+
+    def rest(self, steps):
+        for _ in range(steps):
+            self.step([])
+
+    def gather(self, ids):
+        dense, deferred = (o.gather(t, ids) for o, t in zip(self.optimizers, self.tables, strict=True))
+        np.testing.assert_array_equal(bits(dense), bits(self.tables[0][ids]))
+        np.testing.assert_array_equal(bits(deferred), bits(dense))
+
+    def lags(self):
+        entry = self.optimizers[1]._slots.entries[0]
+        return entry.staleness is not None and bool((entry.staleness.last < entry.staleness.steps).any())
+
+    def compare(self):
+        dense, deferred = (optimizer.get_weights() for optimizer in self.optimizers)
+        assert len(dense) == len(deferred)
+        for a, b in zip([self.tables[0], *dense], [self.tables[1], *deferred], strict=True):
+            np.testing.assert_array_equal(bits(np.asarray(a)), bits(np.asarray(b)))
+        assert not self.lags()

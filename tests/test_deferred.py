@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 
 import fastadam
@@ -11,50 +10,11 @@ import numpy as np
 import pytest
 from cases import bits, random_array
 from fastadam import IndexedSlices
-from helpers import run_python
+from helpers import Pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 F32 = np.float32
-
-
-class Pair:
-    """Two optimizers of equal options on copies of one table, the second deferred."""
-
-    def __init__(self, rows=3000, width=(5,), dtype=F32, **options):
-        self.rng = np.random.RandomState(rows)
-        self.tables = [random_array(self.rng, (rows, *width), low=-6, high=0).astype(dtype) for _ in range(2)]
-        self.tables[1][...] = self.tables[0]
-        self.start = self.tables[0].copy()
-        self.optimizers = [
-            fastadam.Adam(**{"learning_rate": 0.01, **options}, sparse_update=mode) for mode in ("dense", "deferred")
-        ]
-
-    def step(self, ids, low=-20, high=2, values=None):
-        dtype, shape = self.tables[0].dtype, (len(ids), *self.tables[0].shape[1:])
-        values = random_array(self.rng, shape, low, high).astype(dtype) if values is None else values
-        for optimizer, table in zip(self.optimizers, self.tables, strict=True):
-            optimizer.apply_gradients([(IndexedSlices(values, np.asarray(ids, np.int64)), table)])
-
-    def rest(self, steps):
-        for _ in range(steps):
-            self.step([])
-
-    def gather(self, ids):
-        dense, deferred = (o.gather(t, ids) for o, t in zip(self.optimizers, self.tables, strict=True))
-        np.testing.assert_array_equal(bits(dense), bits(self.tables[0][ids]))
-        np.testing.assert_array_equal(bits(deferred), bits(dense))
-
-    def lags(self):
-        entry = self.optimizers[1]._slots.entries[0]
-        return entry.staleness is not None and bool((entry.staleness.last < entry.staleness.steps).any())
-
-    def compare(self):
-        dense, deferred = (optimizer.get_weights() for optimizer in self.optimizers)
-        assert len(dense) == len(deferred)
-        for a, b in zip([self.tables[0], *dense], [self.tables[1], *deferred], strict=True):
-            np.testing.assert_array_equal(bits(np.asarray(a)), bits(np.asarray(b)))
-        assert not self.lags()
 
 
 def schedule(kind):
@@ -167,23 +127,6 @@ def test_one_hot_row_and_only_duplicates():
     np.testing.assert_array_equal(np.delete(pair.tables[1], 7, 0), np.delete(pair.start, 7, 0))
 
 
-def test_a_row_that_waits_is_stale_until_it_is_read():
-    pair = Pair()
-    pair.step([3])
-    pair.step([4])
-    assert (pair.tables[1][3] != pair.tables[0][3]).any()
-    assert pair.lags()
-    pair.optimizers[1].gather(pair.tables[1], [3])
-    np.testing.assert_array_equal(pair.tables[1], pair.tables[0])
-    pair.step([5])
-    pair.optimizers[1].sync(pair.tables[1])
-    assert not pair.lags()
-    pair.step([6])
-    with pair.optimizers[1].dense_view(pair.tables[1]) as values:
-        assert values is pair.tables[1]
-        np.testing.assert_array_equal(values, pair.tables[0])
-
-
 def test_what_changes_in_mid_run_takes_effect_from_then_on():
     pair = Pair()
     changes = [("beta_1", 0.5), ("beta_2", 0.9), ("epsilon", 1e-3), ("amsgrad", True), ("learning_rate", 0.5)]
@@ -264,82 +207,6 @@ def test_a_batch_that_touches_much_of_the_table_takes_the_full_pass():
     pair.compare()
 
 
-def test_a_refused_step_leaves_history_and_rows_as_they_were():
-    pair = Pair()
-    pair.step([1, 2])
-    pair.rest(3)
-    table, optimizer = pair.tables[1], pair.optimizers[1]
-    before, staleness = table.copy(), optimizer._slots.entries[0].staleness
-    steps, last = staleness.steps, staleness.last.copy()
-    for bad in (IndexedSlices(np.ones((1, 5), F32), [3000]), IndexedSlices(np.ones((1, 4), F32), [0])):
-        with pytest.raises(ValueError, match="grads"):
-            optimizer.apply_gradients([(bad, table)])
-    with pytest.raises(ValueError, match="ids: 3000 is no row of"):
-        optimizer.gather(table, [3, 3000])
-    with pytest.raises(ValueError, match="out: float64"):
-        optimizer.gather(table, [3], out=np.ones((1, 5)))
-    np.testing.assert_array_equal(before, table)
-    np.testing.assert_array_equal(last, staleness.last)
-    assert (staleness.steps, optimizer.iterations) == (steps, 4)
-    pair.compare()
-
-
-COPIES = {
-    "pickle": lambda optimizer, table, path: pickle.loads(pickle.dumps(optimizer)),
-    "deepcopy": lambda optimizer, table, path: copy.deepcopy(optimizer),
-    "file": lambda optimizer, table, path: (optimizer.save(path), fastadam.Adam.load(path, [table]))[1],
-}
-
-
-@pytest.mark.parametrize("kind", COPIES)
-@pytest.mark.parametrize("synced", [False, True])
-def test_a_copy_made_while_rows_wait_goes_on_to_the_bit(kind, synced, tmp_path):
-    pair = Pair()
-    pair.step([1, 2, 3])
-    pair.rest(20)
-    if synced:
-        pair.optimizers[1].sync()
-    copied = COPIES[kind](pair.optimizers[1], pair.tables[1], tmp_path / "state")
-    if kind != "deepcopy":
-        pair.tables[1] = pair.tables[1].copy()
-    if kind == "file":
-        copied = fastadam.Adam.load(tmp_path / "state", [pair.tables[1]])
-    pair.optimizers[1] = copied
-    assert copied.sparse_update == "deferred"
-    pair.step([2, 9])
-    pair.rest(20)
-    pair.step([3])
-    pair.compare()
-
-
-def test_a_restored_optimizer_reads_no_table_that_it_has_not_met():
-    pair = Pair()
-    pair.step([1, 2])
-    pair.step([3])
-    again = pickle.loads(pickle.dumps(pair.optimizers[1]))
-    for read in (lambda: again.gather(pair.tables[1], [1]), lambda: again.sync(pair.tables[1]), again.get_weights):
-        with pytest.raises(ValueError, match="build"):
-            read()
-    again.build([pair.tables[1]])
-    np.testing.assert_array_equal(again.gather(pair.tables[1], [1, 2]), pair.tables[0][[1, 2]])
-
-
-@pytest.mark.parametrize("provider", ["autograd", "jax", "torch"])
-def test_a_loss_reads_rows_that_are_up_to_date(provider):
-    pytest.importorskip(provider)
-    start = np.random.RandomState(0).standard_normal((400, 3)).astype(F32)
-    tables = [fastadam.Variable(start.copy()) for _ in range(2)]
-    optimizers = [fastadam.Adam(0.1, sparse_update=mode) for mode in ("dense", "deferred")]
-    for step in range(12):
-        ids = np.random.RandomState(step).randint(0, 20, 4)
-        for optimizer, table in zip(optimizers, tables, strict=True):
-            optimizer.minimize(lambda: (table.gather(ids) ** 2).sum(), [table], gradient=provider)  # noqa: B023
-    assert (tables[0].value != tables[1].value).any()
-    for optimizer, table in zip(optimizers, tables, strict=True):
-        optimizer.minimize(lambda: (table.value**2).sum(), [table], gradient=provider)  # noqa: B023
-    np.testing.assert_array_equal(bits(tables[0].value), bits(tables[1].value))
-
-
 def test_clipping_and_lists_of_tables():
     tables = [[np.ones((400, 3), F32), np.ones((100, 2), F32), np.ones(4, F32)] for _ in range(2)]
     optimizers = [fastadam.Adam(0.1, global_clipnorm=0.5, sparse_update=mode) for mode in ("dense", "deferred")]
@@ -393,83 +260,3 @@ def test_any_program_is_the_dense_oracle(program, amsgrad, threads):
             for optimizer in pair.optimizers:
                 setattr(optimizer, "learning_rate" if name == "rate" else name, argument)
     pair.compare()
-
-
-def test_a_history_and_a_table_of_different_times_are_not_put_together():
-    """A copy of the state from before rows were read, and the table from after it."""
-    pair = Pair()
-    table, optimizer = pair.tables[1], pair.optimizers[1]
-    pair.step([1, 2])
-    pair.rest(5)
-    copies = [pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)]
-    optimizer.gather(table, [1])
-    for again in copies:
-        with pytest.raises(ValueError, match="changed since the state was copied, while rows lagged behind"):
-            again.apply_gradients([(IndexedSlices(np.ones((1, 5), F32), [3]), table)])
-    together = copy.deepcopy({"table": table, "optimizer": optimizer})
-    together["optimizer"].build([together["table"]])
-    together["optimizer"].sync()
-    optimizer.sync()
-    np.testing.assert_array_equal(bits(together["table"]), bits(table))
-
-
-def test_a_deep_copy_is_read_with_the_variable_it_was_copied_from():
-    pair = Pair()
-    pair.step([1, 2])
-    pair.rest(5)
-    weights = copy.deepcopy(pair.optimizers[1]).get_weights()
-    for a, b in zip(weights, pair.optimizers[0].get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_another_view_of_a_table_is_not_read_as_it_lies():
-    pair = Pair()
-    pair.step([1, 2])
-    pair.rest(5)
-    table, optimizer = pair.tables[1], pair.optimizers[1]
-    for read in (lambda: optimizer.gather(table[1:], [0]), lambda: optimizer.sync(table.reshape(-1))):
-        with pytest.raises(ValueError, match="overlaps a variable of this optimizer"):
-            read()
-    np.testing.assert_array_equal(optimizer.add_slot(table, "m"), pair.optimizers[0].get_slot(pair.tables[0], "m"))
-    with pytest.raises(ValueError, match="out: shares memory"):
-        optimizer.gather(table, [2, 1], out=table[:2])
-
-
-@pytest.mark.slow
-def test_an_interrupt_at_any_moment_leaves_a_whole_history():
-    """The last step before the history is full, and sync, interrupted by signals at random moments."""
-    result = run_python(
-        """
-import random, signal, numpy as np, fastadam
-class Stop(Exception): pass
-armed = False
-def stop(*_):
-    if armed: raise Stop
-signal.signal(signal.SIGALRM, stop)
-rng = random.Random(0)
-tables = [np.ones((20000, 16), np.float32) for _ in range(2)]
-dense, deferred = fastadam.Adam(0.01), fastadam.Adam(0.01, sparse_update="deferred")
-stopped = 0
-for step in range(1200):
-    slices = fastadam.IndexedSlices(np.full((40, 16), 0.5, np.float32), np.arange(40) * 7 + step)
-    dense.apply_gradients([(slices, tables[0])])
-    before = deferred.iterations
-    try:
-        armed = True
-        signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 3e-4))
-        deferred.apply_gradients([(slices, tables[1])])
-        if step % 50 == 0:
-            deferred.sync()
-        armed = False
-    except Stop:
-        stopped += 1
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    if deferred.iterations == before:
-        deferred.apply_gradients([(slices, tables[1])])
-deferred.sync()
-assert stopped > 20, stopped
-assert (tables[0].view(np.uint32) == tables[1].view(np.uint32)).all()
-print("whole")
-"""
-    )
-    assert result.stdout.split() == ["whole"], result.stderr

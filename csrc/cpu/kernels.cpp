@@ -134,27 +134,25 @@ constexpr UpdateKernels dense_kernels = {
     {{adam_dense<Storage, Grad, false, false>, adam_dense<Storage, Grad, false, true>},
      {adam_dense<Storage, Grad, true, false>, adam_dense<Storage, Grad, true, true>}}};
 
-template <bool kLazy, class Storage, class Grad = Storage>
-constexpr UpdateKernels row_kernels = {
-    {{adam_rows<kLazy, Storage, Grad, false, false>, adam_rows<kLazy, Storage, Grad, false, true>},
-     {adam_rows<kLazy, Storage, Grad, true, false>, adam_rows<kLazy, Storage, Grad, true, true>}}};
+template <class Storage, class Grad = Storage>
+constexpr UpdateKernels all_rows_kernels = {
+    {{adam_all_rows<Storage, Grad, false, false>, adam_all_rows<Storage, Grad, false, true>},
+     {adam_all_rows<Storage, Grad, true, false>, adam_all_rows<Storage, Grad, true, true>}}};
 
 template <class Storage, class Grad = Storage>
-constexpr UpdateKernels stale_kernels = {
-    {{adam_stale_rows<Storage, Grad, false, false>, adam_stale_rows<Storage, Grad, false, true>},
-     {adam_stale_rows<Storage, Grad, true, false>, adam_stale_rows<Storage, Grad, true, true>}}};
+constexpr UpdateKernels touched_rows_kernels = {
+    {{adam_touched_rows<Storage, Grad, false, false>, adam_touched_rows<Storage, Grad, false, true>},
+     {adam_touched_rows<Storage, Grad, true, false>, adam_touched_rows<Storage, Grad, true, true>}}};
 
 }  // namespace
 
 extern const Kernels kernels = {
     {dense_kernels<Float16>, dense_kernels<BFloat16>, dense_kernels<float>, dense_kernels<double>,
      dense_kernels<Float16, float>, dense_kernels<BFloat16, float>},
-    {row_kernels<false, Float16>, row_kernels<false, BFloat16>, row_kernels<false, float>, row_kernels<false, double>,
-     row_kernels<false, Float16, float>, row_kernels<false, BFloat16, float>},
-    {row_kernels<true, Float16>, row_kernels<true, BFloat16>, row_kernels<true, float>, row_kernels<true, double>,
-     row_kernels<true, Float16, float>, row_kernels<true, BFloat16, float>},
-    {stale_kernels<Float16>, stale_kernels<BFloat16>, stale_kernels<float>, stale_kernels<double>,
-     stale_kernels<Float16, float>, stale_kernels<BFloat16, float>},
+    {all_rows_kernels<Float16>, all_rows_kernels<BFloat16>, all_rows_kernels<float>, all_rows_kernels<double>,
+     all_rows_kernels<Float16, float>, all_rows_kernels<BFloat16, float>},
+    {touched_rows_kernels<Float16>, touched_rows_kernels<BFloat16>, touched_rows_kernels<float>,
+     touched_rows_kernels<double>, touched_rows_kernels<Float16, float>, touched_rows_kernels<BFloat16, float>},
     {{sum_squares<Float16, false>, sum_squares<Float16, true>},
      {sum_squares<BFloat16, false>, sum_squares<BFloat16, true>},
      {sum_squares<float, false>, sum_squares<float, true>},

@@ -34,10 +34,9 @@ inline int pair_of(const TensorArgs& tensor) {
 
 struct Kernels {
   UpdateKernels dense[kPairCount];
-  UpdateKernels all_rows[kPairCount];    // IndexedSlices, TF's rule: every row moves
-  UpdateKernels lazy_rows[kPairCount];   // only the rows move that are touched
-  UpdateKernels stale_rows[kPairCount];  // the same, after the steps that they missed
-  NormKernel norm[kDTypeCount][2];       // [gradient's dtype][require_finite]
+  UpdateKernels all_rows[kPairCount];      // IndexedSlices, TF's rule: every row moves
+  UpdateKernels touched_rows[kPairCount];  // only the rows that are touched, after the steps that they missed
+  NormKernel norm[kDTypeCount][2];         // [gradient's dtype][require_finite]
   AverageKernel average[kDTypeCount];
   AccumulateKernel accumulate[kPairCount];
 };

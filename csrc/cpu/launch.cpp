@@ -55,9 +55,9 @@ struct StepTask {
 
   const UpdateKernels& kernels_for(const TensorArgs& tensor) const {
     const int pair = pair_of(tensor);
-    if (tensor.stale != nullptr) return kernels->stale_rows[pair];
+    if (tensor.stale != nullptr) return kernels->touched_rows[pair];
     if (tensor.rows == nullptr) return kernels->dense[pair];
-    return step.lazy ? kernels->lazy_rows[pair] : kernels->all_rows[pair];
+    return step.lazy ? kernels->touched_rows[pair] : kernels->all_rows[pair];
   }
 
   void run_block(int64_t block) const {

@@ -89,32 +89,35 @@ FASTADAM_INLINE void prefetch_row(const Streams<Storage, T>& streams, const Tens
   }
 }
 
-// Elements [begin, end) of the table; if kLazy of the touched rows alone, laid one after the other.
-template <bool kLazy, class Storage, class Grad, bool kAmsgrad, bool kTransform>
-void adam_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+// Columns from `column` on of a row that are in [at, end), as many as are done at a time.
+FASTADAM_INLINE int64_t columns_from(int64_t column, int64_t width, int64_t at, int64_t end) {
+  const int64_t rest = width - column < end - at ? width - column : end - at;
+  return rest < kColumns ? rest : kColumns;
+}
+
+// Elements [begin, end) of the table, every row of which moves.
+template <class Storage, class Grad, bool kAmsgrad, bool kTransform>
+void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
   const StepScalars<T> s = scalars_of<T>(step);
   const T keep = tensor.decays ? s.keep : T(1);
   const Rows& rows = *tensor.rows;
   const Streams<Storage, T> streams(tensor, 0);
   T sums[kColumns];
-  int64_t k = kLazy ? begin / rows.width : first_row_from(rows, begin / rows.width);
+  int64_t k = first_row_from(rows, begin / rows.width);
   for (int64_t at = begin; at < end;) {
-    const int64_t row = at / rows.width;
     const int64_t column = at % rows.width;
-    const bool is_touched = kLazy || (k < rows.count && rows.rows[k] == row);
-    if (!is_touched) {
+    if (k == rows.count || rows.rows[k] != at / rows.width) {
       const int64_t next = k < rows.count ? rows.rows[k] * rows.width : end;
-      const int64_t size = (next < end ? next : end) - at;
-      rest_rows<kAmsgrad>(streams, at, at + size, keep, s, step.prefetch);
-      at += size;
+      const int64_t stop = next < end ? next : end;
+      rest_rows<kAmsgrad>(streams, at, stop, keep, s, step.prefetch);
+      at = stop;
       continue;
     }
     if (column == 0) prefetch_row<Grad>(streams, tensor, k);
-    const int64_t rest = rows.width - column < end - at ? rows.width - column : end - at;
-    const int64_t size = rest < kColumns ? rest : kColumns;
+    const int64_t size = columns_from(column, rows.width, at, end);
     sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, sums);
-    touch_row<kAmsgrad>(streams, rows.rows[k] * rows.width + column, size, sums, keep, s);
+    touch_row<kAmsgrad>(streams, at, size, sums, keep, s);
     at += size;
     if (column + size == rows.width) ++k;
   }
@@ -223,23 +226,23 @@ __attribute__((noinline)) void catch_up_row(const StaleRows& stale, int64_t from
   }
 }
 
-// Rows of a table in a deferred mode, laid one after the other: the steps they missed, then this one.
+// Rows that are touched, laid one after the other; of a stale table the steps they missed come first.
 template <class Storage, class Grad, bool kAmsgrad, bool kTransform>
-void adam_stale_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
   const StepScalars<T> s = scalars_of<T>(step);
   const T keep = tensor.decays ? s.keep : T(1);
-  const StaleRows& stale = *tensor.stale;
+  const StaleRows* stale = tensor.stale;
+  const int64_t width = stale != nullptr ? stale->width : tensor.rows->width;
   const Streams<Storage, T> streams(tensor, 0);
   T sums[kColumns];
   for (int64_t at = begin; at < end;) {
-    const int64_t k = at / stale.width;
-    const int64_t column = at % stale.width;
-    const int64_t rest = stale.width - column < end - at ? stale.width - column : end - at;
-    const int64_t size = rest < kColumns ? rest : kColumns;
-    const int64_t place = (tensor.rows == nullptr ? k : tensor.rows->rows[k]) * stale.width + column;
+    const int64_t k = at / width;
+    const int64_t column = at % width;
+    const int64_t size = columns_from(column, width, at, end);
+    const int64_t place = (tensor.rows == nullptr ? k : tensor.rows->rows[k]) * width + column;
     if (column == 0 && tensor.grad != nullptr) prefetch_row<Grad>(streams, tensor, k);
-    catch_up_row<kAmsgrad>(stale, stale.from[k], streams, place, size, s);
+    if (stale != nullptr) catch_up_row<kAmsgrad>(*stale, stale->from[k], streams, place, size, s);
     if (tensor.grad != nullptr) {
       sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, sums);
       touch_row<kAmsgrad>(streams, place, size, sums, keep, s);

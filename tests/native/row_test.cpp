@@ -42,7 +42,7 @@ void check_slices(const Pair& pair, int64_t width, bool amsgrad, bool transform,
     expect_slices(args(expected, values, t, {}), kIndices[t], width, t, transform, lazy);
   }
   for_each_isa([&](const cpu::Isa& isa) {
-    const cpu::UpdateKernels* kernels = lazy ? isa.kernels->lazy_rows : isa.kernels->all_rows;
+    const cpu::UpdateKernels* kernels = lazy ? isa.kernels->touched_rows : isa.kernels->all_rows;
     for (int variant = 0; variant < 8; ++variant) {
       const int64_t offset = variant % 2 * 3;
       const int64_t piece = variant / 2 % 2 == 0 ? initial.size : width * 2 / 3 + 2;
@@ -121,7 +121,7 @@ void check_stale(const Pair& pair, int64_t width, bool amsgrad, bool transform, 
         const Variable table(initial, offset);
         const Array grads(values, offset);
         const TensorArgs tensor = args(table, grads);
-        const auto kernel = isa.kernels->stale_rows[&pair - kPairs].of[amsgrad][transform];
+        const auto kernel = isa.kernels->touched_rows[&pair - kPairs].of[amsgrad][transform];
         run_pieces(kernel, step_of(t, amsgrad, transform), tensor, rows.count * width, piece);
         const std::string rule = may_stop ? ", rows that wait and may rest: " : ", rows that wait: ";
         claims.note(isa.name + rule + pair.name() + " gives the bits of the dense steps", table == expected);
@@ -170,7 +170,7 @@ void catch_up(const Variable& table, const std::vector<float>& rates, bool may_s
   TensorArgs tensor = table.args(0, false);
   tensor.grad = nullptr;
   tensor.stale = &stale;
-  const auto kernel = cpu::current_isa().kernels->stale_rows[static_cast<int>(DType::kFloat32)].of[0][0];
+  const auto kernel = cpu::current_isa().kernels->touched_rows[static_cast<int>(DType::kFloat32)].of[0][0];
   run_pieces(kernel, step_of(0, false, false), tensor, table.size, table.size);
 }
 

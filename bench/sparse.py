@@ -11,7 +11,7 @@ import argparse
 
 from common import Worker, take_turns, write_json
 
-MODES = ["dense", "deferred", "lazy"]
+MODES = ["dense", "deferred", "deferred_fast", "lazy"]
 ROWS = [100_000, 1_000_000]
 
 

@@ -8,6 +8,7 @@
 #include <pybind11/stl.h>
 
 #include <limits>
+#include <memory>
 #include <tuple>
 
 #include "plan.h"
@@ -93,6 +94,7 @@ void register_ops(py::module_& m) {
       .def(py::init<py::object, py::object>(), py::arg("values"), py::arg("indices"))
       .def_readonly("values", &Slices::values)
       .def_readonly("indices", &Slices::indices);
+  py::class_<ClosedForms, std::shared_ptr<ClosedForms>>(m, "ClosedForms").def(py::init<>());
   py::class_<Plan>(m, "Plan")
       .def(py::init([](std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
                        std::vector<int64_t> positions, bool lazy, const Histories& histories) {

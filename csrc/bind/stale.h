@@ -8,19 +8,23 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <tuple>
 #include <vector>
 
 #include "../core/step_args.h"
 #include "../core/step_scalars.h"
 #include "buffers.h"
+#include "closed_forms.h"
 
 namespace fastadam::bind {
 
 class StaleTable {
  public:
-  // last, alphas, keeps, peaks, counts = {steps in the history, those of them with weight decay}.
-  using Arrays = std::tuple<py::array_t<int32_t>, py::array, py::array, py::array, py::array_t<int64_t>>;
+  // last, alphas, keeps, peaks, counts = {steps in the history, those of them with weight decay}, and the closed forms
+  // of a float32 table whose rows need not have the bits of dense steps.
+  using Arrays = std::tuple<py::array_t<int32_t>, py::array, py::array, py::array, py::array_t<int64_t>,
+                            std::shared_ptr<ClosedForms>>;
 
   StaleTable(Arrays arrays, const Buffer& variable) : arrays_(std::move(arrays)) {
     args_.alphas = std::get<1>(arrays_).mutable_data();
@@ -38,6 +42,12 @@ class StaleTable {
     args_.from = rows == nullptr ? last : from_.data();
     args_.now = counts()[0];
     args_.may_stop = counts()[1] == 0 && comes_to_rest(hyper, amsgrad);
+    if (forms() != nullptr) {
+      const auto all_rows = static_cast<int64_t>(std::get<0>(arrays_).size());
+      forms()->prepare(args_.from, rows == nullptr ? all_rows : rows->count, args_, hyper, amsgrad);
+      args_.forms = forms()->forms();
+      args_.places = forms()->places();
+    }
     return args_;
   }
 
@@ -55,6 +65,7 @@ class StaleTable {
     auto& last = std::get<0>(arrays_);
     std::fill_n(last.mutable_data(), last.size(), 0);
     std::fill_n(counts(), 2, int64_t{0});
+    if (forms() != nullptr) forms()->clear();
   }
 
   // Whether so many rows are touched that one pass over the table is cheaper than going from row to row, each with the
@@ -76,6 +87,7 @@ class StaleTable {
   bool is_empty() const { return std::get<4>(arrays_).data()[0] == 0; }
 
  private:
+  ClosedForms* forms() { return std::get<5>(arrays_).get(); }
   int64_t* counts() { return std::get<4>(arrays_).mutable_data(); }
 
   // A row may be left at rest if |m| / (sqrt(v) + epsilon) can only fall from step to step: m falls faster than

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../core/adam_math.h"
+#include "../core/closed_form.h"
 #include "../core/split.h"
 #include "streams.h"
 
@@ -72,21 +73,23 @@ __attribute__((noinline)) void rest_rows(const Streams<Storage, T>& streams, int
 }
 
 // Fetches the row that comes a few rows after row k: they lie anywhere in the table.
-template <class Grad, class Storage, class T>
+template <bool kAmsgrad, class Grad, class Storage, class T>
 FASTADAM_INLINE void prefetch_row(const Streams<Storage, T>& streams, const TensorArgs& tensor, int64_t k) {
   constexpr int64_t kAhead = 4;
   constexpr auto kStep = static_cast<int64_t>(64 / sizeof(T));
   const Rows& rows = *tensor.rows;
   if (k + kAhead >= rows.count) return;
   const int64_t row = rows.rows[k + kAhead] * rows.width;
-  const Grad* grad = static_cast<const Grad*>(tensor.grad) + rows.order[rows.starts[k + kAhead]] * rows.width;
   const int64_t size = rows.width < kColumns ? rows.width : kColumns;
   for (int64_t i = 0; i < size; i += kStep) {
     __builtin_prefetch(streams.var + row + i, 1);
     __builtin_prefetch(streams.m + row + i, 1);
     __builtin_prefetch(streams.v + row + i, 1);
-    __builtin_prefetch(grad + i);
+    if constexpr (kAmsgrad) __builtin_prefetch(streams.vhat + row + i, 1);
   }
+  if (tensor.grad == nullptr) return;
+  const Grad* grad = static_cast<const Grad*>(tensor.grad) + rows.order[rows.starts[k + kAhead]] * rows.width;
+  for (int64_t i = 0; i < size; i += kStep) __builtin_prefetch(grad + i);
 }
 
 // Columns from `column` on of a row that are in [at, end), as many as are done at a time.
@@ -114,7 +117,7 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
       at = stop;
       continue;
     }
-    if (column == 0) prefetch_row<Grad>(streams, tensor, k);
+    if (column == 0) prefetch_row<kAmsgrad, Grad>(streams, tensor, k);
     const int64_t size = columns_from(column, rows.width, at, end);
     sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, sums);
     touch_row<kAmsgrad>(streams, at, size, sums, keep, s);
@@ -206,10 +209,32 @@ FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& ro
   decay_often(row.v, size, s.beta_2, stale.now - step);
 }
 
+// All of them at once.
+template <bool kAmsgrad, class Storage, class T>
+__attribute__((noinline)) void jump_row(const ClosedForm& form, const Streams<Storage, T>& streams, int64_t at,
+                                        int64_t size, const StepScalars<T>& s) {
+  Storage* __restrict var = streams.var + at;
+  T* __restrict m = streams.m + at;
+  T* __restrict v = streams.v + at;
+  T* __restrict vhat = kAmsgrad ? streams.vhat + at : nullptr;
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    T var_i = load(var[i]);
+    T vhat_i = kAmsgrad ? vhat[i] : T(0);
+    adam_jump<kAmsgrad>(var_i, m[i], v[i], vhat_i, form, s.beta_2, s.epsilon);
+    var[i] = store<Storage>(var_i);
+    if constexpr (kAmsgrad) vhat[i] = vhat_i;
+  }
+}
+
 template <bool kAmsgrad, class Storage, class T>
 __attribute__((noinline)) void catch_up_row(const StaleRows& stale, int64_t from, const Streams<Storage, T>& streams,
                                             int64_t at, int64_t size, const StepScalars<T>& s) {
   if (from == stale.now) return;
+  if (stale.forms != nullptr && stale.now - from > kShortGap) {
+    const ClosedForm& form = stale.forms[stale.places[from]];
+    if (form.exists) return jump_row<kAmsgrad>(form, streams, at, size, s);
+  }
   RowPart<T> row;
   for (int64_t i = 0; i < size; ++i) {
     row.var[i] = load(streams.var[at + i]);
@@ -241,7 +266,7 @@ void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t b
     const int64_t column = at % width;
     const int64_t size = columns_from(column, width, at, end);
     const int64_t place = (tensor.rows == nullptr ? k : tensor.rows->rows[k]) * width + column;
-    if (column == 0 && tensor.grad != nullptr) prefetch_row<Grad>(streams, tensor, k);
+    if (column == 0 && tensor.rows != nullptr) prefetch_row<kAmsgrad, Grad>(streams, tensor, k);
     if (stale != nullptr) catch_up_row<kAmsgrad>(*stale, stale->from[k], streams, place, size, s);
     if (tensor.grad != nullptr) {
       sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, sums);

@@ -43,6 +43,9 @@ class Slices:
     @property
     def indices(self) -> Any: ...
 
+class ClosedForms:
+    """A cache that belongs to one history: csrc/bind/closed_forms.h."""
+
 class Plan:
     """A checked set of variables and state, ready to step."""
 
@@ -53,7 +56,7 @@ class Plan:
         decays: list[bool],
         positions: list[int],
         lazy: bool,
-        histories: Sequence[tuple[npt.NDArray[Any], ...] | None],
+        histories: Sequence[tuple[Any, ...] | None],
     ) -> None: ...
     def catch_up(self, ids: npt.NDArray[Any] | None, hyper: StepHyper) -> None: ...
     @property

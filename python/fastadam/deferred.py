@@ -59,8 +59,8 @@ class DeferredTables(OptimizerState):
     def gather(self, var: Any, indices: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """The rows ``var[indices]`` as they are after all steps so far, a copy.
 
-        With ``sparse_update="deferred"`` the rows of the variable's buffer lag behind until they are touched, gathered
-        or synced; the rows gathered are written back. With the other modes it is plain indexing.
+        With ``sparse_update="deferred"`` and "deferred_fast" the rows of the variable's buffer lag behind until they are
+        touched, gathered or synced; the rows gathered are written back. With the other modes it is plain indexing.
 
         Args:
             var: The variable.
@@ -156,7 +156,7 @@ class DeferredTables(OptimizerState):
         beta_1, beta_2, epsilon, amsgrad = table.numbers
         named = self._slots.slots_of(entry)
         slots = {name: [named[name]] for name in (("m", "v", "vhat") if amsgrad else ("m", "v"))}
-        plan = _cpu.Plan([entry.buffer], slots, [False], [0], False, [table.arrays])
+        plan = _cpu.Plan([entry.buffer], slots, [False], [0], False, [table.native])
         flat = None if ids is None else np.ascontiguousarray(ids.reshape(-1))
         plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon))
 

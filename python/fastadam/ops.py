@@ -19,7 +19,7 @@ from fastadam.checks import (
 )
 from fastadam.gradients import convert_gradient
 from fastadam.hyper import StepHyper
-from fastadam.slices import check_sparse_update, convert_slices, native_gradient
+from fastadam.slices import DEFERRED, check_sparse_update, convert_slices, native_gradient
 from fastadam.variable import buffers_of, unwrap
 
 __all__ = ["adam_step", "fit_gradients", "run_step"]
@@ -122,8 +122,8 @@ def adam_step(
     array([0.900001, 2.099999])
     """
     check_one_norm(clipnorm, global_clipnorm)
-    if check_sparse_update(sparse_update) == "deferred":
-        raise ValueError("sparse_update: 'deferred', whose history an optimizer keeps; expected 'dense' or 'lazy'")
+    if check_sparse_update(sparse_update) in DEFERRED:
+        raise ValueError(f"sparse_update: {sparse_update!r}, whose history an optimizer keeps; expected 'dense' or 'lazy'")
     hyper = StepHyper(
         step=check_count("step", step),
         learning_rate=check_number("learning_rate", learning_rate),

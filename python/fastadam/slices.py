@@ -12,6 +12,7 @@ from fastadam._backend import _cpu
 from fastadam.gradients import as_float_array, convert_values
 
 __all__ = [
+    "DEFERRED",
     "SPARSE_UPDATES",
     "IndexedSlices",
     "check_ids",
@@ -21,7 +22,8 @@ __all__ = [
     "native_gradient",
 ]
 
-SPARSE_UPDATES = ("dense", "deferred", "lazy")
+DEFERRED = ("deferred", "deferred_fast")
+SPARSE_UPDATES = ("dense", *DEFERRED, "lazy")
 
 
 class IndexedSlices:

@@ -39,19 +39,28 @@ class Staleness:
     - counts: steps in the history; those of them with weight decay
     """
 
-    def __init__(self, arrays: Arrays, numbers: Numbers, fingerprint: int | None = None) -> None:
+    def __init__(self, arrays: Arrays, numbers: Numbers, exact: bool, fingerprint: int | None = None) -> None:
         self.arrays = arrays
         self.numbers = numbers
+        self.exact = exact  # rows get the bits of dense steps; else missed steps may be summed in closed form
+        self._forms: _cpu.ClosedForms | None = None  # can be made again of the arrays
         self.swept = 0  # the row that a sweep comes to next
         self.fingerprint = fingerprint  # of the table, when this copy of its history was made
 
     @classmethod
-    def of(cls, buffer: _cpu.Buffer, numbers: Numbers) -> Staleness:
-        """That of a table all of whose rows are up to date."""
+    def of(cls, buffer: _cpu.Buffer, numbers: Numbers, exact: bool) -> Staleness:
+        """That of a table all of whose rows are up to date; a table of float64 is always exact."""
         rooms = (_FIRST_ROOM, _FIRST_ROOM, _FIRST_ROOM // _PEAK_STEPS)
         alphas, keeps, peaks = (np.zeros(room, buffer.state_dtype) for room in rooms)
         last, counts = np.zeros(buffer.shape[0], np.int32), np.zeros(2, np.int64)
-        return cls((last, alphas, keeps, peaks, counts), numbers)
+        return cls((last, alphas, keeps, peaks, counts), numbers, exact or buffer.state_dtype == "float64")
+
+    @property
+    def native(self) -> tuple[Any, ...]:
+        """As a native plan takes it."""
+        if self._forms is None and not self.exact:
+            self._forms = _cpu.ClosedForms()
+        return (*self.arrays, self._forms)
 
     @property
     def last(self) -> npt.NDArray[Any]:
@@ -76,6 +85,7 @@ class Staleness:
             alphas, keeps, peaks = (np.concatenate([old, np.zeros_like(old)]) for old in rates)
             self.arrays = (last, alphas, keeps, peaks, counts)
             return
+        self._forms = None
         places = (first, first, first // _PEAK_STEPS)
         alphas, keeps, peaks = (np.roll(old, -place) for old, place in zip(rates, places, strict=True))
         steps = self.steps - first
@@ -93,7 +103,7 @@ class Staleness:
         """With arrays of its own, for a copy of the table as it is now."""
         last, alphas, keeps, peaks, counts = (array.copy() for array in self.arrays)
         fingerprint = self.fingerprint if buffer is None else fingerprint_of(buffer)
-        return Staleness((last, alphas, keeps, peaks, counts), self.numbers, fingerprint)
+        return Staleness((last, alphas, keeps, peaks, counts), self.numbers, self.exact, fingerprint)
 
     def fits(self, buffer: _cpu.Buffer) -> bool:
         """Whether this is the table, as it was, that the copied history belongs to."""

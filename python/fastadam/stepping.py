@@ -14,7 +14,7 @@ from fastadam._backend import _cpu
 from fastadam.deferred import DeferredTables
 from fastadam.hyper import StepHyper
 from fastadam.ops import fit_gradients, run_step
-from fastadam.slices import is_sparse
+from fastadam.slices import DEFERRED, is_sparse
 from fastadam.slots import ACCUMULATOR, Entry
 from fastadam.staleness import Numbers, Staleness
 from fastadam.variable import Variable, buffers_of, unwrap
@@ -105,7 +105,7 @@ class Stepper(DeferredTables):
     ) -> tuple[_cpu.Plan, Sequence[Any]]:
         """The plan of these variables, and gradients as far as they had to be converted to check the first step."""
         plan, key = self._plan, (names, self._slots.version, self._extras, self.sparse_update)
-        deferred = self.sparse_update == "deferred"
+        deferred = self.sparse_update in DEFERRED
         if plan is not None and self._plan_key == key and plan.matches([unwrap(v) for v in variables], positions):
             pairs = zip(self._tables, gradients, strict=True) if deferred else ()
             if all(table.steps < table.room if table else not is_sparse(gradient) for table, gradient in pairs):
@@ -117,7 +117,7 @@ class Stepper(DeferredTables):
         decays = self._extras.decays(known_as, buffers)
         entries = [prepared.entry_of(buffer) for buffer in buffers]
         tables = [self._table_of(*found, hyper) for found in zip(buffers, entries, gradients, strict=True)]
-        histories = [None if table is None else table.arrays for table in tables]
+        histories = [None if table is None else table.native for table in tables]
         plan = _cpu.Plan(buffers, slots, decays, positions, self.sparse_update == "lazy", histories)
         gradients = fit_gradients(plan, gradients, buffers, positions)
         plan.check_numbers(hyper, [])
@@ -131,13 +131,15 @@ class Stepper(DeferredTables):
 
     def _table_of(self, buffer: _cpu.Buffer, entry: Entry | None, gradient: Any, hyper: StepHyper) -> Staleness | None:
         """The history of a variable, if it is, or with this gradient becomes, a table in a deferred mode."""
-        if self.sparse_update != "deferred":
+        if self.sparse_update not in DEFERRED:
             return None
         if entry is not None and entry.staleness is not None:
             if entry.staleness.steps >= entry.staleness.room:
                 entry.staleness.make_room()
             return entry.staleness
-        return Staleness.of(buffer, self._numbers(hyper)) if is_sparse(gradient) and buffer.shape else None
+        if not is_sparse(gradient) or not buffer.shape:
+            return None
+        return Staleness.of(buffer, self._numbers(hyper), exact=self.sparse_update == "deferred")
 
     def _numbers(self, hyper: StepHyper) -> Numbers:
         return Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, "vhat" in self._slot_names())

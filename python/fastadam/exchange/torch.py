@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastadam.checks import check_bool, check_iterations, check_list, check_non_negative
 from fastadam.exchange._state import assign, check_adam, check_epsilon_here, copies_of_slots, moment_names
+from fastadam.slices import DEFERRED
 
 if TYPE_CHECKING:
     from fastadam.optimizer import Adam
@@ -160,7 +161,7 @@ def _on_cpu(tensor: Any) -> Any:
 def _plain_config(optimizer: Adam) -> dict[str, Any]:
     config = optimizer.get_config()
     config.pop("max_staleness", None)
-    if config.get("sparse_update") == "deferred":  # dense's bits
+    if config.get("sparse_update") in DEFERRED:  # the update of "dense"
         del config["sparse_update"]
     plain = ("name", "learning_rate", "decay", "beta_1", "beta_2", "epsilon", "amsgrad")
     if config["decay"] or isinstance(config["learning_rate"], dict) or not set(config) <= set(plain):

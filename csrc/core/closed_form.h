@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// The steps that a row without gradient missed, in one. With s = sqrt(v) before them, r = 1 / sqrt(beta_2), and
+// x_j = (r^j - 1) / (r - 1), step j of them moves the variable by
+//     m beta_1^j alpha_j / (sqrt(beta_2^j) s + epsilon) = m w_j / ((s + epsilon) (1 + (r - 1) x_j y)),
+//     w_j = alpha_j (beta_1 r)^j, times the weight decay of the steps after it,  y = epsilon / (s + epsilon) in (0, 1].
+// Their sum is an integral over the measure of weights w_j at x_j, the same for every element: its N-point Gauss rule,
+// which is the Pade approximant [N-1/N] in y (Golub and Meurant, "Matrices, Moments and Quadrature").
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "dtypes.h"
+
+namespace fastadam {
+
+constexpr int kMaxNodes = 4;
+constexpr int64_t kShortGap = 2;  // so few steps are replayed: it costs no more, and gives the bits of dense steps
+
+// What happens to every element of a row: the variable moves by m P(y) / ((s + epsilon) Q(y)).
+struct ClosedForm {
+  float keep;                    // weight decay of all the steps
+  float m_factor;                // beta_1^k
+  float v_factor;                // beta_2^k
+  float numerator[kMaxNodes];    // P: of y^0, y^1, ...
+  float denominator[kMaxNodes];  // Q - 1: of y^1, y^2, ...
+  bool exists;                   // else the steps must be replayed
+};
+
+// A single term for AMSGrad, whose denominator does not change after the first of the steps.
+template <bool kAmsgrad, class T>
+FASTADAM_INLINE void adam_jump(T& var, T& m, T& v, T& vhat, const ClosedForm& form, T beta_2, T epsilon) {
+  using std::sqrt;
+  T second_moment = v;
+  if constexpr (kAmsgrad) {
+    const T next = v * beta_2;
+    vhat += T(0);  // as in adam_move
+    vhat = next > vhat ? next : vhat;
+    second_moment = vhat;
+  }
+  const T divisor = sqrt(second_moment) + epsilon;
+  const T y = epsilon / divisor;
+  T p = form.numerator[kMaxNodes - 1];
+  T q = form.denominator[kMaxNodes - 1];
+  for (int i = kMaxNodes - 2; i >= 0; --i) {
+    p = p * y + form.numerator[i];
+    q = q * y + form.denominator[i];
+  }
+  var = var * form.keep - (m * p) / (divisor * (q * y + T(1)));
+  m *= form.m_factor;
+  v *= form.v_factor;
+}
+
+// The measure of some missed steps: built from the last of them back to the first.
+class StepMeasure {
+ public:
+  StepMeasure(double beta_1, double beta_2, bool amsgrad)
+      : beta_1_(beta_1), ratio_(amsgrad ? 1.0 : 1.0 / std::sqrt(beta_2)), amsgrad_(amsgrad) {
+    double binomials[kMoments] = {1};
+    for (int p = 0; p < kMoments; ++p) {
+      for (int i = p; i > 0; --i) binomials[i] += binomials[i - 1];
+      double power = beta_1 * ratio_;
+      for (int i = 0; i <= p; ++i, power *= ratio_) shift_[p][i] = binomials[i] * power;
+    }
+  }
+
+  // beta_1 r: the weights fall by it from step to step.
+  double fall() const { return beta_1_ * ratio_; }
+
+  // Adds the step before them all: x becomes r x + 1, the weights beta_1 r times as large.
+  void prepend(double alpha, double keep) {
+    is_positive_ = is_positive_ && alpha >= 0 && keep > 0;
+    const double weight = alpha * keep_;
+    sum_at_1_ = beta_1_ * (sum_at_1_ + weight);
+    keep_ *= keep;
+    if (amsgrad_) return;
+    moments_[0] += weight;
+    for (int p = kMoments - 1; p >= 0; --p) {
+      double sum = 0;
+      for (int i = 0; i <= p; ++i) sum += shift_[p][i] * moments_[i];
+      moments_[p] = sum;
+    }
+  }
+
+  // The sum at y = 1, where it is smallest.
+  double sum_at_1() const { return sum_at_1_; }
+
+  // With as few nodes as keep the error of the rule under 2^-26 of the sum. It grows with y (all weights are positive):
+  // y = 1, where the sum is known, shows the largest. The factors of m and v are left to the caller.
+  ClosedForm closed_form() const {
+    ClosedForm form{};
+    form.keep = static_cast<float>(keep_);
+    if (!is_positive_) return form;
+    if (amsgrad_ || sum_at_1_ == 0) {
+      form.numerator[0] = static_cast<float>(sum_at_1_);
+      form.exists = true;
+      return form;
+    }
+    find_rule(form);
+    return form;
+  }
+
+ private:
+  static constexpr int kMoments = 2 * kMaxNodes;
+  static constexpr double kTolerance = 0x1p-26;
+
+  struct Polynomial {
+    double of[kMaxNodes + 1] = {};  // of y^0, y^1, ...
+    double at_1() const {
+      double sum = 0;
+      for (double c : of) sum += c;
+      return sum;
+    }
+  };
+
+  // (1 + h alpha y) now - h^2 beta y^2 before: the recurrence of orthogonal polynomials, in y = -1 / (h x).
+  static Polynomial next(const Polynomial& now, const Polynomial& before, double h_alpha, double hh_beta) {
+    Polynomial result = now;
+    for (int i = 1; i <= kMaxNodes; ++i) result.of[i] += h_alpha * now.of[i - 1];
+    for (int i = 2; i <= kMaxNodes; ++i) result.of[i] -= hh_beta * before.of[i - 2];
+    return result;
+  }
+
+  // Chebyshev's algorithm: from moments to the recurrence, node by node, and the convergents of its fraction.
+  void find_rule(ClosedForm& form) const {
+    const double h = ratio_ - 1;
+    double before[kMoments] = {};
+    double now[kMoments];
+    for (int i = 0; i < kMoments; ++i) now[i] = moments_[i];
+    double alpha = moments_[1] / moments_[0];
+    double beta = 0;
+    Polynomial p_before, p, q_before, q;
+    q.of[0] = 1;
+    for (int nodes = 1; nodes <= kMaxNodes; ++nodes) {
+      const Polynomial p_next = next(p, p_before, h * alpha, h * h * beta);
+      const Polynomial q_next = next(q, q_before, h * alpha, h * h * beta);
+      p_before = p;
+      q_before = q;
+      p = p_next;
+      q = q_next;
+      if (nodes == 1) p.of[0] = moments_[0];
+      if (std::abs(p.at_1() / q.at_1() - sum_at_1_) <= kTolerance * sum_at_1_) return set(form, p, q);
+      double after[kMoments] = {};
+      for (int i = nodes; i < kMoments - nodes; ++i) after[i] = now[i + 1] - alpha * now[i] - beta * before[i];
+      beta = after[nodes] / now[nodes - 1];
+      alpha = after[nodes + 1] / after[nodes] - now[nodes] / now[nodes - 1];
+      for (int i = 0; i < kMoments; ++i) before[i] = now[i];
+      for (int i = 0; i < kMoments; ++i) now[i] = after[i];
+    }
+  }
+
+  static void set(ClosedForm& form, const Polynomial& p, const Polynomial& q) {
+    form.exists = true;
+    for (int i = 0; i < kMaxNodes; ++i) {
+      form.numerator[i] = static_cast<float>(p.of[i]);
+      form.denominator[i] = static_cast<float>(q.of[i + 1]);
+      form.exists = form.exists && std::isfinite(form.numerator[i]) && std::isfinite(form.denominator[i]);
+    }
+  }
+
+  double beta_1_;
+  double ratio_;  // r
+  bool amsgrad_;
+  double shift_[kMoments][kMoments] = {};
+  double moments_[kMoments] = {};  // sum of w_j x_j^p
+  double sum_at_1_ = 0;
+  double keep_ = 1;
+  bool is_positive_ = true;
+};
+
+}  // namespace fastadam

@@ -57,7 +57,11 @@ def test_indices_are_sorted_as_by_a_stable_sort(build):
     assert "stable sort" in run(build("") / "index_test")
 
 
-@pytest.mark.parametrize("program", ["kernel_test", "row_test", "sum_test", "index_test"])
+def test_closed_forms_are_the_sum_of_the_steps(build):
+    assert "right to 2^-26" in run(build("") / "form_test")
+
+
+@pytest.mark.parametrize("program", ["kernel_test", "row_test", "form_test", "sum_test", "index_test"])
 def test_kernels_have_no_address_or_undefined_behaviour_error(build, program):
     run(build("address,undefined") / program)
 

@@ -28,8 +28,9 @@ struct StaleRows {
   int64_t now;          // steps in the history
   int64_t width;        // elements of a row
   bool may_stop;        // a row that has come to rest moves no more: see StaleTable in csrc/bind/stale.h
-  const ClosedForm* forms;  // forms[places[from]]: of a gap longer than kShortGap, or null if every step is replayed
-  const int32_t* places;
+  // forms[places[from]]: of a gap longer than kShortGap; null if every step is replayed.
+  const ClosedForm* forms = nullptr;
+  const int32_t* places = nullptr;
 };
 constexpr int64_t kPeakSteps = 64;
 

@@ -1,8 +1,9 @@
-"""What Keras 3 added: decoupled weight decay and AdamW, moving averages, loss scale."""
+"""What Keras 3 added: decoupled weight decay and AdamW, moving averages, loss scale. How options are kept."""
 
 from __future__ import annotations
 
 import json
+import pickle
 import re
 
 import fastadam
@@ -229,3 +230,43 @@ def test_options_are_attributes_that_the_next_step_uses():
 def test_bad_options_are_refused(make, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make()
+
+
+@pytest.mark.parametrize("cls", [fastadam.Adam, fastadam.AdamW])
+def test_clip_after_dedupe_is_kept(cls, tmp_path):
+    assert cls().clip_after_dedupe is False
+    assert "clip_after_dedupe" not in cls(clip_after_dedupe=False).get_config()
+    optimizer = cls(clipnorm=0.5, clip_after_dedupe=np.bool_(True))
+    assert optimizer.clip_after_dedupe is True
+    config = json.loads(json.dumps(optimizer.get_config()))
+    assert config["clip_after_dedupe"] is True
+    w = np.ones(3, F32)
+    optimizer.apply_gradients([(np.ones(3, F32), w)])
+    pytest.importorskip("safetensors")
+    optimizer.save(tmp_path / "state")
+    loaded = cls.load(tmp_path / "state", [w.copy()])
+    for again in (cls.from_config(config), pickle.loads(pickle.dumps(optimizer)), loaded):
+        assert again.clip_after_dedupe is True
+        assert again.get_config() == config
+    optimizer.clip_after_dedupe = False
+    assert "clip_after_dedupe" not in optimizer.get_config()
+    scaled = fastadam.LossScaleOptimizer(cls(clip_after_dedupe=True))
+    assert fastadam.LossScaleOptimizer.from_config(scaled.get_config()).inner_optimizer.clip_after_dedupe
+
+
+@pytest.mark.parametrize("value", [1, 0, None, "True", [], np.array([True])], ids=repr)
+def test_bad_values_of_clip_after_dedupe_are_refused(value):
+    message = re.escape(f"clip_after_dedupe: {value!r}, expected True or False")
+    with pytest.raises(TypeError, match=message):
+        fastadam.Adam(clip_after_dedupe=value)
+    optimizer = fastadam.Adam(clip_after_dedupe=True)
+    with pytest.raises(TypeError, match=message):
+        optimizer.clip_after_dedupe = value
+    assert optimizer.clip_after_dedupe is True
+
+
+def test_a_torch_state_dict_does_not_mind_clip_after_dedupe_without_a_clip():
+    pytest.importorskip("torch")
+    w, optimizer = np.ones(3, F32), fastadam.Adam(clip_after_dedupe=True)
+    optimizer.apply_gradients([(np.ones(3, F32), w)])
+    assert fastadam.exchange.to_torch_state_dict(optimizer, [w], epsilon=1e-8)["param_groups"][0]["amsgrad"] is False

@@ -22,6 +22,7 @@ struct CpuBackend {
   static void run_step(const fastadam::StepArgs& step) { cpu::run_step(step); }
   static void run_accumulate(const fastadam::AccumulateArgs& args) { cpu::run_accumulate(args); }
   static void run_norm(const fastadam::NormArgs& args) { cpu::run_norm(args); }
+  static void run_sum_rows(const fastadam::SumArgs& args) { cpu::run_sum_rows(args); }
 };
 
 std::string quoted_names(bool usable_only) {

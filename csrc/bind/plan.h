@@ -37,6 +37,7 @@ class Plan {
     set_.index_rows<Backend>();
     const StepArgs args = arguments(hyper, factors);
     set_.require_current();
+    if (hyper.clip_after_dedupe && clips(hyper)) set_.sum_rows<Backend>(clips_norms(hyper));
     for (size_t i : set_.crowded_tables()) catch_up_table<Backend>(i, args, hyper);
     set_.read_histories(hyper);
     run<Backend>(args, hyper, counter);
@@ -99,6 +100,8 @@ class Plan {
     return std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
   }
 
+  static bool clips(const AdamHyper& hyper) { return clips_norms(hyper) || std::isfinite(hyper.clip_value); }
+
   static void count(int64_t* counter) {
     if (counter != nullptr) ++*counter;
   }
@@ -144,8 +147,7 @@ class Plan {
     if (set_.has(false)) args.scalars_f32 = usable_scalars<float>(hyper);
     if (set_.has(true)) args.scalars_f64 = usable_scalars<double>(hyper);
     args.amsgrad = set_.amsgrad();
-    args.transform =
-        clips_norms(hyper) || !factors.empty() || std::isfinite(hyper.clip_value) || hyper.gradient_scale != 1;
+    args.transform = clips(hyper) || !factors.empty() || hyper.gradient_scale != 1;
     args.ema_overwrite = hyper.ema_overwrite;
     args.lazy = set_.lazy();
     for (size_t i = 0; args.transform && i < set_.tensors().size(); ++i) {

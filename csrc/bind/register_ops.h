@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The m.def lines, once for every backend: python/fastadam/_cpu.pyi says what they do.
 // A Backend has static functions index_rows(IndexArgs&), run_step(const StepArgs&), run_accumulate(const
-// AccumulateArgs&) and run_norm(const NormArgs&).
+// AccumulateArgs&), run_norm(const NormArgs&) and run_sum_rows(const SumArgs&).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -73,7 +73,7 @@ std::vector<double> sums_of_squares(const py::list& objects) {
 
 // StepHyper of python/fastadam/hyper.py, a tuple in the order of AdamHyper.
 using HyperTuple = std::tuple<int64_t, double, double, double, double, double, double, double, double, double, double,
-                              double, bool, bool>;
+                              double, bool, bool, bool>;
 
 struct MakeHyper : AdamHyper {
   template <class... Fields>

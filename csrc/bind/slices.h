@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// IndexedSlices as the kernels read them: the values as they lie, the indices sorted into rows.
+// IndexedSlices as the kernels read them: the values as they lie or summed, the indices sorted into rows.
 #pragma once
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -53,10 +57,28 @@ class RowIndex {
   int64_t bad_index() const { return args_.keys[args_.bad]; }
   const Rows& rows() const { return rows_; }
 
+  // Whether the values are the sums of the rows already: no row comes twice, and they ascend if they have to.
+  bool is_summed(bool ascending) const {
+    return args_.unique == args_.count && (!ascending || std::is_sorted(rows_.order, rows_.order + rows_.count));
+  }
+
+  // Memory for the sums, which lasts as long as this.
+  void* make_sums(DType state) {
+    sums_.reset(new std::byte[static_cast<size_t>(rows_.count * rows_.width * size_of(state))]);
+    return sums_.get();
+  }
+
+  // The sums have taken the place of the values: one for each row, in the order of the rows.
+  void use_sums() {
+    std::iota(args_.spare_keys, args_.spare_keys + rows_.count + 1, int64_t{0});
+    std::iota(args_.order, args_.order + rows_.count, int64_t{0});
+  }
+
  private:
   IndexArgs args_{};
   Rows rows_{};
   std::vector<int64_t> memory_;
+  std::unique_ptr<std::byte[]> sums_;
 };
 
 // Whether the kernels can read these indices as they lie.

@@ -60,6 +60,33 @@ class TensorSet : public VariableSet {
     measure();
   }
 
+  // Puts the sums of the rows in the place of the values of IndexedSlices, unless they are equal; `ascending`: their
+  // order counts. Raises if there is no memory; writes no other.
+  template <class Backend>
+  void sum_rows(bool ascending) {
+    std::vector<void*> sums(tensors_.size());
+    std::vector<int64_t> offsets{0};
+    int64_t value_count = 0;
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const TensorArgs& tensor = tensors_[i];
+      offsets.push_back(offsets.back());
+      if (tensor.rows == nullptr || indexes_[i]->is_summed(ascending)) continue;
+      sums[i] = indexes_[i]->make_sums(state_dtype(tensor.grad_dtype));
+      offsets.back() += tensor.rows->count * tensor.rows->width;
+      value_count += tensor.grad_size;
+    }
+    if (value_count == 0) return;
+    {
+      // Safe: only the gradients are read, which the caller and `exported_` keep alive.
+      const py::gil_scoped_release unlocked;
+      const auto count = static_cast<int64_t>(tensors_.size());
+      Backend::run_sum_rows({tensors_.data(), offsets.data(), count, value_count, sums.data()});
+    }
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (sums[i] != nullptr) use_sums(sums[i], i);
+    }
+  }
+
   // Tables of which this step touches so much that all rows had better be up to date.
   std::vector<size_t> crowded_tables() const {
     std::vector<size_t> crowded;
@@ -222,6 +249,14 @@ class TensorSet : public VariableSet {
     if (tensor.grad_size > 0) refuse_alias(reinterpret_cast<uintptr_t>(data), tensor.grad_size * size_of(dtype), i);
     tensor.grad = data;
     tensor.grad_dtype = dtype;
+  }
+
+  void use_sums(const void* sums, size_t i) {
+    TensorArgs& tensor = tensors_[i];
+    indexes_[i]->use_sums();
+    tensor.grad = sums;
+    tensor.grad_dtype = state_dtype(tensor.grad_dtype);
+    tensor.grad_size = tensor.rows->count * tensor.rows->width;
   }
 
   void refuse_alias(uintptr_t begin, int64_t nbytes, size_t i) const {

@@ -75,6 +75,15 @@ struct IndexArgs {
   int64_t bad;     // result: the first index outside [0, row_count), or -1
 };
 
+// Sums of the rows that IndexedSlices touch, laid end to end.
+struct SumArgs {
+  const TensorArgs* tensors;
+  const int64_t* offsets;  // offsets[i]: sums before those of tensor i, which may have none; offsets[tensor_count]: all
+  int64_t tensor_count;
+  int64_t value_count;  // elements that are added up
+  void* const* sums;    // sums[i]: of tensor i, of the state dtype
+};
+
 // Sums of squares of the gradients, block by block (norm.h).
 struct NormArgs {
   const TensorArgs* tensors;

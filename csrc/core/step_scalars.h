@@ -24,6 +24,7 @@ struct AdamHyper {
   double ema_momentum;      // of the averages of the variables, where there are any
   bool ema_overwrite;       // this step ends with the averages in the variables
   bool require_finite;      // a gradient with an element that is not finite: no step at all
+  bool clip_after_dedupe;   // of IndexedSlices the sums of the rows are clipped; else the values, as in TF
 };
 
 // The value clip for gradients as they come, before gradient_scale.

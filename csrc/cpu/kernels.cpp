@@ -113,6 +113,17 @@ void accumulate_rows(const TensorArgs& tensor, int64_t begin, int64_t end, bool 
   }
 }
 
+template <class Grad>
+void sum_rows(const TensorArgs& tensor, int64_t begin, int64_t end, void* sums) {
+  using T = Compute<Grad>;
+  const int64_t width = tensor.rows->width;
+  for (int64_t at = begin; at < end;) {
+    const int64_t size = columns_from(at % width, width, at, end);
+    sum_row<false, Grad>(tensor, at / width, at % width, size, T(0), static_cast<T*>(sums) + at);
+    at += size;
+  }
+}
+
 template <class Storage, class Grad = Storage>
 void accumulate(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart) {
   using T = Compute<Storage>;
@@ -159,6 +170,7 @@ extern const Kernels kernels = {
      {sum_squares<double, false>, sum_squares<double, true>}},
     {average<Float16>, average<BFloat16>, average<float>, average<double>},
     {accumulate<Float16>, accumulate<BFloat16>, accumulate<float>, accumulate<double>, accumulate<Float16, float>,
-     accumulate<BFloat16, float>}};
+     accumulate<BFloat16, float>},
+    {sum_rows<Float16>, sum_rows<BFloat16>, sum_rows<float>, sum_rows<double>}};
 
 }  // namespace fastadam::cpu::FASTADAM_ISA

@@ -26,6 +26,9 @@ using AverageKernel = UpdateKernel;
 // Adds elements [begin, end) of a gradient to the accumulator; `restart`: to zeros instead.
 using AccumulateKernel = void (*)(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart);
 
+// Writes elements [begin, end) of the sums of the touched rows, laid end to end from `sums` on, in the state dtype.
+using SumKernel = void (*)(const TensorArgs& tensor, int64_t begin, int64_t end, void* sums);
+
 // The dtypes, then the half types with gradients of their state dtype.
 constexpr int kPairCount = kDTypeCount + 2;
 inline int pair_of(const TensorArgs& tensor) {
@@ -39,6 +42,7 @@ struct Kernels {
   NormKernel norm[kDTypeCount][2];         // [gradient's dtype][require_finite]
   AverageKernel average[kDTypeCount];
   AccumulateKernel accumulate[kPairCount];
+  SumKernel sum_rows[kDTypeCount];  // [gradient's dtype]
 };
 
 namespace baseline {

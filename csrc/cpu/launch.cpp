@@ -91,6 +91,25 @@ struct AccumulateTask {
   }
 };
 
+struct SumTask {
+  SumArgs args;
+  const Kernels* kernels;
+  int64_t blocks;
+
+  void run_block(int64_t block) const {
+    const FlushDenormals flush;
+    const auto place = [this](int64_t i) {
+      const DType state = state_dtype(args.tensors[i].grad_dtype);
+      return std::pair<uint64_t, int64_t>(reinterpret_cast<uintptr_t>(args.sums[i]), size_of(state));
+    };
+    for_each_piece(args.offsets, args.tensor_count, block, blocks, place,
+                   [this](int64_t i, int64_t begin, int64_t end) {
+                     const TensorArgs& tensor = args.tensors[i];
+                     kernels->sum_rows[static_cast<int>(tensor.grad_dtype)](tensor, begin, end, args.sums[i]);
+                   });
+  }
+};
+
 struct NormTask {
   NormArgs args;
   const Kernels* kernels;
@@ -149,6 +168,11 @@ void run_accumulate(const AccumulateArgs& args) {
 void run_norm(const NormArgs& args) {
   NormTask task{args, current_isa().kernels, 1};
   run_task(task, args.block_offsets[args.tensor_count] * kNormBlock);
+}
+
+void run_sum_rows(const SumArgs& args) {
+  SumTask task{args, current_isa().kernels, 1};
+  run_task(task, args.value_count);
 }
 
 }  // namespace fastadam::cpu

@@ -18,6 +18,9 @@ void run_accumulate(const AccumulateArgs& args);
 // Fills args.sums.
 void run_norm(const NormArgs& args);
 
+// Likewise.
+void run_sum_rows(const SumArgs& args);
+
 // 0: the default, the CPUs this process may run on.
 void set_num_threads(int count);
 int requested_threads();  // as last set

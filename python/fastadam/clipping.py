@@ -23,7 +23,8 @@ def global_norm(grads: Iterable[Any]) -> float:
     None entries are left out, as in TF; a NaN or an infinity in any gradient shows in the result.
 
     Args:
-        grads: Arrays of any real dtype and layout; of IndexedSlices the values as they are, as in TF.
+        grads: Arrays of any real dtype and layout; of IndexedSlices the values as they are, as in TF,
+            not summed as with ``clip_after_dedupe``.
 
     Raises:
         TypeError: A gradient does not hold real numbers.

@@ -25,6 +25,7 @@ EXTRA_NAMES = (
     "ema_overwrite_frequency",
     "loss_scale_factor",
     "gradient_accumulation_steps",
+    "clip_after_dedupe",  # not of Keras
 )
 
 
@@ -38,6 +39,7 @@ class Extras:
     ema_overwrite_frequency: int | None = None
     loss_scale_factor: float | None = None
     gradient_accumulation_steps: int | None = None
+    clip_after_dedupe: bool = False
     excluded_keys: frozenset[Key] = field(default=frozenset())
     excluded_names: tuple[str, ...] = ()
     kept_alive: tuple[_cpu.Buffer, ...] = field(default=(), compare=False)  # so that no excluded address is reused
@@ -45,6 +47,7 @@ class Extras:
     def __post_init__(self) -> None:
         """Check every option and make it a plain bool, int or float, as a JSON configuration needs."""
         plain: dict[str, Any] = {"use_ema": check_bool("use_ema", self.use_ema)}
+        plain["clip_after_dedupe"] = check_bool("clip_after_dedupe", self.clip_after_dedupe)
         if self.weight_decay is not None:
             plain["weight_decay"] = check_non_negative("weight_decay", self.weight_decay)
         plain["ema_momentum"] = check_number("ema_momentum", self.ema_momentum)
@@ -70,6 +73,7 @@ class Extras:
             "weight_decay": self.weight_decay or 0.0,
             "ema_momentum": self.ema_momentum if iterations else 0.0,
             "ema_overwrite": frequency is not None and (iterations + 1) % frequency == 0,
+            "clip_after_dedupe": self.clip_after_dedupe,
         }
 
     def decays(self, names: Sequence[str | None], buffers: Sequence[_cpu.Buffer]) -> list[bool]:

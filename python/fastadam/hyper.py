@@ -74,3 +74,4 @@ class StepHyper(NamedTuple):
     ema_momentum: float = 0.0
     ema_overwrite: bool = False
     require_finite: bool = False
+    clip_after_dedupe: bool = False

@@ -63,6 +63,8 @@ class Adam(Stepper, Minimizer):
             divided by ``1 + decay * iterations``), each >= 0. Keras 3's ``weight_decay``, ``use_ema``,
             ``ema_momentum``, ``ema_overwrite_frequency``, ``loss_scale_factor`` and ``gradient_accumulation_steps``:
             the gradients are unscaled, accumulated and clipped, the variables decay, are updated and averaged.
+            ``clip_after_dedupe``: of IndexedSlices the three clips see each row once, with its repetitions summed, as
+            of the dense gradient; by default the values as they come, as in TF.
 
     Raises:
         TypeError: An unknown keyword, or a hyperparameter that is no number.
@@ -95,6 +97,7 @@ class Adam(Stepper, Minimizer):
     ema_overwrite_frequency = Extra()
     loss_scale_factor = Extra()
     gradient_accumulation_steps = Extra(fixed=True)  # `weights[0]` counts in its units
+    clip_after_dedupe = Extra()
 
     def __init__(
         self,

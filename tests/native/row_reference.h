@@ -82,6 +82,36 @@ T sum_of_values(const TensorArgs& tensor, const std::vector<int64_t>& places, in
   return sum;
 }
 
+// IndexedSlices, and room for the sums of their rows.
+struct RowSums {
+  std::vector<int64_t> indices;
+  Occurrences sorted;
+  Rows rows;
+  TensorArgs tensor{};
+  Array sums;
+
+  RowSums(const std::vector<int64_t>& named, int64_t width, const Array& values, DType dtype, int64_t offset)
+      : indices(named), sorted(named), rows(sorted.view(width)), sums(state_dtype(dtype), rows.count * width, offset) {
+    tensor.grad = values.at(0);
+    tensor.grad_dtype = dtype;
+    tensor.grad_size = static_cast<int64_t>(named.size()) * width;
+    tensor.grad_factor = 0.37;  // not for the sums
+    tensor.rows = &rows;
+    for (int64_t i = 0; i < rows.count * width; ++i) sums.set(i, kNan);
+  }
+  RowSums(const RowSums&) = delete;
+  RowSums& operator=(const RowSums&) = delete;
+
+  void expect() {
+    in_compute_type(tensor.grad_dtype, [&](auto zero) {
+      for (int64_t i = 0; i < rows.count * rows.width; ++i) {
+        const auto places = places_of(indices, sorted.rows[static_cast<size_t>(i / rows.width)]);
+        sums.set(i, static_cast<double>(sum_of_values(tensor, places, rows.width, i % rows.width, false, zero)));
+      }
+    });
+  }
+};
+
 // One element by TF's rule for IndexedSlices; `sum` is null if its row has no gradient.
 template <class T>
 void adam_row(const TensorArgs& tensor, int64_t i, const T* sum, T alpha, T keep, const StepScalars<T>& s) {

@@ -2,6 +2,7 @@
 // Checks the kernels that add up gradients and their squares: every usable ISA against plain scalar loops, bit for bit,
 // on several threads, and one digest for all machines. `sum_test threads` does only what needs several threads, for
 // ThreadSanitizer. Prints a line per check.
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -14,8 +15,8 @@ namespace {
 
 using namespace kernel_test;
 
-// Of the results of check_accumulate, then check_norms: see Digests.
-constexpr uint64_t kDigest = 0x45b0830717599669;
+// Of the results of check_accumulate, then check_norms, then check_row_sums: see Digests.
+constexpr uint64_t kDigest = 0x9db4819215716cd9;
 
 // Gradient t is dense, or that of kIndices[t].
 void expect_sum(const TensorArgs& tensor, const std::vector<int64_t>* indices, int64_t width, bool restart) {
@@ -161,6 +162,29 @@ void check_norms(DType dtype, int64_t size, Claims& claims, Digests& digests) {
   }
 }
 
+void check_row_sums(DType dtype, int64_t width, Claims& claims, Digests& digests) {
+  const Array values = slice_values(dtype, kMaxIndices * width);
+  for (const std::vector<int64_t>& indices : kIndices) {
+    RowSums expected(indices, width, values, dtype, 0);
+    expected.expect();
+    for_each_isa([&](const cpu::Isa& isa) {
+      for (const int64_t offset : {0, 3}) {
+        const Array moved(values, offset);
+        for (const int64_t piece : {kRows * width, width * 2 / 3 + 2}) {
+          const RowSums got(indices, width, moved, dtype, offset);
+          const cpu::FlushDenormals flush;
+          for_each_cut(got.rows.count * width, piece, [&](int64_t begin, int64_t end) {
+            isa.kernels->sum_rows[static_cast<int>(dtype)](got.tensor, begin, end, got.sums.at(0));
+          });
+          const std::string claim = std::string(" sums rows of ") + kFormats[static_cast<int>(dtype)].name;
+          claims.note(isa.name + claim + " with the bits of the scalar loop", got.sums == expected.sums);
+          if (offset == 0 && piece == kRows * width) got.sums.add_to(digests.of(isa));
+        }
+      }
+    });
+  }
+}
+
 void check_kernels() {
   Digests digests(kDigest);
   Claims claims;
@@ -175,6 +199,9 @@ void check_kernels() {
     for (const int64_t size : {0, 1, 31, 32, 33, 100, 4095, 4096}) {
       check_norms(static_cast<DType>(dtype), size, claims, digests);
     }
+  }
+  for (int dtype = 0; dtype < kDTypeCount; ++dtype) {
+    for (const int64_t width : kWidths) check_row_sums(static_cast<DType>(dtype), width, claims, digests);
   }
   bool same = true;
   for (int64_t count = 0; count < 70; ++count) {
@@ -239,10 +266,45 @@ void check_threads() {
   cpu::set_num_threads(0);
 }
 
+// Gradients of every dtype in one run; one of them is left out.
+void check_row_sum_threads() {
+  constexpr int64_t kWidth = 9000;  // large enough for three threads
+  for (const int threads : {1, 2, 3}) {
+    cpu::set_num_threads(threads);
+    std::vector<TensorArgs> tensors;
+    std::vector<void*> sums;
+    std::vector<int64_t> offsets{0};
+    std::vector<std::unique_ptr<RowSums>> expected;
+    std::vector<std::unique_ptr<RowSums>> got;
+    std::vector<Array> values;
+    for (int dtype = 0; dtype < kDTypeCount; ++dtype)
+      values.push_back(slice_values(static_cast<DType>(dtype), kMaxIndices * kWidth));
+    int64_t value_count = 0;
+    for (int k = 0; k < kDTypeCount; ++k) {
+      const auto dtype = static_cast<DType>(k);
+      for (auto* made : {&expected, &got}) {
+        made->push_back(std::make_unique<RowSums>(kIndices[k], kWidth, values[static_cast<size_t>(k)], dtype, k));
+      }
+      const bool left_out = k == 2;
+      if (!left_out) expected.back()->expect();
+      tensors.push_back(got.back()->tensor);
+      sums.push_back(left_out ? nullptr : got.back()->sums.at(0));
+      offsets.push_back(offsets.back() + (left_out ? 0 : got.back()->rows.count * kWidth));
+      value_count += left_out ? 0 : tensors.back().grad_size;
+    }
+    cpu::run_sum_rows({tensors.data(), offsets.data(), kDTypeCount, value_count, sums.data()});
+    bool same = true;
+    for (size_t k = 0; k < got.size(); ++k) same = same && got[k]->sums == expected[k]->sums;
+    report(same, "threads: " + std::to_string(threads) + " give the sums of rows of the scalar loop");
+  }
+  cpu::set_num_threads(0);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   check_threads();
+  check_row_sum_threads();
   if (argc < 2 || std::string(argv[1]) != "threads") check_kernels();
   return failures == 0 ? 0 : 1;
 }

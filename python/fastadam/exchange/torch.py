@@ -160,7 +160,8 @@ def _on_cpu(tensor: Any) -> Any:
 
 def _plain_config(optimizer: Adam) -> dict[str, Any]:
     config = optimizer.get_config()
-    config.pop("max_staleness", None)
+    for unused in ("max_staleness", "clip_after_dedupe"):  # without clipping
+        config.pop(unused, None)
     if config.get("sparse_update") in DEFERRED:  # the update of "dense"
         del config["sparse_update"]
     plain = ("name", "learning_rate", "decay", "beta_1", "beta_2", "epsilon", "amsgrad")

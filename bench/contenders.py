@@ -105,12 +105,12 @@ def torch_kernel(sizes):
     return lambda: torch._fused_adam_(variables, gradients, *state, [], steps, **options)
 
 
-def _table(sizes):
+def _table(sizes, uniform=False):
     """A table of rows x width, and 400 different batches of ids, Zipf(1.1) over shuffled rows, with their values."""
     rows, width, count = sizes
     rng = np.random.default_rng(0)
     table = rng.standard_normal((rows, width), dtype=np.float32) * np.float32(0.05)
-    weights = 1 / np.arange(1, rows + 1) ** 1.1
+    weights = 1 / np.arange(1, rows + 1) ** (0 if uniform else 1.1)
     cumulated = np.cumsum(weights / weights.sum())
     shuffled = rng.permutation(rows)
     batches = [shuffled[np.searchsorted(cumulated, rng.random(count)).clip(0, rows - 1)] for _ in range(400)]
@@ -138,11 +138,13 @@ def table_floor(sizes):
     return lambda _keep_alive=arrays: kernel(*pointers, arrays[0].size)
 
 
-def table_fastadam(sizes, mode):
+def table_fastadam(sizes, mode, uniform=False, crossover=None):
     """`Adam(sparse_update=mode).apply_gradients` of IndexedSlices."""
     import fastadam
 
-    table, batches, values = _table(sizes)
+    table, batches, values = _table(sizes, uniform)
+    if crossover is not None:
+        fastadam.staleness.crossover = lambda *_: crossover
     optimizer = fastadam.Adam(**HYPER, sparse_update=mode)
     step = lambda ids: optimizer.apply_gradients([(fastadam.IndexedSlices(values, ids), table)])  # noqa: E731
     return _cycle(batches, step, 5 if mode == "dense" else 400)

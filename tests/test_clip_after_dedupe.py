@@ -13,6 +13,7 @@ from cases import bits, random_array
 from fastadam import IndexedSlices
 
 F32 = np.float32
+pytestmark = pytest.mark.usefixtures("rows_wait")
 DTYPES = [np.float16, ml_dtypes.bfloat16, F32, np.float64]
 CLIPS = {
     "value": {"clipvalue": 0.25},

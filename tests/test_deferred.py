@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from cases import bits, random_array
 from fastadam import IndexedSlices
+from fastadam.staleness import crossover
 from helpers import Pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 F32 = np.float32
+pytestmark = pytest.mark.usefixtures("rows_wait")
 
 
 def schedule(kind):
@@ -260,3 +262,13 @@ def test_any_program_is_the_dense_oracle(program, amsgrad, threads):
             for optimizer in pair.optimizers:
                 setattr(optimizer, "learning_rate" if name == "rate" else name, argument)
     pair.compare()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_crossover_to_a_full_pass(exact):
+    def of(rows, width):
+        return crossover((rows, *width), 4, exact)
+
+    assert of(20_000, (64,)) == of(20_000, (8, 8))
+    assert 1 < of(20_000, (64,)) < of(20_000, ()) < 10_000
+    assert (of(2_000_000, (64,)) < of(20_000, (64,))) == exact

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 F32 = np.float32
+pytestmark = pytest.mark.usefixtures("rows_wait")
 ROWS, WIDTH = 3000, 8
 START = 100_000  # steps made before: in the first ones float32 loses much of 1 - beta_2**t
 

@@ -13,6 +13,7 @@ from fastadam import IndexedSlices
 from helpers import Pair, run_python
 
 F32 = np.float32
+pytestmark = pytest.mark.usefixtures("rows_wait")
 
 
 def test_a_row_that_waits_is_stale_until_it_is_read():

@@ -21,10 +21,10 @@ namespace fastadam::bind {
 
 class StaleTable {
  public:
-  // last, alphas, keeps, peaks, counts = {steps in the history, those of them with weight decay}, and the closed forms
-  // of a float32 table whose rows need not have the bits of dense steps.
+  // last, alphas, keeps, peaks, counts = {steps in the history, those of them with weight decay}; the closed forms of a
+  // float32 table whose rows need not have the bits of dense steps; the crossover of is_crowded.
   using Arrays = std::tuple<py::array_t<int32_t>, py::array, py::array, py::array, py::array_t<int64_t>,
-                            std::shared_ptr<ClosedForms>>;
+                            std::shared_ptr<ClosedForms>, double>;
 
   StaleTable(Arrays arrays, const Buffer& variable) : arrays_(std::move(arrays)) {
     args_.alphas = std::get<1>(arrays_).mutable_data();
@@ -69,13 +69,10 @@ class StaleTable {
   }
 
   // Whether so many rows are touched that one pass over the table is cheaper than going from row to row, each with the
-  // steps it missed. In cache a pass costs little more than the replay of what it would have done. Both numbers are
-  // estimates from a few sizes, not the fit of a measured model; they change no bit.
+  // steps it missed.
   bool is_crowded(const Rows& rows) const {
-    constexpr int64_t kCacheBytes = int64_t{1} << 25;
-    const int64_t all_rows = std::get<0>(arrays_).size();
-    const bool in_cache = all_rows * args_.width * (is_double_ ? 24 : 12) <= kCacheBytes;
-    return rows.count * (in_cache ? 64 : 8) >= all_rows;
+    const double crossover = std::get<6>(arrays_);
+    return static_cast<double>(rows.count) * crossover >= static_cast<double>(std::get<0>(arrays_).size());
   }
 
   // Before a step that will be noted.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any, NamedTuple
 
@@ -10,10 +11,11 @@ import numpy.typing as npt
 
 from fastadam._backend import _cpu
 
-__all__ = ["Numbers", "Staleness"]
+__all__ = ["Numbers", "Staleness", "crossover"]
 
 _PEAK_STEPS = 64  # kPeakSteps in csrc/core/step_args.h
 _FIRST_ROOM = 1024
+_CACHE_BYTES = 2**25
 Arrays = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 
 
@@ -43,6 +45,7 @@ class Staleness:
         self.arrays = arrays
         self.numbers = numbers
         self.exact = exact  # rows get the bits of dense steps; else missed steps may be summed in closed form
+        self.crossover = 0.0
         self._forms: _cpu.ClosedForms | None = None  # can be made again of the arrays
         self.swept = 0  # the row that a sweep comes to next
         self.fingerprint = fingerprint  # of the table, when this copy of its history was made
@@ -53,14 +56,16 @@ class Staleness:
         rooms = (_FIRST_ROOM, _FIRST_ROOM, _FIRST_ROOM // _PEAK_STEPS)
         alphas, keeps, peaks = (np.zeros(room, buffer.state_dtype) for room in rooms)
         last, counts = np.zeros(buffer.shape[0], np.int32), np.zeros(2, np.int64)
-        return cls((last, alphas, keeps, peaks, counts), numbers, exact or buffer.state_dtype == "float64")
+        history = cls((last, alphas, keeps, peaks, counts), numbers, exact or buffer.state_dtype == "float64")
+        history.crossover = crossover(buffer.shape, np.dtype(buffer.state_dtype).itemsize, history.exact)
+        return history
 
     @property
     def native(self) -> tuple[Any, ...]:
         """As a native plan takes it."""
         if self._forms is None and not self.exact:
             self._forms = _cpu.ClosedForms()
-        return (*self.arrays, self._forms)
+        return (*self.arrays, self._forms, self.crossover)
 
     @property
     def last(self) -> npt.NDArray[Any]:
@@ -103,11 +108,25 @@ class Staleness:
         """With arrays of its own, for a copy of the table as it is now."""
         last, alphas, keeps, peaks, counts = (array.copy() for array in self.arrays)
         fingerprint = self.fingerprint if buffer is None else fingerprint_of(buffer)
-        return Staleness((last, alphas, keeps, peaks, counts), self.numbers, self.exact, fingerprint)
+        again = Staleness((last, alphas, keeps, peaks, counts), self.numbers, self.exact, fingerprint)
+        again.crossover = self.crossover
+        return again
 
     def fits(self, buffer: _cpu.Buffer) -> bool:
         """Whether this is the table, as it was, that the copied history belongs to."""
         return self.steps == 0 or self.fingerprint is None or self.fingerprint == fingerprint_of(buffer)
+
+
+def crossover(shape: tuple[int, ...], item_size: int, exact: bool) -> float:
+    """Rows of a table for each row touched at which a step on these costs what a pass over the whole table does.
+
+    A fit to times of both on uniformly drawn rows (bench/README.md); a pass vectorises narrow rows better, and in DRAM
+    it is slower than the replay of what it does. It decides the time of a step and no bit of its result.
+    """
+    width = max(1, math.prod(shape[1:]))
+    in_cache = 3 * item_size * shape[0] * width <= _CACHE_BYTES
+    rows, narrow = (130, 32) if exact and in_cache else (8, 60) if exact else (3, 45)
+    return rows * (1 + narrow / width)
 
 
 def fingerprint_of(buffer: _cpu.Buffer) -> int:

@@ -64,7 +64,7 @@ def plot(results: list[dict]) -> None:
     """Time of a step against the rows of the table."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name in ("table_tensorflow", "table_floor", "dense", "table_torch", *MODES[1:]):
         points = [(row["rows"], row["seconds"][name] * 1e3) for row in results if name in row["seconds"]]
         if points:
@@ -72,7 +72,7 @@ def plot(results: list[dict]) -> None:
             axes.loglog(*zip(*points, strict=True), style, label=LABELS.get(name, f'"{name}"'), markersize=4)
     axes.set_xlabel(f"rows of the table (width {results[0]['width']})")
     axes.set_ylabel(f"ms per step ({results[0]['ids']} Zipf(1.1) ids)")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.3)
     figure.savefig(RESULTS / "sparse.png", dpi=110)
     plt.close(figure)

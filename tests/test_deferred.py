@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import tempfile
+from pathlib import Path
 
 import fastadam
 import ml_dtypes
@@ -234,6 +236,7 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("gather"), st.lists(st.integers(0, 11), max_size=4)),
     st.tuples(st.just("sync"), st.none()),
     st.tuples(st.just("pickle"), st.none()),
+    st.tuples(st.just("file"), st.none()),
     st.tuples(st.just("rate"), st.sampled_from([0.0, 1e-6, 0.01, 3.0])),
     st.tuples(st.just("beta_1"), st.sampled_from([0.5, 0.9, 0.99])),
     st.tuples(st.just("dense"), st.none()),
@@ -254,6 +257,10 @@ def test_any_program_is_the_dense_oracle(program, amsgrad, threads):
         elif name == "pickle":
             pair.optimizers[1] = pickle.loads(pickle.dumps(pair.optimizers[1]))
             pair.step([1])
+        elif name == "file":
+            with tempfile.TemporaryDirectory() as folder:
+                pair.optimizers[1].save(Path(folder) / "state")
+                pair.optimizers[1] = fastadam.Adam.load(Path(folder) / "state", [pair.tables[1]])
         elif name == "dense":
             gradient = random_array(pair.rng, pair.tables[0].shape)
             for optimizer, table in zip(pair.optimizers, pair.tables, strict=True):

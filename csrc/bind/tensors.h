@@ -33,6 +33,7 @@ class TensorSet : public VariableSet {
     require_length("histories", histories.size());
     for (size_t i = 0; i < histories.size(); ++i) {
       tables_.push_back(histories[i] ? std::make_unique<StaleTable>(*histories[i], variables_[i]) : nullptr);
+      has_tables_ = has_tables_ || histories[i];
     }
   }
 
@@ -90,7 +91,7 @@ class TensorSet : public VariableSet {
   // Tables of which this step touches so much that all rows had better be up to date.
   std::vector<size_t> crowded_tables() const {
     std::vector<size_t> crowded;
-    for (size_t i = 0; i < tensors_.size(); ++i) {
+    for (size_t i = 0; has_tables_ && i < tensors_.size(); ++i) {
       const Rows* rows = tensors_[i].rows;
       if (tables_[i] != nullptr && rows != nullptr && tables_[i]->is_crowded(*rows)) crowded.push_back(i);
     }
@@ -110,6 +111,7 @@ class TensorSet : public VariableSet {
 
   // The histories of the tables that IndexedSlices touch; a dense gradient meets a table that is up to date.
   void read_histories(const AdamHyper& hyper) {
+    if (!has_tables_) return;
     for (size_t i = 0; i < tensors_.size(); ++i) {
       TensorArgs& tensor = tensors_[i];
       tensor.stale = nullptr;
@@ -270,6 +272,7 @@ class TensorSet : public VariableSet {
   std::vector<py::object> exported_;                 // keep gradients that are not ndarrays alive during a step
   std::vector<std::unique_ptr<RowIndex>> indexes_;   // of the gradients that are IndexedSlices
   std::vector<std::unique_ptr<StaleTable>> tables_;  // of the variables in a deferred mode
+  bool has_tables_ = false;
   bool lazy_;
 };
 

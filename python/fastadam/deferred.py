@@ -59,8 +59,8 @@ class DeferredTables(OptimizerState):
     def gather(self, var: Any, indices: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """The rows ``var[indices]`` as they are after all steps so far, a copy.
 
-        With ``sparse_update="deferred"`` and "deferred_fast" the rows of the variable's buffer lag behind until they are
-        touched, gathered or synced; the rows gathered are written back. With the other modes it is plain indexing.
+        In a deferred mode the rows of the variable's buffer lag behind until they are touched, gathered or synced; the
+        rows gathered are written back. With the other modes it is plain indexing.
 
         Args:
             var: The variable.

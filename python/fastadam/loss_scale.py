@@ -72,7 +72,12 @@ class LossScaleOptimizer(Minimizer):
         """``loss * dynamic_scale``, whose gradients ``apply_gradients`` divides by the scale again."""
         return loss * self.dynamic_scale
 
-    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], name: str | None = None) -> np.int64 | None:
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[Any, Any]],
+        name: str | None = None,
+        experimental_aggregate_gradients: bool = True,
+    ) -> np.int64 | None:
         """Make the step if all gradients of the scaled loss are finite; then adjust the scale.
 
         The arguments and errors are those of :meth:`Adam.apply_gradients`.

@@ -123,7 +123,7 @@ def adam_step(
     """
     check_one_norm(clipnorm, global_clipnorm)
     if check_sparse_update(sparse_update) in DEFERRED:
-        raise ValueError(f"sparse_update: {sparse_update!r}, whose history an optimizer keeps; expected 'dense' or 'lazy'")
+        raise ValueError(f"sparse_update: {sparse_update!r} needs an optimizer's history, expected 'dense' or 'lazy'")
     hyper = StepHyper(
         step=check_count("step", step),
         learning_rate=check_number("learning_rate", learning_rate),

@@ -147,7 +147,8 @@ def table_fastadam(sizes, mode, uniform=False, crossover=None):
         fastadam.staleness.crossover = lambda *_: crossover
     optimizer = fastadam.Adam(**HYPER, sparse_update=mode)
     step = lambda ids: optimizer.apply_gradients([(fastadam.IndexedSlices(values, ids), table)])  # noqa: E731
-    return _cycle(batches, step, 5 if mode == "dense" else 400)
+    waiting = 4 * sizes[0] // sizes[2] if uniform else 400  # until gaps are as long as they get
+    return _cycle(batches, step, 5 if mode == "dense" else min(400, waiting))
 
 
 def table_torch(sizes):

@@ -125,7 +125,7 @@ def crossover(shape: tuple[int, ...], item_size: int, exact: bool) -> float:
     """
     width = max(1, math.prod(shape[1:]))
     in_cache = 3 * item_size * shape[0] * width <= _CACHE_BYTES
-    rows, narrow = (130, 32) if exact and in_cache else (8, 60) if exact else (3, 45)
+    rows, narrow = (100, 32) if exact and in_cache else (8, 60) if exact else (3, 45)
     return rows * (1 + narrow / width)
 
 

@@ -61,7 +61,11 @@ def test_closed_forms_are_the_sum_of_the_steps(build):
     assert "right to 2^-26" in run(build("") / "form_test")
 
 
-@pytest.mark.parametrize("program", ["kernel_test", "row_test", "form_test", "sum_test", "index_test"])
+def test_cuda_threads_give_the_bits_of_the_cpu_kernels(build):
+    assert "threads of dense steps" in run(build("") / "cuda_test")
+
+
+@pytest.mark.parametrize("program", ["kernel_test", "row_test", "form_test", "sum_test", "index_test", "cuda_test"])
 def test_kernels_have_no_address_or_undefined_behaviour_error(build, program):
     run(build("address,undefined") / program)
 

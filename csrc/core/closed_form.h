@@ -54,7 +54,7 @@ FASTADAM_INLINE void adam_jump(T& var, T& m, T& v, T& vhat, const ClosedForm& fo
 // The measure of some missed steps: built from the last of them back to the first.
 class StepMeasure {
  public:
-  StepMeasure(double beta_1, double beta_2, bool amsgrad)
+  FASTADAM_INLINE StepMeasure(double beta_1, double beta_2, bool amsgrad)
       : beta_1_(beta_1), ratio_(amsgrad ? 1.0 : 1.0 / std::sqrt(beta_2)), amsgrad_(amsgrad) {
     double binomials[kMoments] = {1};
     for (int p = 0; p < kMoments; ++p) {
@@ -65,10 +65,10 @@ class StepMeasure {
   }
 
   // beta_1 r: the weights fall by it from step to step.
-  double fall() const { return beta_1_ * ratio_; }
+  FASTADAM_INLINE double fall() const { return beta_1_ * ratio_; }
 
   // Adds the step before them all: x becomes r x + 1, the weights beta_1 r times as large.
-  void prepend(double alpha, double keep) {
+  FASTADAM_INLINE void prepend(double alpha, double keep) {
     is_positive_ = is_positive_ && alpha >= 0 && keep > 0;
     const double weight = alpha * keep_;
     sum_at_1_ = beta_1_ * (sum_at_1_ + weight);
@@ -83,11 +83,11 @@ class StepMeasure {
   }
 
   // The sum at y = 1, where it is smallest.
-  double sum_at_1() const { return sum_at_1_; }
+  FASTADAM_INLINE double sum_at_1() const { return sum_at_1_; }
 
   // With as few nodes as keep the error of the rule under 2^-26 of the sum. It grows with y (all weights are positive):
   // y = 1, where the sum is known, shows the largest. The factors of m and v are left to the caller.
-  ClosedForm closed_form() const {
+  FASTADAM_INLINE ClosedForm closed_form() const {
     ClosedForm form{};
     form.keep = static_cast<float>(keep_);
     if (!is_positive_) return form;
@@ -106,7 +106,7 @@ class StepMeasure {
 
   struct Polynomial {
     double of[kMaxNodes + 1] = {};  // of y^0, y^1, ...
-    double at_1() const {
+    FASTADAM_INLINE double at_1() const {
       double sum = 0;
       for (double c : of) sum += c;
       return sum;
@@ -114,7 +114,8 @@ class StepMeasure {
   };
 
   // (1 + h alpha y) now - h^2 beta y^2 before: the recurrence of orthogonal polynomials, in y = -1 / (h x).
-  static Polynomial next(const Polynomial& now, const Polynomial& before, double h_alpha, double hh_beta) {
+  FASTADAM_INLINE static Polynomial next(const Polynomial& now, const Polynomial& before, double h_alpha,
+                                         double hh_beta) {
     Polynomial result = now;
     for (int i = 1; i <= kMaxNodes; ++i) result.of[i] += h_alpha * now.of[i - 1];
     for (int i = 2; i <= kMaxNodes; ++i) result.of[i] -= hh_beta * before.of[i - 2];
@@ -122,7 +123,7 @@ class StepMeasure {
   }
 
   // Chebyshev's algorithm: from moments to the recurrence, node by node, and the convergents of its fraction.
-  void find_rule(ClosedForm& form) const {
+  FASTADAM_INLINE void find_rule(ClosedForm& form) const {
     const double h = ratio_ - 1;
     double before[kMoments] = {};
     double now[kMoments];
@@ -149,7 +150,7 @@ class StepMeasure {
     }
   }
 
-  static void set(ClosedForm& form, const Polynomial& p, const Polynomial& q) {
+  FASTADAM_INLINE static void set(ClosedForm& form, const Polynomial& p, const Polynomial& q) {
     form.exists = true;
     for (int i = 0; i < kMaxNodes; ++i) {
       form.numerator[i] = static_cast<float>(p.of[i]);

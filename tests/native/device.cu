@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled where nvcc is found: the update rule and the conversions must stay usable in device code.
 #include "../../csrc/core/adam_math.h"
+#include "../../csrc/core/closed_form.h"
 #include "../../csrc/core/split.h"
 
 namespace device_check {
@@ -48,6 +49,18 @@ template __global__ void update_row<float, false>(float*, const float*, float*, 
                                                   fastadam::Rows);
 template __global__ void update_row<double, true>(double*, const double*, double*, fastadam::StepScalars<double>,
                                                   fastadam::Rows);
+
+// Missed steps in closed form, of a rule made on the device.
+template <bool kAmsgrad>
+__global__ void jump(float* state, const float* rates, fastadam::StepScalars<float> s) {
+  fastadam::StepMeasure measure(0.9, 0.999, kAmsgrad);
+  for (int i = 0; i < 100; ++i) measure.prepend(rates[i], 1);
+  const fastadam::ClosedForm form = measure.closed_form();
+  fastadam::adam_jump<kAmsgrad>(state[0], state[1], state[2], state[3], form, s.beta_2, s.epsilon);
+}
+
+template __global__ void jump<false>(float*, const float*, fastadam::StepScalars<float>);
+template __global__ void jump<true>(float*, const float*, fastadam::StepScalars<float>);
 
 __global__ void cut(int64_t* n) { *n = fastadam::cut_at_line(16, 4, fastadam::share_begin(*n, 1, 3), *n); }
 

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs what the threads of CUDA launches do (csrc/cuda/bodies.h) on the CPU, block by block, phase by phase, thread by
+// thread, and compares it with the CPU kernels, bit for bit. What a GPU adds is the launch. Prints a line per check.
+#include <string>
+#include <vector>
+
+#include "../../csrc/bind/norms.h"
+#include "../../csrc/cpu/launch.h"
+#include "../../csrc/cuda/bodies.h"
+#include "../../csrc/cuda/chunks.h"
+#include "harness.h"
+
+namespace {
+
+using namespace kernel_test;
+
+// Threads of a phase in falling order, as good as any on a GPU.
+template <class Body>
+void emulate(const Body& body, int64_t blocks) {
+  const cpu::FlushDenormals flush;
+  for (int64_t block = 0; block < blocks; ++block) {
+    typename Body::Shared shared{};
+    for (int phase = 0; phase < body.phases(); ++phase) {
+      for (int64_t thread = Body::kThreads - 1; thread >= 0; --thread) body.phase(phase, block, thread, shared);
+    }
+  }
+}
+
+std::vector<cuda::Gradient> gradients_of(const std::vector<TensorArgs>& tensors) {
+  std::vector<cuda::Gradient> gradients(tensors.size());
+  for (size_t first = 0; first < tensors.size(); first += cuda::SetGradients::kCount) {
+    cuda::SetGradients set{};
+    set.table = gradients.data() + first;
+    set.count = cuda::fill_gradients(set.gradients, tensors, first);
+    emulate(set, 1);
+  }
+  return gradients;
+}
+
+template <class Storage>
+void run_dense(const StepArgs& step, const std::vector<TensorArgs>& tensors, const std::vector<cuda::Chunk>& chunks,
+               const double* factors) {
+  const std::vector<cuda::Gradient> gradients = gradients_of(tensors);
+  const auto run = [&](auto amsgrad, auto transform) {
+    using Body = cuda::DenseStep<Storage, amsgrad.value, transform.value>;
+    typename Body::Scalars scalars{};
+    if constexpr (sizeof(Compute<Storage>) == 8) {
+      scalars = step.scalars_f64;
+    } else {
+      scalars = step.scalars_f32;
+    }
+    emulate(Body{tensors.data(), gradients.data(), factors, chunks.data(), scalars, step.ema_overwrite,
+                 cuda::most_gradients(step.chains)},
+            static_cast<int64_t>(chunks.size()));
+  };
+  cuda::choose(step.amsgrad, step.transform, run);
+}
+
+void run_step(const StepArgs& step, const std::vector<TensorArgs>& tensors, const double* factors = nullptr) {
+  const auto chunks = [&](DType dtype) { return cuda::chunks_of(step.chains, dtype); };
+  run_dense<Float16>(step, tensors, chunks(DType::kFloat16), factors);
+  run_dense<BFloat16>(step, tensors, chunks(DType::kBFloat16), factors);
+  run_dense<float>(step, tensors, chunks(DType::kFloat32), factors);
+  run_dense<double>(step, tensors, chunks(DType::kFloat64), factors);
+}
+
+// A list of variables of all dtypes, some with more gradients, some with averages, at odd addresses.
+struct List {
+  static constexpr int64_t kListSizes[] = {1, 3, 4, 0, 16383, 16384, 16385, 40001, 33, 100};
+  std::vector<Variable> variables;
+  std::vector<Array> averages;
+  std::vector<TensorArgs> tensors;
+  std::vector<int64_t> heads;
+  std::vector<int64_t> offsets{0};
+
+  explicit List(int64_t offset, bool amsgrad) {
+    for (size_t k = 0; k < 60; ++k) {
+      const Pair& pair = kPairs[k % 6];
+      const Variable initial(pair.dtype, kListSizes[k / 6], pair.grad_dtype);
+      variables.emplace_back(initial, k % 7 == 0 ? offset : 0);
+      averages.emplace_back(state_dtype(pair.dtype), initial.size);
+      for (int64_t i = 0; i < initial.size; ++i) averages.back().set(i, 0.5);
+    }
+    for (size_t k = 0; k < variables.size(); ++k) {
+      heads.push_back(static_cast<int64_t>(k));
+      offsets.push_back(offsets.back() + variables[k].size);
+      tensors.push_back(variables[k].args(static_cast<int>(k % 3), amsgrad));
+      if (k % 5 == 0) tensors.back().average = averages[k].at(0);
+    }
+    for (const size_t k : {size_t{4}, size_t{26}, size_t{44}}) {
+      tensors[k].next = static_cast<int64_t>(tensors.size());
+      tensors.push_back(variables[k].args(1, amsgrad));  // at an address of other alignment
+    }
+  }
+  List(const List&) = delete;
+  List& operator=(const List&) = delete;
+
+  StepArgs step(bool amsgrad, bool transform, bool overwrite) const {
+    StepArgs args = step_of(1, amsgrad, transform);
+    args.chains = {tensors.data(), heads.data(), offsets.data(), static_cast<int64_t>(heads.size())};
+    args.ema_overwrite = overwrite;
+    return args;
+  }
+  bool operator==(const List& o) const { return variables == o.variables && averages == o.averages; }
+};
+
+void check_steps() {
+  Claims claims;
+  for (int mode = 0; mode < 16; ++mode) {
+    const bool amsgrad = mode % 2 != 0;
+    const bool transform = mode / 2 % 2 != 0;
+    const bool overwrite = mode / 4 % 2 != 0;
+    const int64_t offset = mode / 8 * 3;
+    const List expected(offset, amsgrad);
+    const List list(offset, amsgrad);
+    cpu::run_step(expected.step(amsgrad, transform, overwrite));
+    run_step(list.step(amsgrad, transform, overwrite), list.tensors);
+    claims.note("threads of dense steps give the bits of the CPU kernels", list == expected);
+  }
+}
+
+// Gradients whose number of blocks is no power of two, and none at all.
+void check_norms() {
+  Claims claims;
+  for (const bool finite : {true, false}) {
+    std::vector<Variable> variables;
+    for (const int64_t size :
+         {int64_t{5 * kNormBlock + 17}, int64_t{0}, int64_t{1}, int64_t{kNormBlock}, int64_t{37 * kNormBlock}}) {
+      for (const Pair& pair : kPairs) {
+        variables.emplace_back(pair.dtype, size, pair.grad_dtype);
+        const Array& grads = variables.back().grads;
+        for (int64_t i = 0; finite && i < size; ++i) {
+          if (!std::isfinite(read(grads.at(0), pair.grad_dtype, i))) variables.back().grads.set(i, 0.25);
+        }
+      }
+    }
+    std::vector<TensorArgs> tensors;
+    for (const Variable& variable : variables) tensors.push_back(variable.args(0, false));
+    const std::vector<cuda::Gradient> gradients = gradients_of(tensors);
+    const auto count = static_cast<int64_t>(tensors.size());
+    const std::vector<int64_t> offsets = cuda::norm_offsets(tensors);
+    for (const double clip_value : {0.5, HUGE_VAL}) {
+      std::vector<TensorArgs> expected = tensors;
+      bind::Norms norms;
+      norms.resize(expected, clip_value, true);
+      cpu::run_norm(norms.args());
+      claims.note("threads of norms find what is not finite", norms.all_finite() == finite);
+      std::vector<double> sums(static_cast<size_t>(offsets.back()));
+      emulate(cuda::SumSquares{tensors.data(), gradients.data(), offsets.data(), count, clip_value, true, sums.data()},
+              cuda::norm_grid(offsets));
+      bool same = true;
+      for (size_t i = 0; i < sums.size(); ++i) {
+        const double other = norms.args().sums[i];
+        same = same && (std::isnan(other) ? std::isnan(sums[i]) : sums[i] == other);
+      }
+      claims.note("threads of norms give the sums of the CPU kernels", same);
+      emulate(cuda::SumBlocks{offsets.data(), sums.data(), cuda::most_blocks(offsets)}, count);
+      for (int which = 1; which < 4; ++which) {
+        AdamHyper hyper{};
+        hyper.clip_norm = which % 2 != 0 ? 0.75 : HUGE_VAL;
+        hyper.global_clip_norm = which / 2 != 0 ? 0.25 : HUGE_VAL;
+        hyper.gradient_scale = 0.125;
+        std::vector<TensorArgs> folded = tensors;
+        bind::Norms again;
+        again.resize(folded, clip_value, true);
+        cpu::run_norm(again.args());
+        again.fold_into(folded, hyper);
+        std::vector<double> factors(tensors.size());
+        std::vector<double> squares(tensors.size());
+        emulate(cuda::ClipFactors{gradients.data(), offsets.data(), sums.data(), count, hyper.clip_norm,
+                                  hyper.global_clip_norm, hyper.gradient_scale, factors.data(), squares.data()},
+                1);
+        bool equal = true;
+        for (size_t t = 0; t < folded.size(); ++t) {
+          const double other = folded[t].grad_factor;
+          equal = equal && (std::isnan(other) ? std::isnan(factors[t]) : factors[t] == other);
+        }
+        claims.note("threads of clipping give the factors of the host", equal);
+      }
+    }
+  }
+}
+
+// Pure index arithmetic, far beyond what can be allocated.
+void check_chunks() {
+  constexpr int64_t kHuge = (int64_t{1} << 33) + 5;
+  std::vector<TensorArgs> tensors(3);
+  tensors[0].size = 7;
+  tensors[1].size = kHuge;
+  tensors[2].size = cuda::kChunkElements;
+  for (TensorArgs& tensor : tensors) tensor.dtype = DType::kFloat32;
+  const int64_t heads[] = {0, 1, 2};
+  const int64_t offsets[] = {0, 7, 7 + kHuge, 7 + kHuge + cuda::kChunkElements};
+  const std::vector<cuda::Chunk> chunks = cuda::chunks_of({tensors.data(), heads, offsets, 3}, DType::kFloat32);
+  int64_t next = 0;
+  bool covers = chunks.front().tensor == 0 && chunks.back().tensor == 2;
+  for (const cuda::Chunk& chunk : chunks) {
+    if (chunk.tensor == 1) covers = covers && chunk.begin == next;
+    if (chunk.tensor == 1) next += cuda::kChunkElements;
+  }
+  report(covers && next >= kHuge && next - cuda::kChunkElements < kHuge, "chunks cover 2^33 elements once, in order");
+  report(cuda::chunks_of({tensors.data(), heads, offsets, 3}, DType::kFloat64).empty(), "and those of one dtype only");
+}
+
+}  // namespace
+
+int main() {
+  check_steps();
+  check_norms();
+  check_chunks();
+  return failures == 0 ? 0 : 1;
+}

@@ -4,6 +4,7 @@
 
 #include "../core/adam_math.h"
 #include "../core/closed_form.h"
+#include "../core/rest.h"
 #include "../core/split.h"
 #include "streams.h"
 
@@ -158,23 +159,13 @@ struct RowPart {
   T vhat[kColumns];
 };
 
-FASTADAM_INLINE uint32_t bits_of(float x) { return bit_cast<uint32_t>(x); }
-FASTADAM_INLINE uint64_t bits_of(double x) { return bit_cast<uint64_t>(x); }
-
-// Whether no later step can move a variable: the largest rate to come, times what m / sqrt(v) is now and never exceeds
-// again, is lost in the rounding. Multiplied first, as in adam_move: the quotient alone may be flushed. A -0 never
-// rests: a change of -0 makes it +0.
+// Whether none of the columns moves any more.
 template <bool kAmsgrad, class Storage, class T>
 FASTADAM_INLINE bool at_rest(const RowPart<T>& row, int64_t size, T peak, T epsilon) {
-  using std::sqrt;
-  constexpr T kMargin = T(1) + T(0x1p-20);
   int moving = 0;
 #pragma omp simd reduction(+ : moving)
   for (int64_t i = 0; i < size; ++i) {
-    const T change = (row.m[i] * peak) / (sqrt(kAmsgrad ? row.vhat[i] : row.v[i]) + epsilon) * kMargin;
-    const bool rests = bits_of(load(store<Storage>(row.var[i] - change))) == bits_of(row.var[i]) &&
-                       bits_of(load(store<Storage>(row.var[i] + change))) == bits_of(row.var[i]);
-    moving += !rests;
+    moving += !rests<kAmsgrad, Storage>(row.var[i], row.m[i], row.v[i], row.vhat[i], peak, epsilon);
   }
   return moving == 0;
 }

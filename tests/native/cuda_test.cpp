@@ -8,23 +8,12 @@
 #include "../../csrc/cpu/launch.h"
 #include "../../csrc/cuda/bodies.h"
 #include "../../csrc/cuda/chunks.h"
+#include "emulate.h"
 #include "harness.h"
 
 namespace {
 
 using namespace kernel_test;
-
-// Threads of a phase in falling order, as good as any on a GPU.
-template <class Body>
-void emulate(const Body& body, int64_t blocks) {
-  const cpu::FlushDenormals flush;
-  for (int64_t block = 0; block < blocks; ++block) {
-    typename Body::Shared shared{};
-    for (int phase = 0; phase < body.phases(); ++phase) {
-      for (int64_t thread = Body::kThreads - 1; thread >= 0; --thread) body.phase(phase, block, thread, shared);
-    }
-  }
-}
 
 std::vector<cuda::Gradient> gradients_of(const std::vector<TensorArgs>& tensors) {
   std::vector<cuda::Gradient> gradients(tensors.size());

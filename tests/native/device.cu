@@ -3,6 +3,7 @@
 #include "../../csrc/core/adam_math.h"
 #include "../../csrc/core/closed_form.h"
 #include "../../csrc/core/split.h"
+#include "../../csrc/cuda/row_bodies.h"
 
 namespace device_check {
 
@@ -61,6 +62,17 @@ __global__ void jump(float* state, const float* rates, fastadam::StepScalars<flo
 
 template __global__ void jump<false>(float*, const float*, fastadam::StepScalars<float>);
 template __global__ void jump<true>(float*, const float*, fastadam::StepScalars<float>);
+
+// A launch of rows.
+template <class Storage, bool kAmsgrad, bool kTransform>
+__global__ void rows(const __grid_constant__ fastadam::cuda::RowStep<Storage, kAmsgrad, kTransform> body) {
+  fastadam::cuda::NoShared shared;
+  body.phase(0, blockIdx.x, threadIdx.x, shared);
+}
+
+template __global__ void rows<fastadam::Float16, true, true>(fastadam::cuda::RowStep<fastadam::Float16, true, true>);
+template __global__ void rows<float, false, false>(fastadam::cuda::RowStep<float, false, false>);
+template __global__ void rows<double, false, true>(fastadam::cuda::RowStep<double, false, true>);
 
 __global__ void cut(int64_t* n) { *n = fastadam::cut_at_line(16, 4, fastadam::share_begin(*n, 1, 3), *n); }
 

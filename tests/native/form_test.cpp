@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks the closed form of missed steps (core/closed_form.h) against their plain sum in long double, the cache of forms
-// (bind/closed_forms.h) against one made for each gap, and what every usable ISA makes of them against a scalar loop.
-// Prints a line per check.
+// Checks the closed form of missed steps (core/closed_form.h) against their plain sum in long double, the cache of
+// forms (bind/closed_forms.h) against one made for each gap, and what every usable ISA makes of them against a scalar
+// loop. Prints a line per check.
 #include <string>
 #include <vector>
 
@@ -150,8 +150,8 @@ void check_cache(double beta_1, double beta_2, bool amsgrad, bool decays, Claims
       claims.note("cache: forms are right to 2^-26 for every epsilon", error <= kErrorLimit + 0x1p-24);
       claims.note("cache: every gap has one", form.exists);
       const auto power = [gap](float beta) { return std::pow(static_cast<double>(beta), static_cast<double>(gap)); };
-      const bool moments = form.m_factor == static_cast<float>(power(single_1)) &&
-                           form.v_factor == static_cast<float>(power(single_2));
+      const bool moments =
+          form.m_factor == static_cast<float>(power(single_1)) && form.v_factor == static_cast<float>(power(single_2));
       claims.note("cache: moments decay by the power of the float32 beta", moments);
       double keep = 1;
       for (int64_t step = first; step < steps.count(); ++step) keep *= steps.keeps[static_cast<size_t>(step)];

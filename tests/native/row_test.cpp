@@ -16,13 +16,6 @@ using namespace kernel_test;
 // Of the results of check_slices, then check_stale: see Digests.
 constexpr uint64_t kDigest = 0x1f8c392025921785;
 
-TensorArgs with_slices(TensorArgs tensor, const Array& values, const Pair& pair, int t, const Rows& rows) {
-  tensor.grad = values.at(t);
-  tensor.grad_dtype = pair.grad_dtype;
-  tensor.rows = &rows;
-  return tensor;
-}
-
 void run_pieces(cpu::UpdateKernel kernel, const StepArgs& step, const TensorArgs& tensor, int64_t total,
                 int64_t piece) {
   const cpu::FlushDenormals flush;
@@ -63,24 +56,6 @@ void check_slices(const Pair& pair, int64_t width, bool amsgrad, bool transform,
       if (variant == 0) table.add_to(digests.of(isa));
     }
   });
-}
-
-constexpr int kGaps[] = {0, 1, 7, 8, 9, 200};
-constexpr int64_t kStaleRows = 18;
-constexpr int64_t kLeftRow = 4;  // touched by nothing
-
-// Of every gap: a row that comes to rest, one that does but for an element near zero, and one of random numbers.
-Variable stale_table(const Pair& pair, int64_t width) {
-  Variable table(pair.dtype, kStaleRows * width);
-  Random random{static_cast<uint64_t>(width)};
-  for (int64_t i = 0; i < kStaleRows * 2 / 3 * width; ++i) {
-    const bool near_zero = i / width >= kStaleRows / 3 && i % width == width / 2;
-    table.var.set(i, near_zero ? 0 : 1 + std::ldexp(static_cast<double>(random.below(128)), -7));
-    table.m.set(i, std::ldexp(static_cast<double>(random.below(512)) - 256, near_zero ? -40 : -20));
-    table.v.set(i, std::ldexp(static_cast<double>(random.below(512)), -14));
-    table.vhat.set(i, std::ldexp(static_cast<double>(random.below(512)), -14));
-  }
-  return table;
 }
 
 enum class Touch { kAll, kChosen, kGradient };

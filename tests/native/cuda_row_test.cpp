@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs what CUDA threads do for rows (csrc/cuda/row_bodies.h) on the CPU, warp by warp, and compares it with plain
+// scalar loops and, where rows jump, with the CPU kernel, bit for bit. Prints a line per check.
+#include <string>
+#include <vector>
+
+#include "../../csrc/bind/closed_forms.h"
+#include "../../csrc/cpu/launch.h"
+#include "../../csrc/cuda/row_bodies.h"
+#include "emulate.h"
+#include "harness.h"
+#include "row_reference.h"
+
+namespace {
+
+using namespace kernel_test;
+using cuda::RowMode;
+
+struct RowArgs {
+  TensorArgs tensor;
+  Rows rows;
+  const StaleRows* stale;
+  int64_t width;
+  RowMode mode;
+};
+
+template <class Storage, bool kAmsgrad, bool kTransform>
+void run_rows(const RowArgs& args, int t) {
+  using Body = cuda::RowStep<Storage, kAmsgrad, kTransform>;
+  Body body{};
+  body.tensor = args.tensor;
+  body.rows = args.rows;
+  if (args.stale != nullptr) body.stale = *args.stale;
+  body.waits = args.stale != nullptr;
+  body.scalars = scalars<Compute<Storage>>(t);
+  body.width = args.width;
+  body.row_count = args.mode == RowMode::kTouched ? args.rows.count : args.tensor.size / args.width;
+  body.mode = args.mode;
+  emulate(body, cuda::row_grid(body.row_count));
+}
+
+template <class Storage>
+void run_rows(const RowArgs& args, int t, bool amsgrad, bool transform) {
+  if (amsgrad) return transform ? run_rows<Storage, true, true>(args, t) : run_rows<Storage, true, false>(args, t);
+  return transform ? run_rows<Storage, false, true>(args, t) : run_rows<Storage, false, false>(args, t);
+}
+
+void run_rows(const RowArgs& args, int t, bool amsgrad, bool transform) {
+  switch (args.tensor.dtype) {
+    case DType::kFloat16:
+      return run_rows<Float16>(args, t, amsgrad, transform);
+    case DType::kBFloat16:
+      return run_rows<BFloat16>(args, t, amsgrad, transform);
+    case DType::kFloat32:
+      return run_rows<float>(args, t, amsgrad, transform);
+    default:
+      return run_rows<double>(args, t, amsgrad, transform);
+  }
+}
+
+void check_slices(const Pair& pair, int64_t width, bool amsgrad, bool transform, bool lazy, Claims& claims) {
+  const Variable initial(pair.dtype, kRows * width);
+  const Array values = slice_values(pair.grad_dtype, kMaxIndices * width + kSteps);
+  const Variable expected(initial, 0);
+  const Variable table(initial, 3);
+  for (int t = 0; t < kSteps; ++t) {
+    const Occurrences sorted(kIndices[t]);
+    const Rows rows = sorted.view(width);
+    expect_slices(with_slices(expected.args(t, amsgrad), values, pair, t, rows), kIndices[t], width, t, transform,
+                  lazy);
+    const TensorArgs tensor = with_slices(table.args(t, amsgrad), values, pair, t, rows);
+    run_rows({tensor, rows, nullptr, width, lazy ? RowMode::kTouched : RowMode::kAll}, t, amsgrad, transform);
+  }
+  const std::string rule = lazy ? "that are touched: " : "of a whole table: ";
+  claims.note("warps of rows " + rule + pair.name() + " gives the bits of the scalar loop", table == expected);
+}
+
+// Rows of every gap, with a gradient, or brought up to date: some of them, or all.
+enum class Touch { kGradient, kChosen, kAll };
+
+void check_stale(const Pair& pair, int64_t width, bool amsgrad, bool may_stop, Touch touch, Claims& claims) {
+  constexpr int t = 2;
+  constexpr int64_t kNow = 203;
+  const Variable initial = stale_table(pair, width);
+  const History history(pair.dtype, kNow, !may_stop);
+  std::vector<int32_t> had;
+  std::vector<int64_t> indices{5, 14};
+  for (int64_t row = 0; row < kStaleRows; ++row) {
+    had.push_back(static_cast<int32_t>(kNow - kGaps[row % 6]));
+    if (touch == Touch::kAll || row != kLeftRow) indices.push_back(row);
+  }
+  const Occurrences sorted(indices);
+  const Rows rows = sorted.view(width);
+  std::vector<int32_t> from;
+  for (const int64_t row : sorted.rows) from.push_back(had[static_cast<size_t>(row)]);
+  const StaleRows stale = history.view(touch == Touch::kAll ? had.data() : from.data(), width, may_stop);
+  const Array values = slice_values(pair.grad_dtype, static_cast<int64_t>(indices.size()) * width + t);
+  const Variable expected(initial, 0);
+  const Variable table(initial, 3);
+  const auto args = [&](const Variable& variable) {
+    TensorArgs tensor = with_slices(variable.args(t, amsgrad), values, pair, t, rows);
+    if (touch != Touch::kGradient) tensor.grad = nullptr;
+    return tensor;
+  };
+  expect_replay(args(expected), history, sorted.rows, had, width, t);
+  if (touch == Touch::kGradient) expect_slices(args(expected), indices, width, t, true, true);
+  const RowMode mode = touch == Touch::kAll ? RowMode::kCatchUp : RowMode::kTouched;
+  run_rows({args(table), rows, &stale, width, mode}, t, amsgrad, true);
+  const std::string rule = may_stop ? "and may rest: " : "";
+  claims.note("warps of rows that wait " + rule + pair.name() + " gives the bits of the dense steps",
+              table == expected);
+}
+
+// Rows whose gaps have closed forms.
+void check_jumps(DType dtype, bool amsgrad, Claims& claims) {
+  constexpr int64_t kWidth = 70;
+  constexpr int64_t kNow = 90;
+  const History history(dtype, kNow, true);
+  const std::vector<int32_t> from{0, 1, 40, 86, 87, 88, 89, 90, 40};
+  AdamHyper hyper{};
+  hyper.beta_1 = 0.9;
+  hyper.beta_2 = 0.999;
+  StaleRows stale = history.view(from.data(), kWidth, true);
+  bind::ClosedForms forms;
+  forms.prepare(from.data(), static_cast<int64_t>(from.size()), stale, hyper, amsgrad);
+  stale.forms = forms.forms();
+  stale.places = forms.places();
+  const Variable initial(dtype, static_cast<int64_t>(from.size()) * kWidth);
+  const Variable expected(initial, 0);
+  const Variable table(initial, 3);
+  TensorArgs tensor = expected.args(0, amsgrad);
+  tensor.grad = nullptr;
+  tensor.stale = &stale;
+  {
+    const cpu::FlushDenormals flush;
+    const cpu::UpdateKernels& kernels = cpu::current_isa().kernels->touched_rows[static_cast<int>(dtype)];
+    kernels.of[amsgrad][0](step_of(0, amsgrad, false), tensor, 0, tensor.size);
+  }
+  tensor = table.args(0, amsgrad);
+  tensor.grad = nullptr;
+  run_rows({tensor, Rows{}, &stale, kWidth, RowMode::kCatchUp}, 0, amsgrad, false);
+  claims.note("warps of rows that jump give the bits of the CPU kernel", table == expected);
+}
+
+}  // namespace
+
+int main() {
+  Claims claims;
+  for (const Pair& pair : kPairs) {
+    for (const bool amsgrad : {false, true}) {
+      for (const bool flag : {false, true}) {
+        for (const int64_t width : kWidths) {
+          check_slices(pair, width, amsgrad, true, flag, claims);
+          check_slices(pair, width, amsgrad, false, flag, claims);
+        }
+        for (const int64_t width : {int64_t{1}, int64_t{130}}) {
+          check_stale(pair, width, amsgrad, flag, Touch::kGradient, claims);
+          check_stale(pair, width, amsgrad, flag, Touch::kChosen, claims);
+          check_stale(pair, width, amsgrad, flag, Touch::kAll, claims);
+        }
+      }
+      if (pair.dtype != DType::kFloat64) check_jumps(pair.dtype, amsgrad, claims);
+    }
+  }
+  return failures == 0 ? 0 : 1;
+}

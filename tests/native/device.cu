@@ -65,7 +65,7 @@ template __global__ void jump<true>(float*, const float*, fastadam::StepScalars<
 
 // A launch of rows.
 template <class Storage, bool kAmsgrad, bool kTransform>
-__global__ void rows(const __grid_constant__ fastadam::cuda::RowStep<Storage, kAmsgrad, kTransform> body) {
+__global__ void rows(fastadam::cuda::RowStep<Storage, kAmsgrad, kTransform> body) {
   fastadam::cuda::NoShared shared;
   body.phase(0, blockIdx.x, threadIdx.x, shared);
 }

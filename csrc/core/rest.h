@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "adam_math.h"
+#include "step_args.h"
 
 namespace fastadam {
 
@@ -21,6 +22,15 @@ FASTADAM_INLINE bool rests(T var, T m, T v, T vhat, T peak, T epsilon) {
   const T change = (m * peak) / (sqrt(kAmsgrad ? vhat : v) + epsilon) * kMargin;
   return bits_of(load(store<Storage>(var - change))) == bits_of(var) &&
          bits_of(load(store<Storage>(var + change))) == bits_of(var);
+}
+
+// The largest |alpha| of the steps [from, now), and perhaps of some before them.
+template <class T>
+FASTADAM_INLINE T peak_from(const StaleRows& stale, int64_t from) {
+  const T* peaks = static_cast<const T*>(stale.peaks);
+  T peak = T(0);
+  for (int64_t i = from / kPeakSteps; i * kPeakSteps < stale.now; ++i) peak = peaks[i] > peak ? peaks[i] : peak;
+  return peak;
 }
 
 }  // namespace fastadam

@@ -7,6 +7,7 @@
 
 #include "../core/adam_math.h"
 #include "../core/norm.h"
+#include "../core/split.h"
 #include "../core/step_args.h"
 
 namespace fastadam::cuda {
@@ -185,7 +186,7 @@ struct SumSquares {
 
  private:
   FASTADAM_INLINE double sum_lane(int64_t i, int64_t lane) const {
-    const int64_t t = find_tensor(i);
+    const int64_t t = find_variable(block_offsets, tensor_count, i);
     const int64_t begin = (i - block_offsets[t]) * kNormBlock;
     const int64_t rest = tensors[t].size - begin;
     const int64_t size = rest < kNormBlock ? rest : kNormBlock;
@@ -214,16 +215,6 @@ struct SumSquares {
       total += x * x;
     }
     return require_finite ? total + static_cast<double>(not_finite) : total;
-  }
-
-  FASTADAM_INLINE int64_t find_tensor(int64_t i) const {
-    int64_t low = 0;
-    int64_t high = tensor_count;
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      (block_offsets[middle] <= i ? low : high) = middle;
-    }
-    return low;
   }
 };
 

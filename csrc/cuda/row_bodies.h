@@ -29,11 +29,7 @@ FASTADAM_INLINE void replay_element(const StaleRows& stale, int64_t from, Elemen
   constexpr int64_t kCheckSteps = 8;
   const T* alphas = static_cast<const T*>(stale.alphas);
   const T* keeps = static_cast<const T*>(stale.keeps);
-  T peak = T(0);
-  for (int64_t i = from / kPeakSteps; stale.may_stop && i * kPeakSteps < stale.now; ++i) {
-    const T other = static_cast<const T*>(stale.peaks)[i];
-    peak = other > peak ? other : peak;
-  }
+  const T peak = stale.may_stop ? peak_from<T>(stale, from) : T(0);
   int64_t step = from;
   while (step < stale.now) {
     const int64_t stop = stale.now - step < kCheckSteps ? stale.now : step + kCheckSteps;

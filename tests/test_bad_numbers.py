@@ -40,7 +40,7 @@ F32 = np.float32
         (
             {"sparse_update": "sometimes"},
             ValueError,
-            "sparse_update: 'sometimes', expected one of 'dense', 'deferred', 'lazy'",
+            "sparse_update: 'sometimes', expected one of 'dense', 'deferred', 'deferred_fast', 'lazy'",
         ),
     ],
     ids=str,

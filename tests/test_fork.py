@@ -83,20 +83,23 @@ gradients = [rng.standard_normal(n, dtype=np.float32) for n in (100_003, 5)]
 copies = [v.copy() for v in variables]
 starts = [v.copy() for v in variables]
 optimizer, again = fastadam.Adam(0.01), fastadam.Adam(0.01)
-end = time.monotonic() + 1.5
+start, ended, caught = time.monotonic(), [], 0
 
 def interrupt():
-    while time.monotonic() < end:
+    while time.monotonic() < start + 1.5 or caught <= 10 and time.monotonic() < start + 30:
         time.sleep(0.0005)
         os.kill(os.getpid(), signal.SIGINT)
+    ended.append(time.monotonic())
+
+def goes_on():
+    return not ended or time.monotonic() < ended[0] + 0.2
 
 thread = threading.Thread(target=interrupt)
-caught = 0
-while time.monotonic() < end + 0.2:
+while goes_on():
     try:
         if thread.ident is None:
             thread.start()
-        while time.monotonic() < end + 0.2:
+        while goes_on():
             optimizer.apply_gradients(zip(gradients, variables))
     except KeyboardInterrupt:
         caught += 1

@@ -39,8 +39,8 @@ class ClosedForms {
     make_far(none, window, rows);
     for (size_t i = 0; i < forms_.size(); ++i) {
       const auto steps = static_cast<double>(now_ - from_[i]);
-      forms_[i].m_factor = static_cast<float>(std::pow(beta_1_, steps));
-      forms_[i].v_factor = static_cast<float>(std::pow(beta_2_, steps));
+      forms_[i].m_factor = power(beta_1_, steps);
+      forms_[i].v_factor = power(beta_2_, steps);
     }
   }
 
@@ -67,6 +67,11 @@ class ClosedForms {
   static int64_t window_of(double fall) {
     const double steps = std::ceil(-60 * std::log(2.0) / std::log(fall));
     return fall < 1 && steps < kMaxWindow ? std::max<int64_t>(1, static_cast<int64_t>(steps)) : kMaxWindow;
+  }
+
+  // Not flushed to zero: an infinite moment stays infinite.
+  static double power(double beta, double steps) {
+    return beta == 0 ? 0 : std::max(std::pow(beta, steps), std::numeric_limits<double>::min());
   }
 
   bool has(int64_t from) const {
@@ -108,7 +113,7 @@ class ClosedForms {
       const double keep = std::exp(log_keep(now_) - log_keep(end));
       forms_[i] = found.form;
       forms_[i].exists = found.form.exists && rest <= 0x1p-28 * found.sum_at_1 && std::isfinite(keep);
-      forms_[i].keep *= static_cast<float>(keep);
+      forms_[i].keep *= keep;
       for (float& c : forms_[i].numerator) c *= static_cast<float>(keep);
     }
   }

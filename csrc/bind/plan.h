@@ -22,7 +22,12 @@ class Plan {
   const TensorSet& set() const { return set_; }
 
   // Raises what is wrong with the gradients; returns those that must be converted before step().
-  std::vector<size_t> check(const py::list& gradients) { return set_.check(gradients); }
+  template <class Backend>
+  std::vector<size_t> check(const py::list& gradients) {
+    std::vector<size_t> to_convert = set_.check(gradients);
+    if (to_convert.empty()) set_.index_rows<Backend>();
+    return to_convert;
+  }
 
   // Raises what is wrong with the numbers of a step.
   void check_numbers(const AdamHyper& hyper, const std::vector<double>& factors) { arguments(hyper, factors); }

@@ -115,7 +115,7 @@ void register_ops(py::module_& m) {
             return plan.set().matches(objects, positions);
           },
           py::arg("objects"), py::arg("positions"))
-      .def("check", &Plan::check, py::arg("gradients"))
+      .def("check", &Plan::check<Backend>, py::arg("gradients"))
       .def(
           "check_numbers",
           [numbers](Plan& plan, const HyperTuple& hyper, const std::vector<double>& grad_factors) {

@@ -19,9 +19,9 @@ constexpr int64_t kShortGap = 2;  // so few steps are replayed: it costs no more
 
 // What happens to every element of a row: the variable moves by m P(y) / ((s + epsilon) Q(y)).
 struct ClosedForm {
-  float keep;                    // weight decay of all the steps
-  float m_factor;                // beta_1^k
-  float v_factor;                // beta_2^k
+  double keep;      // weight decay of all the steps
+  double m_factor;  // beta_1^k
+  double v_factor;  // beta_2^k; the three are the same for every gap of this length: in float they would drift
   float numerator[kMaxNodes];    // P: of y^0, y^1, ...
   float denominator[kMaxNodes];  // Q - 1: of y^1, y^2, ...
   bool exists;                   // else the steps must be replayed
@@ -46,9 +46,10 @@ FASTADAM_INLINE void adam_jump(T& var, T& m, T& v, T& vhat, const ClosedForm& fo
     p = p * y + form.numerator[i];
     q = q * y + form.denominator[i];
   }
-  var = var * form.keep - (m * p) / (divisor * (q * y + T(1)));
-  m *= form.m_factor;
-  v *= form.v_factor;
+  const T change = m / (divisor * (q * y + T(1))) * p;
+  var = static_cast<T>(static_cast<double>(var) * form.keep - static_cast<double>(change));
+  m = static_cast<T>(static_cast<double>(m) * form.m_factor);
+  v = static_cast<T>(static_cast<double>(v) * form.v_factor);
 }
 
 // The measure of some missed steps: built from the last of them back to the first.
@@ -89,7 +90,7 @@ class StepMeasure {
   // y = 1, where the sum is known, shows the largest. The factors of m and v are left to the caller.
   FASTADAM_INLINE ClosedForm closed_form() const {
     ClosedForm form{};
-    form.keep = static_cast<float>(keep_);
+    form.keep = keep_;
     if (!is_positive_) return form;
     if (amsgrad_ || sum_at_1_ == 0) {
       form.numerator[0] = static_cast<float>(sum_at_1_);

@@ -18,6 +18,7 @@ __all__ = [
     "check_ids",
     "check_sparse_update",
     "convert_slices",
+    "is_native_sparse",
     "is_sparse",
     "native_gradient",
 ]
@@ -55,16 +56,23 @@ class IndexedSlices:
     def __init__(self, values: Any, indices: Any, dense_shape: Sequence[int] | None = None) -> None:
         self.values = values
         self.indices = _as_indices(indices)
-        self.dense_shape = None if dense_shape is None else tuple(int(length) for length in dense_shape)
+        self.dense_shape = None if dense_shape is None else _as_shape(dense_shape)
 
     def __repr__(self) -> str:
         shape = "" if self.dense_shape is None else f", dense_shape={self.dense_shape}"
         return f"IndexedSlices(values of shape {np.shape(self.values)}, {len(self.indices)} indices{shape})"
 
 
+def _as_shape(dense_shape: Any) -> tuple[int, ...]:
+    try:
+        return tuple(int(length) for length in dense_shape)
+    except (TypeError, ValueError):
+        raise TypeError(f"dense_shape: {dense_shape!r}, expected the shape of the variable") from None
+
+
 def check_sparse_update(value: Any) -> str:
     """One of the names in ``SPARSE_UPDATES``."""
-    if value not in SPARSE_UPDATES:
+    if not isinstance(value, str) or value not in SPARSE_UPDATES:
         raise ValueError(f"sparse_update: {value!r}, expected one of {', '.join(map(repr, SPARSE_UPDATES))}")
     return str(value)
 
@@ -106,6 +114,11 @@ def is_sparse(gradient: Any) -> bool:
     if isinstance(gradient, (np.ndarray, list)):
         return False
     return isinstance(gradient, IndexedSlices) or _is_torch(gradient) or _is_scipy(gradient)
+
+
+def is_native_sparse(gradient: Any) -> bool:
+    """The same, of one that may have been made ready for a plan."""
+    return isinstance(gradient, _cpu.Slices) or is_sparse(gradient)
 
 
 def native_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:

@@ -14,7 +14,7 @@ from fastadam._backend import _cpu
 from fastadam.deferred import DeferredTables
 from fastadam.hyper import StepHyper
 from fastadam.ops import fit_gradients, run_step
-from fastadam.slices import DEFERRED, is_sparse
+from fastadam.slices import DEFERRED, is_native_sparse, is_sparse
 from fastadam.slots import ACCUMULATOR, Entry
 from fastadam.staleness import Numbers, Staleness
 from fastadam.variable import Variable, buffers_of, unwrap
@@ -76,7 +76,7 @@ class Stepper(DeferredTables):
                 return self._accumulate(plan, fitting, positions, scale, loss_scale is not None, hyper)
             if loss_scale is not None:
                 hyper = hyper._replace(require_finite=True)
-            self._settle_before(gradients, hyper)
+            fitting = self._settle_before(plan, fitting, positions, hyper)
             run_step(plan.step, fitting, self._buffers, positions, hyper, [], self._iterations)
             if any(self._tables):
                 self._sweep()
@@ -135,6 +135,7 @@ class Stepper(DeferredTables):
             return None
         if entry is not None and entry.staleness is not None:
             if entry.staleness.steps >= entry.staleness.room:
+                self._plan = None  # it reads the old arrays, whatever becomes of this step
                 entry.staleness.make_room()
             return entry.staleness
         if not is_sparse(gradient) or not buffer.shape:
@@ -144,18 +145,31 @@ class Stepper(DeferredTables):
     def _numbers(self, hyper: StepHyper) -> Numbers:
         return Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, "vhat" in self._slot_names())
 
-    def _settle_before(self, gradients: Sequence[Any], hyper: StepHyper) -> None:
-        """Rows cannot wait for a step with a dense gradient, or with numbers that their history does not have."""
+    def _settle_before(
+        self, plan: _cpu.Plan, gradients: Sequence[Any], positions: list[int], hyper: StepHyper
+    ) -> Sequence[Any]:
+        """Rows cannot wait for a step with a dense gradient, or with numbers that their history does not have.
+
+        Returns the gradients, converted as far as they had to be to find this step good before rows are moved.
+        """
         if not any(self._tables):
-            return
+            return gradients
         numbers = self._numbers(hyper)
-        for buffer, table, gradient in zip(self._buffers, self._tables, gradients, strict=True):
+        settled = [
+            table is not None and bool(table.steps) and (table.numbers != numbers or not is_native_sparse(gradient))
+            for table, gradient in zip(self._tables, gradients, strict=True)
+        ]
+        if any(settled):
+            gradients = fit_gradients(plan, gradients, self._buffers, positions)
+            plan.check_numbers(hyper, [])
+        for buffer, table, settles in zip(self._buffers, self._tables, settled, strict=True):
             entry = self._slots.entry_of(buffer) if table else None
             if table is None or entry is None:
                 continue
-            if table.numbers != numbers or not is_sparse(gradient):
+            if settles:
                 self._catch_up(entry)
             table.numbers = numbers
+        return gradients
 
     def _name_of(self, variable: Any, buffer: _cpu.Buffer) -> str | None:
         """Of a Variable, or the name that its array once came with."""

@@ -20,7 +20,7 @@ def _process_settings():
 def rows_wait():
     """Tables as small as those of tests would have a pass over all their rows: here one row in 64 must be touched."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastadam.staleness.crossover", lambda shape, item_size, exact: 64)
+        patch.setattr("fastadam.staleness.crossover", lambda shape, item_size, replays: 64)
         yield
 
 

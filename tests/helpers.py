@@ -176,13 +176,13 @@ class Snapshot:
 class Pair:
     """Two optimizers of equal options on copies of one table, the second deferred."""
 
-    def __init__(self, rows=3000, width=(5,), dtype=F32, **options):
+    def __init__(self, rows=3000, width=(5,), dtype=F32, mode="deferred", **options):
         self.rng = np.random.RandomState(rows)
         self.tables = [random_array(self.rng, (rows, *width), low=-6, high=0).astype(dtype) for _ in range(2)]
         self.tables[1][...] = self.tables[0]
         self.start = self.tables[0].copy()
         self.optimizers = [
-            fastadam.Adam(**{"learning_rate": 0.01, **options}, sparse_update=mode) for mode in ("dense", "deferred")
+            fastadam.Adam(**{"learning_rate": 0.01, **options}, sparse_update=name) for name in ("dense", mode)
         ]
 
     def step(self, ids, low=-20, high=2, values=None):

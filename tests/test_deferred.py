@@ -271,11 +271,11 @@ def test_any_program_is_the_dense_oracle(program, amsgrad, threads):
     pair.compare()
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_the_crossover_to_a_full_pass(exact):
+@pytest.mark.parametrize("replays", [True, False])
+def test_the_crossover_to_a_full_pass(replays):
     def of(rows, width):
-        return crossover((rows, *width), 4, exact)
+        return crossover((rows, *width), 4, replays)
 
     assert of(20_000, (64,)) == of(20_000, (8, 8))
     assert 1 < of(20_000, (64,)) < of(20_000, ()) < 10_000
-    assert (of(2_000_000, (64,)) < of(20_000, (64,))) == exact
+    assert (of(2_000_000, (64,)) < of(20_000, (64,))) == replays

@@ -124,6 +124,46 @@ def test_one_gap_is_right_to_the_rounding_of_float32(gap, options):
         assert ulps(moment, exact).max(initial=0) <= 1.5  # the power is rounded, then the product
 
 
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"beta_2": 0.9999}], ids=str)
+def test_equal_gaps_do_not_add_up_to_a_drift(options):
+    """The factors of a gap are the same every time: were they rounded to float32, so would be their errors."""
+    truth, dense, fast = Run("dense", np.float64, **options), Run("dense", **options), Run("deferred_fast", **options)
+    for run in (truth, dense, fast):
+        for step in range(4000):
+            run.step([1, 2] if step % 4 == 0 else [], seed=step)
+    for exact, of_dense, found in zip(truth.state(), dense.state(), fast.state(), strict=True):
+        scale = np.abs(exact[1:3]).mean()
+        assert np.abs(found - exact)[1:3].mean() <= 1.1 * np.abs(of_dense - exact)[1:3].mean() + 2e-7 * scale
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_infinite_moments_stay_infinite(amsgrad):
+    runs = [Run(mode, beta_1=0.5, beta_2=0.99, amsgrad=amsgrad) for mode in ("dense", "deferred_fast")]
+    for run in runs:
+        run.step([3], values=np.full((1, WIDTH), 1e20, F32))
+        run.rest(9000)
+        run.step([3], values=np.full((1, WIDTH), 1e-3, F32))
+        run.rest(5)
+    (dense, _, v, *_), (fast, _, other, *_) = (run.state() for run in runs)
+    np.testing.assert_array_equal(dense, fast)
+    assert np.isinf(v[3]).all() == np.isinf(other[3]).all()
+
+
+def test_one_odd_rate_spoils_no_later_form():
+    """Weight decay that turns a sign, before the gaps: rows still need not be replayed."""
+    schedule = fastadam.schedules.PiecewiseConstantDecay([START + 1, START + 2], [1e-3, 20.0, 1e-3])
+    truth, fast = (Run(m, d, weight_decay=0.1, learning_rate=schedule) for m, d in MODES)
+    for run in (truth, fast):
+        run.rest(3)
+        run.step(range(20))
+        run.rest(600)
+    (exact, *_), (found, *_) = truth.state(), fast.state()
+    np.testing.assert_allclose(found[:20], exact[:20], rtol=1e-4)
+
+
+MODES = [("dense", np.float64), ("deferred_fast", F32)]
+
+
 @pytest.mark.parametrize("gap", [0, 1])
 def test_short_gaps_have_the_bits_of_dense_steps(gap):
     runs = [Run(mode) for mode in ("dense", "deferred_fast")]

@@ -53,6 +53,37 @@ def test_a_refused_step_leaves_history_and_rows_as_they_were():
     pair.compare()
 
 
+@pytest.mark.parametrize("mode", ["deferred", "deferred_fast"])
+@pytest.mark.parametrize("read", [False, True])
+def test_a_refused_step_with_a_full_history_changes_nothing(mode, read):
+    pair = Pair(rows=5000, mode=mode)
+    table, optimizer = pair.tables[1], pair.optimizers[1]
+    for step in range(1024):
+        if read and step == 700:
+            optimizer.gather(table, np.arange(5000))
+        pair.step([step % 50])
+    with pytest.raises(ValueError, match="values: shape"):
+        optimizer.apply_gradients([(IndexedSlices(np.ones((1, 3), F32), [1]), table)])
+    for ids in ([1], np.arange(2000), [2], [3]):
+        pair.step(ids)
+    if mode == "deferred":
+        pair.compare()
+    optimizer.sync()
+    np.testing.assert_allclose(table, pair.tables[0], rtol=1e-4, atol=1e-6)  # a step left out is 1e-2
+
+
+def test_a_refused_dense_gradient_settles_no_row():
+    pair = Pair()
+    pair.step([1, 2])
+    pair.rest(5)
+    before = pair.tables[1].copy()
+    with pytest.raises(ValueError, match="shape"):
+        pair.optimizers[1].apply_gradients([(np.ones((2, 5), F32), pair.tables[1])])
+    np.testing.assert_array_equal(bits(before), bits(pair.tables[1]))
+    assert pair.lags()
+    pair.compare()
+
+
 COPIES = {
     "pickle": lambda optimizer, table, path: pickle.loads(pickle.dumps(optimizer)),
     "deepcopy": lambda optimizer, table, path: copy.deepcopy(optimizer),

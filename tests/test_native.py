@@ -66,7 +66,9 @@ def test_cuda_threads_give_the_bits_of_the_cpu_kernels(build):
     assert "warps of rows that jump" in run(build("") / "cuda_row_test")
 
 
-@pytest.mark.parametrize("program", ["kernel_test", "row_test", "form_test", "sum_test", "index_test", "cuda_test", "cuda_row_test"])
+@pytest.mark.parametrize(
+    "program", ["kernel_test", "row_test", "form_test", "sum_test", "index_test", "cuda_test", "cuda_row_test"]
+)
 def test_kernels_have_no_address_or_undefined_behaviour_error(build, program):
     run(build("address,undefined") / program)
 

@@ -343,3 +343,21 @@ def test_misaligned_and_later_set_indices_are_converted(mode):
     with pytest.raises(TypeError, match="indices: dtype float64, expected integers"):
         optimizer.apply_gradients([(slices, w)])
     assert optimizer.iterations == 2
+
+
+@pytest.mark.parametrize("amsgrad_later", [False, True])
+def test_a_step_refused_for_an_index_makes_no_slot(amsgrad_later):
+    table, optimizer = np.ones((5, 2), F32), fastadam.Adam()
+    if amsgrad_later:
+        optimizer.apply_gradients([(IndexedSlices(np.ones((1, 2), F32), [1]), table)])
+        optimizer.amsgrad = True
+    before = len(optimizer.weights)
+    with pytest.raises(ValueError, match=r"indices\[0\]: 5 is no row of"):
+        optimizer.apply_gradients([(IndexedSlices(np.ones((1, 2), F32), [5]), table)])
+    assert len(optimizer.weights) == before
+
+
+@pytest.mark.parametrize("dense_shape", [5, "ab"])
+def test_a_dense_shape_that_is_none(dense_shape):
+    with pytest.raises(TypeError, match="dense_shape: .*, expected the shape of the variable"):
+        IndexedSlices(np.ones((1, 2)), [0], dense_shape)

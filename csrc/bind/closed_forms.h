@@ -33,10 +33,10 @@ class ClosedForms {
     from_.clear();
     places_.resize(static_cast<size_t>(now_) + 1);
     for (int64_t k = 0; k < count; ++k) add(from[k]);
-    const StepMeasure none(beta_1_, beta_2_, amsgrad);
-    const int64_t window = window_of(none.fall());
-    make_near(none, window);
-    make_far(none, window, rows);
+    const int64_t window = window_of(fall(), amsgrad);
+    make_near(window, kFewNodes);
+    if (!all_near_exist(window)) make_near(window, kMaxNodes);
+    make_far(window, rows);
     for (size_t i = 0; i < forms_.size(); ++i) {
       const auto steps = static_cast<double>(now_ - from_[i]);
       forms_[i].m_factor = power(beta_1_, steps);
@@ -48,6 +48,16 @@ class ClosedForms {
   void clear() {
     windows_.clear();
     log_keeps_.clear();
+    last_without_log_ = -1;
+    constant_window_ = 0;  // of other betas, perhaps
+  }
+
+  // Whether the longest gaps have a form, if the rate is constant.
+  static bool exist(double beta_1, double beta_2, bool amsgrad) {
+    StepMeasure measure(rounded_to_float(beta_1), rounded_to_float(beta_2), amsgrad);
+    const int64_t window = window_of(measure.fall(), amsgrad);
+    for (int64_t step = 0; step < window; ++step) measure.prepend(1, 1);
+    return measure.closed_form().exists;
   }
 
   const ClosedForm* forms() const { return forms_.data(); }
@@ -60,13 +70,17 @@ class ClosedForms {
     double sum_at_1;
   };
 
-  static constexpr int64_t kMaxWindow = 8192;
   static constexpr size_t kMaxWindows = 1 << 16;
+  static constexpr int kFewNodes = 2;  // enough for the default betas
 
-  // Steps after which weights have fallen to 2^-60.
-  static int64_t window_of(double fall) {
+  double fall() const { return StepMeasure(beta_1_, beta_2_, amsgrad_, 1).fall(); }
+
+  // Steps after which weights have fallen to 2^-60; AMSGrad's cost less.
+  static int64_t window_of(double fall, bool amsgrad) {
+    const int64_t longest = amsgrad ? 1 << 16 : 1 << 13;
     const double steps = std::ceil(-60 * std::log(2.0) / std::log(fall));
-    return fall < 1 && steps < kMaxWindow ? std::max<int64_t>(1, static_cast<int64_t>(steps)) : kMaxWindow;
+    return fall < 1 && steps < static_cast<double>(longest) ? std::max<int64_t>(1, static_cast<int64_t>(steps))
+                                                            : longest;
   }
 
   // Not flushed to zero: an infinite moment stays infinite.
@@ -87,57 +101,86 @@ class ClosedForms {
   }
 
   // Of the gaps within the window: one walk back from now.
-  void make_near(const StepMeasure& none, int64_t window) {
+  void make_near(int64_t window, int most_nodes) {
     int64_t first = now_;
     for (int64_t from : from_) {
       if (now_ - from <= window) first = std::min(first, from);
     }
-    StepMeasure measure = none;
+    StepMeasure measure(beta_1_, beta_2_, amsgrad_, most_nodes);
     for (int64_t step = now_ - 1; step >= first; --step) {
       measure.prepend(alphas_[step], keeps_[step]);
       if (has(step)) forms_[static_cast<size_t>(places_[static_cast<size_t>(step)])] = measure.closed_form();
     }
   }
 
+  bool all_near_exist(int64_t window) const {
+    for (size_t i = 0; i < from_.size(); ++i) {
+      if (now_ - from_[i] <= window && !forms_[i].exists) return false;
+    }
+    return true;
+  }
+
   // Of longer gaps: that of the window, if what comes after it is lost beside it, times the weight decay after it.
-  void make_far(const StepMeasure& none, int64_t window, const StaleRows& rows) {
-    const double fall = none.fall();
-    double peak = -1;
+  void make_far(int64_t window, const StaleRows& rows) {
+    const double falls = fall();
+    const double after = falls < 1 ? std::pow(falls, static_cast<double>(window)) * falls / (1 - falls)
+                                   : std::numeric_limits<double>::infinity();
+    peaks_.clear();
     for (size_t i = 0; i < from_.size(); ++i) {
       const int64_t end = from_[i] + window;
       if (end >= now_) continue;
-      if (peak < 0) peak = highest(static_cast<const float*>(rows.peaks));
-      const Window& found = window_at(from_[i], window, none);
-      const double rest = fall < 1 ? peak * std::pow(fall, static_cast<double>(window)) * fall / (1 - fall)
-                                   : std::numeric_limits<double>::infinity();
+      if (peaks_.empty()) find_peaks(static_cast<const float*>(rows.peaks));
+      const Window& found = window_at(from_[i], window);
+      const double rest = peaks_[static_cast<size_t>(end / kPeakSteps)] * after;
       const double keep = std::exp(log_keep(now_) - log_keep(end));
       forms_[i] = found.form;
-      forms_[i].exists = found.form.exists && rest <= 0x1p-28 * found.sum_at_1 && std::isfinite(keep);
+      forms_[i].exists = found.form.exists && rest <= 0x1p-28 * found.sum_at_1 && last_without_log_ < end;
       forms_[i].keep *= keep;
       for (float& c : forms_[i].numerator) c *= static_cast<float>(keep);
     }
   }
 
-  double highest(const float* peaks) const {
-    return *std::max_element(peaks, peaks + (now_ + kPeakSteps - 1) / kPeakSteps);
+  // peaks_[i]: the largest |alpha| of the i-th kPeakSteps steps and all after them.
+  void find_peaks(const float* peaks) {
+    peaks_.assign(peaks, peaks + (now_ + kPeakSteps - 1) / kPeakSteps);
+    for (size_t i = peaks_.size() - 1; i > 0; --i) peaks_[i - 1] = std::max(peaks_[i - 1], peaks_[i]);
   }
 
-  const Window& window_at(int64_t from, int64_t window, const StepMeasure& none) {
+  const Window& window_at(int64_t from, int64_t window) {
     const auto known = windows_.find(from);
     if (known != windows_.end()) return known->second;
     if (windows_.size() >= kMaxWindows) windows_.clear();
-    StepMeasure measure = none;
-    for (int64_t step = from + window - 1; step >= from; --step) measure.prepend(alphas_[step], keeps_[step]);
-    return windows_[from] = {measure.closed_form(), measure.sum_at_1()};
+    const auto all_same = [&](const float* values) {
+      return std::all_of(values + from, values + from + window, [&](float x) { return x == values[from]; });
+    };
+    const bool is_constant = all_same(alphas_) && all_same(keeps_);
+    const bool is_last = is_constant && alphas_[from] == constant_alpha_ && keeps_[from] == constant_keep_;
+    if (is_last && window == constant_window_) return windows_[from] = constant_;
+    Window made = make_window(from, window, kFewNodes);
+    if (!made.form.exists) made = make_window(from, window, kMaxNodes);
+    if (is_constant) {
+      constant_ = made;
+      constant_alpha_ = alphas_[from];
+      constant_keep_ = keeps_[from];
+      constant_window_ = window;
+    }
+    return windows_[from] = made;
   }
 
-  // Logarithm of the weight decay of the steps before this one; NaN once a variable has changed its sign or grown.
+  Window make_window(int64_t from, int64_t window, int most_nodes) const {
+    StepMeasure measure(beta_1_, beta_2_, amsgrad_, most_nodes);
+    for (int64_t step = from + window - 1; step >= from; --step) measure.prepend(alphas_[step], keeps_[step]);
+    return {measure.closed_form(), measure.sum_at_1()};
+  }
+
+  // Logarithm of the weight decay of the steps before this one, but for those after which a variable has another sign.
   double log_keep(int64_t step) {
     if (log_keeps_.empty()) log_keeps_.push_back(0);
     while (static_cast<int64_t>(log_keeps_.size()) <= step) {
-      const double keep = keeps_[log_keeps_.size() - 1];
-      const double logarithm = keep > 0 && keep <= 1 ? std::log(keep) : std::numeric_limits<double>::quiet_NaN();
-      log_keeps_.push_back(log_keeps_.back() + logarithm);
+      const auto at = static_cast<int64_t>(log_keeps_.size()) - 1;
+      const double keep = keeps_[at];
+      if (!(keep > 0)) last_without_log_ = at;
+      log_keeps_.push_back(log_keeps_.back() + (keep > 0 ? std::log(keep) : 0));
     }
     return log_keeps_[static_cast<size_t>(step)];
   }
@@ -146,7 +189,13 @@ class ClosedForms {
   std::vector<int64_t> from_;    // of each form
   std::vector<int32_t> places_;  // of the form of each step, where from_ says so
   std::unordered_map<int64_t, Window> windows_;
+  Window constant_{};  // that of a constant rate and weight decay, the last
+  float constant_alpha_ = 0;
+  float constant_keep_ = 0;
+  int64_t constant_window_ = 0;
   std::vector<double> log_keeps_;
+  int64_t last_without_log_ = -1;
+  std::vector<float> peaks_;
   const float* alphas_ = nullptr;
   const float* keeps_ = nullptr;
   double beta_1_ = 0;

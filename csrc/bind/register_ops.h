@@ -94,7 +94,9 @@ void register_ops(py::module_& m) {
       .def(py::init<py::object, py::object>(), py::arg("values"), py::arg("indices"))
       .def_readonly("values", &Slices::values)
       .def_readonly("indices", &Slices::indices);
-  py::class_<ClosedForms, std::shared_ptr<ClosedForms>>(m, "ClosedForms").def(py::init<>());
+  py::class_<ClosedForms, std::shared_ptr<ClosedForms>>(m, "ClosedForms")
+      .def(py::init<>())
+      .def_static("exist", &ClosedForms::exist, py::arg("beta_1"), py::arg("beta_2"), py::arg("amsgrad"));
   py::class_<Plan>(m, "Plan")
       .def(py::init([](std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
                        std::vector<int64_t> positions, bool lazy, const Histories& histories) {

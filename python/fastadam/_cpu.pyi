@@ -46,6 +46,10 @@ class Slices:
 class ClosedForms:
     """A cache that belongs to one history: csrc/bind/closed_forms.h."""
 
+    @staticmethod
+    def exist(beta_1: float, beta_2: float, amsgrad: bool) -> bool:
+        """Whether gaps of any length have one, if the rate is constant."""
+
 class Plan:
     """A checked set of variables and state, ready to step."""
 

@@ -41,11 +41,14 @@ class Staleness:
     - counts: steps in the history; those of them with weight decay
     """
 
-    def __init__(self, arrays: Arrays, numbers: Numbers, exact: bool, fingerprint: int | None = None) -> None:
+    def __init__(
+        self, arrays: Arrays, numbers: Numbers, shape: tuple[int, ...], exact: bool, fingerprint: int | None = None
+    ) -> None:
         self.arrays = arrays
         self.numbers = numbers
+        self.shape = shape
         self.exact = exact  # rows get the bits of dense steps; else missed steps may be summed in closed form
-        self.crossover = 0.0
+        self._crossover: float | None = None
         self._forms: _cpu.ClosedForms | None = None  # can be made again of the arrays
         self.swept = 0  # the row that a sweep comes to next
         self.fingerprint = fingerprint  # of the table, when this copy of its history was made
@@ -56,16 +59,24 @@ class Staleness:
         rooms = (_FIRST_ROOM, _FIRST_ROOM, _FIRST_ROOM // _PEAK_STEPS)
         alphas, keeps, peaks = (np.zeros(room, buffer.state_dtype) for room in rooms)
         last, counts = np.zeros(buffer.shape[0], np.int32), np.zeros(2, np.int64)
-        history = cls((last, alphas, keeps, peaks, counts), numbers, exact or buffer.state_dtype == "float64")
-        history.crossover = crossover(buffer.shape, np.dtype(buffer.state_dtype).itemsize, history.exact)
-        return history
+        exact = exact or buffer.state_dtype == "float64"
+        return cls((last, alphas, keeps, peaks, counts), numbers, buffer.shape, exact)
+
+    def change_numbers(self, numbers: Numbers) -> None:
+        """Of a history whose rows are all up to date."""
+        self.numbers = numbers
+        self._crossover = None
 
     @property
     def native(self) -> tuple[Any, ...]:
         """As a native plan takes it."""
         if self._forms is None and not self.exact:
             self._forms = _cpu.ClosedForms()
-        return (*self.arrays, self._forms, self.crossover)
+        if self._crossover is None:
+            beta_1, beta_2, _, amsgrad = self.numbers
+            replays = self.exact or not _cpu.ClosedForms.exist(beta_1, beta_2, amsgrad)
+            self._crossover = crossover(self.shape, self.arrays[1].itemsize, replays)
+        return (*self.arrays, self._forms, self._crossover)
 
     @property
     def last(self) -> npt.NDArray[Any]:
@@ -108,24 +119,23 @@ class Staleness:
         """With arrays of its own, for a copy of the table as it is now."""
         last, alphas, keeps, peaks, counts = (array.copy() for array in self.arrays)
         fingerprint = self.fingerprint if buffer is None else fingerprint_of(buffer)
-        again = Staleness((last, alphas, keeps, peaks, counts), self.numbers, self.exact, fingerprint)
-        again.crossover = self.crossover
-        return again
+        return Staleness((last, alphas, keeps, peaks, counts), self.numbers, self.shape, self.exact, fingerprint)
 
     def fits(self, buffer: _cpu.Buffer) -> bool:
         """Whether this is the table, as it was, that the copied history belongs to."""
         return self.steps == 0 or self.fingerprint is None or self.fingerprint == fingerprint_of(buffer)
 
 
-def crossover(shape: tuple[int, ...], item_size: int, exact: bool) -> float:
+def crossover(shape: tuple[int, ...], item_size: int, replays: bool) -> float:
     """Rows of a table for each row touched at which a step on these costs what a pass over the whole table does.
 
+    ``replays``: a row replays the steps that it missed; else it has a closed form of them.
     A fit to times of both on uniformly drawn rows (bench/README.md); a pass vectorises narrow rows better, and in DRAM
     it is slower than the replay of what it does. It decides the time of a step and no bit of its result.
     """
     width = max(1, math.prod(shape[1:]))
     in_cache = 3 * item_size * shape[0] * width <= _CACHE_BYTES
-    rows, narrow = (100, 32) if exact and in_cache else (8, 60) if exact else (3, 45)
+    rows, narrow = (100, 32) if replays and in_cache else (8, 60) if replays else (3, 45)
     return rows * (1 + narrow / width)
 
 

@@ -168,7 +168,9 @@ class Stepper(DeferredTables):
                 continue
             if settles:
                 self._catch_up(entry)
-            table.numbers = numbers
+            if table.numbers != numbers:
+                table.change_numbers(numbers)
+                self._plan = None  # which has the crossover of the old ones
         return gradients
 
     def _name_of(self, variable: Any, buffer: _cpu.Buffer) -> str | None:

@@ -165,7 +165,7 @@ void check_cache(double beta_1, double beta_2, bool amsgrad, bool decays, Claims
   claims.note("cache: nothing of an earlier history is left", error <= kErrorLimit + 0x1p-24);
 }
 
-void check_late_rate() {
+void check_odd_steps() {
   bind::ClosedForms cache;
   AdamHyper hyper{};
   hyper.beta_1 = 0.9;
@@ -178,6 +178,14 @@ void check_late_rate() {
   steps.add(1, 1);
   cache.prepare(&first, 1, steps.view(), hyper, false);
   report(!cache.forms()[cache.places()[0]].exists, "but not if a rate to come outweighs its first steps");
+  bind::ClosedForms other;
+  Steps odd;
+  odd.add(0.001f, -0.5f);
+  for (int i = 0; i < 900; ++i) odd.add(0.001f, 0.999f);
+  const int32_t both[] = {0, 1};
+  other.prepare(both, 2, odd.view(), hyper, false);
+  report(!other.forms()[other.places()[0]].exists, "nor if a variable changes its sign");
+  report(other.forms()[other.places()[1]].exists, "but rows that came after it have one");
 }
 
 template <class T>
@@ -254,7 +262,7 @@ int main() {
       check_cache(0.0, 0.999, false, decays, claims);
     }
   }
-  check_late_rate();
+  check_odd_steps();
   check_kernels();
   return failures == 0 ? 0 : 1;
 }

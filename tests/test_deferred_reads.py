@@ -33,6 +33,21 @@ def test_a_row_that_waits_is_stale_until_it_is_read():
         np.testing.assert_array_equal(values, pair.tables[0])
 
 
+@pytest.mark.parametrize("read", ["get_weights", "get_config", "get_slot", "weights", "variables"])
+def test_what_reads_the_state_finds_every_row_up_to_date(read):
+    pair = Pair()
+    pair.step([3])
+    pair.rest(4)
+    assert pair.lags()
+    found = getattr(pair.optimizers[1], read)
+    if read == "get_slot":
+        found(pair.tables[1], "m")
+    elif callable(found):
+        found()
+    assert not pair.lags()
+    np.testing.assert_array_equal(bits(pair.tables[1]), bits(pair.tables[0]))
+
+
 def test_a_refused_step_leaves_history_and_rows_as_they_were():
     pair = Pair()
     pair.step([1, 2])

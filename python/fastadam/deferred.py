@@ -133,6 +133,13 @@ class DeferredTables(OptimizerState):
         for entry in self._slots.entries:
             self._catch_up(entry)
 
+    def _settle_known(self) -> None:
+        """Likewise, but for tables that a restored optimizer has not met."""
+        with self._lock:
+            for entry in self._slots.entries:
+                if entry.buffer is not None:
+                    self._catch_up(entry)
+
     def _catch_up_variable(self, buffer: _cpu.Buffer, ids: npt.NDArray[Any] | None = None) -> None:
         entry = self._slots.entry_of(buffer)
         if entry is None:

@@ -225,7 +225,11 @@ class Adam(Stepper, Minimizer):
     # ---- configuration ---------------------------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments as plain JSON values; callables by their present value."""
+        """The constructor's arguments as plain JSON values; callables by their present value.
+
+        Rows of deferred tables are brought up to date first, as whoever makes a second optimizer of it expects.
+        """
+        self._settle_known()
         config: dict[str, Any] = {"name": self.name}
         config.update({name: bound for name, bound in self._clip.items() if bound is not None})
         for name in ("learning_rate", "decay", "beta_1", "beta_2", "epsilon"):

@@ -149,8 +149,7 @@ def test_infinite_moments_stay_infinite(amsgrad):
     assert np.isinf(v[3]).all() == np.isinf(other[3]).all()
 
 
-def test_one_odd_rate_spoils_no_later_form():
-    """Weight decay that turns a sign, before the gaps: rows still need not be replayed."""
+def test_gaps_after_weight_decay_that_turned_a_sign():
     schedule = fastadam.schedules.PiecewiseConstantDecay([START + 1, START + 2], [1e-3, 20.0, 1e-3])
     truth, fast = (Run(m, d, weight_decay=0.1, learning_rate=schedule) for m, d in MODES)
     for run in (truth, fast):
@@ -159,6 +158,34 @@ def test_one_odd_rate_spoils_no_later_form():
         run.rest(600)
     (exact, *_), (found, *_) = truth.state(), fast.state()
     np.testing.assert_allclose(found[:20], exact[:20], rtol=1e-4)
+
+
+@pytest.mark.parametrize("gap", [3, 4, 5, 8])
+def test_a_variable_that_is_all_displacement(gap):
+    """Nothing hides the roundings of a jump: about one of the last bit. Dense steps have less."""
+    run = Run("deferred_fast")
+    run.table[...] = 0
+    run.optimizer.learning_rate = 0.0
+    run.step(range(40), low=-12)
+    run.optimizer.learning_rate = 1e-3
+    m, v = (slot[:40].astype(np.float64) for slot in run.slots()[:2])
+    run.rest(gap)
+    alphas = run.optimizer._slots.entries[0].staleness.arrays[1][1 : gap + 1].astype(np.float64)
+    exact = np.zeros_like(m)
+    for alpha in alphas:
+        m, v = m * float(F32(0.9)), v * float(F32(0.999))
+        exact -= m * alpha / (np.sqrt(v) + float(F32(1e-7)))
+    error = ulps(run.state()[0][:40], exact)
+    assert error.mean() < 1.1
+    assert error.max() < 5
+
+
+@pytest.mark.parametrize("options", [{}, {"beta_2": 0.9}, {"beta_2": 0.9, "amsgrad": True}], ids=str)
+def test_the_crossover_is_that_of_replays_where_long_gaps_have_no_form(options, monkeypatch):
+    monkeypatch.setattr("fastadam.staleness.crossover", lambda shape, item_size, replays: 1.0 + replays)
+    run = Run("deferred_fast", **options)
+    run.step([1])
+    assert run.optimizer._slots.entries[0].staleness.native[-1] == 1.0 + (options == {"beta_2": 0.9})
 
 
 MODES = [("dense", np.float64), ("deferred_fast", F32)]

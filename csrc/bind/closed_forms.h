@@ -54,8 +54,10 @@ class ClosedForms {
 
   // Whether the longest gaps have a form, if the rate is constant.
   static bool exist(double beta_1, double beta_2, bool amsgrad) {
-    StepMeasure measure(rounded_to_float(beta_1), rounded_to_float(beta_2), amsgrad);
-    const int64_t window = window_of(measure.fall(), amsgrad);
+    const double single_1 = rounded_to_float(beta_1);
+    const double single_2 = rounded_to_float(beta_2);
+    StepMeasure measure(single_1, single_2, amsgrad);
+    const int64_t window = window_of(StepMeasure::fall(single_1, single_2, amsgrad), amsgrad);
     for (int64_t step = 0; step < window; ++step) measure.prepend(1, 1);
     return measure.closed_form().exists;
   }
@@ -73,7 +75,7 @@ class ClosedForms {
   static constexpr size_t kMaxWindows = 1 << 16;
   static constexpr int kFewNodes = 2;  // enough for the default betas
 
-  double fall() const { return StepMeasure(beta_1_, beta_2_, amsgrad_, 1).fall(); }
+  double fall() const { return StepMeasure::fall(beta_1_, beta_2_, amsgrad_); }
 
   // Steps after which weights have fallen to 2^-60; AMSGrad's cost less.
   static int64_t window_of(double fall, bool amsgrad) {

@@ -20,17 +20,21 @@ FASTADAM_INLINE T transform_gradient(T g, T clip_value, T factor) {
   return g * factor;
 }
 
+// AMSGrad's second moment: the maximum, which keeps the old value against a NaN, as TF's does.
+template <class T>
+FASTADAM_INLINE T raise_vhat(T& vhat, T v) {
+  vhat += T(0);  // flushes a denormal; else it would depend on the instruction that compares
+  vhat = v > vhat ? v : vhat;
+  return vhat;
+}
+
 // Moves one variable along its moments. `keep` is 1 without weight decay, and then changes nothing. `vhat` is read and
-// written by AMSGrad only; its max keeps the old value against a NaN, as TF's does.
+// written by AMSGrad only.
 template <bool kAmsgrad, class T>
 FASTADAM_INLINE void adam_move(T& var, T m, T v, T& vhat, T keep, T alpha, T epsilon) {
   using std::sqrt;
   T second_moment = v;
-  if constexpr (kAmsgrad) {
-    vhat += T(0);  // flushes a denormal; else it would depend on the instruction that compares
-    vhat = v > vhat ? v : vhat;
-    second_moment = vhat;
-  }
+  if constexpr (kAmsgrad) second_moment = raise_vhat(vhat, v);
   var = var * keep - (m * alpha) / (sqrt(second_moment) + epsilon);
 }
 

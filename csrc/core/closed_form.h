@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "dtypes.h"
+#include "adam_math.h"
 
 namespace fastadam {
 
@@ -32,12 +32,7 @@ template <bool kAmsgrad, class T>
 FASTADAM_INLINE void adam_jump(T& var, T& m, T& v, T& vhat, const ClosedForm& form, T beta_2, T epsilon) {
   using std::sqrt;
   T second_moment = v;
-  if constexpr (kAmsgrad) {
-    const T next = v * beta_2;
-    vhat += T(0);  // as in adam_move
-    vhat = next > vhat ? next : vhat;
-    second_moment = vhat;
-  }
+  if constexpr (kAmsgrad) second_moment = raise_vhat(vhat, v * beta_2);
   const T divisor = sqrt(second_moment) + epsilon;
   const T y = epsilon / divisor;
   T p = form.numerator[kMaxNodes - 1];
@@ -57,7 +52,7 @@ class StepMeasure {
  public:
   // With `most_nodes` fewer than kMaxNodes it is quicker, and finds fewer rules.
   FASTADAM_INLINE StepMeasure(double beta_1, double beta_2, bool amsgrad, int most_nodes = kMaxNodes)
-      : beta_1_(beta_1), ratio_(amsgrad ? 1.0 : 1.0 / std::sqrt(beta_2)), amsgrad_(amsgrad), most_nodes_(most_nodes) {
+      : beta_1_(beta_1), ratio_(ratio(beta_2, amsgrad)), amsgrad_(amsgrad), most_nodes_(most_nodes) {
     double binomials[kMoments] = {1};
     for (int p = 0; p < kMoments; ++p) {
       for (int i = p; i > 0; --i) binomials[i] += binomials[i - 1];
@@ -67,7 +62,9 @@ class StepMeasure {
   }
 
   // beta_1 r: the weights fall by it from step to step.
-  FASTADAM_INLINE double fall() const { return beta_1_ * ratio_; }
+  FASTADAM_INLINE static double fall(double beta_1, double beta_2, bool amsgrad) {
+    return beta_1 * ratio(beta_2, amsgrad);
+  }
 
   // Adds the step before them all: x becomes r x + 1, the weights beta_1 r times as large.
   FASTADAM_INLINE void prepend(double alpha, double keep) {
@@ -105,6 +102,8 @@ class StepMeasure {
  private:
   static constexpr int kMoments = 2 * kMaxNodes;
   static constexpr double kTolerance = 0x1p-26;
+
+  FASTADAM_INLINE static double ratio(double beta_2, bool amsgrad) { return amsgrad ? 1.0 : 1.0 / std::sqrt(beta_2); }
 
   struct Polynomial {
     double of[kMaxNodes + 1] = {};  // of y^0, y^1, ...

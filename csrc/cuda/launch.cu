@@ -139,10 +139,10 @@ struct Launch::Tables {
   }
 
   template <class Storage>
-  void update(const StepArgs& step, bool transform, const double* clip_factors, cudaStream_t stream) {
+  void update(const StepArgs& step, const double* clip_factors, cudaStream_t stream) {
     constexpr auto kIndex = static_cast<size_t>(dtype_of_storage<Storage>());
     const auto blocks = static_cast<int64_t>(host_chunks[kIndex].size());
-    choose(step.amsgrad, transform, [&](auto amsgrad, auto transforms) {
+    choose(step.amsgrad, step.transform, [&](auto amsgrad, auto transforms) {
       using Body = DenseStep<Storage, amsgrad.value, transforms.value>;
       launch(Body{tensors.get(), gradients.get(), clip_factors, chunks[kIndex]->get(),
                   scalars_for<typename Body::Scalars>(step), step.ema_overwrite, gradient_count},
@@ -187,10 +187,10 @@ bool Launch::step(const StepArgs& step, const std::vector<TensorArgs>& tensors, 
                        tables.squares.get()},
            1, stream);
   }
-  tables.update<Float16>(step, step.transform, factors, stream);
-  tables.update<BFloat16>(step, step.transform, factors, stream);
-  tables.update<float>(step, step.transform, factors, stream);
-  tables.update<double>(step, step.transform, factors, stream);
+  tables.update<Float16>(step, factors, stream);
+  tables.update<BFloat16>(step, factors, stream);
+  tables.update<float>(step, factors, stream);
+  tables.update<double>(step, factors, stream);
   return true;
 }
 

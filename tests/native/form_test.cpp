@@ -118,6 +118,11 @@ void check_rules() {
   report(nodes_of(form_of(steps, 0, 0.9, 0.999, false)) == 2, "0.9 and 0.999 need two nodes");
   report(nodes_of(form_of(steps, 0, 0.95, 0.999, false)) == 3, "0.95 and 0.999 need three nodes");
   report(!form_of(steps, 0, 0.9, 0.95, false).exists, "0.9 and 0.95 have no rule for long gaps");
+  const auto reaches = [](double beta_2, int64_t gap) {
+    return form_of(steps_of(Rates::kConstant, gap, false), 0, 0.9, beta_2, false).exists;
+  };
+  report(reaches(0.99, 120) && !reaches(0.99, 130), "0.9 and 0.99 have one up to gaps of 120, and little more");
+  report(reaches(0.95, 16) && !reaches(0.95, 18), "0.9 and 0.95 up to gaps of 16");
   Steps negative = steps_of(Rates::kConstant, 30, false);
   negative.add(-0.001f, 1);
   negative.add(0.001f, 1);

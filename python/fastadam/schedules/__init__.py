@@ -1,0 +1,35 @@
+"""Learning rate schedules: functions of the step, in double, for one step or an array of steps.
+
+Each is a frozen record whose fields are the arguments of its Keras namesake. A schedule serves as ``learning_rate`` of
+:class:`fastadam.Adam`, which calls it with ``iterations`` and rounds the result once to the variable's dtype.
+
+Source: https://www.tensorflow.org/api_docs/python/tf/keras/optimizers/schedules.
+"""
+
+from __future__ import annotations
+
+from fastadam.schedules.config import deserialize, plot, serialize
+from fastadam.schedules.decays import (
+    CosineDecay,
+    CosineDecayRestarts,
+    ExponentialDecay,
+    InverseTimeDecay,
+    LearningRateSchedule,
+    LinearCosineDecay,
+    PiecewiseConstantDecay,
+    PolynomialDecay,
+)
+
+__all__ = [
+    "CosineDecay",
+    "CosineDecayRestarts",
+    "ExponentialDecay",
+    "InverseTimeDecay",
+    "LearningRateSchedule",
+    "LinearCosineDecay",
+    "PiecewiseConstantDecay",
+    "PolynomialDecay",
+    "deserialize",
+    "plot",
+    "serialize",
+]

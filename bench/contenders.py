@@ -14,7 +14,7 @@ HYPER = {"learning_rate": 0.001, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7
 def buffers(sizes: list[int], state: str = "none") -> list[list[np.ndarray]]:
     """Variables and gradients as NumPy allocates them; m and v too ("numpy") or as fastadam's slots ("placed")."""
     from fastadam._backend import _cpu
-    from fastadam.slots import zeros_like_variable
+    from fastadam.placement import zeros_like_variable
 
     rng = np.random.default_rng(0)
     variables, gradients = ([rng.standard_normal(n, dtype=np.float32) for n in sizes] for _ in range(2))

@@ -41,7 +41,13 @@ struct Buffer {
   bool native_order = true;
   bool c_contiguous = false;
   bool f_contiguous = false;
+  int device = kHost;               // kHost, the number of a CUDA device, or kAnywhere
+  std::optional<uintptr_t> stream;  // on which the owner orders what it does to CUDA memory
+  py::object stream_source;         // the array that tells it, which may change from call to call
   py::object owner;
+
+  static constexpr int kHost = -1;
+  static constexpr int kAnywhere = -2;  // empty: without memory
 
   uintptr_t begin() const { return reinterpret_cast<uintptr_t>(data); }
   uintptr_t end() const { return begin() + static_cast<uintptr_t>(size * item_size); }
@@ -146,19 +152,20 @@ inline void read_dltensor(Buffer& b, const dlpack::DLTensor& t) {
   }
 }
 
+// The name of the package that an object's type comes from.
+inline std::string library_of(py::handle object) {
+  const std::string module = text(py::type::handle_of(object).attr("__module__"));
+  return module.substr(0, module.find('.'));
+}
+
 // The capsule is kept, not consumed: its own destructor lets go of the memory when the Buffer dies.
-inline Buffer from_dlpack(const py::object& object, const Label& label) {
-  const auto device = object.attr("__dlpack_device__")().cast<py::tuple>();
-  if (device[0].cast<int32_t>() != dlpack::kDLCPU) {
-    throw py::value_error(label() + ": " + type_name(object) + " on DLPack device " + text(device) +
-                          ", expected CPU memory");
-  }
+inline Buffer from_dlpack(const py::object& object, const Label& label, const py::dict& arguments) {
   py::object capsule;
   try {
-    capsule = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(dlpack::kMajorVersion, 0));
+    capsule = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(dlpack::kMajorVersion, 0), **arguments);
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
-    capsule = object.attr("__dlpack__")();
+    capsule = object.attr("__dlpack__")(**arguments);
   }
   Buffer b;
   b.owner = capsule;
@@ -175,7 +182,7 @@ inline Buffer from_dlpack(const py::object& object, const Label& label) {
     if (unversioned == nullptr) throw py::error_already_set();
     read_dltensor(b, static_cast<const dlpack::DLManagedTensor*>(unversioned)->dl_tensor);
     // The old capsule has no read-only flag, and JAX exports immutable arrays through it; torch's are writable.
-    b.writable = text(py::type::handle_of(object).attr("__module__")).rfind("torch", 0) == 0;
+    b.writable = library_of(object) == "torch";
   }
   derive_layout(b);
   if (b.data == nullptr && b.size > 0) throw py::value_error(label() + ": " + type_name(object) + " without memory");
@@ -207,15 +214,34 @@ inline bool is_true(const py::object& object, const char* method) {
   return py::hasattr(object, method) && py::cast<bool>(object.attr(method)());
 }
 
+// Reads an array on a GPU; null in a module that cannot.
+using DeviceReader = Buffer (*)(const py::object& object, const Label& label);
+inline DeviceReader read_device_array = nullptr;
+
+inline Buffer from_device(const py::object& object, const Label& label) {
+  if (read_device_array != nullptr) return read_device_array(object, label);
+  throw py::value_error(label() + ": " + type_name(object) + " on a GPU, expected CPU memory");
+}
+
+inline Buffer from_any_dlpack(py::object object, const Label& label) {
+  if (is_true(object, "is_neg")) throw py::value_error(label() + ": tensor with the negative bit; resolve it first");
+  // A torch tensor that requires gradients refuses to be exported; detached it is the same memory.
+  if (py::hasattr(object, "requires_grad") && py::hasattr(object, "detach")) object = object.attr("detach")();
+  const auto device = object.attr("__dlpack_device__")().cast<py::tuple>();
+  const auto type = device[0].cast<int32_t>();
+  if (type == dlpack::kDLCPU) return from_dlpack(object, label, py::dict());
+  if (type == dlpack::kDLCUDA || type == dlpack::kDLCUDAManaged) return from_device(object, label);
+  throw py::value_error(label() + ": " + type_name(object) + " on DLPack device " + text(device) +
+                        ", expected memory of the CPU or of a CUDA device");
+}
+
 // Memory that an object of another library exports.
 inline std::optional<Buffer> read_exported(py::object object, const Label& label) {
   if (py::hasattr(object, "is_sparse") && py::bool_(object.attr("is_sparse"))) return std::nullopt;
   if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
-    if (is_true(object, "is_neg")) throw py::value_error(label() + ": tensor with the negative bit; resolve it first");
-    // A torch tensor that requires gradients refuses to be exported; detached it is the same memory.
-    if (py::hasattr(object, "requires_grad") && py::hasattr(object, "detach")) object = object.attr("detach")();
-    return from_dlpack(object, label);
+    return from_any_dlpack(std::move(object), label);
   }
+  if (py::hasattr(object, "__cuda_array_interface__")) return from_device(object, label);
   if (!py::hasattr(object, "__array_interface__") && !PyObject_CheckBuffer(object.ptr())) return std::nullopt;
   const auto array = py::module_::import("numpy").attr("asarray")(object).cast<py::array>();
   // An array with memory of its own is a copy: a NumPy scalar exports a temporary.
@@ -279,9 +305,20 @@ inline Buffer read_variable(const py::object& object, const std::string& label) 
   return *std::move(b);
 }
 
+inline std::string place_text(const Buffer& b) {
+  return b.device == Buffer::kHost ? "CPU memory" : "CUDA device " + std::to_string(b.device);
+}
+
+// Beside `like` in memory; `label` as Label::operator() gives it.
+inline void require_place(const Buffer& b, const std::string& label, const Buffer& like) {
+  if (b.device == like.device || b.device == Buffer::kAnywhere || like.device == Buffer::kAnywhere) return;
+  throw py::value_error(label + ": in " + place_text(b) + ", expected " + place_text(like) + " like " + like.label);
+}
+
 // m, v or vhat of `var`.
 inline Buffer read_state(const py::object& object, const std::string& label, const Buffer& var) {
   Buffer b = read_variable(object, label);
+  require_place(b, label, var);
   if (b.shape != var.shape) {
     throw py::value_error(label + ": shape " + tuple_text(b.shape) + ", expected " + tuple_text(var.shape) + " like " +
                           var.label);
@@ -296,8 +333,14 @@ inline Buffer read_state(const py::object& object, const std::string& label, con
   return b;
 }
 
-// The memory as a NumPy array, for conversions in Python. bfloat16, which NumPy lacks, comes as its uint16 bits.
+// Copies memory of a device; null in a module that reads none.
+using DeviceCopier = py::array (*)(const Buffer& b);
+inline DeviceCopier copy_device_array = nullptr;
+
+// The memory as a NumPy array, for conversions in Python; a copy of what lies on a device. bfloat16, which NumPy lacks,
+// comes as its uint16 bits.
 inline py::array as_numpy(const Buffer& b) {
+  if (b.device != Buffer::kHost) return copy_device_array(b);
   if (!b.dtype && py::isinstance<py::array>(b.owner)) return py::reinterpret_borrow<py::array>(b.owner);
   if (!b.dtype) throw py::type_error(b.label + ": " + b.dtype_name + ", expected a float array");
   const py::dtype dtype(*b.dtype == DType::kBFloat16 ? "uint16" : name_of(*b.dtype));

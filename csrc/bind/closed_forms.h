@@ -63,6 +63,7 @@ class ClosedForms {
   }
 
   const ClosedForm* forms() const { return forms_.data(); }
+  int64_t count() const { return static_cast<int64_t>(forms_.size()); }
   const int32_t* places() const { return places_.data(); }
 
  private:

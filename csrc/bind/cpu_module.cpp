@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -10,20 +11,13 @@
 #include "../core/split.h"
 #include "../cpu/dispatch.h"
 #include "../cpu/launch.h"
+#include "cpu_backend.h"
 #include "register_ops.h"
 
 namespace {
 
 namespace py = pybind11;
 namespace cpu = fastadam::cpu;
-
-struct CpuBackend {
-  static void index_rows(fastadam::IndexArgs& args) { cpu::index_rows(args); }
-  static void run_step(const fastadam::StepArgs& step) { cpu::run_step(step); }
-  static void run_accumulate(const fastadam::AccumulateArgs& args) { cpu::run_accumulate(args); }
-  static void run_norm(const fastadam::NormArgs& args) { cpu::run_norm(args); }
-  static void run_sum_rows(const fastadam::SumArgs& args) { cpu::run_sum_rows(args); }
-};
 
 std::string quoted_names(bool usable_only) {
   std::string names;
@@ -71,12 +65,44 @@ std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t>>> split(const std:
   return result;
 }
 
+// Sums of squares of arrays of the four dtypes, contiguous in any order.
+std::vector<double> sums_of_squares(const py::list& objects) {
+  using namespace fastadam::bind;
+  using fastadam::TensorArgs;
+  std::vector<TensorArgs> tensors;
+  std::vector<Buffer> buffers;
+  for (size_t i = 0; i < objects.size(); ++i) {
+    const Label label{"grads", static_cast<int64_t>(i)};
+    std::optional<Buffer> b = read_array(objects[i], label);
+    if (!b || !b->dtype || !b->native_order || !b->aligned() || !(b->c_contiguous || b->f_contiguous)) {
+      throw py::type_error(label() + ": must be converted first");
+    }
+    TensorArgs tensor{};
+    tensor.grad = b->data;
+    tensor.grad_size = b->size;
+    tensor.dtype = tensor.grad_dtype = *b->dtype;
+    tensors.push_back(tensor);
+    buffers.push_back(*std::move(b));
+  }
+  Norms norms;
+  norms.resize(tensors, std::numeric_limits<double>::infinity());
+  {
+    // Safe: only the memory that `buffers` keeps alive is read.
+    const py::gil_scoped_release unlocked;
+    cpu::run_norm(norms.args());
+  }
+  std::vector<double> sums;
+  for (size_t i = 0; i < tensors.size(); ++i) sums.push_back(norms.sum_squares(i));
+  return sums;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("__version__") = FASTADAM_VERSION;
   m.attr("compiler") = FASTADAM_COMPILER;
-  fastadam::bind::register_ops<CpuBackend>(m);
+  fastadam::bind::register_ops<fastadam::bind::CpuBackend>(m);
+  m.def("sums_of_squares", &sums_of_squares, py::arg("arrays"));
   m.def("compiled_isas", &compiled_isas);
   m.def("current_isa", [] { return std::string(cpu::current_isa().name); });
   m.def("set_isa", &set_isa, py::arg("name"));

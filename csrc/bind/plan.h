@@ -4,28 +4,29 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
 
-#include "norms.h"
 #include "step_checks.h"
 #include "tensors.h"
 
 namespace fastadam::bind {
 
+template <class Backend>
 class Plan {
  public:
-  explicit Plan(TensorSet set) : set_(std::move(set)) {}
+  template <class... Arguments>
+  explicit Plan(Arguments&&... arguments) : set_(std::forward<Arguments>(arguments)...) {}
 
-  const TensorSet& set() const { return set_; }
+  const TensorSet<Backend>& set() const { return set_; }
+  Backend& backend() { return set_.backend(); }
 
   // Raises what is wrong with the gradients; returns those that must be converted before step().
-  template <class Backend>
   std::vector<size_t> check(const py::list& gradients) {
+    const typename Backend::Scope scope(backend(), set_.place());
     std::vector<size_t> to_convert = set_.check(gradients);
-    if (to_convert.empty()) set_.index_rows<Backend>();
+    if (to_convert.empty()) set_.index_rows();
     return to_convert;
   }
 
@@ -34,65 +35,62 @@ class Plan {
 
   // Does the step, or nothing if some gradients must be converted first: these are returned.
   // `counter`, if not null, goes up by one after the update, where no signal can come between.
-  template <class Backend>
   std::vector<size_t> step(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
                            int64_t* counter) {
+    const typename Backend::Scope scope(backend(), set_.place());
     std::vector<size_t> to_convert = set_.check(gradients);
     if (!to_convert.empty()) return to_convert;
-    set_.index_rows<Backend>();
+    set_.index_rows();
     const StepArgs args = arguments(hyper, factors);
     set_.require_current();
-    if (hyper.clip_after_dedupe && clips(hyper)) set_.sum_rows<Backend>(clips_norms(hyper));
-    for (size_t i : set_.crowded_tables()) catch_up_table<Backend>(i, args, hyper);
+    if (hyper.clip_after_dedupe && clips(hyper)) set_.sum_rows(clips_norms(hyper));
+    for (size_t i : set_.crowded_tables()) catch_up_table(i, args, hyper, counter);
     set_.read_histories(hyper);
-    run<Backend>(args, hyper, counter);
+    run(args, hyper, counter);
     return {};
   }
 
   // Adds the gradients, times `scale`, to their accumulators, which count as zero if `restart`; then `update`, if it is
   // not null, makes the step with what its accumulators hold. Returns gradients to convert, like step().
-  template <class Backend>
   std::vector<size_t> accumulate(const py::list& gradients, double scale, bool require_finite, bool restart,
                                  Plan* update, const AdamHyper& hyper, int64_t* counter) {
+    const typename Backend::Scope scope(backend(), set_.place());
     std::vector<size_t> to_convert = set_.check(gradients);
     if (!to_convert.empty()) return to_convert;
     set_.require_current();
-    set_.index_rows<Backend>();
+    set_.index_rows();
     if (update != nullptr) {  // refused before anything is written
       update->set_.require_current();
       update->arguments(hyper, {});
     }
     for (size_t i = 0; i < set_.tensors().size(); ++i) set_.tensors()[i].grad_factor = usable_factor(scale, i);
-    constexpr double kNoClip = std::numeric_limits<double>::infinity();
-    if (require_finite) norms_.resize(set_.tensors(), kNoClip, true);
     {
       const py::gil_scoped_release unlocked;
-      if (require_finite) Backend::run_norm(norms_.args());
-      all_finite_ = !require_finite || norms_.all_finite();
-      if (all_finite_) Backend::run_accumulate({set_.chains(), restart});
+      all_finite_ = backend().accumulate({set_.chains(), restart}, require_finite, set_.tensors(), call_of(counter));
     }
     set_.forget_gradients();
     if (!all_finite_) return {};
     if (update == nullptr) {
       count(counter);
     } else {
+      const typename Backend::Scope update_scope(update->backend(), update->set_.place());
       update->set_.read_accumulators();
-      update->run<Backend>(update->arguments(hyper, {}), hyper, counter);
+      update->run(update->arguments(hyper, {}), hyper, counter);
     }
     return {};
   }
 
   // Brings rows of a stale table, the only variable, up to date: those that `ids` name, or all. No step.
-  template <class Backend>
-  void catch_up(const std::optional<py::array>& ids, const AdamHyper& hyper) {
+  void catch_up(const std::optional<py::object>& ids, const AdamHyper& hyper) {
+    const typename Backend::Scope scope(backend(), set_.place());
     const StepArgs args = arguments(hyper, {});
     set_.require_current();
-    set_.choose_rows<Backend>(ids, hyper);
+    set_.choose_rows(ids, hyper);
     {
       const py::gil_scoped_release unlocked;
-      Backend::run_step(args);
+      backend().catch_up(args, set_.tensors()[0], 0);
     }
-    if (ids) set_.note_histories(nullptr);
+    if (ids) set_.note_histories(nullptr, 0);
     if (!ids) set_.clear_history(0);
     set_.forget_gradients();
   }
@@ -107,40 +105,31 @@ class Plan {
 
   static bool clips(const AdamHyper& hyper) { return clips_norms(hyper) || std::isfinite(hyper.clip_value); }
 
+  static int64_t call_of(const int64_t* counter) { return counter == nullptr ? 0 : *counter; }
+
   static void count(int64_t* counter) {
     if (counter != nullptr) ++*counter;
   }
 
   // Changes no bit that is read by gather or sync: it may come before the gradients are found finite.
-  template <class Backend>
-  void catch_up_table(size_t i, StepArgs args, const AdamHyper& hyper) {
+  void catch_up_table(size_t i, const StepArgs& args, const AdamHyper& hyper, const int64_t* counter) {
     const TensorArgs tensor = set_.all_rows_of(i, hyper);
-    constexpr int64_t kHead = 0;
-    const int64_t offsets[] = {0, tensor.size};
-    args.chains = {&tensor, &kHead, offsets, 1};
     {
       const py::gil_scoped_release unlocked;
-      Backend::run_step(args);
+      backend().catch_up(args, tensor, call_of(counter));
     }
     set_.clear_history(i);
   }
 
-  template <class Backend>
   void run(const StepArgs& args, const AdamHyper& hyper, int64_t* counter) {
     set_.require_current();
-    const bool clip_norms = clips_norms(hyper);
-    const bool read_first = clip_norms || hyper.require_finite;
-    if (read_first) norms_.resize(set_.tensors(), raw_clip_value(hyper), hyper.require_finite);
     {
       // Safe: the kernels touch only memory that this Plan and the gradients' owners keep alive.
       const py::gil_scoped_release unlocked;
-      if (read_first) Backend::run_norm(norms_.args());
-      all_finite_ = !hyper.require_finite || norms_.all_finite();
-      if (clip_norms) norms_.fold_into(set_.tensors(), hyper);
-      if (all_finite_) Backend::run_step(args);
+      all_finite_ = backend().step(args, set_.tensors(), hyper, call_of(counter));
     }
-    if (all_finite_) set_.note_histories(&args);
-    if (all_finite_) count(counter);
+    if (all_finite_) set_.note_histories(&args, call_of(counter));
+    if (all_finite_ && !backend().is_capturing()) count(counter);
     set_.forget_gradients();
   }
 
@@ -170,8 +159,7 @@ class Plan {
                                                  : ": infinite in float32, expected a finite number"));
   }
 
-  TensorSet set_;
-  Norms norms_;
+  TensorSet<Backend> set_;
   bool all_finite_ = true;
 };
 

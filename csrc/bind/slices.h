@@ -16,12 +16,6 @@
 
 namespace fastadam::bind {
 
-// What Python hands over for a gradient that is an IndexedSlices.
-struct Slices {
-  py::object values;
-  py::object indices;
-};
-
 // The indices of one gradient, with the memory in which they are sorted.
 class RowIndex {
  public:
@@ -42,10 +36,13 @@ class RowIndex {
   RowIndex(const RowIndex&) = delete;
   RowIndex& operator=(const RowIndex&) = delete;
 
-  // False if an index is not a row of the variable: bad() tells which.
-  template <class Backend>
-  bool sort() {
-    Backend::index_rows(args_);
+  int64_t count() const { return args_.count; }
+  size_t rank() const { return 1; }
+
+  // False if an index is not a row of the variable: bad() tells which. `sort_indices` does the work.
+  template <class SortIndices>
+  bool sort(SortIndices sort_indices) {
+    sort_indices(args_);
     rows_.rows = args_.keys;
     rows_.starts = args_.spare_keys;
     rows_.order = args_.order;

@@ -13,26 +13,35 @@
 
 #include "../core/step_args.h"
 #include "buffers.h"
-#include "slices.h"
-#include "stale.h"
 #include "variables.h"
 
 namespace fastadam::bind {
 
-using Histories = std::vector<std::optional<StaleTable::Arrays>>;
+// What Python hands over for a gradient that is an IndexedSlices.
+struct Slices {
+  py::object values;
+  py::object indices;
+};
 
+// A Backend (cpu_backend.h, cuda_backend.h) says how rows are sorted, where histories lie, and runs the kernels.
+template <class Backend>
 class TensorSet : public VariableSet {
  public:
+  using Histories = std::vector<std::optional<typename Backend::Table::Arrays>>;
+
   // The first arguments are those of VariableSet.
   // `lazy`: IndexedSlices move only the rows that they touch.
   // `histories[i]`: of variable i, if it is a table in a deferred mode.
+  // `context`: what the Backend shares between the plans of an optimizer, or None.
   TensorSet(std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
-            std::vector<int64_t> positions, bool lazy, const Histories& histories)
-      : VariableSet(std::move(variables), slots, decays, std::move(positions)), lazy_(lazy) {
+            std::vector<int64_t> positions, bool lazy, const Histories& histories, const py::object& context)
+      : VariableSet(std::move(variables), slots, decays, std::move(positions)),
+        backend_(*this, tensors_, context),
+        lazy_(lazy) {
     indexes_.resize(variables_.size());
     require_length("histories", histories.size());
     for (size_t i = 0; i < histories.size(); ++i) {
-      tables_.push_back(histories[i] ? std::make_unique<StaleTable>(*histories[i], variables_[i]) : nullptr);
+      tables_.push_back(histories[i] ? backend_.table_of(*histories[i], variables_[i]) : nullptr);
       has_tables_ = has_tables_ || histories[i];
     }
   }
@@ -49,21 +58,22 @@ class TensorSet : public VariableSet {
   }
 
   // Sorts the indices of IndexedSlices; raises if one is no row of its variable. Writes nothing else.
-  template <class Backend>
   void index_rows() {
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      if (tensors_[i].rows != nullptr && !sort<Backend>(*indexes_[i])) {
-        throw py::value_error(gradient_label(i)() + ".indices[" + std::to_string(indexes_[i]->bad()) + "]: " +
-                              std::to_string(indexes_[i]->bad_index()) + " is no row of " + variables_[i].label +
-                              ", expected 0 <= index < " + std::to_string(variables_[i].shape[0]));
+      if (tensors_[i].rows != nullptr && !sort(i)) {
+        throw py::value_error(bad_index_text(i, indexes_[i]->bad(), indexes_[i]->bad_index()));
       }
     }
     measure();
   }
 
+  std::string bad_index_text(size_t i, int64_t place, int64_t index) const {
+    return gradient_label(i)() + ".indices[" + std::to_string(place) + "]: " + std::to_string(index) +
+           " is no row of " + variables_[i].label + ", expected 0 <= index < " + std::to_string(variables_[i].shape[0]);
+  }
+
   // Puts the sums of the rows in the place of the values of IndexedSlices, unless they are equal; `ascending`: their
   // order counts. Raises if there is no memory; writes no other.
-  template <class Backend>
   void sum_rows(bool ascending) {
     std::vector<void*> sums(tensors_.size());
     std::vector<int64_t> offsets{0};
@@ -72,7 +82,7 @@ class TensorSet : public VariableSet {
       const TensorArgs& tensor = tensors_[i];
       offsets.push_back(offsets.back());
       if (tensor.rows == nullptr || indexes_[i]->is_summed(ascending)) continue;
-      sums[i] = indexes_[i]->make_sums(state_dtype(tensor.grad_dtype));
+      sums[i] = backend_.make_sums(*indexes_[i], tensor);
       offsets.back() += tensor.rows->count * tensor.rows->width;
       value_count += tensor.grad_size;
     }
@@ -81,7 +91,7 @@ class TensorSet : public VariableSet {
       // Safe: only the gradients are read, which the caller and `exported_` keep alive.
       const py::gil_scoped_release unlocked;
       const auto count = static_cast<int64_t>(tensors_.size());
-      Backend::run_sum_rows({tensors_.data(), offsets.data(), count, value_count, sums.data()});
+      backend_.run_sum_rows({tensors_.data(), offsets.data(), count, value_count, sums.data()});
     }
     for (size_t i = 0; i < tensors_.size(); ++i) {
       if (sums[i] != nullptr) use_sums(sums[i], i);
@@ -93,7 +103,7 @@ class TensorSet : public VariableSet {
     std::vector<size_t> crowded;
     for (size_t i = 0; has_tables_ && i < tensors_.size(); ++i) {
       const Rows* rows = tensors_[i].rows;
-      if (tables_[i] != nullptr && rows != nullptr && tables_[i]->is_crowded(*rows)) crowded.push_back(i);
+      if (tables_[i] != nullptr && rows != nullptr && is_crowded(i)) crowded.push_back(i);
     }
     return crowded;
   }
@@ -116,7 +126,7 @@ class TensorSet : public VariableSet {
       TensorArgs& tensor = tensors_[i];
       tensor.stale = nullptr;
       if (tables_[i] == nullptr) continue;
-      const bool waits = tensor.rows != nullptr && !(tables_[i]->is_empty() && tables_[i]->is_crowded(*tensor.rows));
+      const bool waits = tensor.rows != nullptr && !(tables_[i]->is_empty() && is_crowded(i));
       if (waits) tables_[i]->require_room(variables_[i].label);
       if (waits) tensor.stale = &tables_[i]->rows(tensor.rows, hyper, amsgrad());
       if (tensor.rows == nullptr && !tables_[i]->is_empty()) {
@@ -127,24 +137,22 @@ class TensorSet : public VariableSet {
   }
 
   // The rows that `ids` name of the only variable, or all: the next step has no gradient and brings them up to date.
-  template <class Backend>
-  void choose_rows(const std::optional<py::array>& ids, const AdamHyper& hyper) {
+  void choose_rows(const std::optional<py::object>& ids, const AdamHyper& hyper) {
     TensorArgs& tensor = tensors_.at(0);
     tensor.grad = nullptr;
     tensor.rows = nullptr;
-    if (ids) indexes_[0] = std::make_unique<RowIndex>(*ids, variables_[0]);
+    if (ids) indexes_[0] = backend_.index_of(*ids, Label{"ids"}, variables_[0]);
     if (ids) tensor.rows = &indexes_[0]->rows();
-    index_rows<Backend>();
+    index_rows();
     tensor.stale = &tables_.at(0)->rows(tensor.rows, hyper, amsgrad());
     measure();
   }
 
   // After a step, whose scalars these are, or after rows have only been brought up to date.
-  void note_histories(const StepArgs* step) {
+  void note_histories(const StepArgs* step, int64_t call) {
     for (size_t i = 0; i < tensors_.size(); ++i) {
       if (tensors_[i].stale == nullptr || tensors_[i].rows == nullptr) continue;
-      tables_[i]->note(*tensors_[i].rows, step == nullptr ? nullptr : &step->scalars_f32,
-                       step == nullptr ? nullptr : &step->scalars_f64, tensors_[i].decays);
+      tables_[i]->note(*tensors_[i].rows, step, tensors_[i].decays, call);
     }
   }
 
@@ -156,10 +164,12 @@ class TensorSet : public VariableSet {
 
   bool lazy() const { return lazy_; }
 
+  Backend& backend() { return backend_; }
+
   // The gradients of the last check are used; what they belong to need not be kept any more.
   void forget_gradients() {
     exported_.clear();
-    for (auto& index : indexes_) index.reset();
+    for (auto& index : indexes_) backend_.drop(index);
     for (TensorArgs& tensor : tensors_) tensor.rows = nullptr;
   }
 
@@ -194,7 +204,9 @@ class TensorSet : public VariableSet {
                             tuple_text(var.shape) + " like " + var.label);
     }
     const bool readable = g->dtype == var.dtype || g->dtype == state_dtype(*var.dtype);
-    if (!readable || !g->native_order || !g->same_layout(var) || !g->aligned()) return false;
+    require_place(*g, gradient_label(i)(), place());
+    if (!readable || !g->native_order || !g->same_layout(var) || !g->aligned()) return refuse_on_device(*g, var, i);
+    backend_.order_after(*g);
     set_gradient(g->data, *g->dtype, i);
     exported_.push_back(std::move(g->owner));
     return true;
@@ -205,24 +217,39 @@ class TensorSet : public VariableSet {
     require_rows(i);
     const Label label{gradient_label(i)() + ".values"};
     std::optional<Buffer> values = read_array(slices.values, label);
-    if (!values || !is_index_array(slices.indices)) return false;
-    const auto indices = py::reinterpret_borrow<py::array>(slices.indices);
+    if (!values || !backend_.takes_indices(slices.indices)) return false;
+    require_place(*values, label(), place());
+    indexes_[i] = backend_.index_of(slices.indices, Label{gradient_label(i)() + ".indices"}, var);
+    if (indexes_[i]->rank() != 1) throw py::value_error(gradient_label(i)() + ".indices: expected one axis");
     std::vector<int64_t> shape = var.shape;
-    shape[0] = indices.size();
+    shape[0] = indexes_[i]->count();
     if (values->shape != shape) {
       throw py::value_error(label() + ": shape " + tuple_text(values->shape) + ", expected " + tuple_text(shape) +
                             ", a row of " + var.label + " for each index");
     }
     const bool readable = values->dtype == var.dtype || values->dtype == state_dtype(*var.dtype);
-    if (!readable || !values->native_order || !values->c_contiguous || !values->aligned()) return false;
+    const bool as_it_lies = readable && values->native_order && values->c_contiguous && values->aligned();
+    if (!as_it_lies) return refuse_on_device(*values, var, i);
+    backend_.order_after(*values);
     tensors_[i].grad_size = values->size;
     set_gradient(values->data, *values->dtype, i);
-    indexes_[i] = std::make_unique<RowIndex>(indices, var);
     tensors_[i].rows = &indexes_[i]->rows();
     exported_.push_back(std::move(values->owner));
-    exported_.push_back(indices);
+    exported_.push_back(slices.indices);
     return true;
   }
+
+  // False: Python converts a gradient of the CPU.
+  bool refuse_on_device(const Buffer& g, const Buffer& var, size_t i) const {
+    if (g.device == Buffer::kHost) return false;
+    const std::string found = gradient_label(i)() + ": " + (g.dtype ? name_of(*g.dtype) : g.dtype_name.c_str());
+    const bool is_known = g.dtype == var.dtype || g.dtype == state_dtype(*var.dtype);
+    if (!is_known) throw py::type_error(found + ", expected " + name_of(*var.dtype) + " like " + var.label);
+    throw py::value_error(found + " with strides " + tuple_text(g.strides) + " for shape " + tuple_text(g.shape) +
+                          ", expected a contiguous array in order " + var.order() + " like " + var.label);
+  }
+
+  bool is_crowded(size_t i) const { return tables_[i]->is_crowded(*tensors_[i].rows, indexes_[i]->count()); }
 
   // What a variable needs for IndexedSlices.
   void require_rows(size_t i) const {
@@ -235,10 +262,9 @@ class TensorSet : public VariableSet {
     }
   }
 
-  template <class Backend>
-  static bool sort(RowIndex& index) {
+  bool sort(size_t i) {
     const py::gil_scoped_release unlocked;
-    return index.sort<Backend>();
+    return backend_.sort(*indexes_[i], static_cast<int64_t>(i));
   }
 
   int64_t elements(const TensorArgs& tensor) const {
@@ -269,9 +295,10 @@ class TensorSet : public VariableSet {
                           ", which the step writes; expected a separate array");
   }
 
-  std::vector<py::object> exported_;                 // keep gradients that are not ndarrays alive during a step
-  std::vector<std::unique_ptr<RowIndex>> indexes_;   // of the gradients that are IndexedSlices
-  std::vector<std::unique_ptr<StaleTable>> tables_;  // of the variables in a deferred mode
+  Backend backend_;
+  std::vector<py::object> exported_;  // keep gradients that are not ndarrays alive during a step
+  std::vector<std::unique_ptr<typename Backend::Index>> indexes_;  // of the gradients that are IndexedSlices
+  std::vector<std::unique_ptr<typename Backend::Table>> tables_;   // of the variables in a deferred mode
   bool has_tables_ = false;
   bool lazy_;
 };

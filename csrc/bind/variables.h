@@ -26,6 +26,7 @@ class VariableSet {
       : variables_(std::move(variables)), positions_(std::move(positions)) {
     for (const auto& [name, arrays] : slots) require_length(text(name).c_str(), py::len(arrays));
     require_length("decays", decays.size());
+    for (const Buffer& b : variables_) require_place(b, b.label, place());
     for (size_t i = 0; i < variables_.size(); ++i) add_tensor(slots, i, decays[i]);
     chain_repeats();
     refuse_overlaps();
@@ -69,6 +70,13 @@ class VariableSet {
   bool amsgrad() const { return !tensors_.empty() && tensors_[0].vhat != nullptr; }
 
   int64_t position(size_t i) const { return positions_[i]; }
+
+  // A variable that has memory, if there is one: all lie where it does.
+  const Buffer& place() const {
+    const auto found = std::find_if(variables_.begin(), variables_.end(),
+                                    [](const Buffer& b) { return b.device != Buffer::kAnywhere; });
+    return found == variables_.end() ? variables_.at(0) : *found;
+  }
 
  protected:
   struct Interval {

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "dtypes.h"
+
 namespace fastadam {
 
 // What the user chose, in double; in the order of StepHyper in python/fastadam/hyper.py.
@@ -28,7 +30,7 @@ struct AdamHyper {
 };
 
 // The value clip for gradients as they come, before gradient_scale.
-inline double raw_clip_value(const AdamHyper& hyper) { return hyper.clip_value / hyper.gradient_scale; }
+FASTADAM_INLINE double raw_clip_value(const AdamHyper& hyper) { return hyper.clip_value / hyper.gradient_scale; }
 
 template <class T>
 struct StepScalars {
@@ -46,30 +48,35 @@ struct StepScalars {
 
 // In float32 this is TF bit for bit: powf of libm, every operation rounded to float, left to right
 // (tensorflow/core/kernels/training_ops.cc, ApplyAdamNonCuda; Keras optimizer_v2 `_decayed_lr`).
+// `power_1`, `power_2`: beta_1^t and beta_2^t; a GPU, whose `pow` rounds otherwise, has them in tables.
 template <class T>
-StepScalars<T> make_step_scalars(const AdamHyper& hyper) {
+FASTADAM_INLINE StepScalars<T> step_scalars_of(const AdamHyper& hyper, T learning_rate, T power_1, T power_2) {
+  using std::sqrt;
   const T one(1);
-  const T step = static_cast<T>(hyper.step);
-  const T beta_1 = static_cast<T>(hyper.beta_1);
-  const T beta_2 = static_cast<T>(hyper.beta_2);
-  T learning_rate = static_cast<T>(hyper.learning_rate);
   if (hyper.decay > 0) {
     learning_rate = learning_rate / (one + static_cast<T>(hyper.decay) * static_cast<T>(hyper.step - 1));
   }
   StepScalars<T> scalars;
-  const T root = std::sqrt(one - std::pow(beta_2, step));
-  const T correction = one - std::pow(beta_1, step);
+  const T root = sqrt(one - power_2);
+  const T correction = one - power_1;
   scalars.alpha = learning_rate * root / correction;
   scalars.row_alpha = learning_rate * (root / correction);
-  scalars.beta_1 = beta_1;
-  scalars.beta_2 = beta_2;
-  scalars.one_minus_beta_1 = one - beta_1;
-  scalars.one_minus_beta_2 = one - beta_2;
+  scalars.beta_1 = static_cast<T>(hyper.beta_1);
+  scalars.beta_2 = static_cast<T>(hyper.beta_2);
+  scalars.one_minus_beta_1 = one - scalars.beta_1;
+  scalars.one_minus_beta_2 = one - scalars.beta_2;
   scalars.epsilon = static_cast<T>(hyper.epsilon);
   scalars.clip_value = static_cast<T>(raw_clip_value(hyper));
   scalars.keep = one - static_cast<T>(hyper.weight_decay) * learning_rate;
   scalars.ema_momentum = static_cast<T>(hyper.ema_momentum);
   return scalars;
+}
+
+template <class T>
+StepScalars<T> make_step_scalars(const AdamHyper& hyper) {
+  const T step = static_cast<T>(hyper.step);
+  return step_scalars_of<T>(hyper, static_cast<T>(hyper.learning_rate), std::pow(static_cast<T>(hyper.beta_1), step),
+                            std::pow(static_cast<T>(hyper.beta_2), step));
 }
 
 }  // namespace fastadam

@@ -3,49 +3,55 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
 
-#include "bodies.h"
+#include "norm_bodies.h"
 
 namespace fastadam::cuda {
 
-// Of the variables of this dtype: an empty one has none.
-inline std::vector<Chunk> chunks_of(const Chains& chains, DType dtype) {
-  std::vector<Chunk> chunks;
+// Tensors that can be updated at a time: rounds[i] has the i-th gradient of every variable.
+inline std::vector<std::vector<int64_t>> rounds_of(const Chains& chains) {
+  std::vector<std::vector<int64_t>> rounds;
   for (int64_t k = 0; k < chains.count; ++k) {
-    const TensorArgs& tensor = chains.tensors[chains.heads[k]];
+    size_t round = 0;
+    for (int64_t t = chains.heads[k]; t >= 0; t = chains.tensors[t].next, ++round) {
+      if (round == rounds.size()) rounds.emplace_back();
+      rounds[round].push_back(t);
+    }
+  }
+  return rounds;
+}
+
+// Of those of these tensors that have this dtype; an empty one has none.
+inline std::vector<Chunk> chunks_of(const std::vector<TensorArgs>& tensors, const std::vector<int64_t>& chosen,
+                                    DType dtype) {
+  std::vector<Chunk> chunks;
+  for (int64_t t : chosen) {
+    const TensorArgs& tensor = tensors[static_cast<size_t>(t)];
     if (tensor.dtype != dtype) continue;
-    for (int64_t begin = 0; begin < tensor.size; begin += kChunkElements) chunks.push_back({chains.heads[k], begin});
+    for (int64_t begin = 0; begin < tensor.size; begin += kChunkElements) chunks.push_back({t, begin});
   }
   return chunks;
 }
 
-inline int most_gradients(const Chains& chains) {
-  int most = 0;
-  for (int64_t k = 0; k < chains.count; ++k) {
-    int count = 0;
-    for (int64_t t = chains.heads[k]; t >= 0; t = chains.tensors[t].next) ++count;
-    most = std::max(most, count);
-  }
-  return most;
+inline Gradient gradient_of(const TensorArgs& tensor) {
+  return {tensor.grad, tensor.grad_factor, tensor.grad_size, tensor.grad_dtype};
 }
 
-// What one SetGradients takes of the tensors from `first` on; returns how many.
-inline int64_t fill_gradients(Gradient* gradients, const std::vector<TensorArgs>& tensors, size_t first) {
-  const size_t count = std::min<size_t>(SetGradients::kCount, tensors.size() - first);
-  for (size_t i = 0; i < count; ++i) {
-    const TensorArgs& tensor = tensors[first + i];
-    gradients[i] = {tensor.grad, tensor.grad_factor, tensor.grad_dtype};
-  }
+// What one SetGradients takes of the gradients from `first` on; returns how many.
+inline int64_t fill_gradients(Gradient* filled, const std::vector<Gradient>& gradients, size_t first) {
+  const size_t count = std::min<size_t>(SetGradients::kCount, gradients.size() - first);
+  std::copy_n(gradients.begin() + static_cast<std::ptrdiff_t>(first), count, filled);
   return static_cast<int64_t>(count);
 }
 
-// Blocks of a norm before each tensor, and all of them.
+// Blocks of a norm before each gradient, and all of them.
 inline std::vector<int64_t> norm_offsets(const std::vector<TensorArgs>& tensors) {
   std::vector<int64_t> offsets{0};
-  for (const TensorArgs& tensor : tensors) offsets.push_back(offsets.back() + norm_blocks(tensor.size));
+  for (const TensorArgs& tensor : tensors) offsets.push_back(offsets.back() + norm_blocks(tensor.grad_size));
   return offsets;
 }
 
@@ -60,6 +66,19 @@ inline int64_t norm_grid(const std::vector<int64_t>& offsets) {
   return (offsets.back() + SumSquares::kWarps - 1) / SumSquares::kWarps;
 }
 
+// beta^t for t = 0, 1, ... as far as 1 - beta^t is not 1 in T; none if there are more than a graph should carry.
+template <class T>
+std::vector<T> powers_of(double beta) {
+  constexpr int64_t kMost = int64_t{1} << 20;
+  constexpr T kLost = sizeof(T) == 4 ? T(0x1p-25) : T(0x1p-54);
+  std::vector<T> powers;
+  for (int64_t t = 0; t < kMost; ++t) {
+    powers.push_back(std::pow(static_cast<T>(beta), static_cast<T>(t)));
+    if (powers.back() <= kLost) return powers;
+  }
+  return {};
+}
+
 // Calls run with the two as std::bool_constant.
 template <class Run>
 void choose(bool amsgrad, bool transform, Run run) {
@@ -67,6 +86,21 @@ void choose(bool amsgrad, bool transform, Run run) {
   using No = std::false_type;
   if (amsgrad) return transform ? run(Yes{}, Yes{}) : run(Yes{}, No{});
   return transform ? run(No{}, Yes{}) : run(No{}, No{});
+}
+
+// Calls run with a value of the type in which a dtype is stored.
+template <class Run>
+void with_storage(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return run(Float16{});
+    case DType::kBFloat16:
+      return run(BFloat16{});
+    case DType::kFloat32:
+      return run(0.0F);
+    default:
+      return run(0.0);
+  }
 }
 
 }  // namespace fastadam::cuda

@@ -1,197 +1,246 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches the bodies of bodies.h over tables on the device.
-#include <cuda_runtime.h>
-
+// A step: its numbers, norms and factors, then all dense gradients in a launch for each dtype, then the rows.
 #include <array>
 #include <cmath>
-#include <stdexcept>
 
-#include "bodies.h"
 #include "chunks.h"
+#include "context.h"
 #include "launch.h"
 
 namespace fastadam::cuda {
 namespace {
 
-void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
-}
+using ChunksByDType = std::array<DeviceArray<Chunk>, kDTypeCount>;
 
-template <class Body>
-__global__ void __launch_bounds__(Body::kThreads) run(const __grid_constant__ Body body) {
-  __shared__ typename Body::Shared shared;
-  const int phases = body.phases();
-  for (int phase = 0; phase < phases; ++phase) {
-    if (phase > 0) __syncthreads();
-    body.phase(phase, static_cast<int64_t>(blockIdx.x), static_cast<int64_t>(threadIdx.x), shared);
+// How the launches of a step are cut: it depends on which gradients are IndexedSlices, and on their sizes.
+struct Layout {
+  struct Round {
+    ChunksByDType dense;
+    std::vector<int64_t> slices;
+  };
+  std::vector<int64_t> key;
+  std::vector<Round> rounds;
+  ChunksByDType averages;
+  std::vector<int64_t> host_offsets;
+  DeviceArray<int64_t> offsets;
+  DeviceArray<double> sums, factors, squares;
+
+  Layout(std::vector<int64_t> of, const std::vector<TensorArgs>& tensors,
+         const std::vector<std::vector<int64_t>>& order, cudaStream_t stream)
+      : key(std::move(of)),
+        host_offsets(norm_offsets(tensors)),
+        offsets(host_offsets, stream),
+        sums(host_offsets.back()),
+        factors(static_cast<int64_t>(tensors.size())),
+        squares(static_cast<int64_t>(tensors.size())) {
+    std::vector<int64_t> averaged;
+    for (const std::vector<int64_t>& chosen : order) {
+      rounds.emplace_back();
+      std::vector<int64_t> dense;
+      for (int64_t t : chosen) {
+        const TensorArgs& tensor = tensors[static_cast<size_t>(t)];
+        (tensor.rows == nullptr ? dense : rounds.back().slices).push_back(t);
+        if (&chosen == &order.front() && tensor.average != nullptr) averaged.push_back(t);
+      }
+      cut(rounds.back().dense, tensors, dense, stream);
+    }
+    cut(averages, tensors, averaged, stream);
   }
-}
 
-template <class Body>
-void launch(const Body& body, int64_t blocks, cudaStream_t stream) {
-  static_assert(sizeof(Body) <= 4096, "kernel arguments are at most 4 KiB");
-  if (blocks == 0) return;
-  run<Body><<<static_cast<unsigned>(blocks), Body::kThreads, 0, stream>>>(body);
-  check(cudaGetLastError());
-}
-
-// An array on the device, freed in the order of its stream.
-template <class T>
-class DeviceArray {
- public:
-  DeviceArray(size_t count, cudaStream_t stream) : stream_(stream) {
-    if (count > 0) check(cudaMallocAsync(reinterpret_cast<void**>(&data_), count * sizeof(T), stream));
+  static void cut(ChunksByDType& chunks, const std::vector<TensorArgs>& tensors, const std::vector<int64_t>& chosen,
+                  cudaStream_t stream) {
+    for (size_t i = 0; i < kDTypeCount; ++i) {
+      chunks[i] = DeviceArray<Chunk>(chunks_of(tensors, chosen, static_cast<DType>(i)), stream);
+    }
   }
-  DeviceArray(const std::vector<T>& values, cudaStream_t stream) : DeviceArray(values.size(), stream) {
-    if (values.empty()) return;
-    check(cudaMemcpyAsync(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice, stream));
-  }
-  ~DeviceArray() { static_cast<void>(cudaFreeAsync(data_, stream_)); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
 
-  T* get() const { return data_; }
-
- private:
-  T* data_ = nullptr;
-  cudaStream_t stream_;
+  int64_t count() const { return static_cast<int64_t>(host_offsets.size()) - 1; }
 };
 
+std::vector<int64_t> key_of(const std::vector<TensorArgs>& tensors) {
+  std::vector<int64_t> key;
+  for (const TensorArgs& tensor : tensors) key.push_back(tensor.rows == nullptr ? -1 : tensor.grad_size);
+  return key;
+}
+
 bool same(const Gradient& a, const Gradient& b) {
-  return a.data == b.data && a.factor == b.factor && a.dtype == b.dtype;
+  return a.data == b.data && a.factor == b.factor && a.size == b.size && a.dtype == b.dtype;
 }
 
 }  // namespace
 
-int device_count(std::string& reason) {
-  int count = 0;
-  const cudaError_t status = cudaGetDeviceCount(&count);
-  if (status == cudaSuccess) {
-    reason = count > 0 ? "" : "no CUDA device";
-    return count;
-  }
-  static_cast<void>(cudaGetLastError());  // not to be found by the next launch
-  reason = cudaGetErrorString(status);
-  return 0;
-}
-
 struct Launch::Tables {
-  std::array<std::vector<Chunk>, kDTypeCount> host_chunks;
-  std::vector<int64_t> host_offsets;
-  int gradient_count;
+  std::vector<std::vector<int64_t>> rounds;
+  bool has_single = false;
+  bool has_double = false;
   DeviceArray<TensorArgs> tensors;
   DeviceArray<Gradient> gradients;
-  DeviceArray<int64_t> block_offsets;
-  DeviceArray<double> sums, factors, squares;
-  std::array<std::unique_ptr<DeviceArray<Chunk>>, kDTypeCount> chunks;
-  std::vector<Gradient> stored;  // what `gradients` holds
+  std::vector<std::unique_ptr<Layout>> layouts;  // those that a graph uses are kept
+  std::vector<Gradient> stored;                  // what `gradients` holds
+  std::shared_ptr<Context> owner;
+  Context::Parts& context;
 
-  Tables(const std::vector<TensorArgs>& given, const Chains& chains, cudaStream_t stream)
-      : host_offsets(norm_offsets(given)),
-        gradient_count(most_gradients(chains)),
-        tensors(given, stream),
-        gradients(given.size(), stream),
-        block_offsets(host_offsets, stream),
-        sums(static_cast<size_t>(host_offsets.back()) + 1, stream),
-        factors(given.size(), stream),
-        squares(given.size(), stream) {
-    for (size_t i = 0; i < kDTypeCount; ++i) {
-      host_chunks[i] = chunks_of(chains, static_cast<DType>(i));
-      chunks[i] = std::make_unique<DeviceArray<Chunk>>(host_chunks[i], stream);
+  Tables(std::shared_ptr<Context> of, const std::vector<TensorArgs>& given, const Chains& chains)
+      : rounds(rounds_of(chains)),
+        gradients(static_cast<int64_t>(given.size())),
+        owner(std::move(of)),
+        context(owner->parts()) {
+    std::vector<TensorArgs> lasting = given;
+    for (TensorArgs& tensor : lasting) {
+      (tensor.dtype == DType::kFloat64 ? has_double : has_single) = true;
+      tensor.rows = nullptr;  // of the host, and of one step
+      tensor.stale = nullptr;
     }
-    check(cudaStreamSynchronize(stream));  // the host tables may go
+    tensors = DeviceArray<TensorArgs>(lasting, context.stream);
   }
 
-  int64_t count() const { return static_cast<int64_t>(host_offsets.size()) - 1; }
+  StepState* state() const { return context.state.get(); }
+  Report* report() const { return context.report.on_device(); }
+
+  const Layout& layout_of(const std::vector<TensorArgs>& given, cudaStream_t stream) {
+    std::vector<int64_t> key = key_of(given);
+    for (const auto& layout : layouts) {
+      if (layout->key == key) return *layout;
+    }
+    if (context.is_capturing) {
+      throw std::runtime_error("a step with these gradients was not made before it was captured; make one first");
+    }
+    if (!context.is_captured) layouts.clear();
+    layouts.push_back(std::make_unique<Layout>(std::move(key), given, rounds, stream));
+    return *layouts.back();
+  }
+
+  void begin(const StepArgs& step, const AdamHyper& hyper, const Rate& rate, int64_t call, cudaStream_t stream) {
+    if (!context.has_powers) context.make_powers(hyper);
+    if (!context.is_capturing && rate.data == nullptr) return begin(step, hyper.step, call, stream);
+    context.require_powers(hyper, has_single, has_double);
+    launch(AdvanceStep{state(), report(), call, hyper, context.is_capturing, context.singles.get(),
+                       context.doubles.get(), rate.data, rate.is_double, has_single, has_double},
+           1, stream);
+    context.is_captured = context.is_captured || context.is_capturing;
+  }
+
+  void begin(const StepArgs& step, int64_t t, int64_t call, cudaStream_t stream) {
+    launch(BeginStep{state(), report(), t, call, step.scalars_f32, step.scalars_f64}, 1, stream);
+  }
 
   void set_gradients(const std::vector<TensorArgs>& given, cudaStream_t stream) {
     std::vector<Gradient> wanted;
-    for (const TensorArgs& tensor : given) wanted.push_back({tensor.grad, tensor.grad_factor, tensor.grad_dtype});
-    if (std::equal(wanted.begin(), wanted.end(), stored.begin(), stored.end(), same)) return;
+    for (const TensorArgs& tensor : given) wanted.push_back(gradient_of(tensor));
+    const bool known = std::equal(wanted.begin(), wanted.end(), stored.begin(), stored.end(), same);
+    if (known && !context.is_captured) return;  // a graph stores its own
     stored.clear();
-    for (size_t first = 0; first < given.size(); first += SetGradients::kCount) {
+    for (size_t first = 0; first < wanted.size(); first += SetGradients::kCount) {
       SetGradients set{};
       set.table = gradients.get() + first;
-      set.count = fill_gradients(set.gradients, given, first);
+      set.count = fill_gradients(set.gradients, wanted, first);
       launch(set, 1, stream);
     }
     stored = std::move(wanted);
   }
 
-  void sum_squares(const ClipArgs& clip, cudaStream_t stream) {
-    launch(SumSquares{tensors.get(), gradients.get(), block_offsets.get(), count(), clip.raw_clip_value,
-                      clip.require_finite, sums.get()},
-           norm_grid(host_offsets), stream);
-    launch(SumBlocks{block_offsets.get(), sums.get(), most_blocks(host_offsets)}, count(), stream);
+  void sum_squares(const Layout& layout, double clip_value, bool require_finite, cudaStream_t stream) {
+    launch(SumSquares{gradients.get(), layout.offsets.get(), layout.count(), clip_value, require_finite,
+                      layout.sums.get()},
+           norm_grid(layout.host_offsets), stream);
+    launch(SumBlocks{layout.offsets.get(), layout.sums.get(), most_blocks(layout.host_offsets)}, layout.count(),
+           stream);
   }
 
-  // Waits for the device: whoever asks has to know.
-  bool all_finite(cudaStream_t stream) {
-    std::vector<double> found(static_cast<size_t>(host_offsets.back()));
-    const size_t size = found.size() * sizeof(double);
-    if (size > 0) check(cudaMemcpyAsync(found.data(), sums.get(), size, cudaMemcpyDeviceToHost, stream));
+  bool all_finite(const Layout& layout, cudaStream_t stream) {
+    launch(JudgeFinite{state(), report(), layout.offsets.get(), layout.sums.get(), layout.count()}, 1, stream);
     check(cudaStreamSynchronize(stream));
-    for (size_t t = 0; t + 1 < host_offsets.size(); ++t) {
-      if (host_offsets[t] < host_offsets[t + 1] && std::isnan(found[static_cast<size_t>(host_offsets[t])]))
-        return false;
-    }
-    return true;
+    return context.report.get()->not_finite == 0;
+  }
+
+  // The factors of norm clips, or null.
+  const double* clip(const Layout& layout, const AdamHyper& hyper, cudaStream_t stream) {
+    if (!std::isfinite(hyper.clip_norm) && !std::isfinite(hyper.global_clip_norm)) return nullptr;
+    launch(ClipFactors{gradients.get(), layout.offsets.get(), layout.sums.get(), layout.count(), hyper.clip_norm,
+                       hyper.global_clip_norm, hyper.gradient_scale, layout.factors.get(), layout.squares.get()},
+           1, stream);
+    return layout.factors.get();
   }
 
   template <class Storage>
-  void update(const StepArgs& step, const double* clip_factors, cudaStream_t stream) {
-    constexpr auto kIndex = static_cast<size_t>(dtype_of_storage<Storage>());
-    const auto blocks = static_cast<int64_t>(host_chunks[kIndex].size());
+  void update(const StepArgs& step, const DeviceArray<Chunk>& chunks, const double* factors, cudaStream_t stream) {
     choose(step.amsgrad, step.transform, [&](auto amsgrad, auto transforms) {
-      using Body = DenseStep<Storage, amsgrad.value, transforms.value>;
-      launch(Body{tensors.get(), gradients.get(), clip_factors, chunks[kIndex]->get(),
-                  scalars_for<typename Body::Scalars>(step), step.ema_overwrite, gradient_count},
-             blocks, stream);
+      launch(DenseStep<Storage, amsgrad.value, transforms.value>{state(), tensors.get(), gradients.get(), factors,
+                                                                 chunks.get()},
+             chunks.count(), stream);
     });
   }
 
-  template <class Storage>
-  static constexpr DType dtype_of_storage() {
-    if (std::is_same_v<Storage, Float16>) return DType::kFloat16;
-    if (std::is_same_v<Storage, BFloat16>) return DType::kBFloat16;
-    return std::is_same_v<Storage, float> ? DType::kFloat32 : DType::kFloat64;
-  }
-
-  template <class Scalars>
-  static const Scalars& scalars_for(const StepArgs& step) {
-    if constexpr (std::is_same_v<Scalars, StepScalars<double>>) {
-      return step.scalars_f64;
-    } else {
-      return step.scalars_f32;
+  void average(const Layout& layout, bool overwrite, cudaStream_t stream) {
+    for (size_t i = 0; i < kDTypeCount; ++i) {
+      const DeviceArray<Chunk>& chunks = layout.averages[i];
+      with_storage(static_cast<DType>(i), [&](auto zero) {
+        launch(AverageStep<decltype(zero)>{state(), tensors.get(), chunks.get(), overwrite}, chunks.count(), stream);
+      });
     }
   }
 };
 
-Launch::Launch(const std::vector<TensorArgs>& tensors, const Chains& chains, void* stream)
-    : tables_(std::make_unique<Tables>(tensors, chains, static_cast<cudaStream_t>(stream))) {}
+Launch::Launch(std::shared_ptr<Context> context, const std::vector<TensorArgs>& tensors, const Chains& chains)
+    : tables_(std::make_unique<Tables>(std::move(context), tensors, chains)) {}
 
 Launch::~Launch() = default;
 
-bool Launch::step(const StepArgs& step, const std::vector<TensorArgs>& tensors, const ClipArgs& clip, void* on_stream) {
-  const auto stream = static_cast<cudaStream_t>(on_stream);
+bool Launch::step(const StepArgs& step, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper,
+                  const Rate& rate, int64_t call) {
   Tables& tables = *tables_;
+  const cudaStream_t stream = tables.context.stream;
+  const Layout& layout = tables.layout_of(tensors, stream);
+  tables.begin(step, hyper, rate, call, stream);
   tables.set_gradients(tensors, stream);
-  const bool clips = std::isfinite(clip.clip_norm) || std::isfinite(clip.global_clip_norm);
-  if (clips || clip.require_finite) tables.sum_squares(clip, stream);
-  if (clip.require_finite && !tables.all_finite(stream)) return false;
-  const double* factors = nullptr;
-  if (clips) {
-    factors = tables.factors.get();
-    launch(ClipFactors{tables.gradients.get(), tables.block_offsets.get(), tables.sums.get(), tables.count(),
-                       clip.clip_norm, clip.global_clip_norm, clip.gradient_scale, tables.factors.get(),
-                       tables.squares.get()},
-           1, stream);
+  if (std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm) || hyper.require_finite) {
+    tables.sum_squares(layout, raw_clip_value(hyper), hyper.require_finite, stream);
   }
-  tables.update<Float16>(step, factors, stream);
-  tables.update<BFloat16>(step, factors, stream);
-  tables.update<float>(step, factors, stream);
-  tables.update<double>(step, factors, stream);
+  if (hyper.require_finite && !tables.all_finite(layout, stream)) return false;
+  const double* factors = tables.clip(layout, hyper, stream);
+  for (const Layout::Round& round : layout.rounds) {
+    for (size_t i = 0; i < kDTypeCount; ++i) {
+      with_storage(static_cast<DType>(i),
+                   [&](auto zero) { tables.update<decltype(zero)>(step, round.dense[i], factors, stream); });
+    }
+    for (int64_t t : round.slices) {
+      step_rows(step, tensors[static_cast<size_t>(t)], factors == nullptr ? nullptr : factors + t, tables.state(),
+                stream);
+    }
+  }
+  tables.average(layout, step.ema_overwrite, stream);
   return true;
+}
+
+bool Launch::accumulate(bool restart, bool require_finite, const std::vector<TensorArgs>& tensors, int64_t call) {
+  Tables& tables = *tables_;
+  const cudaStream_t stream = tables.context.stream;
+  const Layout& layout = tables.layout_of(tensors, stream);
+  tables.begin(StepArgs{}, 0, call, stream);
+  tables.set_gradients(tensors, stream);
+  if (require_finite) tables.sum_squares(layout, HUGE_VAL, true, stream);
+  if (require_finite && !tables.all_finite(layout, stream)) return false;
+  for (const Layout::Round& round : layout.rounds) {
+    const bool is_first = &round == &layout.rounds.front();
+    for (size_t i = 0; i < kDTypeCount; ++i) {
+      with_storage(static_cast<DType>(i), [&](auto zero) {
+        const DeviceArray<Chunk>& chunks = round.dense[i];
+        launch(AccumulateStep<decltype(zero)>{tables.state(), tables.tensors.get(), tables.gradients.get(),
+                                              chunks.get(), restart && is_first},
+               chunks.count(), stream);
+      });
+    }
+    for (int64_t t : round.slices) {
+      accumulate_rows(tensors[static_cast<size_t>(t)], restart && is_first, tables.state(), stream);
+    }
+  }
+  return true;
+}
+
+void Launch::catch_up(const StepArgs& step, const TensorArgs& tensor, int64_t call) {
+  const cudaStream_t stream = tables_->context.stream;
+  tables_->begin(step, 0, call, stream);
+  step_rows(step, tensor, nullptr, tables_->state(), stream);
 }
 
 }  // namespace fastadam::cuda

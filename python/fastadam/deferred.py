@@ -15,9 +15,10 @@ from fastadam.extras import Extras
 from fastadam.gradients import bfloat16_to_float32
 from fastadam.hyper import StepHyper
 from fastadam.slices import check_ids, check_sparse_update
+from fastadam.placement import native_of, on_gpu, to_host, zeros_beside
 from fastadam.slots import Entry
 from fastadam.state import OptimizerState
-from fastadam.variable import label_of, unwrap
+from fastadam.variable import buffer_of, label_of, unwrap
 
 __all__ = ["DeferredTables"]
 
@@ -81,7 +82,10 @@ class DeferredTables(OptimizerState):
         [[0.699999988079071, 0.699999988079071], [1.0, 1.0]]
         """
         label = label_of(var, 0)
-        buffer = _cpu.Buffer(unwrap(var), label)
+        buffer = buffer_of(var)
+        if buffer.device >= 0:
+            with self._lock:
+                return self._gather_on_device(buffer, indices, out)
         ids = check_ids(indices, buffer.shape, label)
         with self._lock:
             values = _readable(var, buffer)
@@ -96,13 +100,31 @@ class DeferredTables(OptimizerState):
             rows: npt.NDArray[Any] = np.take(values, ids, axis=0, out=out, mode="clip")  # checked above
             return bfloat16_to_float32(rows) if rows.dtype == np.uint16 else rows
 
+    def _gather_on_device(self, buffer: _cpu.Buffer, indices: Any, out: Any) -> Any:
+        """The same on a GPU, where ids may lie: those that are no rows are then found later."""
+        native = native_of(buffer)
+        self._raise_late()
+        gatherer = self._gatherers.setdefault(buffer.device, native.Gather(buffer.device))
+        if found := gatherer.take_failure():
+            raise ValueError(f"ids: {found[1]} at place {found[0]} of an earlier gather is no row, which gave zeros")
+        if not on_gpu(indices):
+            host = np.ascontiguousarray(check_ids(indices, buffer.shape, buffer.label))
+            indices = zeros_beside(buffer, host.dtype.name, host.shape)
+            native.assign(indices, host)
+        shape = (*indices.shape, *buffer.shape[1:])
+        if out is None:
+            out = zeros_beside(buffer, buffer.dtype, shape)
+        self._catch_up_variable(buffer, indices)
+        gatherer.run(buffer, indices, out)
+        return out
+
     def sync(self, var: Any = None) -> None:
         """Bring every row of a variable, or of all, up to date; does nothing where none lags behind."""
         with self._lock:
             if var is None:
                 self._settle()
                 return
-            self._catch_up_variable(_cpu.Buffer(unwrap(var), label_of(var, 0)))
+            self._catch_up_variable(buffer_of(var))
 
     @contextlib.contextmanager
     def dense_view(self, var: Any) -> Iterator[Any]:
@@ -126,7 +148,7 @@ class DeferredTables(OptimizerState):
                 self._settle()
         elif any(entry.staleness for entry in self._slots.entries):
             with self._lock:
-                self._catch_up_variable(_cpu.Buffer(unwrap(variable), label_of(variable, 0)), ids)
+                self._catch_up_variable(buffer_of(variable), ids)
 
     def _settle(self) -> None:
         """Every row of every table; whatever reads or replaces the state comes after it."""
@@ -146,7 +168,7 @@ class DeferredTables(OptimizerState):
             self._slots.require_new_memory(buffer)  # another view of a table would be read as it lies
         if entry is not None:
             self._catch_up(entry, ids)
-        elif any(waiting.staleness and waiting.staleness.steps for waiting in self._slots.waiting()):
+        elif any(waiting.staleness and waiting.staleness.waits for waiting in self._slots.waiting()):
             raise ValueError(
                 f"{buffer.label}: not met since the state was restored, rows may lag behind; build all variables first"
             )
@@ -154,7 +176,7 @@ class DeferredTables(OptimizerState):
     def _catch_up(self, entry: Entry, ids: npt.NDArray[Any] | None = None) -> None:
         """Replay the steps that the rows missed: those that ``ids`` name, or all."""
         table = entry.staleness
-        if table is None or table.steps == 0:
+        if table is None or not table.waits:
             return
         if entry.buffer is None and entry.origin is not None and entry.origin.is_current():
             self._slots.prepare([entry.origin], []).commit()  # of a deep copy: it goes on with the same variable
@@ -163,16 +185,19 @@ class DeferredTables(OptimizerState):
         beta_1, beta_2, epsilon, amsgrad = table.numbers
         named = self._slots.slots_of(entry)
         slots = {name: [named[name]] for name in (("m", "v", "vhat") if amsgrad else ("m", "v"))}
-        plan = _cpu.Plan([entry.buffer], slots, [False], [0], False, [table.native])
-        flat = None if ids is None else np.ascontiguousarray(ids.reshape(-1))
-        plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon))
+        flat = np.ascontiguousarray(ids.reshape(-1)) if isinstance(ids, np.ndarray) else ids
+        if table.catching_up is None:
+            context = self._context_of(entry.buffer)
+            plan = native_of(entry.buffer).Plan([entry.buffer], slots, [False], [0], False, [table.native], context)
+            table.catching_up = plan
+        table.catching_up.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon))
 
     def _sweep(self) -> None:
         """After a step: keep gaps within ``max_staleness``."""
         if self.max_staleness is None:
             return
         for buffer, table in zip(self._buffers, self._tables, strict=True):
-            if table is not None and table.steps and (entry := self._slots.entry_of(buffer)):
+            if table is not None and table.waits and (entry := self._slots.entry_of(buffer)):
                 self._catch_up(entry, table.next_rows(self.max_staleness))
 
 

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy.typing as npt
-
 from fastadam._backend import _cpu
 from fastadam.checks import check_bool, check_count, check_list, check_non_negative, check_number
 from fastadam.gradients import float32_to_bfloat16
+from fastadam.placement import assign, to_host
 from fastadam.slots import Key, key_of
-from fastadam.variable import label_of, unwrap
+from fastadam.variable import buffers_of
 
 __all__ = ["EXTRA_NAMES", "Extra", "Extras", "excluded", "overwrite"]
 
@@ -130,11 +129,16 @@ def excluded(var_list: Iterable[Any] | None, var_names: Iterable[str] | None) ->
             re.compile(name)
         except (TypeError, re.error) as error:
             raise ValueError(f"var_names[{i}]: {name!r}, expected a pattern ({error})") from None
-    buffers = [_cpu.Buffer(unwrap(variable), label_of(variable, i)) for i, variable in enumerate(variables)]
+    buffers = buffers_of(variables, range(len(variables)))
     keys = frozenset(map(key_of, buffers))
     return {"excluded_keys": keys, "excluded_names": tuple(names), "kept_alive": tuple(buffers)}
 
 
-def overwrite(variable: _cpu.Buffer, average: npt.NDArray[Any]) -> None:
+def overwrite(variable: _cpu.Buffer, average: Any) -> None:
     """Round a moving average into its variable."""
-    variable.array()[...] = float32_to_bfloat16(average) if variable.dtype == "bfloat16" else average
+    values = to_host(average)
+    values = float32_to_bfloat16(values) if variable.dtype == "bfloat16" else values.astype(variable.dtype)
+    if variable.device < 0:
+        variable.array()[...] = values
+    else:
+        assign(variable.source, values)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._backend import _cpu
+from fastadam.placement import on_gpu, to_host
 
 __all__ = ["as_float_array", "bfloat16_to_float32", "convert_gradient", "convert_values", "float32_to_bfloat16"]
 
@@ -31,6 +32,8 @@ def as_float_array(values: Any, label: str) -> npt.NDArray[Any]:
     Raises:
         TypeError: No real numbers.
     """
+    if on_gpu(values):
+        values = to_host(values)
     found = _cpu.read_array(values, label)
     array, is_bfloat16 = found if found is not None else (_as_array(values, label), False)
     if is_bfloat16:

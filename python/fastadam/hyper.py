@@ -6,13 +6,19 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fastadam.checks import check_non_negative, check_one_norm
+from fastadam.checks import check_non_negative, check_number, check_one_norm
+from fastadam.placement import on_gpu
 from fastadam.schedules import LearningRateSchedule
 
-__all__ = ["CLIP_NAMES", "Clip", "Hyper", "HyperValue", "StepHyper"]
+__all__ = ["CLIP_NAMES", "Clip", "Hyper", "HyperValue", "StepHyper", "check_rate"]
 
 HyperValue = float | Callable[..., float] | None  # None: the default of epsilon
 CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
+
+
+def check_rate(name: str, value: Any) -> Any:
+    """A finite float; one that lies on a GPU, which only the GPU reads, as it is."""
+    return value if on_gpu(value) else check_number(name, value)
 
 
 class Hyper:

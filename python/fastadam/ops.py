@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastadam import cuda
 from fastadam._backend import _cpu
 from fastadam.checks import (
     check_beta,
@@ -19,7 +20,8 @@ from fastadam.checks import (
 )
 from fastadam.gradients import convert_gradient
 from fastadam.hyper import StepHyper
-from fastadam.slices import DEFERRED, check_sparse_update, convert_slices, native_gradient
+from fastadam.placement import native_of
+from fastadam.slices import DEFERRED, check_sparse_update, convert_slices, is_slices, native_gradient
 from fastadam.variable import buffers_of, unwrap
 
 __all__ = ["adam_step", "fit_gradients", "run_step"]
@@ -51,11 +53,11 @@ def run_step(
 def _convert(gradients: list[Any], which: list[int], buffers: Sequence[_cpu.Buffer], positions: Sequence[int]) -> None:
     for i in which:
         label = f"grads[{positions[i]}]"
-        if isinstance(gradients[i], _cpu.Slices):
+        if is_slices(gradients[i]):
             gradients[i] = convert_slices(gradients[i], buffers[i], label)
             continue
         found = native_gradient(gradients[i], buffers[i], label)
-        gradients[i] = found if isinstance(found, _cpu.Slices) else convert_gradient(found, buffers[i], label)
+        gradients[i] = found if is_slices(found) else convert_gradient(found, buffers[i], label)
 
 
 def adam_step(
@@ -145,9 +147,15 @@ def adam_step(
     buffers = buffers_of(variables, positions)
     decays = [weight_decay != 0] * len(variables)
     histories = [None] * len(variables)
-    plan = _cpu.Plan(buffers, slots, decays, positions, sparse_update == "lazy", histories)
+    on_gpu = bool(buffers) and buffers[0].device >= 0
+    context = cuda.native().Context(buffers[0].device) if on_gpu else None
+    plan = native_of(buffers[0]).Plan(buffers, slots, decays, positions, sparse_update == "lazy", histories, context)
     factors = _check_factors(grad_factor, len(variables))
     run_step(plan.step, gradients, buffers, positions, hyper, factors, None)
+    if context is not None:
+        context.wait()  # nobody else would be told
+        if failure := context.take_failure():
+            raise ValueError(failure[1])
 
 
 def _as_list(argument: Any) -> list[Any]:

@@ -17,8 +17,9 @@ from fastadam.checks import (
     check_number,
 )
 from fastadam.extras import EXTRA_NAMES, Extra, Extras, excluded, overwrite
-from fastadam.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper
+from fastadam.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper, check_rate
 from fastadam.minimize import Minimizer
+from fastadam.placement import on_gpu, to_host
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
 from fastadam.slots import ACCUMULATOR
 from fastadam.stepping import Stepper
@@ -47,7 +48,8 @@ class Adam(Stepper, Minimizer):
 
     Args:
         learning_rate: Step size; a number, a schedule of :mod:`fastadam.schedules`, or a callable without arguments.
-            Schedules and callables are evaluated once per step.
+            Schedules and callables are evaluated once per step. For variables on a GPU also one float32 or float64
+            there, which every step reads, those of a CUDA graph too.
         beta_1: Decay rate of the first moment, in [0, 1); number or callable.
         beta_2: Decay rate of the second moment, likewise.
         epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.
@@ -84,7 +86,7 @@ class Adam(Stepper, Minimizer):
     (1, array([ 0.05, -0.05], dtype=float32))
     """
 
-    learning_rate = Hyper(check_number)
+    learning_rate = Hyper(check_rate)
     beta_1 = Hyper(check_beta)
     beta_2 = Hyper(check_beta)
     decay = Hyper(check_non_negative)
@@ -198,6 +200,8 @@ class Adam(Stepper, Minimizer):
         rate = self.learning_rate
         if isinstance(rate, LearningRateSchedule):
             rate = check_number("learning_rate", rate(calls))
+        elif on_gpu(rate):
+            rate = 0.0  # the kernels read it
         iterations = calls // self._micro_steps
         return StepHyper(
             step=iterations + 1,
@@ -234,6 +238,7 @@ class Adam(Stepper, Minimizer):
         config.update({name: bound for name, bound in self._clip.items() if bound is not None})
         for name in ("learning_rate", "decay", "beta_1", "beta_2", "epsilon"):
             value = getattr(self, name)
+            value = float(to_host(value)) if on_gpu(value) else value
             config[name] = serialize(value) if isinstance(value, LearningRateSchedule) else value
         config["amsgrad"] = self.amsgrad
         if self.sparse_update != "dense":

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from fastadam._backend import _cpu
 from fastadam.checks import check_iterations, check_list
-from fastadam.slots import Entry, SlotStore, Spec, key_of, placed_copy
+from fastadam.placement import copy_beside, to_host
+from fastadam.slots import Entry, SlotStore, Spec, key_of
 from fastadam.variable import buffers_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def save(
     chosen = None if variables is None else check_list("variables", variables)
     with optimizer._lock:
         optimizer._settle()
+        optimizer._wait()
         tensors, header = _contents(optimizer, chosen)
         header["loss_scale"] = loss_scale
         try:
@@ -67,7 +69,7 @@ def _contents(optimizer: Any, chosen: list[Any] | None) -> tuple[dict[str, npt.N
     store = optimizer._slots
     entries = store.entries if chosen is None else _entries_of(store, chosen)
     places = {at: f"{i}/{name}" for i, entry in enumerate(entries) for name, at in entry.slots.items()}
-    slots = {places[at]: np.asarray(store.arrays[at], order="C") for at in sorted(places)}
+    slots = {places[at]: np.asarray(to_host(store.arrays[at]), order="C") for at in sorted(places)}
     tensors = {_ITERATIONS: np.array(optimizer._iterations), **slots}
     header = {
         "version": _VERSION,
@@ -287,7 +289,7 @@ class _Reader:
             self._check_tensor(key, specs[i].shape, _DTYPES[buffers[i].state_dtype])
         for at, (key, (i, name)) in enumerate(homes.items()):
             slots[i][name] = at
-            store.arrays.append(placed_copy(self._tensor(key), buffers[i]))
+            store.arrays.append(copy_beside(self._tensor(key), buffers[i]))
         store.names = list(dict.fromkeys(name for _, name in homes.values()))
         for spec, places in zip(specs, slots, strict=True):
             store.add_waiting(Entry(spec, places))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from fastadam._backend import _cpu
 from fastadam.gradients import as_float_array, convert_values
+from fastadam.placement import native_of, on_gpu
 
 __all__ = [
     "DEFERRED",
@@ -19,6 +20,7 @@ __all__ = [
     "check_sparse_update",
     "convert_slices",
     "is_native_sparse",
+    "is_slices",
     "is_sparse",
     "native_gradient",
 ]
@@ -60,7 +62,7 @@ class IndexedSlices:
 
     def __repr__(self) -> str:
         shape = "" if self.dense_shape is None else f", dense_shape={self.dense_shape}"
-        return f"IndexedSlices(values of shape {np.shape(self.values)}, {len(self.indices)} indices{shape})"
+        return f"IndexedSlices(values of shape {np.shape(self.values)}, {np.size(self.indices)} indices{shape})"
 
 
 def _as_shape(dense_shape: Any) -> tuple[int, ...]:
@@ -88,7 +90,9 @@ def check_ids(ids: npt.ArrayLike, shape: tuple[int, ...], label: str) -> npt.NDA
     return rows
 
 
-def _as_indices(indices: Any) -> npt.NDArray[Any]:
+def _as_indices(indices: Any) -> Any:
+    if on_gpu(indices):
+        return indices  # read by the step, which checks it
     array = _as_integers("indices", indices)
     if array.ndim != 1:
         raise ValueError(f"indices: shape {array.shape}, expected one dimension")
@@ -118,7 +122,12 @@ def is_sparse(gradient: Any) -> bool:
 
 def is_native_sparse(gradient: Any) -> bool:
     """The same, of one that may have been made ready for a plan."""
-    return isinstance(gradient, _cpu.Slices) or is_sparse(gradient)
+    return is_slices(gradient) or is_sparse(gradient)
+
+
+def is_slices(gradient: Any) -> bool:
+    """Whether a gradient has been made ready for a plan."""
+    return type(gradient).__name__ == "Slices" and type(gradient).__module__ in ("fastadam._cpu", "fastadam._cuda")
 
 
 def native_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
@@ -128,7 +137,7 @@ def native_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
         return gradient
     if slices.dense_shape is not None and slices.dense_shape != variable.shape:
         raise ValueError(f"{label}: dense_shape {slices.dense_shape}, expected {variable.shape} like {variable.label}")
-    return _cpu.Slices(slices.values, _as_indices(slices.indices))  # a user may have set them
+    return native_of(variable).Slices(slices.values, _as_indices(slices.indices))  # a user may have set them
 
 
 def convert_slices(slices: _cpu.Slices, variable: _cpu.Buffer, label: str) -> _cpu.Slices:
@@ -158,7 +167,11 @@ def _of_torch(tensor: Any, label: str) -> IndexedSlices:
     """A COO tensor whose sparse axis is the first, as ``nn.Embedding(sparse=True)`` gives; coalesced or not."""
     if tensor.sparse_dim() != 1:
         raise ValueError(f"{label}: sparse tensor with {tensor.sparse_dim()} sparse axes, expected the first alone")
-    return IndexedSlices(tensor._values().detach(), tensor._indices()[0].numpy(), tuple(tensor.shape))
+    return IndexedSlices(tensor._values().detach(), _of_host(tensor._indices()[0]), tuple(tensor.shape))
+
+
+def _of_host(indices: Any) -> Any:
+    return indices if on_gpu(indices) else indices.numpy()
 
 
 def _of_scipy(matrix: Any) -> IndexedSlices:

@@ -13,20 +13,21 @@ import numpy.typing as npt
 
 from fastadam._backend import _cpu
 from fastadam.gradients import bfloat16_to_float32
+from fastadam.placement import assign, beside, copy_beside, to_host, zeros_beside
 from fastadam.staleness import Staleness
 
-__all__ = ["ACCUMULATOR", "Entry", "Initializer", "SlotStore", "Spec", "initial_value", "placed_copy"]
+__all__ = ["ACCUMULATOR", "Entry", "Initializer", "SlotStore", "Spec", "initial_value"]
 
 ACCUMULATOR = "gradient_accumulator"  # the slot of gradient_accumulation_steps
-Key = tuple[int, tuple[int, ...], str, str]
-Array = npt.NDArray[Any]
+Key = tuple[int, tuple[int, ...], str, str, int]
+Array = Any  # NumPy's, or one on a GPU (placement.py)
 Maker = Callable[[_cpu.Buffer, str], Array]
 Initializer = str | Callable[..., npt.ArrayLike] | npt.ArrayLike
 
 
 def key_of(buffer: _cpu.Buffer) -> Key:
     """Two views of one buffer have one key; the store keeps the buffer alive, so an address is never reused."""
-    return (buffer.address, buffer.shape, buffer.dtype, buffer.order)
+    return (buffer.address, buffer.shape, buffer.dtype, buffer.order, buffer.device)
 
 
 def initial_value(
@@ -202,9 +203,8 @@ class SlotStore:
             )
 
     def _laid_out(self, entry: Entry, buffer: _cpu.Buffer) -> dict[str, Array]:
-        flag: Any = f"{buffer.order}_CONTIGUOUS"
         arrays = self.slots_of(entry).items()
-        return {name: a if a.flags[flag] else placed_copy(a, buffer) for name, a in arrays}
+        return {name: a if beside(a, buffer) else copy_beside(a, buffer) for name, a in arrays}
 
     def require_new_memory(self, buffer: _cpu.Buffer) -> None:
         """Refuse a variable that overlaps a known one under another shape: its moments would start at zero unseen."""
@@ -224,6 +224,8 @@ class SlotStore:
             self.arrays[entry.slots[name]] = array
         entry.spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
         entry.buffer, entry.origin = buffer, None
+        if entry.staleness is not None:
+            entry.staleness.place(buffer)
         self._register(entry, buffer)
 
     def add(self, buffer: _cpu.Buffer, name: str, array: Array) -> None:
@@ -255,7 +257,7 @@ class SlotStore:
     def __getstate__(self) -> dict[str, Any]:
         entries = [(tuple(entry.spec), dict(entry.slots), _copied(entry), entry.accumulating) for entry in self.entries]
         return {
-            "arrays": [array.copy(order="K") for array in self.arrays],
+            "arrays": [to_host(array).copy(order="K") for array in self.arrays],
             "names": list(self.names),
             "entries": entries,
         }
@@ -272,7 +274,7 @@ class SlotStore:
         twin = type(self)()
         homes = {at: entry.buffer or entry.origin for entry in self.entries for at in entry.slots.values()}
         for at, array in enumerate(self.arrays):
-            memo[id(array)] = placed_copy(array, home) if (home := homes[at]) else array.copy(order="K")
+            memo[id(array)] = copy_beside(array, home) if (home := homes[at]) else array.copy(order="K")
             twin.arrays.append(memo[id(array)])
         twin.names = self.names[:]
         for entry in self.entries:
@@ -297,37 +299,11 @@ def _require_apart(buffers: list[_cpu.Buffer]) -> None:
 
 def _fresh_slot(buffer: _cpu.Buffer, name: str) -> Array:
     """Zeros, but a moving average starts at its variable."""
-    slot = zeros_like_variable(buffer)
+    slot = zeros_beside(buffer)
     if name == "average":
         values = buffer.array()
-        slot[...] = bfloat16_to_float32(values) if buffer.dtype == "bfloat16" else values
+        assign(slot, bfloat16_to_float32(values) if buffer.dtype == "bfloat16" else values)
     return slot
 
 
-def placed_copy(array: Array, buffer: _cpu.Buffer) -> Array:
-    """A slot laid out for its variable, with these values."""
-    placed = zeros_like_variable(buffer)
-    placed[...] = array
-    return placed
-
-
-def zeros_like_variable(buffer: _cpu.Buffer) -> npt.NDArray[Any]:
-    """A slot of zeros in the layout of the variable; float32 for half variables.
-
-    Its address agrees with the variable's modulo a cache line, or a page where the array is long: a load does not wait
-    for a store to the same offset of another page, and one shift aligns all streams. Long arrays also start 64 KiB
-    further: arrays of 2^k bytes end to end hit the same DRAM banks, which costs a third of the bandwidth.
-    """
-    dtype = np.dtype(buffer.state_dtype)
-    nbytes = buffer.size * dtype.itemsize
-    period = _PAGE if nbytes >= 4 * _PAGE else _CACHE_LINE
-    skew = 16 * _PAGE if nbytes >= 256 * _PAGE else 0
-    raw = np.zeros(nbytes + period + skew, np.uint8)
-    start = skew + (buffer.address - raw.ctypes.data - skew) % period
-    layout: Any = buffer.order
-    return raw[start : start + nbytes].view(dtype).reshape(buffer.shape, order=layout)
-
-
-_CACHE_LINE = 64
-_PAGE = 4096
 _NAMED = "variable '"

@@ -10,13 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._backend import _cpu
+from fastadam.placement import assign, native_of, to_host, zeros_beside
 
 __all__ = ["Numbers", "Staleness", "crossover"]
 
 _PEAK_STEPS = 64  # kPeakSteps in csrc/core/step_args.h
 _FIRST_ROOM = 1024
 _CACHE_BYTES = 2**25
-Arrays = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
+_DEVICE_CROSSOVER = 2.0  # of `crossover`; not measured on a GPU
+Arrays = tuple[Any, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 
 
 class Numbers(NamedTuple):
@@ -38,7 +40,10 @@ class Staleness:
     - alphas: the rate of each step, in the dtype of the moments
     - keeps: its factor of weight decay
     - peaks: the largest |alpha| of every 64 steps
-    - counts: steps in the history; those of them with weight decay
+    - counts: steps in the history; those of them with weight decay; on a GPU, those that all rows have had
+
+    Of a table on a GPU ``last`` lies there. It is never cleared, and ``calls`` has the count of calls before each step:
+    steps that turn out to have done nothing can be taken back.
     """
 
     def __init__(
@@ -50,6 +55,11 @@ class Staleness:
         self.exact = exact  # rows get the bits of dense steps; else missed steps may be summed in closed form
         self._crossover: float | None = None
         self._forms: _cpu.ClosedForms | None = None  # can be made again of the arrays
+        self.device = -1  # number of the GPU that the table lies on
+        self.calls: npt.NDArray[np.int64] | None = None
+        self.catching_up: Any = None  # the plan that brings rows up to date
+        self._history: Any = None  # the rates, as a GPU has them
+        self._table: _cpu.Buffer | None = None  # where it lies
         self.swept = 0  # the row that a sweep comes to next
         self.fingerprint = fingerprint  # of the table, when this copy of its history was made
 
@@ -58,28 +68,58 @@ class Staleness:
         """That of a table all of whose rows are up to date; a table of float64 is always exact."""
         rooms = (_FIRST_ROOM, _FIRST_ROOM, _FIRST_ROOM // _PEAK_STEPS)
         alphas, keeps, peaks = (np.zeros(room, buffer.state_dtype) for room in rooms)
-        last, counts = np.zeros(buffer.shape[0], np.int32), np.zeros(2, np.int64)
+        last, counts = np.zeros(buffer.shape[0], np.int32), np.zeros(3, np.int64)
         exact = exact or buffer.state_dtype == "float64"
-        return cls((last, alphas, keeps, peaks, counts), numbers, buffer.shape, exact)
+        table = cls((last, alphas, keeps, peaks, counts), numbers, buffer.shape, exact)
+        table.place(buffer)
+        return table
+
+    def place(self, buffer: _cpu.Buffer) -> None:
+        """Where its table lies, if that is a GPU."""
+        if buffer.device < 0:
+            return
+        on_host, alphas, keeps, peaks, counts = self.arrays
+        last = zeros_beside(buffer, "int32", (self.shape[0],))
+        assign(last, on_host)
+        self.device, self._table = buffer.device, buffer
+        self.calls = np.zeros(self.room, np.int64)
+        self.arrays = (last, alphas, keeps, peaks, counts)
+
+    def forget_from(self, calls: int) -> None:
+        """Take back the steps made when so many calls had been, or more: they have changed nothing."""
+        if self.calls is None:
+            return
+        steps = int(np.searchsorted(self.calls[: self.steps], calls))
+        self.arrays[4][:] = (steps, np.count_nonzero(self.arrays[2][:steps] != 1), 0)
+        self._forms = self.catching_up = None
 
     def change_numbers(self, numbers: Numbers) -> None:
         """Of a history whose rows are all up to date."""
         self.numbers = numbers
-        self._crossover = None
+        self._crossover = self.catching_up = None
 
     @property
     def native(self) -> tuple[Any, ...]:
         """As a native plan takes it."""
         if self._forms is None and not self.exact:
-            self._forms = _cpu.ClosedForms()
+            self._forms = (_cpu if self._table is None else native_of(self._table)).ClosedForms()
         if self._crossover is None:
             beta_1, beta_2, _, amsgrad = self.numbers
             replays = self.exact or not _cpu.ClosedForms.exist(beta_1, beta_2, amsgrad)
             self._crossover = crossover(self.shape, self.arrays[1].itemsize, replays)
-        return (*self.arrays, self._forms, self._crossover)
+        if self._table is None:
+            return (*self.arrays, self._forms, self._crossover)
+        rows = _DEVICE_CROSSOVER if self.exact else self._crossover  # a pass changes last bits of closed forms
+        return (*self.arrays, self._forms, rows, self.calls, self._history_on(self._table))
+
+    def _history_on(self, table: _cpu.Buffer) -> Any:
+        if self._history is None:
+            native, rates = native_of(table), self.arrays[1:4]
+            self._history = native.History(*rates, self.steps, self.device, native.stream_of(table.source) or 0)
+        return self._history
 
     @property
-    def last(self) -> npt.NDArray[Any]:
+    def last(self) -> Any:
         """Steps of the history that each row has had."""
         return self.arrays[0]
 
@@ -89,6 +129,11 @@ class Staleness:
         return int(self.arrays[4][0])
 
     @property
+    def waits(self) -> bool:
+        """Whether some row may lag behind."""
+        return self.steps != (0 if self.calls is None else int(self.arrays[4][2]))
+
+    @property
     def room(self) -> int:
         """Steps for which there is room."""
         return len(self.arrays[1])
@@ -96,34 +141,48 @@ class Staleness:
     def make_room(self) -> None:
         """In new arrays: without the steps that all rows have had, if these are half of them, else twice as long."""
         last, *rates, counts = self.arrays
-        first = int(last.min(initial=self.steps)) // _PEAK_STEPS * _PEAK_STEPS
+        on_host = to_host(last)
+        first = int(on_host.min(initial=self.steps)) // _PEAK_STEPS * _PEAK_STEPS
+        self._history = self.catching_up = None
         if first < self.steps // 2:
             alphas, keeps, peaks = (np.concatenate([old, np.zeros_like(old)]) for old in rates)
             self.arrays = (last, alphas, keeps, peaks, counts)
+            if self.calls is not None:
+                self.calls = np.concatenate([self.calls, np.zeros_like(self.calls)])
             return
         self._forms = None
         places = (first, first, first // _PEAK_STEPS)
         alphas, keeps, peaks = (np.roll(old, -place) for old, place in zip(rates, places, strict=True))
         steps = self.steps - first
-        counts = np.array([steps, np.count_nonzero(keeps[:steps] != 1)], np.int64)
-        self.arrays = (last - np.int32(first), alphas, keeps, peaks, counts)
+        synced = max(0, int(counts[2]) - first)
+        counts = np.array([steps, np.count_nonzero(keeps[:steps] != 1), synced], np.int64)
+        shifted = on_host - np.int32(first)
+        if self._table is not None:
+            shifted = zeros_beside(self._table, "int32", shifted.shape)
+            assign(shifted, on_host - np.int32(first))
+        if self.calls is not None:
+            self.calls = np.roll(self.calls, -first)
+        self.arrays = (shifted, alphas, keeps, peaks, counts)
 
     def next_rows(self, max_staleness: int) -> npt.NDArray[np.int64]:
         """As many rows as a step must sweep so that all have come within ``max_staleness`` steps."""
-        rows = len(self.last)
+        rows = self.shape[0]
         chosen = (self.swept + np.arange(-(-rows // max_staleness))) % max(rows, 1)
         self.swept = int(chosen[-1] + 1) % rows if rows else 0
         return chosen
 
     def copy(self, buffer: _cpu.Buffer | None) -> Staleness:
-        """With arrays of its own, for a copy of the table as it is now."""
+        """With arrays of its own, for a copy of the table as it is now; one on a GPU has been brought up to date."""
+        if self._table is not None:
+            last, counts = np.zeros(self.shape[0], np.int32), np.zeros(3, np.int64)
+            return Staleness((last, *self.arrays[1:4], counts), self.numbers, self.shape, self.exact)
         last, alphas, keeps, peaks, counts = (array.copy() for array in self.arrays)
         fingerprint = self.fingerprint if buffer is None else fingerprint_of(buffer)
         return Staleness((last, alphas, keeps, peaks, counts), self.numbers, self.shape, self.exact, fingerprint)
 
     def fits(self, buffer: _cpu.Buffer) -> bool:
         """Whether this is the table, as it was, that the copied history belongs to."""
-        return self.steps == 0 or self.fingerprint is None or self.fingerprint == fingerprint_of(buffer)
+        return not self.waits or self.fingerprint is None or self.fingerprint == fingerprint_of(buffer)
 
 
 def crossover(shape: tuple[int, ...], item_size: int, replays: bool) -> float:

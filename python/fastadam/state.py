@@ -16,20 +16,22 @@ import numpy.typing as npt
 from fastadam import serialization
 from fastadam._backend import _cpu
 from fastadam.checks import check_iterations, check_list
+from fastadam.device_state import DeviceState
+from fastadam.placement import assign, copy_beside, on_gpu, to_host
 from fastadam.slots import Entry, Initializer, SlotStore, initial_value
 from fastadam.staleness import Staleness
-from fastadam.variable import buffers_of, label_of, unwrap
+from fastadam.variable import buffer_of, buffers_of, label_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["OptimizerState"]
 
-_PASSING = ("_lock", "_stepping", "_plan", "_plan_key", "_buffers", "_tables")
+_PASSING = ("_lock", "_stepping", "_plan", "_plan_key", "_buffers", "_tables", "_contexts", "_gatherers")
 _live: weakref.WeakSet[OptimizerState] = weakref.WeakSet()
 
 
-class OptimizerState(abc.ABC):
+class OptimizerState(DeviceState):
     """Iterations and slots; a subclass says which slots its step needs."""
 
     name: str
@@ -47,19 +49,17 @@ class OptimizerState(abc.ABC):
         self._plan_key: object = None
         self._buffers: list[_cpu.Buffer] = []
         self._tables: list[Staleness | None] = []
+        self._contexts = {}
+        self._gatherers = {}
         _live.add(self)
 
     @abc.abstractmethod
     def _slot_names(self) -> list[str]: ...
 
     @property
-    def _micro_steps(self) -> int:
-        """Calls of ``apply_gradients`` in a step."""
-        return 1
-
-    @property
     def iterations(self) -> np.int64:
         """Steps made so far. Setting it continues from there: after ``opt.iterations = 5`` the next step uses t = 6."""
+        self._read_captured()
         count: np.int64 = np.int64(int(self._iterations) // self._micro_steps)
         return count
 
@@ -79,10 +79,6 @@ class OptimizerState(abc.ABC):
             entry.accumulating = None
         for entry in entries:
             entry.accumulating = int(self._iterations) // self._micro_steps
-
-    @abc.abstractmethod
-    def _settle(self) -> None:
-        """Finish what was deferred: whatever reads or replaces the state comes after it."""
 
     def build(self, var_list: Iterable[Any]) -> None:
         """Create the slots of these variables now, so that ``set_weights`` works before the first step."""
@@ -109,7 +105,9 @@ class OptimizerState(abc.ABC):
         """Copies of ``weights``; the first is an ``np.int64``."""
         with self._lock:
             self._settle()
-            return [np.int64(int(self._iterations)), *(array.copy() for array in self._slots.arrays)]
+            self._wait()
+            arrays = (to_host(array) for array in self._slots.arrays)
+            return [np.int64(int(self._iterations)), *(array.copy() for array in arrays)]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Overwrite the state with a list in the order of ``weights``, for example from ``get_weights``.
@@ -130,7 +128,7 @@ class OptimizerState(abc.ABC):
             iterations = check_iterations("weights[0]", given[0])
             new = [_like(old, given[i], f"weights[{i}]") for i, old in enumerate(current) if i > 0]
             for old, value in zip(current[1:], new, strict=True):
-                old[...] = value
+                assign(old, value)
             self._iterations[...] = iterations
             is_amid = iterations % self._micro_steps != 0
             self._restart_accumulation(self._slots.entries if is_amid else [])
@@ -140,7 +138,7 @@ class OptimizerState(abc.ABC):
         label = label_of(var, 0)
         with self._lock:
             self._settle()
-            slots = self._slots.find(_cpu.Buffer(unwrap(var), label))
+            slots = self._slots.find(buffer_of(var))
         if slots is None:
             raise KeyError(f"{label}: not a variable of this optimizer")
         if slot_name not in slots:
@@ -161,10 +159,11 @@ class OptimizerState(abc.ABC):
         """
         if not isinstance(slot_name, str):
             raise TypeError(f"slot_name: {slot_name!r}, expected a string")
-        buffer = _cpu.Buffer(unwrap(var), label_of(var, 0))
+        buffer = buffer_of(var)
 
-        def make(variable: _cpu.Buffer, _: str) -> npt.NDArray[Any]:
-            return initial_value(initializer, variable.shape, variable.state_dtype, variable.order)
+        def make(variable: _cpu.Buffer, _: str) -> Any:
+            value = initial_value(initializer, variable.shape, variable.state_dtype, variable.order)
+            return value if variable.device < 0 else copy_beside(value, variable)
 
         with self._lock:
             self._settle()
@@ -214,6 +213,7 @@ class OptimizerState(abc.ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the variables: the first ones that a restored optimizer meets take its slots, in order."""
         with self._lock:
+            self._settle_devices()
             return {**self._lasting(), "_iterations": int(self._iterations), "_slots": self._slots.__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -226,6 +226,7 @@ class OptimizerState(abc.ABC):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         with self._lock:
+            self._settle_devices()
             twin._restore(copy.deepcopy(self._lasting(), memo))
         return twin
 
@@ -238,7 +239,7 @@ class OptimizerState(abc.ABC):
                 "exclude_from_weight_decay: var_list names variables by their memory, which a copy of the optimizer "
                 "does not share; expected var_names, to copy or pickle it"
             )
-        return {name: value for name, value in self.__dict__.items() if name not in _PASSING}
+        return {name: _lasting(value) for name, value in self.__dict__.items() if name not in _PASSING}
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -257,19 +258,24 @@ class OptimizerState(abc.ABC):
         return initial_value(initializer, tuple(shape), dtype)
 
 
-def _like(old: npt.NDArray[Any], value: Any, label: str) -> npt.NDArray[Any]:
+def _lasting(value: Any) -> Any:
+    """Hyperparameters, of which a number on a GPU becomes one of the host."""
+    return {k: float(to_host(v)) if on_gpu(v) else v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _like(old: Any, value: Any, label: str) -> npt.NDArray[Any]:
     """A copy of ``value`` that can be assigned to ``old``; a copy, for it may be one of the arrays assigned before."""
-    array = np.asarray(value)
-    if array.shape != old.shape:
+    array = to_host(value) if on_gpu(value) else np.asarray(value)
+    if array.shape != tuple(old.shape):
         raise ValueError(
             f"{label}: Optimizer weight shape {old.shape} not compatible with provided weight shape {array.shape}"
         )
-    if not old.flags.writeable:
+    if isinstance(old, np.ndarray) and not old.flags.writeable:
         raise ValueError(f"{label}: was made read-only, expected a writable array")
     is_bfloat16 = array.dtype.name == "bfloat16"
     if array.dtype.kind not in "fiu" and not is_bfloat16:
         raise TypeError(f"{label}: dtype {array.dtype}, expected {old.dtype}")
-    return np.array(array, dtype=old.dtype)
+    return np.array(array, dtype=to_host(old).dtype)
 
 
 def _drop_keras1_dummies(weights: list[Any], expected: int) -> list[Any]:

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from fastadam import cuda
 from fastadam._backend import _cpu
 from fastadam.deferred import DeferredTables
 from fastadam.hyper import StepHyper
 from fastadam.ops import fit_gradients, run_step
+from fastadam.placement import assign, native_of, on_gpu
 from fastadam.slices import DEFERRED, is_native_sparse, is_sparse
 from fastadam.slots import ACCUMULATOR, Entry
 from fastadam.staleness import Numbers, Staleness
@@ -68,10 +70,14 @@ class Stepper(DeferredTables):
         if not variables:
             return None
         with self._lock, self._no_step_inside_a_step():
+            self._raise_late()
+            rate = self._rate_for(variables)
             scale = 1.0 / (loss_scale or self._extras.loss_scale_factor or 1.0)
             steps = self._extras.gradient_accumulation_steps
             hyper = self._step_hyper(1.0 / steps if steps else scale)
             plan, fitting = self._plan_for(variables, gradients, positions, self._slot_names(), hyper)
+            if self._buffers[0].device >= 0:
+                plan.set_rate(rate)
             if steps:
                 return self._accumulate(plan, fitting, positions, scale, loss_scale is not None, hyper)
             if loss_scale is not None:
@@ -92,6 +98,25 @@ class Stepper(DeferredTables):
             yield
         finally:
             self._stepping = False
+
+    def _rate_for(self, variables: Sequence[Any]) -> Any:
+        """The learning rate where it lies on the GPU, else None; and whether this step may be captured."""
+        rate, first = self._hyper["learning_rate"], unwrap(variables[0])
+        if self._contexts and on_gpu(first) and cuda.native().is_capturing(first):
+            if callable(rate):
+                raise ValueError(
+                    "learning_rate: a schedule or callable, which a CUDA graph would never ask again, expected a number "
+                    "or one float on the GPU"
+                )
+        else:
+            self._read_captured()
+        if not on_gpu(rate):
+            return None
+        if not on_gpu(first):
+            raise ValueError("learning_rate: on a GPU, expected a number for variables in CPU memory")
+        if self.sparse_update in DEFERRED:
+            raise ValueError(f"learning_rate: on the GPU with sparse_update={self.sparse_update!r}, expected a number")
+        return rate
 
     # ---- plans -----------------------------------------------------------------------------------------------------
 
@@ -118,7 +143,8 @@ class Stepper(DeferredTables):
         entries = [prepared.entry_of(buffer) for buffer in buffers]
         tables = [self._table_of(*found, hyper) for found in zip(buffers, entries, gradients, strict=True)]
         histories = [None if table is None else table.native for table in tables]
-        plan = _cpu.Plan(buffers, slots, decays, positions, self.sparse_update == "lazy", histories)
+        context, lazy = self._context_of(buffers[0]), self.sparse_update == "lazy"
+        plan = native_of(buffers[0]).Plan(buffers, slots, decays, positions, lazy, histories, context)
         gradients = fit_gradients(plan, gradients, buffers, positions)
         plan.check_numbers(hyper, [])
         prepared.commit()  # slots are made once the whole step has been found good
@@ -156,7 +182,7 @@ class Stepper(DeferredTables):
             return gradients
         numbers = self._numbers(hyper)
         settled = [
-            table is not None and bool(table.steps) and (table.numbers != numbers or not is_native_sparse(gradient))
+            table is not None and table.waits and (table.numbers != numbers or not is_native_sparse(gradient))
             for table, gradient in zip(self._tables, gradients, strict=True)
         ]
         if any(settled):
@@ -198,7 +224,7 @@ class Stepper(DeferredTables):
         if restart := len(fresh) == len(before):
             fresh = []
         for entry in fresh:
-            self._slots.slots_of(entry)[ACCUMULATOR].fill(0)
+            assign(self._slots.slots_of(entry)[ACCUMULATOR], 0)
         for entry, _ in before.values():
             entry.accumulating = calls // steps
         try:
@@ -227,7 +253,8 @@ class Stepper(DeferredTables):
         slots = dict(zip(names, prepared.slots, strict=True))
         decays = self._extras.decays([entry.spec.name for entry in waiting], buffers)
         positions = list(range(len(buffers)))
-        return _cpu.Plan(buffers, slots, decays, positions, lazy=False, histories=[None] * len(buffers))
+        context = self._context_of(buffers[0])
+        return native_of(buffers[0]).Plan(buffers, slots, decays, positions, False, [None] * len(buffers), context)
 
 
 def _as_pairs(grads_and_vars: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._backend import _cpu
+from fastadam.placement import native_for, on_gpu, to_host
 from fastadam.slices import check_ids
 
-__all__ = ["Reader", "Variable", "buffers_of", "label_of", "reading", "unwrap"]
+__all__ = ["Reader", "Variable", "buffer_of", "buffers_of", "label_of", "reading", "unwrap"]
 
 
 class Reader(Protocol):
@@ -72,9 +73,9 @@ class Variable:
     def __init__(self, value: npt.ArrayLike, name: str | None = None) -> None:
         if not isinstance(name, (str, type(None))):
             raise TypeError(f"name: {name!r}, expected a string")
-        array = value if isinstance(value, np.ndarray) else _new_array(value, name)
+        array = value if isinstance(value, np.ndarray) or on_gpu(value) else _new_array(value, name)
         self.name = name
-        _cpu.Buffer(array, label_of(self, 0) if name else "value")
+        native_for([array]).Buffer(array, label_of(self, 0) if name else "value")
         self._value = array
 
     @property
@@ -120,7 +121,7 @@ class Variable:
 
     def numpy(self) -> npt.NDArray[Any]:
         """A copy of the array; inside a loss too, where it is a constant."""
-        return np.array(self._value)
+        return np.array(to_host(self._value))
 
     def assign(self, value: npt.ArrayLike) -> Variable:
         """Overwrite the elements; raises ValueError unless ``value`` has the variable's shape."""
@@ -258,7 +259,16 @@ def label_of(variable: Any, position: int) -> str:
 
 def buffers_of(variables: Sequence[Any], positions: Sequence[int]) -> list[_cpu.Buffer]:
     """Check each variable and view its memory; ``positions`` are their places in the caller's list."""
-    return [
-        _cpu.Buffer(unwrap(variable), label_of(variable, position))
+    native = native_for(map(unwrap, variables))
+    buffers = [
+        native.Buffer(unwrap(variable), label_of(variable, position))
         for variable, position in zip(variables, positions, strict=True)
     ]
+    for buffer in buffers:
+        native.require_place(buffer, buffers[0])
+    return buffers
+
+
+def buffer_of(variable: Any, position: int = 0) -> _cpu.Buffer:
+    """The same of one variable."""
+    return buffers_of([variable], [position])[0]

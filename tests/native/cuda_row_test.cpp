@@ -20,6 +20,7 @@ struct RowArgs {
   TensorArgs tensor;
   Rows rows;
   const StaleRows* stale;
+  int32_t* last;
   int64_t width;
   RowMode mode;
 };
@@ -27,16 +28,22 @@ struct RowArgs {
 template <class Storage, bool kAmsgrad, bool kTransform>
 void run_rows(const RowArgs& args, int t) {
   using Body = cuda::RowStep<Storage, kAmsgrad, kTransform>;
+  cuda::StepState state{};
+  state.single = scalars<float>(t);
+  state.twice = scalars<double>(t);
   Body body{};
+  body.state = &state;
   body.tensor = args.tensor;
-  body.rows = args.rows;
+  static_cast<Rows&>(body.slices) = args.rows;
+  body.slices.unique = args.rows.rows == nullptr ? nullptr : &args.rows.count;
   if (args.stale != nullptr) body.stale = *args.stale;
-  body.waits = args.stale != nullptr;
-  body.scalars = scalars<Compute<Storage>>(t);
+  body.last = args.last;
+  body.now_had = static_cast<int32_t>(body.stale.now);
   body.width = args.width;
-  body.row_count = args.mode == RowMode::kTouched ? args.rows.count : args.tensor.size / args.width;
+  // On a GPU the host knows no better than the number of indices.
+  body.row_count = args.mode == RowMode::kTouched ? args.rows.count + 3 : args.tensor.size / args.width;
   body.mode = args.mode;
-  emulate(body, cuda::row_grid(body.row_count));
+  emulate(body, cuda::row_grid(body.row_count, body.width));
 }
 
 template <class Storage>
@@ -69,7 +76,7 @@ void check_slices(const Pair& pair, int64_t width, bool amsgrad, bool transform,
     expect_slices(with_slices(expected.args(t, amsgrad), values, pair, t, rows), kIndices[t], width, t, transform,
                   lazy);
     const TensorArgs tensor = with_slices(table.args(t, amsgrad), values, pair, t, rows);
-    run_rows({tensor, rows, nullptr, width, lazy ? RowMode::kTouched : RowMode::kAll}, t, amsgrad, transform);
+    run_rows({tensor, rows, nullptr, nullptr, width, lazy ? RowMode::kTouched : RowMode::kAll}, t, amsgrad, transform);
   }
   const std::string rule = lazy ? "that are touched: " : "of a whole table: ";
   claims.note("warps of rows " + rule + pair.name() + " gives the bits of the scalar loop", table == expected);
@@ -105,7 +112,11 @@ void check_stale(const Pair& pair, int64_t width, bool amsgrad, bool may_stop, T
   expect_replay(args(expected), history, sorted.rows, had, width, t);
   if (touch == Touch::kGradient) expect_slices(args(expected), indices, width, t, true, true);
   const RowMode mode = touch == Touch::kAll ? RowMode::kCatchUp : RowMode::kTouched;
-  run_rows({args(table), rows, &stale, width, mode}, t, amsgrad, true);
+  std::vector<int32_t> last = had;
+  run_rows({args(table), rows, &stale, last.data(), width, mode}, t, amsgrad, true);
+  for (const int64_t row : sorted.rows) had[static_cast<size_t>(row)] = static_cast<int32_t>(kNow);
+  if (touch == Touch::kAll) had.assign(had.size(), static_cast<int32_t>(kNow));
+  claims.note("warps of rows note what each has had", last == had);
   const std::string rule = may_stop ? "and may rest: " : "";
   claims.note("warps of rows that wait " + rule + pair.name() + " gives the bits of the dense steps",
               table == expected);
@@ -138,7 +149,8 @@ void check_jumps(DType dtype, bool amsgrad, Claims& claims) {
   }
   tensor = table.args(0, amsgrad);
   tensor.grad = nullptr;
-  run_rows({tensor, Rows{}, &stale, kWidth, RowMode::kCatchUp}, 0, amsgrad, false);
+  std::vector<int32_t> last = from;
+  run_rows({tensor, Rows{}, &stale, last.data(), kWidth, RowMode::kCatchUp}, 0, amsgrad, false);
   claims.note("warps of rows that jump give the bits of the CPU kernel", table == expected);
 }
 

@@ -16,41 +16,51 @@ namespace {
 using namespace kernel_test;
 
 std::vector<cuda::Gradient> gradients_of(const std::vector<TensorArgs>& tensors) {
+  std::vector<cuda::Gradient> wanted;
+  for (const TensorArgs& tensor : tensors) wanted.push_back(cuda::gradient_of(tensor));
   std::vector<cuda::Gradient> gradients(tensors.size());
   for (size_t first = 0; first < tensors.size(); first += cuda::SetGradients::kCount) {
     cuda::SetGradients set{};
     set.table = gradients.data() + first;
-    set.count = cuda::fill_gradients(set.gradients, tensors, first);
+    set.count = cuda::fill_gradients(set.gradients, wanted, first);
     emulate(set, 1);
   }
   return gradients;
 }
 
-template <class Storage>
-void run_dense(const StepArgs& step, const std::vector<TensorArgs>& tensors, const std::vector<cuda::Chunk>& chunks,
-               const double* factors) {
-  const std::vector<cuda::Gradient> gradients = gradients_of(tensors);
-  const auto run = [&](auto amsgrad, auto transform) {
-    using Body = cuda::DenseStep<Storage, amsgrad.value, transform.value>;
-    typename Body::Scalars scalars{};
-    if constexpr (sizeof(Compute<Storage>) == 8) {
-      scalars = step.scalars_f64;
-    } else {
-      scalars = step.scalars_f32;
-    }
-    emulate(Body{tensors.data(), gradients.data(), factors, chunks.data(), scalars, step.ema_overwrite,
-                 cuda::most_gradients(step.chains)},
-            static_cast<int64_t>(chunks.size()));
-  };
-  cuda::choose(step.amsgrad, step.transform, run);
+cuda::StepState state_of(const StepArgs& step) {
+  cuda::StepState state{};
+  cuda::Report report{};
+  emulate(cuda::BeginStep{&state, &report, 1, 0, step.scalars_f32, step.scalars_f64}, 1);
+  return state;
 }
 
-void run_step(const StepArgs& step, const std::vector<TensorArgs>& tensors, const double* factors = nullptr) {
-  const auto chunks = [&](DType dtype) { return cuda::chunks_of(step.chains, dtype); };
-  run_dense<Float16>(step, tensors, chunks(DType::kFloat16), factors);
-  run_dense<BFloat16>(step, tensors, chunks(DType::kBFloat16), factors);
-  run_dense<float>(step, tensors, chunks(DType::kFloat32), factors);
-  run_dense<double>(step, tensors, chunks(DType::kFloat64), factors);
+// As Launch::step in csrc/cuda/launch.cu.
+void run_step(const StepArgs& step, const std::vector<TensorArgs>& tensors) {
+  const std::vector<cuda::Gradient> gradients = gradients_of(tensors);
+  const cuda::StepState state = state_of(step);
+  const auto rounds = cuda::rounds_of(step.chains);
+  std::vector<int64_t> averaged;
+  for (const int64_t t : rounds[0]) {
+    if (tensors[static_cast<size_t>(t)].average != nullptr) averaged.push_back(t);
+  }
+  for (int i = 0; i < kDTypeCount; ++i) {
+    const auto dtype = static_cast<DType>(i);
+    cuda::with_storage(dtype, [&](auto zero) {
+      using Storage = decltype(zero);
+      for (const std::vector<int64_t>& round : rounds) {
+        const std::vector<cuda::Chunk> chunks = cuda::chunks_of(tensors, round, dtype);
+        cuda::choose(step.amsgrad, step.transform, [&](auto amsgrad, auto transform) {
+          emulate(cuda::DenseStep<Storage, amsgrad.value, transform.value>{&state, tensors.data(), gradients.data(),
+                                                                           nullptr, chunks.data()},
+                  static_cast<int64_t>(chunks.size()));
+        });
+      }
+      const std::vector<cuda::Chunk> chunks = cuda::chunks_of(tensors, averaged, dtype);
+      emulate(cuda::AverageStep<Storage>{&state, tensors.data(), chunks.data(), step.ema_overwrite},
+              static_cast<int64_t>(chunks.size()));
+    });
+  }
 }
 
 // A list of variables of all dtypes, some with more gradients, some with averages, at odd addresses.
@@ -135,7 +145,7 @@ void check_norms() {
       cpu::run_norm(norms.args());
       claims.note("threads of norms find what is not finite", norms.all_finite() == finite);
       std::vector<double> sums(static_cast<size_t>(offsets.back()));
-      emulate(cuda::SumSquares{tensors.data(), gradients.data(), offsets.data(), count, clip_value, true, sums.data()},
+      emulate(cuda::SumSquares{gradients.data(), offsets.data(), count, clip_value, true, sums.data()},
               cuda::norm_grid(offsets));
       bool same = true;
       for (size_t i = 0; i < sums.size(); ++i) {
@@ -177,10 +187,14 @@ void check_chunks() {
   tensors[0].size = 7;
   tensors[1].size = kHuge;
   tensors[2].size = cuda::kChunkElements;
-  for (TensorArgs& tensor : tensors) tensor.dtype = DType::kFloat32;
+  for (TensorArgs& tensor : tensors) {
+    tensor.dtype = DType::kFloat32;
+    tensor.next = -1;
+  }
   const int64_t heads[] = {0, 1, 2};
   const int64_t offsets[] = {0, 7, 7 + kHuge, 7 + kHuge + cuda::kChunkElements};
-  const std::vector<cuda::Chunk> chunks = cuda::chunks_of({tensors.data(), heads, offsets, 3}, DType::kFloat32);
+  const std::vector<cuda::Chunk> chunks =
+      cuda::chunks_of(tensors, cuda::rounds_of({tensors.data(), heads, offsets, 3})[0], DType::kFloat32);
   int64_t next = 0;
   bool covers = chunks.front().tensor == 0 && chunks.back().tensor == 2;
   for (const cuda::Chunk& chunk : chunks) {
@@ -188,7 +202,7 @@ void check_chunks() {
     if (chunk.tensor == 1) next += cuda::kChunkElements;
   }
   report(covers && next >= kHuge && next - cuda::kChunkElements < kHuge, "chunks cover 2^33 elements once, in order");
-  report(cuda::chunks_of({tensors.data(), heads, offsets, 3}, DType::kFloat64).empty(), "and those of one dtype only");
+  report(cuda::chunks_of(tensors, {0, 1, 2}, DType::kFloat64).empty(), "and those of one dtype only");
 }
 
 }  // namespace

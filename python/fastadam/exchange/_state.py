@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastadam import placement
 from fastadam._backend import _cpu
 from fastadam.checks import check_list, check_non_negative
 from fastadam.gradients import as_float_array
@@ -69,7 +70,7 @@ def copies_of_slots(optimizer: Adam, variables: Iterable[Any], names: Sequence[s
         for i, slots in enumerate(found):
             if not set(names) <= set(slots):
                 raise ValueError(f"variables[{i}]: slots {list(slots)}, expected {list(names)}")
-        return {name: [np.array(slots[name], order="C") for slots in found] for name in names}
+        return {name: [np.array(placement.to_host(slots[name]), order="C") for slots in found] for name in names}
 
 
 def assign(
@@ -96,12 +97,12 @@ def assign(
         prepared = optimizer._slots.prepare(buffers, list(slots))
         for name, targets in zip(slots, prepared.slots, strict=True):
             for i, target in enumerate(targets):
-                if not target.flags.writeable:
+                if isinstance(target, np.ndarray) and not target.flags.writeable:
                     raise ValueError(f"slot {name} of variables[{i}]: was made read-only, expected a writable array")
         prepared.commit()
         for targets, arrays in zip(prepared.slots, new.values(), strict=True):
             for target, array in zip(targets, arrays, strict=True):
-                target[...] = array
+                placement.assign(target, array)
         optimizer.iterations = iterations
         for name, value in hyper.items():
             setattr(optimizer, name, value)

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+// How an array on a GPU becomes a Buffer: __cuda_array_interface__ (CuPy, Numba and others), DLPack (PyTorch, whose
+// bfloat16 the other cannot say), and arrays of our own. Included by the CUDA module only.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../cuda/device.h"
+#include "buffers.h"
+
+namespace fastadam::bind {
+
+// An array without a library: what the state of variables lies in that come from none that makes arrays.
+struct DeviceArray {
+  std::vector<int64_t> shape;
+  py::dtype dtype;
+  bool is_bfloat16;  // dtype is the uint16 of its bits
+  bool fortran;
+  int device;
+  uintptr_t stream;  // on which it was made
+  std::shared_ptr<void> memory;
+
+  int64_t size() const {
+    int64_t size = 1;
+    for (int64_t length : shape) size *= length;
+    return size;
+  }
+  int64_t nbytes() const { return size() * dtype.itemsize(); }
+
+  std::vector<int64_t> strides() const {
+    std::vector<int64_t> strides(shape.size());
+    int64_t packed = dtype.itemsize();
+    for (size_t i = 0; i < shape.size(); ++i) {
+      const size_t axis = fortran ? i : shape.size() - 1 - i;
+      strides[axis] = packed;
+      packed *= shape[axis];
+    }
+    return strides;
+  }
+};
+
+// Zeros, once the stream comes to them.
+inline DeviceArray make_device_array(std::vector<int64_t> shape, const std::string& dtype, const std::string& order,
+                                     int device, uintptr_t stream) {
+  const bool is_bfloat16 = dtype == "bfloat16";
+  DeviceArray array{
+      std::move(shape), py::dtype(is_bfloat16 ? "uint16" : dtype), is_bfloat16, order == "F", device, stream, nullptr};
+  const cuda::DeviceScope scope(device);
+  array.memory = std::shared_ptr<void>(cuda::allocate(array.nbytes()), &cuda::release);
+  cuda::set_zero(array.memory.get(), array.nbytes(), reinterpret_cast<void*>(stream));
+  return array;
+}
+
+inline py::dict array_interface(const DeviceArray& array) {
+  py::dict interface;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(array.memory.get());
+  interface["shape"] = py::tuple(py::cast(array.shape));
+  interface["typestr"] = array.is_bfloat16 ? py::object(py::str("<V2")) : py::object(array.dtype.attr("str"));
+  interface["data"] = py::make_tuple(address, false);
+  interface["strides"] = py::tuple(py::cast(array.strides()));
+  interface["stream"] = array.stream == 0 ? 1 : array.stream;  // 0 is not allowed
+  interface["version"] = 3;
+  return interface;
+}
+
+// The stream on which whoever made the array works now, as the two protocols number streams.
+inline std::optional<uintptr_t> stream_of(const py::object& object) {
+  if (library_of(object) == "torch") {
+    const py::object stream = py::module_::import("torch").attr("cuda").attr("current_stream")(object.attr("device"));
+    return stream.attr("cuda_stream").cast<uintptr_t>();
+  }
+  if (!py::hasattr(object, "__cuda_array_interface__")) return std::nullopt;
+  const auto interface = object.attr("__cuda_array_interface__").cast<py::dict>();
+  if (!interface.contains("stream") || py::object(interface["stream"]).is_none()) return std::nullopt;
+  return py::object(interface["stream"]).cast<uintptr_t>();
+}
+
+inline Buffer from_array_interface(const py::object& object, const Label& label) {
+  const auto interface = object.attr("__cuda_array_interface__").cast<py::dict>();
+  if (interface.contains("mask") && !py::object(interface["mask"]).is_none()) {
+    throw py::type_error(label() + ": masked array, whose mask Adam cannot honour");
+  }
+  const auto typestr = interface["typestr"].cast<std::string>();
+  const auto data = interface["data"].cast<std::pair<uintptr_t, bool>>();
+  const py::dtype dtype(typestr == "<V2" || typestr == "|V2" ? "uint16" : typestr);
+  Buffer b;
+  b.dtype = dtype_of(dtype);
+  const bool is_bfloat16 = typestr.find("V2") == 1 && text(object.attr("dtype")).find("bfloat16") != std::string::npos;
+  if (is_bfloat16) b.dtype = DType::kBFloat16;
+  if (!b.dtype) b.dtype_name = is_bfloat16 || typestr.find('V') == 1 ? typestr : text(dtype);
+  b.data = reinterpret_cast<void*>(data.first);
+  b.writable = !data.second;
+  b.native_order = dtype.byteorder() != (kLittleEndian ? '>' : '<');
+  b.item_size = dtype.itemsize();
+  b.shape = interface["shape"].cast<std::vector<int64_t>>();
+  if (interface.contains("strides") && !py::object(interface["strides"]).is_none()) {
+    b.strides = interface["strides"].cast<std::vector<int64_t>>();
+  } else {
+    b.strides = DeviceArray{b.shape, dtype, false, false, 0, 0, nullptr}.strides();
+  }
+  derive_layout(b);
+  b.owner = object;
+  return b;
+}
+
+// Sets where the memory lies, which only the runtime knows, and refuses what is not plain memory of a device.
+inline void locate(Buffer& b, const Label& label, const py::object& object) {
+  b.device = Buffer::kAnywhere;
+  if (b.size == 0) return;
+  const cuda::Location found = cuda::location_of(b.data);
+  if (found.place == cuda::Place::kDevice) {
+    b.device = found.device;
+    return;
+  }
+  const char* kind = found.place == cuda::Place::kManaged ? "managed memory" : "memory of the host";
+  throw py::value_error(label() + ": " + type_name(object) + " in " + kind + ", expected memory of a CUDA device");
+}
+
+inline Buffer read_cuda_array(const py::object& object, const Label& label) {
+  Buffer b;
+  if (library_of(object) == "torch") {
+    // The work is put on torch's own stream: nothing to wait for.
+    b = from_dlpack(object, label, py::dict(py::arg("stream") = -1));
+  } else if (py::hasattr(object, "__cuda_array_interface__")) {
+    b = from_array_interface(object, label);
+  } else {
+    b = from_dlpack(object, label, py::dict(py::arg("stream") = 1));
+    b.writable = true;
+  }
+  locate(b, label, object);
+  b.stream_source = object;
+  b.stream = stream_of(object);
+  return b;
+}
+
+// Any array on a device, of any dtype: how ids and states come.
+inline Buffer require_cuda_array(const py::object& object, const std::string& label) {
+  std::optional<Buffer> b = read_array(object, Label{label});
+  if (!b) throw py::type_error(label + ": " + type_name(object) + ", expected an array on a CUDA device");
+  b->label = label;
+  if (b->device == Buffer::kHost) throw py::value_error(label + ": in CPU memory, expected memory of a CUDA device");
+  return *std::move(b);
+}
+
+// A copy in memory of the host; waits. bfloat16 comes as its bits.
+inline py::array copy_to_numpy(const Buffer& b) {
+  if (!b.c_contiguous && !b.f_contiguous) throw py::value_error(b.label + ": strided, expected a contiguous array");
+  const py::dtype dtype = b.dtype == DType::kBFloat16 ? py::dtype("uint16")
+                          : b.dtype                   ? py::dtype(name_of(*b.dtype))
+                                                      : py::dtype(b.dtype_name);
+  py::array host(dtype, b.shape, b.strides);
+  const cuda::DeviceScope scope(std::max(b.device, 0));
+  void* to = host.mutable_data();
+  const py::gil_scoped_release unlocked;
+  cuda::copy_to_host(to, b.data, b.size * b.item_size, reinterpret_cast<void*>(b.stream.value_or(0)));
+  return host;
+}
+
+// Overwrites an array on a device with one of the host of the same dtype, shape and layout.
+inline void assign(const py::object& object, const py::array& values) {
+  const Buffer b = require_cuda_array(object, "array");
+  const Buffer from = from_ndarray(values);
+  const bool same_layout = from.same_layout(b) && from.shape == b.shape && from.item_size == b.item_size;
+  if (!same_layout) throw py::value_error("values: of another shape, dtype or order than the array");
+  const cuda::DeviceScope scope(std::max(b.device, 0));
+  cuda::copy_to_device(b.data, from.data, b.size * b.item_size, reinterpret_cast<void*>(b.stream.value_or(0)));
+}
+
+}  // namespace fastadam::bind

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstddef>
+
+#include "chunks.h"
+#include "context.h"
+
+namespace fastadam::cuda {
+
+template <class T>
+void PowerTables<T>::make(const AdamHyper& hyper, cudaStream_t stream) {
+  std::vector<T> powers_1 = powers_of<T>(hyper.beta_1);
+  std::vector<T> powers_2 = powers_of<T>(hyper.beta_2);
+  if (powers_1.empty() || powers_2.empty()) return;
+  const size_t count = std::max(powers_1.size(), powers_2.size());
+  powers_1.resize(count);
+  powers_2.resize(count);
+  of_1 = DeviceArray<T>(powers_1, stream);
+  of_2 = DeviceArray<T>(powers_2, stream);
+}
+
+void Context::Parts::make_powers(const AdamHyper& hyper) {
+  if (is_capturing) throw std::runtime_error("the first step was captured, expected one before it that is not");
+  beta_1 = hyper.beta_1;
+  beta_2 = hyper.beta_2;
+  singles.make(hyper, stream);
+  doubles.make(hyper, stream);
+  has_powers = true;
+}
+
+void Context::Parts::require_powers(const AdamHyper& hyper, bool singles_too, bool doubles_too) const {
+  const bool exist = (!singles_too || singles.get().count > 0) && (!doubles_too || doubles.get().count > 0);
+  if (exist && hyper.beta_1 == beta_1 && hyper.beta_2 == beta_2) return;
+  throw std::runtime_error(exist ? "a beta has changed since the first step, expected constant ones in a step that is "
+                                   "captured or whose learning_rate is on the GPU"
+                                 : "a beta too near to 1 for a step that is captured or whose learning_rate is on the "
+                                   "GPU");
+}
+
+Context::Context() : parts_(std::make_unique<Parts>()) {
+  check(cudaEventCreateWithFlags(&parts_->left, cudaEventDisableTiming));
+}
+
+Context::~Context() { static_cast<void>(cudaEventDestroy(parts_->left)); }
+
+void Context::enter(void* on_stream) {
+  Parts& p = *parts_;
+  const auto stream = static_cast<cudaStream_t>(on_stream);
+  p.is_capturing = cuda::is_capturing(stream);
+  if (p.is_fresh) {
+    if (p.is_capturing) throw std::runtime_error("the first step was captured, expected one before it that is not");
+    check(cudaMemsetAsync(p.state.get(), 0, sizeof(StepState), stream));
+  } else if (stream != p.stream && !p.is_capturing) {
+    check(cudaStreamWaitEvent(stream, p.left, 0));
+  }
+  p.is_fresh = false;
+  p.stream = stream;
+}
+
+void Context::leave() {
+  if (!parts_->is_capturing) static_cast<void>(cudaEventRecord(parts_->left, parts_->stream));
+}
+
+void* Context::stream() const { return parts_->stream; }
+
+bool Context::is_capturing() const { return parts_->is_capturing; }
+
+void Context::wait() { check(cudaStreamSynchronize(parts_->stream)); }
+
+std::optional<Failure> Context::take_failure() {
+  volatile Report& report = *parts_->report.get();
+  if (report.failed == 0) return std::nullopt;
+  const Failure failure{report.call, report.source, report.position, report.index};
+  static_assert(offsetof(StepState, told) == offsetof(StepState, failed) + sizeof(bool), "cleared at once");
+  check(cudaMemsetAsync(&parts_->state.get()->failed, 0, 2 * sizeof(bool), parts_->stream));
+  report.failed = 0;
+  return failure;
+}
+
+bool Context::is_captured() const { return parts_->is_captured; }
+
+int64_t Context::step() {
+  int64_t step = 0;
+  const int64_t* on_device = &parts_->state.get()->step;
+  check(cudaMemcpyAsync(&step, on_device, sizeof(step), cudaMemcpyDeviceToHost, parts_->stream));
+  wait();
+  return step;
+}
+
+}  // namespace fastadam::cuda

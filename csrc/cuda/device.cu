@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "device.h"
+#include "runtime.h"
+
+namespace fastadam::cuda {
+
+namespace {
+
+cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+void copy(void* to, const void* from, int64_t bytes, cudaMemcpyKind kind, void* stream) {
+  if (bytes > 0) check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), kind, stream_of(stream)));
+}
+
+}  // namespace
+
+int device_count(std::string& reason) {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaSuccess) {
+    reason = count > 0 ? "" : "no CUDA device";
+    return count;
+  }
+  static_cast<void>(cudaGetLastError());  // not to be found by the next launch
+  reason = cudaGetErrorString(status);
+  return 0;
+}
+
+Location location_of(const void* data) {
+  cudaPointerAttributes found{};
+  check(cudaPointerGetAttributes(&found, data));
+  if (found.type == cudaMemoryTypeManaged) return {Place::kManaged, found.device};
+  return {found.type == cudaMemoryTypeDevice ? Place::kDevice : Place::kHost, found.device};
+}
+
+DeviceScope::DeviceScope(int device) : device_(device) {
+  check(cudaGetDevice(&before_));
+  if (before_ != device_) check(cudaSetDevice(device_));
+}
+
+DeviceScope::~DeviceScope() {
+  if (before_ != device_) static_cast<void>(cudaSetDevice(before_));
+}
+
+void* allocate(int64_t bytes) {
+  void* data = nullptr;
+  if (bytes > 0) check(cudaMalloc(&data, static_cast<size_t>(bytes)));
+  return data;
+}
+
+void release(void* data) { static_cast<void>(cudaFree(data)); }
+
+void set_zero(void* data, int64_t bytes, void* stream) {
+  if (bytes > 0) check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream_of(stream)));
+}
+
+void copy_to_device(void* to, const void* from, int64_t bytes, void* stream) {
+  copy(to, from, bytes, cudaMemcpyHostToDevice, stream);
+}
+
+void copy_on_device(void* to, const void* from, int64_t bytes, void* stream) {
+  copy(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
+}
+
+void copy_to_host(void* to, const void* from, int64_t bytes, void* stream) {
+  copy(to, from, bytes, cudaMemcpyDeviceToHost, stream);
+  check(cudaStreamSynchronize(stream_of(stream)));
+}
+
+bool is_capturing(void* stream) { return is_capturing(stream_of(stream)); }
+
+void order_after(void* later, void* earlier) {
+  if (later == earlier) return;
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  cudaError_t status = cudaEventRecord(event, stream_of(earlier));
+  if (status == cudaSuccess) status = cudaStreamWaitEvent(stream_of(later), event, 0);
+  static_cast<void>(cudaEventDestroy(event));  // once it has come
+  check(status);
+}
+
+}  // namespace fastadam::cuda

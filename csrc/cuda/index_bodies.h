@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+// What threads do to the indices of IndexedSlices before and after they are sorted: the rows that they name, and where
+// the values of each lie. As bodies.h, whose rules hold here.
+#pragma once
+
+#include "bodies.h"
+
+namespace fastadam::cuda {
+
+// Rows of which only the device knows how many there are.
+struct DeviceRows : Rows {  // `count`: at most so many, the number of indices
+  const int64_t* unique;    // how many there are
+
+  FASTADAM_INLINE Rows counted() const {
+    Rows copy = *this;
+    copy.count = *unique;
+    return copy;
+  }
+};
+
+constexpr unsigned long long kNoPosition = ~0ULL;
+
+FASTADAM_INLINE void keep_lowest(unsigned long long* lowest, unsigned long long value) {
+#if defined(__CUDA_ARCH__)
+  atomicMin(lowest, value);
+#else
+  if (value < *lowest) *lowest = value;
+#endif
+}
+
+constexpr int kIndexThreads = 256;
+
+FASTADAM_INLINE int64_t index_grid(int64_t count) { return (count + kIndexThreads - 1) / kIndexThreads; }
+
+// Copies the indices, numbers them, and finds the first that is no row.
+struct ReadIndices {
+  static constexpr int kThreads = kIndexThreads;
+  using Shared = NoShared;
+  const void* indices;
+  bool is_int64;  // else int32
+  int64_t count;
+  int64_t row_count;
+  int64_t* keys;
+  int64_t* order;
+  unsigned long long* bad;  // position; kNoPosition before and, if all are rows, after
+
+  FASTADAM_INLINE int phases() const { return 1; }
+  FASTADAM_INLINE void phase(int, int64_t block, int64_t thread, Shared&) const {
+    const int64_t i = block * kThreads + thread;
+    if (i >= count) return;
+    const int64_t row = is_int64 ? static_cast<const int64_t*>(indices)[i] : static_cast<const int32_t*>(indices)[i];
+    keys[i] = row;
+    order[i] = i;
+    if (row < 0 || row >= row_count) keep_lowest(bad, static_cast<unsigned long long>(i));
+  }
+};
+
+// Of sorted keys: 1 where a row begins. Their running sum numbers the rows from 1.
+struct MarkRows {
+  static constexpr int kThreads = kIndexThreads;
+  using Shared = NoShared;
+  const int64_t* keys;
+  int64_t count;
+  int64_t* marks;
+
+  FASTADAM_INLINE int phases() const { return 1; }
+  FASTADAM_INLINE void phase(int, int64_t block, int64_t thread, Shared&) const {
+    const int64_t i = block * kThreads + thread;
+    if (i < count) marks[i] = i == 0 || keys[i] != keys[i - 1] ? 1 : 0;
+  }
+};
+
+// Lists the rows and their starts. An index that is no row fails this step and those after it.
+struct ListRows {
+  static constexpr int kThreads = kIndexThreads;
+  using Shared = NoShared;
+  const int64_t* keys;
+  const int64_t* numbers;  // running sums of the marks
+  int64_t count;
+  int64_t* rows;
+  int64_t* starts;
+  int64_t* unique;
+  const int64_t* unsorted;  // keys as they came
+  int64_t source;
+  unsigned long long* bad;
+  StepState* state;
+  Report* report;
+
+  FASTADAM_INLINE int phases() const { return 1; }
+  FASTADAM_INLINE void phase(int, int64_t block, int64_t thread, Shared&) const {
+    const int64_t i = block * kThreads + thread;
+    if (i == 0) judge();
+    if (i == 0 && count == 0) *unique = starts[0] = 0;
+    if (i >= count) return;
+    if (i == 0 || numbers[i] != numbers[i - 1]) {
+      rows[numbers[i] - 1] = keys[i];
+      starts[numbers[i] - 1] = i;
+    }
+    if (i + 1 < count) return;
+    starts[numbers[i]] = count;
+    *unique = numbers[i];
+  }
+
+ private:
+  FASTADAM_INLINE void judge() const {
+    if (*bad == kNoPosition) return;
+    if (!state->failed) {
+      report->source = source;
+      report->position = static_cast<int64_t>(*bad);
+      report->index = unsorted[*bad];
+      state->failed = true;
+    }
+    *bad = kNoPosition;
+  }
+};
+
+// Rows that have been summed: one value for each, in their order.
+struct NumberRows {
+  static constexpr int kThreads = kIndexThreads;
+  using Shared = NoShared;
+  const int64_t* unique;
+  int64_t* starts;
+  int64_t* order;
+
+  FASTADAM_INLINE int phases() const { return 1; }
+  FASTADAM_INLINE void phase(int, int64_t block, int64_t thread, Shared&) const {
+    const int64_t k = block * kThreads + thread;
+    if (k <= *unique) starts[k] = k;
+    if (k < *unique) order[k] = k;
+  }
+};
+
+}  // namespace fastadam::cuda

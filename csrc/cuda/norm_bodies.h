@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the threads of norms and of clipping do. As bodies.h, whose rules hold here.
+#pragma once
+
+#include "bodies.h"
+
+namespace fastadam::cuda {
+
+// Sums of squares of blocks of gradients (core/norm.h): a warp for each, a thread for each of its lanes.
+struct SumSquares {
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * static_cast<int>(kNormLanes);
+  struct Shared {
+    double lanes[kWarps][kNormLanes];
+  };
+  const Gradient* gradients;
+  const int64_t* block_offsets;  // as in NormArgs
+  int64_t tensor_count;
+  double clip_value;
+  bool require_finite;
+  double* sums;
+
+  FASTADAM_INLINE int phases() const { return 2; }
+
+  FASTADAM_INLINE void phase(int phase, int64_t block, int64_t thread, Shared& shared) const {
+    const int64_t warp = thread / kNormLanes;
+    const int64_t lane = thread % kNormLanes;
+    const int64_t i = block * kWarps + warp;
+    if (i >= block_offsets[tensor_count]) return;
+    if (phase == 0) {
+      shared.lanes[warp][lane] = sum_lane(i, lane);
+    } else if (lane == 0) {
+      sums[i] = pairwise_sum(shared.lanes[warp], kNormLanes);
+    }
+  }
+
+ private:
+  FASTADAM_INLINE double sum_lane(int64_t i, int64_t lane) const {
+    const int64_t t = find_variable(block_offsets, tensor_count, i);
+    const int64_t begin = (i - block_offsets[t]) * kNormBlock;
+    const int64_t rest = gradients[t].size - begin;
+    const int64_t size = rest < kNormBlock ? rest : kNormBlock;
+    const void* grad = gradients[t].data;
+    switch (gradients[t].dtype) {
+      case DType::kFloat16:
+        return sum<Float16>(static_cast<const Float16*>(grad) + begin, size, lane);
+      case DType::kBFloat16:
+        return sum<BFloat16>(static_cast<const BFloat16*>(grad) + begin, size, lane);
+      case DType::kFloat32:
+        return sum<float>(static_cast<const float*>(grad) + begin, size, lane);
+      default:
+        return sum<double>(static_cast<const double*>(grad) + begin, size, lane);
+    }
+  }
+
+  template <class Storage>
+  FASTADAM_INLINE double sum(const Storage* grad, int64_t size, int64_t lane) const {
+    using T = Compute<Storage>;
+    double total = 0;
+    T not_finite = T(0);  // or NaN
+    for (int64_t at = lane; at < size; at += kNormLanes) {
+      const T g = load(grad[at]);
+      if (require_finite) not_finite += g - g;
+      const auto x = static_cast<double>(transform_gradient(g, static_cast<T>(clip_value), T(1)));
+      total += x * x;
+    }
+    return require_finite ? total + static_cast<double>(not_finite) : total;
+  }
+};
+
+// pairwise_sum of the blocks of each tensor, a block of threads for each: the same tree, its nodes left where they are.
+struct SumBlocks {
+  static constexpr int kThreads = 512;
+  using Shared = NoShared;
+  const int64_t* block_offsets;
+  double* sums;         // sums[block_offsets[t]] becomes that of tensor t
+  int64_t most_blocks;  // of a tensor
+
+  FASTADAM_INLINE int phases() const {
+    int levels = 0;
+    for (int64_t width = 1; width < most_blocks; width *= 2) ++levels;
+    return levels;
+  }
+
+  FASTADAM_INLINE void phase(int level, int64_t tensor, int64_t thread, Shared&) const {
+    double* values = sums + block_offsets[tensor];
+    const int64_t count = block_offsets[tensor + 1] - block_offsets[tensor];
+    const int64_t step = int64_t{1} << level;
+    for (int64_t i = thread * 2 * step; i + step < count; i += kThreads * 2 * step) values[i] += values[i + step];
+  }
+};
+
+// No step at all if a gradient has an element that is not finite.
+struct JudgeFinite {
+  static constexpr int kThreads = 256;
+  using Shared = NoShared;
+  StepState* state;
+  Report* report;
+  const int64_t* block_offsets;
+  const double* sums;  // of tensors, where SumBlocks left them
+  int64_t tensor_count;
+
+  FASTADAM_INLINE int phases() const { return 2; }
+
+  FASTADAM_INLINE void phase(int phase, int64_t, int64_t thread, Shared&) const {
+    if (phase == 0) {
+      if (thread == 0) report->not_finite = 0;
+      return;
+    }
+    for (int64_t t = thread; t < tensor_count; t += kThreads) {
+      if (block_offsets[t] == block_offsets[t + 1] || sums[block_offsets[t]] == sums[block_offsets[t]]) continue;
+      state->skip = true;
+      report->not_finite = 1;
+    }
+  }
+};
+
+// The factors of norm clips, with those of the gradients in them: Norms::fold_into of csrc/bind/norms.h.
+struct ClipFactors {
+  static constexpr int kThreads = 256;
+  using Shared = NoShared;
+  const Gradient* gradients;
+  const int64_t* block_offsets;
+  const double* sums;
+  int64_t tensor_count;
+  double clip_norm;
+  double global_clip_norm;
+  double gradient_scale;
+  double* factors;
+  double* squares;  // of the clipped norms
+
+  FASTADAM_INLINE int phases() const { return 3; }
+
+  FASTADAM_INLINE void phase(int phase, int64_t, int64_t thread, Shared&) const {
+    const bool is_global = global_clip_norm < kNone;
+    if (phase == 0) {
+      for (int64_t t = thread; t < tensor_count; t += kThreads) clip(t);
+    } else if (phase == 1 && is_global && thread == 0) {
+      squares[0] = global_factor();
+    } else if (phase == 2 && is_global) {
+      for (int64_t t = thread; t < tensor_count; t += kThreads) factors[t] *= squares[0];
+    }
+  }
+
+ private:
+  static constexpr double kNone = __builtin_huge_val();
+
+  FASTADAM_INLINE void clip(int64_t t) const {
+    const bool is_empty = block_offsets[t] == block_offsets[t + 1];
+    const double norm = std::sqrt(is_empty ? 0.0 : sums[block_offsets[t]]) * gradient_scale;
+    const double factor = clip_norm < kNone ? clip_factor(norm, clip_norm) : 1.0;
+    factors[t] = gradients[t].factor * factor;
+    squares[t] = norm * factor * norm * factor;
+  }
+
+  FASTADAM_INLINE double global_factor() const {
+    double sum = 0;
+    for (int64_t t = 0; t < tensor_count; ++t) sum += squares[t];
+    return global_clip_factor(std::sqrt(sum), global_clip_norm);
+  }
+};
+
+}  // namespace fastadam::cuda

@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+// IndexedSlices and tables that wait: indices sorted with CUB, rows updated, summed, gathered.
+#include <algorithm>
+#include <cub/cub.cuh>
+
+#include "chunks.h"
+#include "context.h"
+#include "row_bodies.h"
+
+namespace fastadam::cuda {
+namespace {
+
+// Grows by doubling, so that steps of about the same size allocate nothing.
+template <class T>
+T* room_for(DeviceArray<T>& memory, int64_t count) {
+  if (memory.count() < count) memory = DeviceArray<T>(std::max(count, 2 * memory.count()));
+  return memory.get();
+}
+
+int bits_of(int64_t row_count) {
+  int bits = 1;
+  while (bits < 63 && (row_count - 1) >> bits > 0) ++bits;
+  return bits;
+}
+
+}  // namespace
+
+struct SortedRows::Memory {
+  DeviceArray<int64_t> unsorted, keys, places, order, marks, rows, starts, unique{1};
+  DeviceArray<unsigned long long> bad{1};
+  DeviceArray<unsigned char> scratch, sums;
+  DeviceRows result{};
+  bool is_fresh = true;
+
+  void reserve(int64_t count) {
+    for (DeviceArray<int64_t>* memory : {&unsorted, &keys, &places, &order, &marks, &rows}) room_for(*memory, count);
+    room_for(starts, count + 1);
+  }
+
+  // Calls work(memory, size) twice: first with none, to find how much it needs.
+  template <class Work>
+  void with_scratch(Work work) {
+    size_t size = 0;
+    check(work(nullptr, size));
+    check(work(room_for(scratch, std::max<int64_t>(1, static_cast<int64_t>(size))), size));
+  }
+};
+
+SortedRows::SortedRows() : memory_(std::make_unique<Memory>()) {}
+SortedRows::~SortedRows() = default;
+
+void SortedRows::sort(const void* indices, bool is_int64, int64_t count, int64_t row_count, int64_t width,
+                      int64_t source, Context& context) {
+  const cudaStream_t stream = context.parts().stream;
+  Memory& m = *memory_;
+  m.reserve(count);
+  if (m.is_fresh) check(cudaMemsetAsync(m.bad.get(), 0xff, sizeof(kNoPosition), stream));
+  m.is_fresh = false;
+  const int64_t grid = index_grid(count);
+  launch(ReadIndices{indices, is_int64, count, row_count, m.unsorted.get(), m.places.get(), m.bad.get()}, grid, stream);
+  if (count > 0) {
+    m.with_scratch([&](void* memory, size_t& size) {
+      return cub::DeviceRadixSort::SortPairs(memory, size, m.unsorted.get(), m.keys.get(), m.places.get(),
+                                             m.order.get(), count, 0, bits_of(row_count), stream);
+    });
+    launch(MarkRows{m.keys.get(), count, m.marks.get()}, grid, stream);
+    m.with_scratch([&](void* memory, size_t& size) {
+      return cub::DeviceScan::InclusiveSum(memory, size, m.marks.get(), m.places.get(), count, stream);
+    });
+  }
+  launch(ListRows{m.keys.get(), m.places.get(), count, m.rows.get(), m.starts.get(), m.unique.get(), m.unsorted.get(),
+                  source, m.bad.get(), context.parts().state.get(), context.parts().report.on_device()},
+         std::max<int64_t>(1, grid), stream);
+  static_cast<Rows&>(m.result) = {m.rows.get(), m.starts.get(), m.order.get(), count, width};
+  m.result.unique = m.unique.get();
+}
+
+const DeviceRows& SortedRows::rows() const { return memory_->result; }
+
+void* SortedRows::sum(const void* values, DType dtype, const Context& context) {
+  const auto stream = static_cast<cudaStream_t>(context.stream());
+  Memory& m = *memory_;
+  const DeviceRows& rows = m.result;
+  unsigned char* sums = room_for(m.sums, rows.count * rows.width * size_of(state_dtype(dtype)));
+  with_storage(dtype, [&](auto zero) {
+    using Grad = decltype(zero);
+    launch(RowSums<Grad>{values, rows, reinterpret_cast<Compute<Grad>*>(sums)}, row_grid(rows.count, rows.width),
+           stream);
+  });
+  launch(NumberRows{m.unique.get(), m.starts.get(), m.order.get()}, index_grid(rows.count + 1), stream);
+  return sums;
+}
+
+struct DeviceHistory::Memory {
+  bool is_double;
+  int64_t item_size;
+  DeviceArray<double> alphas, keeps, peaks;  // with room for either type
+  DeviceArray<ClosedForm> forms;
+  DeviceArray<int32_t> places;
+
+  void copy(DeviceArray<double>& to, const void* from, int64_t count, cudaStream_t stream) const {
+    if (count == 0) return;
+    const auto size = static_cast<size_t>(count * item_size);
+    check(cudaMemcpyAsync(to.get(), from, size, cudaMemcpyHostToDevice, stream));
+  }
+
+  template <class T>
+  void store(const void* from_alphas, const void* from_keeps, const void* from_peaks, int64_t step,
+             cudaStream_t stream) {
+    const auto as = [](auto& memory) { return reinterpret_cast<T*>(memory.get()); };
+    launch(StoreRate<T>{as(alphas), as(keeps), as(peaks), step, static_cast<const T*>(from_alphas)[step],
+                        static_cast<const T*>(from_keeps)[step], static_cast<const T*>(from_peaks)[step / kPeakSteps]},
+           1, stream);
+  }
+};
+
+DeviceHistory::DeviceHistory(bool is_double, int64_t room) : memory_(std::make_unique<Memory>()) {
+  memory_->is_double = is_double;
+  memory_->item_size = is_double ? 8 : 4;
+  memory_->alphas = DeviceArray<double>(room);
+  memory_->keeps = DeviceArray<double>(room);
+  memory_->peaks = DeviceArray<double>(room / kPeakSteps + 1);
+}
+DeviceHistory::~DeviceHistory() = default;
+
+void DeviceHistory::write(const void* alphas, const void* keeps, const void* peaks, int64_t steps, void* on_stream) {
+  const auto stream = static_cast<cudaStream_t>(on_stream);
+  Memory& m = *memory_;
+  m.copy(m.alphas, alphas, steps, stream);
+  m.copy(m.keeps, keeps, steps, stream);
+  m.copy(m.peaks, peaks, (steps + kPeakSteps - 1) / kPeakSteps, stream);
+}
+
+void DeviceHistory::append(const void* alphas, const void* keeps, const void* peaks, int64_t step, void* on_stream) {
+  const auto stream = static_cast<cudaStream_t>(on_stream);
+  if (memory_->is_double) return memory_->store<double>(alphas, keeps, peaks, step, stream);
+  memory_->store<float>(alphas, keeps, peaks, step, stream);
+}
+
+void DeviceHistory::write_forms(const ClosedForm* forms, int64_t form_count, const int32_t* places, int64_t place_count,
+                                void* on_stream) {
+  const auto stream = static_cast<cudaStream_t>(on_stream);
+  room_for(memory_->forms, form_count + 1);  // not null where there are none
+  room_for(memory_->places, place_count);
+  memory_->forms.write(forms, form_count, stream);
+  memory_->places.write(places, place_count, stream);
+}
+
+void DeviceHistory::point(StaleRows& stale) const {
+  stale.alphas = memory_->alphas.get();
+  stale.keeps = memory_->keeps.get();
+  stale.peaks = memory_->peaks.get();
+  stale.forms = memory_->forms.get();
+  stale.places = memory_->places.get();
+}
+
+struct Gather::Memory {
+  HostReport report;
+
+  template <class Word>
+  void run(GatherRows<Word> body, cudaStream_t stream) {
+    body.report = report.on_device();
+    launch(body, row_grid(body.id_count, body.width), stream);
+  }
+};
+
+Gather::Gather() : memory_(std::make_unique<Memory>()) {}
+Gather::~Gather() = default;
+
+void Gather::run(const void* table, int64_t row_count, int64_t width, DType dtype, const void* ids, bool is_int64,
+                 int64_t id_count, void* out, void* stream) {
+  const auto gather = [&](auto word) {
+    using Word = decltype(word);
+    memory_->run(GatherRows<Word>{static_cast<const Word*>(table), ids, is_int64, id_count, row_count, width,
+                                  static_cast<Word*>(out), nullptr},
+                 static_cast<cudaStream_t>(stream));
+  };
+  if (size_of(dtype) == 2) return gather(uint16_t{});
+  if (size_of(dtype) == 4) return gather(uint32_t{});
+  gather(uint64_t{});
+}
+
+std::optional<Failure> Gather::take_failure() {
+  volatile Report& report = *memory_->report.get();
+  if (report.failed == 0) return std::nullopt;
+  report.failed = 0;
+  return Failure{0, 0, report.position, report.index};
+}
+
+void step_rows(const StepArgs& step, const TensorArgs& tensor, const double* factor, const StepState* state,
+               void* stream) {
+  const auto* slices = static_cast<const DeviceRows*>(tensor.rows);
+  const auto* stale = static_cast<const DeviceStale*>(tensor.stale);
+  const int64_t width = slices != nullptr ? slices->width : stale->width;
+  const bool all = stale == nullptr && !step.lazy;
+  const RowMode mode = slices == nullptr ? RowMode::kCatchUp : all ? RowMode::kAll : RowMode::kTouched;
+  with_storage(tensor.dtype, [&](auto zero) {
+    choose(step.amsgrad, step.transform && tensor.grad != nullptr, [&](auto amsgrad, auto transforms) {
+      using Body = RowStep<decltype(zero), amsgrad.value, transforms.value>;
+      Body body{};
+      body.state = state;
+      body.tensor = tensor;
+      if (slices != nullptr) body.slices = *slices;
+      if (stale != nullptr) {
+        body.stale = *stale;
+        body.last = stale->last;
+        body.now_had = static_cast<int32_t>(stale->now + (tensor.grad != nullptr));
+      }
+      body.factor = factor;
+      body.width = width;
+      body.mode = mode;
+      body.row_count = mode == RowMode::kTouched ? slices->count : width == 0 ? 0 : tensor.size / width;
+      launch(body, row_grid(body.row_count, width), static_cast<cudaStream_t>(stream));
+    });
+  });
+}
+
+void accumulate_rows(const TensorArgs& tensor, bool restart, const StepState* state, void* stream) {
+  const auto& slices = *static_cast<const DeviceRows*>(tensor.rows);
+  const int64_t row_count = slices.width == 0 ? 0 : tensor.size / slices.width;
+  with_storage(tensor.dtype, [&](auto zero) {
+    launch(AccumulateRows<decltype(zero)>{state, tensor, slices, row_count, restart}, row_grid(row_count, slices.width),
+           static_cast<cudaStream_t>(stream));
+  });
+}
+
+}  // namespace fastadam::cuda

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// The side of the tests: what stands for drivers, frameworks and faults. For ctypes; none of it is logged.
+#include <algorithm>
+#include <cstring>
+
+#include "state.h"
+
+using namespace fake_cuda;
+
+namespace {
+
+void end_captures() {
+  for (auto& [handle, stream] : runtime().streams) stream.capture = nullptr;
+  for (auto& [handle, event] : runtime().events) event.capture = nullptr;
+}
+
+// A copy of a host that may go where kernels go.
+void copy_now(void* to, const void* from, int64_t bytes) {
+  Runtime& state = runtime();
+  const std::lock_guard lock(state.mutex);
+  state.run_queue();
+  state.memory.open_only(state.memory.device_bit(to) | state.memory.device_bit(from));
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+  state.memory.open_only(0);
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Runs the queue and forgets the rest. Memory, streams and events stay.
+void fake_cuda_reset() {
+  Runtime& state = runtime();
+  const std::lock_guard lock(state.mutex);
+  state.run_queue();
+  end_captures();
+  state.graphs.clear();
+  state.device_count = 1;
+  state.device_error = state.fault = last_error() = cudaSuccess;
+  state.failures.clear();
+  state.log.clear();
+  current_device() = 0;
+}
+
+// `error`, if not 0, is that of every call, cudaGetDeviceCount among them.
+void fake_cuda_set_devices(int count, int error) {
+  const std::lock_guard lock(runtime().mutex);
+  runtime().device_count = std::min(count, kMostDevices);
+  runtime().device_error = static_cast<cudaError_t>(error);
+}
+
+// The next call of the function does nothing but fail.
+void fake_cuda_fail(const char* function, int error) {
+  const std::lock_guard lock(runtime().mutex);
+  runtime().failures[function] = static_cast<cudaError_t>(error);
+}
+
+// A line for each call: its name, device, stream or -, and detail or -. Returns the length of all of it, without a zero
+// at the end; as much as fits is stored.
+int64_t fake_cuda_log(char* out, int64_t size) {
+  const std::lock_guard lock(runtime().mutex);
+  const std::string& log = runtime().log;
+  if (size > 0) std::memcpy(out, log.data(), std::min(static_cast<size_t>(size), log.size()));
+  return static_cast<int64_t>(log.size());
+}
+
+void fake_cuda_clear_log() {
+  const std::lock_guard lock(runtime().mutex);
+  runtime().log.clear();
+}
+
+void* fake_cuda_allocate(int64_t bytes, int device, int managed) {
+  const std::lock_guard lock(runtime().mutex);
+  if (bytes < 0 || device < 0 || device >= kMostDevices) return nullptr;
+  const cudaMemoryType type = managed != 0 ? cudaMemoryTypeManaged : cudaMemoryTypeDevice;
+  return runtime().memory.allocate(static_cast<size_t>(bytes), type, device);
+}
+
+void fake_cuda_free(void* pointer) {
+  const std::lock_guard lock(runtime().mutex);
+  runtime().run_queue();
+  runtime().memory.free(pointer, runtime().memory.find(pointer).type);
+}
+
+void fake_cuda_write(void* device_to, const void* host_from, int64_t bytes) { copy_now(device_to, host_from, bytes); }
+
+void fake_cuda_read(void* host_to, const void* device_from, int64_t bytes) { copy_now(host_to, device_from, bytes); }
+
+void* fake_cuda_stream(int device) {
+  const std::lock_guard lock(runtime().mutex);
+  return runtime().make_stream(device);
+}
+
+int fake_cuda_begin_capture(void* on) {
+  Runtime& state = runtime();
+  const std::lock_guard lock(state.mutex);
+  Stream* stream = state.find_stream(static_cast<cudaStream_t>(on));
+  if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+  if (stream == state.find_stream(nullptr)) return cudaErrorStreamCaptureUnsupported;
+  if (stream->capture != nullptr) return cudaErrorIllegalState;
+  stream->capture = std::make_shared<Capture>();
+  stream->capture->origin = static_cast<cudaStream_t>(on);
+  return cudaSuccess;
+}
+
+// The number of a graph; -1 if the capture was invalidated, or began on another stream.
+int64_t fake_cuda_end_capture(void* on) {
+  Runtime& state = runtime();
+  const std::lock_guard lock(state.mutex);
+  Stream* origin = state.find_stream(static_cast<cudaStream_t>(on));
+  if (origin == nullptr || origin->capture == nullptr || origin->capture->origin != on) return -1;
+  const std::shared_ptr<Capture> capture = origin->capture;
+  for (auto& [handle, stream] : state.streams) {
+    if (stream.capture == capture) stream.capture = nullptr;
+  }
+  for (auto& [handle, event] : state.events) {
+    if (event.capture == capture) event.capture = nullptr;
+  }
+  if (!capture->is_valid) return -1;
+  state.graphs.push_back(std::move(capture->work));
+  return static_cast<int64_t>(state.graphs.size()) - 1;
+}
+
+int fake_cuda_launch_graph(int64_t id, void* on) {
+  Runtime& state = runtime();
+  const std::lock_guard lock(state.mutex);
+  Stream* stream = state.find_stream(static_cast<cudaStream_t>(on));
+  if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+  if (id < 0 || id >= static_cast<int64_t>(state.graphs.size())) return cudaErrorInvalidValue;
+  for (const Work& work : state.graphs[static_cast<size_t>(id)]) {
+    const cudaError_t error = state.issue(*stream, work);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+void fake_cuda_flush() {
+  const std::lock_guard lock(runtime().mutex);
+  runtime().run_queue();
+}
+
+int64_t fake_cuda_queued() {
+  const std::lock_guard lock(runtime().mutex);
+  return static_cast<int64_t>(runtime().queue.size());
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// The threads of a kernel.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <functional>
+
+namespace fake_cuda {
+
+bool is_launchable(const dim3& grid, const dim3& block);
+
+// Block by block; between barriers the threads of a block run in falling order. False if a thread threw. Not reentrant.
+bool run_grid(const dim3& grid, const dim3& block, const std::function<void()>& thread);
+
+}  // namespace fake_cuda

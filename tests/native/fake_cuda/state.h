@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// The state of the fake runtime: what is queued, recorded and logged.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "device_memory.h"
+
+namespace fake_cuda {
+
+struct Work {
+  unsigned devices;  // whose memory it may touch, a bit for each
+  std::function<void()> run;
+};
+
+struct Capture {
+  cudaStream_t origin;
+  std::vector<Work> work;
+  bool is_valid = true;
+};
+
+struct Stream {
+  int device;                        // kCallersDevice for those that CUDA makes itself
+  std::shared_ptr<Capture> capture;  // that records it now
+};
+constexpr int kCallersDevice = -1;
+
+struct Event {
+  int device;
+  bool is_recorded = false;
+  uint64_t after = 0;                // so many pieces of work
+  std::shared_ptr<Capture> capture;  // that its record is a part of
+};
+
+struct Runtime {
+  std::mutex mutex;  // held by every call, so that one thread at a time runs work
+  Memory memory;
+  std::deque<Work> queue;
+  uint64_t issued = 0;  // pieces of work, ever
+  std::map<cudaStream_t, Stream> streams{{nullptr, {kCallersDevice, {}}}, {cudaStreamPerThread, {kCallersDevice, {}}}};
+  std::map<cudaEvent_t, Event> events;
+  std::vector<std::vector<Work>> graphs;
+  int device_count = 1;
+  cudaError_t device_error = cudaSuccess;
+  cudaError_t fault = cudaSuccess;  // of work; stays, as CUDA's do
+  std::map<std::string, cudaError_t> failures;
+  std::string log;
+
+  Stream* find_stream(cudaStream_t stream);
+  cudaStream_t make_stream(int device);
+  uintptr_t make_handle() { return next_handle_ += 16; }
+
+  // To the capture of the stream, or to the queue. Work runs in the order of issue, whatever its streams.
+  cudaError_t issue(Stream& stream, Work work);
+  cudaError_t run_queue();
+  bool is_capturing() const;
+  cudaError_t refuse_in_capture();  // and with it what was captured
+
+ private:
+  uintptr_t next_handle_ = 0x1000;  // never used twice; no address
+};
+
+Runtime& runtime();
+int& current_device();      // of the calling thread
+cudaError_t& last_error();  // of the calling thread
+int device_of(const Stream& stream);
+
+const auto kNoStream = reinterpret_cast<cudaStream_t>(~uintptr_t{0});
+
+// Logs a call, and takes the failure that a test asked for.
+cudaError_t log_call(const char* name, cudaStream_t stream, const std::string& detail);
+// Does so, and says why no call could work now.
+cudaError_t begin_call(const char* name, cudaStream_t stream, const std::string& detail);
+cudaError_t remember(cudaError_t error);
+
+template <class Body>
+cudaError_t call(const char* name, const std::string& detail, Body body) {
+  const std::lock_guard lock(runtime().mutex);
+  const cudaError_t error = begin_call(name, kNoStream, detail);
+  return remember(error == cudaSuccess ? body(runtime()) : error);
+}
+
+template <class Body>
+cudaError_t call(const char* name, cudaStream_t on, const std::string& detail, Body body) {
+  const std::lock_guard lock(runtime().mutex);
+  const cudaError_t error = begin_call(name, on, detail);
+  if (error != cudaSuccess) return remember(error);
+  Stream* stream = runtime().find_stream(on);
+  return remember(stream == nullptr ? cudaErrorInvalidResourceHandle : body(runtime(), *stream));
+}
+
+}  // namespace fake_cuda

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import sys
+
 import fastadam
 import pytest
+from gpu import FakeGpu, build_fake, real_or_skip
 from helpers import Snapshot
 from providers import NAMES, Provider
 
@@ -38,3 +41,29 @@ def provider(request):
 @pytest.fixture
 def snapshot():
     return Snapshot()
+
+
+@pytest.fixture(scope="session")
+def fake_extension(tmp_path_factory):
+    return FakeGpu(build_fake(tmp_path_factory.mktemp("fake_cuda")))
+
+
+@pytest.fixture
+def fake_gpu(fake_extension, monkeypatch):
+    """The CUDA extension with a GPU that runs on the CPU, in the place of the one that is installed."""
+    monkeypatch.setitem(sys.modules, "fastadam._cuda", fake_extension.native)
+    monkeypatch.setattr(fastadam, "_cuda", fake_extension.native, raising=False)
+    fake_extension.start()
+    yield fake_extension
+    fake_extension.runtime.fake_cuda_reset()
+
+
+@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.gpu)])
+def gpu(request):
+    if request.param == "fake":
+        yield request.getfixturevalue("fake_gpu")
+        return
+    real = real_or_skip()
+    real.start()
+    yield real
+    real.cupy.cuda.Stream.null.use()

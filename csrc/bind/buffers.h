@@ -41,13 +41,12 @@ struct Buffer {
   bool native_order = true;
   bool c_contiguous = false;
   bool f_contiguous = false;
-  int device = kHost;               // kHost, the number of a CUDA device, or kAnywhere
+  int device = kHost;               // or the number of a CUDA device
   std::optional<uintptr_t> stream;  // on which the owner orders what it does to CUDA memory
   py::object stream_source;         // the array that tells it, which may change from call to call
   py::object owner;
 
   static constexpr int kHost = -1;
-  static constexpr int kAnywhere = -2;  // empty: without memory
 
   uintptr_t begin() const { return reinterpret_cast<uintptr_t>(data); }
   uintptr_t end() const { return begin() + static_cast<uintptr_t>(size * item_size); }
@@ -311,7 +310,7 @@ inline std::string place_text(const Buffer& b) {
 
 // Beside `like` in memory; `label` as Label::operator() gives it.
 inline void require_place(const Buffer& b, const std::string& label, const Buffer& like) {
-  if (b.device == like.device || b.device == Buffer::kAnywhere || like.device == Buffer::kAnywhere) return;
+  if (b.device == like.device) return;
   throw py::value_error(label + ": in " + place_text(b) + ", expected " + place_text(like) + " like " + like.label);
 }
 

@@ -53,9 +53,14 @@ struct CudaContext {
     native->wait();
   }
 
-  int64_t step() {
+  std::optional<int64_t> step() {
     const cuda::DeviceScope scope(device);
     return native->step();
+  }
+
+  void set_step(int64_t step) {
+    const cuda::DeviceScope scope(device);
+    native->set_step(step);
   }
 
   int device;
@@ -217,7 +222,7 @@ class CudaBackend {
   };
 
   CudaBackend(const VariableSet& set, const std::vector<TensorArgs>& tensors, const py::object& context)
-      : context_(context.is_none() ? std::make_shared<CudaContext>(std::max(0, set.place().device))
+      : context_(context.is_none() ? std::make_shared<CudaContext>(set.place().device)
                                    : context.cast<std::shared_ptr<CudaContext>>()) {
     const Scope scope(*this, set.place());
     if (context_->native->is_capturing()) {

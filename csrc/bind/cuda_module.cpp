@@ -43,7 +43,8 @@ void register_context(py::module_& m) {
       .def("take_failure", &CudaContext::take_failure)
       .def("wait", &CudaContext::wait)
       .def_property_readonly("is_captured", [](const CudaContext& c) { return c.native->is_captured(); })
-      .def("step", &CudaContext::step);
+      .def("step", &CudaContext::step)
+      .def("set_step", &CudaContext::set_step, py::arg("step"));
   py::class_<cuda::DeviceHistory, std::shared_ptr<cuda::DeviceHistory>>(m, "History", py::module_local())
       .def(py::init([](const py::array& alphas, const py::array& keeps, const py::array& peaks, int64_t steps,
                        int device, uintptr_t stream) {
@@ -75,7 +76,7 @@ void gather(cuda::Gather& gather, const Buffer& table, const py::object& ids, co
   if (to.begin() < table.end() && table.begin() < to.end()) {
     throw py::value_error("out: shares memory with " + table.label + ", expected a separate array");
   }
-  const cuda::DeviceScope scope(std::max(0, table.device));
+  const cuda::DeviceScope scope(table.device);
   const int64_t width = table.shape[0] == 0 ? 0 : table.size / table.shape[0];
   void* stream = reinterpret_cast<void*>(table.stream_source ? stream_of(table.stream_source).value_or(0) : 0);
   gather.run(table.data, table.shape[0], width, *table.dtype, indices.data, indices.item_size == 8, indices.size,
@@ -97,6 +98,12 @@ void register_gather(py::module_& m) {
       });
 }
 
+// Whether the stream that an array's library works on is being captured; the legacy stream cannot be.
+bool is_capturing(const py::object& array) {
+  const uintptr_t stream = stream_of(array).value_or(0);
+  return stream > 2 && cuda::is_capturing(reinterpret_cast<void*>(stream));
+}
+
 std::pair<int, std::string> device_count() {
   std::string reason;
   const int count = cuda::device_count(reason);
@@ -111,14 +118,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.attr("architectures") = FASTADAM_CUDA_ARCHITECTURES;
   m.def("device_count", &device_count);
   m.def("stream_of", &stream_of, py::arg("array"));
-  m.def(
-      "is_capturing",
-      [](const py::object& array) {
-        const Buffer b = require_cuda_array(array, "array");
-        const cuda::DeviceScope scope(std::max(0, b.device));
-        return cuda::is_capturing(reinterpret_cast<void*>(b.stream.value_or(0)));
-      },
-      py::arg("array"));
+  m.def("is_capturing", &is_capturing, py::arg("array"));
   register_device_array(m);
   register_context(m);
   register_gather(m);

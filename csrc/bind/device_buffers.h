@@ -106,10 +106,21 @@ inline Buffer from_array_interface(const py::object& object, const Label& label)
   return b;
 }
 
+// Of an array without memory, as far as it says.
+inline int device_named_by(const py::object& object) {
+  if (py::hasattr(object, "__dlpack_device__"))
+    return object.attr("__dlpack_device__")().cast<std::pair<int, int>>().second;
+  if (!py::hasattr(object, "device")) return 0;
+  const py::object device = object.attr("device");
+  return (py::isinstance<py::int_>(device) ? device : device.attr("id")).cast<int>();
+}
+
 // Sets where the memory lies, which only the runtime knows, and refuses what is not plain memory of a device.
 inline void locate(Buffer& b, const Label& label, const py::object& object) {
-  b.device = Buffer::kAnywhere;
-  if (b.size == 0) return;
+  if (b.size == 0) {
+    b.device = device_named_by(object);
+    return;
+  }
   const cuda::Location found = cuda::location_of(b.data);
   if (found.place == cuda::Place::kDevice) {
     b.device = found.device;
@@ -152,7 +163,7 @@ inline py::array copy_to_numpy(const Buffer& b) {
                           : b.dtype                   ? py::dtype(name_of(*b.dtype))
                                                       : py::dtype(b.dtype_name);
   py::array host(dtype, b.shape, b.strides);
-  const cuda::DeviceScope scope(std::max(b.device, 0));
+  const cuda::DeviceScope scope(b.device);
   void* to = host.mutable_data();
   const py::gil_scoped_release unlocked;
   cuda::copy_to_host(to, b.data, b.size * b.item_size, reinterpret_cast<void*>(b.stream.value_or(0)));
@@ -165,7 +176,7 @@ inline void assign(const py::object& object, const py::array& values) {
   const Buffer from = from_ndarray(values);
   const bool same_layout = from.same_layout(b) && from.shape == b.shape && from.item_size == b.item_size;
   if (!same_layout) throw py::value_error("values: of another shape, dtype or order than the array");
-  const cuda::DeviceScope scope(std::max(b.device, 0));
+  const cuda::DeviceScope scope(b.device);
   cuda::copy_to_device(b.data, from.data, b.size * b.item_size, reinterpret_cast<void*>(b.stream.value_or(0)));
 }
 

@@ -25,7 +25,7 @@ inline void register_buffer(py::module_& m) {
       .def_property_readonly("dtype", [](const Buffer& b) { return name_of(*b.dtype); })
       .def_property_readonly("state_dtype", [](const Buffer& b) { return name_of(state_dtype(*b.dtype)); })
       .def_property_readonly("order", &Buffer::order)
-      .def_property_readonly("device", [](const Buffer& b) { return b.device < 0 ? -1 : b.device; })
+      .def_property_readonly("device", [](const Buffer& b) { return b.device; })
       .def_property_readonly("source", [](const Buffer& b) { return b.stream_source ? b.stream_source : b.owner; })
       .def("is_current", &is_current)
       .def("array", &as_numpy);

@@ -71,11 +71,10 @@ class VariableSet {
 
   int64_t position(size_t i) const { return positions_[i]; }
 
-  // A variable that has memory, if there is one: all lie where it does.
+  // All lie where this one does.
   const Buffer& place() const {
-    const auto found = std::find_if(variables_.begin(), variables_.end(),
-                                    [](const Buffer& b) { return b.device != Buffer::kAnywhere; });
-    return found == variables_.end() ? variables_.at(0) : *found;
+    static const Buffer none;
+    return variables_.empty() ? none : variables_[0];
   }
 
  protected:

@@ -53,7 +53,11 @@ void Context::enter(void* on_stream) {
   } else if (stream != p.stream && !p.is_capturing) {
     check(cudaStreamWaitEvent(stream, p.left, 0));
   }
-  p.is_fresh = false;
+  if (p.goes_on) {
+    static_assert(offsetof(StepState, told) == offsetof(StepState, failed) + sizeof(bool), "cleared at once");
+    check(cudaMemsetAsync(&p.state.get()->failed, 0, 2 * sizeof(bool), stream));
+  }
+  p.is_fresh = p.goes_on = false;
   p.stream = stream;
 }
 
@@ -65,26 +69,30 @@ void* Context::stream() const { return parts_->stream; }
 
 bool Context::is_capturing() const { return parts_->is_capturing; }
 
-void Context::wait() { check(cudaStreamSynchronize(parts_->stream)); }
+void Context::wait() { check(cudaDeviceSynchronize()); }
 
 std::optional<Failure> Context::take_failure() {
   volatile Report& report = *parts_->report.get();
   if (report.failed == 0) return std::nullopt;
   const Failure failure{report.call, report.source, report.position, report.index};
-  static_assert(offsetof(StepState, told) == offsetof(StepState, failed) + sizeof(bool), "cleared at once");
-  check(cudaMemsetAsync(&parts_->state.get()->failed, 0, 2 * sizeof(bool), parts_->stream));
   report.failed = 0;
+  parts_->goes_on = true;
   return failure;
 }
 
 bool Context::is_captured() const { return parts_->is_captured; }
 
-int64_t Context::step() {
+std::optional<int64_t> Context::step() {
+  if (parts_->is_capturing && cuda::is_capturing(parts_->stream)) return std::nullopt;
+  wait();  // graphs run on any stream
   int64_t step = 0;
-  const int64_t* on_device = &parts_->state.get()->step;
-  check(cudaMemcpyAsync(&step, on_device, sizeof(step), cudaMemcpyDeviceToHost, parts_->stream));
-  wait();
+  check(cudaMemcpy(&step, &parts_->state.get()->step, sizeof(step), cudaMemcpyDeviceToHost));
   return step;
+}
+
+void Context::set_step(int64_t step) {
+  wait();
+  check(cudaMemcpy(&parts_->state.get()->step, &step, sizeof(step), cudaMemcpyHostToDevice));
 }
 
 }  // namespace fastadam::cuda

@@ -47,11 +47,13 @@ class Context {
   void* stream() const;
   bool is_capturing() const;
 
-  void wait();
+  void wait();                            // for the device
   std::optional<Failure> take_failure();  // as far as it is known; steps go on after it
 
-  bool is_captured() const;  // some step was
-  int64_t step();            // t of the last one; waits
+  bool is_captured() const;       // some step was
+  std::optional<int64_t> step();  // t of the last one; waits; nothing while the next is being captured
+
+  void set_step(int64_t step);  // the next one that a graph makes is one more; waits
 
   struct Parts;
   Parts& parts() { return *parts_; }

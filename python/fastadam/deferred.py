@@ -14,8 +14,8 @@ from fastadam.checks import check_count
 from fastadam.extras import Extras
 from fastadam.gradients import bfloat16_to_float32
 from fastadam.hyper import StepHyper
+from fastadam.placement import native_of, on_gpu, zeros_beside
 from fastadam.slices import check_ids, check_sparse_update
-from fastadam.placement import native_of, on_gpu, to_host, zeros_beside
 from fastadam.slots import Entry
 from fastadam.state import OptimizerState
 from fastadam.variable import buffer_of, label_of, unwrap
@@ -104,7 +104,9 @@ class DeferredTables(OptimizerState):
         """The same on a GPU, where ids may lie: those that are no rows are then found later."""
         native = native_of(buffer)
         self._raise_late()
-        gatherer = self._gatherers.setdefault(buffer.device, native.Gather(buffer.device))
+        if buffer.device not in self._gatherers:
+            self._gatherers[buffer.device] = native.Gather(buffer.device)
+        gatherer = self._gatherers[buffer.device]
         if found := gatherer.take_failure():
             raise ValueError(f"ids: {found[1]} at place {found[0]} of an earlier gather is no row, which gave zeros")
         if not on_gpu(indices):

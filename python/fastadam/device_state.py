@@ -1,4 +1,4 @@
-"""What a GPU knows of an optimizer and the host does not: steps of CUDA graphs, and errors found after a call returned."""
+"""What a GPU knows of an optimizer and the host does not: steps of CUDA graphs, errors found after a call returned."""
 
 from __future__ import annotations
 
@@ -41,10 +41,20 @@ class DeviceState(abc.ABC):
         return self._contexts[buffer.device]
 
     def _read_captured(self) -> None:
-        """The count of steps, of which a CUDA graph has made some; waits for the GPU, but only if one was captured."""
+        """The count of steps, of which a CUDA graph has made some; waits for the GPU, but only if one was captured.
+
+        While one is being captured it stays as it is.
+        """
+        for context in self._contexts.values():
+            steps = context.step() if context.is_captured else None
+            if steps is not None:
+                self._iterations[...] = steps * self._micro_steps
+
+    def _write_captured(self) -> None:
+        """The count of steps was set: steps of CUDA graphs go on from it."""
         for context in self._contexts.values():
             if context.is_captured:
-                self._iterations[...] = context.step() * self._micro_steps
+                context.set_step(int(self._iterations) // self._micro_steps)
 
     def _raise_late(self, *, wait: bool = False) -> None:
         """Raise what a GPU found wrong with a step after the call had returned; it and all later ones did nothing."""

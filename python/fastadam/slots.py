@@ -26,8 +26,11 @@ Initializer = str | Callable[..., npt.ArrayLike] | npt.ArrayLike
 
 
 def key_of(buffer: _cpu.Buffer) -> Key:
-    """Two views of one buffer have one key; the store keeps the buffer alive, so an address is never reused."""
-    return (buffer.address, buffer.shape, buffer.dtype, buffer.order, buffer.device)
+    """Two views of one buffer have one key; the store keeps the buffer alive, so an address is never reused.
+
+    An empty array on a GPU has no address: there each object is a variable.
+    """
+    return (buffer.address or id(buffer.source), buffer.shape, buffer.dtype, buffer.order, buffer.device)
 
 
 def initial_value(
@@ -225,7 +228,7 @@ class SlotStore:
         entry.spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
         entry.buffer, entry.origin = buffer, None
         if entry.staleness is not None:
-            entry.staleness.place(buffer)
+            entry.staleness = entry.staleness.placed(buffer)
         self._register(entry, buffer)
 
     def add(self, buffer: _cpu.Buffer, name: str, array: Array) -> None:

@@ -71,19 +71,20 @@ class Staleness:
         last, counts = np.zeros(buffer.shape[0], np.int32), np.zeros(3, np.int64)
         exact = exact or buffer.state_dtype == "float64"
         table = cls((last, alphas, keeps, peaks, counts), numbers, buffer.shape, exact)
-        table.place(buffer)
-        return table
+        return table.placed(buffer)
 
-    def place(self, buffer: _cpu.Buffer) -> None:
-        """Where its table lies, if that is a GPU."""
-        if buffer.device < 0:
-            return
-        on_host, alphas, keeps, peaks, counts = self.arrays
+    def placed(self, buffer: _cpu.Buffer) -> Staleness:
+        """The same where its table lies: another one, if that is a GPU and this is of the host."""
+        if buffer.device < 0 or self._table is not None:
+            return self
+        on_host, *rates, counts = (array.copy() for array in self.arrays)
         last = zeros_beside(buffer, "int32", (self.shape[0],))
         assign(last, on_host)
-        self.device, self._table = buffer.device, buffer
-        self.calls = np.zeros(self.room, np.int64)
-        self.arrays = (last, alphas, keeps, peaks, counts)
+        counts.resize(3)
+        twin = Staleness((last, *rates, counts), self.numbers, self.shape, self.exact)
+        twin.device, twin._table = buffer.device, buffer
+        twin.calls = np.zeros(self.room, np.int64)
+        return twin
 
     def forget_from(self, calls: int) -> None:
         """Take back the steps made when so many calls had been, or more: they have changed nothing."""

@@ -67,6 +67,7 @@ class OptimizerState(DeviceState):
     def iterations(self, value: int) -> None:
         steps = check_iterations("iterations", value) * self._micro_steps
         self._iterations[...] = check_iterations("iterations", steps)
+        self._write_captured()
         self._restart_accumulation([])
 
     def _is_accumulating(self, entry: Entry) -> bool:
@@ -130,6 +131,7 @@ class OptimizerState(DeviceState):
             for old, value in zip(current[1:], new, strict=True):
                 assign(old, value)
             self._iterations[...] = iterations
+            self._write_captured()
             is_amid = iterations % self._micro_steps != 0
             self._restart_accumulation(self._slots.entries if is_amid else [])
 

@@ -102,11 +102,13 @@ class Stepper(DeferredTables):
     def _rate_for(self, variables: Sequence[Any]) -> Any:
         """The learning rate where it lies on the GPU, else None; and whether this step may be captured."""
         rate, first = self._hyper["learning_rate"], unwrap(variables[0])
-        if self._contexts and on_gpu(first) and cuda.native().is_capturing(first):
+        if on_gpu(first) and cuda.native().is_capturing(first):
+            if not self._contexts:
+                raise RuntimeError("the first step was captured, expected one before it that is not")
             if callable(rate):
                 raise ValueError(
-                    "learning_rate: a schedule or callable, which a CUDA graph would never ask again, expected a number "
-                    "or one float on the GPU"
+                    "learning_rate: a schedule or callable, which a CUDA graph would never ask again, expected a "
+                    "number, or one float on the GPU"
                 )
         else:
             self._read_captured()
@@ -131,7 +133,9 @@ class Stepper(DeferredTables):
         """The plan of these variables, and gradients as far as they had to be converted to check the first step."""
         plan, key = self._plan, (names, self._slots.version, self._extras, self.sparse_update)
         deferred = self.sparse_update in DEFERRED
-        if plan is not None and self._plan_key == key and plan.matches([unwrap(v) for v in variables], positions):
+        given = [unwrap(variable) for variable in variables]
+        same_place = plan is not None and (self._buffers[0].device >= 0) == on_gpu(given[0])
+        if plan is not None and same_place and self._plan_key == key and plan.matches(given, positions):
             pairs = zip(self._tables, gradients, strict=True) if deferred else ()
             if all(table.steps < table.room if table else not is_sparse(gradient) for table, gradient in pairs):
                 return plan, gradients
@@ -163,7 +167,7 @@ class Stepper(DeferredTables):
             if entry.staleness.steps >= entry.staleness.room:
                 self._plan = None  # it reads the old arrays, whatever becomes of this step
                 entry.staleness.make_room()
-            return entry.staleness
+            return entry.staleness.placed(buffer)
         if not is_sparse(gradient) or not buffer.shape:
             return None
         return Staleness.of(buffer, self._numbers(hyper), exact=self.sparse_update == "deferred")

@@ -76,7 +76,12 @@ void Memory::open_only(unsigned devices) {
     const unsigned bit = 1U << i;
     if (((devices ^ open_) & bit) == 0 || arenas_[i].used == 0) continue;
     const int protection = (devices & bit) != 0 ? PROT_READ | PROT_WRITE : PROT_NONE;
-    if (mprotect(arenas_[i].begin, arenas_[i].used, protection) != 0) throw std::runtime_error("mprotect");
+    const auto first = live_.lower_bound(arenas_[i].begin);
+    char* end = arenas_[i].begin + arenas_[i].used;
+    if (first == live_.end() || first->first >= end) continue;
+    const auto before = static_cast<size_t>(first->first - arenas_[i].begin) / page_bytes() * page_bytes();
+    char* begin = arenas_[i].begin + before;  // what was freed before it stays shut
+    if (mprotect(begin, static_cast<size_t>(end - begin), protection) != 0) throw std::runtime_error("mprotect");
   }
   open_ = devices;
 }

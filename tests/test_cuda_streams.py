@@ -28,7 +28,7 @@ def streams(gpu):
 def test_a_step_waits_for_nothing_and_keeps_its_tables(fake_gpu, options):
     w = [ones(fake_gpu, 20000), ones(fake_gpu, 3)]
     optimizer = fastadam.Adam(**options)
-    for seed in (1, 2):
+    for _seed in (1, 2):
         optimizer.apply_gradients([(ones(fake_gpu, 20000), w[0]), (ones(fake_gpu, 3), w[1])])
     gradients = [ones(fake_gpu, 20000), ones(fake_gpu, 3)]
     fake_gpu.clear_log()
@@ -67,7 +67,8 @@ def test_the_device_of_the_caller_is_restored(fake_gpu):
         optimizer.apply_gradients([(ones(fake_gpu, 4, device=1, stream=stream), w)])
     assert {call[1] for call in fake_gpu.calls("cudaLaunchKernelEx")} == {"1"}
     changes = [call[1:] for call in fake_gpu.calls("cudaSetDevice")]
-    assert changes and changes[-1][-1] == "0"
+    assert changes
+    assert changes[-1][-1] == "0"
     assert np.allclose(w.get(), 0.8, rtol=1e-3)
     assert optimizer.get_slot(w, "m").device == 1
 
@@ -153,7 +154,7 @@ def test_bad_input_is_refused_before_any_launch(fake_gpu, case):
     fake_gpu.clear_log()
     with pytest.raises((TypeError, ValueError), match=message):
         optimizer.apply_gradients(pairs)
-    assert not [call for call in fake_gpu.calls("cudaLaunchKernelEx")]
+    assert not list(fake_gpu.calls("cudaLaunchKernelEx"))
     assert int(optimizer.iterations) == 0
     assert optimizer.get_slot_names() == []
 

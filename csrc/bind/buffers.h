@@ -44,6 +44,10 @@ struct Buffer {
   int device = kHost;               // or the number of a CUDA device
   std::optional<uintptr_t> stream;  // on which the owner orders what it does to CUDA memory
   py::object stream_source;         // the array that tells it, which may change from call to call
+  py::object signature;             // of an array on a GPU: what it is but for its address
+  PyTypeObject* source_type = nullptr;
+  bool is_torch = false;
+  bool stays = false;  // the memory of that object is its own for life
   py::object owner;
 
   static constexpr int kHost = -1;
@@ -212,6 +216,17 @@ inline bool is_ndarray_like(py::handle object, const Buffer& b) {
 inline bool is_true(const py::object& object, const char* method) {
   return py::hasattr(object, method) && py::cast<bool>(object.attr(method)());
 }
+
+// Where an array on a GPU lies.
+struct Whereabouts {
+  void* data;
+  int device;
+  std::optional<uintptr_t> stream;
+};
+
+// Reads again an array like the one that `b` was read from; null in a module that reads none.
+using DeviceRereader = std::optional<Whereabouts> (*)(const py::object& object, const Buffer& b);
+inline DeviceRereader reread_device_array = nullptr;
 
 // Reads an array on a GPU; null in a module that cannot.
 using DeviceReader = Buffer (*)(const py::object& object, const Label& label);

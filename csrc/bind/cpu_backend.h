@@ -45,7 +45,7 @@ class CpuBackend {
 
   void drop(std::unique_ptr<Index>& index) const { index.reset(); }
 
-  void order_after(const Buffer&) const {}
+  void order_after(const std::optional<uintptr_t>&) const {}
 
   void* make_sums(Index& index, const TensorArgs& tensor) const {
     return index.make_sums(state_dtype(tensor.grad_dtype));

@@ -209,10 +209,16 @@ class CudaBackend {
   class Scope {
    public:
     Scope(CudaBackend& backend, const Buffer& place)
-        : device_(backend.context_->device), context_(*backend.context_->native) {
-      context_.enter(launch_stream(place));
+        : Scope(backend.context_->device, *backend.context_->native, place) {}
+    Scope(int device, cuda::Context& context, const Buffer& place) : device_(device), context_(context) {
+      void* stream = launch_stream(place);
+      context_.enter(stream);
+      if (place.is_torch) torch_stream_of_step = {device, reinterpret_cast<uintptr_t>(stream)};
     }
-    ~Scope() { context_.leave(); }
+    ~Scope() {
+      torch_stream_of_step = {};
+      context_.leave();
+    }
     Scope(const Scope&) = delete;
     Scope& operator=(const Scope&) = delete;
 
@@ -237,7 +243,7 @@ class CudaBackend {
 
   std::unique_ptr<Index> index_of(const py::object& indices, const Label& label, const Buffer& variable) const {
     auto index = std::make_unique<DeviceIndex>(indices, label, variable);
-    order_after(index->buffer());
+    order_after(index->buffer().stream);
     return index;
   }
 
@@ -255,12 +261,12 @@ class CudaBackend {
   void drop(std::unique_ptr<Index>& index) const { index.reset(); }
 
   // Work on the stream of an array's owner comes before what is launched from here on.
-  void order_after(const Buffer& b) const {
-    if (b.device < 0 || !b.stream) return;
+  void order_after(const std::optional<uintptr_t>& other) const {
+    if (!other) return;
     void* stream = context_->native->stream();
     const auto on = reinterpret_cast<uintptr_t>(stream);
-    const bool is_legacy = *b.stream <= 1 && on <= 1;
-    if (*b.stream != on && !is_legacy) cuda::order_after(stream, reinterpret_cast<void*>(*b.stream));
+    const bool is_legacy = *other <= 1 && on <= 1;
+    if (*other != on && !is_legacy) cuda::order_after(stream, reinterpret_cast<void*>(*other));
   }
 
   void* make_sums(Index& index, const TensorArgs& tensor) const { return index.sum(tensor, *context_->native); }

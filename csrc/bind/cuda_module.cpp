@@ -115,6 +115,7 @@ std::pair<int, std::string> device_count() {
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   read_device_array = &read_cuda_array;
   copy_device_array = &copy_to_numpy;
+  reread_device_array = &reread_cuda_array;
   m.attr("architectures") = FASTADAM_CUDA_ARCHITECTURES;
   m.def("device_count", &device_count);
   m.def("stream_of", &stream_of, py::arg("array"));

@@ -66,20 +66,38 @@ inline py::dict array_interface(const DeviceArray& array) {
   return interface;
 }
 
-// The stream on which whoever made the array works now, as the two protocols number streams.
-inline std::optional<uintptr_t> stream_of(const py::object& object) {
-  if (library_of(object) == "torch") {
-    const py::object stream = py::module_::import("torch").attr("cuda").attr("current_stream")(object.attr("device"));
-    return stream.attr("cuda_stream").cast<uintptr_t>();
-  }
-  if (!py::hasattr(object, "__cuda_array_interface__")) return std::nullopt;
-  const auto interface = object.attr("__cuda_array_interface__").cast<py::dict>();
+inline py::dict interface_of(const py::object& object) {
+  return object.attr("__cuda_array_interface__").cast<py::dict>();
+}
+
+inline std::optional<uintptr_t> stream_in(const py::dict& interface) {
   if (!interface.contains("stream") || py::object(interface["stream"]).is_none()) return std::nullopt;
   return py::object(interface["stream"]).cast<uintptr_t>();
 }
 
+// Of PyTorch's current stream, while a step is made on it: to ask costs as much as to read a tensor.
+struct TorchStream {
+  int device = -1;
+  uintptr_t stream = 0;
+};
+inline thread_local TorchStream torch_stream_of_step;
+
+inline uintptr_t torch_stream(const py::object& tensor) {
+  const TorchStream& known = torch_stream_of_step;
+  if (known.device >= 0 && tensor.attr("get_device")().cast<int>() == known.device) return known.stream;
+  const py::object stream = py::module_::import("torch").attr("cuda").attr("current_stream")(tensor.attr("device"));
+  return stream.attr("cuda_stream").cast<uintptr_t>();
+}
+
+// The stream on which whoever made the array works now, as the two protocols number streams.
+inline std::optional<uintptr_t> stream_of(const py::object& object) {
+  if (library_of(object) == "torch") return torch_stream(object);
+  if (!py::hasattr(object, "__cuda_array_interface__")) return std::nullopt;
+  return stream_in(interface_of(object));
+}
+
 inline Buffer from_array_interface(const py::object& object, const Label& label) {
-  const auto interface = object.attr("__cuda_array_interface__").cast<py::dict>();
+  const py::dict interface = interface_of(object);
   if (interface.contains("mask") && !py::object(interface["mask"]).is_none()) {
     throw py::type_error(label() + ": masked array, whose mask Adam cannot honour");
   }
@@ -103,6 +121,7 @@ inline Buffer from_array_interface(const py::object& object, const Label& label)
   }
   derive_layout(b);
   b.owner = object;
+  b.stream = stream_in(interface);
   return b;
 }
 
@@ -130,11 +149,21 @@ inline void locate(Buffer& b, const Label& label, const py::object& object) {
   throw py::value_error(label() + ": " + type_name(object) + " in " + kind + ", expected memory of a CUDA device");
 }
 
+// What of an array need not be read again if it is as it was: all but its address and its stream.
+inline py::object signature_of(const py::object& object, bool is_torch, const py::dict& interface) {
+  if (is_torch) {
+    return py::make_tuple(object.attr("dtype"), object.attr("shape"), object.attr("stride")(), object.attr("is_neg")());
+  }
+  const py::object strides = interface.contains("strides") ? py::object(interface["strides"]) : py::none();
+  return py::make_tuple(interface["typestr"], interface["shape"], strides, interface["data"][py::int_(1)]);
+}
+
 inline Buffer read_cuda_array(const py::object& object, const Label& label) {
   Buffer b;
   if (library_of(object) == "torch") {
     // The work is put on torch's own stream: nothing to wait for.
     b = from_dlpack(object, label, py::dict(py::arg("stream") = -1));
+    b.stream = torch_stream(object);
   } else if (py::hasattr(object, "__cuda_array_interface__")) {
     b = from_array_interface(object, label);
   } else {
@@ -143,8 +172,29 @@ inline Buffer read_cuda_array(const py::object& object, const Label& label) {
   }
   locate(b, label, object);
   b.stream_source = object;
-  b.stream = stream_of(object);
+  b.is_torch = library_of(object) == "torch";
+  b.source_type = Py_TYPE(object.ptr());
+  b.stays = py::isinstance<DeviceArray>(object) || library_of(object) == "cupy";
+  const bool has_interface = !b.is_torch && py::hasattr(object, "__cuda_array_interface__");
+  const bool says_all = b.is_torch || (has_interface && b.dtype != DType::kBFloat16);  // which it calls V2
+  if (says_all) b.signature = signature_of(object, b.is_torch, b.is_torch ? py::dict() : interface_of(object));
   return b;
+}
+
+// Reads only where an array lies now, if it is like the one that `b` was read from.
+inline std::optional<Whereabouts> reread_cuda_array(const py::object& object, const Buffer& b) {
+  if (!b.signature || Py_TYPE(object.ptr()) != b.source_type) return std::nullopt;
+  const bool is_torch = b.is_torch;
+  const py::dict interface = is_torch ? py::dict() : interface_of(object);
+  if (!signature_of(object, is_torch, interface).equal(b.signature)) return std::nullopt;
+  const py::object address = is_torch ? object.attr("data_ptr")() : py::object(interface["data"][py::int_(0)]);
+  auto* data = reinterpret_cast<void*>(address.cast<uintptr_t>());
+  const std::optional<uintptr_t> stream = is_torch ? torch_stream(object) : stream_in(interface);
+  if (data == b.data) return Whereabouts{data, b.device, stream};
+  if (b.size == 0 || reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(b.item_size) != 0) return std::nullopt;
+  const cuda::Location found = cuda::location_of(data);
+  if (found.place != cuda::Place::kDevice) return std::nullopt;
+  return Whereabouts{data, found.device, stream};
 }
 
 // Any array on a device, of any dtype: how ids and states come.

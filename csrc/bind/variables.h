@@ -100,6 +100,11 @@ class VariableSet {
       const auto array = py::reinterpret_borrow<py::array>(object);
       return array.data() == variable.data && array.writeable();
     }
+    if (variable.stays && object.is(variable.stream_source)) return true;
+    if (variable.device != Buffer::kHost) {
+      const std::optional<Whereabouts> now = reread_device_array(object, variable);
+      if (now) return now->data == variable.data;
+    }
     const std::optional<Buffer> b = read_array(object, Label{variable.label});
     return b && b->same_memory(variable) && b->writable;
   }

@@ -93,7 +93,9 @@ struct SumBlocks {
 // No step at all if a gradient has an element that is not finite.
 struct JudgeFinite {
   static constexpr int kThreads = 256;
-  using Shared = NoShared;
+  struct Shared {
+    bool found[kThreads];
+  };
   StepState* state;
   Report* report;
   const int64_t* block_offsets;
@@ -102,15 +104,18 @@ struct JudgeFinite {
 
   FASTADAM_INLINE int phases() const { return 2; }
 
-  FASTADAM_INLINE void phase(int phase, int64_t, int64_t thread, Shared&) const {
+  FASTADAM_INLINE void phase(int phase, int64_t, int64_t thread, Shared& shared) const {
     if (phase == 0) {
-      if (thread == 0) report->not_finite = 0;
-      return;
-    }
-    for (int64_t t = thread; t < tensor_count; t += kThreads) {
-      if (block_offsets[t] == block_offsets[t + 1] || sums[block_offsets[t]] == sums[block_offsets[t]]) continue;
-      state->skip = true;
-      report->not_finite = 1;
+      shared.found[thread] = false;
+      for (int64_t t = thread; t < tensor_count; t += kThreads) {
+        const bool is_empty = block_offsets[t] == block_offsets[t + 1];
+        if (!is_empty && sums[block_offsets[t]] != sums[block_offsets[t]]) shared.found[thread] = true;
+      }
+    } else if (thread == 0) {
+      bool found = false;
+      for (int i = 0; i < kThreads; ++i) found = found || shared.found[i];
+      report->not_finite = found ? 1 : 0;
+      if (found) state->skip = true;
     }
   }
 };

@@ -57,7 +57,7 @@ class DeferredTables(OptimizerState):
     def max_staleness(self, value: int | None) -> None:
         self._max_staleness = None if value is None else check_count("max_staleness", value)
 
-    def gather(self, var: Any, indices: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+    def gather(self, var: Any, indices: npt.ArrayLike, out: Any = None) -> Any:
         """The rows ``var[indices]`` as they are after all steps so far, a copy.
 
         In a deferred mode the rows of the variable's buffer lag behind until they are touched, gathered or synced; the

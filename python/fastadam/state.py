@@ -45,7 +45,7 @@ class OptimizerState(DeviceState):
         """What a process has and a copy does not: the lock, held while state changes, and the last step's plan."""
         self._lock = threading.RLock()
         self._stepping = False
-        self._plan: _cpu.Plan | None = None
+        self._plan: Any = None
         self._plan_key: object = None
         self._buffers: list[_cpu.Buffer] = []
         self._tables: list[Staleness | None] = []
@@ -89,7 +89,7 @@ class OptimizerState(DeviceState):
             self._slots.prepare(buffers, self._slot_names()).commit()
 
     @property
-    def weights(self) -> list[npt.NDArray[Any]]:
+    def weights(self) -> list[Any]:
         """The live state: iterations, then all m, all v, all vhat; variables that came later follow in the same way.
 
         With ``gradient_accumulation_steps`` the first counts the calls, not the steps, as in Keras 3.
@@ -98,7 +98,7 @@ class OptimizerState(DeviceState):
             self._settle()
             return [self._iterations, *self._slots.arrays]
 
-    def variables(self) -> list[npt.NDArray[Any]]:
+    def variables(self) -> list[Any]:
         """The same as ``weights``."""
         return self.weights
 
@@ -135,7 +135,7 @@ class OptimizerState(DeviceState):
             is_amid = iterations % self._micro_steps != 0
             self._restart_accumulation(self._slots.entries if is_amid else [])
 
-    def get_slot(self, var: Any, slot_name: str) -> npt.NDArray[Any]:
+    def get_slot(self, var: Any, slot_name: str) -> Any:
         """The live state array "m", "v" or "vhat" of a variable; KeyError if there is none."""
         label = label_of(var, 0)
         with self._lock:
@@ -151,7 +151,7 @@ class OptimizerState(DeviceState):
         """Names of the slots in the order of their creation."""
         return list(self._slots.names)
 
-    def add_slot(self, var: Any, slot_name: str, initializer: Initializer = "zeros") -> npt.NDArray[Any]:
+    def add_slot(self, var: Any, slot_name: str, initializer: Initializer = "zeros") -> Any:
         """Create a slot of the variable's shape, appended to ``weights``, or return the one that is there.
 
         Args:

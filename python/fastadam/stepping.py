@@ -27,6 +27,8 @@ __all__ = ["Stepper"]
 class Stepper(DeferredTables):
     """``apply_gradients`` for a class that says which slots and numbers its step needs."""
 
+    _hyper: dict[str, Any]
+
     @abc.abstractmethod
     def _slot_names(self) -> list[str]: ...
 
@@ -86,7 +88,7 @@ class Stepper(DeferredTables):
             run_step(plan.step, fitting, self._buffers, positions, hyper, [], self._iterations)
             if any(self._tables):
                 self._sweep()
-            return plan.all_finite
+            return bool(plan.all_finite)
 
     @contextlib.contextmanager
     def _no_step_inside_a_step(self) -> Iterator[None]:
@@ -129,7 +131,7 @@ class Stepper(DeferredTables):
         positions: list[int],
         names: list[str],
         hyper: StepHyper,
-    ) -> tuple[_cpu.Plan, Sequence[Any]]:
+    ) -> tuple[Any, Sequence[Any]]:
         """The plan of these variables, and gradients as far as they had to be converted to check the first step."""
         plan, key = self._plan, (names, self._slots.version, self._extras, self.sparse_update)
         deferred = self.sparse_update in DEFERRED
@@ -241,7 +243,7 @@ class Stepper(DeferredTables):
                     entry.accumulating = cycle
         return plan.all_finite
 
-    def _update_plan(self, plan: _cpu.Plan, entries: list[Entry]) -> _cpu.Plan:
+    def _update_plan(self, plan: _cpu.Plan, entries: list[Entry]) -> Any:
         """The plan of all variables with an accumulated gradient: this call's, unless others had one before."""
         waiting = [entry for entry in self._slots.entries if self._is_accumulating(entry)]
         if len({id(entry) for entry in entries}) == len(entries) == len(waiting):

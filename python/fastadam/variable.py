@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._backend import _cpu
-from fastadam.placement import native_for, on_gpu, to_host
+from fastadam.placement import assign, native_for, on_gpu, to_host
 from fastadam.slices import check_ids
 
 __all__ = ["Reader", "Variable", "buffer_of", "buffers_of", "label_of", "reading", "unwrap"]
@@ -47,8 +47,8 @@ def reading(reader: Reader | None) -> Iterator[None]:
 class Variable:
     """A trainable array with a name; the optimizer updates ``value`` in place.
 
-    A float array is held, not copied: the caller's array and ``value`` are one buffer. Anything else (numbers, nested
-    lists) becomes a new float32 array, as in TensorFlow.
+    A float array, of the host or on a GPU, is held, not copied: the caller's array and ``value`` are one buffer.
+    Anything else (numbers, nested lists) becomes a new float32 array, as in TensorFlow.
 
     Inside the loss of ``minimize`` ``value`` is an array of the autodiff library that stands for this variable. The
     operators ``+ - * / @ **``, unary ``-`` and indexing act on ``value``, and so do NumPy's ufuncs.
@@ -73,13 +73,13 @@ class Variable:
     def __init__(self, value: npt.ArrayLike, name: str | None = None) -> None:
         if not isinstance(name, (str, type(None))):
             raise TypeError(f"name: {name!r}, expected a string")
-        array = value if isinstance(value, np.ndarray) or on_gpu(value) else _new_array(value, name)
+        array: Any = value if isinstance(value, np.ndarray) or on_gpu(value) else _new_array(value, name)
         self.name = name
         native_for([array]).Buffer(array, label_of(self, 0) if name else "value")
         self._value = array
 
     @property
-    def value(self) -> npt.NDArray[Any]:
+    def value(self) -> Any:
         """The array itself, not a copy; inside a loss the array of the autodiff library."""
         if not _running:
             return self._value
@@ -89,10 +89,10 @@ class Variable:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of ``value``."""
-        return self._value.shape
+        return tuple(self._value.shape)
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> Any:
         """Dtype of ``value``."""
         return self._value.dtype
 
@@ -125,12 +125,12 @@ class Variable:
 
     def assign(self, value: npt.ArrayLike) -> Variable:
         """Overwrite the elements; raises ValueError unless ``value`` has the variable's shape."""
-        new = np.asarray(value)
-        if new.shape != self._value.shape:
+        new = to_host(value) if on_gpu(value) else np.asarray(value)
+        if new.shape != tuple(self._value.shape):
             raise ValueError(f"value: shape {new.shape}, expected {self._value.shape} like this variable")
         if new.dtype.kind == "c" or new.dtype == object:
             raise TypeError(f"value: dtype {new.dtype}, expected real numbers")
-        self._value[...] = new
+        assign(self._value, new)
         return self
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
@@ -141,7 +141,8 @@ class Variable:
             )
         if copy or (dtype is not None and np.dtype(dtype) != self._value.dtype):
             return np.array(self._value, dtype=dtype)
-        return self._value
+        own: npt.NDArray[Any] = self._value
+        return own
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         values = _values(inputs)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 DOCUMENTS = ["README.md", "csrc/README.md", "bench/README.md", ".github/CONTRIBUTING.md"]
-NO_EXAMPLES = ("_cpu", "__main__")
+NO_EXAMPLES = ("_cpu", "_cuda", "__main__")
 MODULES = [
     "fastadam",
     *(
@@ -78,6 +78,16 @@ def test_paths_that_a_document_names_exist(document):
 def test_there_is_one_version():
     versions = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert versions == [fastadam.__version__] == [importlib.metadata.version("fastadam")]
+
+
+def test_the_stub_of_cuda_names_what_only_that_extension_has(fake_extension):
+    from fastadam import _cpu
+
+    stub = (ROOT / "python" / "fastadam" / "_cuda.pyi").read_text()
+    declared = {a or b for a, b in re.findall(r"^(?:def|class) (\w+)|^(\w+):", stub, re.MULTILINE)}
+    names = {name for name in dir(fake_extension.native) if not name.startswith("__")}
+    shared = {"Buffer", "ClosedForms", "Plan", "Slices", "require_place"}
+    assert declared == names - set(dir(_cpu)) | shared
 
 
 def test_the_stub_names_what_the_extension_has():

@@ -104,6 +104,29 @@ def test_rows_in_a_graph(gpu, mode):
     assert int(theirs.iterations) == 4
 
 
+def test_a_bad_index_in_a_graph_stops_it(gpu):
+    table, ids = gpu.array(np.ones((30, 3), F32)), gpu.array(np.array([3, 4]))
+    optimizer = fastadam.Adam(0.01)
+    pairs = [(fastadam.IndexedSlices(gpu.array(np.ones((2, 3), F32)), ids), table)]
+    optimizer.apply_gradients(pairs)
+    gpu.begin_capture()
+    optimizer.apply_gradients(pairs)
+    graph = gpu.end_capture()
+    gpu.replay(graph)
+    after_two = gpu.get(table).copy()
+    fastadam.placement.assign(ids, np.array([3, 30]))
+    gpu.replay(graph)
+    gpu.replay(graph)
+    with pytest.raises(ValueError, match=r"grads\[0\].indices\[1\]: 30 is no row"):
+        optimizer.get_weights()
+    assert same(gpu.get(table), after_two)
+    assert int(optimizer.iterations) == 2
+    fastadam.placement.assign(ids, np.array([3, 4]))
+    optimizer.apply_gradients(pairs)
+    gpu.replay(graph)
+    assert int(optimizer.iterations) == 4
+
+
 REFUSED = {
     "schedule": ({"learning_rate": fastadam.schedules.CosineDecay(0.1, 9)}, "learning_rate: a schedule or callable"),
     "callable": ({"learning_rate": lambda: 0.1}, "learning_rate: a schedule or callable"),
@@ -135,6 +158,17 @@ def test_a_first_step_is_not_captured(fake_gpu):
     fake_gpu.end_capture()
     optimizer.apply_gradients([(gradient, w)])
     assert int(optimizer.iterations) == 1
+
+
+def test_indices_of_the_host_are_not_captured(fake_gpu):
+    table = fake_gpu.array(np.ones((30, 2), F32))
+    optimizer = fastadam.Adam()
+    pairs = [(fastadam.IndexedSlices(fake_gpu.array(np.ones((1, 2), F32)), [1]), table)]
+    optimizer.apply_gradients(pairs)
+    fake_gpu.begin_capture()
+    with pytest.raises(RuntimeError, match="indices in CPU memory"):
+        optimizer.apply_gradients(pairs)
+    fake_gpu.end_capture()
 
 
 def test_deferred_tables_are_not_captured(fake_gpu):

@@ -135,6 +135,21 @@ def test_gather_refuses_what_it_cannot_write(gpu):
         tables.device.gather(tables.twin, gpu.array(np.zeros(2, F32)))
 
 
+@pytest.mark.parametrize("mode", ["deferred", "deferred_fast"])
+def test_ids_of_a_lagging_table_that_are_no_rows_are_found_later(gpu, mode):
+    tables = Tables(gpu, mode)
+    for ids in ([1, 2], [3], [4]):
+        tables.step(ids)
+    tables.device.gather(tables.twin, gpu.array(np.array([1, 40])))
+    for context in tables.device._contexts.values():
+        context.wait()
+    with pytest.raises(ValueError, match=r"ids.*40 .*is no row"):
+        tables.device.gather(tables.twin, [1])
+    assert int(tables.device.iterations) == 3
+    tables.step([5])
+    tables.check()
+
+
 def test_ids_on_a_gpu_that_are_no_rows_give_zeros_and_an_error_later(gpu):
     tables = Tables(gpu, "dense")
     found = tables.device.gather(tables.twin, gpu.array(np.array([1, 40])))

@@ -317,6 +317,9 @@ class CudaBackend {
 
   const void* on_device(const Buffer& indices, size_t i) {
     if (indices.device != Buffer::kHost) return indices.data;
+    if (context_->native->is_capturing()) {
+      throw std::runtime_error("indices in CPU memory, which a CUDA graph would read again, expected them on the GPU");
+    }
     const int64_t bytes = indices.size * indices.item_size;
     if (copies_[i].bytes < bytes) copies_[i] = {std::shared_ptr<void>(cuda::allocate(bytes), &cuda::release), bytes};
     cuda::copy_to_device(copies_[i].memory.get(), indices.data, bytes, context_->native->stream());

@@ -81,14 +81,14 @@ class Plan {
   }
 
   // Brings rows of a stale table, the only variable, up to date: those that `ids` name, or all. No step.
-  void catch_up(const std::optional<py::object>& ids, const AdamHyper& hyper) {
+  void catch_up(const std::optional<py::object>& ids, const AdamHyper& hyper, const int64_t* counter) {
     const typename Backend::Scope scope(backend(), set_.place());
     const StepArgs args = arguments(hyper, {});
     set_.require_current();
     set_.choose_rows(ids, hyper);
     {
       const py::gil_scoped_release unlocked;
-      backend().catch_up(args, set_.tensors()[0], 0);
+      backend().catch_up(args, set_.tensors()[0], call_of(counter));
     }
     if (ids) set_.note_histories(nullptr, 0);
     if (!ids) set_.clear_history(0);

@@ -78,10 +78,10 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
            py::arg("histories"), py::arg("context") = py::none())
       .def(
           "catch_up",
-          [numbers](BackendPlan& plan, const std::optional<py::object>& ids, const HyperTuple& hyper) {
-            plan.catch_up(ids, numbers(hyper));
+          [numbers](BackendPlan& plan, const std::optional<py::object>& ids, const HyperTuple& hyper, Counter counter) {
+            plan.catch_up(ids, numbers(hyper), place_of(counter));
           },
-          py::arg("ids"), py::arg("hyper"))
+          py::arg("ids"), py::arg("hyper"), py::arg("counter").noconvert())
       .def_property_readonly("all_finite", &BackendPlan::all_finite)
       .def(
           "matches",

@@ -85,9 +85,9 @@ bool Context::is_captured() const { return parts_->is_captured; }
 std::optional<int64_t> Context::step() {
   if (parts_->is_capturing && cuda::is_capturing(parts_->stream)) return std::nullopt;
   wait();  // graphs run on any stream
-  int64_t step = 0;
-  check(cudaMemcpy(&step, &parts_->state.get()->step, sizeof(step), cudaMemcpyDeviceToHost));
-  return step;
+  StepState state{};
+  check(cudaMemcpy(&state, parts_->state.get(), sizeof(state), cudaMemcpyDeviceToHost));
+  return state.skip ? state.step - 1 : state.step;
 }
 
 void Context::set_step(int64_t step) {

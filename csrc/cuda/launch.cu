@@ -216,7 +216,7 @@ bool Launch::accumulate(bool restart, bool require_finite, const std::vector<Ten
   Tables& tables = *tables_;
   const cudaStream_t stream = tables.context.stream;
   const Layout& layout = tables.layout_of(tensors, stream);
-  tables.begin(StepArgs{}, 0, call, stream);
+  tables.begin(StepArgs{}, kSameStep, call, stream);
   tables.set_gradients(tensors, stream);
   if (require_finite) tables.sum_squares(layout, HUGE_VAL, true, stream);
   if (require_finite && !tables.all_finite(layout, stream)) return false;
@@ -239,7 +239,7 @@ bool Launch::accumulate(bool restart, bool require_finite, const std::vector<Ten
 
 void Launch::catch_up(const StepArgs& step, const TensorArgs& tensor, int64_t call) {
   const cudaStream_t stream = tables_->context.stream;
-  tables_->begin(step, 0, call, stream);
+  tables_->begin(step, kSameStep, call, stream);
   step_rows(step, tensor, nullptr, tables_->state(), stream);
 }
 

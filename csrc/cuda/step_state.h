@@ -42,8 +42,10 @@ FASTADAM_INLINE void fence_for_host() {
 #endif
 }
 
+constexpr int64_t kSameStep = -1;  // t stays as it is: no step, but something before or between them
+
 FASTADAM_INLINE void begin_step(StepState& state, Report& report, int64_t step, int64_t call) {
-  state.step = step;
+  if (step != kSameStep) state.step = step;
   state.skip = state.failed;
   if (!state.failed || state.told) return;
   state.told = true;
@@ -104,7 +106,7 @@ struct AdvanceStep {
     if (counts) now.step = state->skip ? state->step : state->step + 1;
     if (has_single) state->single = numbers(now, singles);
     if (has_double) state->twice = numbers(now, doubles);
-    begin_step(*state, *report, now.step, call);
+    begin_step(*state, *report, now.step, counts ? now.step - 1 : call);
   }
 
  private:

@@ -103,11 +103,12 @@ class DeferredTables(OptimizerState):
     def _gather_on_device(self, buffer: _cpu.Buffer, indices: Any, out: Any) -> Any:
         """The same on a GPU, where ids may lie: those that are no rows are then found later."""
         native = native_of(buffer)
-        self._raise_late()
         if buffer.device not in self._gatherers:
             self._gatherers[buffer.device] = native.Gather(buffer.device)
         gatherer = self._gatherers[buffer.device]
-        if found := gatherer.take_failure():
+        found = gatherer.take_failure()
+        self._raise_late()
+        if found:
             raise ValueError(f"ids: {found[1]} at place {found[0]} of an earlier gather is no row, which gave zeros")
         if not on_gpu(indices):
             host = np.ascontiguousarray(check_ids(indices, buffer.shape, buffer.label))
@@ -192,7 +193,7 @@ class DeferredTables(OptimizerState):
             context = self._context_of(entry.buffer)
             plan = native_of(entry.buffer).Plan([entry.buffer], slots, [False], [0], False, [table.native], context)
             table.catching_up = plan
-        table.catching_up.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon))
+        table.catching_up.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon), self._iterations)
 
     def _sweep(self) -> None:
         """After a step: keep gaps within ``max_staleness``."""

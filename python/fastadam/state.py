@@ -27,7 +27,17 @@ if TYPE_CHECKING:
 
 __all__ = ["OptimizerState"]
 
-_PASSING = ("_lock", "_stepping", "_plan", "_plan_key", "_buffers", "_tables", "_contexts", "_gatherers")
+_PASSING = (
+    "_lock",
+    "_stepping",
+    "_plan",
+    "_plan_key",
+    "_plan_device",
+    "_buffers",
+    "_tables",
+    "_contexts",
+    "_gatherers",
+)
 _live: weakref.WeakSet[OptimizerState] = weakref.WeakSet()
 
 
@@ -47,6 +57,7 @@ class OptimizerState(DeviceState):
         self._stepping = False
         self._plan: Any = None
         self._plan_key: object = None
+        self._plan_device = -1  # number of the GPU that its variables lie on
         self._buffers: list[_cpu.Buffer] = []
         self._tables: list[Staleness | None] = []
         self._contexts = {}
@@ -59,7 +70,8 @@ class OptimizerState(DeviceState):
     @property
     def iterations(self) -> np.int64:
         """Steps made so far. Setting it continues from there: after ``opt.iterations = 5`` the next step uses t = 6."""
-        self._read_captured()
+        if self._contexts:
+            self._read_captured()
         count: np.int64 = np.int64(int(self._iterations) // self._micro_steps)
         return count
 

@@ -72,13 +72,15 @@ class Stepper(DeferredTables):
         if not variables:
             return None
         with self._lock, self._no_step_inside_a_step():
-            self._raise_late()
-            rate = self._rate_for(variables)
+            first, rate = unwrap(variables[0]), self._hyper["learning_rate"]
+            if self._contexts or on_gpu(first) or on_gpu(rate):
+                self._raise_late()
+                rate = self._rate_for(first, rate)
             scale = 1.0 / (loss_scale or self._extras.loss_scale_factor or 1.0)
             steps = self._extras.gradient_accumulation_steps
             hyper = self._step_hyper(1.0 / steps if steps else scale)
             plan, fitting = self._plan_for(variables, gradients, positions, self._slot_names(), hyper)
-            if self._buffers[0].device >= 0:
+            if self._plan_device >= 0:
                 plan.set_rate(rate)
             if steps:
                 return self._accumulate(plan, fitting, positions, scale, loss_scale is not None, hyper)
@@ -101,9 +103,8 @@ class Stepper(DeferredTables):
         finally:
             self._stepping = False
 
-    def _rate_for(self, variables: Sequence[Any]) -> Any:
+    def _rate_for(self, first: Any, rate: Any) -> Any:
         """The learning rate where it lies on the GPU, else None; and whether this step may be captured."""
-        rate, first = self._hyper["learning_rate"], unwrap(variables[0])
         if on_gpu(first) and cuda.native().is_capturing(first):
             if not self._contexts:
                 raise RuntimeError("the first step was captured, expected one before it that is not")
@@ -136,7 +137,7 @@ class Stepper(DeferredTables):
         plan, key = self._plan, (names, self._slots.version, self._extras, self.sparse_update)
         deferred = self.sparse_update in DEFERRED
         given = [unwrap(variable) for variable in variables]
-        same_place = plan is not None and (self._buffers[0].device >= 0) == on_gpu(given[0])
+        same_place = (self._plan_device >= 0) == on_gpu(given[0])
         if plan is not None and same_place and self._plan_key == key and plan.matches(given, positions):
             pairs = zip(self._tables, gradients, strict=True) if deferred else ()
             if all(table.steps < table.room if table else not is_sparse(gradient) for table, gradient in pairs):
@@ -156,6 +157,7 @@ class Stepper(DeferredTables):
         prepared.commit()  # slots are made once the whole step has been found good
         key = (names, self._slots.version, self._extras, self.sparse_update)
         self._plan, self._plan_key, self._buffers, self._tables = plan, key, buffers, tables
+        self._plan_device = buffers[0].device
         for buffer, table in zip(buffers, tables, strict=True):
             if table is not None and (entry := self._slots.entry_of(buffer)):
                 entry.staleness = table

@@ -53,11 +53,12 @@ void Context::enter(void* on_stream) {
   } else if (stream != p.stream && !p.is_capturing) {
     check(cudaStreamWaitEvent(stream, p.left, 0));
   }
-  if (p.goes_on) {
+  if (p.goes_on && !p.is_capturing) {  // a graph would do it in every replay
     static_assert(offsetof(StepState, told) == offsetof(StepState, failed) + sizeof(bool), "cleared at once");
     check(cudaMemsetAsync(&p.state.get()->failed, 0, 2 * sizeof(bool), stream));
+    p.goes_on = false;
   }
-  p.is_fresh = p.goes_on = false;
+  p.is_fresh = false;
   p.stream = stream;
 }
 

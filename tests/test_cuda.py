@@ -116,6 +116,13 @@ def test_a_variable_given_twice_is_updated_twice(gpu):
     assert same(ours.get_slot(w, "average"), gpu.get(theirs.get_slot(twin, "average")))
 
 
+def test_an_empty_variable_comes_first(gpu):
+    pair = Pair(gpu, [np.zeros((0, 2), F32), np.ones(3, F32)], amsgrad=True)
+    for seed in (1, 2):
+        pair.step([np.zeros((0, 2), F32), np.full(3, seed, F32)])
+    pair.check()
+
+
 def test_averages_start_at_the_variables(gpu):
     for dtype in DTYPES:
         w = arrays_of(dtype)[2]

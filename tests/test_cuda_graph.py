@@ -127,7 +127,48 @@ def test_a_bad_index_in_a_graph_stops_it(gpu):
     assert int(optimizer.iterations) == 4
 
 
+def test_a_graph_outlives_its_plan(gpu):
+    """Steps of other variables, with more rows and other options, leave a graph's tables alone."""
+    table, w = gpu.array(np.ones((30, 3), F32)), gpu.array(np.ones(50, F32))
+    optimizer = fastadam.Adam(0.01)
+
+    def pairs(count):
+        return [(fastadam.IndexedSlices(gpu.array(np.ones((count, 3), F32)), gpu.array(np.arange(count))), table)]
+
+    first = pairs(2)
+    optimizer.apply_gradients(first)
+    gpu.begin_capture()
+    optimizer.apply_gradients(first)
+    graph = gpu.end_capture()
+    twin = np.ones((30, 3), F32)
+    host = fastadam.Adam(0.01)
+    for count in (2, 30, 2):
+        slices = fastadam.IndexedSlices(np.ones((count, 3), F32), np.arange(count))
+        host.apply_gradients([(slices, twin)])
+    optimizer.apply_gradients(pairs(30))
+    gpu.replay(graph)
+    assert same(gpu.get(table), twin)
+    optimizer.apply_gradients([(gpu.array(np.ones(50, F32)), w)])
+    optimizer.add_slot(table, "mine")
+    gpu.replay(graph)
+    assert int(optimizer.iterations) == 5
+    assert np.isfinite(gpu.get(table)).all()
+
+
+def test_steps_elsewhere_count_too(gpu):
+    captured = Captured(gpu, sizes=(5,))
+    captured.replay()
+    w = np.ones(3, F32)
+    for optimizer in (captured.host, captured.device):
+        optimizer.apply_gradients([(np.ones(3, F32), np.ones(3, F32) if optimizer is captured.host else w)])
+    captured.replay()
+    assert int(captured.device.iterations) == int(captured.host.iterations) == 4
+    assert same(captured.arrays[0], gpu.get(captured.twins[0]))
+
+
 REFUSED = {
+    "another callable": ({"epsilon": lambda: 1e-7}, "epsilon: a schedule or callable"),
+    "averages": ({"use_ema": True, "ema_overwrite_frequency": 2}, "ema_overwrite_frequency"),
     "schedule": ({"learning_rate": fastadam.schedules.CosineDecay(0.1, 9)}, "learning_rate: a schedule or callable"),
     "callable": ({"learning_rate": lambda: 0.1}, "learning_rate: a schedule or callable"),
     "accumulation": ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),

@@ -186,6 +186,82 @@ def test_an_index_that_is_no_row_undoes_its_step_and_those_after_it(gpu, mode, b
     tables.check()
 
 
+def bad_step(tables):
+    slices = fastadam.IndexedSlices(tables.gpu.array(tables.values(1)), tables.gpu.array(np.array([40])))
+    tables.device.apply_gradients([(slices, tables.twin)])
+
+
+CHANGES = {
+    "mode": lambda o: setattr(o, "sparse_update", "lazy"),
+    "iterations": lambda o: setattr(o, "iterations", 9),
+    "weights": lambda o: o.set_weights(o.get_weights()),
+    "pickle": pickle.dumps,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_comes_after_the_error_of_a_bad_step(gpu, change):
+    tables = Tables(gpu, "deferred")
+    for ids in ([1, 2], [3], [4]):
+        tables.step(ids)
+    bad_step(tables)
+    with pytest.raises(ValueError, match="40 is no row"):
+        CHANGES[change](tables.device)
+    tables.step([1])
+    tables.check()
+
+
+def test_other_betas_after_a_bad_step(gpu):
+    tables = Tables(gpu, "deferred")
+    for ids in ([1, 2], [3], [4]):
+        tables.step(ids)
+    bad_step(tables)
+    tables.host.beta_1 = tables.device.beta_1 = 0.5
+    slices = fastadam.IndexedSlices(gpu.array(tables.values(1)), gpu.array(np.array([1])))
+    with pytest.raises(ValueError, match="40 is no row"):
+        tables.device.apply_gradients([(slices, tables.twin)])
+    tables.step([1])
+    tables.check()
+
+
+def test_a_bad_step_after_the_count_was_set_back(gpu):
+    tables = Tables(gpu, "deferred")
+    for step in range(6):
+        tables.step([step])
+    tables.host.iterations = tables.device.iterations = 0
+    tables.step([1])
+    tables.step([2])
+    bad_step(tables)
+    with pytest.raises(ValueError, match="40 is no row"):
+        tables.device.get_weights()
+    tables.step([3])
+    tables.check()
+
+
+def test_a_bad_index_while_gradients_accumulate(gpu):
+    tables = Tables(gpu, "dense", gradient_accumulation_steps=2)
+    tables.step([1])
+    tables.step([2])
+    with pytest.raises(ValueError, match="40 is no row"):
+        bad_step(tables)
+    tables.step([3])
+    with pytest.raises(ValueError, match="40 is no row"):
+        bad_step(tables)
+    tables.step([4])
+    tables.check()
+
+
+def test_steps_on_the_host_come_after_the_error_of_a_bad_step(gpu):
+    tables = Tables(gpu, "dense")
+    tables.step([1])
+    bad_step(tables)
+    w = np.ones(3, F32)
+    with pytest.raises(ValueError, match="40 is no row"):
+        tables.device.apply_gradients([(np.ones(3, F32), w)])
+    assert (w == 1).all()
+    tables.check()
+
+
 def test_rows_and_dense_gradients_in_one_step(gpu):
     rng = np.random.RandomState(0)
     table, w = random_array(rng, (20, 3)), random_array(rng, (7,))

@@ -58,6 +58,20 @@ def test_steps_on_rows_wait_for_nothing(fake_gpu, mode):
     assert streams(fake_gpu) == {str(fake_gpu.stream)}
 
 
+def test_other_numbers_of_indices_allocate_nothing_new(fake_gpu):
+    table = ones(fake_gpu, 50, 4)
+    optimizer = fastadam.Adam(global_clipnorm=1.0)
+
+    def step(count):
+        slices = fastadam.IndexedSlices(ones(fake_gpu, count, 4), fake_gpu.array(np.arange(count)))
+        fake_gpu.clear_log()
+        optimizer.apply_gradients([(slices, table)])
+        return [name for name in names(fake_gpu) if name.startswith(("cudaMalloc", "cudaFree"))]
+
+    step(9)
+    assert [step(count) for count in (3, 7, 9, 1)] == [[], [], [], []]
+
+
 def test_the_device_of_the_caller_is_restored(fake_gpu):
     fake_gpu.set_devices(2)
     stream = fake_gpu.new_stream(1)

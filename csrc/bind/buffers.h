@@ -279,6 +279,8 @@ inline std::optional<Buffer> read_array(py::object object, const Label& label) {
     if (!error.matches(PyExc_Exception)) throw;
     throw py::value_error(label() + ": " + type_name(object) + " that cannot be read as it lies in memory (" +
                           text(error.value()) + ")");
+  } catch (const py::cast_error& error) {
+    throw py::value_error(label() + ": " + type_name(object) + " that does not say what it is (" + error.what() + ")");
   }
 }
 

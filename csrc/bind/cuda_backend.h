@@ -53,9 +53,9 @@ struct CudaContext {
     native->wait();
   }
 
-  std::optional<int64_t> step() {
+  int64_t replays() {
     const cuda::DeviceScope scope(device);
-    return native->step();
+    return native->replays();
   }
 
   void set_step(int64_t step) {
@@ -279,6 +279,7 @@ class CudaBackend {
       }
       if (hyper.require_finite) throw std::runtime_error("a step that waits to see its gradients cannot be captured");
     }
+    if (rate_.data != nullptr && !context_->native->is_capturing()) order_after(rate_stream_);
     return launch_->step(args, tensors, hyper, rate_, call);
   }
 
@@ -306,6 +307,7 @@ class CudaBackend {
                             ", expected one float32 or float64 on CUDA device " + std::to_string(context_->device));
     }
     rate_ = {b.data, b.dtype == DType::kFloat64};
+    rate_stream_ = b.stream;
   }
 
  private:
@@ -322,7 +324,9 @@ class CudaBackend {
     }
     const int64_t bytes = indices.size * indices.item_size;
     if (copies_[i].bytes < bytes) copies_[i] = {std::shared_ptr<void>(cuda::allocate(bytes), &cuda::release), bytes};
-    cuda::copy_to_device(copies_[i].memory.get(), indices.data, bytes, context_->native->stream());
+    const auto* data = static_cast<const char*>(indices.data);
+    const std::vector<char> pageable(data, data + bytes);  // which the runtime stages, as it would not pinned memory
+    cuda::copy_to_device(copies_[i].memory.get(), pageable.data(), bytes, context_->native->stream());
     return copies_[i].memory.get();
   }
 
@@ -336,6 +340,7 @@ class CudaBackend {
   std::vector<std::unique_ptr<cuda::SortedRows>> sorted_;  // by tensor, with memory for the next step
   std::vector<Copy> copies_;                               // of indices of the host
   cuda::Rate rate_{};
+  std::optional<uintptr_t> rate_stream_;  // of whoever writes to it
 };
 
 }  // namespace fastadam::bind

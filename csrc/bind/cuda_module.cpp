@@ -43,7 +43,7 @@ void register_context(py::module_& m) {
       .def("take_failure", &CudaContext::take_failure)
       .def("wait", &CudaContext::wait)
       .def_property_readonly("is_captured", [](const CudaContext& c) { return c.native->is_captured(); })
-      .def("step", &CudaContext::step)
+      .def("replays", &CudaContext::replays)
       .def("set_step", &CudaContext::set_step, py::arg("step"));
   py::class_<cuda::DeviceHistory, std::shared_ptr<cuda::DeviceHistory>>(m, "History", py::module_local())
       .def(py::init([](const py::array& alphas, const py::array& keeps, const py::array& peaks, int64_t steps,
@@ -79,6 +79,11 @@ void gather(cuda::Gather& gather, const Buffer& table, const py::object& ids, co
   const cuda::DeviceScope scope(table.device);
   const int64_t width = table.shape[0] == 0 ? 0 : table.size / table.shape[0];
   void* stream = reinterpret_cast<void*>(table.stream_source ? stream_of(table.stream_source).value_or(0) : 0);
+  for (const Buffer* b : {&indices, &to}) {
+    if (b->stream && reinterpret_cast<void*>(*b->stream) != stream) {
+      cuda::order_after(stream, reinterpret_cast<void*>(*b->stream));
+    }
+  }
   gather.run(table.data, table.shape[0], width, *table.dtype, indices.data, indices.item_size == 8, indices.size,
              to.data, stream);
 }
@@ -101,7 +106,7 @@ void register_gather(py::module_& m) {
 // Whether the stream that an array's library works on is being captured; the legacy stream cannot be.
 bool is_capturing(const py::object& array) {
   const uintptr_t stream = stream_of(array).value_or(0);
-  return stream > 2 && cuda::is_capturing(reinterpret_cast<void*>(stream));
+  return stream >= 2 && cuda::is_capturing(reinterpret_cast<void*>(stream));
 }
 
 std::pair<int, std::string> device_count() {

@@ -50,7 +50,7 @@ inline DeviceArray make_device_array(std::vector<int64_t> shape, const std::stri
       std::move(shape), py::dtype(is_bfloat16 ? "uint16" : dtype), is_bfloat16, order == "F", device, stream, nullptr};
   const cuda::DeviceScope scope(device);
   array.memory = std::shared_ptr<void>(cuda::allocate(array.nbytes()), &cuda::release);
-  cuda::set_zero(array.memory.get(), array.nbytes(), reinterpret_cast<void*>(stream));
+  cuda::set_zero(array.memory.get(), array.nbytes());
   return array;
 }
 
@@ -168,7 +168,7 @@ inline Buffer read_cuda_array(const py::object& object, const Label& label) {
     b = from_array_interface(object, label);
   } else {
     b = from_dlpack(object, label, py::dict(py::arg("stream") = 1));
-    b.writable = true;
+    b.stream = 1;
   }
   locate(b, label, object);
   b.stream_source = object;
@@ -216,7 +216,7 @@ inline py::array copy_to_numpy(const Buffer& b) {
   const cuda::DeviceScope scope(b.device);
   void* to = host.mutable_data();
   const py::gil_scoped_release unlocked;
-  cuda::copy_to_host(to, b.data, b.size * b.item_size, reinterpret_cast<void*>(b.stream.value_or(0)));
+  cuda::copy_to_host(to, b.data, b.size * b.item_size);
   return host;
 }
 
@@ -227,7 +227,7 @@ inline void assign(const py::object& object, const py::array& values) {
   const bool same_layout = from.same_layout(b) && from.shape == b.shape && from.item_size == b.item_size;
   if (!same_layout) throw py::value_error("values: of another shape, dtype or order than the array");
   const cuda::DeviceScope scope(b.device);
-  cuda::copy_to_device(b.data, from.data, b.size * b.item_size, reinterpret_cast<void*>(b.stream.value_or(0)));
+  cuda::overwrite(b.data, from.data, b.size * b.item_size);
 }
 
 }  // namespace fastadam::bind

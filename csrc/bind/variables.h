@@ -26,6 +26,7 @@ class VariableSet {
       : variables_(std::move(variables)), positions_(std::move(positions)) {
     for (const auto& [name, arrays] : slots) require_length(text(name).c_str(), py::len(arrays));
     require_length("decays", decays.size());
+    amsgrad_ = !variables_.empty() && slots.contains("vhat");
     for (const Buffer& b : variables_) require_place(b, b.label, place());
     for (size_t i = 0; i < variables_.size(); ++i) add_tensor(slots, i, decays[i]);
     chain_repeats();
@@ -67,7 +68,7 @@ class VariableSet {
   // Whether some variable is computed in float64, or in float32.
   bool has(bool is_double) const { return is_double ? has_double_ : has_single_; }
 
-  bool amsgrad() const { return !tensors_.empty() && tensors_[0].vhat != nullptr; }
+  bool amsgrad() const { return amsgrad_; }
 
   int64_t position(size_t i) const { return positions_[i]; }
 
@@ -182,6 +183,7 @@ class VariableSet {
     }
   }
 
+  bool amsgrad_ = false;
   bool has_single_ = false;
   bool has_double_ = false;
 };

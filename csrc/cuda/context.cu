@@ -50,16 +50,12 @@ void Context::enter(void* on_stream) {
   if (p.is_fresh) {
     if (p.is_capturing) throw std::runtime_error("the first step was captured, expected one before it that is not");
     check(cudaMemsetAsync(p.state.get(), 0, sizeof(StepState), stream));
-  } else if (stream != p.stream && !p.is_capturing) {
+  } else if (stream != p.last && !p.is_capturing) {
     check(cudaStreamWaitEvent(stream, p.left, 0));
-  }
-  if (p.goes_on && !p.is_capturing) {  // a graph would do it in every replay
-    static_assert(offsetof(StepState, told) == offsetof(StepState, failed) + sizeof(bool), "cleared at once");
-    check(cudaMemsetAsync(&p.state.get()->failed, 0, 2 * sizeof(bool), stream));
-    p.goes_on = false;
   }
   p.is_fresh = false;
   p.stream = stream;
+  if (!p.is_capturing) p.last = stream;
 }
 
 void Context::leave() {
@@ -76,19 +72,21 @@ std::optional<Failure> Context::take_failure() {
   volatile Report& report = *parts_->report.get();
   if (report.failed == 0) return std::nullopt;
   const Failure failure{report.call, report.source, report.position, report.index};
+  wait();  // for steps that were asked for since, which do nothing
+  static_assert(offsetof(StepState, told) == offsetof(StepState, failed) + sizeof(bool), "cleared at once");
+  check(cudaMemsetAsync(&parts_->state.get()->failed, 0, 2 * sizeof(bool), nullptr));
+  wait();
   report.failed = 0;
-  parts_->goes_on = true;
   return failure;
 }
 
 bool Context::is_captured() const { return parts_->is_captured; }
 
-std::optional<int64_t> Context::step() {
-  if (parts_->is_capturing && cuda::is_capturing(parts_->stream)) return std::nullopt;
+int64_t Context::replays() {
   wait();  // graphs run on any stream
-  StepState state{};
-  check(cudaMemcpy(&state, parts_->state.get(), sizeof(state), cudaMemcpyDeviceToHost));
-  return state.skip ? state.step - 1 : state.step;
+  int64_t replays = 0;
+  check(cudaMemcpy(&replays, &parts_->state.get()->replays, sizeof(replays), cudaMemcpyDeviceToHost));
+  return replays;
 }
 
 void Context::set_step(int64_t step) {

@@ -21,8 +21,8 @@ struct Context::Parts {
   HostReport report;
   cudaEvent_t left = nullptr;     // recorded behind the work of a stream
   cudaStream_t stream = nullptr;  // that was entered last
+  cudaStream_t last = nullptr;    // likewise, not to capture
   bool is_fresh = true;
-  bool goes_on = false;  // the failure has been taken, of which the device does not know yet
   bool is_capturing = false;
   bool is_captured = false;
   PowerTables<float> singles;

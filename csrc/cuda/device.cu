@@ -8,10 +8,6 @@ namespace {
 
 cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
 
-void copy(void* to, const void* from, int64_t bytes, cudaMemcpyKind kind, void* stream) {
-  if (bytes > 0) check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), kind, stream_of(stream)));
-}
-
 }  // namespace
 
 int device_count(std::string& reason) {
@@ -50,21 +46,25 @@ void* allocate(int64_t bytes) {
 
 void release(void* data) { static_cast<void>(cudaFree(data)); }
 
-void set_zero(void* data, int64_t bytes, void* stream) {
-  if (bytes > 0) check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream_of(stream)));
+void set_zero(void* data, int64_t bytes) {
+  if (bytes > 0) check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), nullptr));
+  check(cudaDeviceSynchronize());
+}
+
+void copy_to_host(void* to, const void* from, int64_t bytes) {
+  check(cudaDeviceSynchronize());
+  if (bytes > 0) check(cudaMemcpy(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost));
+}
+
+void overwrite(void* to, const void* from, int64_t bytes) {
+  check(cudaDeviceSynchronize());
+  if (bytes > 0) check(cudaMemcpy(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice));
+  check(cudaDeviceSynchronize());
 }
 
 void copy_to_device(void* to, const void* from, int64_t bytes, void* stream) {
-  copy(to, from, bytes, cudaMemcpyHostToDevice, stream);
-}
-
-void copy_on_device(void* to, const void* from, int64_t bytes, void* stream) {
-  copy(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
-}
-
-void copy_to_host(void* to, const void* from, int64_t bytes, void* stream) {
-  copy(to, from, bytes, cudaMemcpyDeviceToHost, stream);
-  check(cudaStreamSynchronize(stream_of(stream)));
+  if (bytes == 0) return;
+  check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream_of(stream)));
 }
 
 bool is_capturing(void* stream) { return is_capturing(stream_of(stream)); }

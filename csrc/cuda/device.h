@@ -36,10 +36,11 @@ class DeviceScope {
 
 void* allocate(int64_t bytes);
 void release(void* data);
-void set_zero(void* data, int64_t bytes, void* stream);
+void set_zero(void* data, int64_t bytes);  // waits for the device, and so do these
+void copy_to_host(void* to, const void* from, int64_t bytes);
+void overwrite(void* to, const void* from, int64_t bytes);
+
 void copy_to_device(void* to, const void* from, int64_t bytes, void* stream);
-void copy_on_device(void* to, const void* from, int64_t bytes, void* stream);
-void copy_to_host(void* to, const void* from, int64_t bytes, void* stream);  // waits
 
 bool is_capturing(void* stream);
 

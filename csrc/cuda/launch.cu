@@ -12,27 +12,19 @@ namespace {
 
 using ChunksByDType = std::array<DeviceArray<Chunk>, kDTypeCount>;
 
-// How the launches of a step are cut: it depends on which gradients are IndexedSlices, and on their sizes.
+// How the launches of a step are cut: it depends on which gradients are IndexedSlices.
 struct Layout {
   struct Round {
     ChunksByDType dense;
     std::vector<int64_t> slices;
   };
-  std::vector<int64_t> key;
+  std::vector<bool> are_slices;
   std::vector<Round> rounds;
   ChunksByDType averages;
-  std::vector<int64_t> host_offsets;
-  DeviceArray<int64_t> offsets;
-  DeviceArray<double> sums, factors, squares;
 
-  Layout(std::vector<int64_t> of, const std::vector<TensorArgs>& tensors,
-         const std::vector<std::vector<int64_t>>& order, cudaStream_t stream)
-      : key(std::move(of)),
-        host_offsets(norm_offsets(tensors)),
-        offsets(host_offsets, stream),
-        sums(host_offsets.back()),
-        factors(static_cast<int64_t>(tensors.size())),
-        squares(static_cast<int64_t>(tensors.size())) {
+  Layout(std::vector<bool> of, const std::vector<TensorArgs>& tensors, const std::vector<std::vector<int64_t>>& order,
+         cudaStream_t stream)
+      : are_slices(std::move(of)) {
     std::vector<int64_t> averaged;
     for (const std::vector<int64_t>& chosen : order) {
       rounds.emplace_back();
@@ -53,15 +45,34 @@ struct Layout {
       chunks[i] = DeviceArray<Chunk>(chunks_of(tensors, chosen, static_cast<DType>(i)), stream);
     }
   }
+};
+
+std::vector<bool> slices_among(const std::vector<TensorArgs>& tensors) {
+  std::vector<bool> are_slices;
+  for (const TensorArgs& tensor : tensors) are_slices.push_back(tensor.rows != nullptr);
+  return are_slices;
+}
+
+// The memory of norms, for gradients of these sizes.
+struct NormTables {
+  std::vector<int64_t> host_offsets;
+  DeviceArray<int64_t> offsets;
+  DeviceArray<double> sums, factors, squares;
+
+  void fit(const std::vector<TensorArgs>& tensors, cudaStream_t stream) {
+    std::vector<int64_t> wanted = norm_offsets(tensors);
+    if (wanted == host_offsets) return;
+    const auto count = static_cast<int64_t>(tensors.size());
+    room_for(offsets, count + 1);
+    room_for(sums, wanted.back());
+    room_for(factors, count);
+    room_for(squares, count);
+    offsets.write(wanted.data(), count + 1, stream);
+    host_offsets = std::move(wanted);
+  }
 
   int64_t count() const { return static_cast<int64_t>(host_offsets.size()) - 1; }
 };
-
-std::vector<int64_t> key_of(const std::vector<TensorArgs>& tensors) {
-  std::vector<int64_t> key;
-  for (const TensorArgs& tensor : tensors) key.push_back(tensor.rows == nullptr ? -1 : tensor.grad_size);
-  return key;
-}
 
 bool same(const Gradient& a, const Gradient& b) {
   return a.data == b.data && a.factor == b.factor && a.size == b.size && a.dtype == b.dtype;
@@ -75,8 +86,9 @@ struct Launch::Tables {
   bool has_double = false;
   DeviceArray<TensorArgs> tensors;
   DeviceArray<Gradient> gradients;
-  std::vector<std::unique_ptr<Layout>> layouts;  // those that a graph uses are kept
-  std::vector<Gradient> stored;                  // what `gradients` holds
+  std::unique_ptr<Layout> layout;
+  NormTables norms;
+  std::vector<Gradient> stored;  // what `gradients` holds
   std::shared_ptr<Context> owner;
   Context::Parts& context;
 
@@ -98,16 +110,23 @@ struct Launch::Tables {
   Report* report() const { return context.report.on_device(); }
 
   const Layout& layout_of(const std::vector<TensorArgs>& given, cudaStream_t stream) {
-    std::vector<int64_t> key = key_of(given);
-    for (const auto& layout : layouts) {
-      if (layout->key == key) return *layout;
-    }
-    if (context.is_capturing) {
-      throw std::runtime_error("a step with these gradients was not made before it was captured; make one first");
-    }
-    if (!context.is_captured) layouts.clear();
-    layouts.push_back(std::make_unique<Layout>(std::move(key), given, rounds, stream));
-    return *layouts.back();
+    std::vector<bool> wanted = slices_among(given);
+    if (layout != nullptr && layout->are_slices == wanted) return *layout;
+    require_known();
+    layout = std::make_unique<Layout>(std::move(wanted), given, rounds, stream);
+    return *layout;
+  }
+
+  const NormTables& norms_of(const std::vector<TensorArgs>& given, cudaStream_t stream) {
+    if (norms.host_offsets != norm_offsets(given)) require_known();
+    norms.fit(given, stream);
+    return norms;
+  }
+
+  // There is no memory to be had in a capture.
+  void require_known() const {
+    if (!context.is_capturing) return;
+    throw std::runtime_error("a step with such gradients was not made before it was captured; make one first");
   }
 
   void begin(const StepArgs& step, const AdamHyper& hyper, const Rate& rate, int64_t call, cudaStream_t stream) {
@@ -128,7 +147,7 @@ struct Launch::Tables {
     std::vector<Gradient> wanted;
     for (const TensorArgs& tensor : given) wanted.push_back(gradient_of(tensor));
     const bool known = std::equal(wanted.begin(), wanted.end(), stored.begin(), stored.end(), same);
-    if (known && !context.is_captured) return;  // a graph stores its own
+    if (known && !context.is_capturing) return;  // a graph stores its own
     stored.clear();
     for (size_t first = 0; first < wanted.size(); first += SetGradients::kCount) {
       SetGradients set{};
@@ -139,27 +158,28 @@ struct Launch::Tables {
     stored = std::move(wanted);
   }
 
-  void sum_squares(const Layout& layout, double clip_value, bool require_finite, cudaStream_t stream) {
-    launch(SumSquares{gradients.get(), layout.offsets.get(), layout.count(), clip_value, require_finite,
-                      layout.sums.get()},
-           norm_grid(layout.host_offsets), stream);
-    launch(SumBlocks{layout.offsets.get(), layout.sums.get(), most_blocks(layout.host_offsets)}, layout.count(),
-           stream);
+  void sum_squares(const NormTables& norms_now, double clip_value, bool require_finite, cudaStream_t stream) {
+    launch(SumSquares{gradients.get(), norms_now.offsets.get(), norms_now.count(), clip_value, require_finite,
+                      norms_now.sums.get()},
+           norm_grid(norms_now.host_offsets), stream);
+    launch(SumBlocks{norms_now.offsets.get(), norms_now.sums.get(), most_blocks(norms_now.host_offsets)},
+           norms_now.count(), stream);
   }
 
-  bool all_finite(const Layout& layout, cudaStream_t stream) {
-    launch(JudgeFinite{state(), report(), layout.offsets.get(), layout.sums.get(), layout.count()}, 1, stream);
+  bool all_finite(const NormTables& norms_now, cudaStream_t stream) {
+    launch(JudgeFinite{state(), report(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count()}, 1, stream);
     check(cudaStreamSynchronize(stream));
     return context.report.get()->not_finite == 0;
   }
 
   // The factors of norm clips, or null.
-  const double* clip(const Layout& layout, const AdamHyper& hyper, cudaStream_t stream) {
+  const double* clip(const NormTables& norms_now, const AdamHyper& hyper, cudaStream_t stream) {
     if (!std::isfinite(hyper.clip_norm) && !std::isfinite(hyper.global_clip_norm)) return nullptr;
-    launch(ClipFactors{gradients.get(), layout.offsets.get(), layout.sums.get(), layout.count(), hyper.clip_norm,
-                       hyper.global_clip_norm, hyper.gradient_scale, layout.factors.get(), layout.squares.get()},
-           1, stream);
-    return layout.factors.get();
+    launch(
+        ClipFactors{gradients.get(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count(), hyper.clip_norm,
+                    hyper.global_clip_norm, hyper.gradient_scale, norms_now.factors.get(), norms_now.squares.get()},
+        1, stream);
+    return norms_now.factors.get();
   }
 
   template <class Storage>
@@ -191,13 +211,18 @@ bool Launch::step(const StepArgs& step, const std::vector<TensorArgs>& tensors, 
   Tables& tables = *tables_;
   const cudaStream_t stream = tables.context.stream;
   const Layout& layout = tables.layout_of(tensors, stream);
+  const bool needs_norms =
+      std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm) || hyper.require_finite;
+  if (needs_norms) tables.norms_of(tensors, stream);
   tables.begin(step, hyper, rate, call, stream);
   tables.set_gradients(tensors, stream);
-  if (std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm) || hyper.require_finite) {
-    tables.sum_squares(layout, raw_clip_value(hyper), hyper.require_finite, stream);
+  const double* factors = nullptr;
+  if (needs_norms) {
+    const NormTables& norms = tables.norms;
+    tables.sum_squares(norms, raw_clip_value(hyper), hyper.require_finite, stream);
+    if (hyper.require_finite && !tables.all_finite(norms, stream)) return false;
+    factors = tables.clip(norms, hyper, stream);
   }
-  if (hyper.require_finite && !tables.all_finite(layout, stream)) return false;
-  const double* factors = tables.clip(layout, hyper, stream);
   for (const Layout::Round& round : layout.rounds) {
     for (size_t i = 0; i < kDTypeCount; ++i) {
       with_storage(static_cast<DType>(i),
@@ -216,10 +241,11 @@ bool Launch::accumulate(bool restart, bool require_finite, const std::vector<Ten
   Tables& tables = *tables_;
   const cudaStream_t stream = tables.context.stream;
   const Layout& layout = tables.layout_of(tensors, stream);
+  if (require_finite) tables.norms_of(tensors, stream);
   tables.begin(StepArgs{}, kSameStep, call, stream);
   tables.set_gradients(tensors, stream);
-  if (require_finite) tables.sum_squares(layout, HUGE_VAL, true, stream);
-  if (require_finite && !tables.all_finite(layout, stream)) return false;
+  if (require_finite) tables.sum_squares(tables.norms, HUGE_VAL, true, stream);
+  if (require_finite && !tables.all_finite(tables.norms, stream)) return false;
   for (const Layout::Round& round : layout.rounds) {
     const bool is_first = &round == &layout.rounds.front();
     for (size_t i = 0; i < kDTypeCount; ++i) {

@@ -48,10 +48,10 @@ class Context {
   bool is_capturing() const;
 
   void wait();                            // for the device
-  std::optional<Failure> take_failure();  // as far as it is known; steps go on after it
+  std::optional<Failure> take_failure();  // as far as it is known; waits if there is one; steps go on after it
 
-  bool is_captured() const;       // some step was
-  std::optional<int64_t> step();  // t of the last one; waits; nothing while the next is being captured
+  bool is_captured() const;  // some step was
+  int64_t replays();         // steps that graphs have made; waits
 
   void set_step(int64_t step);  // the next one that a graph makes is one more; waits
 

@@ -10,13 +10,6 @@
 namespace fastadam::cuda {
 namespace {
 
-// Grows by doubling, so that steps of about the same size allocate nothing.
-template <class T>
-T* room_for(DeviceArray<T>& memory, int64_t count) {
-  if (memory.count() < count) memory = DeviceArray<T>(std::max(count, 2 * memory.count()));
-  return memory.get();
-}
-
 int bits_of(int64_t row_count) {
   int bits = 1;
   while (bits < 63 && (row_count - 1) >> bits > 0) ++bits;

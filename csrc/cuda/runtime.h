@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -75,6 +76,13 @@ class DeviceArray {
   T* data_ = nullptr;
   int64_t count_ = 0;
 };
+
+// Grows by doubling, so that steps of about the same size allocate nothing.
+template <class T>
+T* room_for(DeviceArray<T>& memory, int64_t count) {
+  if (memory.count() < count) memory = DeviceArray<T>(std::max(count, 2 * memory.count()));
+  return memory.get();
+}
 
 // The memory of the host that the device reports to.
 class HostReport {

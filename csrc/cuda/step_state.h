@@ -8,10 +8,11 @@ namespace fastadam::cuda {
 
 // Every launch of a step reads it; none writes to variables or slots once `skip` is set.
 struct StepState {
-  int64_t step;  // t, from 1
-  bool failed;   // an index was found that is no row: nothing moves any more until the host has raised it
-  bool told;     // and the host has been told
-  bool skip;     // nothing of this step is written
+  int64_t step;     // t, from 1
+  int64_t replays;  // steps made by graphs
+  bool failed;      // an index was found that is no row: nothing moves any more until the host has raised it
+  bool told;        // and the host has been told
+  bool skip;        // nothing of this step is written
   StepScalars<float> single;
   StepScalars<double> twice;
 };
@@ -107,6 +108,7 @@ struct AdvanceStep {
     if (has_single) state->single = numbers(now, singles);
     if (has_double) state->twice = numbers(now, doubles);
     begin_step(*state, *report, now.step, counts ? now.step - 1 : call);
+    if (counts && !state->skip) ++state->replays;
   }
 
  private:

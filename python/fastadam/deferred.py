@@ -43,6 +43,7 @@ class DeferredTables(OptimizerState):
             raise ValueError(f"sparse_update: {value!r} with use_ema or gradient_accumulation_steps, expected 'dense'")
         with self._lock:
             self._settle()
+            self._wait()
             for entry in self._slots.entries:
                 entry.staleness = None
             self._plan = None
@@ -124,6 +125,7 @@ class DeferredTables(OptimizerState):
     def sync(self, var: Any = None) -> None:
         """Bring every row of a variable, or of all, up to date; does nothing where none lags behind."""
         with self._lock:
+            self._raise_late()
             if var is None:
                 self._settle()
                 return

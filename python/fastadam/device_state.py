@@ -20,6 +20,9 @@ class DeviceState(abc.ABC):
 
     _contexts: dict[int, Any]
     _gatherers: dict[int, Any]
+    _replays: dict[int, int]
+    _capturing: bool
+    _plan: Any
     _iterations: npt.NDArray[np.int64]
     _slots: SlotStore
 
@@ -41,23 +44,35 @@ class DeviceState(abc.ABC):
         return self._contexts[buffer.device]
 
     def _read_captured(self) -> None:
-        """The count of steps, of which a CUDA graph has made some; waits for the GPU, but only if one was captured.
+        """Add the steps that CUDA graphs have made to the count; waits for the GPU, but only if one was captured."""
+        if self._capturing:
+            return
+        for device, context in self._contexts.items():
+            if context.is_captured:
+                replays = context.replays()
+                made, self._replays[device] = replays - self._replays.get(device, 0), replays
+                self._iterations[...] += made * self._micro_steps
 
-        While one is being captured it stays as it is.
-        """
-        for context in self._contexts.values():
-            steps = context.step() if context.is_captured else None
-            if steps is not None:
-                self._iterations[...] = steps * self._micro_steps
+    def _set_count(self, calls: int) -> None:
+        """Set the count, of which nothing before is taken back any more."""
+        self._raise_late(wait=True)
+        self._read_captured()
+        self._iterations[...] = calls
+        self._write_captured()
+        for entry in self._slots.entries:
+            if entry.staleness is not None:
+                entry.staleness.confirm()
 
     def _write_captured(self) -> None:
-        """The count of steps was set: steps of CUDA graphs go on from it."""
+        """Steps of CUDA graphs go on from the count."""
         for context in self._contexts.values():
             if context.is_captured:
                 context.set_step(int(self._iterations) // self._micro_steps)
 
     def _raise_late(self, *, wait: bool = False) -> None:
         """Raise what a GPU found wrong with a step after the call had returned; it and all later ones did nothing."""
+        if self._capturing:
+            return
         for context in self._contexts.values():
             if wait:
                 context.wait()
@@ -68,7 +83,10 @@ class DeviceState(abc.ABC):
             for entry in self._slots.entries:
                 if entry.staleness is not None:
                     entry.staleness.forget_from(calls)
+            self._read_captured()  # or what graphs made would be added later
             self._iterations[...] = calls
+            self._write_captured()
+            self._plan = None  # which may hold closed forms of the steps taken back
             raise ValueError(
                 f"{message}; found on the GPU after the call had returned: that step, after iteration "
                 f"{calls // self._micro_steps}, and those since then have changed nothing"

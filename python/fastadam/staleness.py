@@ -86,6 +86,11 @@ class Staleness:
         twin.calls = np.zeros(self.room, np.int64)
         return twin
 
+    def confirm(self) -> None:
+        """The steps so far are good: they are not taken back, whatever calls are counted from here on."""
+        if self.calls is not None:
+            self.calls[: self.steps] = -1
+
     def forget_from(self, calls: int) -> None:
         """Take back the steps made when so many calls had been, or more: they have changed nothing."""
         if self.calls is None:

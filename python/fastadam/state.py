@@ -37,6 +37,9 @@ _PASSING = (
     "_tables",
     "_contexts",
     "_gatherers",
+    "_replays",
+    "_capturing",
+    "_captured",
 )
 _live: weakref.WeakSet[OptimizerState] = weakref.WeakSet()
 
@@ -62,6 +65,9 @@ class OptimizerState(DeviceState):
         self._tables: list[Staleness | None] = []
         self._contexts = {}
         self._gatherers = {}
+        self._replays = {}
+        self._capturing = False
+        self._captured: list[Any] = []  # plans that CUDA graphs go on using
         _live.add(self)
 
     @abc.abstractmethod
@@ -78,8 +84,7 @@ class OptimizerState(DeviceState):
     @iterations.setter
     def iterations(self, value: int) -> None:
         steps = check_iterations("iterations", value) * self._micro_steps
-        self._iterations[...] = check_iterations("iterations", steps)
-        self._write_captured()
+        self._set_count(check_iterations("iterations", steps))
         self._restart_accumulation([])
 
     def _is_accumulating(self, entry: Entry) -> bool:
@@ -139,11 +144,11 @@ class OptimizerState(DeviceState):
                     f"{len(given)}, but the optimizer was expecting {len(current)} weights."
                 )
             iterations = check_iterations("weights[0]", given[0])
+            self._raise_late(wait=True)
             new = [_like(old, given[i], f"weights[{i}]") for i, old in enumerate(current) if i > 0]
             for old, value in zip(current[1:], new, strict=True):
                 assign(old, value)
-            self._iterations[...] = iterations
-            self._write_captured()
+            self._set_count(iterations)
             is_amid = iterations % self._micro_steps != 0
             self._restart_accumulation(self._slots.entries if is_amid else [])
 

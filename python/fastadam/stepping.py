@@ -64,7 +64,15 @@ class Stepper(DeferredTables):
             ValueError: All gradients None; a wrong shape; a variable that cannot be updated in place; variables that
                 overlap partly; a gradient that shares memory with a variable.
         """
-        return None if self._apply(grads_and_vars) is None else self.iterations
+        try:
+            return None if self._apply(grads_and_vars) is None else self._count()
+        finally:
+            self._capturing = False
+
+    def _count(self) -> np.int64:
+        """Of the steps that the host has asked for."""
+        count: np.int64 = np.int64(int(self._iterations) // self._micro_steps)
+        return count
 
     def _apply(self, grads_and_vars: Iterable[tuple[Any, Any]], loss_scale: float | None = None) -> bool | None:
         """Whether all gradients were finite, which only a dynamic ``loss_scale`` asks for; None for an empty list."""
@@ -74,8 +82,7 @@ class Stepper(DeferredTables):
         with self._lock, self._no_step_inside_a_step():
             first, rate = unwrap(variables[0]), self._hyper["learning_rate"]
             if self._contexts or on_gpu(first) or on_gpu(rate):
-                self._raise_late()
-                rate = self._rate_for(first, rate)
+                rate = self._rate_on_gpu(first, rate)
             scale = 1.0 / (loss_scale or self._extras.loss_scale_factor or 1.0)
             steps = self._extras.gradient_accumulation_steps
             hyper = self._step_hyper(1.0 / steps if steps else scale)
@@ -90,6 +97,8 @@ class Stepper(DeferredTables):
             run_step(plan.step, fitting, self._buffers, positions, hyper, [], self._iterations)
             if any(self._tables):
                 self._sweep()
+            if self._contexts:
+                self._after_step_on_gpu(first, loss_scale is not None)
             return bool(plan.all_finite)
 
     @contextlib.contextmanager
@@ -103,25 +112,45 @@ class Stepper(DeferredTables):
         finally:
             self._stepping = False
 
-    def _rate_for(self, first: Any, rate: Any) -> Any:
-        """The learning rate where it lies on the GPU, else None; and whether this step may be captured."""
-        if on_gpu(first) and cuda.native().is_capturing(first):
-            if not self._contexts:
-                raise RuntimeError("the first step was captured, expected one before it that is not")
-            if callable(rate):
-                raise ValueError(
-                    "learning_rate: a schedule or callable, which a CUDA graph would never ask again, expected a "
-                    "number, or one float on the GPU"
-                )
-        else:
-            self._read_captured()
+    def _rate_on_gpu(self, first: Any, rate: Any) -> Any:
+        """Before a step of an optimizer that knows GPUs: the learning rate where it lies on one, else None."""
+        lies_there = on_gpu(first)
+        self._capturing = lies_there and cuda.native().is_capturing(first)
+        if self._capturing:
+            self._require_capturable()
+        self._raise_late(wait=lies_there != (self._plan_device >= 0))  # elsewhere steps would go on
+        self._read_captured()
         if not on_gpu(rate):
             return None
-        if not on_gpu(first):
+        if not lies_there:
             raise ValueError("learning_rate: on a GPU, expected a number for variables in CPU memory")
         if self.sparse_update in DEFERRED:
             raise ValueError(f"learning_rate: on the GPU with sparse_update={self.sparse_update!r}, expected a number")
         return rate
+
+    def _require_capturable(self) -> None:
+        """What the host says anew in every step would be captured as it is now."""
+        if not self._contexts:
+            raise RuntimeError("the first step was captured, expected one before it that is not")
+        for name, value in self._hyper.items():
+            if callable(value):
+                raise ValueError(
+                    f"{name}: a schedule or callable, which a CUDA graph would never ask again, expected a number"
+                    + (", or one float on the GPU" if name == "learning_rate" else "")
+                )
+        if self._extras.use_ema and self._extras.ema_overwrite_frequency:
+            raise ValueError("ema_overwrite_frequency: counted by the host, which a CUDA graph never asks")
+
+    def _after_step_on_gpu(self, first: Any, was_finite: bool) -> None:
+        if self._capturing:
+            self._captured.append(self._plan)  # its tables are the graph's from here on
+            self._plan = None
+            self._capturing = False
+            return
+        if was_finite:
+            self._raise_late()  # the step has been waited for
+        if not on_gpu(first):
+            self._write_captured()
 
     # ---- plans -----------------------------------------------------------------------------------------------------
 
@@ -202,6 +231,8 @@ class Stepper(DeferredTables):
                 continue
             if settles:
                 self._catch_up(entry)
+            if table.numbers != numbers and self._contexts:
+                self._raise_late(wait=True)  # the rows are up to date only if that was not skipped
             if table.numbers != numbers:
                 table.change_numbers(numbers)
                 self._plan = None  # which has the crossover of the old ones
@@ -239,6 +270,8 @@ class Stepper(DeferredTables):
             update = self._update_plan(plan, entries) if (calls + 1) % steps == 0 else None
             arguments = (scale, require_finite, restart, update, hyper, self._iterations)
             run_step(plan.accumulate, gradients, self._buffers, positions, *arguments)
+            if self._plan_device >= 0 and any(map(is_native_sparse, gradients)):
+                self._raise_late(wait=True)  # a cycle is not taken back call by call
         finally:
             if int(self._iterations) == calls:  # refused, or not finite
                 for entry, cycle in before.values():

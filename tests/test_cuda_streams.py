@@ -87,6 +87,22 @@ def test_the_device_of_the_caller_is_restored(fake_gpu):
     assert optimizer.get_slot(w, "m").device == 1
 
 
+def test_a_bad_step_on_one_gpu_is_raised_before_a_step_on_another(fake_gpu):
+    fake_gpu.set_devices(2)
+    stream = fake_gpu.new_stream(1)
+    table, w = ones(fake_gpu, 5, 2), ones(fake_gpu, 4, device=1, stream=stream)
+    optimizer = fastadam.Adam(0.1)
+    gradient = ones(fake_gpu, 4, device=1, stream=stream)
+    optimizer.apply_gradients([(gradient, w)])
+    slices = fastadam.IndexedSlices(ones(fake_gpu, 1, 2), fake_gpu.array(np.array([5])))
+    optimizer.apply_gradients([(slices, table)])
+    before = w.get()
+    with pytest.raises(ValueError, match="5 is no row"):
+        optimizer.apply_gradients([(gradient, w)])
+    assert np.array_equal(w.get(), before)
+    assert int(optimizer.iterations) == 1
+
+
 def test_a_gradient_on_another_stream_comes_first(fake_gpu):
     other = fake_gpu.new_stream()
     w, gradient = ones(fake_gpu, 4), ones(fake_gpu, 4, stream=other)

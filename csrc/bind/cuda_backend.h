@@ -2,7 +2,7 @@
 // A Backend: how a Plan runs its steps on a GPU, on the current stream of the library that its variables come from.
 #pragma once
 
-#include <map>
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -11,25 +11,16 @@
 
 #include "../cuda/launch.h"
 #include "device_buffers.h"
-#include "stale.h"
+#include "device_rows.h"
 #include "variables.h"
 
 namespace fastadam::bind {
 
-// What the plans of one optimizer share on one device, and what an index was that is found bad there.
+// What the plans of one optimizer share on one device.
 struct CudaContext {
   explicit CudaContext(int device_number) : device(device_number), native(make(device_number)) {}
 
-  struct Source {
-    std::string indices;   // "grads[3].indices"
-    std::string variable;  // "variable 'w'"
-    int64_t row_count;
-    bool operator==(const Source& o) const {
-      return indices == o.indices && variable == o.variable && row_count == o.row_count;
-    }
-  };
-
-  int64_t number_of(const Source& source) {
+  int64_t number_of(const IndexSource& source) {
     const auto found = std::find(sources.begin(), sources.end(), source);
     if (found != sources.end()) return found - sources.begin();
     sources.push_back(source);
@@ -41,7 +32,7 @@ struct CudaContext {
     const cuda::DeviceScope scope(device);
     const std::optional<cuda::Failure> failure = native->take_failure();
     if (!failure) return std::nullopt;
-    const Source& source = sources.at(static_cast<size_t>(failure->source));
+    const IndexSource& source = sources.at(static_cast<size_t>(failure->source));
     return std::make_pair(failure->call, source.indices + "[" + std::to_string(failure->position) + "]: " +
                                              std::to_string(failure->index) + " is no row of " + source.variable +
                                              ", expected 0 <= index < " + std::to_string(source.row_count));
@@ -65,139 +56,13 @@ struct CudaContext {
 
   int device;
   std::shared_ptr<cuda::Context> native;
-  std::vector<Source> sources;
+  std::vector<IndexSource> sources;
 
  private:
   static std::shared_ptr<cuda::Context> make(int device) {
     const cuda::DeviceScope scope(device);
     return std::make_shared<cuda::Context>();
   }
-};
-
-// Indices on a device, or of the host: these are copied.
-class DeviceIndex {
- public:
-  DeviceIndex(const py::object& indices, const Label& label, const Buffer& variable)
-      : label_(label), variable_(variable.label), row_count_(variable.shape[0]) {
-    if (py::isinstance<py::array>(indices)) {
-      buffer_ = from_ndarray(py::reinterpret_borrow<py::array>(indices));
-    } else {
-      buffer_ = require_cuda_array(indices, label());
-      require_place(buffer_, label(), variable);
-    }
-    is_int64_ = buffer_.item_size == 8;
-    const bool is_integer = !buffer_.dtype && (buffer_.dtype_name == "int32" || buffer_.dtype_name == "int64");
-    if (!is_integer || !buffer_.c_contiguous) {
-      throw py::value_error(label() + ": " + (buffer_.dtype ? name_of(*buffer_.dtype) : buffer_.dtype_name) + " " +
-                            tuple_text(buffer_.shape) + ", expected a contiguous array of int32 or int64");
-    }
-    rows_.width = row_count_ == 0 ? 0 : variable.size / row_count_;
-    rows_.count = buffer_.size;
-  }
-  DeviceIndex(const DeviceIndex&) = delete;
-  DeviceIndex& operator=(const DeviceIndex&) = delete;
-
-  int64_t count() const { return buffer_.size; }
-  size_t rank() const { return buffer_.shape.size(); }
-  const Rows& rows() const { return rows_; }
-  const Buffer& buffer() const { return buffer_; }
-  CudaContext::Source source() const { return {label_(), variable_, row_count_}; }
-
-  void sort(cuda::SortedRows& sorted, const void* indices, int64_t source, cuda::Context& context) {
-    sorted_ = &sorted;
-    sorted.sort(indices, is_int64_, count(), row_count_, rows_.width, source, context);
-    rows_ = sorted.rows();
-  }
-
-  void* sum(const TensorArgs& tensor, const cuda::Context& context) {
-    return sorted_->sum(tensor.grad, tensor.grad_dtype, context);
-  }
-
-  // What a device finds wrong is told later.
-  int64_t bad() const { return -1; }
-  int64_t bad_index() const { return -1; }
-  bool is_summed(bool) const { return false; }
-  void use_sums() const {}
-
- private:
-  Label label_;
-  std::string variable_;
-  int64_t row_count_;
-  Buffer buffer_;
-  bool is_int64_ = false;
-  cuda::DeviceRows rows_{};
-  cuda::SortedRows* sorted_ = nullptr;
-};
-
-// A table on a device: its rates are those of the host, which hands each over, `last` is the device's own.
-class DeviceTable : public History {
- public:
-  // As StaleTable::Arrays, `last` on the device; a third count, of the steps that all rows have had; for each step the
-  // caller's counter before it; the history on the device.
-  using Arrays =
-      std::tuple<py::object, py::array, py::array, py::array, py::array_t<int64_t>, std::shared_ptr<ClosedForms>,
-                 double, py::array_t<int64_t>, std::shared_ptr<cuda::DeviceHistory>>;
-
-  DeviceTable(const Arrays& arrays, const Buffer& variable, std::shared_ptr<cuda::Context> context)
-      : History(std::get<1>(arrays), std::get<2>(arrays), std::get<3>(arrays), std::get<4>(arrays), std::get<5>(arrays),
-                std::get<6>(arrays), variable),
-        last_(require_cuda_array(std::get<0>(arrays), "last")),
-        calls_(std::get<7>(arrays)),
-        history_(std::get<8>(arrays)),
-        context_(std::move(context)) {}
-
-  const StaleRows& rows(const Rows*, const AdamHyper& hyper, bool amsgrad) {
-    read(args_, hyper, amsgrad);
-    if (forms_ != nullptr) write_forms(hyper, amsgrad);
-    history_->point(args_);
-    if (forms_ == nullptr) args_.forms = nullptr;
-    args_.last = static_cast<int32_t*>(last_.data);
-    return args_;
-  }
-
-  void note(const Rows&, const StepArgs* step, bool decays, int64_t call) {
-    if (step == nullptr) return;
-    calls_.mutable_data()[steps()] = call;
-    append(*step, decays);
-    history_->append(alphas_.data(), keeps_.data(), peaks_.data(), steps() - 1, context_->stream());
-  }
-
-  // The history stays: a step that turns out to have done nothing may have been the one that cleared it.
-  void clear() {
-    counts()[2] = steps();
-    if (forms_ != nullptr) forms_->clear();
-  }
-  bool is_empty() const { return counts_.data()[2] == steps(); }
-
- private:
-  // Of every gap since all rows were up to date: which there are is known to the device alone. As if the history began
-  // there, like that of a table of the host.
-  void write_forms(const AdamHyper& hyper, bool amsgrad) {
-    const int64_t first = counts()[2];
-    const auto count = static_cast<size_t>(steps() - first);
-    StaleRows since = args_;
-    since.alphas = static_cast<const float*>(args_.alphas) + first;
-    since.keeps = static_cast<const float*>(args_.keeps) + first;
-    since.now = steps() - first;
-    std::vector<float> peaks(count / kPeakSteps + 1, 0.0F);
-    std::vector<int32_t> every(count);
-    for (size_t i = 0; i < count; ++i) {
-      every[i] = static_cast<int32_t>(i);
-      float& peak = peaks[i / kPeakSteps];
-      peak = std::max(peak, std::abs(static_cast<const float*>(since.alphas)[i]));
-    }
-    since.peaks = peaks.data();
-    forms_->prepare(every.data(), since.now, since, hyper, amsgrad);
-    std::vector<int32_t> places(static_cast<size_t>(steps()) + 1, 0);
-    std::copy_n(forms_->places(), count + 1, places.begin() + static_cast<std::ptrdiff_t>(first));
-    history_->write_forms(forms_->forms(), forms_->count(), places.data(), steps() + 1, context_->stream());
-  }
-
-  Buffer last_;
-  py::array_t<int64_t> calls_;
-  std::shared_ptr<cuda::DeviceHistory> history_;
-  std::shared_ptr<cuda::Context> context_;
-  cuda::DeviceStale args_{};
 };
 
 class CudaBackend {
@@ -260,9 +125,10 @@ class CudaBackend {
 
   void drop(std::unique_ptr<Index>& index) const { index.reset(); }
 
-  // Work on the stream of an array's owner comes before what is launched from here on.
+  // Work on the stream of an array's owner comes before what is launched from here on. A graph has no such order: when
+  // it runs is up to whoever replays it.
   void order_after(const std::optional<uintptr_t>& other) const {
-    if (!other) return;
+    if (!other || context_->native->is_capturing()) return;
     void* stream = context_->native->stream();
     const auto on = reinterpret_cast<uintptr_t>(stream);
     const bool is_legacy = *other <= 1 && on <= 1;

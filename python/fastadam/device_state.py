@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from fastadam import cuda
 from fastadam._backend import _cpu
+from fastadam.placement import on_gpu
+from fastadam.slices import DEFERRED
 from fastadam.slots import SlotStore
 
 __all__ = ["DeviceState"]
@@ -23,6 +25,11 @@ class DeviceState(abc.ABC):
     _replays: dict[int, int]
     _capturing: bool
     _plan: Any
+    _plan_device: int
+    _captured: list[Any]
+    _hyper: dict[str, Any]
+    _extras: Any
+    sparse_update: Any
     _iterations: npt.NDArray[np.int64]
     _slots: SlotStore
 
@@ -102,3 +109,46 @@ class DeviceState(abc.ABC):
     def _wait(self) -> None:
         """Before state is copied to the host: all steps are done, and were good."""
         self._raise_late(wait=True)
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def _rate_on_gpu(self, first: Any, rate: Any) -> Any:
+        """Before a step of an optimizer that knows GPUs: the learning rate where it lies on one, else None."""
+        lies_there = on_gpu(first)
+        self._capturing = lies_there and cuda.native().is_capturing(first)
+        if self._capturing:
+            self._require_capturable()
+        elsewhere = len(self._contexts) > 1 or lies_there != (self._plan_device >= 0)  # where steps would go on
+        self._raise_late(wait=elsewhere)
+        self._read_captured()
+        if not on_gpu(rate):
+            return None
+        if not lies_there:
+            raise ValueError("learning_rate: on a GPU, expected a number for variables in CPU memory")
+        if self.sparse_update in DEFERRED:
+            raise ValueError(f"learning_rate: on the GPU with sparse_update={self.sparse_update!r}, expected a number")
+        return rate
+
+    def _require_capturable(self) -> None:
+        """What the host says anew in every step would be captured as it is now."""
+        if not self._contexts:
+            raise RuntimeError("the first step was captured, expected one before it that is not")
+        for name, value in self._hyper.items():
+            if callable(value):
+                raise ValueError(
+                    f"{name}: a schedule or callable, which a CUDA graph would never ask again, expected a number"
+                    + (", or one float on the GPU" if name == "learning_rate" else "")
+                )
+        if self._extras.use_ema and self._extras.ema_overwrite_frequency:
+            raise ValueError("ema_overwrite_frequency: counted by the host, which a CUDA graph never asks")
+
+    def _after_step_on_gpu(self, first: Any, was_finite: bool) -> None:
+        if self._capturing:
+            self._captured.append(self._plan)  # its tables are the graph's from here on
+            self._plan = None
+            self._capturing = False
+            return
+        if was_finite:
+            self._raise_late()  # the step has been waited for
+        if len(self._contexts) > 1 or not on_gpu(first):
+            self._write_captured()

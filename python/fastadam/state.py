@@ -112,6 +112,7 @@ class OptimizerState(DeviceState):
         With ``gradient_accumulation_steps`` the first counts the calls, not the steps, as in Keras 3.
         """
         with self._lock:
+            self._raise_late()
             self._settle()
             return [self._iterations, *self._slots.arrays]
 
@@ -156,6 +157,7 @@ class OptimizerState(DeviceState):
         """The live state array "m", "v" or "vhat" of a variable; KeyError if there is none."""
         label = label_of(var, 0)
         with self._lock:
+            self._raise_late()
             self._settle()
             slots = self._slots.find(buffer_of(var))
         if slots is None:

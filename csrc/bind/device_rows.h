@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// IndexedSlices and deferred tables whose arrays lie on a GPU. As slices.h and stale.h are for the host.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../cuda/launch.h"
+#include "device_buffers.h"
+#include "stale.h"
+
+namespace fastadam::bind {
+
+// What indices are that are found bad on a device.
+struct IndexSource {
+  std::string indices;   // "grads[3].indices"
+  std::string variable;  // "variable 'w'"
+  int64_t row_count;
+  bool operator==(const IndexSource& o) const {
+    return indices == o.indices && variable == o.variable && row_count == o.row_count;
+  }
+};
+
+// Indices on a device, or of the host: these are copied.
+class DeviceIndex {
+ public:
+  DeviceIndex(const py::object& indices, const Label& label, const Buffer& variable)
+      : label_(label), variable_(variable.label), row_count_(variable.shape[0]) {
+    if (py::isinstance<py::array>(indices)) {
+      buffer_ = from_ndarray(py::reinterpret_borrow<py::array>(indices));
+    } else {
+      buffer_ = require_cuda_array(indices, label());
+      require_place(buffer_, label(), variable);
+    }
+    is_int64_ = buffer_.item_size == 8;
+    const bool is_integer = !buffer_.dtype && (buffer_.dtype_name == "int32" || buffer_.dtype_name == "int64");
+    if (!is_integer || !buffer_.c_contiguous) {
+      throw py::value_error(label() + ": " + (buffer_.dtype ? name_of(*buffer_.dtype) : buffer_.dtype_name) + " " +
+                            tuple_text(buffer_.shape) + ", expected a contiguous array of int32 or int64");
+    }
+    rows_.width = row_count_ == 0 ? 0 : variable.size / row_count_;
+    rows_.count = buffer_.size;
+  }
+  DeviceIndex(const DeviceIndex&) = delete;
+  DeviceIndex& operator=(const DeviceIndex&) = delete;
+
+  int64_t count() const { return buffer_.size; }
+  size_t rank() const { return buffer_.shape.size(); }
+  const Rows& rows() const { return rows_; }
+  const Buffer& buffer() const { return buffer_; }
+  IndexSource source() const { return {label_(), variable_, row_count_}; }
+
+  void sort(cuda::SortedRows& sorted, const void* indices, int64_t source, cuda::Context& context) {
+    sorted_ = &sorted;
+    sorted.sort(indices, is_int64_, count(), row_count_, rows_.width, source, context);
+    rows_ = sorted.rows();
+  }
+
+  void* sum(const TensorArgs& tensor, const cuda::Context& context) {
+    return sorted_->sum(tensor.grad, tensor.grad_dtype, context);
+  }
+
+  // What a device finds wrong is told later.
+  int64_t bad() const { return -1; }
+  int64_t bad_index() const { return -1; }
+  bool is_summed(bool) const { return false; }
+  void use_sums() const {}
+
+ private:
+  Label label_;
+  std::string variable_;
+  int64_t row_count_;
+  Buffer buffer_;
+  bool is_int64_ = false;
+  cuda::DeviceRows rows_{};
+  cuda::SortedRows* sorted_ = nullptr;
+};
+
+// A table on a device: its rates are those of the host, which hands each over, `last` is the device's own.
+class DeviceTable : public History {
+ public:
+  // As StaleTable::Arrays, `last` on the device; a third count, of the steps that all rows have had; for each step the
+  // caller's counter before it; the history on the device.
+  using Arrays =
+      std::tuple<py::object, py::array, py::array, py::array, py::array_t<int64_t>, std::shared_ptr<ClosedForms>,
+                 double, py::array_t<int64_t>, std::shared_ptr<cuda::DeviceHistory>>;
+
+  DeviceTable(const Arrays& arrays, const Buffer& variable, std::shared_ptr<cuda::Context> context)
+      : History(std::get<1>(arrays), std::get<2>(arrays), std::get<3>(arrays), std::get<4>(arrays), std::get<5>(arrays),
+                std::get<6>(arrays), variable),
+        last_(require_cuda_array(std::get<0>(arrays), "last")),
+        calls_(std::get<7>(arrays)),
+        history_(std::get<8>(arrays)),
+        context_(std::move(context)) {}
+
+  const StaleRows& rows(const Rows*, const AdamHyper& hyper, bool amsgrad) {
+    read(args_, hyper, amsgrad);
+    if (forms_ != nullptr) write_forms(hyper, amsgrad);
+    history_->point(args_);
+    if (forms_ == nullptr) args_.forms = nullptr;
+    args_.last = static_cast<int32_t*>(last_.data);
+    return args_;
+  }
+
+  void note(const Rows&, const StepArgs* step, bool decays, int64_t call) {
+    if (step == nullptr) return;
+    calls_.mutable_data()[steps()] = call;
+    append(*step, decays);
+    history_->append(alphas_.data(), keeps_.data(), peaks_.data(), steps() - 1, context_->stream());
+  }
+
+  // The history stays: a step that turns out to have done nothing may have been the one that cleared it.
+  void clear() {
+    counts()[2] = steps();
+    if (forms_ != nullptr) forms_->clear();
+  }
+  bool is_empty() const { return counts_.data()[2] == steps(); }
+
+ private:
+  // Of every gap since all rows were up to date: which there are is known to the device alone. As if the history began
+  // there, like that of a table of the host.
+  void write_forms(const AdamHyper& hyper, bool amsgrad) {
+    const int64_t first = counts()[2];
+    const auto count = static_cast<size_t>(steps() - first);
+    StaleRows since = args_;
+    since.alphas = static_cast<const float*>(args_.alphas) + first;
+    since.keeps = static_cast<const float*>(args_.keeps) + first;
+    since.now = steps() - first;
+    std::vector<float> peaks(count / kPeakSteps + 1, 0.0F);
+    std::vector<int32_t> every(count);
+    for (size_t i = 0; i < count; ++i) {
+      every[i] = static_cast<int32_t>(i);
+      float& peak = peaks[i / kPeakSteps];
+      peak = std::max(peak, std::abs(static_cast<const float*>(since.alphas)[i]));
+    }
+    since.peaks = peaks.data();
+    forms_->prepare(every.data(), since.now, since, hyper, amsgrad);
+    std::vector<int32_t> places(static_cast<size_t>(steps()) + 1, 0);
+    std::copy_n(forms_->places(), count + 1, places.begin() + static_cast<std::ptrdiff_t>(first));
+    history_->write_forms(forms_->forms(), forms_->count(), places.data(), steps() + 1, context_->stream());
+  }
+
+  Buffer last_;
+  py::array_t<int64_t> calls_;
+  std::shared_ptr<cuda::DeviceHistory> history_;
+  std::shared_ptr<cuda::Context> context_;
+  cuda::DeviceStale args_{};
+};
+
+}  // namespace fastadam::bind

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a Python object becomes a pointer, and every check and error text about a single buffer.
-// A Buffer never copies: it views the memory of its owner, which it keeps alive.
+// How a Python object becomes a Buffer: NumPy arrays, DLPack, __array_interface__, and arrays of a GPU where the module
+// can read them.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -12,85 +12,10 @@
 #include <string>
 #include <vector>
 
-#include "../core/dtypes.h"
+#include "buffer.h"
 #include "dlpack.h"
 
 namespace fastadam::bind {
-
-namespace py = pybind11;
-
-// The argument that an error text names, put together only when there is an error: "vars[3]" or "variable 'w'".
-struct Label {
-  std::string text;
-  int64_t position = -1;
-  std::string operator()() const { return position < 0 ? text : text + "[" + std::to_string(position) + "]"; }
-};
-
-struct Buffer {
-  std::string label;  // the argument in error texts: "vars[3]" or "variable 'w'"
-  void* data = nullptr;
-  std::optional<DType> dtype;  // empty: not one of the four
-  std::string dtype_name;
-  std::vector<int64_t> shape;
-  std::vector<int64_t> strides;  // bytes
-  int64_t size = 1;
-  int64_t item_size = 0;
-  PyTypeObject* ndarray_type = nullptr;  // numpy.ndarray, if the owner is exactly that
-  int numpy_dtype = -1;
-  bool writable = false;
-  bool native_order = true;
-  bool c_contiguous = false;
-  bool f_contiguous = false;
-  int device = kHost;               // or the number of a CUDA device
-  std::optional<uintptr_t> stream;  // on which the owner orders what it does to CUDA memory
-  py::object stream_source;         // the array that tells it, which may change from call to call
-  py::object signature;             // of an array on a GPU: what it is but for its address
-  PyTypeObject* source_type = nullptr;
-  bool is_torch = false;
-  bool stays = false;  // the memory of that object is its own for life
-  py::object owner;
-
-  static constexpr int kHost = -1;
-
-  uintptr_t begin() const { return reinterpret_cast<uintptr_t>(data); }
-  uintptr_t end() const { return begin() + static_cast<uintptr_t>(size * item_size); }
-  bool aligned() const { return begin() % static_cast<uintptr_t>(item_size) == 0; }
-  const char* order() const { return c_contiguous ? "C" : f_contiguous ? "F" : "K"; }
-  bool same_layout(const Buffer& other) const {
-    return (c_contiguous && other.c_contiguous) || (f_contiguous && other.f_contiguous);
-  }
-  bool same_memory(const Buffer& other) const {
-    return data == other.data && dtype == other.dtype && shape == other.shape && same_layout(other);
-  }
-};
-
-inline std::string text(py::handle object) { return py::cast<std::string>(py::str(object)); }
-
-inline std::string type_name(py::handle object) { return text(py::type::handle_of(object).attr("__name__")); }
-
-inline std::string tuple_text(const std::vector<int64_t>& values) { return text(py::tuple(py::cast(values))); }
-
-inline const char* name_of(DType dtype) {
-  constexpr const char* kNames[kDTypeCount] = {"float16", "bfloat16", "float32", "float64"};
-  return kNames[static_cast<int>(dtype)];
-}
-
-inline bool contiguous(const Buffer& b, bool fortran) {
-  int64_t expected = b.item_size;
-  const auto rank = static_cast<int64_t>(b.shape.size());
-  for (int64_t step = 0; step < rank; ++step) {
-    const auto axis = static_cast<size_t>(fortran ? step : rank - 1 - step);
-    if (b.shape[axis] != 1 && b.strides[axis] != expected) return false;
-    expected *= b.shape[axis];
-  }
-  return true;
-}
-
-inline void derive_layout(Buffer& b) {
-  for (int64_t length : b.shape) b.size *= length;
-  b.c_contiguous = b.size == 0 || contiguous(b, false);
-  b.f_contiguous = b.size == 0 || contiguous(b, true);
-}
 
 inline std::optional<DType> dtype_of(const py::dtype& dtype) {
   const char kind = dtype.kind();
@@ -284,32 +209,6 @@ inline std::optional<Buffer> read_array(py::object object, const Label& label) {
   }
 }
 
-// False if the array has since been given other memory (ndarray.resize with refcheck=False).
-inline bool is_current(const Buffer& b) {
-  if (b.ndarray_type == nullptr) return true;
-  const auto array = py::reinterpret_borrow<py::array>(b.owner);
-  return array.data() == b.data && array.size() == b.size;
-}
-
-// False if the array has since been made read-only.
-inline bool is_still_writable(const Buffer& b) {
-  return b.ndarray_type == nullptr || py::reinterpret_borrow<py::array>(b.owner).writeable();
-}
-
-// The rules of promise 4: what is written in place is refused rather than copied.
-inline void require_in_place(const Buffer& b) {
-  if (!b.dtype) {
-    throw py::type_error(b.label + ": dtype " + b.dtype_name + ", expected float16, bfloat16, float32 or float64");
-  }
-  if (!b.native_order) throw py::value_error(b.label + ": byte-swapped, expected the byte order of this machine");
-  if (!b.writable) throw py::value_error(b.label + ": read-only, expected a writable array to update in place");
-  if (!b.c_contiguous && !b.f_contiguous) {
-    throw py::value_error(b.label + ": strides " + tuple_text(b.strides) + " for shape " + tuple_text(b.shape) +
-                          ", expected a contiguous array to update in place");
-  }
-  if (!b.aligned()) throw py::value_error(b.label + ": misaligned, expected a multiple of the item size as address");
-}
-
 inline Buffer read_variable(const py::object& object, const std::string& label) {
   std::optional<Buffer> b = read_array(object, Label{label});
   if (!b) {
@@ -319,16 +218,6 @@ inline Buffer read_variable(const py::object& object, const std::string& label) 
   b->label = label;
   require_in_place(*b);
   return *std::move(b);
-}
-
-inline std::string place_text(const Buffer& b) {
-  return b.device == Buffer::kHost ? "CPU memory" : "CUDA device " + std::to_string(b.device);
-}
-
-// Beside `like` in memory; `label` as Label::operator() gives it.
-inline void require_place(const Buffer& b, const std::string& label, const Buffer& like) {
-  if (b.device == like.device) return;
-  throw py::value_error(label + ": in " + place_text(b) + ", expected " + place_text(like) + " like " + like.label);
 }
 
 // m, v or vhat of `var`.

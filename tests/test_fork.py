@@ -77,6 +77,7 @@ print("done")
 INTERRUPT = """
 import os, signal, threading, time
 import fastadam, numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with it ignored
 rng = np.random.default_rng(0)
 variables = [rng.standard_normal(n, dtype=np.float32) for n in (100_003, 5)]
 gradients = [rng.standard_normal(n, dtype=np.float32) for n in (100_003, 5)]

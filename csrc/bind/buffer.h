@@ -6,6 +6,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <functional>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -33,7 +35,7 @@ struct Buffer {
   int64_t size = 1;
   int64_t item_size = 0;
   PyTypeObject* ndarray_type = nullptr;  // numpy.ndarray, if the owner is exactly that
-  int numpy_dtype = -1;
+  py::object numpy_dtype;                // its dtype object, which arrays of one dtype share
   bool writable = false;
   bool native_order = true;
   bool c_contiguous = false;
@@ -89,16 +91,20 @@ inline void derive_layout(Buffer& b) {
   b.f_contiguous = b.size == 0 || contiguous(b, true);
 }
 
-// False if the array has since been given other memory (ndarray.resize with refcheck=False).
+// False if the array has since been given other memory (ndarray.resize with refcheck=False), which only one that owns
+// its memory can be.
 inline bool is_current(const Buffer& b) {
   if (b.ndarray_type == nullptr) return true;
-  const auto array = py::reinterpret_borrow<py::array>(b.owner);
-  return array.data() == b.data && array.size() == b.size;
+  const py::detail::PyArray_Proxy& array = *py::detail::array_proxy(b.owner.ptr());
+  if (array.data != b.data) return false;
+  if ((array.flags & py::detail::npy_api::NPY_ARRAY_OWNDATA_) == 0) return true;
+  return std::accumulate(array.dimensions, array.dimensions + array.nd, int64_t{1}, std::multiplies<>()) == b.size;
 }
 
 // False if the array has since been made read-only.
 inline bool is_still_writable(const Buffer& b) {
-  return b.ndarray_type == nullptr || py::reinterpret_borrow<py::array>(b.owner).writeable();
+  if (b.ndarray_type == nullptr) return true;
+  return (py::detail::array_proxy(b.owner.ptr())->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
 }
 
 // The rules of promise 4: what is written in place is refused rather than copied.

@@ -53,7 +53,7 @@ inline Buffer from_ndarray(const py::array& array) {
   b.owner = array;
   if (is_plain_ndarray(array)) {
     b.ndarray_type = Py_TYPE(array.ptr());
-    b.numpy_dtype = dtype.num();
+    b.numpy_dtype = dtype;
   }
   derive_layout(b);
   return b;
@@ -129,13 +129,12 @@ inline Buffer bfloat16_bits(const py::array_t<uint16_t>& bits) {
 // The quick answer for the usual case: a plain ndarray just like `b`, in dtype, byte order, layout and shape.
 inline bool is_ndarray_like(py::handle object, const Buffer& b) {
   if (Py_TYPE(object.ptr()) != b.ndarray_type) return false;
-  const auto array = py::reinterpret_borrow<py::array>(object);
-  const py::dtype dtype = array.dtype();
-  if (dtype.num() != b.numpy_dtype || static_cast<size_t>(array.ndim()) != b.shape.size()) return false;
+  const py::detail::PyArray_Proxy& array = *py::detail::array_proxy(object.ptr());
+  if (array.descr != b.numpy_dtype.ptr() || static_cast<size_t>(array.nd) != b.shape.size()) return false;
   const int layout = (b.c_contiguous ? py::array::c_style : 0) | (b.f_contiguous ? py::array::f_style : 0);
   constexpr int kAligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-  return (array.flags() & layout) != 0 && (array.flags() & kAligned) != 0 && dtype.byteorder() == '=' &&
-         std::equal(b.shape.begin(), b.shape.end(), array.shape());
+  return (array.flags & layout) != 0 && (array.flags & kAligned) != 0 &&
+         std::equal(b.shape.begin(), b.shape.end(), array.dimensions);
 }
 
 inline bool is_true(const py::object& object, const char* method) {

@@ -8,7 +8,6 @@
 
 #include <limits>
 #include <memory>
-#include <tuple>
 
 #include "plan.h"
 
@@ -45,24 +44,46 @@ inline void register_buffer(py::module_& m) {
       py::arg("object"), py::arg("label"));
 }
 
-// StepHyper of python/fastadam/hyper.py, a tuple in the order of AdamHyper.
-using HyperTuple = std::tuple<int64_t, double, double, double, double, double, double, double, double, double, double,
-                              double, bool, bool, bool>;
+// Of StepHyper in python/fastadam/hyper.py, a tuple in the order of AdamHyper. A caster of std::tuple would ask a
+// NamedTuple for each item through Python.
+inline AdamHyper hyper_of(const py::tuple& numbers) {
+  constexpr py::ssize_t kFields = 15;
+  if (PyTuple_GET_SIZE(numbers.ptr()) != kFields) throw py::type_error("hyper: expected a StepHyper");
+  py::ssize_t at = 0;
+  const auto next = [&numbers, &at] { return py::handle(PyTuple_GET_ITEM(numbers.ptr(), at++)); };
+  const auto number = [&next] {
+    const double value = PyFloat_AsDouble(next().ptr());
+    if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return value;
+  };
+  const auto flag = [&next] { return next().cast<bool>(); };
+  return AdamHyper{next().cast<int64_t>(),
+                   number(),
+                   number(),
+                   number(),
+                   number(),
+                   number(),
+                   number(),
+                   number(),
+                   number(),
+                   number(),
+                   number(),
+                   number(),
+                   flag(),
+                   flag(),
+                   flag()};
+}
 
-struct MakeHyper : AdamHyper {
-  template <class... Fields>
-  explicit MakeHyper(Fields... fields) : AdamHyper{fields...} {}
-};
-
-// A writable int64 scalar array, or None.
-using Counter = std::optional<py::array_t<int64_t>>;
-
-inline int64_t* place_of(Counter& counter) { return counter ? counter->mutable_data() : nullptr; }
+// The place of a step count: a writable int64 scalar array, or None.
+inline int64_t* place_of(const py::object& counter) {
+  if (counter.is_none()) return nullptr;
+  if (!py::isinstance<py::array_t<int64_t>>(counter)) throw py::type_error("counter: expected an int64 array");
+  return static_cast<int64_t*>(py::reinterpret_borrow<py::array>(counter).mutable_data());
+}
 
 template <class Backend>
 py::class_<Plan<Backend>> register_ops(py::module_& m) {
   register_buffer(m);
-  const auto numbers = [](const HyperTuple& hyper) -> AdamHyper { return std::make_from_tuple<MakeHyper>(hyper); };
   py::class_<Slices>(m, "Slices", py::module_local())
       .def(py::init<py::object, py::object>(), py::arg("values"), py::arg("indices"))
       .def_readonly("values", &Slices::values)
@@ -78,39 +99,39 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
            py::arg("histories"), py::arg("context") = py::none())
       .def(
           "catch_up",
-          [numbers](BackendPlan& plan, const std::optional<py::object>& ids, const HyperTuple& hyper, Counter counter) {
-            plan.catch_up(ids, numbers(hyper), place_of(counter));
-          },
-          py::arg("ids"), py::arg("hyper"), py::arg("counter").noconvert())
+          [](BackendPlan& plan, const std::optional<py::object>& ids, const py::tuple& hyper,
+             const py::object& counter) { plan.catch_up(ids, hyper_of(hyper), place_of(counter)); },
+          py::arg("ids"), py::arg("hyper"), py::arg("counter"))
       .def_property_readonly("all_finite", &BackendPlan::all_finite)
       .def(
-          "matches",
-          [](const BackendPlan& plan, const py::list& objects, const std::vector<int64_t>& positions) {
-            return plan.set().matches(objects, positions);
+          "gradients_of",
+          [](const BackendPlan& plan, const py::list& pairs, const py::type& holder) {
+            return plan.set().gradients_of(pairs, holder);
           },
-          py::arg("objects"), py::arg("positions"))
+          py::arg("pairs"), py::arg("holder"))
       .def("check", &BackendPlan::check, py::arg("gradients"))
       .def(
           "check_numbers",
-          [numbers](BackendPlan& plan, const HyperTuple& hyper, const std::vector<double>& grad_factors) {
-            plan.check_numbers(numbers(hyper), grad_factors);
+          [](BackendPlan& plan, const py::tuple& hyper, const std::vector<double>& grad_factors) {
+            plan.check_numbers(hyper_of(hyper), grad_factors);
           },
           py::arg("hyper"), py::arg("grad_factors"))
       .def(
           "step",
-          [numbers](BackendPlan& plan, const py::list& gradients, const HyperTuple& hyper,
-                    const std::vector<double>& grad_factors,
-                    Counter counter) { return plan.step(gradients, numbers(hyper), grad_factors, place_of(counter)); },
-          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter").noconvert())
+          [](BackendPlan& plan, const py::list& gradients, const py::tuple& hyper,
+             const std::vector<double>& grad_factors, const py::object& counter) {
+            return plan.step(gradients, hyper_of(hyper), grad_factors, place_of(counter));
+          },
+          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter"))
       .def(
           "accumulate",
-          [numbers](BackendPlan& plan, const py::list& gradients, double scale, bool require_finite, bool restart,
-                    BackendPlan* update, const HyperTuple& hyper, Counter counter) {
-            return plan.accumulate(gradients, scale, require_finite, restart, update, numbers(hyper),
+          [](BackendPlan& plan, const py::list& gradients, double scale, bool require_finite, bool restart,
+             BackendPlan* update, const py::tuple& hyper, const py::object& counter) {
+            return plan.accumulate(gradients, scale, require_finite, restart, update, hyper_of(hyper),
                                    place_of(counter));
           },
           py::arg("gradients"), py::arg("scale"), py::arg("require_finite"), py::arg("restart"), py::arg("update"),
-          py::arg("hyper"), py::arg("counter").noconvert());
+          py::arg("hyper"), py::arg("counter"));
 }
 
 }  // namespace fastadam::bind

@@ -40,6 +40,7 @@ class TensorSet : public VariableSet {
         lazy_(lazy) {
     indexes_.resize(variables_.size());
     read_before_.resize(variables_.size());
+    apart_.resize(variables_.size());
     require_length("histories", histories.size());
     for (size_t i = 0; i < histories.size(); ++i) {
       tables_.push_back(histories[i] ? backend_.table_of(*histories[i], variables_[i]) : nullptr);
@@ -193,11 +194,11 @@ class TensorSet : public VariableSet {
     tensors_[i].rows = nullptr;
     tensors_[i].stale = nullptr;
     tensors_[i].grad_size = tensors_[i].size;
-    if (py::isinstance<Slices>(object)) return add_slices(object.cast<Slices>(), i);
     if (is_ndarray_like(object, var)) {
-      set_gradient(py::reinterpret_borrow<py::array>(object).data(), *var.dtype, i);
+      set_gradient(py::detail::array_proxy(object.ptr())->data, *var.dtype, i);
       return true;
     }
+    if (py::isinstance<Slices>(object)) return add_slices(object.cast<Slices>(), i);
     if (read_again(object, i)) return true;
     std::optional<Buffer> g = read_array(object, gradient_label(i));
     if (!g) return false;
@@ -306,17 +307,23 @@ class TensorSet : public VariableSet {
     tensor.grad_size = tensor.rows->count * tensor.rows->width;
   }
 
-  void refuse_alias(uintptr_t begin, int64_t nbytes, size_t i) const {
-    const Interval wanted{begin + static_cast<uintptr_t>(nbytes), 0, nullptr};
+  void refuse_alias(uintptr_t begin, int64_t nbytes, size_t i) {
+    const uintptr_t end = begin + static_cast<uintptr_t>(nbytes);
+    if (apart_[i] == std::make_pair(begin, end)) return;  // as in the step before
+    const Interval wanted{end, 0, nullptr};
     const auto after = std::lower_bound(written_.begin(), written_.end(), wanted);
-    if (after == written_.begin() || std::prev(after)->end <= begin) return;
+    if (after == written_.begin() || std::prev(after)->end <= begin) {
+      apart_[i] = {begin, end};
+      return;
+    }
     throw py::value_error(gradient_label(i)() + ": shares memory with " + *std::prev(after)->label +
                           ", which the step writes; expected a separate array");
   }
 
   Backend backend_;
-  std::vector<Buffer> read_before_;   // dense gradients of the last step, of a GPU, which often come again
-  std::vector<py::object> exported_;  // keep gradients that are not ndarrays alive during a step
+  std::vector<Buffer> read_before_;  // dense gradients of the last step, of a GPU, which often come again
+  std::vector<std::pair<uintptr_t, uintptr_t>> apart_;  // the last gradient of each that shares no memory
+  std::vector<py::object> exported_;                    // keep gradients that are not ndarrays alive during a step
   std::vector<std::unique_ptr<typename Backend::Index>> indexes_;  // of the gradients that are IndexedSlices
   std::vector<std::unique_ptr<typename Backend::Table>> tables_;   // of the variables in a deferred mode
   bool has_tables_ = false;

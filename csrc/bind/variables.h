@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -33,12 +34,24 @@ class VariableSet {
     refuse_overlaps();
   }
 
-  bool matches(const py::list& objects, const std::vector<int64_t>& positions) const {
-    if (objects.size() != variables_.size() || positions != positions_) return false;
-    for (size_t i = 0; i < variables_.size(); ++i) {
-      if (!is_current(variables_[i]) || !is_variable(objects[i], variables_[i])) return false;
+  // The gradients of (gradient, variable) pairs, but for those that are None, if their variables are the ones of this
+  // set at the same places; else nothing. `holder`: the type whose `_value` is the array meant.
+  std::optional<py::list> gradients_of(const py::list& pairs, const py::type& holder) const {
+    py::list gradients;
+    for (size_t at = 0; at < pairs.size(); ++at) {
+      const auto pair = py::reinterpret_borrow<py::object>(pairs[at]);
+      const bool is_pair = PyTuple_Check(pair.ptr()) || PyList_Check(pair.ptr());
+      if (!is_pair || PySequence_Fast_GET_SIZE(pair.ptr()) != 2) return std::nullopt;
+      const py::object gradient = held(PySequence_Fast_GET_ITEM(pair.ptr(), 0), holder);
+      const py::object variable = held(PySequence_Fast_GET_ITEM(pair.ptr(), 1), holder);
+      if (gradient.is_none()) continue;
+      const size_t i = gradients.size();
+      if (i == variables_.size() || positions_[i] != static_cast<int64_t>(at)) return std::nullopt;
+      if (!is_current(variables_[i]) || !is_variable(variable, variables_[i])) return std::nullopt;
+      gradients.append(gradient);
     }
-    return true;
+    if (gradients.size() != variables_.size()) return std::nullopt;
+    return gradients;
   }
 
   void require_length(const char* name, size_t length) const {
@@ -52,10 +65,8 @@ class VariableSet {
     for (const std::vector<Buffer>* buffers : {&variables_, &state_}) {
       for (const Buffer& b : *buffers) {
         if (!is_current(b)) throw py::value_error(b.label + ": was given other memory while the step was prepared");
+        if (!is_still_writable(b)) throw py::value_error(b.label + ": was made read-only, expected a writable array");
       }
-    }
-    for (const Buffer& b : state_) {
-      if (!is_still_writable(b)) throw py::value_error(b.label + ": was made read-only, expected a writable array");
     }
   }
 
@@ -96,6 +107,11 @@ class VariableSet {
   std::vector<bool> is_repeated_;  // the variable comes more than once
 
  private:
+  static py::object held(py::handle object, const py::type& holder) {
+    if (PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(holder.ptr()))) return object.attr("_value");
+    return py::reinterpret_borrow<py::object>(object);
+  }
+
   static bool is_variable(const py::object& object, const Buffer& variable) {
     if (is_ndarray_like(object, variable)) {
       const auto array = py::reinterpret_borrow<py::array>(object);
@@ -106,8 +122,12 @@ class VariableSet {
       const std::optional<Whereabouts> now = reread_device_array(object, variable);
       if (now) return now->data == variable.data;
     }
-    const std::optional<Buffer> b = read_array(object, Label{variable.label});
-    return b && b->same_memory(variable) && b->writable;
+    try {
+      const std::optional<Buffer> b = read_array(object, Label{variable.label});
+      return b && b->same_memory(variable) && b->writable;
+    } catch (const py::builtin_exception&) {
+      return false;  // a new set will say why
+    }
   }
 
   // The memory of slot `name` of variable i, or null if there is none.

@@ -17,11 +17,15 @@ FASTADAM_INLINE int64_t share_begin(int64_t total, int64_t share, int64_t shares
   return total / shares * share + total % shares * share / shares;
 }
 
+// Elements before the next cache line. `address` is a multiple of `item_size`.
+FASTADAM_INLINE int64_t elements_to_line(uint64_t address, int64_t item_size) {
+  return static_cast<int64_t>((kCacheLineBytes - address % kCacheLineBytes) % kCacheLineBytes) / item_size;
+}
+
 // Moves a cut inside a variable up to the next cache line, or to its end. `address` is a multiple of `item_size`.
 FASTADAM_INLINE int64_t cut_at_line(uint64_t address, int64_t item_size, int64_t cut, int64_t size) {
   if (cut <= 0) return 0;
-  const uint64_t past_line = (address + static_cast<uint64_t>(cut * item_size)) % kCacheLineBytes;
-  const int64_t aligned = past_line == 0 ? cut : cut + (kCacheLineBytes - static_cast<int64_t>(past_line)) / item_size;
+  const int64_t aligned = cut + elements_to_line(address + static_cast<uint64_t>(cut * item_size), item_size);
   return aligned < size ? aligned : size;
 }
 

@@ -38,6 +38,10 @@ FASTADAM_INLINE void update_block(const Streams<Storage, Grad>& streams, int64_t
   }
 }
 
+// From so many elements on it pays to begin at a cache line: no vector of the variable, and of what is placed like it,
+// then lies across two.
+constexpr int64_t kLong = 512;
+
 template <class Storage, class Grad, bool kAmsgrad, bool kTransform>
 void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
@@ -47,6 +51,10 @@ void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, i
   const Streams<Storage, Grad> streams(tensor, begin);
   const int64_t size = end - begin;
   int64_t at = 0;
+  if (size >= kLong) {
+    at = elements_to_line(reinterpret_cast<uintptr_t>(streams.var), sizeof(Storage));
+    update_block<kAmsgrad, kTransform>(streams, 0, at, s, factor, keep);
+  }
   if (step.prefetch) {
     for (; at + kBlock <= size; at += kBlock) {
       prefetch_block<kAmsgrad, true>(streams, at);

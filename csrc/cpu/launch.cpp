@@ -22,7 +22,7 @@ namespace {
 // Below this many elements per thread, waking a thread costs more than it saves (bench/README.md).
 constexpr int64_t kMinElementsPerThread = 16384;
 // What a thread takes at a time: small enough to level the load, large enough to be worth an atomic operation.
-constexpr int64_t kMinElementsPerBlock = 4096;
+constexpr int64_t kMinElementsPerBlock = 1024;
 constexpr int64_t kMaxBlocksPerShare = 64;
 // From here on a step does not fit in cache: 16 bytes per element are 32 MiB.
 constexpr int64_t kPrefetchElements = int64_t{1} << 21;

@@ -63,46 +63,43 @@ class Pool {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
+  // A helper that is awake finds the job without a lock, which the caller might hold just then. One that falls asleep
+  // counts itself first and then looks for a job, while here the order is the other one: it is woken, or it sees it.
   void open(Job& job) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      job_ = &job;
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    if (sleeping_ > 0) opened_.notify_all();
+    job_ = &job;
+    ++generation_;
+    if (sleeping_ == 0) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    opened_.notify_all();
   }
 
   // Nobody may begin any more; waits for those inside. They have a block each at most.
   void close() {
-    std::unique_lock<std::mutex> lock(mutex_);
     job_ = nullptr;
-    if (inside_ == 0) return;
-    lock.unlock();
-    if (spin_until([this] { return inside_ == 0; })) return;
-    lock.lock();
-    left_.wait(lock, [this] { return inside_ == 0; });
+    const auto empty = [this] { return inside_ == 0; };
+    if (spin_until(empty)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    closing_ = true;
+    left_.wait(lock, empty);
+    closing_ = false;
   }
 
   void help(int index) {
     uint64_t seen = 0;
     while (true) {
       wait_for_job(seen);
-      Job* job = nullptr;
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        seen = generation_;
-        if (job_ == nullptr || index >= job_->shares()) continue;
-        job = job_;
-        ++inside_;
-      }
-      job->work(index);
+      seen = generation_;
+      ++inside_;  // before the look at the job: from here on it is not closed
+      Job* const job = job_;
+      if (job != nullptr && index < job->shares()) job->work(index);
+      if (--inside_ > 0 || !closing_) continue;
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (--inside_ == 0) left_.notify_one();
+      left_.notify_one();
     }
   }
 
   void wait_for_job(uint64_t seen) {
-    const auto changed = [this, seen] { return generation_.load(std::memory_order_acquire) != seen; };
+    const auto changed = [this, seen] { return generation_ != seen; };
     if (spin_until(changed)) return;
     std::unique_lock<std::mutex> lock(mutex_);
     ++sleeping_;
@@ -114,10 +111,11 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable opened_;
   std::condition_variable left_;
-  Job* job_ = nullptr;
+  std::atomic<Job*> job_{nullptr};
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> inside_{0};
   std::atomic<int> sleeping_{0};
+  std::atomic<bool> closing_{false};
   int helpers_ = 0;  // guarded by turn_
 };
 

@@ -15,6 +15,7 @@ from fastadam.extras import Extras
 from fastadam.gradients import bfloat16_to_float32
 from fastadam.hyper import StepHyper
 from fastadam.placement import native_of, on_gpu, zeros_beside
+from fastadam.plans import StepPlan
 from fastadam.slices import check_ids, check_sparse_update
 from fastadam.slots import Entry
 from fastadam.state import OptimizerState
@@ -46,7 +47,7 @@ class DeferredTables(OptimizerState):
             self._wait()
             for entry in self._slots.entries:
                 entry.staleness = None
-            self._plan = None
+            self._plans.clear()
             self._sparse_update = value
 
     @property
@@ -197,11 +198,11 @@ class DeferredTables(OptimizerState):
             table.catching_up = plan
         table.catching_up.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon), self._iterations)
 
-    def _sweep(self) -> None:
+    def _sweep(self, plan: StepPlan) -> None:
         """After a step: keep gaps within ``max_staleness``."""
         if self.max_staleness is None:
             return
-        for buffer, table in zip(self._buffers, self._tables, strict=True):
+        for buffer, table in zip(plan.buffers, plan.tables, strict=True):
             if table is not None and table.waits and (entry := self._slots.entry_of(buffer)):
                 self._catch_up(entry, table.next_rows(self.max_staleness))
 

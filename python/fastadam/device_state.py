@@ -11,6 +11,7 @@ import numpy.typing as npt
 from fastadam import cuda
 from fastadam._backend import _cpu
 from fastadam.placement import on_gpu
+from fastadam.plans import Plans, StepPlan
 from fastadam.slices import DEFERRED
 from fastadam.slots import SlotStore
 
@@ -24,8 +25,7 @@ class DeviceState(abc.ABC):
     _gatherers: dict[int, Any]
     _replays: dict[int, int]
     _capturing: bool
-    _plan: Any
-    _plan_device: int
+    _plans: Plans
     _captured: list[Any]
     _hyper: dict[str, Any]
     _extras: Any
@@ -93,7 +93,7 @@ class DeviceState(abc.ABC):
             self._read_captured()  # or what graphs made would be added later
             self._iterations[...] = calls
             self._write_captured()
-            self._plan = None  # which may hold closed forms of the steps taken back
+            self._plans.clear()  # which may hold closed forms of the steps taken back
             raise ValueError(
                 f"{message}; found on the GPU after the call had returned: that step, after iteration "
                 f"{calls // self._micro_steps}, and those since then have changed nothing"
@@ -118,7 +118,7 @@ class DeviceState(abc.ABC):
         self._capturing = lies_there and cuda.native().is_capturing(first)
         if self._capturing:
             self._require_capturable()
-        elsewhere = len(self._contexts) > 1 or lies_there != (self._plan_device >= 0)  # where steps would go on
+        elsewhere = len(self._contexts) > 1 or lies_there != (self._plans.device >= 0)  # where steps would go on
         self._raise_late(wait=elsewhere)
         self._read_captured()
         if not on_gpu(rate):
@@ -142,10 +142,10 @@ class DeviceState(abc.ABC):
         if self._extras.use_ema and self._extras.ema_overwrite_frequency:
             raise ValueError("ema_overwrite_frequency: counted by the host, which a CUDA graph never asks")
 
-    def _after_step_on_gpu(self, first: Any, was_finite: bool) -> None:
+    def _after_step_on_gpu(self, plan: StepPlan, first: Any, was_finite: bool) -> None:
         if self._capturing:
-            self._captured.append(self._plan)  # its tables are the graph's from here on
-            self._plan = None
+            self._captured.append(plan)  # its tables are the graph's from here on
+            self._plans.remove(plan)
             self._capturing = False
             return
         if was_finite:

@@ -28,10 +28,10 @@ __all__ = ["adam_step", "fit_gradients", "run_step"]
 
 
 def fit_gradients(
-    plan: _cpu.Plan, gradients: Sequence[Any], buffers: Sequence[_cpu.Buffer], positions: Sequence[int]
+    plan: _cpu.Plan, gradients: list[Any], buffers: Sequence[_cpu.Buffer], positions: Sequence[int]
 ) -> list[Any]:
     """Check the gradients against the plan and convert those that it cannot read as they lie."""
-    fitting = [unwrap(gradient) for gradient in gradients]
+    fitting = gradients[:]
     while unfit := plan.check(fitting):
         _convert(fitting, unfit, buffers, positions)
     return fitting
@@ -39,15 +39,15 @@ def fit_gradients(
 
 def run_step(
     native: Callable[..., list[int]],
-    gradients: Sequence[Any],
+    gradients: list[Any],
     buffers: Sequence[_cpu.Buffer],
     positions: Sequence[int],
     *arguments: Any,
 ) -> None:
     """Call ``native(gradients, *arguments)`` of a plan; gradients that it cannot read as they lie are converted."""
-    fitting = [unwrap(gradient) for gradient in gradients]
-    while unfit := native(fitting, *arguments):
-        _convert(fitting, unfit, buffers, positions)
+    while unfit := native(gradients, *arguments):
+        gradients = gradients[:]
+        _convert(gradients, unfit, buffers, positions)
 
 
 def _convert(gradients: list[Any], which: list[int], buffers: Sequence[_cpu.Buffer], positions: Sequence[int]) -> None:

@@ -197,13 +197,15 @@ class Adam(Stepper, Minimizer):
         calls = int(self._iterations)  # which users may write to, as `weights[0]`
         if not 0 <= calls < 2**63 - 1:
             check_iterations("iterations", calls)
+        iterations = calls // self._micro_steps
+        if self._last_numbers is not None and self._last_numbers[0] == gradient_scale:
+            return StepHyper._make((iterations + 1, *self._last_numbers[1]))
         rate = self.learning_rate
         if isinstance(rate, LearningRateSchedule):
             rate = check_number("learning_rate", rate(calls))
         elif on_gpu(rate):
             rate = 0.0  # the kernels read it
-        iterations = calls // self._micro_steps
-        return StepHyper(
+        hyper = StepHyper(
             step=iterations + 1,
             learning_rate=rate,
             beta_1=self.beta_1,
@@ -216,6 +218,9 @@ class Adam(Stepper, Minimizer):
             gradient_scale=gradient_scale,
             **self._extras.step_numbers(iterations),
         )
+        if not self._extras.use_ema and all(isinstance(value, float) for value in self._hyper.values()):
+            self._last_numbers = (gradient_scale, hyper[1:])
+        return hyper
 
     def _slot_names(self) -> list[str]:
         extras = self._extras

@@ -18,8 +18,8 @@ from fastadam._backend import _cpu
 from fastadam.checks import check_iterations, check_list
 from fastadam.device_state import DeviceState
 from fastadam.placement import assign, copy_beside, on_gpu, to_host
+from fastadam.plans import Plans
 from fastadam.slots import Entry, Initializer, SlotStore, initial_value
-from fastadam.staleness import Staleness
 from fastadam.variable import buffer_of, buffers_of, label_of
 
 if TYPE_CHECKING:
@@ -30,11 +30,8 @@ __all__ = ["OptimizerState"]
 _PASSING = (
     "_lock",
     "_stepping",
-    "_plan",
-    "_plan_key",
-    "_plan_device",
-    "_buffers",
-    "_tables",
+    "_plans",
+    "_last_numbers",
     "_contexts",
     "_gatherers",
     "_replays",
@@ -55,14 +52,11 @@ class OptimizerState(DeviceState):
         self._start()
 
     def _start(self) -> None:
-        """What a process has and a copy does not: the lock, held while state changes, and the last step's plan."""
+        """What a process has and a copy does not: the lock, held while state changes, and caches."""
         self._lock = threading.RLock()
         self._stepping = False
-        self._plan: Any = None
-        self._plan_key: object = None
-        self._plan_device = -1  # number of the GPU that its variables lie on
-        self._buffers: list[_cpu.Buffer] = []
-        self._tables: list[Staleness | None] = []
+        self._plans = Plans()
+        self._last_numbers: tuple[Any, ...] | None = None  # of the last step, until one is set; None if one is asked
         self._contexts = {}
         self._gatherers = {}
         self._replays = {}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from fastadam.deferred import DeferredTables
 from fastadam.hyper import StepHyper
 from fastadam.ops import fit_gradients, run_step
 from fastadam.placement import assign, native_of, on_gpu
+from fastadam.plans import StepPlan
 from fastadam.slices import DEFERRED, is_native_sparse, is_sparse
 from fastadam.slots import ACCUMULATOR, Entry
 from fastadam.staleness import Numbers, Staleness
@@ -27,6 +27,7 @@ class Stepper(DeferredTables):
     """``apply_gradients`` for a class that says which slots and numbers its step needs."""
 
     _hyper: dict[str, Any]
+    _amsgrad: bool
 
     @abc.abstractmethod
     def _slot_names(self) -> list[str]: ...
@@ -70,85 +71,88 @@ class Stepper(DeferredTables):
 
     def _count(self) -> np.int64:
         """Of the steps that the host has asked for."""
-        count: np.int64 = np.int64(int(self._iterations) // self._micro_steps)
+        count: np.int64 = np.int64(self._iterations[()] // self._micro_steps)
         return count
 
     def _apply(self, grads_and_vars: Iterable[tuple[Any, Any]], loss_scale: float | None = None) -> bool | None:
         """Whether all gradients were finite, which only a dynamic ``loss_scale`` asks for; None for an empty list."""
-        gradients, variables, positions = _filter_none(_as_pairs(grads_and_vars))
-        if not variables:
+        pairs = _as_list(grads_and_vars)
+        if not pairs:
             return None
-        with self._lock, self._no_step_inside_a_step():
-            first, rate = unwrap(variables[0]), self._hyper["learning_rate"]
-            if self._contexts or on_gpu(first) or on_gpu(rate):
-                rate = self._rate_on_gpu(first, rate)
-            scale = 1.0 / (loss_scale or self._extras.loss_scale_factor or 1.0)
-            steps = self._extras.gradient_accumulation_steps
-            hyper = self._step_hyper(1.0 / steps if steps else scale)
-            plan, fitting = self._plan_for(variables, gradients, positions, self._slot_names(), hyper)
-            if self._plan_device >= 0:
-                plan.set_rate(rate)
-            if steps:
-                return self._accumulate(plan, fitting, positions, scale, loss_scale is not None, hyper)
-            if loss_scale is not None:
-                hyper = hyper._replace(require_finite=True)
-            fitting = self._settle_before(plan, fitting, positions, hyper)
-            run_step(plan.step, fitting, self._buffers, positions, hyper, [], self._iterations)
-            if any(self._tables):
-                self._sweep()
-            if self._contexts:
-                self._after_step_on_gpu(first, loss_scale is not None)
-            return bool(plan.all_finite)
+        with self._lock:
+            if self._stepping:  # by a callable hyperparameter or a gradient's ``__array__``
+                raise RuntimeError(f"apply_gradients of optimizer {self.name} was called from within itself")
+            self._stepping = True
+            try:
+                return self._step(pairs, loss_scale)
+            finally:
+                self._stepping = False
 
-    @contextlib.contextmanager
-    def _no_step_inside_a_step(self) -> Iterator[None]:
-        """A callable hyperparameter or a gradient's ``__array__`` may run any code but a step of this optimizer."""
-        if self._stepping:
-            raise RuntimeError(f"apply_gradients of optimizer {self.name} was called from within itself")
-        self._stepping = True
-        try:
-            yield
-        finally:
-            self._stepping = False
+    def _step(self, pairs: list[Any], loss_scale: float | None) -> bool:
+        first, rate = _first_variable(pairs), self._hyper["learning_rate"]
+        if self._contexts or on_gpu(first) or on_gpu(rate):
+            rate = self._rate_on_gpu(first, rate)
+        scale = 1.0 / (loss_scale or self._extras.loss_scale_factor or 1.0)
+        steps = self._extras.gradient_accumulation_steps
+        hyper = self._step_hyper(1.0 / steps if steps else scale)
+        found = self._find_plan(pairs)
+        if found is None or len(found[1]) < len(pairs):
+            _check_pairs(pairs)
+        plan, gradients = found or self._make_plan(pairs, hyper)
+        self._plans.use(plan)
+        if plan.device >= 0:
+            plan.native.set_rate(rate)
+        if steps:
+            return self._accumulate(plan, gradients, scale, loss_scale is not None, hyper)
+        if loss_scale is not None:
+            hyper = hyper._replace(require_finite=True)
+        if plan.has_tables:
+            gradients = self._settle_before(plan, gradients, hyper)
+        run_step(plan.native.step, gradients, plan.buffers, plan.positions, hyper, [], self._iterations)
+        if plan.has_tables:
+            self._sweep(plan)
+        if self._contexts:
+            self._after_step_on_gpu(plan, first, loss_scale is not None)
+        return bool(plan.native.all_finite)
 
     # ---- plans -----------------------------------------------------------------------------------------------------
 
-    def _plan_for(
-        self,
-        variables: Sequence[Any],
-        gradients: Sequence[Any],
-        positions: list[int],
-        names: list[str],
-        hyper: StepHyper,
-    ) -> tuple[Any, Sequence[Any]]:
-        """The plan of these variables, and gradients as far as they had to be converted to check the first step."""
-        plan, key = self._plan, (names, self._slots.version, self._extras, self.sparse_update)
-        deferred = self.sparse_update in DEFERRED
-        given = [unwrap(variable) for variable in variables]
-        same_place = (self._plan_device >= 0) == on_gpu(given[0])
-        if plan is not None and same_place and self._plan_key == key and plan.matches(given, positions):
-            pairs = zip(self._tables, gradients, strict=True) if deferred else ()
-            if all(table.steps < table.room if table else not is_sparse(gradient) for table, gradient in pairs):
-                return plan, gradients
-        buffers = buffers_of(variables, positions)
+    def _key(self) -> object:
+        """What a plan is made of beside its variables."""
+        return (self._slots.version, self._amsgrad, self._sparse_update, self._extras)
+
+    def _find_plan(self, pairs: list[Any]) -> tuple[StepPlan, list[Any]] | None:
+        found = self._plans.find(pairs, self._key())
+        if found is None or self._sparse_update not in DEFERRED:
+            return found
+        tables = zip(found[0].tables, found[1], strict=True)
+        fits = all(table.steps < table.room if table else not is_sparse(gradient) for table, gradient in tables)
+        return found if fits else None
+
+    def _make_plan(self, pairs: list[Any], hyper: StepHyper) -> tuple[StepPlan, list[Any]]:
+        """A plan for variables not seen before, and gradients as far as they had to be converted to check the step."""
+        positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
+        gradients = [unwrap(pairs[i][0]) for i in positions]
+        names = self._slot_names()
+        buffers = buffers_of([pairs[i][1] for i in positions], positions)
         prepared = self._slots.prepare(buffers, names)
         slots = dict(zip(names, prepared.slots, strict=True))
-        known_as = [self._name_of(variable, buffer) for variable, buffer in zip(variables, buffers, strict=True)]
+        known_as = [self._name_of(pairs[i][1], buffer) for i, buffer in zip(positions, buffers, strict=True)]
         decays = self._extras.decays(known_as, buffers)
         entries = [prepared.entry_of(buffer) for buffer in buffers]
         tables = [self._table_of(*found, hyper) for found in zip(buffers, entries, gradients, strict=True)]
         histories = [None if table is None else table.native for table in tables]
         context, lazy = self._context_of(buffers[0]), self.sparse_update == "lazy"
-        plan = native_of(buffers[0]).Plan(buffers, slots, decays, positions, lazy, histories, context)
-        gradients = fit_gradients(plan, gradients, buffers, positions)
-        plan.check_numbers(hyper, [])
+        native = native_of(buffers[0]).Plan(buffers, slots, decays, positions, lazy, histories, context)
+        gradients = fit_gradients(native, gradients, buffers, positions)
+        native.check_numbers(hyper, [])
         prepared.commit()  # slots are made once the whole step has been found good
-        key = (names, self._slots.version, self._extras, self.sparse_update)
-        self._plan, self._plan_key, self._buffers, self._tables = plan, key, buffers, tables
-        self._plan_device = buffers[0].device
+        plan = StepPlan(native, self._key(), buffers, positions, tables)
         for buffer, table in zip(buffers, tables, strict=True):
-            if table is not None and (entry := self._slots.entry_of(buffer)):
+            if table is not None and (entry := self._slots.entry_of(buffer)) and entry.staleness is not table:
+                self._plans.clear()  # one of them may know the variable without a history
                 entry.staleness = table
+        self._plans.add(plan, pairs, may_free=not self._capturing)
         return plan, gradients
 
     def _table_of(self, buffer: _cpu.Buffer, entry: Entry | None, gradient: Any, hyper: StepHyper) -> Staleness | None:
@@ -157,7 +161,7 @@ class Stepper(DeferredTables):
             return None
         if entry is not None and entry.staleness is not None:
             if entry.staleness.steps >= entry.staleness.room:
-                self._plan = None  # it reads the old arrays, whatever becomes of this step
+                self._plans.clear()  # they read the old arrays, whatever becomes of this step
                 entry.staleness.make_room()
             return entry.staleness.placed(buffer)
         if not is_sparse(gradient) or not buffer.shape:
@@ -167,24 +171,20 @@ class Stepper(DeferredTables):
     def _numbers(self, hyper: StepHyper) -> Numbers:
         return Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, "vhat" in self._slot_names())
 
-    def _settle_before(
-        self, plan: _cpu.Plan, gradients: Sequence[Any], positions: list[int], hyper: StepHyper
-    ) -> Sequence[Any]:
+    def _settle_before(self, plan: StepPlan, gradients: list[Any], hyper: StepHyper) -> list[Any]:
         """Rows cannot wait for a step with a dense gradient, or with numbers that their history does not have.
 
         Returns the gradients, converted as far as they had to be to find this step good before rows are moved.
         """
-        if not any(self._tables):
-            return gradients
         numbers = self._numbers(hyper)
         settled = [
             table is not None and table.waits and (table.numbers != numbers or not is_native_sparse(gradient))
-            for table, gradient in zip(self._tables, gradients, strict=True)
+            for table, gradient in zip(plan.tables, gradients, strict=True)
         ]
         if any(settled):
-            gradients = fit_gradients(plan, gradients, self._buffers, positions)
-            plan.check_numbers(hyper, [])
-        for buffer, table, settles in zip(self._buffers, self._tables, settled, strict=True):
+            gradients = fit_gradients(plan.native, gradients, plan.buffers, plan.positions)
+            plan.native.check_numbers(hyper, [])
+        for buffer, table, settles in zip(plan.buffers, plan.tables, settled, strict=True):
             entry = self._slots.entry_of(buffer) if table else None
             if table is None or entry is None:
                 continue
@@ -194,7 +194,7 @@ class Stepper(DeferredTables):
                 self._raise_late(wait=True)  # the rows are up to date only if that was not skipped
             if table.numbers != numbers:
                 table.change_numbers(numbers)
-                self._plan = None  # which has the crossover of the old ones
+                self._plans.clear()  # they have the crossover of the old ones
         return gradients
 
     def _name_of(self, variable: Any, buffer: _cpu.Buffer) -> str | None:
@@ -207,16 +207,10 @@ class Stepper(DeferredTables):
     # ---- accumulated gradients -------------------------------------------------------------------------------------
 
     def _accumulate(
-        self,
-        plan: _cpu.Plan,
-        gradients: Sequence[Any],
-        positions: list[int],
-        scale: float,
-        require_finite: bool,
-        hyper: StepHyper,
+        self, plan: StepPlan, gradients: list[Any], scale: float, require_finite: bool, hyper: StepHyper
     ) -> bool:
         calls, steps = int(self._iterations), self._micro_steps
-        entries = [entry for buffer in self._buffers if (entry := self._slots.entry_of(buffer))]
+        entries = [entry for buffer in plan.buffers if (entry := self._slots.entry_of(buffer))]
         before = {id(entry): (entry, entry.accumulating) for entry in entries}
         fresh = [entry for entry, cycle in before.values() if cycle != calls // steps]
         if restart := len(fresh) == len(before):
@@ -226,16 +220,16 @@ class Stepper(DeferredTables):
         for entry, _ in before.values():
             entry.accumulating = calls // steps
         try:
-            update = self._update_plan(plan, entries) if (calls + 1) % steps == 0 else None
+            update = self._update_plan(plan.native, entries) if (calls + 1) % steps == 0 else None
             arguments = (scale, require_finite, restart, update, hyper, self._iterations)
-            run_step(plan.accumulate, gradients, self._buffers, positions, *arguments)
-            if self._plan_device >= 0 and any(map(is_native_sparse, gradients)):
+            run_step(plan.native.accumulate, gradients, plan.buffers, plan.positions, *arguments)
+            if plan.device >= 0 and any(map(is_native_sparse, gradients)):
                 self._raise_late(wait=True)  # a cycle is not taken back call by call
         finally:
             if int(self._iterations) == calls:  # refused, or not finite
                 for entry, cycle in before.values():
                     entry.accumulating = cycle
-        return plan.all_finite
+        return bool(plan.native.all_finite)
 
     def _update_plan(self, plan: _cpu.Plan, entries: list[Entry]) -> Any:
         """The plan of all variables with an accumulated gradient: this call's, unless others had one before."""
@@ -257,27 +251,31 @@ class Stepper(DeferredTables):
         return native_of(buffers[0]).Plan(buffers, slots, decays, positions, False, [None] * len(buffers), context)
 
 
-def _as_pairs(grads_and_vars: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+def _as_list(grads_and_vars: Iterable[tuple[Any, Any]]) -> list[Any]:
     try:
-        items = list(grads_and_vars)
+        return list(grads_and_vars)
     except TypeError:
         raise TypeError(
             f"grads_and_vars: {type(grads_and_vars).__name__}, expected an iterable of (gradient, variable) pairs"
         ) from None
-    for i, item in enumerate(items):
-        if not isinstance(item, (tuple, list)):
-            raise TypeError(f"grads_and_vars[{i}]: {type(item).__name__}, expected a (gradient, variable) pair")
-        if len(item) != 2:
-            raise ValueError(f"grads_and_vars[{i}]: {len(item)} items, expected a (gradient, variable) pair")
-    return items
 
 
-def _filter_none(pairs: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any], list[int]]:
-    """Gradients, variables and their places in the list, without the pairs whose gradient is None."""
-    positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
-    if len(positions) < len(pairs):
-        absent = [getattr(v, "name", None) or f"vars[{i}]" for i, (g, v) in enumerate(pairs) if g is None]
-        if not positions:
-            raise ValueError(f"No gradients provided for any variable: {absent}.")
-        warnings.warn(f"Gradients do not exist for variables {absent} when minimizing the loss.", stacklevel=4)
-    return [pairs[i][0] for i in positions], [pairs[i][1] for i in positions], positions
+def _first_variable(pairs: list[Any]) -> Any:
+    for pair in pairs:
+        if isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] is not None:
+            return unwrap(pair[1])
+    return _check_pairs(pairs)
+
+
+def _check_pairs(pairs: list[Any]) -> None:
+    """Raise what is wrong with the pairs; warn of gradients that are None."""
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)):
+            raise TypeError(f"grads_and_vars[{i}]: {type(pair).__name__}, expected a (gradient, variable) pair")
+        if len(pair) != 2:
+            raise ValueError(f"grads_and_vars[{i}]: {len(pair)} items, expected a (gradient, variable) pair")
+    absent = [getattr(v, "name", None) or f"vars[{i}]" for i, (g, v) in enumerate(pairs) if g is None]
+    if len(absent) == len(pairs):
+        raise ValueError(f"No gradients provided for any variable: {absent}.")
+    if absent:
+        warnings.warn(f"Gradients do not exist for variables {absent} when minimizing the loss.", stacklevel=5)

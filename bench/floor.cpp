@@ -1,31 +1,70 @@
 // SPDX-License-Identifier: Apache-2.0
-// The traffic floor: 4 reads and 3 writes of float32 per element with next to no arithmetic. No Adam can be faster in
-// memory than this loop; built and loaded by bench/common.py.
+// Traffic floors: the reads and writes of an Adam step with next to no arithmetic, all tensors of a list in one parallel
+// region. No Adam can be faster in memory. Built and loaded by bench/common.py.
+#include <omp.h>
+
+#include <algorithm>
 #include <cstdint>
 
-extern "C" void traffic_floor(float* p, const float* g, float* m, float* v, int64_t n) {
+namespace {
+
+struct List {
+  int64_t count;
+  const int64_t* offsets;  // elements before each tensor, and of all
+  void* const* var;
+  void* const* grad;  // null: no stream of gradients
+  void* const* m;
+  void* const* v;
+  void* const* vhat;  // null without AMSGrad
+};
+
 // Every load before every store: a load that follows a store to the same offset in another page waits for it.
-#pragma omp parallel for simd schedule(static) if (n >= 32768)
-  for (int64_t i = 0; i < n; ++i) {
-    const float gradient = g[i];
-    const float new_m = m[i] + gradient;
-    const float new_v = v[i] - gradient;
-    const float new_p = p[i] + gradient;
-    m[i] = new_m;
-    v[i] = new_v;
-    p[i] = new_p;
+template <class Storage, bool kGrad, bool kAmsgrad>
+void touch(const List& list, int64_t i, int64_t begin, int64_t end) {
+  Storage* __restrict var = static_cast<Storage*>(list.var[i]);
+  const Storage* __restrict grad = kGrad ? static_cast<const Storage*>(list.grad[i]) : nullptr;
+  float* __restrict m = static_cast<float*>(list.m[i]);
+  float* __restrict v = static_cast<float*>(list.v[i]);
+  float* __restrict vhat = kAmsgrad ? static_cast<float*>(list.vhat[i]) : nullptr;
+#pragma omp simd
+  for (int64_t at = begin; at < end; ++at) {
+    const Storage g = kGrad ? grad[at] : Storage(1);
+    const float new_m = m[at] + 1.0f;
+    const float new_v = v[at] - 1.0f;
+    const float new_vhat = kAmsgrad ? vhat[at] + 1.0f : 0.0f;
+    const auto new_var = static_cast<Storage>(var[at] + g);
+    m[at] = new_m;
+    v[at] = new_v;
+    if constexpr (kAmsgrad) vhat[at] = new_vhat;
+    var[at] = new_var;
   }
 }
 
-// The same for a pass over a table of which next to no row has a gradient: 3 reads and 3 writes.
-extern "C" void table_floor(float* p, float* m, float* v, int64_t n) {
-#pragma omp parallel for simd schedule(static) if (n >= 32768)
-  for (int64_t i = 0; i < n; ++i) {
-    const float new_m = m[i] + 1.0f;
-    const float new_v = v[i] - 1.0f;
-    const float new_p = p[i] + 1.0f;
-    m[i] = new_m;
-    v[i] = new_v;
-    p[i] = new_p;
+template <class Storage, bool kGrad, bool kAmsgrad>
+void touch_share(const List& list, int64_t begin, int64_t end) {
+  const int64_t* after = std::upper_bound(list.offsets, list.offsets + list.count, begin);
+  for (int64_t i = after - list.offsets - 1; i < list.count && list.offsets[i] < end; ++i) {
+    touch<Storage, kGrad, kAmsgrad>(list, i, std::max(begin, list.offsets[i]) - list.offsets[i],
+                                    std::min(end, list.offsets[i + 1]) - list.offsets[i]);
   }
 }
+
+template <class Storage, bool kGrad, bool kAmsgrad>
+void floor_of(const List& list) {
+  const int64_t total = list.offsets[list.count];
+  if (total < 32768) return touch_share<Storage, kGrad, kAmsgrad>(list, 0, total);
+#pragma omp parallel
+  {
+    const int64_t threads = omp_get_num_threads();
+    const int64_t thread = omp_get_thread_num();
+    touch_share<Storage, kGrad, kAmsgrad>(list, total * thread / threads, total * (thread + 1) / threads);
+  }
+}
+
+}  // namespace
+
+extern "C" void floor_float32(const List* list) { floor_of<float, true, false>(*list); }
+extern "C" void floor_amsgrad(const List* list) { floor_of<float, true, true>(*list); }
+extern "C" void floor_half(const List* list) { floor_of<uint16_t, true, false>(*list); }
+// A pass over a table of which next to no row has a gradient: 3 reads and 3 writes.
+extern "C" void floor_table(const List* list) { floor_of<float, false, false>(*list); }

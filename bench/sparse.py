@@ -10,30 +10,28 @@ results and their plot are written.
 from __future__ import annotations
 
 import argparse
-import os
 
-from common import RESULTS, Worker, take_turns, write_json
+from common import RESULTS, Worker, available_memory, take_turns, write_json
 
 MODES = ["dense", "deferred", "deferred_fast", "lazy"]
 ROWS = [100_000, 300_000, 1_000_000, 3_000_000, 10_000_000]
 TENSORFLOW_ROWS = 3_000_000  # beyond it temporaries do not fit and a step takes seconds
-LABELS = {"table_floor": "3 reads, 3 writes of the table", "table_torch": "torch SparseAdam", "table_tensorflow": "TF"}
+LABELS = {"floor": "3 reads, 3 writes of the table", "torch": "torch SparseAdam", "tensorflow": "TF"}
 
 
 def contenders(sizes: list[int], tensorflow: str | None) -> list[tuple[str, dict]]:
     """Names, and how to start them."""
-    ours = [(mode, {"name": "table_fastadam", "mode": mode}) for mode in MODES]
-    others = [("table_floor", {"name": "table_floor"}), ("table_torch", {"name": "table_torch"})]
+    ours = [(mode, {"name": "table_contenders.fastadam", "mode": mode}) for mode in MODES]
+    others = [("floor", {"name": "table_contenders.floor"}), ("torch", {"name": "table_contenders.torch"})]
     if tensorflow and sizes[0] <= TENSORFLOW_ROWS:
-        others.append(("table_tensorflow", {"name": "table_tensorflow", "python": tensorflow}))
+        others.append(("tensorflow", {"name": "table_contenders.tensorflow", "python": tensorflow}))
     return others + ours
 
 
 def measure(sizes: list[int], turns: int, entries: list[tuple[str, dict]]) -> dict[str, float]:
     """Median seconds per step. As many contenders take turns as fit in memory."""
     needed = 20 * sizes[0] * sizes[1]  # var, m, v, and what each makes beside them
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    at_once = max(1, int(0.9 * available / needed))
+    at_once = max(1, int(0.9 * available_memory() / needed))
     times: dict[str, float] = {}
     for first in range(0, len(entries), at_once):
         workers = []
@@ -53,7 +51,7 @@ def show_crossover(width: int, turns: int) -> None:
     for elements in (1 << 20, 3 << 25):  # in cache; 1.2 GB
         rows = elements // width
         for gap in (4, 8, 16, 32, 64, 128, 256):
-            options = {"name": "table_fastadam", "uniform": True, "crossover": 0.0}
+            options = {"name": "table_contenders.fastadam", "uniform": True, "crossover": 0.0}
             entries = [(mode, {**options, "mode": mode}) for mode in MODES[:3]]
             times = measure([rows, width, rows // gap], turns, entries)
             ratios = "".join(f"{mode:>16}{times[mode] / times['dense']:6.2f}" for mode in MODES[1:3])
@@ -65,7 +63,7 @@ def plot(results: list[dict]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name in ("table_tensorflow", "table_floor", "dense", "table_torch", *MODES[1:]):
+    for name in ("tensorflow", "floor", "dense", "torch", *MODES[1:]):
         points = [(row["rows"], row["seconds"][name] * 1e3) for row in results if name in row["seconds"]]
         if points:
             style = "o-" if name in MODES else "s--"
@@ -96,7 +94,7 @@ def main() -> None:
         times = measure(sizes, arguments.turns, contenders(sizes, arguments.tensorflow))
         results.append({"rows": rows, "width": arguments.width, "ids": arguments.ids, "seconds": times})
         for name, t in times.items():
-            print(f"{rows:>10} {name:<18}{t * 1e3:10.3f} ms{t / times['table_floor']:9.4f} of the floor", flush=True)
+            print(f"{rows:>10} {name:<18}{t * 1e3:10.3f} ms{t / times['floor']:9.4f} of the floor", flush=True)
     if arguments.rows == ROWS:
         write_json("sparse", results)
         plot(results)

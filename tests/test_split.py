@@ -42,10 +42,20 @@ def test_the_split_holds_far_beyond_what_can_be_allocated(shares):
     assert_partition([2**50 + 3], [64], [2], shares)
 
 
-@pytest.mark.parametrize("shares", [2, 8, 32, 128])
-def test_the_split_of_resnet_50_is_level_to_one_percent(shares):
-    sizes = [64 * 3 * 49, *[64] * 14, *[128] * 16, *[256] * 32, *[512] * 22, *[1024] * 14, *[2048] * 8, 1000, 2048 * 1000,
+RESNET_50 = [64 * 3 * 49, *[64] * 14, *[128] * 16, *[256] * 32, *[512] * 22, *[1024] * 14, *[2048] * 8, 1000, 2048 * 1000,
              *[2359296] * 3, *[1048576] * 6, 2097152, *[589824] * 6, *[262144] * 11, *[147456] * 4, *[65536] * 8]  # fmt: skip
+GPT_2 = [
+    38597376,
+    786432,
+    *[768, 768, 1769472, 2304, 589824, 768, 768, 768, 2359296, 3072, 2359296, 768] * 12,
+    768,
+    768,
+]
+
+
+@pytest.mark.parametrize("shares", [2, 8, 32, 64, 128])
+@pytest.mark.parametrize("sizes", [RESNET_50, GPT_2], ids=["ResNet-50", "GPT-2"])
+def test_the_split_of_models_is_level_to_one_percent(sizes, shares):
     counts = [sum(end - begin for _, begin, end in share)
               for share in _cpu.split(sizes, [16] * len(sizes), [4] * len(sizes), shares)]  # fmt: skip
     assert max(counts) / (sum(counts) / shares) < 1.01

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "dispatch.h"
 
+#if defined(FASTADAM_X86)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 
 namespace fastadam::cpu {
@@ -9,8 +13,13 @@ namespace {
 std::vector<Isa> list_isas() {
 #if defined(FASTADAM_X86)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2");
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+  const bool has_avx2 = has_f16c && __builtin_cpu_supports("avx2");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return {{"baseline", &baseline::kernels, true},
           {"avx2", &avx2::kernels, has_avx2},

@@ -14,8 +14,8 @@ namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
 template <bool kAmsgrad, bool kTransform, class Storage, class Grad, class T>
-FASTADAM_INLINE void update_block(const Streams<Storage, Grad>& streams, int64_t at, int64_t size,
-                                  const StepScalars<T>& s, T factor, T keep) {
+FASTADAM_INLINE void update_elements(const Streams<Storage, Grad>& streams, int64_t at, int64_t size,
+                                     const StepScalars<T>& s, T factor, T keep) {
   // The binding has proved that nothing written here overlaps anything else read here.
   Storage* __restrict var = streams.var + at;
   const Grad* __restrict grad = streams.grad + at;
@@ -24,17 +24,44 @@ FASTADAM_INLINE void update_block(const Streams<Storage, Grad>& streams, int64_t
   T* __restrict vhat = kAmsgrad ? streams.vhat + at : nullptr;
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
-    T g = load(grad[i]);
+    T g = grad[i];
     if constexpr (kTransform) g = transform_gradient(g, s.clip_value, factor);
-    T var_i = load(var[i]);
+    T var_i = var[i];
     T m_i = m[i];
     T v_i = v[i];
     T vhat_i = kAmsgrad ? vhat[i] : T(0);
     adam_update<kAmsgrad>(var_i, g, m_i, v_i, vhat_i, keep, s);
-    var[i] = store<Storage>(var_i);
+    var[i] = var_i;
     m[i] = m_i;
     v[i] = v_i;
     if constexpr (kAmsgrad) vhat[i] = vhat_i;
+  }
+}
+
+// The same for a half type, converted around it: a loop over elements of two and of four bytes is vectorised badly, and
+// float16 has instructions for it.
+template <bool kAmsgrad, bool kTransform, class Storage, class Grad>
+FASTADAM_INLINE void update_half(const Streams<Storage, Grad>& streams, int64_t at, int64_t size,
+                                 const StepScalars<float>& s, float factor, float keep) {
+  float var[kBlock];
+  float grad_room[kBlock];
+  convert(streams.var + at, var, size);
+  const float* grad = floats_of(streams.grad + at, grad_room, size);
+  float* vhat = kAmsgrad ? streams.vhat + at : nullptr;
+  const Streams<float, float> block{var, grad, streams.m + at, streams.v + at, vhat};
+  update_elements<kAmsgrad, kTransform>(block, 0, size, s, factor, keep);
+  convert(var, streams.var + at, size);
+}
+
+template <bool kAmsgrad, bool kTransform, class Storage, class Grad, class T>
+FASTADAM_INLINE void update_block(const Streams<Storage, Grad>& streams, int64_t at, int64_t size,
+                                  const StepScalars<T>& s, T factor, T keep) {
+  if constexpr (sizeof(Storage) != 2) {
+    update_elements<kAmsgrad, kTransform>(streams, at, size, s, factor, keep);
+  } else {
+    const int64_t end = at + size;
+    for (; at + kBlock <= end; at += kBlock) update_half<kAmsgrad, kTransform>(streams, at, kBlock, s, factor, keep);
+    if (at < end) update_half<kAmsgrad, kTransform>(streams, at, end - at, s, factor, keep);
   }
 }
 
@@ -48,7 +75,7 @@ void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, i
   const StepScalars<T> s = scalars_of<T>(step);
   const T factor = static_cast<T>(tensor.grad_factor);
   const T keep = tensor.decays ? s.keep : T(1);
-  const Streams<Storage, Grad> streams(tensor, begin);
+  const Streams<Storage, Grad> streams = streams_of<Storage, Grad>(tensor, begin);
   const int64_t size = end - begin;
   int64_t at = 0;
   if (size >= kLong) {

@@ -106,7 +106,7 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
   const StepScalars<T> s = scalars_of<T>(step);
   const T keep = tensor.decays ? s.keep : T(1);
   const Rows& rows = *tensor.rows;
-  const Streams<Storage, T> streams(tensor, 0);
+  const Streams<Storage, T> streams = streams_of<Storage, T>(tensor, 0);
   T sums[kColumns];
   int64_t k = first_row_from(rows, begin / rows.width);
   for (int64_t at = begin; at < end;) {
@@ -246,7 +246,7 @@ void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t b
   const T keep = tensor.decays ? s.keep : T(1);
   const StaleRows* stale = tensor.stale;
   const int64_t width = stale != nullptr ? stale->width : tensor.rows->width;
-  const Streams<Storage, T> streams(tensor, 0);
+  const Streams<Storage, T> streams = streams_of<Storage, T>(tensor, 0);
   T sums[kColumns];
   for (int64_t at = begin; at < end;) {
     const int64_t k = at / width;

@@ -3,6 +3,10 @@
 // else.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "../core/step_args.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
@@ -26,14 +30,15 @@ struct Streams {
   T* m;
   T* v;
   T* vhat;  // null without AMSGrad
-
-  Streams(const TensorArgs& tensor, int64_t begin)
-      : var(static_cast<Storage*>(tensor.var) + begin),
-        grad(static_cast<const Grad*>(tensor.grad) + begin),
-        m(static_cast<T*>(tensor.m) + begin),
-        v(static_cast<T*>(tensor.v) + begin),
-        vhat(tensor.vhat == nullptr ? nullptr : static_cast<T*>(tensor.vhat) + begin) {}
 };
+
+template <class Storage, class Grad>
+Streams<Storage, Grad> streams_of(const TensorArgs& tensor, int64_t begin) {
+  using T = Compute<Storage>;
+  return {static_cast<Storage*>(tensor.var) + begin, static_cast<const Grad*>(tensor.grad) + begin,
+          static_cast<T*>(tensor.m) + begin, static_cast<T*>(tensor.v) + begin,
+          tensor.vhat == nullptr ? nullptr : static_cast<T*>(tensor.vhat) + begin};
+}
 
 // In elements. Fetching 1 KiB ahead gains 5 % in DRAM and costs 8 % in cache (bench/README.md).
 constexpr int64_t kBlock = 32;
@@ -50,6 +55,80 @@ FASTADAM_INLINE void prefetch_block(const Streams<Storage, Grad>& streams, int64
     __builtin_prefetch(streams.v + ahead);
     if constexpr (kAmsgrad) __builtin_prefetch(streams.vhat + ahead);
   }
+}
+
+// How many elements from the first on are converted by instructions of their own.
+template <class From, class To>
+FASTADAM_INLINE int64_t convert_fast(const From* /*from*/, To* /*to*/, int64_t /*size*/) {
+  return 0;
+}
+
+#if defined(__F16C__)
+// They round as store() does, and no mode for denormals touches those of float16.
+FASTADAM_INLINE int64_t convert_fast(const Float16* from, float* to, int64_t size) {
+  for (int64_t i = 0; i + 8 <= size; i += 8) {
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  }
+  return size / 8 * 8;
+}
+
+FASTADAM_INLINE int64_t convert_fast(const float* from, Float16* to, int64_t size) {
+  for (int64_t i = 0; i + 8 <= size; i += 8) {
+    const __m128i bits = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), bits);
+  }
+  return size / 8 * 8;
+}
+#endif
+
+#if defined(__AVX2__)
+// load() and store(), which compilers vectorise by way of elements of two bytes.
+FASTADAM_INLINE int64_t convert_fast(const BFloat16* from, float* to, int64_t size) {
+  for (int64_t i = 0; i + 8 <= size; i += 8) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+  }
+  return size / 8 * 8;
+}
+
+FASTADAM_INLINE __m256i rounded_to_bfloat16(const float* from) {
+  const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(from));
+  const __m256i high = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
+  const __m256i is_nan = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7f800000));
+  return _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), is_nan);
+}
+
+FASTADAM_INLINE int64_t convert_fast(const float* from, BFloat16* to, int64_t size) {
+  for (int64_t i = 0; i + 16 <= size; i += 16) {
+    const __m256i packed = _mm256_packus_epi32(rounded_to_bfloat16(from + i), rounded_to_bfloat16(from + i + 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+  return size / 16 * 16;
+}
+#endif
+
+template <class Storage>
+FASTADAM_INLINE void convert(const Storage* __restrict from, float* __restrict to, int64_t size) {
+#pragma omp simd
+  for (int64_t i = convert_fast(from, to, size); i < size; ++i) to[i] = load(from[i]);
+}
+
+template <class Storage>
+FASTADAM_INLINE void convert(const float* __restrict from, Storage* __restrict to, int64_t size) {
+#pragma omp simd
+  for (int64_t i = convert_fast(from, to, size); i < size; ++i) to[i] = store<Storage>(from[i]);
+}
+
+// A block of gradients as float: itself, or converted into `room`.
+FASTADAM_INLINE const float* floats_of(const float* from, float* /*room*/, int64_t /*size*/) { return from; }
+template <class Storage>
+FASTADAM_INLINE const float* floats_of(const Storage* from, float* room, int64_t size) {
+  convert(from, room, size);
+  return room;
 }
 
 }  // namespace

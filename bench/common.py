@@ -106,7 +106,7 @@ def load_floor(function: str):
     flags = {"avx512": ["-mavx512f", "-mprefer-vector-width=512"], "avx2": ["-mavx2"]}.get(fastadam.isas()[-1], [])
     library = Path(tempfile.mkdtemp()) / "floor.so"
     compiler = os.environ.get("CXX", "c++")
-    command = [compiler, "-O3", "-std=c++17", "-fopenmp", *flags, "-shared", "-fPIC"]
+    command = [compiler, "-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", *flags, "-shared", "-fPIC"]
     subprocess.run([*command, str(HERE / "floor.cpp"), "-o", str(library)], check=True)
     found = ctypes.CDLL(str(library))[function]
     found.argtypes = [ctypes.c_void_p]
@@ -133,6 +133,12 @@ def machine_facts() -> dict[str, object]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[package] = metadata.version(package)
     return facts
+
+
+def read_json(name: str) -> list[dict]:
+    """The rows that were written last, if any."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def write_json(name: str, rows: list[dict]) -> None:

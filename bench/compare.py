@@ -2,8 +2,8 @@
 
     python bench/compare.py [--turns N] [--tensorflow PYTHON] [--only WORD ...]
 
-Each contender's result is checked against float64 before it is timed. Times are ratios to the floor of the same run. A
-run of everything (without --only) writes bench/results/compare.json and the plots.
+Each contender's result is checked against float64 before it is timed. Times are ratios to the floor of the same run.
+bench/results/compare.json has the last figures of every case, and the plots are made of them.
 
 PYTHON: the interpreter of an environment with tensorflow-cpu 2.15.1, if it is to take part.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import BYTES_PER_ELEMENT, RESULTS, Worker, available_memory, ratio, take_turns, write_json
+from common import BYTES_PER_ELEMENT, RESULTS, Worker, available_memory, ratio, read_json, take_turns, write_json
 from models import gpt2, resnet50
 
 PEERS = {  # contender: the package that it needs
@@ -29,6 +29,8 @@ PEERS = {  # contender: the package that it needs
     "numpy": "numpy",
 }
 SIZES = [36, 1024, 2**15, 2**18, 2**21, 2**25, 2**27]
+ARRAYS = [f"{size} float32" for size in SIZES]
+IN_CACHE = 2**18
 LARGE = 2**21  # from here on without the contenders that take seconds
 SLOW = ("numpy", "bitsandbytes", "tensorflow")
 
@@ -46,8 +48,10 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    for size in SIZES:
-        case = Case(f"{size} float32", [size])
+    for name, size in zip(ARRAYS, SIZES, strict=True):
+        case = Case(name, [size])
+        if size <= IN_CACHE:
+            case.contenders.insert(0, "divider")
         yield case if size <= LARGE else Case(case.name, [size], [n for n in case.contenders if n not in SLOW])
     yield Case("1000 x 64", [64] * 1000)
     yield Case("ResNet-50", resnet50())
@@ -118,9 +122,9 @@ def plot_arrays(rows: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name in ("floor", "fastadam", *PEERS):
+    for name in ("floor", "fastadam", "fastadam_kernel", *PEERS):
         points = [(row["elements"], row["GB/s"][name]) for row in rows if name in row["GB/s"]]
-        style = {"floor": "k:", "fastadam": "o-"}.get(name, "s--")
+        style = {"floor": "k:", "fastadam": "o-", "fastadam_kernel": "o:"}.get(name, "s--")
         if points:
             axes.loglog(*zip(*points, strict=True), style, label=name, markersize=4)
     axes.set_xlabel("float32 elements of one array")
@@ -156,15 +160,15 @@ def main() -> None:
     parser.add_argument("--tensorflow", metavar="PYTHON")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="cases with one of these in their name")
     arguments = parser.parse_args()
-    rows = []
+    rows = {row["case"]: row for row in read_json("compare")}
     for case in cases():
         if not arguments.only or any(word in case.name for word in arguments.only):
-            rows.append(measure(case, arguments.turns, arguments.tensorflow))
-            show(rows[-1])
-    if not arguments.only:
-        write_json("compare", rows)
-        plot_arrays(rows[: len(SIZES)])
-        plot_lists(rows[len(SIZES) : len(SIZES) + 3])
+            rows[case.name] = measure(case, arguments.turns, arguments.tensorflow)
+            show(rows[case.name])
+    known = [rows[case.name] for case in cases() if case.name in rows]
+    write_json("compare", known)
+    plot_arrays([row for row in known if row["case"] in ARRAYS])
+    plot_lists([row for row in known if row["tensors"] > 1])
 
 
 if __name__ == "__main__":

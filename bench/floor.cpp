@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Traffic floors: the reads and writes of an Adam step with next to no arithmetic, all tensors of a list in one parallel
-// region. No Adam can be faster in memory. Built and loaded by bench/common.py.
+// Traffic floors: the reads and writes of an Adam step with next to no arithmetic, all tensors of a list in one
+// parallel region. No Adam can be faster in memory. Built and loaded by bench/common.py.
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace {
@@ -66,5 +67,24 @@ void floor_of(const List& list) {
 extern "C" void floor_float32(const List* list) { floor_of<float, true, false>(*list); }
 extern "C" void floor_amsgrad(const List* list) { floor_of<float, true, true>(*list); }
 extern "C" void floor_half(const List* list) { floor_of<uint16_t, true, false>(*list); }
+
+// The other limit: a square root and a division for each of `list`'s elements, of numbers that stay in L1.
+extern "C" void floor_divider(const List* list) {
+  const int64_t total = list->offsets[list->count];
+#pragma omp parallel if (total >= 32768)
+  {
+    constexpr int64_t kBlock = 1024;
+    alignas(64) float v[kBlock] = {};
+    alignas(64) float quotients[kBlock];
+    const int64_t share = total / omp_get_num_threads();
+    for (int64_t begin = 0; begin < share; begin += kBlock) {
+      const int64_t size = std::min(kBlock, share - begin);
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) quotients[i] = v[i] / (std::sqrt(v[i]) + 1.0f);
+      asm volatile("" ::"r"(v), "r"(quotients) : "memory");  // for all that the compiler knows, they are read and set
+    }
+  }
+}
+
 // A pass over a table of which next to no row has a gradient: 3 reads and 3 writes.
 extern "C" void floor_table(const List* list) { floor_of<float, false, false>(*list); }

@@ -26,7 +26,9 @@ class Plan {
   std::vector<size_t> check(const py::list& gradients) {
     const typename Backend::Scope scope(backend(), set_.place());
     std::vector<size_t> to_convert = set_.check(gradients);
-    if (to_convert.empty()) set_.index_rows();
+    if (!to_convert.empty()) return to_convert;
+    set_.index_rows();
+    set_.require_current();
     return to_convert;
   }
 

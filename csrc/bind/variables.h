@@ -124,7 +124,7 @@ class VariableSet {
     }
     try {
       const std::optional<Buffer> b = read_array(object, Label{variable.label});
-      return b && b->same_memory(variable) && b->writable;
+      return b && b->same_memory(variable) && b->writable && b->native_order;
     } catch (const py::builtin_exception&) {
       return false;  // a new set will say why
     }

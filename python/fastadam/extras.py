@@ -116,7 +116,6 @@ class Extra:
         if self._name == "use_ema" and value and optimizer.sparse_update != "dense":
             raise ValueError(f"use_ema: with sparse_update={optimizer.sparse_update!r}, expected False")
         optimizer._extras = dataclasses.replace(optimizer._extras, **{self._name: value})
-        optimizer._last_numbers = None
 
 
 def excluded(var_list: Iterable[Any] | None, var_names: Iterable[str] | None) -> dict[str, Any]:

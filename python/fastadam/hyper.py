@@ -45,7 +45,6 @@ class Hyper:
         if isinstance(value, LearningRateSchedule) and self._name != "learning_rate":
             raise TypeError(f"{self._name}: {type(value).__name__}, expected a number (learning_rate takes schedules)")
         optimizer._hyper[self._name] = value if callable(value) else self._check(self._name, value)
-        optimizer._last_numbers = None
 
 
 class Clip:
@@ -62,7 +61,6 @@ class Clip:
         bounds = {**optimizer._clip, self._name: bound}
         check_one_norm(bounds["clipnorm"], bounds["global_clipnorm"])
         optimizer._clip = bounds
-        optimizer._last_numbers = None
 
 
 class StepHyper(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -198,8 +199,11 @@ class Adam(Stepper, Minimizer):
         if not 0 <= calls < 2**63 - 1:
             check_iterations("iterations", calls)
         iterations = calls // self._micro_steps
-        if self._last_numbers is not None and self._last_numbers[0] == gradient_scale:
-            return StepHyper._make((iterations + 1, *self._last_numbers[1]))
+        chosen: tuple[Any, ...] = (*self._hyper.values(), self._clip, self._extras)
+        if self._last_numbers is not None:
+            before, scale, numbers = self._last_numbers
+            if scale == gradient_scale and all(map(operator.is_, before, chosen)):
+                return StepHyper._make((iterations + 1, *numbers))
         rate = self.learning_rate
         if isinstance(rate, LearningRateSchedule):
             rate = check_number("learning_rate", rate(calls))
@@ -218,9 +222,14 @@ class Adam(Stepper, Minimizer):
             gradient_scale=gradient_scale,
             **self._extras.step_numbers(iterations),
         )
-        if not self._extras.use_ema and all(isinstance(value, float) for value in self._hyper.values()):
-            self._last_numbers = (gradient_scale, hyper[1:])
+        if all(isinstance(value, float) for value in chosen[:-2]) and not chosen[-1].use_ema and self._reads_as_set():
+            self._last_numbers = (chosen, gradient_scale, hyper[1:])  # good as long as it is these objects that are set
         return hyper
+
+    def _reads_as_set(self) -> bool:
+        """Whether no subclass has hyperparameters that are computed when they are read."""
+        names = (*self._hyper, *CLIP_NAMES)
+        return all(getattr(type(self), name, None) is getattr(Adam, name) for name in names)
 
     def _slot_names(self) -> list[str]:
         extras = self._extras

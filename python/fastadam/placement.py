@@ -127,6 +127,6 @@ def zeros_like_variable(buffer: _cpu.Buffer) -> npt.NDArray[Any]:
     period = _PAGE if nbytes >= 4 * _PAGE else _CACHE_LINE
     skew = 16 * _PAGE if nbytes >= 256 * _PAGE else 0
     raw = np.zeros(nbytes + period + skew, np.uint8)
-    start = skew + (buffer.address - raw.ctypes.data - skew) % period
+    start = skew + (buffer.address - raw.ctypes.data - skew) % period // dtype.itemsize * dtype.itemsize
     layout: Any = buffer.order
     return raw[start : start + nbytes].view(dtype).reshape(buffer.shape, order=layout)

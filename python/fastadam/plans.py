@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from fastadam._backend import _cpu
+from fastadam.extras import Extras
 from fastadam.staleness import Staleness
-from fastadam.variable import Variable
+from fastadam.variable import Variable, unwrap
 
-__all__ = ["Plans", "StepPlan"]
+__all__ = ["PlanKey", "Plans", "StepPlan"]
 
 _MOST = 256  # plans kept; an optimizer that is called layer by layer has one for each
+
+
+class PlanKey(NamedTuple):
+    """What a plan is made of beside its variables."""
+
+    version: int  # of the slots
+    amsgrad: bool
+    sparse_update: str
+    extras: Extras
 
 
 @dataclass(eq=False)
@@ -19,9 +31,10 @@ class StepPlan:
     """A native plan and what it was made of."""
 
     native: Any
-    key: object  # the slots and options
+    key: PlanKey
     buffers: list[_cpu.Buffer]
     positions: list[int]  # of the variables in the caller's list
+    decays: list[bool]
     tables: list[Staleness | None]  # histories of variables that are tables in a deferred mode
 
     def __post_init__(self) -> None:
@@ -38,7 +51,7 @@ class Plans:
         self.device = -1  # number of the GPU of the last step
         self._by_start: dict[tuple[int, int], StepPlan] = {}
 
-    def find(self, pairs: list[Any], key: object) -> tuple[StepPlan, list[Any]] | None:
+    def find(self, pairs: list[Any], key: PlanKey) -> tuple[StepPlan, list[Any]] | None:
         """The plan of these (gradient, variable) pairs, and their gradients without those that are None."""
         found = _match(self.last, pairs, key)
         return found or (_match(self._by_start.get(_start_of(pairs)), pairs, key) if self._by_start else None)
@@ -64,7 +77,7 @@ class Plans:
         self._by_start.clear()
 
 
-def _match(plan: StepPlan | None, pairs: list[Any], key: object) -> tuple[StepPlan, list[Any]] | None:
+def _match(plan: StepPlan | None, pairs: list[Any], key: PlanKey) -> tuple[StepPlan, list[Any]] | None:
     if plan is None or plan.key != key:
         return None
     gradients = plan.native.gradients_of(pairs, Variable)
@@ -72,6 +85,7 @@ def _match(plan: StepPlan | None, pairs: list[Any], key: object) -> tuple[StepPl
 
 
 def _start_of(pairs: list[Any]) -> tuple[int, int]:
-    """Quick to compute, and seldom the same for two sets of variables."""
+    """Quick to compute, and seldom the same for two sets of variables: their number, and where the first one lies."""
     first = pairs[0]
-    return (len(pairs), id(first[1]) if isinstance(first, (tuple, list)) and len(first) == 2 else 0)
+    variable = unwrap(first[1]) if isinstance(first, (tuple, list)) and len(first) == 2 else None
+    return (len(pairs), variable.ctypes.data if isinstance(variable, np.ndarray) else id(variable))

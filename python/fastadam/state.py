@@ -56,7 +56,7 @@ class OptimizerState(DeviceState):
         self._lock = threading.RLock()
         self._stepping = False
         self._plans = Plans()
-        self._last_numbers: tuple[Any, ...] | None = None  # of the last step, until one is set; None if one is asked
+        self._last_numbers: tuple[Any, ...] | None = None  # of the last step, if nothing had to be asked for them
         self._contexts = {}
         self._gatherers = {}
         self._replays = {}

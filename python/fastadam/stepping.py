@@ -14,7 +14,7 @@ from fastadam.deferred import DeferredTables
 from fastadam.hyper import StepHyper
 from fastadam.ops import fit_gradients, run_step
 from fastadam.placement import assign, native_of, on_gpu
-from fastadam.plans import StepPlan
+from fastadam.plans import PlanKey, StepPlan
 from fastadam.slices import DEFERRED, is_native_sparse, is_sparse
 from fastadam.slots import ACCUMULATOR, Entry
 from fastadam.staleness import Numbers, Staleness
@@ -98,7 +98,7 @@ class Stepper(DeferredTables):
         found = self._find_plan(pairs)
         if found is None or len(found[1]) < len(pairs):
             _check_pairs(pairs)
-        plan, gradients = found or self._make_plan(pairs, hyper)
+        plan, gradients = found or self._make_plan(pairs, hyper, scale)
         self._plans.use(plan)
         if plan.device >= 0:
             plan.native.set_rate(rate)
@@ -117,37 +117,47 @@ class Stepper(DeferredTables):
 
     # ---- plans -----------------------------------------------------------------------------------------------------
 
-    def _key(self) -> object:
-        """What a plan is made of beside its variables."""
-        return (self._slots.version, self._amsgrad, self._sparse_update, self._extras)
+    def _key(self) -> PlanKey:
+        return PlanKey(self._slots.version, self._amsgrad, self._sparse_update, self._extras)
 
     def _find_plan(self, pairs: list[Any]) -> tuple[StepPlan, list[Any]] | None:
         found = self._plans.find(pairs, self._key())
-        if found is None or self._sparse_update not in DEFERRED:
+        if found is None:
+            return None
+        if self._extras.excluded_names and found[0].decays != self._decays(pairs, found[0].buffers):
+            return None  # a variable comes with another name
+        if self._sparse_update not in DEFERRED:
             return found
         tables = zip(found[0].tables, found[1], strict=True)
         fits = all(table.steps < table.room if table else not is_sparse(gradient) for table, gradient in tables)
         return found if fits else None
 
-    def _make_plan(self, pairs: list[Any], hyper: StepHyper) -> tuple[StepPlan, list[Any]]:
+    def _decays(self, pairs: list[Any], buffers: list[_cpu.Buffer]) -> list[bool]:
+        variables = [variable for gradient, variable in pairs if gradient is not None]
+        names = [self._name_of(variable, buffer) for variable, buffer in zip(variables, buffers, strict=True)]
+        return self._extras.decays(names, buffers)
+
+    def _make_plan(self, pairs: list[Any], hyper: StepHyper, scale: float) -> tuple[StepPlan, list[Any]]:
         """A plan for variables not seen before, and gradients as far as they had to be converted to check the step."""
+        key = self._key()  # before anything is read: what is set meanwhile, by a gradient's code, asks for another plan
         positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
         gradients = [unwrap(pairs[i][0]) for i in positions]
         names = self._slot_names()
         buffers = buffers_of([pairs[i][1] for i in positions], positions)
         prepared = self._slots.prepare(buffers, names)
         slots = dict(zip(names, prepared.slots, strict=True))
-        known_as = [self._name_of(pairs[i][1], buffer) for i, buffer in zip(positions, buffers, strict=True)]
-        decays = self._extras.decays(known_as, buffers)
+        decays = self._decays(pairs, buffers)
         entries = [prepared.entry_of(buffer) for buffer in buffers]
-        tables = [self._table_of(*found, hyper) for found in zip(buffers, entries, gradients, strict=True)]
+        numbers = self._numbers(hyper, "vhat" in names)
+        tables = [self._table_of(*found, numbers) for found in zip(buffers, entries, gradients, strict=True)]
         histories = [None if table is None else table.native for table in tables]
         context, lazy = self._context_of(buffers[0]), self.sparse_update == "lazy"
         native = native_of(buffers[0]).Plan(buffers, slots, decays, positions, lazy, histories, context)
         gradients = fit_gradients(native, gradients, buffers, positions)
         native.check_numbers(hyper, [])
+        native.check_numbers(hyper._replace(gradient_scale=scale), [])  # that of accumulated gradients is another one
         prepared.commit()  # slots are made once the whole step has been found good
-        plan = StepPlan(native, self._key(), buffers, positions, tables)
+        plan = StepPlan(native, key._replace(version=self._slots.version), buffers, positions, decays, tables)
         for buffer, table in zip(buffers, tables, strict=True):
             if table is not None and (entry := self._slots.entry_of(buffer)) and entry.staleness is not table:
                 self._plans.clear()  # one of them may know the variable without a history
@@ -155,7 +165,7 @@ class Stepper(DeferredTables):
         self._plans.add(plan, pairs, may_free=not self._capturing)
         return plan, gradients
 
-    def _table_of(self, buffer: _cpu.Buffer, entry: Entry | None, gradient: Any, hyper: StepHyper) -> Staleness | None:
+    def _table_of(self, buffer: _cpu.Buffer, entry: Entry | None, gradient: Any, numbers: Numbers) -> Staleness | None:
         """The history of a variable, if it is, or with this gradient becomes, a table in a deferred mode."""
         if self.sparse_update not in DEFERRED:
             return None
@@ -166,17 +176,17 @@ class Stepper(DeferredTables):
             return entry.staleness.placed(buffer)
         if not is_sparse(gradient) or not buffer.shape:
             return None
-        return Staleness.of(buffer, self._numbers(hyper), exact=self.sparse_update == "deferred")
+        return Staleness.of(buffer, numbers, exact=self.sparse_update == "deferred")
 
-    def _numbers(self, hyper: StepHyper) -> Numbers:
-        return Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, "vhat" in self._slot_names())
+    def _numbers(self, hyper: StepHyper, amsgrad: bool) -> Numbers:
+        return Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, amsgrad)
 
     def _settle_before(self, plan: StepPlan, gradients: list[Any], hyper: StepHyper) -> list[Any]:
         """Rows cannot wait for a step with a dense gradient, or with numbers that their history does not have.
 
         Returns the gradients, converted as far as they had to be to find this step good before rows are moved.
         """
-        numbers = self._numbers(hyper)
+        numbers = self._numbers(hyper, plan.key.amsgrad)
         settled = [
             table is not None and table.waits and (table.numbers != numbers or not is_native_sparse(gradient))
             for table, gradient in zip(plan.tables, gradients, strict=True)
@@ -215,6 +225,8 @@ class Stepper(DeferredTables):
         fresh = [entry for entry, cycle in before.values() if cycle != calls // steps]
         if restart := len(fresh) == len(before):
             fresh = []
+        if fresh:  # refused before anything is written
+            gradients = fit_gradients(plan.native, gradients, plan.buffers, plan.positions)
         for entry in fresh:
             assign(self._slots.slots_of(entry)[ACCUMULATOR], 0)
         for entry, _ in before.values():

@@ -187,7 +187,8 @@ def _serve(name: str, sizes: list[int], options: dict) -> None:
     """The worker's side: time as many steps as each line of stdin asks for."""
     module, _, function = name.rpartition(".")
     make = getattr(importlib.import_module(module), function)
-    _check(make, options)
+    if module == "dense_contenders":  # those of tables apply different rules
+        _check(make, options)
     step = make(sizes, **options).step
     print("ready", flush=True)
     for line in sys.stdin:

@@ -290,15 +290,18 @@ def test_a_name_that_is_excluded_counts_whatever_form_the_variable_came_in_first
     np.testing.assert_allclose(v.value, 0.95)
 
 
-def test_a_refused_call_leaves_what_was_accumulated():
+@pytest.mark.parametrize("bad", ["gradient", "scale"])
+def test_a_refused_call_leaves_what_was_accumulated(bad):
     a, b, g = np.ones(3, np.float32), np.ones(3, np.float32), np.ones(3, np.float32)
     optimizer = fastadam.Adam(0.1, gradient_accumulation_steps=2)
     for _ in range(2):
         optimizer.apply_gradients([(g, a), (g, b)])
     optimizer.apply_gradients([(g, b)])
     before = [np.array(array) for array in optimizer.get_weights()]
-    with pytest.raises(ValueError, match=r"grads\[0\]: shape \(4,\)"):
-        optimizer.apply_gradients([(np.ones(4, np.float32), a), (g, b)])
+    if bad == "scale":
+        optimizer.loss_scale_factor = 2e38
+    with pytest.raises(ValueError, match=r"grads\[0\]: shape \(4,\)|grad_factor\[0\]: so small"):
+        optimizer.apply_gradients([(g if bad == "scale" else np.ones(4, np.float32), a), (g, b)])
     assert all(map(np.array_equal, before, optimizer.get_weights()))
 
 

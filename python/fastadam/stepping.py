@@ -143,12 +143,13 @@ class Stepper(DeferredTables):
         positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
         gradients = [unwrap(pairs[i][0]) for i in positions]
         names = self._slot_names()
+        key = key._replace(amsgrad="vhat" in names)
         buffers = buffers_of([pairs[i][1] for i in positions], positions)
         prepared = self._slots.prepare(buffers, names)
         slots = dict(zip(names, prepared.slots, strict=True))
         decays = self._decays(pairs, buffers)
         entries = [prepared.entry_of(buffer) for buffer in buffers]
-        numbers = self._numbers(hyper, "vhat" in names)
+        numbers = self._numbers(hyper, key.amsgrad)
         tables = [self._table_of(*found, numbers) for found in zip(buffers, entries, gradients, strict=True)]
         histories = [None if table is None else table.native for table in tables]
         context, lazy = self._context_of(buffers[0]), self.sparse_update == "lazy"
@@ -225,14 +226,16 @@ class Stepper(DeferredTables):
         fresh = [entry for entry, cycle in before.values() if cycle != calls // steps]
         if restart := len(fresh) == len(before):
             fresh = []
-        if fresh:  # refused before anything is written
-            gradients = fit_gradients(plan.native, gradients, plan.buffers, plan.positions)
-        for entry in fresh:
-            assign(self._slots.slots_of(entry)[ACCUMULATOR], 0)
         for entry, _ in before.values():
             entry.accumulating = calls // steps
         try:
             update = self._update_plan(plan.native, entries) if (calls + 1) % steps == 0 else None
+            if fresh:  # refused before anything is written
+                gradients = fit_gradients(plan.native, gradients, plan.buffers, plan.positions)
+                plan.native.check_numbers(hyper._replace(gradient_scale=scale), [])
+                (update or plan.native).check_numbers(hyper, [])
+            for entry in fresh:
+                assign(self._slots.slots_of(entry)[ACCUMULATOR], 0)
             arguments = (scale, require_finite, restart, update, hyper, self._iterations)
             run_step(plan.native.accumulate, gradients, plan.buffers, plan.positions, *arguments)
             if plan.device >= 0 and any(map(is_native_sparse, gradients)):

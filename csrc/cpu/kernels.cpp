@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernels: plain loops, compiled once per ISA with that ISA's flags and FASTADAM_ISA naming its namespace.
 // Everything but the table has internal linkage or is always inlined: no symbol compiled for a newer CPU may be
-// shared with code that an older one runs. Include nothing but core headers, the parts of this
-// source here and, in them, intrinsics.
+// shared with code that an older one runs. Include nothing but core headers, the
+// parts of this source here and, in them, intrinsics.
 #include "kernels.h"
 
 #include "../core/adam_math.h"

@@ -16,6 +16,14 @@
 
 namespace kernel_test {
 
+// A sanitizer watches which memory is touched, and by which thread, and makes it slow: where only values or combinations
+// are more of the same, the plain programs alone go through all of them.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 inline int failures = 0;
 
 inline void report(bool ok, const std::string& claim) {

@@ -16,8 +16,8 @@
 
 namespace kernel_test {
 
-// A sanitizer watches which memory is touched, and by which thread, and makes it slow: where only values or combinations
-// are more of the same, the plain programs alone go through all of them.
+// A sanitizer watches which memory is touched, and by which thread, and makes it slow: where only values or
+// combinations are more of the same, the plain programs alone go through all of them.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr bool kSanitized = true;
 #else

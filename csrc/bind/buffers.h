@@ -219,17 +219,18 @@ inline Buffer read_variable(const py::object& object, const std::string& label) 
   return *std::move(b);
 }
 
-// m, v or vhat of `var`.
-inline Buffer read_state(const py::object& object, const std::string& label, const Buffer& var) {
+// A slot of `var`, of its state dtype; `may_be_half`: or of its own.
+inline Buffer read_state(const py::object& object, const std::string& label, const Buffer& var, bool may_be_half) {
   Buffer b = read_variable(object, label);
   require_place(b, label, var);
   if (b.shape != var.shape) {
     throw py::value_error(label + ": shape " + tuple_text(b.shape) + ", expected " + tuple_text(var.shape) + " like " +
                           var.label);
   }
-  if (*b.dtype != state_dtype(*var.dtype)) {
-    throw py::type_error(label + ": " + name_of(*b.dtype) + ", expected " + name_of(state_dtype(*var.dtype)) + " for " +
-                         name_of(*var.dtype) + " " + var.label);
+  if (*b.dtype != state_dtype(*var.dtype) && !(may_be_half && b.dtype == var.dtype)) {
+    const std::string own = may_be_half && size_of(*var.dtype) == 2 ? std::string(" or ") + name_of(*var.dtype) : "";
+    throw py::type_error(label + ": " + name_of(*b.dtype) + ", expected " + name_of(state_dtype(*var.dtype)) + own +
+                         " for " + name_of(*var.dtype) + " " + var.label);
   }
   if (!b.same_layout(var)) {
     throw py::value_error(label + ": order " + b.order() + ", expected " + var.order() + " like " + var.label);

@@ -143,10 +143,12 @@ class Plan {
     if (set_.has(false)) args.scalars_f32 = usable_scalars<float>(hyper);
     if (set_.has(true)) args.scalars_f64 = usable_scalars<double>(hyper);
     args.amsgrad = set_.amsgrad();
-    args.transform = clips(hyper) || !factors.empty() || hyper.gradient_scale != 1;
+    const bool transforms = clips(hyper) || !factors.empty() || hyper.gradient_scale != 1;
+    args.transform = hyper.l2 != 0 ? kAndL2 : transforms ? kClipAndFactor : kAsItIs;
+    set_.require_options(hyper);
     args.ema_overwrite = hyper.ema_overwrite;
     args.lazy = set_.lazy();
-    for (size_t i = 0; args.transform && i < set_.tensors().size(); ++i) {
+    for (size_t i = 0; args.transform != kAsItIs && i < set_.tensors().size(); ++i) {
       set_.tensors()[i].grad_factor = usable_factor(hyper.gradient_scale * (factors.empty() ? 1.0 : factors[i]), i);
     }
     return args;

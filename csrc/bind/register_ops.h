@@ -47,7 +47,7 @@ inline void register_buffer(py::module_& m) {
 // Of StepHyper in python/fastadam/hyper.py, a tuple in the order of AdamHyper. A caster of std::tuple would ask a
 // NamedTuple for each item through Python.
 inline AdamHyper hyper_of(const py::tuple& numbers) {
-  constexpr py::ssize_t kFields = 15;
+  constexpr py::ssize_t kFields = 17;
   if (PyTuple_GET_SIZE(numbers.ptr()) != kFields) throw py::type_error("hyper: expected a StepHyper");
   py::ssize_t at = 0;
   const auto next = [&numbers, &at] { return py::handle(PyTuple_GET_ITEM(numbers.ptr(), at++)); };
@@ -71,6 +71,8 @@ inline AdamHyper hyper_of(const py::tuple& numbers) {
                    number(),
                    flag(),
                    flag(),
+                   flag(),
+                   number(),
                    flag()};
 }
 

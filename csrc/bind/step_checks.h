@@ -21,13 +21,15 @@ StepScalars<T> usable_scalars(const AdamHyper& hyper) {
   };
   if (!(scalars.one_minus_beta_1 > 0)) refuse("beta_1: " + std::to_string(hyper.beta_1) + " is 1", "less");
   if (!(scalars.one_minus_beta_2 > 0)) refuse("beta_2: " + std::to_string(hyper.beta_2) + " is 1", "less");
-  if (!(scalars.epsilon >= std::numeric_limits<T>::min())) {
+  const bool is_none = hyper.epsilon_corrected && hyper.epsilon == 0;  // which PyTorch permits
+  if (!is_none && !(scalars.epsilon >= std::numeric_limits<T>::min())) {
     refuse("epsilon: so small that it is flushed to zero", sizeof(T) == 4 ? "at least 1.2e-38" : "at least 2.3e-308");
   }
   if (!std::isfinite(scalars.epsilon)) refuse("epsilon: infinite", "a finite number");
   if (!std::isfinite(scalars.alpha) || !std::isfinite(scalars.row_alpha)) {
     refuse("learning_rate: with this decay the step size is not finite", "a finite step size");
   }
+  if (!std::isfinite(scalars.l2)) refuse("l2: infinite", "a finite number");
   if (!std::isfinite(scalars.keep)) refuse("weight_decay: infinite", "a finite number");
   return scalars;
 }

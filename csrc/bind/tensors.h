@@ -100,6 +100,21 @@ class TensorSet : public VariableSet {
     }
   }
 
+  // Options that a kernel of rows, or the history of a table, does not have.
+  void require_options(const AdamHyper& hyper) const {
+    if (hyper.l2 == 0 && !hyper.epsilon_corrected) return;
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (hyper.l2 != 0 && (tensors_[i].rows != nullptr || tables_[i] != nullptr)) {
+        throw py::value_error("l2: with IndexedSlices for " + variables_[i].label +
+                              ", expected a dense gradient or decoupled weight decay");
+      }
+      if (hyper.epsilon_corrected && tables_[i] != nullptr) {
+        throw py::value_error("epsilon_corrected: of " + variables_[i].label +
+                              " in a deferred mode, expected an epsilon that is the same in every step");
+      }
+    }
+  }
+
   // Tables of which this step touches so much that all rows had better be up to date.
   std::vector<size_t> crowded_tables() const {
     std::vector<size_t> crowded;
@@ -206,7 +221,7 @@ class TensorSet : public VariableSet {
       throw py::value_error(gradient_label(i)() + ": shape " + tuple_text(g->shape) + ", expected " +
                             tuple_text(var.shape) + " like " + var.label);
     }
-    const bool readable = g->dtype == var.dtype || g->dtype == state_dtype(*var.dtype);
+    const bool readable = g->dtype == var.dtype || (!tensors_[i].half_slots && g->dtype == state_dtype(*var.dtype));
     require_place(*g, gradient_label(i)(), place());
     if (!readable || !g->native_order || !g->same_layout(var) || !g->aligned()) return refuse_on_device(*g, var, i);
     backend_.order_after(g->stream);
@@ -276,6 +291,9 @@ class TensorSet : public VariableSet {
     const Buffer& var = variables_[i];
     const std::string found = gradient_label(i)() + ": IndexedSlices for " + var.label;
     if (var.shape.empty()) throw py::value_error(found + " of shape (), expected at least one axis");
+    if (tensors_[i].half_slots) {
+      throw py::type_error(found + " whose m is " + name_of(*var.dtype) + ", expected float32 moments");
+    }
     if (!var.c_contiguous) throw py::value_error(found + " in order F, expected order C, rows side by side");
     if ((lazy_ || tables_[i] != nullptr) && is_repeated_[i]) {
       throw py::value_error(found + ", which comes twice, expected it once unless sparse_update is 'dense'");

@@ -131,25 +131,38 @@ class VariableSet {
   }
 
   // The memory of slot `name` of variable i, or null if there is none.
-  void* state(const py::dict& slots, const char* name, size_t i) {
+  void* state(const py::dict& slots, const char* name, size_t i, bool may_be_half = false) {
     if (!slots.contains(name)) return nullptr;
     const py::object array = slots[name].cast<py::list>()[i];
-    state_.push_back(read_state(array, Label{name, positions_[i]}(), variables_[i]));
+    state_.push_back(read_state(array, Label{name, positions_[i]}(), variables_[i], may_be_half));
     return state_.back().data;
+  }
+
+  // Moments of a half variable may have its dtype, as in PyTorch: all of them, and without slots of other options.
+  bool has_half_slots(const TensorArgs& tensor, size_t first) const {
+    if (size_of(tensor.dtype) != 2 || state_[first].dtype != tensor.dtype) return false;
+    for (size_t k = first + 1; k < state_.size(); ++k) {
+      if (state_[k].dtype == tensor.dtype) continue;
+      throw py::type_error(state_[k].label + ": " + name_of(*state_[k].dtype) + ", expected " + name_of(tensor.dtype) +
+                           " like " + state_[first].label);
+    }
+    return true;
   }
 
   void add_tensor(const py::dict& slots, size_t i, bool decays) {
     TensorArgs t{};
+    const size_t first = state_.size();
+    t.dtype = t.grad_dtype = *variables_[i].dtype;
     t.var = variables_[i].data;
-    t.m = state(slots, "m", i);
-    t.v = state(slots, "v", i);
-    t.vhat = state(slots, "vhat", i);
+    t.m = state(slots, "m", i, true);
+    t.v = state(slots, "v", i, true);
+    t.vhat = state(slots, "vhat", i, true);
     t.average = state(slots, "average", i);
     t.accumulator = state(slots, "gradient_accumulator", i);
     t.decays = decays;
     t.size = variables_[i].size;
     t.next = -1;
-    t.dtype = t.grad_dtype = *variables_[i].dtype;
+    t.half_slots = has_half_slots(t, first);
     (t.dtype == DType::kFloat64 ? has_double_ : has_single_) = true;
     tensors_.push_back(t);
   }

@@ -20,6 +20,12 @@ FASTADAM_INLINE T transform_gradient(T g, T clip_value, T factor) {
   return g * factor;
 }
 
+// Coupled weight decay (PyTorch's Adam): after clip and factor.
+template <class T>
+FASTADAM_INLINE T add_l2(T g, T var, T l2) {
+  return g + l2 * var;
+}
+
 // AMSGrad's second moment: the maximum, which keeps the old value against a NaN, as TF's does.
 template <class T>
 FASTADAM_INLINE T raise_vhat(T& vhat, T v) {

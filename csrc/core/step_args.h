@@ -46,6 +46,7 @@ struct TensorArgs {
   DType dtype;
   DType grad_dtype;        // dtype, or its state dtype
   bool decays;             // weight decay applies
+  bool half_slots;         // m, v and vhat of a half variable have its dtype, as must its gradients, which are dense
   void* average;           // moving average of the variable, of its state dtype, or null
   void* accumulator;       // sum of gradients, of the state dtype, or null
   const Rows* rows;        // of IndexedSlices, or null
@@ -100,13 +101,17 @@ struct AccumulateArgs {
   bool restart;  // the accumulators count as zero
 };
 
+// What is done to gradients first: the dense kernels have a loop for each, those of rows for the first two.
+enum Transform : int { kAsItIs, kClipAndFactor, kAndL2 };
+constexpr int kTransformCount = 3;
+
 struct StepArgs {
   Chains chains;
   StepScalars<float> scalars_f32;
   StepScalars<double> scalars_f64;
   bool amsgrad;
-  bool transform;  // some gradient has a factor or a value clip
-  bool prefetch;   // the step does not fit in cache
+  int transform;  // a Transform
+  bool prefetch;  // the step does not fit in cache
   bool ema_overwrite;
   bool lazy;  // IndexedSlices leave the rows alone that they do not touch
 };

@@ -27,6 +27,8 @@ struct AdamHyper {
   bool ema_overwrite;       // this step ends with the averages in the variables
   bool require_finite;      // a gradient with an element that is not finite: no step at all
   bool clip_after_dedupe;   // of IndexedSlices the sums of the rows are clipped; else the values, as in TF
+  double l2;                // coupled weight decay: l2 * variable is added to the gradient, after clip and factor
+  bool epsilon_corrected;   // epsilon is added to the bias-corrected root, as in PyTorch and the paper's algorithm 1
 };
 
 // The value clip for gradients as they come, before gradient_scale.
@@ -44,6 +46,7 @@ struct StepScalars {
   T clip_value;  // raw_clip_value
   T keep;        // 1 - weight_decay * learning_rate
   T ema_momentum;
+  T l2;
 };
 
 // In float32 this is TF bit for bit: powf of libm, every operation rounded to float, left to right
@@ -65,10 +68,11 @@ FASTADAM_INLINE StepScalars<T> step_scalars_of(const AdamHyper& hyper, T learnin
   scalars.beta_2 = static_cast<T>(hyper.beta_2);
   scalars.one_minus_beta_1 = one - scalars.beta_1;
   scalars.one_minus_beta_2 = one - scalars.beta_2;
-  scalars.epsilon = static_cast<T>(hyper.epsilon);
+  scalars.epsilon = hyper.epsilon_corrected ? static_cast<T>(hyper.epsilon) * root : static_cast<T>(hyper.epsilon);
   scalars.clip_value = static_cast<T>(raw_clip_value(hyper));
   scalars.keep = one - static_cast<T>(hyper.weight_decay) * learning_rate;
   scalars.ema_momentum = static_cast<T>(hyper.ema_momentum);
+  scalars.l2 = static_cast<T>(hyper.l2);
   return scalars;
 }
 

@@ -14,7 +14,7 @@
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
-template <bool kAmsgrad, bool kTransform, class Storage, class Grad, class T>
+template <bool kAmsgrad, int kTransform, class Storage, class Grad, class T>
 FASTADAM_INLINE void update_elements(const Streams<Storage, Grad>& streams, int64_t at, int64_t size,
                                      const StepScalars<T>& s, T factor, T keep) {
   // The binding has proved that nothing written here overlaps anything else read here.
@@ -26,8 +26,9 @@ FASTADAM_INLINE void update_elements(const Streams<Storage, Grad>& streams, int6
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     T g = grad[i];
-    if constexpr (kTransform) g = transform_gradient(g, s.clip_value, factor);
     T var_i = var[i];
+    if constexpr (kTransform != kAsItIs) g = transform_gradient(g, s.clip_value, factor);
+    if constexpr (kTransform == kAndL2) g = add_l2(g, var_i, s.l2);
     T m_i = m[i];
     T v_i = v[i];
     T vhat_i = kAmsgrad ? vhat[i] : T(0);
@@ -41,22 +42,26 @@ FASTADAM_INLINE void update_elements(const Streams<Storage, Grad>& streams, int6
 
 // The same for a half type, converted around it: a loop over elements of two and of four bytes is vectorised badly, and
 // float16 has instructions for it.
-template <bool kAmsgrad, bool kTransform, class Storage, class Grad>
-FASTADAM_INLINE void update_half(const Streams<Storage, Grad>& streams, int64_t at, int64_t size,
+template <bool kAmsgrad, int kTransform, class Storage, class Grad, class Slot>
+FASTADAM_INLINE void update_half(const Streams<Storage, Grad, Slot>& streams, int64_t at, int64_t size,
                                  const StepScalars<float>& s, float factor, float keep) {
-  float var[kBlock];
-  float grad_room[kBlock];
-  convert(streams.var + at, var, size);
-  const float* grad = floats_of(streams.grad + at, grad_room, size);
-  float* vhat = kAmsgrad ? streams.vhat + at : nullptr;
-  const Streams<float, float> block{var, grad, streams.m + at, streams.v + at, vhat};
-  update_elements<kAmsgrad, kTransform>(block, 0, size, s, factor, keep);
-  convert(var, streams.var + at, size);
+  float room[5][kBlock];
+  convert(streams.var + at, room[0], size);
+  const float* grad = floats_of(streams.grad + at, room[1], size);
+  float* m = floats_of(streams.m + at, room[2], size);
+  float* v = floats_of(streams.v + at, room[3], size);
+  float* vhat = kAmsgrad ? floats_of(streams.vhat + at, room[4], size) : nullptr;
+  update_elements<kAmsgrad, kTransform>(Streams<float, float>{room[0], grad, m, v, vhat}, 0, size, s, factor, keep);
+  convert(room[0], streams.var + at, size);
+  put_floats(m, streams.m + at, size);
+  put_floats(v, streams.v + at, size);
+  if constexpr (kAmsgrad) put_floats(vhat, streams.vhat + at, size);
 }
 
-template <bool kAmsgrad, bool kTransform, class Storage, class Grad, class T>
-FASTADAM_INLINE void update_block(const Streams<Storage, Grad>& streams, int64_t at, int64_t size,
-                                  const StepScalars<T>& s, T factor, T keep) {
+// Any number of elements. Not inlined: every kernel would have it three times.
+template <bool kAmsgrad, int kTransform, class Storage, class Grad, class Slot, class T>
+__attribute__((noinline)) void update_range(const Streams<Storage, Grad, Slot>& streams, int64_t at, int64_t size,
+                                            const StepScalars<T> s, T factor, T keep) {
   if constexpr (sizeof(Storage) != 2) {
     update_elements<kAmsgrad, kTransform>(streams, at, size, s, factor, keep);
   } else {
@@ -70,26 +75,30 @@ FASTADAM_INLINE void update_block(const Streams<Storage, Grad>& streams, int64_t
 // then lies across two.
 constexpr int64_t kLong = 512;
 
-template <class Storage, class Grad, bool kAmsgrad, bool kTransform>
+template <class Storage, class Grad, class Slot, bool kAmsgrad, int kTransform>
 void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
   const StepScalars<T> s = scalars_of<T>(step);
   const T factor = static_cast<T>(tensor.grad_factor);
   const T keep = tensor.decays ? s.keep : T(1);
-  const Streams<Storage, Grad> streams = streams_of<Storage, Grad>(tensor, begin);
+  const auto streams = streams_of<Storage, Grad, Slot>(tensor, begin);
   const int64_t size = end - begin;
   int64_t at = 0;
   if (size >= kLong) {
     at = elements_to_line(reinterpret_cast<uintptr_t>(streams.var), sizeof(Storage));
-    update_block<kAmsgrad, kTransform>(streams, 0, at, s, factor, keep);
+    update_range<kAmsgrad, kTransform>(streams, 0, at, s, factor, keep);
   }
   if (step.prefetch) {
     for (; at + kBlock <= size; at += kBlock) {
       prefetch_block<kAmsgrad, true>(streams, at);
-      update_block<kAmsgrad, kTransform>(streams, at, kBlock, s, factor, keep);
+      if constexpr (sizeof(Storage) == 2) {
+        update_half<kAmsgrad, kTransform>(streams, at, kBlock, s, factor, keep);
+      } else {
+        update_elements<kAmsgrad, kTransform>(streams, at, kBlock, s, factor, keep);
+      }
     }
   }
-  update_block<kAmsgrad, kTransform>(streams, at, size - at, s, factor, keep);
+  update_range<kAmsgrad, kTransform>(streams, at, size - at, s, factor, keep);
 }
 
 // The hardware keeps too few misses of a single stream in flight: 8 KiB ahead, into L2, take a fifth off the time in
@@ -193,10 +202,12 @@ void accumulate(const TensorArgs& tensor, int64_t begin, int64_t end, bool resta
   }
 }
 
-template <class Storage, class Grad = Storage>
-constexpr UpdateKernels dense_kernels = {
-    {{adam_dense<Storage, Grad, false, false>, adam_dense<Storage, Grad, false, true>},
-     {adam_dense<Storage, Grad, true, false>, adam_dense<Storage, Grad, true, true>}}};
+template <class Storage, class Grad = Storage, class Slot = Compute<Storage>>
+constexpr DenseKernels dense_kernels = {
+    {{adam_dense<Storage, Grad, Slot, false, kAsItIs>, adam_dense<Storage, Grad, Slot, false, kClipAndFactor>,
+      adam_dense<Storage, Grad, Slot, false, kAndL2>},
+     {adam_dense<Storage, Grad, Slot, true, kAsItIs>, adam_dense<Storage, Grad, Slot, true, kClipAndFactor>,
+      adam_dense<Storage, Grad, Slot, true, kAndL2>}}};
 
 template <class Storage, class Grad = Storage>
 constexpr UpdateKernels all_rows_kernels = {
@@ -212,7 +223,8 @@ constexpr UpdateKernels touched_rows_kernels = {
 
 extern const Kernels kernels = {
     {dense_kernels<Float16>, dense_kernels<BFloat16>, dense_kernels<float>, dense_kernels<double>,
-     dense_kernels<Float16, float>, dense_kernels<BFloat16, float>},
+     dense_kernels<Float16, float>, dense_kernels<BFloat16, float>, dense_kernels<Float16, Float16, Float16>,
+     dense_kernels<BFloat16, BFloat16, BFloat16>},
     {all_rows_kernels<Float16>, all_rows_kernels<BFloat16>, all_rows_kernels<float>, all_rows_kernels<double>,
      all_rows_kernels<Float16, float>, all_rows_kernels<BFloat16, float>},
     {touched_rows_kernels<Float16>, touched_rows_kernels<BFloat16>, touched_rows_kernels<float>,

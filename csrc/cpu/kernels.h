@@ -12,7 +12,10 @@ namespace fastadam::cpu {
 // Never checks, allocates, prints or throws.
 using UpdateKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end);
 
-// Of one combination of dtypes: [amsgrad][transform].
+// Of one combination of dtypes: [amsgrad][transform], for dense gradients and for rows.
+struct DenseKernels {
+  UpdateKernel of[2][kTransformCount];
+};
 struct UpdateKernels {
   UpdateKernel of[2][2];
 };
@@ -35,8 +38,14 @@ inline int pair_of(const TensorArgs& tensor) {
   return static_cast<int>(tensor.dtype) + (tensor.grad_dtype == tensor.dtype ? 0 : kDTypeCount);
 }
 
+// These, then the half types with slots, and gradients, of their own dtype.
+constexpr int kDensePairCount = kPairCount + 2;
+inline int dense_pair_of(const TensorArgs& tensor) {
+  return tensor.half_slots ? kPairCount + static_cast<int>(tensor.dtype) : pair_of(tensor);
+}
+
 struct Kernels {
-  UpdateKernels dense[kPairCount];
+  DenseKernels dense[kDensePairCount];
   UpdateKernels all_rows[kPairCount];      // IndexedSlices, TF's rule: every row moves
   UpdateKernels touched_rows[kPairCount];  // only the rows that are touched, after the steps that they missed
   NormKernel norm[kDTypeCount][2];         // [gradient's dtype][require_finite]

@@ -53,11 +53,13 @@ struct StepTask {
   const Kernels* kernels;
   int64_t blocks;
 
-  const UpdateKernels& kernels_for(const TensorArgs& tensor) const {
-    const int pair = pair_of(tensor);
-    if (tensor.stale != nullptr) return kernels->touched_rows[pair];
-    if (tensor.rows == nullptr) return kernels->dense[pair];
-    return step.lazy ? kernels->touched_rows[pair] : kernels->all_rows[pair];
+  UpdateKernel kernel_for(const TensorArgs& tensor) const {
+    if (tensor.rows == nullptr && tensor.stale == nullptr) {
+      return kernels->dense[dense_pair_of(tensor)].of[step.amsgrad][step.transform];
+    }
+    const bool only_touched = tensor.stale != nullptr || step.lazy;
+    const UpdateKernels* rows = only_touched ? kernels->touched_rows : kernels->all_rows;
+    return rows[pair_of(tensor)].of[step.amsgrad][step.transform];
   }
 
   void run_block(int64_t block) const {
@@ -66,7 +68,7 @@ struct StepTask {
       const TensorArgs* tensors = step.chains.tensors;
       const int64_t head = step.chains.heads[k];
       for (int64_t t = head; t >= 0; t = tensors[t].next) {
-        kernels_for(tensors[t]).of[step.amsgrad][step.transform](step, tensors[t], begin, end);
+        kernel_for(tensors[t])(step, tensors[t], begin, end);
       }
       if (tensors[head].average == nullptr) return;
       kernels->average[static_cast<int>(tensors[head].dtype)](step, tensors[head], begin, end);

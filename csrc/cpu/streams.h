@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include <type_traits>
+
 #include "../core/step_args.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
@@ -22,29 +24,27 @@ const StepScalars<T>& scalars_of(const StepArgs& step) {
 }
 
 // The streams of one variable, from one element on.
-template <class Storage, class Grad>
+template <class Storage, class Grad, class Slot = Compute<Storage>>
 struct Streams {
-  using T = Compute<Storage>;
   Storage* var;
   const Grad* grad;
-  T* m;
-  T* v;
-  T* vhat;  // null without AMSGrad
+  Slot* m;
+  Slot* v;
+  Slot* vhat;  // null without AMSGrad
 };
 
-template <class Storage, class Grad>
-Streams<Storage, Grad> streams_of(const TensorArgs& tensor, int64_t begin) {
-  using T = Compute<Storage>;
+template <class Storage, class Grad, class Slot = Compute<Storage>>
+Streams<Storage, Grad, Slot> streams_of(const TensorArgs& tensor, int64_t begin) {
   return {static_cast<Storage*>(tensor.var) + begin, static_cast<const Grad*>(tensor.grad) + begin,
-          static_cast<T*>(tensor.m) + begin, static_cast<T*>(tensor.v) + begin,
-          tensor.vhat == nullptr ? nullptr : static_cast<T*>(tensor.vhat) + begin};
+          static_cast<Slot*>(tensor.m) + begin, static_cast<Slot*>(tensor.v) + begin,
+          tensor.vhat == nullptr ? nullptr : static_cast<Slot*>(tensor.vhat) + begin};
 }
 
 // In elements. Fetching 1 KiB ahead gains 5 % in DRAM and costs 8 % in cache (bench/README.md).
 constexpr int64_t kBlock = 32;
 
-template <bool kAmsgrad, bool kGrad, class Storage, class Grad>
-FASTADAM_INLINE void prefetch_block(const Streams<Storage, Grad>& streams, int64_t at) {
+template <bool kAmsgrad, bool kGrad, class Storage, class Grad, class Slot>
+FASTADAM_INLINE void prefetch_block(const Streams<Storage, Grad, Slot>& streams, int64_t at) {
   constexpr int64_t kAheadBytes = 1024;
   constexpr auto kStep = static_cast<int64_t>(64 / sizeof(Compute<Storage>));
   for (int64_t i = at; i < at + kBlock; i += kStep) {
@@ -123,12 +123,23 @@ FASTADAM_INLINE void convert(const float* __restrict from, Storage* __restrict t
   for (int64_t i = convert_fast(from, to, size); i < size; ++i) to[i] = store<Storage>(from[i]);
 }
 
-// A block of gradients as float: itself, or converted into `room`.
-FASTADAM_INLINE const float* floats_of(const float* from, float* /*room*/, int64_t /*size*/) { return from; }
+// A block as float: itself, or converted into `room`.
+template <class Float>
+FASTADAM_INLINE std::enable_if_t<sizeof(Float) == 4, Float*> floats_of(Float* from, float* /*room*/, int64_t /*size*/) {
+  return from;
+}
 template <class Storage>
-FASTADAM_INLINE const float* floats_of(const Storage* from, float* room, int64_t size) {
+FASTADAM_INLINE std::enable_if_t<sizeof(Storage) == 2, float*> floats_of(const Storage* from, float* room,
+                                                                         int64_t size) {
   convert(from, room, size);
   return room;
+}
+
+// Puts back what floats_of() converted.
+FASTADAM_INLINE void put_floats(const float* /*from*/, float* /*to*/, int64_t /*size*/) {}
+template <class Storage>
+FASTADAM_INLINE void put_floats(const float* from, Storage* to, int64_t size) {
+  convert(from, to, size);
 }
 
 }  // namespace

@@ -69,7 +69,7 @@ struct SetGradients {
 };
 
 // One step of variables of one dtype, each with one dense gradient: their chunks, a block each.
-template <class Storage, bool kAmsgrad, bool kTransform>
+template <class Storage, bool kAmsgrad, int kTransform>
 struct DenseStep {
   static constexpr int kThreads = 256;
   using Shared = NoShared;
@@ -85,10 +85,12 @@ struct DenseStep {
   FASTADAM_INLINE void phase(int, int64_t block, int64_t thread, Shared&) const {
     if (state->skip) return;
     const Chunk chunk = chunks[block];
-    if (gradients[chunk.tensor].dtype == tensors[chunk.tensor].dtype) {
-      update<Storage>(chunk, thread);
+    if (gradients[chunk.tensor].dtype != tensors[chunk.tensor].dtype) {
+      update<T, T>(chunk, thread);
+    } else if (tensors[chunk.tensor].half_slots) {
+      if constexpr (sizeof(Storage) == 2) update<Storage, Storage>(chunk, thread);
     } else {
-      update<T>(chunk, thread);
+      update<Storage, T>(chunk, thread);
     }
   }
 
@@ -96,32 +98,32 @@ struct DenseStep {
   static constexpr int kPack = 16 / sizeof(Storage);
 
   // In registers: the compiler cannot tell that a store changes none of them.
-  template <class Grad>
+  template <class Grad, class Slot>
   struct Streams {
     Storage* var;
     const Grad* grad;
-    T* m;
-    T* v;
-    T* vhat;
+    Slot* m;
+    Slot* v;
+    Slot* vhat;
     T keep;
     T factor;
     StepScalars<T> scalars;
   };
 
-  template <class Grad>
+  template <class Grad, class Slot>
   FASTADAM_INLINE void update(const Chunk& chunk, int64_t thread) const {
     const TensorArgs& tensor = tensors[chunk.tensor];
     const Gradient& gradient = gradients[chunk.tensor];
     const StepScalars<T> s = scalars_of<T>(*state);
     const double factor = factors == nullptr ? gradient.factor : factors[chunk.tensor];
-    const Streams<Grad> streams{static_cast<Storage*>(tensor.var),
-                                static_cast<const Grad*>(gradient.data),
-                                static_cast<T*>(tensor.m),
-                                static_cast<T*>(tensor.v),
-                                static_cast<T*>(kAmsgrad ? tensor.vhat : tensor.v),
-                                tensor.decays ? s.keep : T(1),
-                                static_cast<T>(factor),
-                                s};
+    const Streams<Grad, Slot> streams{static_cast<Storage*>(tensor.var),
+                                      static_cast<const Grad*>(gradient.data),
+                                      static_cast<Slot*>(tensor.m),
+                                      static_cast<Slot*>(tensor.v),
+                                      static_cast<Slot*>(kAmsgrad ? tensor.vhat : tensor.v),
+                                      tensor.decays ? s.keep : T(1),
+                                      static_cast<T>(factor),
+                                      s};
     const int64_t end = end_of(chunk, tensor.size);
     int64_t at = chunk.begin;
     if (is_aligned(streams.var) && is_aligned(streams.grad) && is_aligned(streams.m) && is_aligned(streams.v) &&
@@ -133,8 +135,8 @@ struct DenseStep {
     for (int64_t i = at + thread; i < end; i += kThreads) update_pack<1>(streams, i);
   }
 
-  template <int kCount, class Grad>
-  FASTADAM_INLINE static void update_pack(const Streams<Grad>& s, int64_t at) {
+  template <int kCount, class Grad, class Slot>
+  FASTADAM_INLINE static void update_pack(const Streams<Grad, Slot>& s, int64_t at) {
     auto var = pack_at<kCount>(s.var, at);
     const auto grad = pack_at<kCount>(s.grad, at);
     auto m = pack_at<kCount>(s.m, at);
@@ -142,10 +144,17 @@ struct DenseStep {
     auto vhat = pack_at<kCount>(s.vhat, at);
     for (int i = 0; i < kCount; ++i) {
       T g = load(grad.of[i]);
-      if constexpr (kTransform) g = transform_gradient(g, s.scalars.clip_value, s.factor);
       T value = load(var.of[i]);
-      adam_update<kAmsgrad>(value, g, m.of[i], v.of[i], vhat.of[i], s.keep, s.scalars);
+      T m_i = load(m.of[i]);
+      T v_i = load(v.of[i]);
+      T vhat_i = load(vhat.of[i]);
+      if constexpr (kTransform != kAsItIs) g = transform_gradient(g, s.scalars.clip_value, s.factor);
+      if constexpr (kTransform == kAndL2) g = add_l2(g, value, s.scalars.l2);
+      adam_update<kAmsgrad>(value, g, m_i, v_i, vhat_i, s.keep, s.scalars);
       var.of[i] = store<Storage>(value);
+      m.of[i] = store<Slot>(m_i);
+      v.of[i] = store<Slot>(v_i);
+      vhat.of[i] = store<Slot>(vhat_i);
     }
     pack_at<kCount>(s.var, at) = var;
     pack_at<kCount>(s.m, at) = m;

@@ -79,13 +79,13 @@ std::vector<T> powers_of(double beta) {
   return {};
 }
 
-// Calls run with the two as std::bool_constant.
+// Calls run with the two as std::integral_constant.
 template <class Run>
-void choose(bool amsgrad, bool transform, Run run) {
-  using Yes = std::true_type;
-  using No = std::false_type;
-  if (amsgrad) return transform ? run(Yes{}, Yes{}) : run(Yes{}, No{});
-  return transform ? run(No{}, Yes{}) : run(No{}, No{});
+void choose(bool amsgrad, int transform, Run run) {
+  const auto with = [&](auto how) { return amsgrad ? run(std::true_type{}, how) : run(std::false_type{}, how); };
+  if (transform == kAsItIs) return with(std::integral_constant<int, kAsItIs>{});
+  if (transform == kClipAndFactor) return with(std::integral_constant<int, kClipAndFactor>{});
+  with(std::integral_constant<int, kAndL2>{});
 }
 
 // Calls run with a value of the type in which a dtype is stored.

@@ -184,9 +184,9 @@ struct Launch::Tables {
 
   template <class Storage>
   void update(const StepArgs& step, const DeviceArray<Chunk>& chunks, const double* factors, cudaStream_t stream) {
-    choose(step.amsgrad, step.transform, [&](auto amsgrad, auto transforms) {
-      launch(DenseStep<Storage, amsgrad.value, transforms.value>{state(), tensors.get(), gradients.get(), factors,
-                                                                 chunks.get()},
+    choose(step.amsgrad, step.transform, [&](auto amsgrad, auto transform) {
+      launch(DenseStep<Storage, amsgrad.value, transform.value>{state(), tensors.get(), gradients.get(), factors,
+                                                                chunks.get()},
              chunks.count(), stream);
     });
   }

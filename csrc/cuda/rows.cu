@@ -188,8 +188,8 @@ void step_rows(const StepArgs& step, const TensorArgs& tensor, const double* fac
   const bool all = stale == nullptr && !step.lazy;
   const RowMode mode = slices == nullptr ? RowMode::kCatchUp : all ? RowMode::kAll : RowMode::kTouched;
   with_storage(tensor.dtype, [&](auto zero) {
-    choose(step.amsgrad, step.transform && tensor.grad != nullptr, [&](auto amsgrad, auto transforms) {
-      using Body = RowStep<decltype(zero), amsgrad.value, transforms.value>;
+    choose(step.amsgrad, tensor.grad == nullptr ? kAsItIs : step.transform, [&](auto amsgrad, auto transform) {
+      using Body = RowStep<decltype(zero), amsgrad.value, transform.value != kAsItIs>;
       Body body{};
       body.state = state;
       body.tensor = tensor;

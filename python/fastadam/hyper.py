@@ -81,3 +81,5 @@ class StepHyper(NamedTuple):
     ema_overwrite: bool = False
     require_finite: bool = False
     clip_after_dedupe: bool = False
+    l2: float = 0.0  # coupled weight decay
+    epsilon_corrected: bool = False  # PyTorch's: added to the bias-corrected root

@@ -74,8 +74,8 @@ struct List {
 
   explicit List(int64_t offset, bool amsgrad) {
     for (size_t k = 0; k < 60; ++k) {
-      const Pair& pair = kPairs[k % 6];
-      const Variable initial(pair.dtype, kListSizes[k / 6], pair.grad_dtype);
+      const DensePair pair = dense_pair(static_cast<int>(k % cpu::kDensePairCount));
+      const Variable initial(pair.dtype, kListSizes[k / 6], pair.grad_dtype, pair.slot_dtype);
       variables.emplace_back(initial, k % 7 == 0 ? offset : 0);
       averages.emplace_back(state_dtype(pair.dtype), initial.size);
       for (int64_t i = 0; i < initial.size; ++i) averages.back().set(i, 0.5);
@@ -94,7 +94,7 @@ struct List {
   List(const List&) = delete;
   List& operator=(const List&) = delete;
 
-  StepArgs step(bool amsgrad, bool transform, bool overwrite) const {
+  StepArgs step(bool amsgrad, int transform, bool overwrite) const {
     StepArgs args = step_of(1, amsgrad, transform);
     args.chains = {tensors.data(), heads.data(), offsets.data(), static_cast<int64_t>(heads.size())};
     args.ema_overwrite = overwrite;
@@ -105,11 +105,11 @@ struct List {
 
 void check_steps() {
   Claims claims;
-  for (int mode = 0; mode < 16; ++mode) {
+  for (int mode = 0; mode < 8 * kTransformCount; ++mode) {
     const bool amsgrad = mode % 2 != 0;
-    const bool transform = mode / 2 % 2 != 0;
-    const bool overwrite = mode / 4 % 2 != 0;
-    const int64_t offset = mode / 8 * 3;
+    const bool overwrite = mode / 2 % 2 != 0;
+    const int64_t offset = mode / 4 % 2 * 3;
+    const int transform = mode / 8;
     const List expected(offset, amsgrad);
     const List list(offset, amsgrad);
     cpu::run_step(expected.step(amsgrad, transform, overwrite));

@@ -45,7 +45,20 @@ constexpr Pair kPairs[cpu::kPairCount] = {{DType::kFloat16, DType::kFloat16}, {D
                                           {DType::kFloat32, DType::kFloat32}, {DType::kFloat64, DType::kFloat64},
                                           {DType::kFloat16, DType::kFloat32}, {DType::kBFloat16, DType::kFloat32}};
 
-inline StepArgs step_of(int t, bool amsgrad, bool transform) {
+// Those that dense gradients have, in the order of cpu::dense_pair_of: with the dtype of the slots.
+struct DensePair : Pair {
+  DType slot_dtype;
+
+  std::string name() const {
+    return Pair::name() + (slot_dtype == state_dtype(dtype) ? "" : ", its slots are halves too");
+  }
+};
+inline DensePair dense_pair(int i) {
+  const Pair& pair = kPairs[i % cpu::kPairCount];
+  return {pair, i < cpu::kPairCount ? state_dtype(pair.dtype) : pair.dtype};
+}
+
+inline StepArgs step_of(int t, bool amsgrad, int transform) {
   StepArgs step{};
   step.scalars_f32 = scalars<float>(t);
   step.scalars_f64 = scalars<double>(t);

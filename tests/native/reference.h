@@ -125,16 +125,20 @@ struct Random {
 struct Variable {
   DType dtype;
   DType grad_dtype;
+  DType slot_dtype;
   int64_t size;
   Array var, m, v, vhat, grads;  // the gradient of step t begins at grads.at(t)
 
   Variable(DType dtype_, int64_t size_) : Variable(dtype_, size_, dtype_) {}
   Variable(DType dtype_, int64_t size_, DType grad_dtype_)
+      : Variable(dtype_, size_, grad_dtype_, state_dtype(dtype_)) {}
+  Variable(DType dtype_, int64_t size_, DType grad_dtype_, DType slot_dtype_)
       : dtype(dtype_),
         grad_dtype(grad_dtype_),
+        slot_dtype(slot_dtype_),
         size(size_),
         var(dtype, size),
-        m(state_dtype(dtype), size),
+        m(slot_dtype, size),
         v(m),
         vhat(m),
         grads(grad_dtype, size + kSteps) {
@@ -143,10 +147,9 @@ struct Variable {
       var.set(i, size > 0xffff && size_of(dtype) == 2  // every pattern once
                      ? decode(static_cast<uint16_t>(i), kFormats[static_cast<int>(dtype)])
                      : random.number(dtype));
-      const DType state = state_dtype(dtype);
-      m.set(i, random.number(state));
-      v.set(i, std::fabs(random.number(state)));
-      vhat.set(i, std::fabs(random.number(state)));
+      m.set(i, random.number(slot_dtype));
+      v.set(i, std::fabs(random.number(slot_dtype)));
+      vhat.set(i, std::fabs(random.number(slot_dtype)));
     }
     for (int64_t i = 0; i < size + kSteps; ++i) {
       const double sign = i % 2 == 0 ? 1 : -1;
@@ -157,6 +160,7 @@ struct Variable {
   Variable(const Variable& o, int64_t at)
       : dtype(o.dtype),
         grad_dtype(o.grad_dtype),
+        slot_dtype(o.slot_dtype),
         size(o.size),
         var(o.var, at),
         m(o.m, at),
@@ -176,6 +180,7 @@ struct Variable {
     tensor.grad_factor = 0.37 * (t + 1);
     tensor.dtype = dtype;
     tensor.grad_dtype = grad_dtype;
+    tensor.half_slots = slot_dtype != state_dtype(dtype);
     tensor.grad_size = size;
     tensor.decays = t % 2 == 1;
     return tensor;
@@ -199,18 +204,21 @@ inline StepScalars<T> scalars(int t) {
   s.clip_value = T(0.5);
   s.keep = T(1) - T(0.004) * T(t + 1);
   s.ema_momentum = T(0.75);
+  s.l2 = T(0.07);
   return s;
 }
 
 // By the book, one element and one operation after the other.
 template <class T>
-__attribute__((noinline)) void adam(const TensorArgs& tensor, const StepScalars<T>& s, bool transform) {
-  const DType state = state_dtype(tensor.dtype);
+__attribute__((noinline)) void adam(const TensorArgs& tensor, const StepScalars<T>& s, int transform) {
+  const DType state = tensor.half_slots ? tensor.dtype : state_dtype(tensor.dtype);
   for (int64_t i = 0; i < tensor.size; ++i) {
     T g = static_cast<T>(read(tensor.grad, tensor.grad_dtype, i));
-    if (transform && g > s.clip_value) g = s.clip_value;
-    if (transform && g < -s.clip_value) g = -s.clip_value;
-    if (transform) g = g * static_cast<T>(tensor.grad_factor);
+    if (transform > 0 && g > s.clip_value) g = s.clip_value;
+    if (transform > 0 && g < -s.clip_value) g = -s.clip_value;
+    if (transform > 0) g = g * static_cast<T>(tensor.grad_factor);
+    T var = static_cast<T>(read(tensor.var, tensor.dtype, i));
+    if (transform == kAndL2) g = g + s.l2 * var;
     const T old_m = static_cast<T>(read(tensor.m, state, i));
     const T old_v = static_cast<T>(read(tensor.v, state, i));
     const T m = old_m + (g - old_m) * s.one_minus_beta_1;
@@ -224,13 +232,12 @@ __attribute__((noinline)) void adam(const TensorArgs& tensor, const StepScalars<
     const T change = m * s.alpha / (std::sqrt(second) + s.epsilon);
     write(tensor.m, state, i, static_cast<double>(m));
     write(tensor.v, state, i, static_cast<double>(v));
-    T var = static_cast<T>(read(tensor.var, tensor.dtype, i));
     if (tensor.decays) var = var * s.keep;
     write(tensor.var, tensor.dtype, i, static_cast<double>(var - change));
   }
 }
 
-inline void expect(const TensorArgs& tensor, int t, bool transform) {
+inline void expect(const TensorArgs& tensor, int t, int transform) {
   const cpu::FlushDenormals flush;
   if (tensor.dtype == DType::kFloat64) adam(tensor, scalars<double>(t), transform);
   if (tensor.dtype != DType::kFloat64) adam(tensor, scalars<float>(t), transform);

@@ -20,11 +20,11 @@ namespace fastadam::bind {
 inline std::optional<DType> dtype_of(const py::dtype& dtype) {
   const char kind = dtype.kind();
   const auto size = dtype.itemsize();
-  if (kind == 'f' && size == 4) return DType::kFloat32;
-  if (kind == 'f' && size == 8) return DType::kFloat64;
-  if (kind == 'f' && size == 2) return DType::kFloat16;
+  if (kind == 'f' && size == 4) return FASTADAM_FLOAT32;
+  if (kind == 'f' && size == 8) return FASTADAM_FLOAT64;
+  if (kind == 'f' && size == 2) return FASTADAM_FLOAT16;
   // ml_dtypes registers bfloat16 as an opaque two-byte type; its name is all that NumPy knows of it.
-  if (kind == 'V' && size == 2 && text(dtype) == "bfloat16") return DType::kBFloat16;
+  if (kind == 'V' && size == 2 && text(dtype) == "bfloat16") return FASTADAM_BFLOAT16;
   return std::nullopt;
 }
 
@@ -63,10 +63,10 @@ inline void read_dltensor(Buffer& b, const dlpack::DLTensor& t) {
   b.data = static_cast<char*>(t.data) + t.byte_offset;
   b.item_size = t.dtype.bits / 8;
   const bool is_float = t.dtype.code == dlpack::kDLFloat && t.dtype.lanes == 1;
-  if (is_float && t.dtype.bits == 32) b.dtype = DType::kFloat32;
-  if (is_float && t.dtype.bits == 64) b.dtype = DType::kFloat64;
-  if (is_float && t.dtype.bits == 16) b.dtype = DType::kFloat16;
-  if (t.dtype.code == dlpack::kDLBfloat && t.dtype.bits == 16 && t.dtype.lanes == 1) b.dtype = DType::kBFloat16;
+  if (is_float && t.dtype.bits == 32) b.dtype = FASTADAM_FLOAT32;
+  if (is_float && t.dtype.bits == 64) b.dtype = FASTADAM_FLOAT64;
+  if (is_float && t.dtype.bits == 16) b.dtype = FASTADAM_FLOAT16;
+  if (t.dtype.code == dlpack::kDLBfloat && t.dtype.bits == 16 && t.dtype.lanes == 1) b.dtype = FASTADAM_BFLOAT16;
   if (!b.dtype) {
     constexpr const char* kCodes[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
     b.dtype_name = (t.dtype.code < 7 ? kCodes[t.dtype.code] : "DLPack type ") + std::to_string(t.dtype.bits);
@@ -122,7 +122,7 @@ inline bool is_masked(py::handle object) { return !is_plain_ndarray(object) && p
 // The bits of bfloat16 values that Python has rounded, as a buffer of that dtype.
 inline Buffer bfloat16_bits(const py::array_t<uint16_t>& bits) {
   Buffer b = from_ndarray(bits);
-  b.dtype = DType::kBFloat16;
+  b.dtype = FASTADAM_BFLOAT16;
   return b;
 }
 
@@ -248,7 +248,7 @@ inline py::array as_numpy(const Buffer& b) {
   if (b.device != Buffer::kHost) return copy_device_array(b);
   if (!b.dtype && py::isinstance<py::array>(b.owner)) return py::reinterpret_borrow<py::array>(b.owner);
   if (!b.dtype) throw py::type_error(b.label + ": " + b.dtype_name + ", expected a float array");
-  const py::dtype dtype(*b.dtype == DType::kBFloat16 ? "uint16" : name_of(*b.dtype));
+  const py::dtype dtype(*b.dtype == FASTADAM_BFLOAT16 ? "uint16" : name_of(*b.dtype));
   const py::dtype stored = b.native_order ? dtype : dtype.attr("newbyteorder")().cast<py::dtype>();
   return py::array(stored, b.shape, b.strides, b.data, b.owner);
 }

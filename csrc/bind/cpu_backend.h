@@ -2,17 +2,14 @@
 // A Backend: how a Plan runs its steps on the CPU.
 #pragma once
 
-#include <cmath>
-#include <limits>
 #include <memory>
 #include <optional>
-#include <utility>
 #include <vector>
 
-#include "../cpu/launch.h"
-#include "norms.h"
+#include "../capi/fastadam.h"
 #include "slices.h"
 #include "stale.h"
+#include "status.h"
 #include "variables.h"
 
 namespace fastadam::bind {
@@ -39,9 +36,7 @@ class CpuBackend {
     return std::make_unique<StaleTable>(arrays, variable);
   }
 
-  bool sort(Index& index, int64_t) const {
-    return index.sort([](IndexArgs& args) { cpu::index_rows(args); });
-  }
+  bool sort(Index& index, int64_t) const { return index.sort(); }
 
   void drop(std::unique_ptr<Index>& index) const { index.reset(); }
 
@@ -51,45 +46,46 @@ class CpuBackend {
     return index.make_sums(state_dtype(tensor.grad_dtype));
   }
 
-  void run_sum_rows(const SumArgs& args) const { cpu::run_sum_rows(args); }
+  void run_sum_rows(const std::vector<TensorArgs>& tensors, const std::vector<void*>& sums) const {
+    const fastadam_list list = list_of(tensors.data(), static_cast<int64_t>(tensors.size()));
+    require_ok(fastadam_sum_rows(&list, sums.data()));
+  }
 
   // Norms, clipping and the step; false, and nothing done, if the gradients had to be finite and are not.
-  bool step(const StepArgs& args, std::vector<TensorArgs>& tensors, const AdamHyper& hyper, int64_t /*call*/) {
-    const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
-    if (clip_norms || hyper.require_finite) {
-      norms_.resize(tensors, raw_clip_value(hyper), hyper.require_finite);
-      cpu::run_norm(norms_.args());
-      if (hyper.require_finite && !norms_.all_finite()) return false;
-    }
-    if (clip_norms) norms_.fold_into(tensors, hyper);
-    cpu::run_step(args);
-    return true;
+  bool step(const StepArgs& args, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper,
+            int64_t /*call*/) const {
+    const fastadam_list list = list_of(args.chains, tensors);
+    return is_done(fastadam_step(&list, &hyper, args.lazy));
   }
 
   bool accumulate(const AccumulateArgs& args, bool require_finite, const std::vector<TensorArgs>& tensors,
-                  int64_t /*call*/) {
-    if (require_finite) {
-      norms_.resize(tensors, std::numeric_limits<double>::infinity(), true);
-      cpu::run_norm(norms_.args());
-      if (!norms_.all_finite()) return false;
-    }
-    cpu::run_accumulate(args);
-    return true;
+                  int64_t /*call*/) const {
+    const fastadam_list list = list_of(args.chains, tensors);
+    return is_done(fastadam_accumulate(&list, args.restart, require_finite));
   }
 
   // The rows of one stale table.
-  void catch_up(StepArgs args, const TensorArgs& tensor, int64_t /*call*/) const {
-    constexpr int64_t kHead = 0;
-    const bool only_rows = tensor.rows != nullptr;
-    const int64_t offsets[] = {0, only_rows ? tensor.rows->count * tensor.rows->width : tensor.size};
-    args.chains = {&tensor, &kHead, offsets, 1};
-    cpu::run_step(args);
+  void catch_up(const TensorArgs& tensor, const AdamHyper& hyper, const StepArgs& /*args*/, int64_t /*call*/) const {
+    const fastadam_list list = list_of(&tensor, 1);
+    require_ok(fastadam_step(&list, &hyper, false));
   }
 
   bool is_capturing() const { return false; }
 
  private:
-  Norms norms_;
+  static fastadam_list list_of(const TensorArgs* tensors, int64_t count) {
+    return {FASTADAM_ABI, tensors, count, nullptr, nullptr, 0};
+  }
+
+  static fastadam_list list_of(const Chains& chains, const std::vector<TensorArgs>& tensors) {
+    return {FASTADAM_ABI, tensors.data(), static_cast<int64_t>(tensors.size()),
+            chains.heads, chains.offsets, chains.count};
+  }
+
+  static bool is_done(fastadam_status status) {
+    require_ok(status);
+    return status != FASTADAM_NOT_FINITE;
+  }
 };
 
 }  // namespace fastadam::bind

@@ -3,46 +3,39 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "../capi/fastadam.h"
 #include "../core/split.h"
-#include "../cpu/dispatch.h"
-#include "../cpu/launch.h"
 #include "cpu_backend.h"
 #include "register_ops.h"
 
 namespace {
 
 namespace py = pybind11;
-namespace cpu = fastadam::cpu;
+using fastadam::bind::require_ok;
 
 std::string quoted_names(bool usable_only) {
   std::string names;
-  for (const cpu::Isa& isa : cpu::isas()) {
-    if (usable_only && !isa.usable) continue;
-    names += (names.empty() ? "'" : ", '") + std::string(isa.name) + "'";
+  for (int32_t i = 0; fastadam_isa(i) != nullptr; ++i) {
+    if (usable_only && !fastadam_isa_is_usable(i)) continue;
+    names += (names.empty() ? "'" : ", '") + std::string(fastadam_isa(i)) + "'";
   }
   return names;
 }
 
 void set_isa(const std::string& name) {
-  for (const cpu::Isa& isa : cpu::isas()) {
-    if (name != isa.name) continue;
-    if (!isa.usable) {
-      throw py::value_error("isa '" + name + "': not supported by this CPU, expected one of " + quoted_names(true));
-    }
-    cpu::set_current_isa(isa);
-    return;
-  }
-  throw py::value_error("isa '" + name + "': not in this build, expected one of " + quoted_names(true));
+  if (fastadam_set_isa(name.c_str()) == FASTADAM_OK) return;
+  const bool exists = quoted_names(false).find("'" + name + "'") != std::string::npos;
+  throw py::value_error("isa '" + name + (exists ? "': not supported by this CPU" : "': not in this build") +
+                        ", expected one of " + quoted_names(true));
 }
 
 std::vector<std::pair<std::string, bool>> compiled_isas() {
   std::vector<std::pair<std::string, bool>> list;
-  for (const cpu::Isa& isa : cpu::isas()) list.emplace_back(isa.name, isa.usable);
+  for (int32_t i = 0; fastadam_isa(i) != nullptr; ++i) list.emplace_back(fastadam_isa(i), fastadam_isa_is_usable(i));
   return list;
 }
 
@@ -80,34 +73,33 @@ std::vector<double> sums_of_squares(const py::list& objects) {
     TensorArgs tensor{};
     tensor.grad = b->data;
     tensor.grad_size = b->size;
+    tensor.next = -1;
     tensor.dtype = tensor.grad_dtype = *b->dtype;
     tensors.push_back(tensor);
     buffers.push_back(*std::move(b));
   }
-  Norms norms;
-  norms.resize(tensors, std::numeric_limits<double>::infinity());
+  std::vector<double> sums(tensors.size());
+  const fastadam_list list = {FASTADAM_ABI, tensors.data(), static_cast<int64_t>(tensors.size()), nullptr, nullptr, 0};
   {
     // Safe: only the memory that `buffers` keeps alive is read.
     const py::gil_scoped_release unlocked;
-    cpu::run_norm(norms.args());
+    require_ok(fastadam_sum_squares(&list, sums.data()));
   }
-  std::vector<double> sums;
-  for (size_t i = 0; i < tensors.size(); ++i) sums.push_back(norms.sum_squares(i));
   return sums;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
-  m.attr("__version__") = FASTADAM_VERSION;
+  m.attr("__version__") = fastadam_version();
   m.attr("compiler") = FASTADAM_COMPILER;
   fastadam::bind::register_ops<fastadam::bind::CpuBackend>(m);
   m.def("sums_of_squares", &sums_of_squares, py::arg("arrays"));
   m.def("compiled_isas", &compiled_isas);
-  m.def("current_isa", [] { return std::string(cpu::current_isa().name); });
+  m.def("current_isa", &fastadam_current_isa);
   m.def("set_isa", &set_isa, py::arg("name"));
-  m.def("num_threads", &cpu::num_threads);
-  m.def("requested_threads", &cpu::requested_threads);
-  m.def("set_num_threads", &cpu::set_num_threads, py::arg("count"));
+  m.def("num_threads", &fastadam_num_threads);
+  m.def("requested_threads", &fastadam_requested_threads);
+  m.def("set_num_threads", [](int32_t count) { require_ok(fastadam_set_num_threads(count)); }, py::arg("count"));
   m.def("split", &split, py::arg("sizes"), py::arg("addresses"), py::arg("item_sizes"), py::arg("shares"));
 }

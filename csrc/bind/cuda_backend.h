@@ -136,7 +136,7 @@ class CudaBackend {
   }
 
   void* make_sums(Index& index, const TensorArgs& tensor) const { return index.sum(tensor, *context_->native); }
-  void run_sum_rows(const SumArgs&) const {}  // make_sums has
+  void run_sum_rows(const std::vector<TensorArgs>&, const std::vector<void*>&) const {}  // make_sums has
 
   bool step(const StepArgs& args, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper, int64_t call) {
     if (context_->native->is_capturing()) {
@@ -157,7 +157,9 @@ class CudaBackend {
     return launch_->accumulate(args.restart, require_finite, tensors, call);
   }
 
-  void catch_up(const StepArgs& args, const TensorArgs& tensor, int64_t call) { launch_->catch_up(args, tensor, call); }
+  void catch_up(const TensorArgs& tensor, const AdamHyper& /*hyper*/, const StepArgs& args, int64_t call) {
+    launch_->catch_up(args, tensor, call);
+  }
 
   bool is_capturing() const { return context_->native->is_capturing(); }
 
@@ -166,13 +168,13 @@ class CudaBackend {
     rate_ = {};
     if (rate.is_none()) return;
     const Buffer b = require_cuda_array(rate, "learning_rate");
-    const bool is_float = b.dtype == DType::kFloat32 || b.dtype == DType::kFloat64;
+    const bool is_float = b.dtype == FASTADAM_FLOAT32 || b.dtype == FASTADAM_FLOAT64;
     if (!is_float || b.size != 1 || b.device != context_->device) {
       throw py::value_error("learning_rate: " + tuple_text(b.shape) + " " +
                             (b.dtype ? name_of(*b.dtype) : b.dtype_name) + " in " + place_text(b) +
                             ", expected one float32 or float64 on CUDA device " + std::to_string(context_->device));
     }
-    rate_ = {b.data, b.dtype == DType::kFloat64};
+    rate_ = {b.data, b.dtype == FASTADAM_FLOAT64};
     rate_stream_ = b.stream;
   }
 

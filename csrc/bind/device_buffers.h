@@ -107,7 +107,7 @@ inline Buffer from_array_interface(const py::object& object, const Label& label)
   Buffer b;
   b.dtype = dtype_of(dtype);
   const bool is_bfloat16 = typestr.find("V2") == 1 && text(object.attr("dtype")).find("bfloat16") != std::string::npos;
-  if (is_bfloat16) b.dtype = DType::kBFloat16;
+  if (is_bfloat16) b.dtype = FASTADAM_BFLOAT16;
   if (!b.dtype) b.dtype_name = is_bfloat16 || typestr.find('V') == 1 ? typestr : text(dtype);
   b.data = reinterpret_cast<void*>(data.first);
   b.writable = !data.second;
@@ -176,7 +176,7 @@ inline Buffer read_cuda_array(const py::object& object, const Label& label) {
   b.source_type = Py_TYPE(object.ptr());
   b.stays = py::isinstance<DeviceArray>(object) || library_of(object) == "cupy";
   const bool has_interface = !b.is_torch && py::hasattr(object, "__cuda_array_interface__");
-  const bool says_all = b.is_torch || (has_interface && b.dtype != DType::kBFloat16);  // which it calls V2
+  const bool says_all = b.is_torch || (has_interface && b.dtype != FASTADAM_BFLOAT16);  // which it calls V2
   if (says_all) b.signature = signature_of(object, b.is_torch, b.is_torch ? py::dict() : interface_of(object));
   return b;
 }
@@ -209,9 +209,9 @@ inline Buffer require_cuda_array(const py::object& object, const std::string& la
 // A copy in memory of the host; waits. bfloat16 comes as its bits.
 inline py::array copy_to_numpy(const Buffer& b) {
   if (!b.c_contiguous && !b.f_contiguous) throw py::value_error(b.label + ": strided, expected a contiguous array");
-  const py::dtype dtype = b.dtype == DType::kBFloat16 ? py::dtype("uint16")
-                          : b.dtype                   ? py::dtype(name_of(*b.dtype))
-                                                      : py::dtype(b.dtype_name);
+  const py::dtype dtype = b.dtype == FASTADAM_BFLOAT16 ? py::dtype("uint16")
+                          : b.dtype                    ? py::dtype(name_of(*b.dtype))
+                                                       : py::dtype(b.dtype_name);
   py::array host(dtype, b.shape, b.strides);
   const cuda::DeviceScope scope(b.device);
   void* to = host.mutable_data();

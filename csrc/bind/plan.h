@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "step_checks.h"
+#include "../capi/step_checks.h"
 #include "tensors.h"
 
 namespace fastadam::bind {
@@ -90,7 +90,7 @@ class Plan {
     set_.choose_rows(ids, hyper);
     {
       const py::gil_scoped_release unlocked;
-      backend().catch_up(args, set_.tensors()[0], call_of(counter));
+      backend().catch_up(set_.tensors()[0], hyper, args, call_of(counter));
     }
     if (ids) set_.note_histories(nullptr, 0);
     if (!ids) set_.clear_history(0);
@@ -118,7 +118,7 @@ class Plan {
     const TensorArgs tensor = set_.all_rows_of(i, hyper);
     {
       const py::gil_scoped_release unlocked;
-      backend().catch_up(args, tensor, call_of(counter));
+      backend().catch_up(tensor, hyper, args, call_of(counter));
     }
     set_.clear_history(i);
   }
@@ -155,7 +155,7 @@ class Plan {
   }
 
   double usable_factor(double factor, size_t i) {
-    const bool is_double = set_.tensors()[i].dtype == DType::kFloat64;
+    const bool is_double = set_.tensors()[i].dtype == FASTADAM_FLOAT64;
     const auto single = static_cast<float>(factor);
     if (is_double || factor == 0 || std::isnormal(single)) return factor;
     throw py::value_error(Label{"grad_factor", set_.position(i)}() +

@@ -39,7 +39,7 @@ inline void register_buffer(py::module_& m) {
         const bool unknown_to_numpy = b && !b->dtype && !py::isinstance<py::array>(b->owner);
         if (!b || unknown_to_numpy) return std::nullopt;
         b->label = label;
-        return std::make_pair(as_numpy(*b), b->dtype == DType::kBFloat16);
+        return std::make_pair(as_numpy(*b), b->dtype == FASTADAM_BFLOAT16);
       },
       py::arg("object"), py::arg("label"));
 }

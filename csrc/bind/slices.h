@@ -13,6 +13,7 @@
 
 #include "../core/step_args.h"
 #include "buffers.h"
+#include "status.h"
 
 namespace fastadam::bind {
 
@@ -21,42 +22,38 @@ class RowIndex {
  public:
   // `indices`: one-dimensional, contiguous, int32 or int64; read by sort(), which whoever calls keeps alive.
   RowIndex(const py::array& indices, const Buffer& variable) {
-    args_.indices = indices.data();
-    args_.is_int64 = indices.itemsize() == 8;
-    args_.count = indices.size();
-    args_.row_count = variable.shape[0];
-    rows_.width = variable.shape[0] == 0 ? 0 : variable.size / variable.shape[0];
-    const auto count = static_cast<size_t>(args_.count);
-    memory_.resize(4 * count + 2);
-    args_.keys = memory_.data();
-    args_.spare_keys = args_.keys + count + 1;
-    args_.order = args_.spare_keys + count + 1;
-    args_.spare_order = args_.order + count;
+    indices_ = indices.data();
+    is_int64_ = indices.itemsize() == 8;
+    count_ = indices.size();
+    row_count_ = variable.shape[0];
+    rows_.width = row_count_ == 0 ? 0 : variable.size / row_count_;
+    memory_.resize(static_cast<size_t>(fastadam_sort_memory(count_)));
   }
   RowIndex(const RowIndex&) = delete;
   RowIndex& operator=(const RowIndex&) = delete;
 
-  int64_t count() const { return args_.count; }
+  int64_t count() const { return count_; }
   size_t rank() const { return 1; }
 
-  // False if an index is not a row of the variable: bad() tells which. `sort_indices` does the work.
-  template <class SortIndices>
-  bool sort(SortIndices sort_indices) {
-    sort_indices(args_);
-    rows_.rows = args_.keys;
-    rows_.starts = args_.spare_keys;
-    rows_.order = args_.order;
-    rows_.count = args_.unique;
-    return args_.bad < 0;
+  // False if an index is not a row of the variable: bad() tells which.
+  bool sort() {
+    const fastadam_status status =
+        fastadam_sort_rows(indices_, is_int64_, count_, row_count_, rows_.width, memory_.data(), &rows_, &bad_);
+    if (bad_ >= 0) return false;
+    require_ok(status);
+    return true;
   }
 
-  int64_t bad() const { return args_.bad; }
-  int64_t bad_index() const { return args_.keys[args_.bad]; }
+  int64_t bad() const { return bad_; }
+  int64_t bad_index() const {
+    const auto* data = static_cast<const char*>(indices_) + bad_ * (is_int64_ ? 8 : 4);
+    return is_int64_ ? *reinterpret_cast<const int64_t*>(data) : *reinterpret_cast<const int32_t*>(data);
+  }
   const Rows& rows() const { return rows_; }
 
   // Whether the values are the sums of the rows already: no row comes twice, and they ascend if they have to.
   bool is_summed(bool ascending) const {
-    return args_.unique == args_.count && (!ascending || std::is_sorted(rows_.order, rows_.order + rows_.count));
+    return rows_.count == count_ && (!ascending || std::is_sorted(rows_.order, rows_.order + rows_.count));
   }
 
   // Memory for the sums, which lasts as long as this.
@@ -67,14 +64,20 @@ class RowIndex {
 
   // The sums have taken the place of the values: one for each row, in the order of the rows.
   void use_sums() {
-    std::iota(args_.spare_keys, args_.spare_keys + rows_.count + 1, int64_t{0});
-    std::iota(args_.order, args_.order + rows_.count, int64_t{0});
+    places_.resize(static_cast<size_t>(rows_.count) + 1);
+    std::iota(places_.begin(), places_.end(), int64_t{0});
+    rows_.starts = rows_.order = places_.data();
   }
 
  private:
-  IndexArgs args_{};
+  const void* indices_;
+  bool is_int64_;
+  int64_t count_;
+  int64_t row_count_;
+  int64_t bad_ = -1;
   Rows rows_{};
   std::vector<int64_t> memory_;
+  std::vector<int64_t> places_;  // of the sums, which lie in the order of the rows
   std::unique_ptr<std::byte[]> sums_;
 };
 

@@ -32,7 +32,7 @@ class History {
         crossover_(crossover),
         row_count_(variable.shape[0]),
         width_(row_count_ == 0 ? 0 : variable.size / row_count_),
-        is_double_(*variable.dtype == DType::kFloat64) {}
+        is_double_(*variable.dtype == FASTADAM_FLOAT64) {}
 
   // Whether so many rows are touched that one pass over the table is cheaper than going from row to row, each with the
   // steps it missed. With closed forms a pass changes last bits: there it depends on the number of indices, which a GPU

@@ -78,22 +78,18 @@ class TensorSet : public VariableSet {
   // order counts. Raises if there is no memory; writes no other.
   void sum_rows(bool ascending) {
     std::vector<void*> sums(tensors_.size());
-    std::vector<int64_t> offsets{0};
-    int64_t value_count = 0;
+    bool has_sums = false;
     for (size_t i = 0; i < tensors_.size(); ++i) {
       const TensorArgs& tensor = tensors_[i];
-      offsets.push_back(offsets.back());
       if (tensor.rows == nullptr || indexes_[i]->is_summed(ascending)) continue;
       sums[i] = backend_.make_sums(*indexes_[i], tensor);
-      offsets.back() += tensor.rows->count * tensor.rows->width;
-      value_count += tensor.grad_size;
+      has_sums = true;
     }
-    if (value_count == 0) return;
+    if (!has_sums) return;
     {
       // Safe: only the gradients are read, which the caller and `exported_` keep alive.
       const py::gil_scoped_release unlocked;
-      const auto count = static_cast<int64_t>(tensors_.size());
-      backend_.run_sum_rows({tensors_.data(), offsets.data(), count, value_count, sums.data()});
+      backend_.run_sum_rows(tensors_, sums);
     }
     for (size_t i = 0; i < tensors_.size(); ++i) {
       if (sums[i] != nullptr) use_sums(sums[i], i);

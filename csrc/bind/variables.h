@@ -163,7 +163,7 @@ class VariableSet {
     t.size = variables_[i].size;
     t.next = -1;
     t.half_slots = has_half_slots(t, first);
-    (t.dtype == DType::kFloat64 ? has_double_ : has_single_) = true;
+    (t.dtype == FASTADAM_FLOAT64 ? has_double_ : has_single_) = true;
     tensors_.push_back(t);
   }
 

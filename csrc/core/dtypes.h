@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Element types: how each is stored, loaded for arithmetic and rounded back.
 // Included by every kernel and by the binding. Must stay free of Python, OpenMP, the CUDA runtime and std containers.
+// The structs that C programs share with the kernels are those of ../capi/fastadam.h.
 // The conversions have no branches, so that every ISA vectorises them, and no denormal operands that would be flushed.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "../capi/fastadam.h"
 
 // Always inlined: a copy left out of line by an object compiled for AVX-512 could be the one the linker keeps for all.
 #if defined(__CUDACC__)
@@ -16,7 +19,7 @@
 
 namespace fastadam {
 
-enum class DType : int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
+using DType = fastadam_dtype;
 constexpr int kDTypeCount = 4;
 
 struct Float16 {
@@ -92,9 +95,13 @@ FASTADAM_INLINE Float16 store<Float16>(float x) {
   return {static_cast<uint16_t>(sign | half)};
 }
 
-FASTADAM_INLINE int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+FASTADAM_INLINE int64_t size_of(DType dtype) {
+  return dtype == FASTADAM_FLOAT64 ? 8 : dtype == FASTADAM_FLOAT32 ? 4 : 2;
+}
 
 // dtype of m, v and vhat for a variable of this dtype.
-FASTADAM_INLINE DType state_dtype(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+FASTADAM_INLINE DType state_dtype(DType dtype) {
+  return dtype == FASTADAM_FLOAT64 ? FASTADAM_FLOAT64 : FASTADAM_FLOAT32;
+}
 
 }  // namespace fastadam

@@ -10,17 +10,14 @@
 
 namespace fastadam {
 
-// What IndexedSlices touch: unique rows in ascending order, and where the values of each lie, in order of occurrence.
-struct Rows {
-  const int64_t* rows;
-  const int64_t* starts;  // starts[k]: first occurrence of rows[k] in `order`; starts[count]: all of them
-  const int64_t* order;   // places among the values
-  int64_t count;
-  int64_t width;  // elements of a row
-};
+using Rows = fastadam_rows;
+using TensorArgs = fastadam_tensor;
+
+}  // namespace fastadam
 
 // A table whose rows wait: each has had only the first `from` of the steps in its history. They are replayed.
-struct StaleRows {
+struct fastadam_stale_rows {
+  using ClosedForm = fastadam::ClosedForm;
   const void* alphas;   // row_alpha of each step, in the compute type of the variable
   const void* keeps;    // its factor of weight decay
   const void* peaks;    // the largest |alpha| of every kPeakSteps steps
@@ -32,27 +29,11 @@ struct StaleRows {
   const ClosedForm* forms = nullptr;
   const int32_t* places = nullptr;
 };
-constexpr int64_t kPeakSteps = 64;
 
-struct TensorArgs {
-  void* var;
-  const void* grad;  // dense, or the values of IndexedSlices; null: stale rows are only brought up to date
-  void* m;
-  void* v;
-  void* vhat;  // null without AMSGrad
-  int64_t size;
-  int64_t next;        // the next gradient of the same variable, applied after this one; -1: none
-  double grad_factor;  // multiplies the gradient after the value clip
-  DType dtype;
-  DType grad_dtype;        // dtype, or its state dtype
-  bool decays;             // weight decay applies
-  bool half_slots;         // m, v and vhat of a half variable have its dtype, as must its gradients, which are dense
-  void* average;           // moving average of the variable, of its state dtype, or null
-  void* accumulator;       // sum of gradients, of the state dtype, or null
-  const Rows* rows;        // of IndexedSlices, or null
-  const StaleRows* stale;  // of a table in a deferred mode, unless its gradient is dense
-  int64_t grad_size;       // elements of `grad`
-};
+namespace fastadam {
+
+using StaleRows = fastadam_stale_rows;
+constexpr int64_t kPeakSteps = 64;
 
 // All gradients of a step: those of one variable are chained.
 struct Chains {
@@ -113,7 +94,8 @@ struct StepArgs {
   int transform;  // a Transform
   bool prefetch;  // the step does not fit in cache
   bool ema_overwrite;
-  bool lazy;  // IndexedSlices leave the rows alone that they do not touch
+  bool lazy;              // IndexedSlices leave the rows alone that they do not touch
+  const double* factors;  // of norm clips, one for each tensor, in the place of its grad_factor; or null
 };
 
 }  // namespace fastadam

@@ -10,26 +10,7 @@
 
 namespace fastadam {
 
-// What the user chose, in double; in the order of StepHyper in python/fastadam/hyper.py.
-struct AdamHyper {
-  int64_t step;  // t = iterations + 1, from 1
-  double learning_rate;
-  double beta_1;
-  double beta_2;
-  double epsilon;
-  double decay;
-  double clip_value;        // infinity: no clipping
-  double clip_norm;         // of each gradient
-  double global_clip_norm;  // of all gradients together
-  double gradient_scale;    // multiplies the gradients before they are clipped: 1 / loss scale
-  double weight_decay;      // decoupled: the variable shrinks by weight_decay * learning_rate first
-  double ema_momentum;      // of the averages of the variables, where there are any
-  bool ema_overwrite;       // this step ends with the averages in the variables
-  bool require_finite;      // a gradient with an element that is not finite: no step at all
-  bool clip_after_dedupe;   // of IndexedSlices the sums of the rows are clipped; else the values, as in TF
-  double l2;                // coupled weight decay: l2 * variable is added to the gradient, after clip and factor
-  bool epsilon_corrected;   // epsilon is added to the bias-corrected root, as in PyTorch and the paper's algorithm 1
-};
+using AdamHyper = fastadam_hyper;  // in the order of StepHyper in python/fastadam/hyper.py
 
 // The value clip for gradients as they come, before gradient_scale.
 FASTADAM_INLINE double raw_clip_value(const AdamHyper& hyper) { return hyper.clip_value / hyper.gradient_scale; }

@@ -79,7 +79,7 @@ template <class Storage, class Grad, class Slot, bool kAmsgrad, int kTransform>
 void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
   const StepScalars<T> s = scalars_of<T>(step);
-  const T factor = static_cast<T>(tensor.grad_factor);
+  const T factor = static_cast<T>(factor_of(step, tensor));
   const T keep = tensor.decays ? s.keep : T(1);
   const auto streams = streams_of<Storage, Grad, Slot>(tensor, begin);
   const int64_t size = end - begin;
@@ -169,7 +169,7 @@ void accumulate_rows(const TensorArgs& tensor, int64_t begin, int64_t end, bool 
     const int64_t last = row + rows.width < end ? row + rows.width : end;
     for (int64_t at = row > begin ? row : begin; at < last; at += kColumns) {
       const int64_t size = last - at < kColumns ? last - at : kColumns;
-      sum_row<true, Grad>(tensor, k, at - row, size, static_cast<T>(__builtin_huge_val()), sums);
+      sum_row<true, Grad>(tensor, k, at - row, size, kNoClip<T>, static_cast<T>(tensor.grad_factor), sums);
       for (int64_t i = 0; i < size; ++i) accumulator[at + i] += sums[i];
     }
   }
@@ -181,7 +181,7 @@ void sum_rows(const TensorArgs& tensor, int64_t begin, int64_t end, void* sums) 
   const int64_t width = tensor.rows->width;
   for (int64_t at = begin; at < end;) {
     const int64_t size = columns_from(at % width, width, at, end);
-    sum_row<false, Grad>(tensor, at / width, at % width, size, T(0), static_cast<T*>(sums) + at);
+    sum_row<false, Grad>(tensor, at / width, at % width, size, T(0), T(0), static_cast<T*>(sums) + at);
     at += size;
   }
 }

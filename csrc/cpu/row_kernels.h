@@ -14,14 +14,16 @@ namespace {
 // Columns of a row whose gradient is summed before they are updated.
 constexpr int64_t kColumns = 128;
 
+template <class T>
+constexpr T kNoClip = static_cast<T>(__builtin_huge_val());
+
 // Functions that depend on fewer types than the kernels are not inlined: there would be hundreds of copies.
 
 // Sums the gradients of one touched row, `size` columns from `column` on, in order of occurrence.
 template <bool kTransform, class Grad, class T>
 __attribute__((noinline)) void sum_row(const TensorArgs& tensor, int64_t k, int64_t column, int64_t size, T clip_value,
-                                       T* sums) {
+                                       T factor, T* sums) {
   const Rows& rows = *tensor.rows;
-  const T factor = static_cast<T>(tensor.grad_factor);
   for (int64_t i = 0; i < size; ++i) sums[i] = T(0);
   for (int64_t at = rows.starts[k]; at < rows.starts[k + 1]; ++at) {
     const Grad* __restrict grad = static_cast<const Grad*>(tensor.grad) + rows.order[at] * rows.width + column;
@@ -104,6 +106,7 @@ template <class Storage, class Grad, bool kAmsgrad, bool kTransform>
 void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
   const StepScalars<T> s = scalars_of<T>(step);
+  const T factor = static_cast<T>(factor_of(step, tensor));
   const T keep = tensor.decays ? s.keep : T(1);
   const Rows& rows = *tensor.rows;
   const Streams<Storage, T> streams = streams_of<Storage, T>(tensor, 0);
@@ -120,7 +123,7 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
     }
     if (column == 0) prefetch_row<kAmsgrad, Grad>(streams, tensor, k);
     const int64_t size = columns_from(column, rows.width, at, end);
-    sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, sums);
+    sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, factor, sums);
     touch_row<kAmsgrad>(streams, at, size, sums, keep, s);
     at += size;
     if (column + size == rows.width) ++k;
@@ -243,6 +246,7 @@ template <class Storage, class Grad, bool kAmsgrad, bool kTransform>
 void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
   const StepScalars<T> s = scalars_of<T>(step);
+  const T factor = static_cast<T>(factor_of(step, tensor));
   const T keep = tensor.decays ? s.keep : T(1);
   const StaleRows* stale = tensor.stale;
   const int64_t width = stale != nullptr ? stale->width : tensor.rows->width;
@@ -256,7 +260,7 @@ void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t b
     if (column == 0 && tensor.rows != nullptr) prefetch_row<kAmsgrad, Grad>(streams, tensor, k);
     if (stale != nullptr) catch_up_row<kAmsgrad>(*stale, stale->from[k], streams, place, size, s);
     if (tensor.grad != nullptr) {
-      sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, sums);
+      sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, factor, sums);
       touch_row<kAmsgrad>(streams, place, size, sums, keep, s);
     }
     at += size;

@@ -23,6 +23,11 @@ const StepScalars<T>& scalars_of(const StepArgs& step) {
   }
 }
 
+// What multiplies a gradient.
+FASTADAM_INLINE double factor_of(const StepArgs& step, const TensorArgs& tensor) {
+  return step.factors == nullptr ? tensor.grad_factor : step.factors[&tensor - step.chains.tensors];
+}
+
 // The streams of one variable, from one element on.
 template <class Storage, class Grad, class Slot = Compute<Storage>>
 struct Streams {

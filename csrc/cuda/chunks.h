@@ -92,11 +92,11 @@ void choose(bool amsgrad, int transform, Run run) {
 template <class Run>
 void with_storage(DType dtype, Run run) {
   switch (dtype) {
-    case DType::kFloat16:
+    case FASTADAM_FLOAT16:
       return run(Float16{});
-    case DType::kBFloat16:
+    case FASTADAM_BFLOAT16:
       return run(BFloat16{});
-    case DType::kFloat32:
+    case FASTADAM_FLOAT32:
       return run(0.0F);
     default:
       return run(0.0);

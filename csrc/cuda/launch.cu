@@ -99,7 +99,7 @@ struct Launch::Tables {
         context(owner->parts()) {
     std::vector<TensorArgs> lasting = given;
     for (TensorArgs& tensor : lasting) {
-      (tensor.dtype == DType::kFloat64 ? has_double : has_single) = true;
+      (tensor.dtype == FASTADAM_FLOAT64 ? has_double : has_single) = true;
       tensor.rows = nullptr;  // of the host, and of one step
       tensor.stale = nullptr;
     }

@@ -42,11 +42,11 @@ struct SumSquares {
     const int64_t size = rest < kNormBlock ? rest : kNormBlock;
     const void* grad = gradients[t].data;
     switch (gradients[t].dtype) {
-      case DType::kFloat16:
+      case FASTADAM_FLOAT16:
         return sum<Float16>(static_cast<const Float16*>(grad) + begin, size, lane);
-      case DType::kBFloat16:
+      case FASTADAM_BFLOAT16:
         return sum<BFloat16>(static_cast<const BFloat16*>(grad) + begin, size, lane);
-      case DType::kFloat32:
+      case FASTADAM_FLOAT32:
         return sum<float>(static_cast<const float*>(grad) + begin, size, lane);
       default:
         return sum<double>(static_cast<const double*>(grad) + begin, size, lane);

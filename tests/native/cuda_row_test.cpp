@@ -54,11 +54,11 @@ void run_rows(const RowArgs& args, int t, bool amsgrad, bool transform) {
 
 void run_rows(const RowArgs& args, int t, bool amsgrad, bool transform) {
   switch (args.tensor.dtype) {
-    case DType::kFloat16:
+    case FASTADAM_FLOAT16:
       return run_rows<Float16>(args, t, amsgrad, transform);
-    case DType::kBFloat16:
+    case FASTADAM_BFLOAT16:
       return run_rows<BFloat16>(args, t, amsgrad, transform);
-    case DType::kFloat32:
+    case FASTADAM_FLOAT32:
       return run_rows<float>(args, t, amsgrad, transform);
     default:
       return run_rows<double>(args, t, amsgrad, transform);
@@ -171,7 +171,7 @@ int main() {
           check_stale(pair, width, amsgrad, flag, Touch::kAll, claims);
         }
       }
-      if (pair.dtype != DType::kFloat64) check_jumps(pair.dtype, amsgrad, claims);
+      if (pair.dtype != FASTADAM_FLOAT64) check_jumps(pair.dtype, amsgrad, claims);
     }
   }
   return failures == 0 ? 0 : 1;

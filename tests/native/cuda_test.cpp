@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/bind/norms.h"
+#include "../../csrc/capi/norms.h"
 #include "../../csrc/cpu/launch.h"
 #include "../../csrc/cuda/bodies.h"
 #include "../../csrc/cuda/chunks.h"
@@ -139,9 +139,7 @@ void check_norms() {
     const auto count = static_cast<int64_t>(tensors.size());
     const std::vector<int64_t> offsets = cuda::norm_offsets(tensors);
     for (const double clip_value : {0.5, HUGE_VAL}) {
-      std::vector<TensorArgs> expected = tensors;
-      bind::Norms norms;
-      norms.resize(expected, clip_value, true);
+      Norms norms(tensors.data(), count, clip_value, true);
       cpu::run_norm(norms.args());
       claims.note("threads of norms find what is not finite", norms.all_finite() == finite);
       std::vector<double> sums(static_cast<size_t>(offsets.back()));
@@ -159,19 +157,17 @@ void check_norms() {
         hyper.clip_norm = which % 2 != 0 ? 0.75 : HUGE_VAL;
         hyper.global_clip_norm = which / 2 != 0 ? 0.25 : HUGE_VAL;
         hyper.gradient_scale = 0.125;
-        std::vector<TensorArgs> folded = tensors;
-        bind::Norms again;
-        again.resize(folded, clip_value, true);
+        Norms again(tensors.data(), count, clip_value, true);
         cpu::run_norm(again.args());
-        again.fold_into(folded, hyper);
+        const std::vector<double> expected = again.clip_factors(hyper);
         std::vector<double> factors(tensors.size());
         std::vector<double> squares(tensors.size());
         emulate(cuda::ClipFactors{gradients.data(), offsets.data(), sums.data(), count, hyper.clip_norm,
                                   hyper.global_clip_norm, hyper.gradient_scale, factors.data(), squares.data()},
                 1);
         bool equal = true;
-        for (size_t t = 0; t < folded.size(); ++t) {
-          const double other = folded[t].grad_factor;
+        for (size_t t = 0; t < expected.size(); ++t) {
+          const double other = expected[t];
           equal = equal && (std::isnan(other) ? std::isnan(factors[t]) : factors[t] == other);
         }
         claims.note("threads of clipping give the factors of the host", equal);
@@ -188,13 +184,13 @@ void check_chunks() {
   tensors[1].size = kHuge;
   tensors[2].size = cuda::kChunkElements;
   for (TensorArgs& tensor : tensors) {
-    tensor.dtype = DType::kFloat32;
+    tensor.dtype = FASTADAM_FLOAT32;
     tensor.next = -1;
   }
   const int64_t heads[] = {0, 1, 2};
   const int64_t offsets[] = {0, 7, 7 + kHuge, 7 + kHuge + cuda::kChunkElements};
   const std::vector<cuda::Chunk> chunks =
-      cuda::chunks_of(tensors, cuda::rounds_of({tensors.data(), heads, offsets, 3})[0], DType::kFloat32);
+      cuda::chunks_of(tensors, cuda::rounds_of({tensors.data(), heads, offsets, 3})[0], FASTADAM_FLOAT32);
   int64_t next = 0;
   bool covers = chunks.front().tensor == 0 && chunks.back().tensor == 2;
   for (const cuda::Chunk& chunk : chunks) {
@@ -202,7 +198,7 @@ void check_chunks() {
     if (chunk.tensor == 1) next += cuda::kChunkElements;
   }
   report(covers && next >= kHuge && next - cuda::kChunkElements < kHuge, "chunks cover 2^33 elements once, in order");
-  report(cuda::chunks_of(tensors, {0, 1, 2}, DType::kFloat64).empty(), "and those of one dtype only");
+  report(cuda::chunks_of(tensors, {0, 1, 2}, FASTADAM_FLOAT64).empty(), "and those of one dtype only");
 }
 
 }  // namespace

@@ -226,7 +226,7 @@ void check_kernels() {
   const Steps steps = steps_of(Rates::kWarmUp, 90, true);
   const int32_t from = 0;
   const int32_t place = 0;
-  for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
+  for (const DType dtype : {FASTADAM_FLOAT16, FASTADAM_BFLOAT16, FASTADAM_FLOAT32}) {
     for (const bool amsgrad : {false, true}) {
       ClosedForm form = form_of(steps, 0, 0.95, 0.999, amsgrad);
       form.m_factor = 0.1;
@@ -238,7 +238,7 @@ void check_kernels() {
       stale.forms = &form;
       stale.places = &place;
       const Variable expected(initial, 0);
-      in_compute_type(DType::kFloat32, [&](auto zero) {
+      in_compute_type(FASTADAM_FLOAT32, [&](auto zero) {
         if constexpr (sizeof(zero) == 4) jump(expected.args(0, amsgrad), form, scalars<float>(0));
       });
       for_each_isa([&](const cpu::Isa& isa) {

@@ -41,9 +41,9 @@ struct Pair {
     return grad_dtype == dtype ? variable : variable + " with float32 gradients";
   }
 };
-constexpr Pair kPairs[cpu::kPairCount] = {{DType::kFloat16, DType::kFloat16}, {DType::kBFloat16, DType::kBFloat16},
-                                          {DType::kFloat32, DType::kFloat32}, {DType::kFloat64, DType::kFloat64},
-                                          {DType::kFloat16, DType::kFloat32}, {DType::kBFloat16, DType::kFloat32}};
+constexpr Pair kPairs[cpu::kPairCount] = {{FASTADAM_FLOAT16, FASTADAM_FLOAT16}, {FASTADAM_BFLOAT16, FASTADAM_BFLOAT16},
+                                          {FASTADAM_FLOAT32, FASTADAM_FLOAT32}, {FASTADAM_FLOAT64, FASTADAM_FLOAT64},
+                                          {FASTADAM_FLOAT16, FASTADAM_FLOAT32}, {FASTADAM_BFLOAT16, FASTADAM_FLOAT32}};
 
 // Those that dense gradients have, in the order of cpu::dense_pair_of: with the dtype of the slots.
 struct DensePair : Pair {

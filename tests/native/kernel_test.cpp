@@ -184,7 +184,7 @@ void check_mode() {
     tensor.v = &v;
     tensor.size = 1;
     tensor.next = -1;
-    tensor.dtype = tensor.grad_dtype = DType::kFloat32;
+    tensor.dtype = tensor.grad_dtype = FASTADAM_FLOAT32;
     std::fesetround(rounding);
     const uint64_t before = floating_point_mode();
     run(&tensor, 1, 0, false, false);

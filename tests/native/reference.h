@@ -52,14 +52,14 @@ inline uint16_t encode(double x, const Format& f) {
 inline uint64_t canonical(double x) { return std::isnan(x) ? ~uint64_t{0} : bit_cast<uint64_t>(x); }
 
 inline double read(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::kFloat64) return static_cast<const double*>(data)[i];
-  if (dtype == DType::kFloat32) return static_cast<double>(static_cast<const float*>(data)[i]);
+  if (dtype == FASTADAM_FLOAT64) return static_cast<const double*>(data)[i];
+  if (dtype == FASTADAM_FLOAT32) return static_cast<double>(static_cast<const float*>(data)[i]);
   return decode(static_cast<const uint16_t*>(data)[i], kFormats[static_cast<int>(dtype)]);
 }
 
 inline void write(void* data, DType dtype, int64_t i, double x) {
-  if (dtype == DType::kFloat64) static_cast<double*>(data)[i] = x;
-  if (dtype == DType::kFloat32) static_cast<float*>(data)[i] = static_cast<float>(x);
+  if (dtype == FASTADAM_FLOAT64) static_cast<double*>(data)[i] = x;
+  if (dtype == FASTADAM_FLOAT32) static_cast<float*>(data)[i] = static_cast<float>(x);
   if (size_of(dtype) == 2) static_cast<uint16_t*>(data)[i] = encode(x, kFormats[static_cast<int>(dtype)]);
 }
 
@@ -239,8 +239,8 @@ __attribute__((noinline)) void adam(const TensorArgs& tensor, const StepScalars<
 
 inline void expect(const TensorArgs& tensor, int t, int transform) {
   const cpu::FlushDenormals flush;
-  if (tensor.dtype == DType::kFloat64) adam(tensor, scalars<double>(t), transform);
-  if (tensor.dtype != DType::kFloat64) adam(tensor, scalars<float>(t), transform);
+  if (tensor.dtype == FASTADAM_FLOAT64) adam(tensor, scalars<double>(t), transform);
+  if (tensor.dtype != FASTADAM_FLOAT64) adam(tensor, scalars<float>(t), transform);
 }
 
 }  // namespace kernel_test

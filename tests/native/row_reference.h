@@ -14,8 +14,8 @@ namespace kernel_test {
 template <class Visit>
 void in_compute_type(DType dtype, Visit visit) {
   const cpu::FlushDenormals flush;
-  if (dtype == DType::kFloat64) visit(double{});
-  if (dtype != DType::kFloat64) visit(float{});
+  if (dtype == FASTADAM_FLOAT64) visit(double{});
+  if (dtype != FASTADAM_FLOAT64) visit(float{});
 }
 
 // Indices as Rows: by the book a stable sort.

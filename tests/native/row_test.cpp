@@ -145,12 +145,12 @@ void catch_up(const Variable& table, const std::vector<float>& rates, bool may_s
   TensorArgs tensor = table.args(0, false);
   tensor.grad = nullptr;
   tensor.stale = &stale;
-  const auto kernel = cpu::current_isa().kernels->touched_rows[static_cast<int>(DType::kFloat32)].of[0][0];
+  const auto kernel = cpu::current_isa().kernels->touched_rows[static_cast<int>(FASTADAM_FLOAT32)].of[0][0];
   run_pieces(kernel, step_of(0, false, false), tensor, table.size, table.size);
 }
 
 Variable row_of(double var, double m, double v) {
-  Variable table(DType::kFloat32, 3);
+  Variable table(FASTADAM_FLOAT32, 3);
   for (int64_t i = 0; i < table.size; ++i) {
     table.var.set(i, var);
     table.m.set(i, m);
@@ -176,8 +176,8 @@ void check_rest() {
     const Variable moving(resting, 0);
     catch_up(resting, rates, true);
     catch_up(moving, rates, false);
-    report(read(resting.var.at(0), DType::kFloat32, 2) == 1, name + " leaves a row at rest");
-    report(std::isnan(read(moving.var.at(0), DType::kFloat32, 2)), name + " replays every step if it may not stop");
+    report(read(resting.var.at(0), FASTADAM_FLOAT32, 2) == 1, name + " leaves a row at rest");
+    report(std::isnan(read(moving.var.at(0), FASTADAM_FLOAT32, 2)), name + " replays every step if it may not stop");
     report(resting.m == moving.m && resting.v == moving.v, name + " lets the moments of a row at rest decay");
     bool no_sooner = true;
     for (int i = 0; i < 256; ++i) {
@@ -258,7 +258,7 @@ struct Mixed {
 };
 
 void check_threads() {
-  const History history(DType::kFloat32, 20, true);
+  const History history(FASTADAM_FLOAT32, 20, true);
   for (const bool lazy : {false, true}) {
     const Mixed expected(lazy, history);
     expected.expect_all();

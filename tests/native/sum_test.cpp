@@ -104,13 +104,13 @@ double add_neighbours(std::vector<double> values) {
 __attribute__((noinline)) double squares(const void* grad, DType dtype, int64_t begin, int64_t size, double clip_value,
                                          bool require_finite) {
   std::vector<double> lanes(32);
-  const double limit = dtype == DType::kFloat64 ? clip_value : static_cast<double>(static_cast<float>(clip_value));
+  const double limit = dtype == FASTADAM_FLOAT64 ? clip_value : static_cast<double>(static_cast<float>(clip_value));
   for (int64_t i = 0; i < size; ++i) {
     const double g = read(grad, dtype, begin + i);
     if (require_finite && !std::isfinite(g)) return kNan;
     const double clipped = g > limit ? limit : g < -limit ? -limit : g;
     const double as_float = static_cast<double>(static_cast<float>(clipped));  // flushes its denormals
-    const double x = dtype == DType::kFloat64 ? clipped : as_float;
+    const double x = dtype == FASTADAM_FLOAT64 ? clipped : as_float;
     lanes[static_cast<size_t>(i % 32)] += x * x;
   }
   return add_neighbours(lanes);
@@ -127,7 +127,7 @@ double expect_squares(const void* grad, DType dtype, int64_t begin, int64_t size
 std::vector<Array> gradients(DType dtype, int64_t size, int64_t offset) {
   std::vector<Array> grads;
   Random random{static_cast<uint64_t>(size)};
-  for (const int large : {0, dtype == DType::kFloat64 ? 600 : dtype == DType::kFloat16 ? 8 : 100}) {
+  for (const int large : {0, dtype == FASTADAM_FLOAT64 ? 600 : dtype == FASTADAM_FLOAT16 ? 8 : 100}) {
     grads.emplace_back(dtype, size, offset);
     for (int64_t i = 0; i < size; ++i) grads.back().set(i, std::ldexp(random.number(dtype), large));
   }
@@ -149,12 +149,12 @@ void check_norms(DType dtype, int64_t size, Claims& claims, Digests& digests) {
         for_each_isa([&](const cpu::Isa& isa) {
           const cpu::FlushDenormals flush;
           const auto kernel = isa.kernels->norm[static_cast<int>(dtype)][require_finite];
-          Array sum(DType::kFloat64, 1);
+          Array sum(FASTADAM_FLOAT64, 1);
           sum.set(0, kernel(grad.at(0), begin, size - begin, clip_value));
           const std::string claim = require_finite ? ", finite or not," : "";
           claims.note(isa.name + std::string(" squares ") + kFormats[static_cast<int>(dtype)].name + claim +
                           " with the bits of the scalar loop",
-                      canonical(read(sum.at(0), DType::kFloat64, 0)) == canonical(expected));
+                      canonical(read(sum.at(0), FASTADAM_FLOAT64, 0)) == canonical(expected));
           if (offset == 0) sum.add_to(digests.of(isa));
         });
       }

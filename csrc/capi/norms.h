@@ -10,18 +10,21 @@
 #include "../core/norm.h"
 #include "../core/step_args.h"
 
-namespace fastadam::bind {
+namespace fastadam {
 
 class Norms {
  public:
-  void resize(const std::vector<TensorArgs>& tensors, double clip_value, bool require_finite = false) {
-    block_offsets_.assign(1, 0);
-    for (const TensorArgs& tensor : tensors)
-      block_offsets_.push_back(block_offsets_.back() + norm_blocks(tensor.grad_size));
+  Norms(const TensorArgs* tensors, int64_t count, double clip_value, bool require_finite) {
+    block_offsets_.reserve(static_cast<size_t>(count) + 1);
+    block_offsets_.push_back(0);
+    for (int64_t i = 0; i < count; ++i) {
+      block_offsets_.push_back(block_offsets_.back() + norm_blocks(tensors[i].grad_size));
+    }
     sums_.resize(static_cast<size_t>(block_offsets_.back()));
-    args_ = {tensors.data(), block_offsets_.data(), static_cast<int64_t>(tensors.size()),
-             clip_value,     require_finite,        sums_.data()};
+    args_ = {tensors, block_offsets_.data(), count, clip_value, require_finite, sums_.data()};
   }
+  Norms(const Norms&) = delete;
+  Norms& operator=(const Norms&) = delete;
 
   const NormArgs& args() const { return args_; }
 
@@ -35,18 +38,21 @@ class Norms {
     return pairwise_sum(sums_.data() + block_offsets_[tensor], block_offsets_[tensor + 1] - block_offsets_[tensor]);
   }
 
-  // Clips each norm, then the norm of all: TF's order. The factors hold gradient_scale already.
-  void fold_into(std::vector<TensorArgs>& tensors, const AdamHyper& hyper) {
+  // What multiplies each gradient once each norm is clipped, then the norm of all: TF's order. The tensors' own factors
+  // hold gradient_scale already.
+  std::vector<double> clip_factors(const AdamHyper& hyper) {
+    std::vector<double> factors(static_cast<size_t>(args_.tensor_count));
     double sum = 0;
-    for (size_t i = 0; i < tensors.size(); ++i) {
+    for (size_t i = 0; i < factors.size(); ++i) {
       const double norm = std::sqrt(sum_squares(i)) * hyper.gradient_scale;
       const double factor = std::isfinite(hyper.clip_norm) ? clip_factor(norm, hyper.clip_norm) : 1.0;
-      tensors[i].grad_factor *= factor;
+      factors[i] = args_.tensors[i].grad_factor * factor;
       sum += norm * factor * norm * factor;
     }
-    if (!std::isfinite(hyper.global_clip_norm)) return;
-    const double factor = global_clip_factor(std::sqrt(sum), hyper.global_clip_norm);
-    for (TensorArgs& tensor : tensors) tensor.grad_factor *= factor;
+    if (!std::isfinite(hyper.global_clip_norm)) return factors;
+    const double all = global_clip_factor(std::sqrt(sum), hyper.global_clip_norm);
+    for (double& factor : factors) factor *= all;
+    return factors;
   }
 
  private:
@@ -55,4 +61,4 @@ class Norms {
   NormArgs args_{};
 };
 
-}  // namespace fastadam::bind
+}  // namespace fastadam

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+// The entry points of fastadam.h: checks, then the launch of csrc/cpu. The Python extension calls them too.
+#include "fastadam.h"
+
+#include <cstdio>
+#include <limits>
+#include <new>
+#include <system_error>
+#include <vector>
+
+#include "../cpu/dispatch.h"
+#include "../cpu/launch.h"
+#include "norms.h"
+#include "step_checks.h"
+
+namespace {
+
+using namespace fastadam;
+
+thread_local char message[256] = "";
+
+fastadam_status fail(fastadam_status status, const char* what) {
+  std::snprintf(message, sizeof(message), "%s", what);
+  return status;
+}
+
+// No exception leaves the library.
+template <class Work>
+fastadam_status guarded(Work work) {
+  try {
+    return work();
+  } catch (const std::invalid_argument& refusal) {
+    return fail(FASTADAM_INVALID, refusal.what());
+  } catch (const std::bad_alloc&) {
+    return fail(FASTADAM_NO_MEMORY, "no memory for the work of this call");
+  }
+}
+
+void check_list(const fastadam_list* list) {
+  if (list == nullptr) throw std::invalid_argument("list: null");
+  if (list->abi != FASTADAM_ABI) {
+    throw std::invalid_argument("list: ABI " + std::to_string(list->abi) + ", expected " +
+                                std::to_string(FASTADAM_ABI) + ", that of this library");
+  }
+  if (list->count < 0 || (list->tensors == nullptr && list->count > 0)) throw std::invalid_argument("tensors: null");
+  for (int64_t i = 0; i < list->count; ++i) {
+    const TensorArgs& tensor = list->tensors[i];
+    if (tensor.next == -1) continue;
+    const bool exists = list->heads != nullptr && tensor.next > i && tensor.next < list->count;
+    if (exists && list->tensors[tensor.next].var == tensor.var && list->tensors[tensor.next].size == tensor.size)
+      continue;
+    throw std::invalid_argument("tensors[" + std::to_string(i) + "].next: " + std::to_string(tensor.next) +
+                                ", expected -1, or in a list with heads a later tensor of the same variable");
+  }
+}
+
+// The variables of a list: as given, or each tensor one.
+class Variables {
+ public:
+  Variables(const fastadam_list& list, bool lazy)
+      : chains_{list.tensors, list.heads, list.offsets, list.variable_count} {
+    if (list.heads != nullptr) {
+      check(list, lazy);
+      return;
+    }
+    heads_.reserve(static_cast<size_t>(list.count));
+    offsets_.reserve(static_cast<size_t>(list.count) + 1);
+    offsets_.push_back(0);
+    for (int64_t i = 0; i < list.count; ++i) {
+      heads_.push_back(i);
+      offsets_.push_back(offsets_.back() + elements(list.tensors[i], lazy));
+    }
+    chains_ = {list.tensors, heads_.data(), offsets_.data(), list.count};
+  }
+  Variables(const Variables&) = delete;
+  Variables& operator=(const Variables&) = delete;
+
+  const Chains& chains() const { return chains_; }
+
+ private:
+  // That its threads will move.
+  static int64_t elements(const TensorArgs& tensor, bool lazy) {
+    const bool only_rows = tensor.rows != nullptr && (lazy || tensor.stale != nullptr);
+    return only_rows ? tensor.rows->count * tensor.rows->width : tensor.size;
+  }
+
+  static void check(const fastadam_list& list, bool lazy) {
+    bool fits = list.offsets != nullptr && list.variable_count >= 0 && list.offsets[0] == 0;
+    for (int64_t k = 0; fits && k < list.variable_count; ++k) {
+      const int64_t head = list.heads[k];
+      fits =
+          head >= 0 && head < list.count && list.offsets[k + 1] - list.offsets[k] == elements(list.tensors[head], lazy);
+    }
+    if (!fits) throw std::invalid_argument("heads, offsets: not those of the tensors");
+  }
+
+  Chains chains_;
+  std::vector<int64_t> heads_;
+  std::vector<int64_t> offsets_;
+};
+
+StepArgs step_args(const fastadam_list& list, const AdamHyper& hyper, bool lazy) {
+  StepArgs args{};
+  args.lazy = lazy;
+  args.ema_overwrite = hyper.ema_overwrite;
+  args.amsgrad = list.count > 0 && list.tensors[0].vhat != nullptr;
+  bool has_single = false;
+  bool has_double = false;
+  bool has_factor =
+      std::isfinite(hyper.clip_value) || std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
+  for (int64_t i = 0; i < list.count; ++i) {
+    const TensorArgs& tensor = list.tensors[i];
+    TensorCheck(tensor, i).check_step(hyper, args.amsgrad);
+    (tensor.dtype == FASTADAM_FLOAT64 ? has_double : has_single) = true;
+    has_factor = has_factor || tensor.grad_factor != 1;
+  }
+  if (has_single) args.scalars_f32 = usable_scalars<float>(hyper);
+  if (has_double) args.scalars_f64 = usable_scalars<double>(hyper);
+  args.transform = hyper.l2 != 0 ? kAndL2 : has_factor ? kClipAndFactor : kAsItIs;
+  return args;
+}
+
+fastadam_status run_checked_step(const fastadam_list& list, const AdamHyper& hyper, bool lazy) {
+  StepArgs args = step_args(list, hyper, lazy);
+  const Variables variables(list, lazy);
+  args.chains = variables.chains();
+  const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
+  std::vector<double> factors;
+  if (clip_norms || hyper.require_finite) {
+    Norms norms(list.tensors, list.count, raw_clip_value(hyper), hyper.require_finite);
+    cpu::run_norm(norms.args());
+    if (hyper.require_finite && !norms.all_finite()) return fail(FASTADAM_NOT_FINITE, "a gradient is not finite");
+    if (clip_norms) factors = norms.clip_factors(hyper);
+    if (clip_norms) args.factors = factors.data();
+  }
+  cpu::run_step(args);
+  return FASTADAM_OK;
+}
+
+const cpu::Isa* isa_at(int32_t i) {
+  const std::vector<cpu::Isa>& isas = cpu::isas();
+  return i >= 0 && static_cast<size_t>(i) < isas.size() ? &isas[static_cast<size_t>(i)] : nullptr;
+}
+
+}  // namespace
+
+extern "C" {
+
+fastadam_status fastadam_step(const fastadam_list* list, const fastadam_hyper* hyper, bool lazy) {
+  return guarded([&] {
+    check_list(list);
+    if (hyper == nullptr) throw std::invalid_argument("hyper: null");
+    check_hyper(*hyper);
+    return run_checked_step(*list, *hyper, lazy);
+  });
+}
+
+fastadam_status fastadam_accumulate(const fastadam_list* list, bool restart, bool require_finite) {
+  return guarded([&] {
+    check_list(list);
+    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i).check_accumulate();
+    const Variables variables(*list, false);
+    if (require_finite) {
+      const Norms norms(list->tensors, list->count, std::numeric_limits<double>::infinity(), true);
+      cpu::run_norm(norms.args());
+      if (!norms.all_finite()) return fail(FASTADAM_NOT_FINITE, "a gradient is not finite");
+    }
+    cpu::run_accumulate({variables.chains(), restart});
+    return fastadam_status{FASTADAM_OK};
+  });
+}
+
+int64_t fastadam_sort_memory(int64_t count) { return 4 * count + 2; }
+
+fastadam_status fastadam_sort_rows(const void* indices, bool is_int64, int64_t count, int64_t row_count, int64_t width,
+                                   int64_t* memory, fastadam_rows* rows, int64_t* bad) {
+  return guarded([&] {
+    if (count < 0 || row_count < 0 || width < 0) throw std::invalid_argument("count, row_count or width: below 0");
+    if ((indices == nullptr && count > 0) || memory == nullptr || rows == nullptr) {
+      throw std::invalid_argument("indices, memory or rows: null");
+    }
+    IndexArgs args{};
+    args.indices = indices;
+    args.is_int64 = is_int64;
+    args.count = count;
+    args.row_count = row_count;
+    args.keys = memory;
+    args.spare_keys = args.keys + count + 1;
+    args.order = args.spare_keys + count + 1;
+    args.spare_order = args.order + count;
+    cpu::index_rows(args);
+    if (bad != nullptr) *bad = args.bad;
+    if (args.bad >= 0) {
+      throw std::invalid_argument("indices[" + std::to_string(args.bad) + "]: " + std::to_string(args.keys[args.bad]) +
+                                  " is no row, expected 0 <= index < " + std::to_string(row_count));
+    }
+    *rows = {args.keys, args.spare_keys, args.order, args.unique, width};
+    return fastadam_status{FASTADAM_OK};
+  });
+}
+
+fastadam_status fastadam_sum_rows(const fastadam_list* list, void* const* sums) {
+  return guarded([&] {
+    check_list(list);
+    if (sums == nullptr && list->count > 0) throw std::invalid_argument("sums: null");
+    std::vector<int64_t> offsets{0};
+    int64_t value_count = 0;
+    for (int64_t i = 0; i < list->count; ++i) {
+      const TensorArgs& tensor = list->tensors[i];
+      offsets.push_back(offsets.back());
+      if (sums[i] == nullptr) continue;
+      if (tensor.rows == nullptr) throw std::invalid_argument("tensors[" + std::to_string(i) + "].rows: null");
+      TensorCheck(tensor, i).check_gradient_alone();
+      TensorCheck(tensor, i).check_rows();
+      offsets.back() += tensor.rows->count * tensor.rows->width;
+      value_count += tensor.grad_size;
+    }
+    cpu::run_sum_rows({list->tensors, offsets.data(), list->count, value_count, sums});
+    return fastadam_status{FASTADAM_OK};
+  });
+}
+
+fastadam_status fastadam_sum_squares(const fastadam_list* list, double* sums) {
+  return guarded([&] {
+    check_list(list);
+    if (sums == nullptr && list->count > 0) throw std::invalid_argument("sums: null");
+    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i).check_gradient_alone();
+    Norms norms(list->tensors, list->count, std::numeric_limits<double>::infinity(), false);
+    cpu::run_norm(norms.args());
+    for (int64_t i = 0; i < list->count; ++i) sums[i] = norms.sum_squares(static_cast<size_t>(i));
+    return fastadam_status{FASTADAM_OK};
+  });
+}
+
+fastadam_status fastadam_set_num_threads(int32_t count) {
+  if (count < 0 || count > 65536) return fail(FASTADAM_INVALID, "count: expected 0 to 65536");
+  cpu::set_num_threads(count);
+  return FASTADAM_OK;
+}
+
+int32_t fastadam_num_threads(void) { return cpu::num_threads(); }
+int32_t fastadam_requested_threads(void) { return cpu::requested_threads(); }
+
+const char* fastadam_isa(int32_t i) { return isa_at(i) == nullptr ? nullptr : isa_at(i)->name; }
+bool fastadam_isa_is_usable(int32_t i) { return isa_at(i) != nullptr && isa_at(i)->usable; }
+const char* fastadam_current_isa(void) { return cpu::current_isa().name; }
+
+fastadam_status fastadam_set_isa(const char* name) {
+  for (const cpu::Isa& isa : cpu::isas()) {
+    if (name == nullptr || std::string(name) != isa.name || !isa.usable) continue;
+    cpu::set_current_isa(isa);
+    return FASTADAM_OK;
+  }
+  return fail(FASTADAM_INVALID, "name: not in this build, or not supported by this CPU");
+}
+
+int32_t fastadam_abi(void) { return FASTADAM_ABI; }
+const char* fastadam_version(void) { return FASTADAM_VERSION; }
+const char* fastadam_error(void) { return message; }
+
+}  // extern "C"

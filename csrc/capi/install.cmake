@@ -1,0 +1,10 @@
+# Where C programs find the library in an installed package: python -m fastadam --libs, pkg-config, find_package.
+include(CMakePackageConfigHelpers)
+set(cmake_folder fastadam/lib/cmake/fastadam)
+install(FILES csrc/capi/fastadam.h DESTINATION fastadam/include)
+install(TARGETS fastadam EXPORT fastadam LIBRARY DESTINATION fastadam/lib)
+install(EXPORT fastadam FILE fastadamConfig.cmake NAMESPACE fastadam:: DESTINATION ${cmake_folder})
+write_basic_package_version_file(fastadamConfigVersion.cmake VERSION ${PROJECT_VERSION} COMPATIBILITY SameMajorVersion)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/fastadamConfigVersion.cmake DESTINATION ${cmake_folder})
+configure_file(csrc/capi/fastadam.pc.in fastadam.pc @ONLY)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/fastadam.pc DESTINATION fastadam/lib/pkgconfig)

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a step is refused for, whoever asks for it. Python turns std::invalid_argument into a ValueError.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "../core/step_args.h"
+
+namespace fastadam {
+
+// The scalars of a step in the arithmetic T; refused if a number is lost in it: 1 - 1e-10 is 1 in float32.
+template <class T>
+StepScalars<T> usable_scalars(const AdamHyper& hyper) {
+  const StepScalars<T> scalars = make_step_scalars<T>(hyper);
+  const auto refuse = [](const std::string& what, const std::string& expected) {
+    throw std::invalid_argument(what + (sizeof(T) == 4 ? " in float32" : " in float64") + ", expected " + expected);
+  };
+  if (!(scalars.one_minus_beta_1 > 0)) refuse("beta_1: " + std::to_string(hyper.beta_1) + " is 1", "less");
+  if (!(scalars.one_minus_beta_2 > 0)) refuse("beta_2: " + std::to_string(hyper.beta_2) + " is 1", "less");
+  const bool is_none = hyper.epsilon_corrected && hyper.epsilon == 0;  // which PyTorch permits
+  if (!is_none && !(scalars.epsilon >= std::numeric_limits<T>::min())) {
+    refuse("epsilon: so small that it is flushed to zero", sizeof(T) == 4 ? "at least 1.2e-38" : "at least 2.3e-308");
+  }
+  if (!std::isfinite(scalars.epsilon)) refuse("epsilon: infinite", "a finite number");
+  if (!std::isfinite(scalars.alpha) || !std::isfinite(scalars.row_alpha)) {
+    refuse("learning_rate: with this decay the step size is not finite", "a finite step size");
+  }
+  if (!std::isfinite(scalars.l2)) refuse("l2: infinite", "a finite number");
+  if (!std::isfinite(scalars.keep)) refuse("weight_decay: infinite", "a finite number");
+  return scalars;
+}
+
+// Numbers that Python has checked, and a C program may not have.
+inline void check_hyper(const AdamHyper& hyper) {
+  const auto refuse = [](const char* name, double value, const char* expected) {
+    throw std::invalid_argument(std::string(name) + ": " + std::to_string(value) + ", expected " + expected);
+  };
+  if (hyper.step < 1) refuse("step", static_cast<double>(hyper.step), "1 or more");
+  if (!std::isfinite(hyper.learning_rate)) refuse("learning_rate", hyper.learning_rate, "a finite number");
+  if (!(hyper.beta_1 >= 0 && hyper.beta_1 < 1)) refuse("beta_1", hyper.beta_1, "0 or more and less than 1");
+  if (!(hyper.beta_2 >= 0 && hyper.beta_2 < 1)) refuse("beta_2", hyper.beta_2, "0 or more and less than 1");
+  if (!(hyper.decay >= 0)) refuse("decay", hyper.decay, "0 or more");
+  if (!(hyper.clip_value >= 0)) refuse("clip_value", hyper.clip_value, "0 or more");
+  if (!(hyper.clip_norm >= 0)) refuse("clip_norm", hyper.clip_norm, "0 or more");
+  if (!(hyper.global_clip_norm >= 0)) refuse("global_clip_norm", hyper.global_clip_norm, "0 or more");
+  if (!(hyper.gradient_scale > 0)) refuse("gradient_scale", hyper.gradient_scale, "more than 0");
+}
+
+// Pointers and dtypes of one tensor, whose place is named if they are wrong.
+class TensorCheck {
+ public:
+  TensorCheck(const TensorArgs& tensor, int64_t place) : t_(tensor), place_(place) {}
+
+  void check_step(const AdamHyper& hyper, bool amsgrad) const {
+    check_variable();
+    const DType slot = t_.half_slots ? t_.dtype : state_dtype(t_.dtype);
+    require(t_.m, slot, t_.size, "m");
+    require(t_.v, slot, t_.size, "v");
+    if (t_.vhat != nullptr) require(t_.vhat, slot, t_.size, "vhat");
+    if (t_.average != nullptr) require(t_.average, state_dtype(t_.dtype), t_.size, "average");
+    if ((t_.vhat != nullptr) != amsgrad) refuse("vhat", "expected in all tensors or in none");
+    if (t_.grad != nullptr || t_.stale == nullptr) check_gradient();
+    if (t_.half_slots && (size_of(t_.dtype) != 2 || t_.rows != nullptr || t_.grad_dtype != t_.dtype)) {
+      refuse("half_slots", "expected of a float16 or bfloat16 variable with a dense gradient of its dtype");
+    }
+    if (hyper.l2 != 0 && t_.rows != nullptr) refuse("l2", "expected a dense gradient, or decoupled weight decay");
+  }
+
+  void check_accumulate() const {
+    check_variable();
+    check_gradient();
+    require(t_.accumulator, state_dtype(t_.dtype), t_.size, "accumulator");
+  }
+
+  void check_gradient_alone() const {
+    if (t_.grad_dtype < FASTADAM_FLOAT16 || t_.grad_dtype > FASTADAM_FLOAT64) refuse("grad_dtype", "no dtype");
+    require(t_.grad, t_.grad_dtype, t_.grad_size, "grad");
+  }
+
+  void check_rows() const {
+    const Rows& rows = *t_.rows;
+    if (rows.count < 0 || rows.width < 0) refuse("rows", "a count or width below 0");
+    if (rows.count == 0) return;
+    if (rows.width == 0 || rows.rows[0] < 0 || rows.rows[rows.count - 1] >= t_.size / rows.width) {
+      refuse("rows", "expected rows of the variable");
+    }
+    if (t_.grad != nullptr && rows.starts[rows.count] * rows.width != t_.grad_size) {
+      refuse("grad_size", "expected rows->width for each of the indices");
+    }
+  }
+
+ private:
+  void check_variable() const {
+    if (t_.dtype < FASTADAM_FLOAT16 || t_.dtype > FASTADAM_FLOAT64) refuse("dtype", "no dtype");
+    require(t_.var, t_.dtype, t_.size, "var");
+  }
+
+  void check_gradient() const {
+    const bool is_wide = size_of(t_.dtype) == 2 && t_.grad_dtype == FASTADAM_FLOAT32;
+    if (t_.grad_dtype != t_.dtype && !is_wide) refuse("grad_dtype", "expected dtype, or float32 for a half variable");
+    require(t_.grad, t_.grad_dtype, t_.grad_size, "grad");
+    if (t_.rows != nullptr) return check_rows();
+    if (t_.grad_size != t_.size) refuse("grad_size", "expected size");
+  }
+
+  void require(const void* data, DType dtype, int64_t size, const char* name) const {
+    if (size < 0) refuse(name, "a size below 0");
+    if (size == 0) return;
+    if (data == nullptr) refuse(name, "null");
+    if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(size_of(dtype)) != 0) {
+      refuse(name, "misaligned, expected a multiple of the item size as address");
+    }
+  }
+
+  [[noreturn]] void refuse(const char* name, const char* why) const {
+    throw std::invalid_argument("tensors[" + std::to_string(place_) + "]." + name + ": " + why);
+  }
+
+  const TensorArgs& t_;
+  int64_t place_;
+};
+
+}  // namespace fastadam

@@ -148,7 +148,7 @@ class Plan {
     set_.require_options(hyper);
     args.ema_overwrite = hyper.ema_overwrite;
     args.lazy = set_.lazy();
-    for (size_t i = 0; args.transform != kAsItIs && i < set_.tensors().size(); ++i) {
+    for (size_t i = 0; i < set_.tensors().size(); ++i) {
       set_.tensors()[i].grad_factor = usable_factor(hyper.gradient_scale * (factors.empty() ? 1.0 : factors[i]), i);
     }
     return args;

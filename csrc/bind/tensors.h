@@ -125,6 +125,7 @@ class TensorSet : public VariableSet {
   TensorArgs all_rows_of(size_t i, const AdamHyper& hyper) {
     TensorArgs tensor = tensors_[i];
     tensor.grad = nullptr;
+    tensor.grad_size = 0;
     tensor.rows = nullptr;
     tensor.stale = &tables_[i]->rows(nullptr, hyper, amsgrad());
     return tensor;
@@ -153,6 +154,7 @@ class TensorSet : public VariableSet {
   void choose_rows(const std::optional<py::object>& ids, const AdamHyper& hyper) {
     TensorArgs& tensor = tensors_.at(0);
     tensor.grad = nullptr;
+    tensor.grad_size = 0;
     tensor.rows = nullptr;
     if (ids) indexes_[0] = backend_.index_of(*ids, Label{"ids"}, variables_[0]);
     if (ids) tensor.rows = &indexes_[0]->rows();

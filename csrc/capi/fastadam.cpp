@@ -43,6 +43,9 @@ void check_list(const fastadam_list* list) {
                                 std::to_string(FASTADAM_ABI) + ", that of this library");
   }
   if (list->count < 0 || (list->tensors == nullptr && list->count > 0)) throw std::invalid_argument("tensors: null");
+}
+
+void check_chains(const fastadam_list* list) {
   for (int64_t i = 0; i < list->count; ++i) {
     const TensorArgs& tensor = list->tensors[i];
     if (tensor.next == -1) continue;
@@ -149,6 +152,7 @@ extern "C" {
 fastadam_status fastadam_step(const fastadam_list* list, const fastadam_hyper* hyper, bool lazy) {
   return guarded([&] {
     check_list(list);
+    check_chains(list);
     if (hyper == nullptr) throw std::invalid_argument("hyper: null");
     check_hyper(*hyper);
     return run_checked_step(*list, *hyper, lazy);
@@ -158,6 +162,7 @@ fastadam_status fastadam_step(const fastadam_list* list, const fastadam_hyper* h
 fastadam_status fastadam_accumulate(const fastadam_list* list, bool restart, bool require_finite) {
   return guarded([&] {
     check_list(list);
+    check_chains(list);
     for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i).check_accumulate();
     const Variables variables(*list, false);
     if (require_finite) {

@@ -84,7 +84,7 @@ class TensorCheck {
   void check_rows() const {
     const Rows& rows = *t_.rows;
     if (rows.count < 0 || rows.width < 0) refuse("rows", "a count or width below 0");
-    if (rows.count == 0) return;
+    if (rows.count == 0 || (rows.width == 0 && t_.size == 0)) return;
     if (rows.width == 0 || rows.rows[0] < 0 || rows.rows[rows.count - 1] >= t_.size / rows.width) {
       refuse("rows", "expected rows of the variable");
     }

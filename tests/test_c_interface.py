@@ -1,0 +1,189 @@
+"""The C interface of the installed package: found by programs, and of the bits of the Python package."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fastadam
+import numpy as np
+import pytest
+from helpers import bits
+
+HERE = Path(__file__).parent / "capi"
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-pedantic"]
+
+
+def option(name):
+    return subprocess.run([sys.executable, "-m", "fastadam", name], capture_output=True, text=True, check=True).stdout
+
+
+def run(*command, env=None):
+    done = subprocess.run(
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
+    assert done.returncode == 0, f"{command} returned {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def tool(*names):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    found = next((found for name in names if (found := shutil.which(name, path=path))), None)
+    return found or pytest.fail(f"needs {' or '.join(names)}")
+
+
+def compiled(folder, compiler, *source):
+    program = folder / "program"
+    run(compiler, *source, *WARNINGS, *option("--include").split(), "-o", program, *option("--libs").split(), "-lm")
+    return run(program)
+
+
+def numbers(output):
+    """The printed arrays by name."""
+    lines = [line.split() for line in output.splitlines()]
+    return {name: np.array([float.fromhex(n) for n in rest], np.float32) for name, *rest in lines if "0x" in str(rest)}
+
+
+def ramp(size, step, start):
+    return np.float32(start) + np.float32(step) * np.arange(size, dtype=np.float32)
+
+
+def expected_arrays():
+    """What program.c computes, by the Python package."""
+    dense = [ramp(18, 0.25, -1), ramp(18, 0.25, -1)]
+    optimizer = fastadam.AdamW(0.01, weight_decay=0.1, global_clipnorm=1.0)
+    optimizer.exclude_from_weight_decay(var_list=[dense[1]])
+    for _ in range(3):
+        optimizer.apply_gradients(zip([ramp(18, 0.125, -0.5), ramp(18, 0.125, -1)], dense, strict=True))
+    arrays = {"dense": dense[0], "second": dense[1]}
+    for name, mode in (("every", "dense"), ("lazy", "lazy")):
+        arrays[name] = ramp(18, 0.25, -1).reshape(6, 3)
+        optimizer = fastadam.Adam(amsgrad=True, sparse_update=mode)
+        for _ in range(3):
+            gradient = fastadam.IndexedSlices(ramp(12, 0.125, -0.5).reshape(4, 3), np.array([4, 1, 4, 0], np.int32))
+            optimizer.apply_gradients([(gradient, arrays[name])])
+    return arrays
+
+
+def assert_output_of_the_c_program(output):
+    found = numbers(output)
+    for name, array in expected_arrays().items():
+        np.testing.assert_array_equal(bits(found[name]), bits(array.ravel()), err_msg=name)
+    norm = float.fromhex(re.search(r"^norm (\S+)$", output, re.MULTILINE)[1])
+    assert norm == pytest.approx((ramp(18, 0.125, -0.5).astype(np.float64) ** 2).sum(), rel=1e-15)
+    assert f"version {fastadam.__version__}\n" in output
+
+
+def test_a_c99_program_gets_the_bits_of_the_python_package(tmp_path):
+    assert_output_of_the_c_program(compiled(tmp_path, tool("cc", "gcc"), "-std=c99", HERE / "program.c"))
+
+
+def test_a_cpp_program_steps_accumulates_and_is_refused_with_a_reason(tmp_path):
+    output = compiled(tmp_path, tool("c++", "g++"), "-std=c++17", HERE / "program.cpp")
+    assert_output_of_the_cpp_program(output)
+
+
+def assert_output_of_the_cpp_program(output):
+    w, average, accumulator = (
+        float.fromhex(n) for n in re.search(r"^double (\S+) average (\S+) accum\S+ (\S+)", output).groups()
+    )
+    torch_step = 1 - 0.001 * 0.75 / (0.75 + 1e-7)  # g = 0.5 + 0.25 * 1, m = g / 10, v = g * g / 1000, both corrected
+    assert w == pytest.approx(torch_step, rel=1e-14)
+    assert average == pytest.approx((1 + torch_step) / 2, rel=1e-14)
+    assert accumulator == 1
+    assert re.findall(r"^status (\d) (.*)$", output, re.MULTILINE) == [
+        ("1", "tensors[1].m: null"),
+        ("1", "tensors[1].grad_dtype: expected dtype, or float32 for a half variable"),
+        ("1", "tensors[1].var: misaligned, expected a multiple of the item size as address"),
+        ("1", "tensors[1].vhat: expected in all tensors or in none"),
+        ("1", "tensors[1].next: 0, expected -1, or in a list with heads a later tensor of the same variable"),
+        ("1", "beta_2: 1.000000 is 1 in float32, expected less"),
+        ("1", "step: 0.000000, expected 1 or more"),
+        ("3", "a gradient is not finite"),
+        ("1", "list: ABI 2, expected 1, that of this library"),
+        ("1", "indices[0]: 4 is no row, expected 0 <= index < 4"),
+    ]
+
+
+def test_cmake_finds_the_package(tmp_path):
+    folder = option("--cmake-dir").strip()
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    run(tool("cmake"), "-S", HERE, "-B", tmp_path, *generator, f"-Dfastadam_DIR={folder}")
+    run(tool("cmake"), "--build", tmp_path)
+    assert_output_of_the_c_program(run(tmp_path / "c_program"))
+    assert_output_of_the_cpp_program(run(tmp_path / "cpp_program"))
+
+
+def test_pkg_config_tells_what_the_command_line_tells(tmp_path):
+    """With the program where there is one, else by its rules: ``pcfiledir`` is the folder of the file."""
+    folder = Path(option("--pkgconfig-dir").strip())
+    text = (folder / "fastadam.pc").read_text()
+    if shutil.which("pkg-config"):
+        env = {**os.environ, "PKG_CONFIG_PATH": str(folder)}
+        flags = run("pkg-config", "--cflags", "--libs", "fastadam", env=env).split()
+    else:
+        fields = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+        prefix = re.search(r"^prefix=(.*)$", text, re.MULTILINE)[1].replace("${pcfiledir}", str(folder))
+        flags = (fields["Cflags"] + " " + fields["Libs"]).replace("${prefix}", prefix).split()
+    program = tmp_path / "program"
+    run(tool("cc", "gcc"), "-std=c99", HERE / "program.c", *flags, "-o", program, "-lm")
+    assert_output_of_the_c_program(run(program))
+
+
+class Hyper(ctypes.Structure):
+    _fields_ = [
+        ("step", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("learning_rate", "beta_1", "beta_2", "epsilon", "decay", "clip_value")),
+        *((name, ctypes.c_double) for name in ("clip_norm", "global_clip_norm", "gradient_scale", "weight_decay")),
+        ("ema_momentum", ctypes.c_double),
+        *((name, ctypes.c_bool) for name in ("ema_overwrite", "require_finite", "clip_after_dedupe")),
+        ("l2", ctypes.c_double),
+        ("epsilon_corrected", ctypes.c_bool),
+    ]
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("var", "grad", "m", "v", "vhat")),
+        *((name, ctypes.c_int64) for name in ("size", "next")),
+        ("grad_factor", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("dtype", "grad_dtype")),
+        *((name, ctypes.c_bool) for name in ("decays", "half_slots")),
+        *((name, ctypes.c_void_p) for name in ("average", "accumulator", "rows", "stale")),
+        ("grad_size", ctypes.c_int64),
+    ]
+
+
+class List(ctypes.Structure):
+    _fields_ = [
+        ("abi", ctypes.c_int32),
+        ("tensors", ctypes.POINTER(Tensor)),
+        ("count", ctypes.c_int64),
+        ("heads", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("variable_count", ctypes.c_int64),
+    ]
+
+
+def test_ctypes_steps_numpy_arrays():
+    library = ctypes.CDLL(str(Path(option("--library").strip())))
+    library.fastadam_error.restype = ctypes.c_char_p
+    w, g = ramp(100_003, 1e-4, -1), ramp(100_003, -1e-4, 1)
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    expected, optimizer = w.copy(), fastadam.Adam()
+    tensor = Tensor(
+        *(a.ctypes.data for a in (w, g, m, v)), None, w.size, -1, 1.0, 2, 2, True, False, *[None] * 4, w.size
+    )
+    for step in (1, 2):
+        hyper = Hyper(step, 0.001, 0.9, 0.999, 1e-7, 0, *[np.inf] * 3, 1, 0, 0, *[False] * 3, 0, False)
+        listed = List(1, ctypes.pointer(tensor), 1, None, None, 0)
+        assert library.fastadam_step(ctypes.byref(listed), ctypes.byref(hyper), ctypes.c_bool(False)) == 0
+        optimizer.apply_gradients([(g, expected)])
+    np.testing.assert_array_equal(bits(w), bits(expected))
+    assert library.fastadam_step(None, ctypes.byref(hyper), ctypes.c_bool(False)) == 1
+    assert library.fastadam_error() == b"list: null"

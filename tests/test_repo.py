@@ -5,19 +5,25 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import fastadam
 import pytest
+from helpers import run_python
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FRAMEWORKS = ("torch", "jax", "keras")
+ADAPTERS = {"fastadam.torch": ["torch"], "fastadam.jax": ["jax"], "fastadam._xla": ["jax"]}
 DOCUMENTS = ["README.md", "csrc/README.md", "bench/README.md", ".github/CONTRIBUTING.md"]
-NO_EXAMPLES = ("_cpu", "_cuda", "__main__")
+NO_EXAMPLES = ("_cpu", "_cuda", "_jax", "__main__", "keras")  # tests/test_keras_adam.py runs those of fastadam.keras
 MODULES = [
     "fastadam",
     *(
@@ -28,13 +34,38 @@ MODULES = [
 ]
 
 
-def test_readme_has_five_examples():
-    assert len(EXAMPLES) == 5
+def need(*frameworks):
+    """Without importing them: Keras would choose its backend in this process."""
+    for name in frameworks:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+
+
+def test_readme_has_eight_examples():
+    assert len(EXAMPLES) == 8
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.strip().splitlines()[3][:30])
 def test_an_example_of_the_readme_runs(example):
-    exec(compile(example, "README.md", "exec"), {})
+    needed = [name for name in FRAMEWORKS if f"import fastadam.{name}" in example]
+    need(*needed, *(["torch"] if "keras" in needed else []))
+    if not needed:
+        exec(compile(example, "README.md", "exec"), {})
+        return
+    result = run_python(example)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_c_program_of_the_readme_prints_what_it_says(tmp_path):
+    source = re.search(r"```c\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "program.c").write_text(source)
+    flags = []
+    for option in ("--include", "--libs"):
+        command = [sys.executable, "-m", "fastadam", option]
+        flags += subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    subprocess.run(["cc", "program.c", *flags, "-o", "program"], cwd=tmp_path, check=True)
+    printed = subprocess.run([tmp_path / "program"], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() in source
 
 
 def test_readme_has_two_set_up_commands():
@@ -52,6 +83,7 @@ def test_readme_names_every_public_attribute_and_argument_of_the_optimizers():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_of_docstrings_run(module):
+    need(*ADAPTERS.get(".".join(module.split(".")[:2]), []))
     result = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
 

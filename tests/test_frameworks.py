@@ -11,6 +11,17 @@ from helpers import assert_moved
 F32 = np.float32
 
 
+def test_amsgrad_with_an_empty_torch_tensor_first():
+    """Its memory is null, and does not mean that there is no vhat."""
+    torch = pytest.importorskip("torch")
+    w, empty = torch.ones(3), torch.zeros(0)
+    slots = [[torch.zeros_like(x) for x in (empty, w)] for _ in range(3)]
+    fastadam.adam_step([empty, w], [torch.zeros(0), torch.ones(3)], *slots, step=1, learning_rate=0.5)
+    assert (w < 1).all()
+    assert (slots[2][1] == slots[1][1]).all()
+    assert (slots[2][1] > 0).all()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("as_parameter", [False, True])
 def test_torch_cpu_tensors_are_updated_in_place(dtype, as_parameter):

@@ -2,6 +2,7 @@
 // The entry points of fastadam.h: checks, then the launch of csrc/cpu. The Python extension calls them too.
 #include "fastadam.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <limits>
 #include <new>
@@ -106,7 +107,7 @@ StepArgs step_args(const fastadam_list& list, const AdamHyper& hyper, bool lazy)
   StepArgs args{};
   args.lazy = lazy;
   args.ema_overwrite = hyper.ema_overwrite;
-  args.amsgrad = list.count > 0 && list.tensors[0].vhat != nullptr;
+  args.amsgrad = std::any_of(list.tensors, list.tensors + list.count, [](const auto& t) { return t.vhat != nullptr; });
   bool has_single = false;
   bool has_double = false;
   bool has_factor =

@@ -61,7 +61,8 @@ class TensorCheck {
     require(t_.v, slot, t_.size, "v");
     if (t_.vhat != nullptr) require(t_.vhat, slot, t_.size, "vhat");
     if (t_.average != nullptr) require(t_.average, state_dtype(t_.dtype), t_.size, "average");
-    if ((t_.vhat != nullptr) != amsgrad) refuse("vhat", "expected in all tensors or in none");
+    const bool needs_vhat = amsgrad && t_.size > 0;  // the memory of an empty array may be null
+    if (needs_vhat && t_.vhat == nullptr) refuse("vhat", "expected in all tensors or in none");
     const bool only_catches_up = t_.stale != nullptr && t_.grad == nullptr && t_.grad_size == 0;
     if (!only_catches_up) check_gradient();
     if (t_.half_slots && (size_of(t_.dtype) != 2 || t_.rows != nullptr || t_.grad_dtype != t_.dtype)) {

@@ -1,0 +1,70 @@
+"""fastadam.keras on every backend of Keras. A process has one backend, so each has a pytest of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import run_python
+
+HERE = Path(__file__).parent
+FILES = [HERE / name for name in ("on_keras_steps.py", "on_keras_memory.py", "on_keras_models.py")]
+
+
+def need(*packages):
+    """Keras cannot be imported here to find out: it would choose the backend of this process."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+def test_on_backend(backend):
+    need("keras", backend)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, FILES)]
+    # Keras's arrays do not take the `copy` of NumPy 2's `__array__`.
+    command += ["-W", "ignore:__array__ implementation doesn't accept:DeprecationWarning"]
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=HERE.parent)
+    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-5000:]
+    assert re.search(r"\d+ passed", result.stdout)
+
+
+def test_examples_of_the_docstrings_run():
+    need("keras")
+    code = "import doctest, fastadam.keras; print(doctest.testmod(fastadam.keras, optionflags=doctest.NORMALIZE_WHITESPACE))"
+    result = run_python(code, KERAS_BACKEND="numpy")
+    assert re.search(r"failed=0, attempted=[1-9]", result.stdout), result.stdout + result.stderr
+
+
+def test_the_package_does_not_import_keras():
+    code = "import sys, fastadam; assert 'keras' not in sys.modules and 'fastadam.keras' not in sys.modules"
+    assert run_python(code).returncode == 0
+
+
+def test_without_keras_the_message_says_so():
+    result = run_python("import sys; sys.modules['keras'] = None; import fastadam.keras")
+    assert "ImportError: fastadam.keras needs Keras 3 and the framework of its backend" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+def test_other_backends_are_refused_with_what_to_use(kind):
+    """TensorFlow and Keras 3 are seldom installed together: the backend's name is all that counts."""
+    need("keras")
+    code = f"""
+import keras, fastadam.keras
+keras.backend.backend = lambda: "tensorflow"
+fastadam.keras.{kind}(0.5)
+"""
+    message = run_python(code, KERAS_BACKEND="numpy").stderr.splitlines()[-1]
+    assert message == (
+        f"RuntimeError: fastadam.keras.{kind}: the tensorflow backend of Keras is not supported, expected one of "
+        f"('torch', 'jax', 'numpy') (environment variable KERAS_BACKEND); use keras.optimizers.{kind}, which loads the "
+        f"same states, or fastadam.{kind} on NumPy arrays"
+    )

@@ -53,4 +53,18 @@ struct DLManagedTensorVersioned {
   DLTensor dl_tensor;
 };
 
+// Of the type of a library's arrays, as the capsule `__dlpack_c_exchange_api__`; lives as long as the process.
+struct ExchangeApi {
+  struct {
+    uint32_t major;
+    uint32_t minor;
+  } version;
+  const ExchangeApi* previous;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_object;
+  void* managed_tensor_to_object;
+  int (*tensor_from_object)(void* object, DLTensor* out);  // may be null; shape and strides belong to the object
+  void* current_work_stream;
+};
+
 }  // namespace fastadam::dlpack

@@ -111,6 +111,12 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
             return plan.set().gradients_of(pairs, holder);
           },
           py::arg("pairs"), py::arg("holder"))
+      .def(
+          "holds",
+          [](const BackendPlan& plan, const py::list& variables, const py::dict& slots) {
+            return plan.set().holds(variables, slots);
+          },
+          py::arg("variables"), py::arg("slots"))
       .def("check", &BackendPlan::check, py::arg("gradients"))
       .def(
           "check_numbers",

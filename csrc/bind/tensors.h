@@ -213,6 +213,12 @@ class TensorSet : public VariableSet {
     }
     if (py::isinstance<Slices>(object)) return add_slices(object.cast<Slices>(), i);
     if (read_again(object, i)) return true;
+    const void* address = address_like(object, var);
+    if (address != nullptr && !is_negated(object)) {
+      set_gradient(address, *var.dtype, i);
+      exported_.push_back(object);
+      return true;
+    }
     std::optional<Buffer> g = read_array(object, gradient_label(i));
     if (!g) return false;
     if (g->shape != var.shape) {

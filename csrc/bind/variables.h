@@ -14,6 +14,7 @@
 
 #include "../core/step_args.h"
 #include "buffers.h"
+#include "exchange.h"
 
 namespace fastadam::bind {
 
@@ -52,6 +53,25 @@ class VariableSet {
     }
     if (gradients.size() != variables_.size()) return std::nullopt;
     return gradients;
+  }
+
+  // Whether these are the variables and slots of this set, as they lie in memory.
+  bool holds(const py::list& variables, const py::dict& slots) const {
+    if (variables.size() != variables_.size() || slots.size() * variables_.size() != state_.size()) return false;
+    for (size_t i = 0; i < variables_.size(); ++i) {
+      if (!is_variable(variables[i], variables_[i])) return false;
+    }
+    size_t slot = 0;
+    for (const char* name : {"m", "v", "vhat", "average", "gradient_accumulator"}) {
+      if (!slots.contains(name)) continue;
+      const auto arrays = slots[name].cast<py::list>();
+      if (arrays.size() != variables_.size()) return false;
+      for (size_t i = 0; i < variables_.size(); ++i) {
+        if (!is_variable(arrays[i], state_[i * slots.size() + slot])) return false;
+      }
+      ++slot;
+    }
+    return true;
   }
 
   void require_length(const char* name, size_t length) const {
@@ -118,6 +138,7 @@ class VariableSet {
       return array.data() == variable.data && array.writeable();
     }
     if (variable.stays && object.is(variable.stream_source)) return true;
+    if (const void* address = address_like(object, variable)) return address == variable.data && !is_negated(object);
     if (variable.device != Buffer::kHost) {
       const std::optional<Whereabouts> now = reread_device_array(object, variable);
       if (now) return now->data == variable.data;

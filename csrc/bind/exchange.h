@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// A tensor read through the C table of its library (dlpack.h), which takes a hundredth of the time of a capsule. For
+// tensors of the host that are like a Buffer known before; whatever is not is left to read_array().
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "buffer.h"
+#include "dlpack.h"
+
+namespace fastadam::bind {
+
+inline const dlpack::ExchangeApi* find_exchange_api(PyTypeObject* type) {
+  const py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  const auto* api =
+      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (api != nullptr && api->version.major != dlpack::kMajorVersion) api = api->previous;
+  return api != nullptr && api->tensor_from_object != nullptr ? api : nullptr;
+}
+
+// Null for a type that has none.
+inline const dlpack::ExchangeApi* exchange_api_of(py::handle object) {
+  constexpr size_t kMostTypes = 16;
+  static thread_local std::vector<std::pair<PyTypeObject*, const dlpack::ExchangeApi*>> known;
+  PyTypeObject* type = Py_TYPE(object.ptr());
+  for (const auto& [known_type, api] : known) {
+    if (known_type == type) return api;
+  }
+  const dlpack::ExchangeApi* api = find_exchange_api(type);
+  if (known.size() < kMostTypes) {
+    Py_INCREF(type);  // or another type could come to its address
+    known.emplace_back(type, api);
+  }
+  return api;
+}
+
+// In elements, as DLPack has strides.
+inline bool contiguous(const dlpack::DLTensor& t, bool fortran) {
+  int64_t expected = 1;
+  for (int32_t step = 0; step < t.ndim; ++step) {
+    const int32_t axis = fortran ? step : t.ndim - 1 - step;
+    if (t.shape[axis] != 1 && t.strides[axis] != expected) return false;
+    expected *= t.shape[axis];
+  }
+  return true;
+}
+
+// The address of a tensor in memory of the host with the dtype, shape and layout of `b`; null for any other, and for an
+// empty one.
+inline void* address_like(py::handle object, const Buffer& b) {
+  const dlpack::ExchangeApi* api = exchange_api_of(object);
+  if (api == nullptr || b.device != Buffer::kHost) return nullptr;
+  dlpack::DLTensor t{};
+  if (api->tensor_from_object(object.ptr(), &t) != 0) {
+    PyErr_Clear();  // sparse, for one
+    return nullptr;
+  }
+  constexpr uint8_t kCodes[kDTypeCount] = {dlpack::kDLFloat, dlpack::kDLBfloat, dlpack::kDLFloat, dlpack::kDLFloat};
+  const bool same_type = t.device.device_type == dlpack::kDLCPU && t.dtype.lanes == 1 &&
+                         t.dtype.code == kCodes[static_cast<int>(*b.dtype)] && t.dtype.bits == 8 * b.item_size;
+  if (!same_type || static_cast<size_t>(t.ndim) != b.shape.size()) return nullptr;
+  if (!std::equal(b.shape.begin(), b.shape.end(), t.shape)) return nullptr;
+  const bool same_layout = t.strides == nullptr ? b.c_contiguous
+                                                : (b.c_contiguous && contiguous(t, false)) ||
+                                                      (b.f_contiguous && contiguous(t, true));
+  char* address = static_cast<char*>(t.data) + t.byte_offset;
+  if (!same_layout || reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(b.item_size) != 0) return nullptr;
+  return t.data == nullptr ? nullptr : address;
+}
+
+// Whether the numbers in memory are the tensor's negative (torch's lazy negation), which DLPack does not say.
+inline bool is_negated(py::handle object) {
+  static const py::handle name = py::str("is_neg").release();
+  const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), name.ptr()));
+  if (!negated) throw py::error_already_set();
+  return negated.ptr() == Py_True;
+}
+
+}  // namespace fastadam::bind

@@ -1,0 +1,11 @@
+"""Adam and AdamW for PyTorch: ``torch.optim.Optimizer`` subclasses that step with fastadam's kernels.
+
+They take the arguments, parameter groups and state dicts of ``torch.optim.Adam`` and ``AdamW``, and in the same
+optimizer the sparse gradients of ``nn.Embedding(sparse=True)``.
+"""
+
+from __future__ import annotations
+
+from fastadam.torch.optimizer import Adam, AdamW
+
+__all__ = ["Adam", "AdamW"]

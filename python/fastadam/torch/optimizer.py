@@ -1,0 +1,349 @@
+"""``fastadam.torch.Adam`` and ``AdamW``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadam.slices import check_sparse_update
+from fastadam.torch.loading import keep_tensors, restore_states
+from fastadam.torch.stepping import Stepper
+
+__all__ = ["Adam", "AdamW"]
+
+_FLAGS = ("foreach", "capturable", "differentiable", "fused")  # of the implementation, not of the rule
+
+
+class Adam(Stepper):
+    r"""Adam, AMSGrad and, with ``decoupled_weight_decay``, AdamW, for parameters of PyTorch.
+
+    .. math::
+        m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
+        \theta \mathrel{-}= \gamma \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    A drop-in for ``torch.optim.Adam``, with its arguments, groups, hooks and state dicts, which go both ways. Float32,
+    float64, bfloat16, float16 and complex parameters of any strides. Gradients are not modified: after
+    ``GradScaler.step`` they are still scaled, unless ``unscale_`` was called.
+
+    Sparse COO gradients, as of ``nn.Embedding(sparse=True)``, are taken coalesced or not. "dense" does what
+    ``torch.optim.Adam`` does with their ``to_dense()``; "lazy" moves the rows that a gradient names and no other, as
+    ``torch.optim.SparseAdam`` does; "deferred" gives the bits that "dense" gives by rows, in the time of "lazy": rows
+    are brought up to date when they are touched, or read through :meth:`gather`, :meth:`sync` or :meth:`attach`;
+    "deferred_fast" sums the steps that a row missed in closed form. Beside "dense" the epsilon of parameters with sparse
+    gradients is that of SparseAdam and Keras, added to :math:`\sqrt v` before the bias correction.
+
+    Args:
+        params: Parameters, ``(name, parameter)`` pairs, or groups of them.
+        lr: Step size; a number or a tensor of one element.
+        betas: Decay rates of the moments, in [0, 1); numbers or tensors.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Added to the gradient, times the parameter; or decoupled.
+        amsgrad: Divide by the root of the largest second moment so far.
+        foreach: Accepted; there is one implementation, which takes all parameters at once.
+        maximize: Go up instead of down.
+        capturable: For CUDA graphs: ``step`` is counted on the GPU.
+        differentiable: Refused if True.
+        fused: Accepted, likewise.
+        decoupled_weight_decay: Shrink the parameters by ``lr * weight_decay`` instead (AdamW).
+        sparse_update: "dense", "deferred", "deferred_fast" or "lazy". Not in the groups: loading a state dict does not
+            change it.
+        moments_dtype: ``torch.float32`` for float32 moments of half parameters; None for the parameter's dtype.
+
+    Raises:
+        TypeError: An argument is not what it must be.
+        ValueError: A number is out of range, or options exclude each other. A step that raises has changed nothing.
+
+    Source: Kingma and Ba, "Adam" (arXiv:1412.6980); Loshchilov and Hutter (arXiv:1711.05101) for AdamW;
+    https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html.
+
+    >>> import importlib.util
+    >>> if importlib.util.find_spec("torch"):
+    ...     import torch, fastadam.torch
+    ...     weight = torch.nn.Parameter(torch.ones(2))
+    ...     opt = fastadam.torch.Adam([weight], lr=0.1)
+    ...     weight.sum().backward()
+    ...     opt.step()
+    ...     assert torch.allclose(weight, torch.full((2,), 0.9))
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        sparse_update: str = "dense",
+        moments_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._sparse_update = check_sparse_update(sparse_update)
+        if moments_dtype not in (None, torch.float32):
+            raise ValueError(f"moments_dtype: {moments_dtype}, expected None or torch.float32")
+        self._moments_dtype = moments_dtype
+        self._reset()
+        tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
+        for name, value in tensors.items():
+            _check_tensor(name, value, foreach=bool(foreach), capturable=capturable)
+        _check_numbers(lr, betas, eps, weight_decay)
+        if differentiable:
+            raise ValueError("differentiable: True, expected False: the kernels have no derivative")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        defaults = {
+            "lr": lr,
+            "betas": tuple(beta.squeeze() if isinstance(beta, Tensor) else beta for beta in betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Evaluates the model again and returns the loss, with gradients enabled.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            TypeError: A gradient or a state of another kind of number.
+            ValueError: A gradient, a state or a number that cannot be used; all are checked before one is written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf):
+            return loss
+        scale = getattr(self, "grad_scale", None)
+        self._step_all(1.0 if scale is None else 1.0 / float(scale))
+        return loss
+
+    # ---- tables ----------------------------------------------------------------------------------------------------
+
+    @property
+    def sparse_update(self) -> str:
+        """How sparse gradients are applied; see the class."""
+        return self._sparse_update
+
+    @property
+    def moments_dtype(self) -> torch.dtype | None:
+        """That of the moments of half parameters; None for their own."""
+        return self._moments_dtype
+
+    @torch.no_grad()
+    def sync(self, param: Tensor | None = None) -> None:
+        """Bring every row of a parameter, or of all, up to date; needed in a deferred mode before it is read or written.
+
+        Raises:
+            RuntimeError: A parameter was written to while rows waited for their steps.
+        """
+        for table in self._tables.of(param):
+            table.catch_up()
+
+    @torch.no_grad()
+    def gather(self, param: Tensor, ids: Tensor) -> Tensor:
+        """The rows ``param[ids]`` as they are after all steps so far, a copy; those of ``param`` become so too.
+
+        Args:
+            param: A parameter.
+            ids: Integers of any shape, repeated or not.
+
+        Raises:
+            TypeError: ``ids`` are no integers.
+            ValueError: An id that is no row.
+        """
+        rows = _check_ids(param, ids)
+        for table in self._tables.of(param):
+            table.catch_up(rows.cpu().reshape(-1).numpy())
+        return param.detach()[rows]
+
+    def attach(self, module: torch.nn.Module) -> None:
+        """Bring rows up to date when ``module``, an Embedding or EmbeddingBag, looks them up or is saved.
+
+        >>> import importlib.util
+        >>> if importlib.util.find_spec("torch"):
+        ...     import torch, fastadam.torch
+        ...     words = torch.nn.Embedding(1000, 4, sparse=True)
+        ...     opt = fastadam.torch.Adam(words.parameters(), sparse_update="deferred")
+        ...     opt.attach(words)
+        ...     for ids in ([1, 2], [2, 3]):
+        ...         opt.zero_grad()
+        ...         words(torch.tensor(ids)).square().sum().backward()
+        ...         opt.step()
+        """
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+            raise TypeError(f"module: {type(module).__name__}, expected an Embedding or EmbeddingBag")
+        if not any(weight is param for group in self.param_groups for param in group["params"]):
+            raise ValueError("module: its weight is no parameter of this optimizer")
+        module.register_forward_pre_hook(lambda layer, inputs: self._look_up(layer.weight, inputs[0]))
+        module.register_state_dict_pre_hook(lambda layer, *_: self.sync(layer.weight))
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Adam`` has it; every row of every table is brought up to date first."""
+        self.sync()
+        found: dict[str, Any] = super().state_dict()
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a state dict, ours or torch's, as clones; moments of half parameters keep their dtype.
+
+        The groups become those that were saved, but for ``foreach``, ``fused``, ``capturable`` and
+        ``differentiable``, which stay as they are here. Rows that wait are brought up to date first; those of a
+        parameter that has been written to since are not: it is taken to have been loaded.
+
+        Raises:
+            ValueError: Groups of another number or size.
+        """
+        with torch.no_grad():
+            for table in self._tables.of(None):
+                if table.is_untouched:
+                    table.catch_up()
+        last = self.register_load_state_dict_pre_hook(keep_tensors)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with their own values of the options or the defaults."""
+        if isinstance(param_group, dict) and param_group.get("differentiable"):
+            raise ValueError("differentiable: True, expected False: the kernels have no derivative")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.sync()
+        own = {"_sparse_update": self._sparse_update, "_moments_dtype": self._moments_dtype}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", [])
+        super().__setstate__(state)
+        self._reset()
+        for index, group in enumerate(self.param_groups):
+            for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
+                group.setdefault(name, False)
+            for name in ("foreach", "fused"):
+                group.setdefault(name, None)
+            if before:
+                group.update({name: before[index][name] for name in _FLAGS})
+        restore_states(self.state, self.param_groups, self._moments_dtype)
+
+    def _look_up(self, param: Tensor, ids: Tensor) -> None:
+        if self._tables.of(param):
+            self.gather(param, ids)
+
+
+class AdamW(Adam):
+    r"""Adam with decoupled weight decay: :class:`Adam` with ``decoupled_weight_decay``, as ``torch.optim.AdamW``.
+
+    .. math:: \theta \mathrel{-}= \gamma \lambda \theta, \quad \text{then Adam's step}
+
+    Args and errors are those of :class:`Adam`. Loading the state of an Adam does not make it one.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
+
+    >>> import importlib.util
+    >>> if importlib.util.find_spec("torch"):
+    ...     import torch, fastadam.torch
+    ...     opt = fastadam.torch.AdamW([torch.nn.Parameter(torch.ones(2))])
+    ...     assert opt.param_groups[0]["weight_decay"] == 0.01
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        sparse_update: str = "dense",
+        moments_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            sparse_update=sparse_update,
+            moments_dtype=moments_dtype,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
+
+
+def _check_tensor(name: str, value: Any, *, foreach: bool, capturable: bool) -> None:
+    """What torch requires of a number that comes as a tensor."""
+    if not isinstance(value, Tensor):
+        return
+    if foreach and not capturable:
+        raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element")
+
+
+def _check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """The ranges that torch has, with its texts."""
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not eps >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for index in (0, 1):
+        if not 0.0 <= betas[index] < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {betas[index]}")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise ValueError("betas must be either both floats or both Tensors")
+
+
+def _check_ids(param: Tensor, ids: Any) -> Tensor:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids: {getattr(ids, 'dtype', type(ids).__name__)}, expected a tensor of int32 or int64")
+    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < len(param)):
+        raise ValueError(f"ids: from {int(ids.min())} to {int(ids.max())}, expected rows of {len(param)}")
+    return ids.detach()

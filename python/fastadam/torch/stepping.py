@@ -1,0 +1,282 @@
+"""From parameter groups to native calls: which parameters step together, and with which numbers."""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastadam.hyper import StepHyper
+from fastadam.slices import DEFERRED
+from fastadam.staleness import Numbers
+from fastadam.torch.loading import HALF, zero_steps
+from fastadam.torch.sets import SLOTS, Kind, ParameterSet, whole_count
+from fastadam.torch.tables import Table, Tables
+
+__all__ = ["Stepper"]
+
+_NONE, _WHOLE, _ROWS = 0, 1, 2  # a parameter without gradient, with one that moves all of it, with one that moves rows
+
+
+def _label_of(group: dict[str, Any], index: int, place: int) -> str:
+    """What messages call a parameter: its name, or its place in the groups."""
+    names = group.get("param_names")
+    return f"parameter '{names[place]}'" if names else f"param_groups[{index}]['params'][{place}]"
+
+
+class _Key(NamedTuple):
+    """What a set is made of beside tensors."""
+
+    index: int  # of the group
+    mask: bytes  # kinds of its parameters
+    amsgrad: bool
+    decays: bool
+
+
+class _Chosen:
+    """A set, and what tells that it still is the one of its key."""
+
+    def __init__(self, params: list[Tensor], together: ParameterSet, tables: list[Table], epoch: int) -> None:
+        self.params = params  # of the whole group
+        self.together = together
+        self.tables = tables
+        self.epoch = epoch  # of `optimizer.state`, when the states were last compared
+        self.is_new = True  # no step was made yet
+        self.counter = np.zeros((), np.int64)  # of native steps: a GPU says later which one failed
+
+
+class _Call(NamedTuple):
+    """A native step that is ready to be made."""
+
+    chosen: _Chosen
+    gradients: list[Any]
+    hyper: StepHyper
+    factors: list[float]
+
+
+class Stepper(torch.optim.Optimizer):
+    """The step of an optimizer with torch's parameter groups and states."""
+
+    _sparse_update: str
+    _moments_dtype: torch.dtype | None
+
+    def _reset(self) -> None:
+        """Forget what was made of states that have been replaced."""
+        self._sets: dict[_Key, _Chosen] = {}
+        self._splits: dict[_Key, list[bytes]] = {}
+        self._contexts: dict[_Key, Any] = {}
+        self._captured: list[_Chosen] = []  # CUDA graphs write to their memory
+        self._tables = Tables(exact=self._sparse_update == "deferred")
+        self._known: list[Any] = []
+        self._epoch = 0
+
+    def _step_all(self, gradient_scale: float) -> None:
+        """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
+        if len(self._known) != len(self.state) or not all(map(is_, self.state.values(), self._known)):
+            self._known = list(self.state.values())
+            self._epoch += 1
+        calls: list[_Call] = []
+        for index, group in enumerate(self.param_groups):
+            gradients = [param.grad for param in group["params"]]
+            mask = self._mask_of(group["params"], gradients)
+            if any(mask):
+                self._prepare(calls, index, group, gradients, mask, gradient_scale)
+        if len(calls) > 1:
+            for call in calls:
+                call.chosen.together.check(call.gradients, call.hyper, call.factors)
+        for call in calls:
+            self._make(call)
+
+    def _mask_of(self, params: list[Tensor], gradients: list[Any]) -> bytes:
+        """The kind of each parameter."""
+        if self._sparse_update == "dense":
+            return bytes([gradient is not None for gradient in gradients])
+        kinds = [_NONE if g is None else _ROWS if g.is_sparse else _WHOLE for g in gradients]
+        if self._tables:  # they keep the epsilon of their history
+            kinds = [kind and (_ROWS if p in self._tables else kind) for kind, p in zip(kinds, params, strict=True)]
+        return bytes(kinds)
+
+    def _prepare(
+        self,
+        calls: list[_Call],
+        index: int,
+        group: dict[str, Any],
+        gradients: list[Any],
+        mask: bytes,
+        gradient_scale: float,
+    ) -> None:
+        """Add the calls for the parameters that ``mask`` names; those of another kind, device or step count apart."""
+        found = self._choose(index, group, mask)
+        if isinstance(found, list):
+            for part in found:
+                self._prepare(calls, index, group, gradients, part, gradient_scale)
+            return
+        together = found.together
+        step = 1
+        if not together.is_capturing():
+            counts = together.counts.read()
+            if counts.count(counts[0]) != len(counts):
+                for part in _by_value(mask, together.positions, counts):
+                    self._prepare(calls, index, group, gradients, part, gradient_scale)
+                return
+            step = whole_count(counts[0], together.labels[0])
+        elif found.is_new:
+            raise RuntimeError("the first step was captured, expected one before it that is not")
+        hyper = self._hyper_of(group, together, step, gradient_scale)
+        mine = [gradients[place] for place in together.positions]
+        if found.tables and self._settle_before(found, mine, hyper, group["amsgrad"]):
+            del self._sets[self._key_of(index, group, mask)]
+            self._prepare(calls, index, group, gradients, mask, gradient_scale)
+            return
+        factors = together.reversed if group["maximize"] else []
+        calls.append(_Call(found, together.read_gradients(mine, densify=hyper.l2 != 0), hyper, factors))
+
+    def _hyper_of(self, group: dict[str, Any], together: ParameterSet, step: int, gradient_scale: float) -> StepHyper:
+        """The numbers of a step; the epsilon of rows is not corrected, as that of ``torch.optim.SparseAdam``."""
+        rate, (beta_1, beta_2), weight_decay = group["lr"], group["betas"], float(group["weight_decay"])
+        decoupled = group["decoupled_weight_decay"]
+        if together.device.type == "cuda":
+            together.set_rate(rate)
+        if weight_decay and not decoupled and together.kind.rows:
+            raise ValueError(
+                f"weight_decay: {weight_decay} with sparse_update={self._sparse_update!r}, expected 0 or "
+                "decoupled_weight_decay=True, for parameters with sparse gradients"
+            )
+        return StepHyper(
+            step=step,
+            learning_rate=0.0 if isinstance(rate, Tensor) and rate.is_cuda else float(rate),
+            beta_1=float(beta_1),
+            beta_2=float(beta_2),
+            epsilon=float(group["eps"]),
+            gradient_scale=gradient_scale,
+            weight_decay=weight_decay if decoupled else 0.0,
+            l2=0.0 if decoupled else weight_decay,
+            epsilon_corrected=not together.kind.rows,
+        )
+
+    def _settle_before(self, chosen: _Chosen, gradients: list[Any], hyper: StepHyper, amsgrad: bool) -> bool:
+        """Rows cannot wait for a dense gradient, nor for numbers that their history does not have.
+
+        Returns whether the set must be made again.
+        """
+        numbers = Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, amsgrad)
+        changed = False
+        for table, gradient in zip(chosen.tables, gradients, strict=True):
+            table.require_untouched()
+            differs = table.history.numbers != numbers
+            if differs or not gradient.is_sparse:
+                table.catch_up()
+            if differs:
+                table.history.change_numbers(numbers)
+            changed = changed or differs
+        return changed
+
+    def _make(self, call: _Call) -> None:
+        chosen, together = call.chosen, call.chosen.together
+        capturing = together.is_capturing()
+        together.step(call.gradients, call.hyper, call.factors, chosen.counter)
+        if chosen.is_new:
+            for param, state in zip(together.params, together.states, strict=True):
+                self.state[param] = state
+            self._tables.keep(chosen.tables)
+            chosen.is_new = False
+        for table in chosen.tables:
+            table.note_step()
+        if capturing:  # its pointers are the graph's from here on
+            self._captured.append(chosen)
+            self._sets = {key: other for key, other in self._sets.items() if other is not chosen}
+
+    # ---- sets ------------------------------------------------------------------------------------------------------
+
+    def _key_of(self, index: int, group: dict[str, Any], mask: bytes) -> _Key:
+        return _Key(index, mask, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]))
+
+    def _choose(self, index: int, group: dict[str, Any], mask: bytes) -> _Chosen | list[bytes]:
+        """The set of the parameters that ``mask`` names, or masks of those that must step apart."""
+        if _WHOLE in mask and _ROWS in mask:
+            return [mask.replace(bytes([other]), bytes([_NONE])) for other in (_ROWS, _WHOLE)]
+        key = self._key_of(index, group, mask)
+        chosen = self._sets.get(key)
+        if chosen is not None and self._is_current(chosen, group["params"]):
+            return chosen
+        places = [place for place, kind in enumerate(mask) if kind]
+        devices = [group["params"][place].device for place in places]
+        if len(set(devices)) > 1:
+            return _by_value(mask, places, devices)
+        self._sets[key] = made = self._new(key, group, places)
+        return made
+
+    def _is_current(self, chosen: _Chosen, params: list[Tensor]) -> bool:
+        together = chosen.together
+        if len(params) != len(chosen.params) or not all(map(is_, params, chosen.params)):
+            return False
+        if chosen.epoch != self._epoch:
+            if not all(self.state.get(p) is state for p, state in zip(together.params, together.states, strict=True)):
+                return False
+            chosen.epoch = self._epoch
+        has_room = all(table.history.steps < table.history.room for table in chosen.tables)
+        return has_room and together.is_current()
+
+    def _new(self, key: _Key, group: dict[str, Any], places: list[int]) -> _Chosen:
+        params = [group["params"][place] for place in places]
+        labels = [_label_of(group, key.index, place) for place in places]
+        self._check_flags(group, params[0], labels[0])
+        states = self._states_of(params, labels, group)
+        rows = _ROWS in key.mask
+        tables: list[Table] = []
+        if rows and self._sparse_update in DEFERRED:
+            numbers = Numbers(*map(float, group["betas"]), float(group["eps"]), key.amsgrad)
+            for param, state, label in zip(params, states, labels, strict=True):
+                tables.append(self._tables.make(param, state, label, numbers))
+        for table in tables:
+            if table.history.steps >= table.history.room:
+                table.history.make_room()
+        kind = Kind(self._sparse_update, rows=rows, amsgrad=key.amsgrad, decays=key.decays)
+        histories = [table.history for table in tables] or [None] * len(params)
+        together = ParameterSet(params, states, labels, places, kind, histories, self._contexts.get(key))
+        if together.context is not None:
+            self._contexts[key] = together.context
+        return _Chosen(list(group["params"]), together, tables, self._epoch)
+
+    def _check_flags(self, group: dict[str, Any], param: Tensor, label: str) -> None:
+        if group["differentiable"]:
+            raise ValueError("differentiable: True, expected False: the kernels have no derivative")
+        if param.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{label}: on {param.device}, expected CPU memory or a CUDA device")
+        if group["capturable"] and param.device.type != "cuda":
+            raise ValueError(f"capturable: True with {label} on {param.device}, expected parameters on a CUDA device")
+        if param.device.type == "cuda" and self._sparse_update in DEFERRED:
+            raise ValueError(f"sparse_update: {self._sparse_update!r} with {label} on {param.device}, expected CPU memory")
+
+    def _states_of(self, params: list[Tensor], labels: list[str], group: dict[str, Any]) -> list[dict[str, Any]]:
+        """Their states; new ones, which belong to the optimizer after their first step, where there are none."""
+        states = [self.state.get(param) or {} for param in params]
+        fresh = [k for k, state in enumerate(states) if not state]
+        on_device = group["capturable"] or (group["fused"] and params[0].is_cuda)
+        steps = zero_steps(len(fresh), params[0].device if on_device else torch.device("cpu"))
+        for k, step in zip(fresh, steps, strict=True):
+            states[k] = {"step": step, **{SLOTS[name]: self._zeros_like(params[k]) for name in ("m", "v")}}
+        for param, state, label in zip(params, states, labels, strict=True):
+            if "step" in state and not isinstance(state["step"], Tensor):
+                state["step"] = torch.tensor(float(state["step"]))
+            missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in state]
+            if missing:
+                raise ValueError(f"state of {label}: without {missing[0]!r}, expected step, exp_avg and exp_avg_sq")
+            if group["amsgrad"] and SLOTS["vhat"] not in state:
+                state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
+        return states
+
+    def _zeros_like(self, param: Tensor) -> Tensor:
+        dtype = self._moments_dtype if param.dtype in HALF else None
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def _by_value(mask: bytes, places: list[int], values: list[Any]) -> list[bytes]:
+    """``mask``, in parts whose parameters have one value."""
+    parts: dict[Any, bytearray] = {}
+    for place, value in zip(places, values, strict=True):
+        parts.setdefault(value, bytearray(len(mask)))[place] = mask[place]
+    return [bytes(part) for part in parts.values()]

@@ -1,0 +1,97 @@
+"""How a native plan sees tensors of PyTorch: as contiguous real memory of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["View", "gradient_like", "is_plain", "local_of"]
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The shard of a DTensor that this process holds; any other tensor as it is."""
+    if not hasattr(tensor, "_local_tensor"):
+        return tensor
+    local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return local.wait() if hasattr(local, "wait") else local  # of a collective that is still running
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether a plan reads a parameter and its moments as they are."""
+    return all(t.is_contiguous() and not hasattr(t, "_local_tensor") and not t.is_complex() for t in tensors)
+
+
+def gradient_like(gradient: Tensor, parameter: Tensor, label: str) -> Tensor:
+    """A gradient laid out over processes as its parameter is."""
+    if gradient.shape != parameter.shape:
+        raise ValueError(f"grad of {label}: shape {tuple(gradient.shape)}, expected {tuple(parameter.shape)}")
+    if not hasattr(parameter, "_local_tensor"):
+        return gradient
+    if not hasattr(gradient, "_local_tensor"):
+        raise TypeError(f"grad of {label}: {type(gradient).__name__}, expected a DTensor like its parameter")
+    if gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        return gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined,no-any-return]
+    return gradient
+
+
+def _order_of(tensor: Tensor) -> tuple[int, ...]:
+    """Of the axes, the one with the largest stride first."""
+    return tuple(sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis)))
+
+
+class View:
+    """Of a parameter and its moments that a plan cannot read as they are.
+
+    A DTensor is its local shard, a complex tensor its real and imaginary parts, and axes are permuted into the order in
+    which the parameter lies in memory. What has gaps even then (a slice of a larger tensor, or moments in another order
+    than their parameter) is copied before a step and copied back after it.
+
+    Raises:
+        ValueError: Elements of the parameter share memory (``expand``).
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], label: str) -> None:
+        parameter = local_of(tensors[0])
+        self.is_complex = parameter.is_complex()
+        self.order = _order_of(parameter)
+        if parameter.numel() and any(n > 1 and not s for n, s in zip(parameter.shape, parameter.stride(), strict=True)):
+            raise ValueError(f"{label}: strides {parameter.stride()}, elements share memory; expected a clone of it")
+        self.signature = self._signature_of(tensors)
+        self.copies: dict[int, Tensor] = {}
+        for k, tensor in enumerate(tensors):
+            seen = self.of(tensor)
+            if not seen.is_contiguous():
+                self.copies[k] = torch.empty_like(seen, memory_format=torch.contiguous_format)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """``tensor``, of the parameter's shape, in the order of the parameter's memory."""
+        seen = local_of(tensor).detach()
+        if not self.is_complex:
+            return seen.permute(self.order)
+        return torch.view_as_real(seen.resolve_conj().permute(self.order))
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these lie as those that the view was made of."""
+        return self._signature_of(tensors) == self.signature
+
+    def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """As the plan reads them; copies are those of the last :meth:`load`."""
+        return [self.copies[k] if k in self.copies else self.of(tensor) for k, tensor in enumerate(tensors)]
+
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        """Before a step: copy what has gaps."""
+        for k, copy in self.copies.items():
+            copy.copy_(self.of(tensors[k]))
+
+    def store(self, tensors: Sequence[Tensor]) -> None:
+        """After it: copy it back."""
+        for k, copy in self.copies.items():
+            self.of(tensors[k]).copy_(copy)
+
+    @staticmethod
+    def _signature_of(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+        locals_ = [local_of(tensor) for tensor in tensors]
+        return [(t.shape, t.stride(), t.dtype, t.device) for t in locals_]

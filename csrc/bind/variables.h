@@ -59,7 +59,7 @@ class VariableSet {
   bool holds(const py::list& variables, const py::dict& slots) const {
     if (variables.size() != variables_.size() || slots.size() * variables_.size() != state_.size()) return false;
     for (size_t i = 0; i < variables_.size(); ++i) {
-      if (!is_variable(variables[i], variables_[i])) return false;
+      if (!is_held(variables[i], variables_[i])) return false;
     }
     size_t slot = 0;
     for (const char* name : {"m", "v", "vhat", "average", "gradient_accumulator"}) {
@@ -67,7 +67,7 @@ class VariableSet {
       const auto arrays = slots[name].cast<py::list>();
       if (arrays.size() != variables_.size()) return false;
       for (size_t i = 0; i < variables_.size(); ++i) {
-        if (!is_variable(arrays[i], state_[i * slots.size() + slot])) return false;
+        if (!is_held(arrays[i], state_[i * slots.size() + slot])) return false;
       }
       ++slot;
     }
@@ -130,6 +130,12 @@ class VariableSet {
   static py::object held(py::handle object, const py::type& holder) {
     if (PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(holder.ptr()))) return object.attr("_value");
     return py::reinterpret_borrow<py::object>(object);
+  }
+
+  // Memory that lies like that of `known` was found not to be negated when that was read.
+  static bool is_held(const py::object& object, const Buffer& known) {
+    const void* address = address_like(object, known);
+    return address != nullptr ? address == known.data : is_variable(object, known);
   }
 
   static bool is_variable(const py::object& object, const Buffer& variable) {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastadam.slices import check_sparse_update
+from fastadam.torch.compiled import traced_step
 from fastadam.torch.loading import keep_tensors, restore_states
 from fastadam.torch.stepping import Stepper
 
@@ -135,6 +136,9 @@ class Adam(Stepper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            traced_step(self)
+            return loss
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf):
             return loss

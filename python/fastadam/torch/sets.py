@@ -158,6 +158,12 @@ class ParameterSet:
         params, *slots = self._natives()
         return self.plan.holds(params, dict(zip(self.kind.slots, slots, strict=True)))
 
+    def move_to(self, params: list[Tensor], states: list[dict[str, Any]]) -> bool:
+        """Go on with other tensors of the same memory; False if they are not."""
+        self.params, self.states = params, states
+        self.counts = _StepCounts([state["step"] for state in states])
+        return self.is_current()
+
     def is_capturing(self) -> bool:
         """Whether a CUDA graph is being captured, from which nothing can be read."""
         return self.context is not None and torch.cuda.is_current_stream_capturing()

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastadam.hyper import StepHyper
 from fastadam.slices import DEFERRED
 from fastadam.staleness import Numbers
+from fastadam.torch.compiled import remember
 from fastadam.torch.loading import HALF, zero_steps
 from fastadam.torch.sets import SLOTS, Kind, ParameterSet, whole_count
 from fastadam.torch.tables import Table, Tables
@@ -72,6 +73,8 @@ class Stepper(torch.optim.Optimizer):
         self._tables = Tables(exact=self._sparse_update == "deferred")
         self._known: list[Any] = []
         self._epoch = 0
+        self._compiled_sets: dict[Any, ParameterSet] = {}
+        self._number = remember(self)
 
     def _step_all(self, gradient_scale: float) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
@@ -268,6 +271,37 @@ class Stepper(torch.optim.Optimizer):
             if group["amsgrad"] and SLOTS["vhat"] not in state:
                 state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
         return states
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+    ) -> None:
+        """Fill the lists for ``torch.compile``, which runs this while it traces; new states are the optimizer's."""
+        places = [place for place, param in enumerate(group["params"]) if param.grad is not None]
+        chosen = [group["params"][place] for place in places]
+        index = next(index for index, other in enumerate(self.param_groups) if other is group)
+        labels = [_label_of(group, index, place) for place in places]
+        for param, label in zip(chosen, labels, strict=True):
+            self._check_flags(group, param, label)
+            if param.grad.layout != torch.strided:
+                raise ValueError(f"grad of {label}: sparse under torch.compile, expected a dense gradient")
+        if not chosen:
+            return
+        for param, state in zip(chosen, self._states_of(chosen, labels, group), strict=True):
+            self.state[param] = state
+            params.append(param)
+            grads.append(param.grad)
+            exp_avgs.append(state["exp_avg"])
+            exp_avg_sqs.append(state["exp_avg_sq"])
+            if group["amsgrad"]:
+                max_exp_avg_sqs.append(state["max_exp_avg_sq"])
+            state_steps.append(state["step"])
 
     def _zeros_like(self, param: Tensor) -> Tensor:
         dtype = self._moments_dtype if param.dtype in HALF else None

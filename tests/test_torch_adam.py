@@ -1,0 +1,352 @@
+"""fastadam.torch.Adam and AdamW beside torch.optim's: every setting, dtype and layout, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastadam.torch  # noqa: E402
+from torch_twins import PAIRS, Twins, parameters  # noqa: E402
+
+SHAPES = [(17, 5), (33,), (), (2, 3, 4), (0, 3), (1,)]
+# The inputs over which torch runs its own tests of Adam, then pairs of options that these leave out.
+INPUTS = [
+    {},
+    {"lr": 0.01},
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "maximize": True},
+    {"weight_decay": 0.1, "amsgrad": True},
+    {"lr": torch.tensor(0.01, dtype=torch.float64)},
+    {"lr": torch.tensor([0.01], dtype=torch.float64), "weight_decay": 0.1},
+    {
+        "betas": (torch.tensor([[0.9]], dtype=torch.float64), torch.tensor(0.99, dtype=torch.float64)),
+        "lr": torch.tensor(0.01, dtype=torch.float64),
+        "amsgrad": True,
+    },
+    {"betas": (0.0, 0.0)},
+    {"betas": (0.5, 0.9), "eps": 1e-2, "maximize": True, "amsgrad": True},
+    {"eps": 0.0},
+    {"lr": 0.0, "weight_decay": 0.5},
+    {"foreach": True},
+    {"foreach": False, "fused": False},
+    {"fused": True, "weight_decay": 0.1},
+]
+
+
+def named(options):
+    return ",".join(f"{key}={value}".replace("torch.", "") for key, value in options.items()) or "default"
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("options", INPUTS, ids=named)
+def test_float64_is_torch_to_1e_12(name, options):
+    twins = Twins(name, parameters(*SHAPES), **options)
+    for _ in range(60):
+        twins.step()
+        assert twins.difference() < 1e-12
+    for a, b in zip(twins.theirs, twins.ours, strict=True):
+        for key, value in twins.reference.state[a].items():
+            torch.testing.assert_close(twins.tested.state[b][key], value, rtol=1e-12, atol=1e-15)
+
+
+def test_decoupled_weight_decay_is_an_option_of_adam():
+    twins = Twins("Adam", parameters(*SHAPES), weight_decay=0.1, decoupled_weight_decay=True, lr=0.1)
+    for _ in range(20):
+        twins.step()
+    assert twins.difference() < 1e-12
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"weight_decay": 0.1}, {"maximize": True}], ids=named)
+def test_float32_is_within_ulps_of_the_float64_trajectory(name, options):
+    """Not further from exact arithmetic than torch's float32, give or take ulps of the parameter and of the update."""
+    eps, rate, steps = torch.finfo(torch.float32).eps, 0.01, 50
+    start = parameters((1000,), dtype=torch.float32)[0]
+    twins = Twins(name, [start], lr=rate, **options)
+    exact = torch.nn.Parameter(start.detach().double())
+    reference = PAIRS[name][0]([exact], lr=rate, **options)
+    for _ in range(steps):
+        twins.step()
+        exact.grad = twins.theirs[0].grad.double()
+        reference.step()
+    bound = eps * (steps * exact.abs() + 16 * steps * rate)
+    assert bool(((twins.ours[0] - exact).abs() <= bound).all())
+    ours, theirs = ((found[0] - exact).abs().mean() for found in (twins.ours, twins.theirs))
+    assert float(ours) < 2 * float(theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"weight_decay": 0.1}, {"maximize": True}], ids=named)
+def test_a_step_of_half_parameters_is_that_of_torchs_fused_kernel_to_one_rounding(dtype, options):
+    twins = Twins("Adam", parameters((1000,), (7, 9), dtype=dtype), lr=0.01, fused=True, **options)
+    twins.step()
+    for a, b in zip(twins.theirs, twins.ours, strict=True):
+        pairs = [(a, b), *((twins.reference.state[a][key], twins.tested.state[b][key]) for key in twins.tested.state[b])]
+        for theirs, ours in pairs[:1] + pairs[2:]:
+            assert ours.dtype == dtype
+            spacing = torch.finfo(dtype).eps * theirs.double().abs() + torch.finfo(dtype).smallest_normal
+            assert bool(((ours.double() - theirs.double()).abs() <= spacing).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_moments_of_half_parameters_keep_what_half_ones_lose(dtype):
+    start = parameters((1000,), dtype=dtype)[0]
+    runs = {}
+    for option in (None, torch.float32):
+        weight = torch.nn.Parameter(start.detach().clone())
+        optimizer = fastadam.torch.Adam([weight], lr=0.01, betas=(0.9, 0.9999), moments_dtype=option)
+        exact = torch.nn.Parameter(start.detach().double())
+        reference = torch.optim.Adam([exact], lr=0.01, betas=(0.9, 0.9999))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(100):
+            weight.grad = torch.randn(1000, generator=generator).to(dtype)
+            exact.grad = weight.grad.double()
+            optimizer.step()
+            reference.step()
+        runs[option] = (weight.detach(), optimizer.state[weight], reference.state[exact])
+    for option, (_, state, _) in runs.items():
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == (option or dtype)
+    _, state, exact_state = runs[torch.float32]
+    torch.testing.assert_close(state["exp_avg_sq"].double(), exact_state["exp_avg_sq"], rtol=1e-5, atol=0)
+    lost = runs[None][1]["exp_avg_sq"].double()
+    assert bool(((lost - exact_state["exp_avg_sq"]).abs() > 1e-3 * exact_state["exp_avg_sq"]).any())
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+
+def layouts():
+    whole = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return {
+        "channels_last": torch.randn(4, 3, 5, 5).double().to(memory_format=torch.channels_last),
+        "transposed": whole.t(),
+        "permuted": torch.randn(2, 3, 4).double().permute(1, 2, 0),
+        "one axis of one": torch.randn(3, 1, 4).double().transpose(0, 2),
+        "every second column": whole[:, ::2],
+        "a column": whole[:, 1:2],
+        "complex": torch.randn(3, 4, dtype=torch.complex128),
+        "complex transposed": torch.randn(3, 4, dtype=torch.complex128).t(),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1}], ids=named)
+def test_any_strides(layout, options):
+    twins = Twins("Adam", [layouts()[layout], torch.ones(3, dtype=torch.float64)], lr=0.1, **options)
+    strides = twins.ours[0].stride()
+    for _ in range(5):
+        twins.step()
+    assert twins.difference() < 1e-12
+    assert twins.ours[0].stride() == strides
+    assert twins.tested.state[twins.ours[0]]["exp_avg"].stride() == twins.reference.state[twins.theirs[0]][
+        "exp_avg"
+    ].stride()
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_a_gradient_in_another_order_than_its_parameter(layout):
+    """torch's fused CPU kernel pairs the elements in the order of memory, and is silently wrong here."""
+    start = layouts()[layout]
+    theirs, ours = (torch.nn.Parameter(start.detach().clone()) for _ in range(2))
+    reference, tested = torch.optim.Adam([theirs], lr=0.1), fastadam.torch.Adam([ours], lr=0.1)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        gradient = torch.randn(start.shape[::-1], dtype=start.dtype).permute(*reversed(range(start.dim())))
+        theirs.grad, ours.grad = gradient.contiguous(), gradient
+        reference.step()
+        tested.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_moments_in_another_order_than_their_parameter():
+    start = torch.randn(4, 3, 5, 5).double()
+    theirs = torch.nn.Parameter(start.clone())
+    ours = torch.nn.Parameter(start.clone().to(memory_format=torch.channels_last))
+    reference, tested = torch.optim.Adam([theirs], lr=0.1), fastadam.torch.Adam([ours], lr=0.1)
+    for step in range(4):
+        theirs.grad = torch.randn_like(start)
+        ours.grad = theirs.grad.clone()
+        reference.step()
+        if step == 0:
+            tested.load_state_dict(reference.state_dict())
+            ours.data.copy_(theirs)
+        else:
+            tested.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_negated_gradients_are_negated():
+    weight, twin = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
+    gradient = torch.linspace(-1, 2, 5)
+    weight.grad, twin.grad = torch._neg_view(gradient), -gradient
+    for parameter in (weight, twin):
+        fastadam.torch.Adam([parameter], lr=0.1).step()
+    assert torch.equal(weight, twin)
+
+
+def test_a_parameter_given_other_memory_goes_on_there():
+    twins = Twins("Adam", parameters((5, 3), (4,)), lr=0.1)
+    for step in range(4):
+        for parameter in (*twins.theirs, *twins.ours):
+            parameter.data = parameter.data.clone() if step % 2 else parameter.data.t().contiguous().t()
+        twins.step()
+    assert twins.difference() < 1e-12
+
+
+# ---- which parameters step ------------------------------------------------------------------------------------------
+
+
+def test_parameters_without_gradient_wait_and_counts_differ():
+    twins = Twins("AdamW", parameters((3,), (4,), (5,), (2, 2)), lr=0.1)
+    for which in ({0, 1}, {1}, None, {0, 3}, None, {2}, None, set(), None):
+        twins.step(which)
+        assert twins.difference() < 1e-12
+    counts = [[float(s["step"]) for s in o.state.values()] for o in (twins.reference, twins.tested)]
+    assert counts[0] == counts[1]
+    assert len(set(counts[1])) > 1
+
+
+def test_groups_with_their_own_options():
+    start = parameters((3, 2), (4,), (5,))
+    pairs = []
+    for cls in PAIRS["Adam"]:
+        weights = [torch.nn.Parameter(w.detach().clone()) for w in start]
+        optimizer = cls([{"params": weights[:1]}, {"params": weights[1:2], "lr": 0.5, "amsgrad": True}], weight_decay=0.1)
+        optimizer.add_param_group({"params": weights[2:], "betas": (0.5, 0.6), "maximize": True})
+        for step in range(6):
+            torch.manual_seed(step)
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            if step == 3:
+                optimizer.param_groups[0]["lr"] = 0.2
+                optimizer.param_groups[2]["amsgrad"] = False
+            optimizer.step()
+        pairs.append(weights)
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_float32_and_float64_in_one_group():
+    twins = Twins("Adam", [*parameters((9,)), *parameters((9,), dtype=torch.float32)], lr=0.1)
+    for _ in range(5):
+        twins.step()
+    assert float((twins.theirs[0] - twins.ours[0]).abs().max()) < 1e-12
+    assert twins.difference() < 1e-6
+
+
+def test_no_gradient_at_all_changes_nothing():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = fastadam.torch.Adam([weight])
+    assert optimizer.step() is None
+    assert torch.equal(weight, torch.ones(3))
+    assert not optimizer.state
+
+
+def test_zero_gradients_move_nothing():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = fastadam.torch.AdamW([weight], weight_decay=0.0, amsgrad=True)
+    for _ in range(3):
+        weight.grad = torch.zeros(3)
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(3))
+    assert float(optimizer.state[weight]["step"]) == 3
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_version_counters_rise(name):
+    twins = Twins(name, [torch.randn(4, 4).t(), torch.randn(3)])
+    twins.step()
+    tensors = [t for p in twins.ours for t in (p, *twins.tested.state[p].values())]
+    before = [tensor._version for tensor in tensors]
+    twins.step()
+    assert all(tensor._version > version for tensor, version in zip(tensors, before, strict=True))
+    loss = (twins.ours[1] ** 2).sum()
+    twins.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"lr": -1.0}, ValueError, "Invalid learning rate: -1"),
+        ({"lr": float("nan")}, ValueError, "Invalid learning rate"),
+        ({"eps": -1e-8}, ValueError, "Invalid epsilon value"),
+        ({"betas": (1.0, 0.0)}, ValueError, "Invalid beta parameter at index 0: 1.0"),
+        ({"betas": (0.0, 1.0)}, ValueError, "Invalid beta parameter at index 1: 1.0"),
+        ({"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),
+        ({"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element"),
+        ({"lr": torch.tensor(0.001), "foreach": True}, ValueError, "lr as a Tensor is not supported for capturable"),
+        ({"betas": (0.9, torch.tensor(0.99))}, ValueError, "betas must be either both floats or both Tensors"),
+        (
+            {"betas": (torch.tensor(0.9), torch.tensor(0.99)), "foreach": True},
+            ValueError,
+            r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True",
+        ),
+        ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
+        ({"differentiable": True}, ValueError, "differentiable: True, expected False"),
+        ({"sparse_update": "rows"}, ValueError, "sparse_update: 'rows', expected one of"),
+        ({"moments_dtype": torch.float64}, ValueError, "moments_dtype: torch.float64, expected None or torch.float32"),
+    ],
+)
+def test_arguments_that_are_refused(options, error, text):
+    with pytest.raises(error, match=text):
+        fastadam.torch.Adam([torch.nn.Parameter(torch.ones(1))], **options)
+
+
+def test_parameters_that_are_refused():
+    with pytest.raises(TypeError, match="params argument given to the optimizer should be an iterable"):
+        fastadam.torch.Adam(torch.ones(1))
+    with pytest.raises(ValueError, match="empty parameter list"):
+        fastadam.torch.Adam([])
+    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
+        fastadam.torch.Adam([torch.ones(2, requires_grad=True) * 2])
+
+
+def refuse(match, error=ValueError, *, spoil, **options):
+    """A step of two groups, the second of which is spoilt, changes neither."""
+    first, second = parameters((3,), (4,))
+    optimizer = fastadam.torch.Adam([{"params": [first]}, {"params": [second]}], **options)
+    first.grad, second.grad = torch.ones(3).double(), torch.ones(4).double()
+    optimizer.step()
+    spoil(optimizer, second)
+    before = [t.clone() for p in (first, second) for t in (p.detach(), *optimizer.state[p].values())]
+    with pytest.raises(error, match=match):
+        optimizer.step()
+    after = [t for p in (first, second) for t in (p.detach(), *optimizer.state[p].values())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True) if a.shape == b.shape)
+
+
+def test_a_step_that_is_refused_changes_nothing():
+    second = r"param_groups\[1\]\['params'\]\[0\]"
+
+    def put(**found):
+        return lambda optimizer, parameter: optimizer.state[parameter].update(found)
+
+    def set_option(**found):
+        return lambda optimizer, parameter: optimizer.param_groups[1].update(found)
+
+    def expand(optimizer, parameter):
+        parameter.data = torch.zeros(1).double().expand(4)
+
+    refuse("exp_avg: shape", spoil=put(exp_avg=torch.zeros(5).double()))
+    refuse(f"state of {second}: exp_avg_sq: list", TypeError, spoil=put(exp_avg_sq=[0.0]))
+    refuse(f"state of {second}: step 1.5, expected a whole", spoil=put(step=torch.tensor(1.5)))
+    refuse(f"state of {second}: without 'step'", spoil=lambda o, p: o.state[p].pop("step"))
+    refuse("differentiable: True", spoil=set_option(differentiable=True, amsgrad=True))
+    refuse("capturable: True with", spoil=set_option(capturable=True, amsgrad=True))
+    refuse("beta_1", spoil=set_option(betas=(1.0, 0.5)))
+    refuse("elements share memory", spoil=expand)
+    refuse(r"m\[0\]: float32, expected float64", TypeError, spoil=put(exp_avg=torch.zeros(4)))
+
+
+def test_parameters_of_other_dtypes_are_refused_by_name():
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.int32), requires_grad=False)
+    optimizer = fastadam.torch.Adam([("steps", weight)])
+    weight.grad = torch.ones(3, dtype=torch.int32)
+    with pytest.raises(TypeError, match="parameter 'steps': dtype int32, expected float16"):
+        optimizer.step()

@@ -70,10 +70,10 @@ def test_float32_is_within_ulps_of_the_float64_trajectory(name, options):
         twins.step()
         exact.grad = twins.theirs[0].grad.double()
         reference.step()
-    bound = eps * (steps * exact.abs() + 16 * steps * rate)
-    assert bool(((twins.ours[0] - exact).abs() <= bound).all())
-    ours, theirs = ((found[0] - exact).abs().mean() for found in (twins.ours, twins.theirs))
-    assert float(ours) < 2 * float(theirs)
+    exact = exact.detach()
+    ours, theirs = ((found[0].detach() - exact).abs() for found in (twins.ours, twins.theirs))
+    assert bool((ours <= eps * steps * (exact.abs() + 8 * rate)).all())
+    assert float(ours.mean()) < 1.1 * float(theirs.mean())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -314,11 +314,12 @@ def refuse(match, error=ValueError, *, spoil, **options):
     first.grad, second.grad = torch.ones(3).double(), torch.ones(4).double()
     optimizer.step()
     spoil(optimizer, second)
-    before = [t.clone() for p in (first, second) for t in (p.detach(), *optimizer.state[p].values())]
+    kept = [t for p in (first, second) for t in (p.detach(), *optimizer.state[p].values()) if torch.is_tensor(t)]
+    before = [t.clone() for t in kept]
     with pytest.raises(error, match=match):
         optimizer.step()
-    after = [t for p in (first, second) for t in (p.detach(), *optimizer.state[p].values())]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True) if a.shape == b.shape)
+    assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
+    assert float(optimizer.state[first]["step"]) == 1
 
 
 def test_a_step_that_is_refused_changes_nothing():
@@ -326,6 +327,9 @@ def test_a_step_that_is_refused_changes_nothing():
 
     def put(**found):
         return lambda optimizer, parameter: optimizer.state[parameter].update(found)
+
+    def drop(name):
+        return lambda optimizer, parameter: optimizer.state[parameter].pop(name)
 
     def set_option(**found):
         return lambda optimizer, parameter: optimizer.param_groups[1].update(found)
@@ -336,7 +340,7 @@ def test_a_step_that_is_refused_changes_nothing():
     refuse("exp_avg: shape", spoil=put(exp_avg=torch.zeros(5).double()))
     refuse(f"state of {second}: exp_avg_sq: list", TypeError, spoil=put(exp_avg_sq=[0.0]))
     refuse(f"state of {second}: step 1.5, expected a whole", spoil=put(step=torch.tensor(1.5)))
-    refuse(f"state of {second}: without 'step'", spoil=lambda o, p: o.state[p].pop("step"))
+    refuse(f"state of {second}: without 'step'", spoil=drop("step"))
     refuse("differentiable: True", spoil=set_option(differentiable=True, amsgrad=True))
     refuse("capturable: True with", spoil=set_option(capturable=True, amsgrad=True))
     refuse("beta_1", spoil=set_option(betas=(1.0, 0.5)))

@@ -213,8 +213,8 @@ class TensorSet : public VariableSet {
     }
     if (py::isinstance<Slices>(object)) return add_slices(object.cast<Slices>(), i);
     if (read_again(object, i)) return true;
-    const void* address = address_like(object, var);
-    if (address != nullptr && !is_negated(object)) {
+    if (exchange_api_of(object) != nullptr && is_negated(object)) return refuse_negated(var, i);
+    if (const void* address = address_like(object, var)) {
       set_gradient(address, *var.dtype, i);
       exported_.push_back(object);
       return true;
@@ -286,6 +286,11 @@ class TensorSet : public VariableSet {
     if (!g.aligned()) throw py::value_error(found + ", misaligned, expected a multiple of the item size as address");
     throw py::value_error(found + " with strides " + tuple_text(g.strides) + " for shape " + tuple_text(g.shape) +
                           ", expected a contiguous array in order " + var.order() + " like " + var.label);
+  }
+
+  bool refuse_negated(const Buffer& var, size_t i) const {
+    if (var.device == Buffer::kHost) return false;
+    throw py::value_error(gradient_label(i)() + ": tensor with the negative bit; resolve it first");
   }
 
   bool is_crowded(size_t i) const { return tables_[i]->is_crowded(*tensors_[i].rows, indexes_[i]->count()); }

@@ -57,8 +57,25 @@ FASTADAM_INLINE StepScalars<T> step_scalars_of(const AdamHyper& hyper, T learnin
   return scalars;
 }
 
+// With PyTorch's epsilon also its way to the numbers: computed in double, rounded once.
+template <class T>
+FASTADAM_INLINE StepScalars<T> rounded(const StepScalars<double>& s) {
+  return {static_cast<T>(s.alpha),
+          static_cast<T>(s.row_alpha),
+          static_cast<T>(s.beta_1),
+          static_cast<T>(s.beta_2),
+          static_cast<T>(s.one_minus_beta_1),
+          static_cast<T>(s.one_minus_beta_2),
+          static_cast<T>(s.epsilon),
+          static_cast<T>(s.clip_value),
+          static_cast<T>(s.keep),
+          static_cast<T>(s.ema_momentum),
+          static_cast<T>(s.l2)};
+}
+
 template <class T>
 StepScalars<T> make_step_scalars(const AdamHyper& hyper) {
+  if (sizeof(T) == 4 && hyper.epsilon_corrected) return rounded<T>(make_step_scalars<double>(hyper));
   const T step = static_cast<T>(hyper.step);
   return step_scalars_of<T>(hyper, static_cast<T>(hyper.learning_rate), std::pow(static_cast<T>(hyper.beta_1), step),
                             std::pow(static_cast<T>(hyper.beta_2), step));

@@ -132,7 +132,7 @@ struct Launch::Tables {
   void begin(const StepArgs& step, const AdamHyper& hyper, const Rate& rate, int64_t call, cudaStream_t stream) {
     if (!context.has_powers) context.make_powers(hyper);
     if (!context.is_capturing && rate.data == nullptr) return begin(step, hyper.step, call, stream);
-    context.require_powers(hyper, has_single, has_double);
+    context.require_powers(hyper, has_single && !hyper.epsilon_corrected, has_double || hyper.epsilon_corrected);
     launch(AdvanceStep{state(), report(), call, hyper, context.is_capturing, context.singles.get(),
                        context.doubles.get(), rate.data, rate.is_double, has_single, has_double},
            1, stream);

@@ -105,7 +105,8 @@ struct AdvanceStep {
   FASTADAM_INLINE void phase(int, int64_t, int64_t, Shared&) const {
     AdamHyper now = hyper;
     if (counts) now.step = state->skip ? state->step : state->step + 1;
-    if (has_single) state->single = numbers(now, singles);
+    if (has_single && !now.epsilon_corrected) state->single = numbers(now, singles);
+    if (has_single && now.epsilon_corrected) state->single = rounded<float>(numbers(now, doubles));
     if (has_double) state->twice = numbers(now, doubles);
     begin_step(*state, *report, now.step, counts ? now.step - 1 : call);
     if (counts && !state->skip) ++state->replays;

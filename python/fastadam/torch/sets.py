@@ -180,6 +180,9 @@ class ParameterSet:
         for i, view in self._views.items():
             if not gradients[i].is_sparse:
                 gradients[i] = view.of(gradient_like(gradients[i], self.params[i], self.labels[i]))
+        for i in self._half:
+            if gradients[i].dtype != self.params[i].dtype:
+                gradients[i] = gradients[i].to(self.params[i].dtype)
         return gradients
 
     def check(self, gradients: list[Any], hyper: StepHyper, factors: list[float]) -> None:

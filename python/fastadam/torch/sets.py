@@ -31,7 +31,7 @@ class _StepCounts:
 
     def are(self, states: list[dict[str, Any]]) -> bool:
         """Whether these are still the tensors in the parameters' states."""
-        return all(map(is_, [state["step"] for state in states], self.steps))
+        return all(map(is_, [state.get("step") for state in states], self.steps))
 
     def read(self) -> list[float]:
         """One count for each parameter; waits for a GPU that holds them."""

@@ -221,7 +221,7 @@ class Stepper(torch.optim.Optimizer):
                 return False
             chosen.epoch = self._epoch
         has_room = all(table.history.steps < table.history.room for table in chosen.tables)
-        return has_room and together.is_current()
+        return has_room and together.is_current() and together.counts.are(together.states)
 
     def _new(self, key: _Key, group: dict[str, Any], places: list[int]) -> _Chosen:
         params = [group["params"][place] for place in places]

@@ -1,0 +1,167 @@
+"""fastadam.torch.Adam under engines that own the parameters: ZeRO, FSDP2, checkpoints, torch.compile."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastadam.torch  # noqa: E402
+from torch import distributed  # noqa: E402
+
+needs_gloo = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="needs PyTorch with gloo"
+)
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5), torch.nn.Linear(5, 1)]
+    return torch.nn.Sequential(*layers).double()
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        model(torch.randn(6, 8).double()).pow(2).sum().backward()
+        optimizer.step()
+
+
+def unsharded(steps, **options):
+    model = network()
+    train(model, torch.optim.Adam(model.parameters(), lr=0.1, **options), range(steps))
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def check_equal(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        whole = a.full_tensor() if hasattr(a, "full_tensor") else a
+        torch.testing.assert_close(whole.detach(), b, rtol=1e-12, atol=1e-14)
+
+
+def sharded():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = network(), init_device_mesh("cpu", (2,))
+    for layer in model:
+        if isinstance(layer, torch.nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def zero(_folder):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = network()
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=fastadam.torch.Adam, lr=0.1, amsgrad=True)
+    train(model, optimizer, range(5))
+    check_equal(model.parameters(), unsharded(5, amsgrad=True))
+
+
+def fsdp(_folder):
+    model = sharded()
+    optimizer = fastadam.torch.Adam(model.parameters(), lr=0.1, weight_decay=0.1)
+    train(model, optimizer, range(5))
+    check_equal(model.parameters(), unsharded(5, weight_decay=0.1))
+    assert type(optimizer.state[model[0].weight]["exp_avg"]).__name__ == "DTensor"
+    assert type(optimizer.state[model[0].weight]["step"]) is torch.Tensor
+
+
+def checkpoint(folder):
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = sharded()
+    optimizer = fastadam.torch.Adam(model.parameters(), lr=0.1)
+    train(model, optimizer, range(3))
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"weights": weights, "state": state}, checkpoint_id=folder)
+    train(model, optimizer, range(3, 6))
+    check_equal(model.parameters(), unsharded(6))
+    resumed = sharded()
+    other = fastadam.torch.Adam(resumed.parameters(), lr=0.5)
+    weights, state = get_state_dict(resumed, other)
+    dcp.load({"weights": weights, "state": state}, checkpoint_id=folder)
+    set_state_dict(resumed, other, model_state_dict=weights, optim_state_dict=state)
+    train(resumed, other, range(3, 6))
+    check_equal(resumed.parameters(), unsharded(6))
+
+
+def _work(rank, engine, folder, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        engine(folder)
+    finally:
+        distributed.destroy_process_group()
+
+
+@needs_gloo
+@pytest.mark.parametrize("engine", [zero, fsdp, checkpoint])
+def test_two_processes_do_what_one_does(engine, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_work, args=(engine, os.fspath(tmp_path), port), nprocs=2)
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")  # of Dynamo and its backends
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "options", [{}, {"amsgrad": True, "weight_decay": 0.1}, {"lr": torch.tensor(0.01, dtype=torch.float64)}], ids=str
+)
+def test_a_compiled_step_has_one_graph(backend, options):
+    model, twin = network(), network()
+    theirs = torch.optim.AdamW(model.parameters(), **copy.deepcopy(options))
+    ours = fastadam.torch.AdamW(twin.parameters(), **copy.deepcopy(options))
+    train(model, theirs, range(2))
+    train(twin, ours, range(2))  # eager steps before, and after
+
+    class Compiled:
+        zero_grad = staticmethod(ours.zero_grad)
+        step = staticmethod(torch.compile(lambda: ours.step(), fullgraph=True, backend=backend))
+
+    train(model, theirs, range(2, 5))
+    train(twin, Compiled, range(2, 5))
+    train(model, theirs, range(5, 7))
+    train(twin, ours, range(5, 7))
+    check_equal(twin.parameters(), [parameter.detach() for parameter in model.parameters()])
+    assert float(ours.state[twin[0].weight]["step"]) == 7
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_first_step_makes_the_state():
+    model, twin = network(), network()
+    theirs, ours = torch.optim.Adam(model.parameters(), lr=0.1), fastadam.torch.Adam(twin.parameters(), lr=0.1)
+    train(model, theirs, range(1))
+    torch.manual_seed(0)
+    twin(torch.randn(6, 8).double()).pow(2).sum().backward()
+    torch.compile(lambda: ours.step(), fullgraph=True, backend="aot_eager")()
+    check_equal(twin.parameters(), [parameter.detach() for parameter in model.parameters()])
+
+
+def test_the_operator_says_what_it_mutates():
+    model = network()
+    params = [parameter.detach().clone() for parameter in model.parameters()]
+    grads, m, v, vhat = ([torch.ones_like(p) for p in params] for _ in range(4))
+    steps = list(torch.zeros(len(params)).unbind())
+    numbers = (None, None, None, 0.1, 0.9, 0.99, 1e-8, 0.0, False, False, 0)
+    arguments = (params, grads, m, v, vhat, steps, *numbers)
+    torch.library.opcheck(
+        torch.ops.fastadam.adam_.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )

@@ -82,7 +82,10 @@ def test_a_step_of_half_parameters_is_that_of_torchs_fused_kernel_to_one_roundin
     twins = Twins("Adam", parameters((1000,), (7, 9), dtype=dtype), lr=0.01, fused=True, **options)
     twins.step()
     for a, b in zip(twins.theirs, twins.ours, strict=True):
-        pairs = [(a, b), *((twins.reference.state[a][key], twins.tested.state[b][key]) for key in twins.tested.state[b])]
+        pairs = [
+            (a, b),
+            *((twins.reference.state[a][key], twins.tested.state[b][key]) for key in twins.tested.state[b]),
+        ]
         for theirs, ours in pairs[:1] + pairs[2:]:
             assert ours.dtype == dtype
             spacing = torch.finfo(dtype).eps * theirs.double().abs() + torch.finfo(dtype).smallest_normal
@@ -139,9 +142,10 @@ def test_any_strides(layout, options):
         twins.step()
     assert twins.difference() < 1e-12
     assert twins.ours[0].stride() == strides
-    assert twins.tested.state[twins.ours[0]]["exp_avg"].stride() == twins.reference.state[twins.theirs[0]][
-        "exp_avg"
-    ].stride()
+    assert (
+        twins.tested.state[twins.ours[0]]["exp_avg"].stride()
+        == twins.reference.state[twins.theirs[0]]["exp_avg"].stride()
+    )
 
 
 @pytest.mark.parametrize("layout", layouts())
@@ -212,7 +216,9 @@ def test_groups_with_their_own_options():
     pairs = []
     for cls in PAIRS["Adam"]:
         weights = [torch.nn.Parameter(w.detach().clone()) for w in start]
-        optimizer = cls([{"params": weights[:1]}, {"params": weights[1:2], "lr": 0.5, "amsgrad": True}], weight_decay=0.1)
+        optimizer = cls(
+            [{"params": weights[:1]}, {"params": weights[1:2], "lr": 0.5, "amsgrad": True}], weight_decay=0.1
+        )
         optimizer.add_param_group({"params": weights[2:], "betas": (0.5, 0.6), "maximize": True})
         for step in range(6):
             torch.manual_seed(step)

@@ -162,6 +162,4 @@ def test_the_operator_says_what_it_mutates():
     steps = list(torch.zeros(len(params)).unbind())
     numbers = (None, None, None, 0.1, 0.9, 0.99, 1e-8, 0.0, False, False, 0)
     arguments = (params, grads, m, v, vhat, steps, *numbers)
-    torch.library.opcheck(
-        torch.ops.fastadam.adam_.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(torch.ops.fastadam.adam_.default, arguments, test_utils=("test_schema", "test_faketensor"))

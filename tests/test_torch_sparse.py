@@ -61,7 +61,9 @@ def test_lazy_is_sparse_adam(options):
     assert float(optimizer.state[ours.weight]["step"]) == 30
 
 
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"decoupled_weight_decay": True, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"amsgrad": True}, {"decoupled_weight_decay": True, "weight_decay": 0.1}], ids=str
+)
 @pytest.mark.parametrize("mode", ["deferred", "deferred_fast"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.usefixtures("rows_wait")
@@ -89,7 +91,9 @@ def test_deferred_is_the_dense_step_with_kerass_epsilon(mode, dtype, options):
     rows = optimizer.gather(table.weight, torch.tensor([[3, 199], [3, 0]])).numpy()
     np.testing.assert_allclose(rows, expected[[[3, 199], [3, 0]]], rtol=0 if bits else 1e-5, atol=0 if bits else 1e-6)
     optimizer.sync()
-    np.testing.assert_allclose(table.weight.detach().numpy(), expected, rtol=0 if bits else 1e-5, atol=0 if bits else 1e-6)
+    np.testing.assert_allclose(
+        table.weight.detach().numpy(), expected, rtol=0 if bits else 1e-5, atol=0 if bits else 1e-6
+    )
 
 
 @pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
@@ -160,7 +164,9 @@ def test_half_tables(mode, dtype):
         torch.testing.assert_close(table.weight, twin.weight, rtol=0, atol=0)
     else:
         before = table.weight.detach().clone()
-        with pytest.raises(ValueError, match=f"sparse_update='{mode}' and with moments of .*moments_dtype=torch.float32"):
+        with pytest.raises(
+            ValueError, match=f"sparse_update='{mode}' and with moments of .*moments_dtype=torch.float32"
+        ):
             train(table, optimizer, 1)
         assert torch.equal(table.weight, before)
     wide = fastadam.torch.Adam(twin.parameters(), lr=0.1, sparse_update=mode, moments_dtype=torch.float32)
@@ -269,5 +275,7 @@ def test_ids_and_modules_that_are_refused():
         optimizer.attach(embedding())
     table.weight.grad = coo([[ROWS - 1]], torch.ones(1, WIDTH), (ROWS, WIDTH)).double()
     table.weight.grad._indices()[0, 0] = ROWS
-    with pytest.raises(ValueError, match=r"grads\[0\].indices\[0\]: 2000 is no row of param_groups\[0\]\['params'\]\[0\]"):
+    with pytest.raises(
+        ValueError, match=r"grads\[0\].indices\[0\]: 2000 is no row of param_groups\[0\]\['params'\]\[0\]"
+    ):
         optimizer.step()

@@ -103,7 +103,12 @@ def test_saved_groups_do_not_switch_flags_of_the_implementation():
     ours = fastadam.torch.Adam(parameters(*SHAPES), fused=True, sparse_update="lazy", moments_dtype=torch.float32)
     ours.load_state_dict(saved)
     group = ours.param_groups[0]
-    assert (group["fused"], group["foreach"], group["differentiable"], group["capturable"]) == (True, None, False, False)
+    assert (group["fused"], group["foreach"], group["differentiable"], group["capturable"]) == (
+        True,
+        None,
+        False,
+        False,
+    )
     assert (ours.sparse_update, ours.moments_dtype) == ("lazy", torch.float32)
     assert group["lr"] == 0.1
     decoupled = fastadam.torch.AdamW(parameters(*SHAPES))
@@ -164,8 +169,8 @@ def test_copies_go_on_alone(copied):
     step(twin, 3)
     check_same(ours, twin, 0)
     assert [float(s["step"]) for s in twin.state.values()] == [4, 4, 4]
+    twin.register_step_pre_hook(_raise)
     with pytest.raises(RuntimeError, match="hook"):
-        twin.register_step_pre_hook(_raise)
         step(twin, 4)
 
 

@@ -17,8 +17,7 @@ namespace fastadam::bind {
 inline const dlpack::ExchangeApi* find_exchange_api(PyTypeObject* type) {
   const py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
-  const auto* api =
-      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   while (api != nullptr && api->version.major != dlpack::kMajorVersion) api = api->previous;
   return api != nullptr && api->tensor_from_object != nullptr ? api : nullptr;
 }
@@ -65,9 +64,9 @@ inline void* address_like(py::handle object, const Buffer& b) {
                          t.dtype.code == kCodes[static_cast<int>(*b.dtype)] && t.dtype.bits == 8 * b.item_size;
   if (!same_type || static_cast<size_t>(t.ndim) != b.shape.size()) return nullptr;
   if (!std::equal(b.shape.begin(), b.shape.end(), t.shape)) return nullptr;
-  const bool same_layout = t.strides == nullptr ? b.c_contiguous
-                                                : (b.c_contiguous && contiguous(t, false)) ||
-                                                      (b.f_contiguous && contiguous(t, true));
+  const bool same_layout = t.strides == nullptr
+                               ? b.c_contiguous
+                               : (b.c_contiguous && contiguous(t, false)) || (b.f_contiguous && contiguous(t, true));
   char* address = static_cast<char*>(t.data) + t.byte_offset;
   if (!same_layout || reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(b.item_size) != 0) return nullptr;
   return t.data == nullptr ? nullptr : address;

@@ -13,7 +13,7 @@ from fastadam.torch.sets import SLOTS, Kind, ParameterSet, whole_count
 
 __all__ = ["remember", "traced_step"]
 
-_library = torch.library.Library("fastadam", "FRAGMENT")
+_library: Any = torch.library.Library("fastadam", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor, "
@@ -86,8 +86,7 @@ def _adam(
     names = tuple(SLOTS.values()) if max_exp_avg_sqs else (SLOTS["m"], SLOTS["v"])
     columns = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs][: len(names)]
     states = [
-        {"step": step, **dict(zip(names, row, strict=True))}
-        for step, *row in zip(state_steps, *columns, strict=True)
+        {"step": step, **dict(zip(names, row, strict=True))} for step, *row in zip(state_steps, *columns, strict=True)
     ]
     kind = Kind("dense", rows=False, amsgrad=bool(max_exp_avg_sqs), decays=decoupled)
     calls = []
@@ -110,8 +109,8 @@ def _adam(
         factors = together.reversed if maximize else []
         together.check(gradients, hyper, factors)
         calls.append((together, gradients, hyper, factors))
-    for together, *numbers in calls:
-        together.step(*numbers, None)
+    for together, gradients, hyper, factors in calls:
+        together.step(gradients, hyper, factors, None)
 
 
 def _by_count(steps: list[Tensor]) -> dict[float, list[int]]:

@@ -205,7 +205,9 @@ class Adam(Stepper):
         if not any(weight is param for group in self.param_groups for param in group["params"]):
             raise ValueError("module: its weight is no parameter of this optimizer")
         module.register_forward_pre_hook(lambda layer, inputs: self._look_up(layer.weight, inputs[0]))
-        module.register_state_dict_pre_hook(lambda layer, *_: self.sync(layer.weight))
+        module.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            lambda layer, *_: self.sync(layer.weight)
+        )
 
     # ---- state -----------------------------------------------------------------------------------------------------
 

@@ -156,7 +156,7 @@ class ParameterSet:
             if not view.fits([column[i] for column in self._columns]):
                 return False
         params, *slots = self._natives()
-        return self.plan.holds(params, dict(zip(self.kind.slots, slots, strict=True)))
+        return bool(self.plan.holds(params, dict(zip(self.kind.slots, slots, strict=True))))
 
     def move_to(self, params: list[Tensor], states: list[dict[str, Any]]) -> bool:
         """Go on with other tensors of the same memory; False if they are not."""

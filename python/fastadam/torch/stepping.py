@@ -31,7 +31,7 @@ def _label_of(group: dict[str, Any], index: int, place: int) -> str:
 class _Key(NamedTuple):
     """What a set is made of beside tensors."""
 
-    index: int  # of the group
+    group: int  # its place
     mask: bytes  # kinds of its parameters
     amsgrad: bool
     decays: bool
@@ -225,20 +225,21 @@ class Stepper(torch.optim.Optimizer):
 
     def _new(self, key: _Key, group: dict[str, Any], places: list[int]) -> _Chosen:
         params = [group["params"][place] for place in places]
-        labels = [_label_of(group, key.index, place) for place in places]
+        labels = [_label_of(group, key.group, place) for place in places]
         self._check_flags(group, params[0], labels[0])
         states = self._states_of(params, labels, group)
         rows = _ROWS in key.mask
         tables: list[Table] = []
         if rows and self._sparse_update in DEFERRED:
-            numbers = Numbers(*map(float, group["betas"]), float(group["eps"]), key.amsgrad)
+            beta_1, beta_2 = map(float, group["betas"])
+            numbers = Numbers(beta_1, beta_2, float(group["eps"]), key.amsgrad)
             for param, state, label in zip(params, states, labels, strict=True):
                 tables.append(self._tables.make(param, state, label, numbers))
         for table in tables:
             if table.history.steps >= table.history.room:
                 table.history.make_room()
         kind = Kind(self._sparse_update, rows=rows, amsgrad=key.amsgrad, decays=key.decays)
-        histories = [table.history for table in tables] or [None] * len(params)
+        histories: list[Any] = [table.history for table in tables] or [None] * len(params)
         together = ParameterSet(params, states, labels, places, kind, histories, self._contexts.get(key))
         if together.context is not None:
             self._contexts[key] = together.context
@@ -252,7 +253,9 @@ class Stepper(torch.optim.Optimizer):
         if group["capturable"] and param.device.type != "cuda":
             raise ValueError(f"capturable: True with {label} on {param.device}, expected parameters on a CUDA device")
         if param.device.type == "cuda" and self._sparse_update in DEFERRED:
-            raise ValueError(f"sparse_update: {self._sparse_update!r} with {label} on {param.device}, expected CPU memory")
+            raise ValueError(
+                f"sparse_update: {self._sparse_update!r} with {label} on {param.device}, expected CPU memory"
+            )
 
     def _states_of(self, params: list[Tensor], labels: list[str], group: dict[str, Any]) -> list[dict[str, Any]]:
         """Their states; new ones, which belong to the optimizer after their first step, where there are none."""
@@ -262,7 +265,7 @@ class Stepper(torch.optim.Optimizer):
         steps = zero_steps(len(fresh), params[0].device if on_device else torch.device("cpu"))
         for k, step in zip(fresh, steps, strict=True):
             states[k] = {"step": step, **{SLOTS[name]: self._zeros_like(params[k]) for name in ("m", "v")}}
-        for param, state, label in zip(params, states, labels, strict=True):
+        for state, label in zip(states, labels, strict=True):
             if "step" in state and not isinstance(state["step"], Tensor):
                 state["step"] = torch.tensor(float(state["step"]))
             missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in state]

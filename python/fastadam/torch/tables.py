@@ -36,7 +36,9 @@ class Table:
     def require_untouched(self) -> None:
         """Raise if the steps that rows wait for would be made with values that they were not meant for."""
         if self.history.waits and not self.is_untouched:
-            raise RuntimeError(f"{self.label}: written to while rows waited for their steps; call sync() before writing")
+            raise RuntimeError(
+                f"{self.label}: written to while rows waited for their steps; call sync() before writing"
+            )
 
     def note_step(self) -> None:
         """The optimizer has written to it."""

@@ -39,7 +39,8 @@ def gradient_like(gradient: Tensor, parameter: Tensor, label: str) -> Tensor:
 
 def _order_of(tensor: Tensor) -> tuple[int, ...]:
     """Of the axes, the one with the largest stride first."""
-    return tuple(sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis)))
+    strides = tensor.stride()
+    return tuple(sorted(range(len(strides)), key=lambda axis: (-strides[axis], axis)))
 
 
 class View:

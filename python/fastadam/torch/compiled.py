@@ -96,7 +96,7 @@ def _adam(
             together.set_rate(lr_tensor)
         hyper = StepHyper(
             step=whole_count(count, together.labels[0]),
-            learning_rate=lr if lr_tensor is None else float(lr_tensor),
+            learning_rate=lr if lr_tensor is None else 0.0 if lr_tensor.is_cuda else float(lr_tensor),
             beta_1=beta1,
             beta_2=beta2,
             epsilon=eps,

@@ -33,8 +33,8 @@ class Adam(Stepper):
     ``torch.optim.Adam`` does with their ``to_dense()``; "lazy" moves the rows that a gradient names and no other, as
     ``torch.optim.SparseAdam`` does; "deferred" gives the bits that "dense" gives by rows, in the time of "lazy": rows
     are brought up to date when they are touched, or read through :meth:`gather`, :meth:`sync` or :meth:`attach`;
-    "deferred_fast" sums the steps that a row missed in closed form. Beside "dense" the epsilon of parameters with sparse
-    gradients is that of SparseAdam and Keras, added to :math:`\sqrt v` before the bias correction.
+    "deferred_fast" sums the steps that a row missed in closed form. But for "dense" the epsilon of parameters with
+    sparse gradients is that of SparseAdam and Keras, added to :math:`\sqrt v` before the bias correction.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of them.
@@ -160,7 +160,7 @@ class Adam(Stepper):
 
     @torch.no_grad()
     def sync(self, param: Tensor | None = None) -> None:
-        """Bring every row of a parameter, or of all, up to date; needed in a deferred mode before it is read or written.
+        """Bring every row of a parameter, or of all, up to date: in a deferred mode before it is read or written.
 
         Raises:
             RuntimeError: A parameter was written to while rows waited for their steps.
@@ -350,6 +350,6 @@ def _check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
 def _check_ids(param: Tensor, ids: Any) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids: {getattr(ids, 'dtype', type(ids).__name__)}, expected a tensor of int32 or int64")
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < len(param)):
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= len(param)):
         raise ValueError(f"ids: from {int(ids.min())} to {int(ids.max())}, expected rows of {len(param)}")
     return ids.detach()

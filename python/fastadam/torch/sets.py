@@ -40,6 +40,10 @@ class _StepCounts:
             return counts
         return [float(step) for step in self.steps]
 
+    def take_back(self, count: int) -> None:
+        """Steps that turned out to have done nothing."""
+        torch._foreach_sub_(self.steps, float(count))
+
     def raise_by_one(self) -> None:
         """After a step."""
         if self._whole is not None:

@@ -118,6 +118,7 @@ class Stepper(torch.optim.Optimizer):
                 self._prepare(calls, index, group, gradients, part, gradient_scale)
             return
         together = found.together
+        _raise_late(found)
         step = 1
         if not together.is_capturing():
             counts = together.counts.read()
@@ -126,8 +127,10 @@ class Stepper(torch.optim.Optimizer):
                     self._prepare(calls, index, group, gradients, part, gradient_scale)
                 return
             step = whole_count(counts[0], together.labels[0])
-        elif found.is_new:
-            raise RuntimeError("the first step was captured, expected one before it that is not")
+        elif found.is_new or not group["capturable"]:
+            raise RuntimeError(
+                "a step is captured by a CUDA graph, expected capturable=True and a step before it that is not captured"
+            )
         hyper = self._hyper_of(group, together, step, gradient_scale)
         mine = [gradients[place] for place in together.positions]
         if found.tables and self._settle_before(found, mine, hyper, group["amsgrad"]):
@@ -309,6 +312,20 @@ class Stepper(torch.optim.Optimizer):
     def _zeros_like(self, param: Tensor) -> Tensor:
         dtype = self._moments_dtype if param.dtype in HALF else None
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def _raise_late(chosen: _Chosen) -> None:
+    """Raise what a GPU found wrong with a step after it had returned."""
+    together = chosen.together
+    failure = None if together.context is None or together.is_capturing() else together.context.take_failure()
+    if failure is None:
+        return
+    calls, message = failure
+    together.counts.take_back(int(chosen.counter) - calls)
+    chosen.counter[...] = calls
+    raise ValueError(
+        f"{message}; found on the GPU after the call had returned: that step and those since then have changed nothing"
+    )
 
 
 def _by_value(mask: bytes, places: list[int], values: list[Any]) -> list[bytes]:

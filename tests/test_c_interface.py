@@ -100,7 +100,7 @@ def assert_output_of_the_cpp_program(output):
         ("1", "tensors[1].m: null"),
         ("1", "tensors[1].grad_dtype: expected dtype, or float32 for a half variable"),
         ("1", "tensors[1].var: misaligned, expected a multiple of the item size as address"),
-        ("1", "tensors[1].vhat: expected in all tensors or in none"),
+        ("1", "tensors[0].vhat: expected in all tensors or in none"),
         ("1", "tensors[1].next: 0, expected -1, or in a list with heads a later tensor of the same variable"),
         ("1", "beta_2: 1.000000 is 1 in float32, expected less"),
         ("1", "step: 0.000000, expected 1 or more"),

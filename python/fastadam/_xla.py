@@ -1,0 +1,213 @@
+"""The native step as an operation of JAX: how it is called, batched, partitioned, and refused to ``grad``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fastadam import _jax
+
+__all__ = ["DenseStep", "SparseStep", "operation"]
+
+Operation = Callable[..., tuple[jax.Array, ...]]
+Axes = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseStep:
+    """Operands: numbers, count; gradients, parameters, m, v and with ``amsgrad`` vhat of every leaf, in this order.
+
+    Results: the operands from the parameters on. Under ``vmap`` all of them have ``batch_rank`` leading axes.
+    """
+
+    target: ClassVar[str] = "fastadam_dense_step"
+    ranks: tuple[int, ...]  # of the leaves, without the axes of vmap
+    amsgrad: bool
+    epsilon_corrected: bool
+    decays: tuple[bool, ...]
+    batch_rank: int = 0
+
+    @property
+    def first_result(self) -> int:
+        """The operand that the first result replaces."""
+        return 2 + len(self.ranks)
+
+    @property
+    def operand_axes(self) -> list[list[str]]:
+        """Names of the axes of each operand: those of one name are sharded alike. ``number`` is not sharded."""
+        leaves = [[f"leaf{i}axis{axis}" for axis in range(rank)] for i, rank in enumerate(self.ranks)]
+        return [["number"], [], *leaves * (5 if self.amsgrad else 4)]
+
+    whole_axes: ClassVar[tuple[str, ...]] = ("number",)
+
+    def attributes(self) -> dict[str, Any]:
+        """Of the handler."""
+        decays = np.asarray(self.decays, np.int64)
+        return {"amsgrad": self.amsgrad, "epsilon_corrected": self.epsilon_corrected, "decays": decays}
+
+    def extra(self, axes: Sequence[Axes], operands: Sequence[Any]) -> list[Any]:
+        """Operands of the handler that the operation has not."""
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseStep:
+    """Operands: numbers, count, ids, values, and the table, m, v and with ``amsgrad`` vhat, which are the results."""
+
+    target: ClassVar[str] = "fastadam_sparse_step"
+    rank: int  # of the table
+    rows: int
+    amsgrad: bool
+    epsilon_corrected: bool
+    lazy: bool
+    batch_rank: int = 0
+    first_result: ClassVar[int] = 4
+
+    @property
+    def operand_axes(self) -> list[list[str]]:
+        """As of DenseStep. A shard of the rows is given all the ids, and takes its own of them."""
+        columns = [f"column{axis}" for axis in range(self.rank - 1)]
+        return [["number"], [], ["id"], ["id", *columns], *[["row", *columns]] * (4 if self.amsgrad else 3)]
+
+    whole_axes: ClassVar[tuple[str, ...]] = ("number", "id")
+
+    def attributes(self) -> dict[str, Any]:
+        """Of the handler."""
+        flags = {"amsgrad": self.amsgrad, "epsilon_corrected": self.epsilon_corrected, "lazy": self.lazy}
+        return {**flags, "row_count": np.int64(self.rows)}
+
+    def extra(self, axes: Sequence[Axes], operands: Sequence[Any]) -> list[Any]:
+        """The first row of this shard: `axes` are the mesh axes of each dimension of the table."""
+        of_rows = axes[self.batch_rank] if axes else None
+        if of_rows is None:
+            return [jnp.int32(0)]
+        return [jax.lax.axis_index(of_rows).astype(jnp.int32) * operands[self.first_result].shape[self.batch_rank]]
+
+
+Step = DenseStep | SparseStep
+
+
+@functools.cache
+def operation(step: Step) -> Operation:
+    """The function of the operands; each call of it is one call of the handler, on each device."""
+
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise TypeError(
+            "fastadam: a step cannot be differentiated; take its operands through jax.lax.stop_gradient, "
+            "or for gradients through the optimizer use optax.adam"
+        )
+
+    update = jax.custom_jvp(_batched(step))
+    update.defjvp(refuse)
+    compiled: Operation = jax.jit(update, inline=True)
+    return compiled
+
+
+def _batched(step: Step) -> Operation:
+    """``vmap`` gives every operand one more leading axis; the handler makes a step for each place along these."""
+
+    def batch(size: int, are_batched: Sequence[bool], *operands: Any) -> Any:
+        spread = [
+            x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            for x, is_batched in zip(operands, are_batched, strict=True)
+        ]
+        results = _next_batched(step)(*spread)
+        return results, (True,) * len(results)
+
+    function = jax.custom_batching.custom_vmap(_partitioned(step))
+    function.def_vmap(batch)
+    return cast(Operation, function)
+
+
+@functools.cache
+def _next_batched(step: Step) -> Operation:
+    return _batched(dataclasses.replace(step, batch_rank=step.batch_rank + 1))
+
+
+def _partitioned(step: Step) -> Operation:
+    """On several devices each updates its own shards, with nothing sent between them."""
+
+    def on_one_device(*operands: Any) -> tuple[jax.Array, ...]:
+        return _call(step, operands, step.extra((), operands))
+
+    def partition(mesh: Any, operands: Any, results: Any) -> Any:
+        specs = _specs(step, [_spec_of(result) for result in results])
+        axes = specs[step.first_result]
+        shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
+
+        def of_shards(*shards: Any) -> tuple[jax.Array, ...]:
+            return _call(step, shards, step.extra(axes, shards))
+
+        return mesh, of_shards, tuple(shardings[step.first_result :]), tuple(shardings)
+
+    def infer(mesh: Any, operands: Any, results: Any) -> Any:
+        return tuple(operand.sharding for operand in operands[step.first_result :])
+
+    function = custom_partitioning(on_one_device)
+    function.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=_rule(step),
+        need_replication_factors=step.whole_axes,
+    )
+    return cast(Operation, function)
+
+
+def _all_axes(step: Step) -> list[list[str]]:
+    return [[*(f"batch{i}" for i in range(step.batch_rank)), *axes] for axes in step.operand_axes]
+
+
+def _rule(step: Step) -> str:
+    axes = [" ".join(names) for names in _all_axes(step)]
+    return f"{', '.join(axes)} -> {', '.join(axes[step.first_result :])}"
+
+
+def _spec_of(array: Any) -> Axes:
+    spec = tuple(array.sharding.spec)
+    return spec + (None,) * (len(array.shape) - len(spec))
+
+
+def _specs(step: Step, results: Sequence[Axes]) -> list[Axes]:
+    """Of every operand: an axis is sharded as in the last result that has it, among them the moments of each leaf."""
+    axes = _all_axes(step)
+    found: dict[str, Any] = {}
+    for names, spec in zip(axes[step.first_result :], results, strict=True):
+        found.update(zip(names, spec, strict=True))
+    return [tuple(found.get(name) for name in names) for names in axes]
+
+
+def _call(step: Step, operands: Sequence[Any], extra: list[Any]) -> tuple[jax.Array, ...]:
+    register()
+    before, results = operands[: step.first_result], operands[step.first_result :]
+    kinds = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results]
+    aliases = {len(before) + len(extra) + i: i for i in range(len(results))}
+    call = jax.ffi.ffi_call(step.target, kinds, input_output_aliases=aliases)
+    return tuple(call(*before, *extra, *results, **step.attributes()))
+
+
+@functools.cache
+def register() -> None:
+    """Tell JAX of the handlers, once.
+
+    Not before JAX has its backends: a handler that it rejects would keep it from having any, now it is only an error.
+
+    Raises:
+        ImportError: This JAX rejects them.
+    """
+    jax.devices()
+    for target, handler in (
+        (DenseStep.target, _jax.dense_handler()),
+        (SparseStep.target, _jax.sparse_handler()),
+    ):
+        try:
+            jax.ffi.register_ffi_target(target, handler, platform="cpu")
+        except Exception as error:
+            raise ImportError(f"fastadam: JAX {jax.__version__} rejects its handlers ({error})") from error

@@ -42,11 +42,9 @@ class DenseStep:
 
     @property
     def operand_axes(self) -> list[list[str]]:
-        """Names of the axes of each operand: those of one name are sharded alike. ``number`` is not sharded."""
+        """Names of the axes of each operand: those of one name are sharded alike, where a result has it."""
         leaves = [[f"leaf{i}axis{axis}" for axis in range(rank)] for i, rank in enumerate(self.ranks)]
         return [["number"], [], *leaves * (5 if self.amsgrad else 4)]
-
-    whole_axes: ClassVar[tuple[str, ...]] = ("number",)
 
     def attributes(self) -> dict[str, Any]:
         """Of the handler."""
@@ -76,8 +74,6 @@ class SparseStep:
         """As of DenseStep. A shard of the rows is given all the ids, and takes its own of them."""
         columns = [f"column{axis}" for axis in range(self.rank - 1)]
         return [["number"], [], ["id"], ["id", *columns], *[["row", *columns]] * (4 if self.amsgrad else 3)]
-
-    whole_axes: ClassVar[tuple[str, ...]] = ("number", "id")
 
     def attributes(self) -> dict[str, Any]:
         """Of the handler."""
@@ -156,7 +152,6 @@ def _partitioned(step: Step) -> Operation:
         partition=partition,
         infer_sharding_from_operands=infer,
         sharding_rule=_rule(step),
-        need_replication_factors=step.whole_axes,
     )
     return cast(Operation, function)
 

@@ -63,11 +63,11 @@ def init(params: Any, *, amsgrad: bool = False) -> Any:
     AmsgradState(count=Array(0, dtype=int32), mu=Array([0., 0.], dtype=float32), nu=Array([0., 0.], dtype=float32),
     nu_max=Array([0., 0.], dtype=float32))
     """
-    labels, leaves, _ = _leaves("params", params)
+    labels, leaves, structure = _leaves("params", params)
     _check_params(labels, leaves)
 
     def zeros() -> Any:
-        return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_state_dtype(x)), params)
+        return structure.unflatten([jnp.zeros_like(x, dtype=_state_dtype(x)) for x in leaves])
 
     count = jnp.zeros([], jnp.int32)
     if amsgrad:
@@ -202,7 +202,7 @@ def sparse_update(
         raise ValueError(f"mode: {mode!r}, expected 'dense' or 'lazy'")
     table, ids, grads = jnp.asarray(table), jnp.asarray(ids), jnp.asarray(grads)
     moments = {name: jnp.asarray(array) for name, array in _moments(state).items()}
-    _check_params(["table"], [table])
+    _check_params([""], [table], "table")
     if table.ndim == 0:
         raise ValueError("table: a scalar, expected rows along a first axis")
     if not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -323,12 +323,12 @@ def scale_by_adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu_dtype: Any
     import optax
 
     def init_moments(params: Any) -> Any:
-        labels, leaves, _ = _leaves("params", params)
+        labels, leaves, structure = _leaves("params", params)
         _check_params(labels, leaves)
         for label, leaf in zip(labels, leaves, strict=True):
             if mu_dtype is not None and np.dtype(mu_dtype) != leaf.dtype:
                 raise TypeError(f"mu_dtype: {np.dtype(mu_dtype)}, expected None or {leaf.dtype} like params{label}")
-        zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
+        zeros = [structure.unflatten([jnp.zeros_like(x) for x in leaves]) for _ in range(2)]
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), *zeros)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -522,10 +522,10 @@ def _state_dtype(param: Any) -> Any:
     return jnp.dtype("float32") if param.dtype.name in _HALF else param.dtype
 
 
-def _check_params(labels: Sequence[str], params: Sequence[Any]) -> None:
+def _check_params(labels: Sequence[str], params: Sequence[Any], name: str = "params") -> None:
     for label, param in zip(labels, params, strict=True):
         if param.dtype.name not in _FLOATS:
-            raise TypeError(f"params{label}: {param.dtype}, expected one of {', '.join(_FLOATS)}")
+            raise TypeError(f"{name}{label}: {param.dtype}, expected one of {', '.join(_FLOATS)}")
 
 
 def _check_shape(label: str, array: Any, shape: tuple[int, ...], like: str) -> None:

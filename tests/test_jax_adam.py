@@ -232,6 +232,16 @@ def test_half_moments_are_rounded_once(dtype):
     assert_within(updates, jax.tree.map(lambda g: -0.1 * np.sign(np.asarray(g, np.float64)), gradients), 2)
 
 
+def test_float32_gradients_of_half_parameters_are_rounded_for_half_moments():
+    params = jnp.ones(5, jnp.bfloat16)
+    transformation = fj.adam(0.1)
+    updates, state = transformation.update(jnp.ones(5), transformation.init(params), params)
+    assert {x.dtype.name for x in (updates, state[0].mu, state[0].nu)} == {"bfloat16"}
+    state = optax.adam(0.1, mu_dtype="float16").init({"w": params})
+    with pytest.raises(TypeError, match=r"mu\['w'\]: float16, expected float32 as updates\['w'\] is bfloat16"):
+        transformation.update({"w": params}, state)
+
+
 def test_what_the_kernels_have_not_is_refused():
     for option in ({"eps_root": 1e-8}, {"nesterov": True}):
         with pytest.raises(TypeError, match=next(iter(option))):

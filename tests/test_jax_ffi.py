@@ -52,6 +52,25 @@ def test_a_donated_step_is_in_place_and_copies_nothing(dtype, amsgrad):
         assert addresses((params, state)) == before
 
 
+def test_the_transformation_copies_nothing_either():
+    params = {"w": arrays(10, 30), "b": arrays(7), "c": arrays(7)}
+    transformation = fj.adam(0.1)
+
+    def step(params, gradients, state):
+        updates, state = transformation.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = transformation.init(params)
+    donated = jax.jit(step, donate_argnums=(0, 2))
+    text = donated.lower(params, params, state).compile().as_text()
+    assert text.count("custom_call_target") == 1
+    assert MOVES.findall(text) == []
+    gradients = jax.tree.map(jnp.sin, params)
+    before = addresses(state)
+    _, state = donated(params, gradients, state)
+    assert addresses(state) == before
+
+
 def test_what_is_not_donated_is_left_as_it_was():
     params, gradients = arrays(50, count=2)
     state = fj.init(params)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -65,9 +66,11 @@ class Step {
 
   ffi::AnyBuffer arg(size_t i) const { return value(args_.get<ffi::AnyBuffer>(i)); }
 
+  ffi::AnyBuffer fresh_result(size_t i) const { return *value(rets_.get<ffi::AnyBuffer>(i)); }
+
   // The buffer of a result, in which XLA has put the operand.
   ffi::AnyBuffer result(size_t i, size_t operand) const {
-    const ffi::AnyBuffer buffer = *value(rets_.get<ffi::AnyBuffer>(i));
+    const ffi::AnyBuffer buffer = fresh_result(i);
     const ffi::AnyBuffer source = arg(operand);
     const bool is_same = buffer.untyped_data() == source.untyped_data() || buffer.element_count() == 0;
     if (!is_same || buffer.size_bytes() != source.size_bytes()) {
@@ -132,27 +135,35 @@ inline void run(const std::vector<fastadam_tensor>& tensors, const fastadam_hype
 }
 
 // Operands: numbers, count, then the gradients, parameters, m, v and, with `amsgrad`, vhat of all tensors; results: all
-// but the gradients. decays[i]: weight decay applies to tensor i.
+// but the gradients. decays[i]: weight decay applies to tensor i. `from_zero`: there are no parameters among the
+// operands, and those of the results begin at zero, which makes them the steps themselves.
 inline ffi::Error dense_step(ffi::RemainingArgs args, ffi::RemainingRets rets, bool amsgrad, bool epsilon_corrected,
-                             ffi::Span<const int64_t> decays) {
+                             bool from_zero, ffi::Span<const int64_t> decays) {
   return guarded([&] {
     const Step step(args, rets);
     const size_t n = decays.size();
-    step.require_args(2 + n * (amsgrad ? 5 : 4));
-    std::vector<fastadam_tensor> tensors(n);
+    step.require_args(2 + n * (amsgrad ? 5 : 4) - (from_zero ? n : 0));
+    const size_t moments = from_zero ? 2 + n : 2 + 2 * n;
+    std::vector<fastadam_tensor> tensors;
     for (int64_t at = 0; at < step.batch(); ++at) {
-      const auto part = [&](size_t kind, size_t i) {
-        return Part{step.result(kind * n + i, 2 + (kind + 1) * n + i), step.batch(), at};
+      const auto moment = [&](size_t kind, size_t i) {
+        return Part{step.result((kind + 1) * n + i, moments + kind * n + i), step.batch(), at};
       };
+      tensors.clear();
       for (size_t i = 0; i < n; ++i) {
         const Part grad{step.arg(2 + i), step.batch(), at};
-        const Part var = part(0, i), m = part(1, i), v = part(2, i);
-        tensors[i] = fastadam_dense(var.data(), grad.data(), m.data(), v.data(), var.size(), dtype_of(var.buffer));
-        tensors[i].vhat = amsgrad ? part(3, i).data() : nullptr;
-        tensors[i].grad_dtype = dtype_of(grad.buffer);
-        tensors[i].grad_factor = step.grad_factor(at);
-        tensors[i].decays = decays[i] != 0;
-        tensors[i].half_slots = is_half(dtype_of(m.buffer));
+        const Part var{from_zero ? step.fresh_result(i) : step.result(i, 2 + n + i), step.batch(), at};
+        const Part m = moment(0, i), v = moment(1, i);
+        if (var.size() == 0) continue;  // XLA may have given it no memory
+        if (from_zero) std::memset(var.data(), 0, var.buffer.size_bytes() / static_cast<size_t>(step.batch()));
+        tensors.push_back(
+            fastadam_dense(var.data(), grad.data(), m.data(), v.data(), var.size(), dtype_of(var.buffer)));
+        fastadam_tensor& tensor = tensors.back();
+        tensor.vhat = amsgrad ? moment(2, i).data() : nullptr;
+        tensor.grad_dtype = dtype_of(grad.buffer);
+        tensor.grad_factor = step.grad_factor(at);
+        tensor.decays = decays[i] != 0;
+        tensor.half_slots = is_half(dtype_of(m.buffer));
       }
       run(tensors, step.hyper(at, epsilon_corrected), false);
     }

@@ -15,6 +15,7 @@ XLA_FFI_DEFINE_HANDLER(dense_handler, fastadam::bind::dense_step,
                            .RemainingRets()
                            .Attr<bool>("amsgrad")
                            .Attr<bool>("epsilon_corrected")
+                           .Attr<bool>("from_zero")
                            .Attr<ffi::Span<const int64_t>>("decays"));
 
 XLA_FFI_DEFINE_HANDLER(sparse_handler, fastadam::bind::sparse_step,

@@ -25,7 +25,8 @@ Axes = tuple[Any, ...]
 class DenseStep:
     """Operands: numbers, count; gradients, parameters, m, v and with ``amsgrad`` vhat of every leaf, in this order.
 
-    Results: the operands from the parameters on. Under ``vmap`` all of them have ``batch_rank`` leading axes.
+    Results: the operands from the parameters on. ``from_zero``: there are no parameters among the operands; those of
+    the results are the step itself, of the dtype of the gradients. Under ``vmap`` all have ``batch_rank`` leading axes.
     """
 
     target: ClassVar[str] = "fastadam_dense_step"
@@ -33,23 +34,29 @@ class DenseStep:
     amsgrad: bool
     epsilon_corrected: bool
     decays: tuple[bool, ...]
+    from_zero: bool = False
     batch_rank: int = 0
 
     @property
+    def fresh(self) -> slice:
+        """The operands that the first results are like, without replacing them."""
+        return slice(2, self.first_result if self.from_zero else 2)
+
+    @property
     def first_result(self) -> int:
-        """The operand that the first result replaces."""
+        """The first of the operands that results replace."""
         return 2 + len(self.ranks)
 
     @property
     def operand_axes(self) -> list[list[str]]:
         """Names of the axes of each operand: those of one name are sharded alike, where a result has it."""
         leaves = [[f"leaf{i}axis{axis}" for axis in range(rank)] for i, rank in enumerate(self.ranks)]
-        return [["number"], [], *leaves * (5 if self.amsgrad else 4)]
+        return [["number"], [], *leaves * (4 + self.amsgrad - self.from_zero)]
 
     def attributes(self) -> dict[str, Any]:
         """Of the handler."""
-        decays = np.asarray(self.decays, np.int64)
-        return {"amsgrad": self.amsgrad, "epsilon_corrected": self.epsilon_corrected, "decays": decays}
+        flags = {"amsgrad": self.amsgrad, "epsilon_corrected": self.epsilon_corrected, "from_zero": self.from_zero}
+        return {**flags, "decays": np.asarray(self.decays, np.int64)}
 
     def extra(self, axes: Sequence[Axes], operands: Sequence[Any]) -> list[Any]:
         """Operands of the handler that the operation has not."""
@@ -67,6 +74,7 @@ class SparseStep:
     epsilon_corrected: bool
     lazy: bool
     batch_rank: int = 0
+    fresh: ClassVar[slice] = slice(0)
     first_result: ClassVar[int] = 4
 
     @property
@@ -142,10 +150,11 @@ def _partitioned(step: Step) -> Operation:
         def of_shards(*shards: Any) -> tuple[jax.Array, ...]:
             return _call(step, shards, step.extra(axes, shards))
 
-        return mesh, of_shards, tuple(shardings[step.first_result :]), tuple(shardings)
+        return mesh, of_shards, tuple(_of_results(step, shardings)), tuple(shardings)
 
     def infer(mesh: Any, operands: Any, results: Any) -> Any:
-        return tuple(operand.sharding for operand in operands[step.first_result :])
+        none = NamedSharding(mesh, PartitionSpec())
+        return tuple(none if x.sharding is None else x.sharding for x in _of_results(step, operands))
 
     function = custom_partitioning(on_one_device)
     function.def_partition(
@@ -162,7 +171,12 @@ def _all_axes(step: Step) -> list[list[str]]:
 
 def _rule(step: Step) -> str:
     axes = [" ".join(names) for names in _all_axes(step)]
-    return f"{', '.join(axes)} -> {', '.join(axes[step.first_result :])}"
+    return f"{', '.join(axes)} -> {', '.join(_of_results(step, axes))}"
+
+
+def _of_results(step: Step, of_operands: Sequence[Any]) -> list[Any]:
+    """What the results have in common with operands."""
+    return [*of_operands[step.fresh], *of_operands[step.first_result :]]
 
 
 def _spec_of(array: Any) -> Axes:
@@ -174,18 +188,19 @@ def _specs(step: Step, results: Sequence[Axes]) -> list[Axes]:
     """Of every operand: an axis is sharded as in the last result that has it, among them the moments of each leaf."""
     axes = _all_axes(step)
     found: dict[str, Any] = {}
-    for names, spec in zip(axes[step.first_result :], results, strict=True):
+    for names, spec in zip(_of_results(step, axes), results, strict=True):
         found.update(zip(names, spec, strict=True))
     return [tuple(found.get(name) for name in names) for names in axes]
 
 
 def _call(step: Step, operands: Sequence[Any], extra: list[Any]) -> tuple[jax.Array, ...]:
     register()
-    before, results = operands[: step.first_result], operands[step.first_result :]
-    kinds = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results]
-    aliases = {len(before) + len(extra) + i: i for i in range(len(results))}
+    before, replaced = operands[: step.first_result], operands[step.first_result :]
+    kinds = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _of_results(step, operands)]
+    fresh = len(kinds) - len(replaced)
+    aliases = {len(before) + len(extra) + i: fresh + i for i in range(len(replaced))}
     call = jax.ffi.ffi_call(step.target, kinds, input_output_aliases=aliases)
-    return tuple(call(*before, *extra, *results, **step.attributes()))
+    return tuple(call(*before, *extra, *replaced, **step.attributes()))
 
 
 @functools.cache

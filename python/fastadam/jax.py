@@ -296,8 +296,9 @@ def scale_by_adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu_dtype: Any
 
     .. math:: u = \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    The kernel makes a step of rate -1 from zero, which is u: what follows in a chain, and ``optax.apply_updates``, XLA
-    makes into one pass. :func:`fused_update` needs no such pass.
+    The kernel makes a step of rate -1 from zero, which is u. What follows in a chain, and ``optax.apply_updates``, XLA
+    makes into another pass over memory of the size of the parameters, which optax's own does without: this is for
+    states and chains of optax with the arithmetic of fastadam; what is fast is :func:`fused_update`.
 
     It has no ``eps_root`` and no ``nesterov``, which the kernels have not.
 
@@ -336,11 +337,14 @@ def scale_by_adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu_dtype: Any
         labels, leaves, structure = _leaves("updates", updates)
         count = _incremented(state)
         trees = {name: _like(name, tree, labels, structure) for name, tree in _moments(state).items()}
-        start = [jnp.zeros_like(x) for x in leaves]
+        narrow = [
+            leaf.astype(mu.dtype) if leaf.dtype == jnp.float32 and mu.dtype.name in _HALF else leaf
+            for leaf, mu in zip(leaves, trees["mu"], strict=True)
+        ]
         directions, mu, nu = _dense(
             labels,
-            start,
-            leaves,
+            None,
+            narrow,
             trees,
             count=count,
             numbers=_numbers(-1.0, b1, b2, eps, 0.0, 1.0),
@@ -397,7 +401,7 @@ def adamw(
 
 def _dense(
     labels: Sequence[str],
-    params: Arrays,
+    params: Arrays | None,
     grads: Arrays,
     moments: dict[str, Arrays],
     *,
@@ -406,26 +410,29 @@ def _dense(
     epsilon_corrected: bool,
     decays: Sequence[bool],
 ) -> list[Arrays]:
-    """New parameters and moments, all checked first, and one call for all of them."""
-    _check_params(labels, params)
-    n = len(params)
+    """New parameters, or steps without parameters, and moments: all checked first, and one call for all of them."""
+    name, leaves = ("updates", grads) if params is None else ("params", params)
+    _check_params(labels, leaves, name)
+    n = len(leaves)
     if n == 0:
         return [[] for _ in range(1 + len(moments))]
     converted = []
-    for i, (label, param) in enumerate(zip(labels, params, strict=True)):
-        own = moments["mu" if "mu" in moments else "m"][i].dtype
-        wanted = (own,) if own == param.dtype else (_state_dtype(param),)
-        for name, arrays in moments.items():
-            _check_like(f"{name}{label}", arrays[i], f"params{label}", param, wanted)
-        _check_shape(f"grads{label}", grads[i], param.shape, f"the shape of params{label}")
-        converted.append(_convert(f"grads{label}", grads[i], param, keeps_float32=own != param.dtype))
+    for i, (label, leaf) in enumerate(zip(labels, leaves, strict=True)):
+        own = next(iter(moments.values()))[i].dtype
+        wanted = (own,) if own == leaf.dtype else (_state_dtype(leaf),)
+        for moment, arrays in moments.items():
+            _check_like(f"{moment}{label}", arrays[i], f"{name}{label}", leaf, wanted)
+        _check_shape(f"grads{label}", grads[i], leaf.shape, f"the shape of {name}{label}")
+        converted.append(_convert(f"grads{label}", grads[i], leaf, keeps_float32=own != leaf.dtype))
     step = DenseStep(
-        ranks=tuple(x.ndim for x in params),
+        ranks=tuple(x.ndim for x in leaves),
         amsgrad=len(moments) == 3,
         epsilon_corrected=bool(epsilon_corrected),
         decays=tuple(decays),
+        from_zero=params is None,
     )
-    results = operation(step)(numbers, count, *converted, *params, *(x for arrays in moments.values() for x in arrays))
+    replaced = [*(params or ()), *(x for arrays in moments.values() for x in arrays)]
+    results = operation(step)(numbers, count, *converted, *replaced)
     return [list(results[at : at + n]) for at in range(0, len(results), n)]
 
 

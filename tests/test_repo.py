@@ -23,13 +23,14 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 FRAMEWORKS = ("torch", "jax", "keras")
 ADAPTERS = {"fastadam.torch": ["torch"], "fastadam.jax": ["jax"], "fastadam._xla": ["jax"]}
 DOCUMENTS = ["README.md", "csrc/README.md", "bench/README.md", ".github/CONTRIBUTING.md"]
-NO_EXAMPLES = ("_cpu", "_cuda", "_jax", "__main__", "keras")  # tests/test_keras_adam.py runs those of fastadam.keras
+# Those of fastadam.keras are run by tests/test_keras_adam.py.
+NO_EXAMPLES = ("fastadam._cpu", "fastadam._cuda", "fastadam._jax", "fastadam.__main__", "fastadam.keras")
 MODULES = [
     "fastadam",
     *(
         m.name
         for m in pkgutil.walk_packages(fastadam.__path__, "fastadam.")
-        if m.name.split(".")[-1] not in NO_EXAMPLES
+        if m.name not in NO_EXAMPLES
     ),
 ]
 

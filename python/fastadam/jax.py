@@ -543,9 +543,7 @@ def _check_shape(label: str, array: Any, shape: tuple[int, ...], like: str) -> N
 def _check_like(label: str, array: Any, of: str, param: Any, dtypes: Sequence[Any]) -> None:
     _check_shape(label, array, param.shape, f"the shape of {of}")
     if array.dtype not in dtypes:
-        raise TypeError(
-            f"{label}: {array.dtype}, expected {' or '.join(map(str, dtypes))} for {param.dtype} parameters"
-        )
+        raise TypeError(f"{label}: {array.dtype}, expected {' or '.join(map(str, dtypes))} as {of} is {param.dtype}")
 
 
 def _convert(label: str, grad: Any, param: Any, keeps_float32: bool = True) -> Any:

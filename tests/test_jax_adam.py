@@ -306,6 +306,15 @@ def test_what_is_wrong_is_named_before_anything_runs(change, error, message):
         fj.fused_update(**{**arguments, **change}, state=state)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_count_may_have_any_integer_dtype(wide):
+    with in_float64() if wide else contextlib.nullcontext():
+        w, zero = [jnp.ones(3)], [jnp.zeros(3)]
+        want = fj.step_arrays(w, w, zero, zero, step=7, learning_rate=0.1)
+        for step in (np.int64(7), np.uint8(7), jnp.int32(7), jnp.asarray(np.array(7, np.int64)), np.array(7)):
+            assert_same_bits(fj.step_arrays(w, w, zero, zero, step=step, learning_rate=0.1), want)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

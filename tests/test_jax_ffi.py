@@ -313,6 +313,32 @@ def test_sharded_in_other_ways():
     """) == ["done"]
 
 
+def test_sharded_over_explicit_axes():
+    """The default of `jax.make_mesh`: the sharding is part of the type of an array."""
+    assert run_sharded("""
+        kinds = (jax.sharding.AxisType.Explicit,) * 2
+        explicit = jax.make_mesh((4, 2), ("x", "y"), axis_types=kinds)
+        enter = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
+        params, gradients, rows = np.array(values(64, 16)), np.cos(values(64, 16)), values(3, 16)
+        dense = functools.partial(fj.fused_update, learning_rate=0.1)
+        sparse = functools.partial(fj.sparse_update, ids=jnp.array([3, 60, 3]), grads=rows, learning_rate=0.1)
+        state = fj.init(params)
+        for spec in (P("x", "y"), P("y"), P()):
+            sharding = NamedSharding(explicit, spec)
+            a, g = (jax.device_put(x, sharding) for x in (params, gradients))
+            with enter(explicit):
+                step = jax.jit(dense, donate_argnums=(0, 2))
+                print(*moved(step.lower(a, g, fj.init(a)).compile().as_text()))
+                got = step(a, g, fj.init(a))
+                assert got[0].sharding.is_equivalent_to(sharding, 2)
+                a = jax.device_put(params, sharding)
+                rows_got = jax.jit(lambda table, state: sparse(table, state=state))(a, fj.init(a))
+            check(jax.jit(dense)(params, gradients, state), got)
+            check(jax.jit(lambda table, state: sparse(table, state=state))(params, state), rows_got)
+        print("done")
+    """) == ["done"]
+
+
 def test_importing_it_registers_nothing_and_starts_no_backend():
     code = """
 import sys

@@ -196,11 +196,18 @@ def _specs(step: Step, results: Sequence[Axes]) -> list[Axes]:
 def _call(step: Step, operands: Sequence[Any], extra: list[Any]) -> tuple[jax.Array, ...]:
     register()
     before, replaced = operands[: step.first_result], operands[step.first_result :]
-    kinds = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _of_results(step, operands)]
+    kinds = [_kind_of(x) for x in _of_results(step, operands)]
     fresh = len(kinds) - len(replaced)
     aliases = {len(before) + len(extra) + i: fresh + i for i in range(len(replaced))}
     call = jax.ffi.ffi_call(step.target, kinds, input_output_aliases=aliases)
     return tuple(call(*before, *extra, *replaced, **step.attributes()))
+
+
+def _kind_of(array: Any) -> Any:
+    """With the sharding that is part of the type, where the axes of a mesh are explicit."""
+    sharding = jax.typeof(array).sharding
+    is_explicit = any(axes is not None for axes in sharding.spec)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding if is_explicit else None)
 
 
 @functools.cache

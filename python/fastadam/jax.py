@@ -200,13 +200,11 @@ def sparse_update(
     """
     if mode not in ("dense", "lazy"):
         raise ValueError(f"mode: {mode!r}, expected 'dense' or 'lazy'")
-    table, ids, grads = jnp.asarray(table), jnp.asarray(ids), jnp.asarray(grads)
+    table, ids, grads = jnp.asarray(table), _ids(ids), jnp.asarray(grads)
     moments = {name: jnp.asarray(array) for name, array in _moments(state).items()}
     _check_params([""], [table], "table")
     if table.ndim == 0:
         raise ValueError("table: a scalar, expected rows along a first axis")
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"ids: {ids.dtype}, expected integers")
     _check_shape("grads", grads, (*ids.shape, *table.shape[1:]), "ids.shape + table.shape[1:]")
     for name, array in moments.items():
         _check_like(f"state.{name}", array, "table", table, (_state_dtype(table),))
@@ -214,8 +212,7 @@ def sparse_update(
     numbers = _numbers(_rate(learning_rate, state), b1, b2, eps, weight_decay, grad_factor)
     step = SparseStep(table.ndim, table.shape[0], len(moments) == 3, bool(epsilon_corrected), mode == "lazy")
     rows = _convert("grads", grads, table).reshape(-1, *table.shape[1:])
-    flat = ids.reshape(-1).astype(ids.dtype if ids.dtype in ("int32", "int64") else jnp.int32)
-    new, *rest = operation(step)(numbers, count, flat, rows, table, *moments.values())
+    new, *rest = operation(step)(numbers, count, ids.reshape(-1), rows, table, *moments.values())
     return new, state._replace(count=count, **dict(zip(moments, rest, strict=True)))
 
 
@@ -469,6 +466,20 @@ def _incremented(state: Any) -> jax.Array:
     return jnp.where(count < np.iinfo(count.dtype).max, count + 1, count)
 
 
+def _ids(ids: Any) -> jax.Array:
+    """As int32 or int64. What JAX would wrap around into another row is refused."""
+    given = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    if not jnp.issubdtype(given.dtype, jnp.integer):
+        raise TypeError(f"ids: {given.dtype}, expected integers")
+    widest = jnp.result_type(int)
+    if isinstance(given, np.ndarray) and given.size:
+        limits = np.iinfo(widest)
+        if not (limits.min <= int(given.min()) and int(given.max()) <= limits.max):
+            raise ValueError(f"ids: {given.min()} to {given.max()}, expected integers that {widest} holds")
+    array = jnp.asarray(given)
+    return array if array.dtype in ("int32", "int64") else array.astype(widest)
+
+
 def _count(name: str, value: Any, least: int = 1) -> jax.Array:
     if isinstance(value, (bool, np.bool_)) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
         raise TypeError(f"{name}: {value!r}, expected an integer or an integer array")
@@ -476,7 +487,7 @@ def _count(name: str, value: Any, least: int = 1) -> jax.Array:
         raise ValueError(f"{name}: shape {jnp.shape(value)}, expected a scalar")
     if isinstance(value, (int, np.integer)) and not least <= value <= _INT32_MAX:
         raise ValueError(f"{name}: {value}, expected an integer from {least} to 2**31 - 1")
-    is_long = getattr(value, "dtype", None) == jnp.int64
+    is_long = getattr(value, "dtype", None) == jnp.int64 and jnp.result_type(int) == jnp.int64
     return jnp.asarray(value, jnp.int64 if is_long else jnp.int32)
 
 

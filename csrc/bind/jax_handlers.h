@@ -197,20 +197,24 @@ class ShardRows {
   fastadam_rows rows_;
 };
 
-// Operands: numbers, count, ids, values, the number of this shard's first row, then the table, m, v and, with
-// `amsgrad`, vhat; results: the last three or four. `row_count`: of the whole table.
+// Operands: numbers, count, ids, values, the place of this shard of the rows along each mesh axis that they are sharded
+// by, of which `axis_sizes` are the lengths; then the table, m, v and, with `amsgrad`, vhat; results: the last three or
+// four. `row_count`: of the whole table.
 inline ffi::Error sparse_step(ffi::RemainingArgs args, ffi::RemainingRets rets, bool amsgrad, bool epsilon_corrected,
-                              bool lazy, int64_t row_count) {
+                              bool lazy, int64_t row_count, ffi::Span<const int64_t> axis_sizes) {
   return guarded([&] {
     const Step step(args, rets);
-    step.require_args(amsgrad ? 9 : 8);
+    const size_t table = 4 + axis_sizes.size();
+    step.require_args(table + (amsgrad ? 4 : 3));
+    int64_t shard = 0;
+    for (size_t i = 0; i < axis_sizes.size(); ++i) shard = shard * axis_sizes[i] + Step::integer(step.arg(4 + i), 0);
     const int64_t batch = step.batch();
     for (int64_t at = 0; at < batch; ++at) {
-      const auto part = [&](size_t kind) { return Part{step.result(kind, 5 + kind), batch, at}; };
+      const auto part = [&](size_t kind) { return Part{step.result(kind, table + kind), batch, at}; };
       const Part ids{step.arg(2), batch, at}, values{step.arg(3), batch, at};
       const Part var = part(0), m = part(1), v = part(2);
       const int64_t rows = var.buffer.dimensions()[step.batch_rank()];
-      const ShardRows touched(ids, Step::integer(step.arg(4), 0), rows, row_count, rows == 0 ? 0 : var.size() / rows);
+      const ShardRows touched(ids, shard * rows, rows, row_count, rows == 0 ? 0 : var.size() / rows);
       fastadam_tensor tensor = fastadam_sparse(var.data(), values.data(), touched.index_count(), touched.get(),
                                                m.data(), v.data(), var.size(), dtype_of(var.buffer));
       tensor.vhat = amsgrad ? part(3).data() : nullptr;

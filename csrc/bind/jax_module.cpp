@@ -25,7 +25,8 @@ XLA_FFI_DEFINE_HANDLER(sparse_handler, fastadam::bind::sparse_step,
                            .Attr<bool>("amsgrad")
                            .Attr<bool>("epsilon_corrected")
                            .Attr<bool>("lazy")
-                           .Attr<int64_t>("row_count"));
+                           .Attr<int64_t>("row_count")
+                           .Attr<ffi::Span<const int64_t>>("axis_sizes"));
 
 py::capsule capsule_of(XLA_FFI_Handler* handler) { return py::capsule(reinterpret_cast<void*>(handler)); }
 

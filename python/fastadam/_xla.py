@@ -58,9 +58,9 @@ class DenseStep:
         flags = {"amsgrad": self.amsgrad, "epsilon_corrected": self.epsilon_corrected, "from_zero": self.from_zero}
         return {**flags, "decays": np.asarray(self.decays, np.int64)}
 
-    def extra(self, axes: Sequence[Axes], operands: Sequence[Any]) -> list[Any]:
-        """Operands of the handler that the operation has not."""
-        return []
+    def row_axes(self, spec: Axes) -> Axes:
+        """The mesh axes that the handler has to know its place along."""
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +88,10 @@ class SparseStep:
         flags = {"amsgrad": self.amsgrad, "epsilon_corrected": self.epsilon_corrected, "lazy": self.lazy}
         return {**flags, "row_count": np.int64(self.rows)}
 
-    def extra(self, axes: Sequence[Axes], operands: Sequence[Any]) -> list[Any]:
-        """The first row of this shard: `axes` are the mesh axes of each dimension of the table."""
-        of_rows = axes[self.batch_rank] if axes else None
-        if of_rows is None:
-            return [jnp.int32(0)]
-        return [jax.lax.axis_index(of_rows).astype(jnp.int32) * operands[self.first_result].shape[self.batch_rank]]
+    def row_axes(self, spec: Axes) -> Axes:
+        """Those that the rows of the table are sharded by, for which the handler is given an operand each."""
+        axes = spec[self.batch_rank]
+        return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
 
 
 Step = DenseStep | SparseStep
@@ -140,15 +138,15 @@ def _partitioned(step: Step) -> Operation:
     """On several devices each updates its own shards, with nothing sent between them."""
 
     def on_one_device(*operands: Any) -> tuple[jax.Array, ...]:
-        return _call(step, operands, step.extra((), operands))
+        return _call(step, operands, {})
 
     def partition(mesh: Any, operands: Any, results: Any) -> Any:
         specs = _specs(step, [_spec_of(result) for result in results])
-        axes = specs[step.first_result]
+        lengths = {axis: mesh.shape[axis] for axis in step.row_axes(specs[step.first_result])}
         shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
 
         def of_shards(*shards: Any) -> tuple[jax.Array, ...]:
-            return _call(step, shards, step.extra(axes, shards))
+            return _call(step, shards, lengths)
 
         return mesh, of_shards, tuple(_of_results(step, shardings)), tuple(shardings)
 
@@ -193,14 +191,20 @@ def _specs(step: Step, results: Sequence[Axes]) -> list[Axes]:
     return [tuple(found.get(name) for name in names) for names in axes]
 
 
-def _call(step: Step, operands: Sequence[Any], extra: list[Any]) -> tuple[jax.Array, ...]:
+def _call(step: Step, operands: Sequence[Any], lengths: dict[str, int]) -> tuple[jax.Array, ...]:
+    """`lengths`: of the mesh axes that the rows are sharded by."""
     register()
-    before, replaced = operands[: step.first_result], operands[step.first_result :]
+    # Nothing is computed of these indices here: JAX would annotate it for a partitioner that has come and gone.
+    places = [jax.lax.axis_index(axis) for axis in lengths]
+    attributes = step.attributes()
+    if isinstance(step, SparseStep):
+        attributes["axis_sizes"] = np.asarray(list(lengths.values()), np.int64)
+    before, replaced = [*operands[: step.first_result], *places], operands[step.first_result :]
     kinds = [_kind_of(x) for x in _of_results(step, operands)]
     fresh = len(kinds) - len(replaced)
-    aliases = {len(before) + len(extra) + i: fresh + i for i in range(len(replaced))}
+    aliases = {len(before) + i: fresh + i for i in range(len(replaced))}
     call = jax.ffi.ffi_call(step.target, kinds, input_output_aliases=aliases)
-    return tuple(call(*before, *extra, *replaced, **step.attributes()))
+    return tuple(call(*before, *replaced, **attributes))
 
 
 def _kind_of(array: Any) -> Any:

@@ -100,7 +100,7 @@ def test_every_public_name_has_a_docstring_with_an_example():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_that_a_document_names_exist(document):
     text = (ROOT / document).read_text()
-    tops = "csrc|python|tests|bench|core|cpu|bind"
+    tops = "csrc|python|tests|bench|core|cpu|cuda|capi|bind"
     paths = set(re.findall(rf"(?<![\w/.])((?:{tops})/[\w./-]*\w)", text))
     roots = [ROOT, ROOT / "csrc", ROOT / "python" / "fastadam", (ROOT / document).parent]
     assert paths
@@ -154,6 +154,23 @@ def test_core_includes_nothing_but_core():
                 include in ("<cmath>", "<cstdint>", "<cstring>")
                 or (ROOT / "csrc" / "core" / include.strip('"')).exists()
             )
+
+
+@pytest.mark.parametrize(
+    ("folder", "others", "exceptions"),
+    [
+        ("cpu", {"core"}, {}),
+        ("cuda", {"core"}, {}),
+        ("capi", {"core"}, {"fastadam.cpp": "cpu", "fastadam_cuda.cpp": "cuda"}),
+        ("bind", {"core", "capi"}, dict.fromkeys(["cuda_module.cpp", "cuda_backend.h"], "cuda")),
+    ],
+)
+def test_folders_include_the_folders_that_they_may(folder, others, exceptions):
+    for path in (ROOT / "csrc" / folder).iterdir():
+        of_devices = {"cuda"} if path.name.startswith("device_") else set()
+        included = set(re.findall(r'#include "\.\./(\w+)/', path.read_text()))
+        assert included <= others | of_devices | {exceptions.get(path.name, "core")}, path.name
+        assert folder == "bind" or "pybind11" not in path.read_text()
 
 
 def test_the_package_is_typed_and_shows_its_signature():

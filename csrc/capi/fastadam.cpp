@@ -2,61 +2,17 @@
 // The entry points of fastadam.h: checks, then the launch of csrc/cpu. The Python extension calls them too.
 #include "fastadam.h"
 
-#include <algorithm>
-#include <cstdio>
 #include <limits>
-#include <new>
-#include <system_error>
 #include <vector>
 
 #include "../cpu/dispatch.h"
 #include "../cpu/launch.h"
+#include "calls.h"
 #include "norms.h"
-#include "step_checks.h"
 
 namespace {
 
 using namespace fastadam;
-
-thread_local char message[256] = "";
-
-fastadam_status fail(fastadam_status status, const char* what) {
-  std::snprintf(message, sizeof(message), "%s", what);
-  return status;
-}
-
-// No exception leaves the library.
-template <class Work>
-fastadam_status guarded(Work work) {
-  try {
-    return work();
-  } catch (const std::invalid_argument& refusal) {
-    return fail(FASTADAM_INVALID, refusal.what());
-  } catch (const std::bad_alloc&) {
-    return fail(FASTADAM_NO_MEMORY, "no memory for the work of this call");
-  }
-}
-
-void check_list(const fastadam_list* list) {
-  if (list == nullptr) throw std::invalid_argument("list: null");
-  if (list->abi != FASTADAM_ABI) {
-    throw std::invalid_argument("list: ABI " + std::to_string(list->abi) + ", expected " +
-                                std::to_string(FASTADAM_ABI) + ", that of this library");
-  }
-  if (list->count < 0 || (list->tensors == nullptr && list->count > 0)) throw std::invalid_argument("tensors: null");
-}
-
-void check_chains(const fastadam_list* list) {
-  for (int64_t i = 0; i < list->count; ++i) {
-    const TensorArgs& tensor = list->tensors[i];
-    if (tensor.next == -1) continue;
-    const bool exists = list->heads != nullptr && tensor.next > i && tensor.next < list->count;
-    if (exists && list->tensors[tensor.next].var == tensor.var && list->tensors[tensor.next].size == tensor.size)
-      continue;
-    throw std::invalid_argument("tensors[" + std::to_string(i) + "].next: " + std::to_string(tensor.next) +
-                                ", expected -1, or in a list with heads a later tensor of the same variable");
-  }
-}
 
 // The variables of a list: as given, or each tensor one.
 class Variables {
@@ -103,29 +59,8 @@ class Variables {
   std::vector<int64_t> offsets_;
 };
 
-StepArgs step_args(const fastadam_list& list, const AdamHyper& hyper, bool lazy) {
-  StepArgs args{};
-  args.lazy = lazy;
-  args.ema_overwrite = hyper.ema_overwrite;
-  args.amsgrad = std::any_of(list.tensors, list.tensors + list.count, [](const auto& t) { return t.vhat != nullptr; });
-  bool has_single = false;
-  bool has_double = false;
-  bool has_factor =
-      std::isfinite(hyper.clip_value) || std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
-  for (int64_t i = 0; i < list.count; ++i) {
-    const TensorArgs& tensor = list.tensors[i];
-    TensorCheck(tensor, i).check_step(hyper, args.amsgrad);
-    (tensor.dtype == FASTADAM_FLOAT64 ? has_double : has_single) = true;
-    has_factor = has_factor || tensor.grad_factor != 1;
-  }
-  if (has_single) args.scalars_f32 = usable_scalars<float>(hyper);
-  if (has_double) args.scalars_f64 = usable_scalars<double>(hyper);
-  args.transform = hyper.l2 != 0 ? kAndL2 : has_factor ? kClipAndFactor : kAsItIs;
-  return args;
-}
-
 fastadam_status run_checked_step(const fastadam_list& list, const AdamHyper& hyper, bool lazy) {
-  StepArgs args = step_args(list, hyper, lazy);
+  StepArgs args = step_args(list, hyper, lazy, RowsOn::kHost);
   const Variables variables(list, lazy);
   args.chains = variables.chains();
   const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
@@ -164,7 +99,7 @@ fastadam_status fastadam_accumulate(const fastadam_list* list, bool restart, boo
   return guarded([&] {
     check_list(list);
     check_chains(list);
-    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i).check_accumulate();
+    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, RowsOn::kHost).check_accumulate();
     const Variables variables(*list, false);
     if (require_finite) {
       const Norms norms(list->tensors, list->count, std::numeric_limits<double>::infinity(), true);
@@ -216,8 +151,8 @@ fastadam_status fastadam_sum_rows(const fastadam_list* list, void* const* sums) 
       offsets.push_back(offsets.back());
       if (sums[i] == nullptr) continue;
       if (tensor.rows == nullptr) throw std::invalid_argument("tensors[" + std::to_string(i) + "].rows: null");
-      TensorCheck(tensor, i).check_gradient_alone();
-      TensorCheck(tensor, i).check_rows();
+      TensorCheck(tensor, i, RowsOn::kHost).check_gradient_alone();
+      TensorCheck(tensor, i, RowsOn::kHost).check_rows();
       offsets.back() += tensor.rows->count * tensor.rows->width;
       value_count += tensor.grad_size;
     }
@@ -230,7 +165,7 @@ fastadam_status fastadam_sum_squares(const fastadam_list* list, double* sums) {
   return guarded([&] {
     check_list(list);
     if (sums == nullptr && list->count > 0) throw std::invalid_argument("sums: null");
-    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i).check_gradient_alone();
+    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, RowsOn::kHost).check_gradient_alone();
     Norms norms(list->tensors, list->count, std::numeric_limits<double>::infinity(), false);
     cpu::run_norm(norms.args());
     for (int64_t i = 0; i < list->count; ++i) sums[i] = norms.sum_squares(static_cast<size_t>(i));

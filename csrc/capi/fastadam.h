@@ -52,6 +52,7 @@ enum
   FASTADAM_INVALID,    /* an argument: fastadam_error() says which */
   FASTADAM_NO_MEMORY,  /* of the host, for the work itself */
   FASTADAM_NOT_FINITE, /* hyper.require_finite, and a gradient is not: no step was made */
+  FASTADAM_CUDA_ERROR, /* of the CUDA runtime (fastadam_cuda.h alone) */
 };
 
 /* The numbers of one step, in double; rounded to the arithmetic of each tensor. FASTADAM_HYPER has the defaults. */
@@ -92,7 +93,7 @@ typedef struct fastadam_tensor {
   const void* grad; /* dense, or values: one row for each index */
   void* m;
   void* v;
-  void* vhat; /* null without AMSGrad, in all tensors of a step or in none */
+  void* vhat; /* null without AMSGrad, in all tensors of a step or in none; empty ones do not matter */
   int64_t size;
   int64_t next;       /* the tensor with the next gradient of the same variable, further on in the list; -1: none */
   double grad_factor; /* multiplies the gradient after the value clip */

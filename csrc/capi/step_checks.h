@@ -49,10 +49,19 @@ inline void check_hyper(const AdamHyper& hyper) {
   if (!(hyper.gradient_scale > 0)) refuse("gradient_scale", hyper.gradient_scale, "more than 0");
 }
 
+// Where the arrays of `rows` lie. Those of a device are not read: `count` is that of the indices, whose check is its
+// own.
+enum class RowsOn { kHost, kDevice };
+
 // Pointers and dtypes of one tensor, whose place is named if they are wrong.
 class TensorCheck {
  public:
-  TensorCheck(const TensorArgs& tensor, int64_t place) : t_(tensor), place_(place) {}
+  TensorCheck(const TensorArgs& tensor, int64_t place, RowsOn rows_on) : t_(tensor), place_(place), rows_on_(rows_on) {}
+
+  void check_variable() const {
+    if (t_.dtype < FASTADAM_FLOAT16 || t_.dtype > FASTADAM_FLOAT64) refuse("dtype", "no dtype");
+    require(t_.var, t_.dtype, t_.size, "var");
+  }
 
   void check_step(const AdamHyper& hyper, bool amsgrad) const {
     check_variable();
@@ -84,6 +93,10 @@ class TensorCheck {
 
   void check_rows() const {
     const Rows& rows = *t_.rows;
+    if (rows_on_ == RowsOn::kDevice) {
+      if (rows.count * rows.width != t_.grad_size) refuse("grad_size", "expected rows->width for each of the indices");
+      return;
+    }
     if (rows.count < 0 || rows.width < 0) refuse("rows", "a count or width below 0");
     if (rows.count == 0 || (rows.width == 0 && t_.size == 0)) return;
     if (rows.width == 0 || rows.rows[0] < 0 || rows.rows[rows.count - 1] >= t_.size / rows.width) {
@@ -94,12 +107,11 @@ class TensorCheck {
     }
   }
 
- private:
-  void check_variable() const {
-    if (t_.dtype < FASTADAM_FLOAT16 || t_.dtype > FASTADAM_FLOAT64) refuse("dtype", "no dtype");
-    require(t_.var, t_.dtype, t_.size, "var");
+  [[noreturn]] void refuse(const char* name, const char* why) const {
+    throw std::invalid_argument("tensors[" + std::to_string(place_) + "]." + name + ": " + why);
   }
 
+ private:
   void check_gradient() const {
     const bool is_wide = size_of(t_.dtype) == 2 && t_.grad_dtype == FASTADAM_FLOAT32;
     if (t_.grad_dtype != t_.dtype && !is_wide) refuse("grad_dtype", "expected dtype, or float32 for a half variable");
@@ -117,12 +129,9 @@ class TensorCheck {
     }
   }
 
-  [[noreturn]] void refuse(const char* name, const char* why) const {
-    throw std::invalid_argument("tensors[" + std::to_string(place_) + "]." + name + ": " + why);
-  }
-
   const TensorArgs& t_;
   int64_t place_;
+  RowsOn rows_on_;
 };
 
 }  // namespace fastadam

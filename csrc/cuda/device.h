@@ -7,10 +7,12 @@
 #include <cstdint>
 #include <string>
 
+#include "../core/dtypes.h"
+
 namespace fastadam::cuda {
 
 // How many devices can be used, and in `reason` why there is none.
-int device_count(std::string& reason);
+FASTADAM_API int device_count(std::string& reason);
 
 enum class Place { kHost, kDevice, kManaged };
 
@@ -19,10 +21,10 @@ struct Location {
   int device;
 };
 
-Location location_of(const void* data);
+FASTADAM_API Location location_of(const void* data);
 
 // Makes a device current, and afterwards the one that was.
-class DeviceScope {
+class FASTADAM_API DeviceScope {
  public:
   explicit DeviceScope(int device);
   ~DeviceScope();
@@ -34,17 +36,17 @@ class DeviceScope {
   int device_;
 };
 
-void* allocate(int64_t bytes);
-void release(void* data);
-void set_zero(void* data, int64_t bytes);  // waits for the device, and so do these
-void copy_to_host(void* to, const void* from, int64_t bytes);
-void overwrite(void* to, const void* from, int64_t bytes);
+FASTADAM_API void* allocate(int64_t bytes);
+FASTADAM_API void release(void* data);
+FASTADAM_API void set_zero(void* data, int64_t bytes);  // waits for the device, and so do these
+FASTADAM_API void copy_to_host(void* to, const void* from, int64_t bytes);
+FASTADAM_API void overwrite(void* to, const void* from, int64_t bytes);
 
-void copy_to_device(void* to, const void* from, int64_t bytes, void* stream);
+FASTADAM_API void copy_to_device(void* to, const void* from, int64_t bytes, void* stream);
 
-bool is_capturing(void* stream);
+FASTADAM_API bool is_capturing(void* stream);
 
 // Work that comes on `later` waits, on the device, for what is on `earlier` now.
-void order_after(void* later, void* earlier);
+FASTADAM_API void order_after(void* later, void* earlier);
 
 }  // namespace fastadam::cuda

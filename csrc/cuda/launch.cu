@@ -191,9 +191,9 @@ struct Launch::Tables {
     });
   }
 
-  void average(const Layout& layout, bool overwrite, cudaStream_t stream) {
+  void average(const Layout& now, bool overwrite, cudaStream_t stream) {
     for (size_t i = 0; i < kDTypeCount; ++i) {
-      const DeviceArray<Chunk>& chunks = layout.averages[i];
+      const DeviceArray<Chunk>& chunks = now.averages[i];
       with_storage(static_cast<DType>(i), [&](auto zero) {
         launch(AverageStep<decltype(zero)>{state(), tensors.get(), chunks.get(), overwrite}, chunks.count(), stream);
       });

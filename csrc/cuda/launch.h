@@ -34,7 +34,7 @@ struct Failure {
 };
 
 // What all launches of one optimizer share on one device: t, and whether an index was bad.
-class Context {
+class FASTADAM_API Context {
  public:
   Context();  // waits
   ~Context();
@@ -65,7 +65,7 @@ class Context {
 // The launches of one set of buffers, whose tables are made once. Everything runs on the stream of the context; nothing
 // waits, but where it says so. TensorArgs and StepArgs have host structs with pointers to the device; `rows` points to
 // DeviceRows, `stale` to DeviceStale.
-class Launch {
+class FASTADAM_API Launch {
  public:
   Launch(std::shared_ptr<Context> context, const std::vector<TensorArgs>& tensors, const Chains& chains);  // waits
   ~Launch();
@@ -89,7 +89,7 @@ class Launch {
 };
 
 // The rows that the indices of one gradient name, in memory that is kept from step to step.
-class SortedRows {
+class FASTADAM_API SortedRows {
  public:
   SortedRows();
   ~SortedRows();
@@ -110,7 +110,7 @@ class SortedRows {
 };
 
 // The history of a table, as the device reads it.
-class DeviceHistory {
+class FASTADAM_API DeviceHistory {
  public:
   DeviceHistory(bool is_double, int64_t room);
   ~DeviceHistory();
@@ -131,7 +131,7 @@ class DeviceHistory {
 };
 
 // Rows of a table by ids on the device; an id that is no row gives zeros and is reported by the next call.
-class Gather {
+class FASTADAM_API Gather {
  public:
   Gather();
   ~Gather();

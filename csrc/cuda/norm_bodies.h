@@ -120,7 +120,7 @@ struct JudgeFinite {
   }
 };
 
-// The factors of norm clips, with those of the gradients in them: Norms::fold_into of csrc/bind/norms.h.
+// The factors of norm clips, with those of the gradients in them: Norms::clip_factors of csrc/capi/norms.h.
 struct ClipFactors {
   static constexpr int kThreads = 256;
   using Shared = NoShared;

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the entry points of fastadam.h and fastadam_cuda.h share: the message, the guard, what a list is refused for.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "step_checks.h"
+
+namespace fastadam {
+
+inline thread_local char message[256] = "";
+
+inline fastadam_status fail(fastadam_status status, const char* what) {
+  std::snprintf(message, sizeof(message), "%s", what);
+  return status;
+}
+
+// No exception leaves the library.
+template <class Work>
+fastadam_status guarded(Work work) {
+  try {
+    return work();
+  } catch (const std::invalid_argument& refusal) {
+    return fail(FASTADAM_INVALID, refusal.what());
+  } catch (const std::bad_alloc&) {
+    return fail(FASTADAM_NO_MEMORY, "no memory for the work of this call");
+  }
+}
+
+inline void check_list(const fastadam_list* list) {
+  if (list == nullptr) throw std::invalid_argument("list: null");
+  if (list->abi != FASTADAM_ABI) {
+    throw std::invalid_argument("list: ABI " + std::to_string(list->abi) + ", expected " +
+                                std::to_string(FASTADAM_ABI) + ", that of this library");
+  }
+  if (list->count < 0 || (list->tensors == nullptr && list->count > 0)) throw std::invalid_argument("tensors: null");
+}
+
+inline void check_chains(const fastadam_list* list) {
+  for (int64_t i = 0; i < list->count; ++i) {
+    const TensorArgs& tensor = list->tensors[i];
+    if (tensor.next == -1) continue;
+    const bool exists = list->heads != nullptr && tensor.next > i && tensor.next < list->count;
+    if (exists && list->tensors[tensor.next].var == tensor.var && list->tensors[tensor.next].size == tensor.size)
+      continue;
+    throw std::invalid_argument("tensors[" + std::to_string(i) + "].next: " + std::to_string(tensor.next) +
+                                ", expected -1, or in a list with heads a later tensor of the same variable");
+  }
+}
+
+// Where each variable of a list begins: as given, or each tensor is one. Every tensor belongs to one variable.
+inline std::vector<int64_t> heads_of(const fastadam_list& list) {
+  std::vector<int64_t> heads;
+  std::vector<bool> is_reached(static_cast<size_t>(list.count));
+  int64_t reached = 0;
+  bool fits = true;
+  const int64_t count = list.heads != nullptr ? list.variable_count : list.count;
+  for (int64_t k = 0; fits && k < count; ++k) {
+    heads.push_back(list.heads != nullptr ? list.heads[k] : k);
+    fits = heads.back() >= 0 && heads.back() < list.count;
+    for (int64_t t = heads.back(); fits && t >= 0; t = list.tensors[t].next, ++reached) {
+      fits = !is_reached[static_cast<size_t>(t)];
+      is_reached[static_cast<size_t>(t)] = true;
+    }
+  }
+  if (fits && reached == list.count) return heads;
+  throw std::invalid_argument("heads: expected to lead to every tensor once");
+}
+
+// What a step needs but for its chains and norms. Each tensor is checked.
+inline StepArgs step_args(const fastadam_list& list, const AdamHyper& hyper, bool lazy, RowsOn rows_on) {
+  StepArgs args{};
+  args.lazy = lazy;
+  args.ema_overwrite = hyper.ema_overwrite;
+  args.amsgrad = std::any_of(list.tensors, list.tensors + list.count, [](const auto& t) { return t.vhat != nullptr; });
+  bool has_single = false;
+  bool has_double = false;
+  bool has_factor =
+      std::isfinite(hyper.clip_value) || std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
+  for (int64_t i = 0; i < list.count; ++i) {
+    const TensorArgs& tensor = list.tensors[i];
+    TensorCheck(tensor, i, rows_on).check_step(hyper, args.amsgrad);
+    (tensor.dtype == FASTADAM_FLOAT64 ? has_double : has_single) = true;
+    has_factor = has_factor || tensor.grad_factor != 1;
+  }
+  if (has_single) args.scalars_f32 = usable_scalars<float>(hyper);
+  if (has_double) args.scalars_f64 = usable_scalars<double>(hyper);
+  args.transform = hyper.l2 != 0 ? kAndL2 : has_factor ? kClipAndFactor : kAsItIs;
+  return args;
+}
+
+}  // namespace fastadam

@@ -17,6 +17,7 @@ SIGNATURES = {
     "fastadam_accumulate": [POINTER, BOOL, BOOL],
     "fastadam_sort_rows": [POINTER, BOOL, INT, INT, INT, POINTER, POINTER, POINTER],
     "fastadam_sum_rows": [POINTER, POINTER],
+    "fastadam_sum_squares": [POINTER, POINTER],
     "fastadam_cuda_device_count": [],
     "fastadam_cuda_plan_create": [ctypes.c_int32, POINTER, POINTER],
     "fastadam_cuda_plan_destroy": [POINTER],
@@ -24,6 +25,7 @@ SIGNATURES = {
     "fastadam_cuda_sum_rows": [POINTER, INT, POINTER, ctypes.c_int32, POINTER, POINTER],
     "fastadam_cuda_step": [POINTER, POINTER, POINTER, BOOL, POINTER],
     "fastadam_cuda_accumulate": [POINTER, POINTER, BOOL, BOOL, POINTER],
+    "fastadam_cuda_sum_squares": [POINTER, POINTER, POINTER, POINTER],
     "fastadam_cuda_wait": [POINTER, POINTER],
 }
 

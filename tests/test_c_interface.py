@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import re
 import shutil
@@ -117,6 +118,9 @@ def test_cmake_finds_the_package(tmp_path):
     run(tool("cmake"), "--build", tmp_path)
     assert_output_of_the_c_program(run(tmp_path / "c_program"))
     assert_output_of_the_cpp_program(run(tmp_path / "cpp_program"))
+    if importlib.util.find_spec("fastadam._cuda"):
+        devices, _ = importlib.import_module("fastadam._cuda").device_count()
+        assert run(tmp_path / "cuda_program").splitlines() == [f"devices {devices}", "status 1 list: null"]
 
 
 def test_pkg_config_tells_what_the_command_line_tells(tmp_path):

@@ -22,6 +22,7 @@ from c_twins import (
     variable,
     wide,
 )
+from helpers import bits
 from test_c_interface import WARNINGS, List, run, tool
 from test_native import ROOT
 
@@ -133,6 +134,24 @@ def test_sums_of_repeated_rows(twins, dtype):
     host.grad_dtype = device.grad_dtype = DTYPES[wide(dtype)]
     assert pair.step(hyper_of(global_clip_norm=0.1)) == OK, pair.error()
     pair.check()
+
+
+def test_sums_of_squares_of_each_gradient(twins):
+    rng = np.random.default_rng(14)
+    pair = twins([*dense_tensors(rng), variable(rng, 30, "float32")])
+    pair.sort(6, np.array([1, 1, 2]), 10)
+    pair.give(gradients_of(rng, pair.host))
+    sums = np.full(7, np.nan)
+    on_device = pair.gpu.array(sums)
+    assert pair.cpu.fastadam_sum_squares(pair.host.listed, sums.ctypes.data) == OK
+    arguments = (pair.plan, pair.device.listed, Side.address(on_device), pair.gpu.stream)
+    assert pair.cuda.fastadam_cuda_sum_squares(*arguments) == OK, pair.error()
+    pair.check()
+    np.testing.assert_array_equal(bits(sums), bits(pair.gpu.get(on_device)))
+    expected = [np.square(gradient.astype(np.float64)).sum() for gradient in pair.host.gradients[:3]]
+    np.testing.assert_allclose(sums[:3], expected, rtol=1e-14)
+    assert pair.cuda.fastadam_cuda_sum_squares(pair.plan, pair.device.listed, sums.ctypes.data, None) == INVALID
+    assert pair.error() == "sums: memory of the host, expected of CUDA device 0"
 
 
 def test_gradients_are_accumulated_and_stepped_with(twins):

@@ -30,6 +30,8 @@ fastadam_status guarded(Work work) {
     return fail(FASTADAM_INVALID, refusal.what());
   } catch (const std::bad_alloc&) {
     return fail(FASTADAM_NO_MEMORY, "no memory for the work of this call");
+  } catch (const std::length_error&) {  // of a count beyond all memory
+    return fail(FASTADAM_NO_MEMORY, "no memory for the work of this call");
   }
 }
 

@@ -316,6 +316,24 @@ fastadam_status fastadam_cuda_accumulate(fastadam_cuda_plan* plan, const fastada
   });
 }
 
+fastadam_status fastadam_cuda_sum_squares(fastadam_cuda_plan* plan, const fastadam_list* list, double* sums,
+                                          void* stream) {
+  return guarded_cuda([&] {
+    check_call(plan, list);
+    if (list->count > 0 && (sums == nullptr || reinterpret_cast<uintptr_t>(sums) % sizeof(double) != 0)) {
+      throw std::invalid_argument("sums: null or misaligned");
+    }
+    for (int64_t i = 0; i < list->count; ++i) {
+      TensorCheck(list->tensors[i], i, RowsOn::kDevice).check_gradient_alone();
+    }
+    return plan->run(*list, stream, [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool) {
+      require_on_device(sums, list->count, plan->device, "sums");
+      launch.sum_squares(tensors, sums);
+      return true;
+    });
+  });
+}
+
 fastadam_status fastadam_cuda_wait(fastadam_cuda_plan* plan, int64_t* step) {
   return guarded_cuda([&] {
     if (plan == nullptr) throw std::invalid_argument("plan: null");

@@ -59,9 +59,13 @@ FASTADAM_API fastadam_status fastadam_cuda_step(fastadam_cuda_plan* plan, const 
 FASTADAM_API fastadam_status fastadam_cuda_accumulate(fastadam_cuda_plan* plan, const fastadam_list* list, bool restart,
                                                       bool require_finite, void* stream);
 
-/* Waits for the device. FASTADAM_INVALID if an index was no row: from the first step or accumulation with it on nothing
- * was changed. That is told once, by this call alone; until then step and accumulate, as soon as they find it, return
- * FASTADAM_INVALID too. `step`, if not null: hyper->step of the last step that was made before, then, else 0. */
+/* As fastadam_sum_squares, into memory of the device. */
+FASTADAM_API fastadam_status fastadam_cuda_sum_squares(fastadam_cuda_plan* plan, const fastadam_list* list,
+                                                       double* sums, void* stream);
+
+/* Waits for the device. FASTADAM_INVALID if an index was no row: from the first step or accumulation with it on, nothing
+ * was changed. `*step`, if `step` is not null: hyper->step of the last step before that, or 0 with FASTADAM_OK. After
+ * this call the plan may be used again; before it, calls with a list return FASTADAM_INVALID too once they find it. */
 FASTADAM_API fastadam_status fastadam_cuda_wait(fastadam_cuda_plan* plan, int64_t* step);
 
 /* What the last call of this thread to this library that did not return FASTADAM_OK complained about. */

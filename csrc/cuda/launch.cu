@@ -263,6 +263,15 @@ bool Launch::accumulate(bool restart, bool require_finite, const std::vector<Ten
   return true;
 }
 
+void Launch::sum_squares(const std::vector<TensorArgs>& tensors, double* sums) {
+  Tables& tables = *tables_;
+  const cudaStream_t stream = tables.context.stream;
+  const NormTables& norms = tables.norms_of(tensors, stream);
+  tables.set_gradients(tensors, stream);
+  tables.sum_squares(norms, HUGE_VAL, false, stream);
+  launch(ListSums{norms.offsets.get(), norms.sums.get(), norms.count(), sums}, norms.count() > 0 ? 1 : 0, stream);
+}
+
 void Launch::catch_up(const StepArgs& step, const TensorArgs& tensor, int64_t call) {
   const cudaStream_t stream = tables_->context.stream;
   tables_->begin(step, kSameStep, call, stream);

@@ -80,6 +80,9 @@ class FASTADAM_API Launch {
   // As step(), for gradients that are added up. Those that have to be finite wait.
   bool accumulate(bool restart, bool require_finite, const std::vector<TensorArgs>& tensors, int64_t call);
 
+  // Of each gradient, to memory of the device.
+  void sum_squares(const std::vector<TensorArgs>& tensors, double* sums);
+
   // Rows of one stale table get the steps that they missed.
   void catch_up(const StepArgs& step, const TensorArgs& tensor, int64_t call);
 

@@ -90,6 +90,25 @@ struct SumBlocks {
   }
 };
 
+// The sums of tensors, one beside the other.
+struct ListSums {
+  static constexpr int kThreads = 256;
+  using Shared = NoShared;
+  const int64_t* block_offsets;
+  const double* sums;  // where SumBlocks left them
+  int64_t tensor_count;
+  double* listed;
+
+  FASTADAM_INLINE int phases() const { return 1; }
+
+  FASTADAM_INLINE void phase(int, int64_t, int64_t thread, Shared&) const {
+    for (int64_t t = thread; t < tensor_count; t += kThreads) {
+      const bool is_empty = block_offsets[t] == block_offsets[t + 1];
+      listed[t] = is_empty ? 0.0 : sums[block_offsets[t]];
+    }
+  }
+};
+
 // No step at all if a gradient has an element that is not finite.
 struct JudgeFinite {
   static constexpr int kThreads = 256;

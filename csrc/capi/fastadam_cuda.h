@@ -3,7 +3,7 @@
  * The C interface of fastadam for CUDA devices: the structs and rules of fastadam.h, with pointers to memory of one
  * device (or managed memory), and a cudaStream_t on which the work is put. Results have the bits of fastadam_step.
  *
- *   cc program.c -lfastadam_cuda
+ *   cc program.c $(python -m fastadam --include) $(python -m fastadam --libs) -lfastadam_cuda
  *
  * The library brings the CUDA runtime with it and links no driver: without one it loads, and there are no devices.
  * Calls check before they launch: one that returns FASTADAM_INVALID or FASTADAM_NOT_FINITE has changed nothing. After
@@ -63,9 +63,10 @@ FASTADAM_API fastadam_status fastadam_cuda_accumulate(fastadam_cuda_plan* plan, 
 FASTADAM_API fastadam_status fastadam_cuda_sum_squares(fastadam_cuda_plan* plan, const fastadam_list* list,
                                                        double* sums, void* stream);
 
-/* Waits for the device. FASTADAM_INVALID if an index was no row: from the first step or accumulation with it on, nothing
- * was changed. `*step`, if `step` is not null: hyper->step of the last step before that, or 0 with FASTADAM_OK. After
- * this call the plan may be used again; before it, calls with a list return FASTADAM_INVALID too once they find it. */
+/* Waits for the device. FASTADAM_INVALID if an index was no row: from the first step or accumulation with it on,
+ * nothing was changed. `*step`, if `step` is not null: hyper->step of the last step before that, or 0 with FASTADAM_OK.
+ * After this call the plan may be used again; before it, calls with a list return FASTADAM_INVALID too once they find
+ * it. */
 FASTADAM_API fastadam_status fastadam_cuda_wait(fastadam_cuda_plan* plan, int64_t* step);
 
 /* What the last call of this thread to this library that did not return FASTADAM_OK complained about. */

@@ -27,11 +27,7 @@ DOCUMENTS = ["README.md", "csrc/README.md", "bench/README.md", ".github/CONTRIBU
 NO_EXAMPLES = ("fastadam._cpu", "fastadam._cuda", "fastadam._jax", "fastadam.__main__", "fastadam.keras")
 MODULES = [
     "fastadam",
-    *(
-        m.name
-        for m in pkgutil.walk_packages(fastadam.__path__, "fastadam.")
-        if m.name not in NO_EXAMPLES
-    ),
+    *(m.name for m in pkgutil.walk_packages(fastadam.__path__, "fastadam.") if m.name not in NO_EXAMPLES),
 ]
 
 

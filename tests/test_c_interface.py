@@ -107,6 +107,18 @@ def assert_output_of_the_cpp_program(output):
         ("1", "step: 0.000000, expected 1 or more"),
         ("3", "a gradient is not finite"),
         ("1", "list: ABI 2, expected 1, that of this library"),
+        ("1", "tensors[1].grad_factor: expected a finite number"),
+        ("1", "tensors[1].var: expected a size from 0 to 2^59"),
+        ("1", "tensors[1].stale: expected null"),
+        ("1", "ema_momentum: 2.000000, expected 0 to 1"),
+        ("1", "tensors[0].rows: a null array"),
+        ("1", "tensors[0].rows: expected unique rows in ascending order"),
+        ("1", "tensors[0].rows: expected starts in ascending order"),
+        ("1", "tensors[0].rows: expected to start at 0"),
+        ("1", "tensors[0].rows: expected an order of places among the values"),
+        ("1", "tensors[0].rows: expected rows of the variable"),
+        ("1", "heads: expected to lead to every tensor once"),
+        ("1", "heads: expected to lead to every tensor once"),
         ("1", "indices[0]: 4 is no row, expected 0 <= index < 4"),
     ]
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../capi/fastadam.h"
+#include "../capi/trusted.h"
 #include "slices.h"
 #include "stale.h"
 #include "status.h"
@@ -74,11 +75,11 @@ class CpuBackend {
 
  private:
   static fastadam_list list_of(const TensorArgs* tensors, int64_t count) {
-    return {FASTADAM_ABI, tensors, count, nullptr, nullptr, 0};
+    return {kTrustedAbi, tensors, count, nullptr, nullptr, 0};
   }
 
   static fastadam_list list_of(const Chains& chains, const std::vector<TensorArgs>& tensors) {
-    return {FASTADAM_ABI, tensors.data(), static_cast<int64_t>(tensors.size()),
+    return {kTrustedAbi, tensors.data(), static_cast<int64_t>(tensors.size()),
             chains.heads, chains.offsets, chains.count};
   }
 

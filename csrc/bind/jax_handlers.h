@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../capi/fastadam.h"
+#include "../capi/trusted.h"
 #include "status.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -130,7 +131,7 @@ ffi::Error guarded(Work work) {
 }
 
 inline void run(const std::vector<fastadam_tensor>& tensors, const fastadam_hyper& hyper, bool lazy) {
-  const fastadam_list list = {FASTADAM_ABI, tensors.data(), static_cast<int64_t>(tensors.size()), nullptr, nullptr, 0};
+  const fastadam_list list = {kTrustedAbi, tensors.data(), static_cast<int64_t>(tensors.size()), nullptr, nullptr, 0};
   require_ok(fastadam_step(&list, &hyper, lazy));
 }
 

@@ -138,6 +138,7 @@ class Plan {
   // The numbers of the step for the kernels, found usable in the arithmetic of the variables.
   StepArgs arguments(const AdamHyper& hyper, const std::vector<double>& factors) {
     if (!factors.empty()) set_.require_length("grad_factor", factors.size());
+    check_hyper(hyper);
     StepArgs args{};
     args.chains = set_.chains();
     if (set_.has(false)) args.scalars_f32 = usable_scalars<float>(hyper);

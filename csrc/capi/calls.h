@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "step_checks.h"
+#include "trusted.h"
 
 namespace fastadam {
 
@@ -37,12 +38,14 @@ fastadam_status guarded(Work work) {
 
 inline void check_list(const fastadam_list* list) {
   if (list == nullptr) throw std::invalid_argument("list: null");
-  if (list->abi != FASTADAM_ABI) {
+  if (list->abi != FASTADAM_ABI && list->abi != kTrustedAbi) {
     throw std::invalid_argument("list: ABI " + std::to_string(list->abi) + ", expected " +
                                 std::to_string(FASTADAM_ABI) + ", that of this library");
   }
   if (list->count < 0 || (list->tensors == nullptr && list->count > 0)) throw std::invalid_argument("tensors: null");
 }
+
+inline RowsOn rows_of(const fastadam_list& list) { return list.abi == kTrustedAbi ? RowsOn::kTrusted : RowsOn::kHost; }
 
 inline void check_chains(const fastadam_list* list) {
   for (int64_t i = 0; i < list->count; ++i) {

@@ -45,6 +45,7 @@ class Variables {
   }
 
   static void check(const fastadam_list& list, bool lazy) {
+    if (list.abi != kTrustedAbi) heads_of(list);
     bool fits = list.offsets != nullptr && list.variable_count >= 0 && list.offsets[0] == 0;
     for (int64_t k = 0; fits && k < list.variable_count; ++k) {
       const int64_t head = list.heads[k];
@@ -60,7 +61,7 @@ class Variables {
 };
 
 fastadam_status run_checked_step(const fastadam_list& list, const AdamHyper& hyper, bool lazy) {
-  StepArgs args = step_args(list, hyper, lazy, RowsOn::kHost);
+  StepArgs args = step_args(list, hyper, lazy, rows_of(list));
   const Variables variables(list, lazy);
   args.chains = variables.chains();
   const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
@@ -99,7 +100,7 @@ fastadam_status fastadam_accumulate(const fastadam_list* list, bool restart, boo
   return guarded([&] {
     check_list(list);
     check_chains(list);
-    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, RowsOn::kHost).check_accumulate();
+    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, rows_of(*list)).check_accumulate();
     const Variables variables(*list, false);
     if (require_finite) {
       const Norms norms(list->tensors, list->count, std::numeric_limits<double>::infinity(), true);
@@ -111,7 +112,7 @@ fastadam_status fastadam_accumulate(const fastadam_list* list, bool restart, boo
   });
 }
 
-int64_t fastadam_sort_memory(int64_t count) { return 4 * count + 2; }
+int64_t fastadam_sort_memory(int64_t count) { return count < 0 || count >> 59 != 0 ? -1 : 4 * count + 2; }
 
 fastadam_status fastadam_sort_rows(const void* indices, bool is_int64, int64_t count, int64_t row_count, int64_t width,
                                    int64_t* memory, fastadam_rows* rows, int64_t* bad) {
@@ -151,8 +152,8 @@ fastadam_status fastadam_sum_rows(const fastadam_list* list, void* const* sums) 
       offsets.push_back(offsets.back());
       if (sums[i] == nullptr) continue;
       if (tensor.rows == nullptr) throw std::invalid_argument("tensors[" + std::to_string(i) + "].rows: null");
-      TensorCheck(tensor, i, RowsOn::kHost).check_gradient_alone();
-      TensorCheck(tensor, i, RowsOn::kHost).check_rows();
+      TensorCheck(tensor, i, rows_of(*list)).check_gradient_alone();
+      TensorCheck(tensor, i, rows_of(*list)).check_rows();
       offsets.back() += tensor.rows->count * tensor.rows->width;
       value_count += tensor.grad_size;
     }
@@ -165,7 +166,7 @@ fastadam_status fastadam_sum_squares(const fastadam_list* list, double* sums) {
   return guarded([&] {
     check_list(list);
     if (sums == nullptr && list->count > 0) throw std::invalid_argument("sums: null");
-    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, RowsOn::kHost).check_gradient_alone();
+    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, rows_of(*list)).check_gradient_alone();
     Norms norms(list->tensors, list->count, std::numeric_limits<double>::infinity(), false);
     cpu::run_norm(norms.args());
     for (int64_t i = 0; i < list->count; ++i) sums[i] = norms.sum_squares(static_cast<size_t>(i));

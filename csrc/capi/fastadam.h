@@ -129,7 +129,7 @@ FASTADAM_API fastadam_status fastadam_step(const fastadam_list* list, const fast
 /* Adds the gradients, times grad_factor, to the accumulators, which count as zero if `restart`. */
 FASTADAM_API fastadam_status fastadam_accumulate(const fastadam_list* list, bool restart, bool require_finite);
 
-/* int64_t of memory that fastadam_sort_rows needs for so many indices. */
+/* int64_t of memory that fastadam_sort_rows needs for so many indices; -1 for a count that cannot be. */
 FASTADAM_API int64_t fastadam_sort_memory(int64_t count);
 
 /* Sorts indices, int32 or int64, into `rows`, which then lie in `memory`. Stable: repeated rows keep their order.

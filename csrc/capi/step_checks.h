@@ -46,12 +46,13 @@ inline void check_hyper(const AdamHyper& hyper) {
   if (!(hyper.clip_value >= 0)) refuse("clip_value", hyper.clip_value, "0 or more");
   if (!(hyper.clip_norm >= 0)) refuse("clip_norm", hyper.clip_norm, "0 or more");
   if (!(hyper.global_clip_norm >= 0)) refuse("global_clip_norm", hyper.global_clip_norm, "0 or more");
+  if (!(hyper.ema_momentum >= 0 && hyper.ema_momentum <= 1)) refuse("ema_momentum", hyper.ema_momentum, "0 to 1");
   if (!(hyper.gradient_scale > 0)) refuse("gradient_scale", hyper.gradient_scale, "more than 0");
 }
 
 // Where the arrays of `rows` lie. Those of a device are not read: `count` is that of the indices, whose check is its
-// own.
-enum class RowsOn { kHost, kDevice };
+// own. Trusted ones are of the host, and were sorted by this build.
+enum class RowsOn { kHost, kTrusted, kDevice };
 
 // Pointers and dtypes of one tensor, whose place is named if they are wrong.
 class TensorCheck {
@@ -72,6 +73,7 @@ class TensorCheck {
     if (t_.average != nullptr) require(t_.average, state_dtype(t_.dtype), t_.size, "average");
     const bool needs_vhat = amsgrad && t_.size > 0;  // the memory of an empty array may be null
     if (needs_vhat && t_.vhat == nullptr) refuse("vhat", "expected in all tensors or in none");
+    if (t_.stale != nullptr && rows_on_ != RowsOn::kTrusted) refuse("stale", "expected null");
     const bool only_catches_up = t_.stale != nullptr && t_.grad == nullptr && t_.grad_size == 0;
     if (!only_catches_up) check_gradient();
     if (t_.half_slots && (size_of(t_.dtype) != 2 || t_.rows != nullptr || t_.grad_dtype != t_.dtype)) {
@@ -99,6 +101,7 @@ class TensorCheck {
     }
     if (rows.count < 0 || rows.width < 0) refuse("rows", "a count or width below 0");
     if (rows.count == 0 || (rows.width == 0 && t_.size == 0)) return;
+    if (rows_on_ == RowsOn::kHost) check_sorted(rows);
     if (rows.width == 0 || rows.rows[0] < 0 || rows.rows[rows.count - 1] >= t_.size / rows.width) {
       refuse("rows", "expected rows of the variable");
     }
@@ -112,7 +115,23 @@ class TensorCheck {
   }
 
  private:
+  // As fastadam_sort_rows makes them.
+  void check_sorted(const Rows& rows) const {
+    if (rows.rows == nullptr || rows.starts == nullptr || rows.order == nullptr) refuse("rows", "a null array");
+    if (rows.starts[0] != 0) refuse("rows", "expected to start at 0");
+    for (int64_t k = 0; k < rows.count; ++k) {
+      if (k > 0 && rows.rows[k] <= rows.rows[k - 1]) refuse("rows", "expected unique rows in ascending order");
+      if (rows.starts[k + 1] <= rows.starts[k]) refuse("rows", "expected starts in ascending order");
+    }
+    const int64_t values = rows.width == 0 ? 0 : t_.grad_size / rows.width;
+    for (int64_t at = 0; at < rows.starts[rows.count] && at < values; ++at) {
+      if (rows.order[at] < 0 || rows.order[at] >= values)
+        refuse("rows", "expected an order of places among the values");
+    }
+  }
+
   void check_gradient() const {
+    if (!std::isfinite(t_.grad_factor)) refuse("grad_factor", "expected a finite number");
     const bool is_wide = size_of(t_.dtype) == 2 && t_.grad_dtype == FASTADAM_FLOAT32;
     if (t_.grad_dtype != t_.dtype && !is_wide) refuse("grad_dtype", "expected dtype, or float32 for a half variable");
     require(t_.grad, t_.grad_dtype, t_.grad_size, "grad");
@@ -121,13 +140,15 @@ class TensorCheck {
   }
 
   void require(const void* data, DType dtype, int64_t size, const char* name) const {
-    if (size < 0) refuse(name, "a size below 0");
+    if (size < 0 || size > kMostElements) refuse(name, "expected a size from 0 to 2^59");
     if (size == 0) return;
     if (data == nullptr) refuse(name, "null");
     if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(size_of(dtype)) != 0) {
       refuse(name, "misaligned, expected a multiple of the item size as address");
     }
   }
+
+  static constexpr int64_t kMostElements = int64_t{1} << 59;  // whose bytes can be counted
 
   const TensorArgs& t_;
   int64_t place_;

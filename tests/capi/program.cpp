@@ -31,6 +31,33 @@ void step_and_accumulate() {
   std::printf("double %a average %a accumulator %a\n", w[0], average[0], accumulator[0]);
 }
 
+// Rows that fastadam_sort_rows would not have made, of a table of 4 rows; and heads that leave a tensor out.
+void refuse_rows(const fastadam_tensor& dense) {
+  const fastadam_hyper hyper = fastadam_defaults(1);
+  const auto refused = [&](const fastadam_list& list) {
+    const fastadam_status status = fastadam_step(&list, &hyper, false);
+    std::printf("status %d %s\n", static_cast<int>(status), fastadam_error());
+  };
+  using Three = std::vector<int64_t>;
+  const auto try_rows = [&](const Three& named, const Three& starts, const Three& order) {
+    const fastadam_rows rows = {named.empty() ? nullptr : named.data(), starts.data(), order.data(), 2, 1};
+    fastadam_tensor tensor = dense;
+    tensor.rows = &rows;
+    tensor.grad_size = 2;
+    refused({FASTADAM_ABI, &tensor, 1, nullptr, nullptr, 0});
+  };
+  try_rows({}, {0, 1, 2}, {0, 1});
+  try_rows({2, 0}, {0, 1, 2}, {0, 1});
+  try_rows({0, 2}, {0, 0, 2}, {0, 1});
+  try_rows({0, 2}, {-1, 1, 2}, {0, 1});
+  try_rows({0, 2}, {0, 1, 2}, {0, 1000000000});
+  try_rows({0, 4}, {0, 1, 2}, {0, 1});
+  const fastadam_tensor two[] = {dense, dense};
+  const int64_t heads[] = {0, 0}, offsets[] = {0, 4, 8};
+  refused({FASTADAM_ABI, two, 2, heads, offsets, 2});
+  refused({FASTADAM_ABI, two, 2, heads, offsets, 1});
+}
+
 // What is refused has changed nothing; the variable stays 1.
 void refusals() {
   std::vector<float> w(4, 1.0F), g(4, 0.5F), m(4), v(4);
@@ -69,6 +96,20 @@ void refusals() {
   g[3] = std::numeric_limits<float>::infinity();
   refused(good, hyper);
   refused(good, usual, FASTADAM_ABI + 1);
+  g[3] = 0.5F;
+  bad = good;
+  bad.grad_factor = std::numeric_limits<double>::quiet_NaN();
+  refused(bad, usual);
+  bad = good;
+  bad.size = bad.grad_size = std::numeric_limits<int64_t>::max();
+  refused(bad, usual);
+  bad = good;
+  bad.stale = reinterpret_cast<const fastadam_stale_rows*>(w.data());
+  refused(bad, usual);
+  hyper = usual;
+  hyper.ema_momentum = 2;
+  refused(good, hyper);
+  refuse_rows(good);
   const int64_t index = 4;
   std::vector<int64_t> memory(static_cast<size_t>(fastadam_sort_memory(1)));
   fastadam_rows rows{};

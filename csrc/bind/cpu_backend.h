@@ -79,7 +79,7 @@ class CpuBackend {
   }
 
   static fastadam_list list_of(const Chains& chains, const std::vector<TensorArgs>& tensors) {
-    return {kTrustedAbi, tensors.data(), static_cast<int64_t>(tensors.size()),
+    return {kTrustedAbi,  tensors.data(), static_cast<int64_t>(tensors.size()),
             chains.heads, chains.offsets, chains.count};
   }
 

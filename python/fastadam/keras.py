@@ -137,8 +137,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             beta_2=beta_2,
             epsilon=epsilon,
         )
-        for variables, values in zip(held, results, strict=False):  # without AMSGrad its result is None
-            for variable, value in zip(variables, values, strict=True):
+        for variables, values in zip(held, results, strict=False):  # without AMSGrad there is no vhat
+            for variable, value in zip(variables, values or (), strict=True):
                 variable.assign(value)
 
     @_outside_of_graphs

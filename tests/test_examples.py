@@ -1,0 +1,68 @@
+"""The examples run: those of README.md, and of the docstrings."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fastadam
+import pytest
+from helpers import run_python
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FRAMEWORKS = ("torch", "jax", "keras")
+ADAPTERS = {"fastadam.torch": ["torch"], "fastadam.jax": ["jax"], "fastadam._xla": ["jax"]}
+# Those of fastadam.keras are run by tests/test_keras_adam.py.
+NO_EXAMPLES = ("fastadam._cpu", "fastadam._cuda", "fastadam._jax", "fastadam.__main__", "fastadam.keras")
+MODULES = [
+    "fastadam",
+    *(m.name for m in pkgutil.walk_packages(fastadam.__path__, "fastadam.") if m.name not in NO_EXAMPLES),
+]
+
+
+def need(*frameworks):
+    """Without importing them: Keras would choose its backend in this process."""
+    for name in frameworks:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+
+
+def test_readme_has_eight_examples():
+    assert len(EXAMPLES) == 8
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.strip().splitlines()[3][:30])
+def test_an_example_of_the_readme_runs(example):
+    needed = [name for name in FRAMEWORKS if f"import fastadam.{name}" in example]
+    need(*needed, *(["torch"] if "keras" in needed else []))
+    if not needed:
+        exec(compile(example, "README.md", "exec"), {})
+        return
+    result = run_python(example)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_c_program_of_the_readme_prints_what_it_says(tmp_path):
+    source = re.search(r"```c\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "program.c").write_text(source)
+    flags = []
+    for option in ("--include", "--libs"):
+        command = [sys.executable, "-m", "fastadam", option]
+        flags += subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    subprocess.run(["cc", "program.c", *flags, "-o", "program"], cwd=tmp_path, check=True)
+    printed = subprocess.run([tmp_path / "program"], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() in source
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_of_docstrings_run(module):
+    need(*ADAPTERS.get(".".join(module.split(".")[:2]), []))
+    result = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0

@@ -71,15 +71,15 @@ class Stepper(torch.optim.Optimizer):
         self._contexts: dict[_Key, Any] = {}
         self._captured: list[_Chosen] = []  # CUDA graphs write to their memory
         self._tables = Tables(exact=self._sparse_update == "deferred")
-        self._known: list[Any] = []
+        self._known: dict[Any, Any] | None = None  # what `state` was when it was last compared with the sets
         self._epoch = 0
         self._compiled_sets: dict[Any, ParameterSet] = {}
         self._number = remember(self)
 
     def _step_all(self, gradient_scale: float) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
-        if len(self._known) != len(self.state) or not all(map(is_, self.state.values(), self._known)):
-            self._known = list(self.state.values())
+        if not self._knows_state():
+            self._known = {**self.state}
             self._epoch += 1
         calls: list[_Call] = []
         for index, group in enumerate(self.param_groups):
@@ -92,6 +92,12 @@ class Stepper(torch.optim.Optimizer):
                 call.chosen.together.check(call.gradients, call.hyper, call.factors)
         for call in calls:
             self._make(call)
+
+    def _knows_state(self) -> bool:
+        """Whether parameters and states, and their order, are those of the last comparison; by identity, unhashed."""
+        known, state = self._known, self.state
+        alike = known is not None and len(known) == len(state)
+        return alike and all(map(is_, state, known)) and all(map(is_, state.values(), known.values()))
 
     def _mask_of(self, params: list[Tensor], gradients: list[Any]) -> bytes:
         """The kind of each parameter."""
@@ -187,6 +193,7 @@ class Stepper(torch.optim.Optimizer):
         if chosen.is_new:
             for param, state in zip(together.params, together.states, strict=True):
                 self.state[param] = state
+            self._known = None
             self._tables.keep(chosen.tables)
             chosen.is_new = False
         for table in chosen.tables:

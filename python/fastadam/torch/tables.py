@@ -77,10 +77,15 @@ class Tables:
         return [table for key, table in self._tables.items() if param is None or key is param]
 
     def make(self, param: Tensor, state: dict[str, Any], label: str, numbers: Numbers) -> Table:
-        """The table of a parameter, new unless it is one; :meth:`keep` makes it known."""
-        return self._tables.get(param) or Table(param, state, label, numbers, self._exact)
+        """The table of a parameter, new unless it is one with this state; :meth:`keep` makes it known."""
+        found = self._tables.get(param)
+        if found is not None and found.state is state:
+            return found
+        if found is not None:
+            found.catch_up()  # with the moments that its rows waited with
+        return Table(param, state, label, numbers, self._exact)
 
     def keep(self, tables: Iterable[Table]) -> None:
         """Once the first step of them has been found good."""
         for table in tables:
-            self._tables.setdefault(table.param, table)
+            self._tables[table.param] = table

@@ -1,0 +1,84 @@
+"""What users do to a fastadam.torch optimizer from outside: emptied states, threads, signals, broken state dicts."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastadam.torch  # noqa: E402
+from torch_twins import PAIRS  # noqa: E402
+
+
+def give_gradients(parameters):
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter) + parameter.detach()
+
+
+# ---- states that are emptied ----------------------------------------------------------------------------------------
+
+
+def clear(optimizer):
+    optimizer.state.clear()
+
+
+def replace(optimizer):
+    optimizer.state = collections.defaultdict(dict)
+
+
+def pop_first(optimizer):
+    optimizer.state.pop(optimizer.param_groups[0]["params"][0])
+
+
+def move_to_second(optimizer):
+    first, second = (group["params"][0] for group in optimizer.param_groups)
+    moved = optimizer.state.pop(first)
+    optimizer.state.pop(second, None)
+    optimizer.state[second] = moved
+
+
+@pytest.mark.parametrize("place", ["between", "closure", "hook"])
+@pytest.mark.parametrize("second_has_gradient", [True, False])
+@pytest.mark.parametrize("empty", [clear, replace, pop_first, move_to_second])
+def test_states_emptied_after_one_step_start_anew(empty, second_has_gradient, place):
+    found = []
+    for cls in PAIRS["Adam"]:
+        weights = [torch.nn.Parameter(torch.full((3,), float(k + 1), dtype=torch.float64)) for k in range(2)]
+        optimizer = cls([{"params": [w]} for w in weights], lr=0.1)
+        give_gradients(weights[: 1 + second_has_gradient])
+        optimizer.step()
+        give_gradients(weights)
+        if place == "between":
+            empty(optimizer)
+        hook = optimizer.register_step_pre_hook(lambda o, *_: empty(o)) if place == "hook" else None
+        optimizer.step((lambda: empty(optimizer)) if place == "closure" else None)  # noqa: B023
+        if hook:
+            hook.remove()
+        give_gradients(weights)
+        optimizer.step()
+        found.append((optimizer, weights))
+    (theirs, expected), (ours, weights) = found
+    assert len(ours.state) == 2
+    for ours_of, theirs_of in zip(weights, expected, strict=True):
+        torch.testing.assert_close(ours_of, theirs_of, rtol=1e-14, atol=0)
+        for name, value in theirs.state[theirs_of].items():
+            torch.testing.assert_close(ours.state[ours_of][name], value, rtol=1e-14, atol=0)
+
+
+@pytest.mark.usefixtures("rows_wait")
+def test_rows_that_wait_step_with_the_moments_of_a_state_that_was_emptied():
+    tables = []
+    for mode in ("deferred", "dense"):
+        table = torch.nn.Embedding.from_pretrained(torch.ones(9, 2, dtype=torch.float64), freeze=False, sparse=True)
+        optimizer = fastadam.torch.Adam(table.parameters(), lr=0.1, eps=1e-300, sparse_update=mode)
+        for row in range(6):
+            if row == 4:
+                optimizer.state.clear()
+            table.weight.grad = torch.sparse_coo_tensor([[row]], torch.ones(1, 2).double(), (9, 2), check_invariants=True)  # fmt: skip
+            optimizer.step()
+        optimizer.sync()
+        assert float(optimizer.state[table.weight]["step"]) == 2
+        tables.append(table.weight)
+    torch.testing.assert_close(*tables, rtol=1e-12, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any
 
@@ -62,7 +63,13 @@ def traced_step(optimizer: Any) -> None:
         )
 
 
-def _adam(
+def _adam(*arguments: Any) -> None:
+    optimizer = _optimizers.get(arguments[-1])
+    with contextlib.nullcontext() if optimizer is None else optimizer._lock:
+        _step(*arguments)
+
+
+def _step(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],

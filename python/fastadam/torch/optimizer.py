@@ -143,7 +143,8 @@ class Adam(Stepper):
         if found_inf is not None and float(found_inf):
             return loss
         scale = getattr(self, "grad_scale", None)
-        self._step_all(1.0 if scale is None else 1.0 / float(scale))
+        with self._lock:
+            self._step_all(1.0 if scale is None else 1.0 / float(scale))
         return loss
 
     # ---- tables ----------------------------------------------------------------------------------------------------
@@ -165,8 +166,9 @@ class Adam(Stepper):
         Raises:
             RuntimeError: A parameter was written to while rows waited for their steps.
         """
-        for table in self._tables.of(param):
-            table.catch_up()
+        with self._lock:
+            for table in self._tables.of(param):
+                table.catch_up()
 
     @torch.no_grad()
     def gather(self, param: Tensor, ids: Tensor) -> Tensor:
@@ -181,9 +183,10 @@ class Adam(Stepper):
             ValueError: An id that is no row.
         """
         rows = _check_ids(param, ids)
-        for table in self._tables.of(param):
-            table.catch_up(rows.cpu().reshape(-1).numpy())
-        return param.detach()[rows]
+        with self._lock:
+            for table in self._tables.of(param):
+                table.catch_up(rows.cpu().reshape(-1).numpy())
+            return param.detach()[rows]
 
     def attach(self, module: torch.nn.Module) -> None:
         """Bring rows up to date when ``module``, an Embedding or EmbeddingBag, looks them up or is saved.
@@ -213,9 +216,10 @@ class Adam(Stepper):
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Adam`` has it; every row of every table is brought up to date first."""
-        self.sync()
-        found: dict[str, Any] = super().state_dict()
-        return found
+        with self._lock:
+            self.sync()
+            found: dict[str, Any] = super().state_dict()
+            return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a state dict, ours or torch's, as clones; moments of half parameters keep their dtype.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import threading
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -75,6 +77,8 @@ class Stepper(torch.optim.Optimizer):
         self._epoch = 0
         self._compiled_sets: dict[Any, ParameterSet] = {}
         self._number = remember(self)
+        self.__dict__.setdefault("_lock", threading.RLock())  # of steps and of what reads rows or states; not copied
+        self.__dict__.setdefault("_lock", threading.RLock())  # of what steps and of what reads; not in copies
 
     def _step_all(self, gradient_scale: float) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
@@ -96,8 +100,9 @@ class Stepper(torch.optim.Optimizer):
     def _knows_state(self) -> bool:
         """Whether parameters and states, and their order, are those of the last comparison; by identity, unhashed."""
         known, state = self._known, self.state
-        alike = known is not None and len(known) == len(state)
-        return alike and all(map(is_, state, known)) and all(map(is_, state.values(), known.values()))
+        if known is None or len(known) != len(state):
+            return False
+        return all(map(is_, state, known)) and all(map(is_, state.values(), known.values()))
 
     def _mask_of(self, params: list[Tensor], gradients: list[Any]) -> bytes:
         """The kind of each parameter."""

@@ -130,3 +130,101 @@ for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
 def test_two_threads_step_one_optimizer(mode):
     found = run_python(f"import sys; sys.argv.append({mode!r})\n{THREADS}")
     assert (found.returncode, found.stderr) == (0, "")
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+class Interrupted:
+    """A native plan after whose step Ctrl-C is found to have been pressed."""
+
+    def __init__(self, plan):
+        self.plan = plan
+
+    def __getattr__(self, name):
+        return getattr(self.plan, name)
+
+    def step(self, *arguments):
+        self.plan.step(*arguments)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_step_that_was_made_is_counted_though_a_signal_came(apart, first, finished, monkeypatch):
+    strided = torch.ones(4, 2, dtype=torch.float64)[:, 0]  # copied around the native call
+    weights = [torch.nn.Parameter(w) for w in (torch.ones(2, dtype=torch.float64), strided)]
+    optimizer = fastadam.torch.Adam(weights, lr=0.1)
+    twin = [torch.nn.Parameter(w.detach().clone()) for w in weights]
+    reference = torch.optim.Adam(twin, lr=0.1)
+    stepped = 0 if first else 2
+    for k in range(stepped + 1):
+        for each in (weights, twin):
+            give_gradients(each)
+        reference.step()
+        if k == stepped:
+            break
+        optimizer.step()
+        if apart:
+            for w in weights:
+                optimizer.state[w]["step"] = optimizer.state[w]["step"].clone()
+    together = fastadam.torch.sets.ParameterSet
+    make, finish = together.__init__, together.finish
+
+    def with_signal(self, *arguments):
+        make(self, *arguments)
+        self.plan = Interrupted(self.plan)
+
+    def cut_off(self, count):
+        finish(self, count)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(together, "__init__", with_signal)
+    if not finished:
+        monkeypatch.setattr(together, "finish", cut_off)
+    optimizer._sets.clear()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer._sets.clear()
+    for k in range(2):
+        saved = optimizer.state_dict()["state"]
+        assert [float(named["step"]) for named in saved.values()] == [stepped + 1 + k] * 2
+        for a, b in zip(weights, twin, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
+        give_gradients(weights)
+        give_gradients(twin)
+        optimizer.step()
+        reference.step()
+
+
+INTERRUPTS = """
+import _thread, signal, threading
+import torch, fastadam.torch
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+weight = torch.zeros(100_000, dtype=torch.float64)
+weight.grad = torch.ones_like(weight)
+optimizer = fastadam.torch.Adam([weight], lr=1.0, eps=0.0)
+interrupted = 0
+for k in range(300):
+    timer = threading.Timer(2e-6 * k, _thread.interrupt_main)
+    try:
+        timer.start()
+        for _ in range(10):
+            optimizer.step()
+        timer.join()
+    except KeyboardInterrupt:
+        interrupted += 1
+    named = optimizer.state_dict()["state"].get(0, {"step": 0})
+    assert int(named["step"]) == round(-float(weight[0])), (k, named["step"], weight[0])
+    assert bool((weight == weight[0]).all())
+assert interrupted > 20, interrupted
+"""
+
+
+def test_signals_at_any_time():
+    found = run_python(INTERRUPTS)
+    assert (found.returncode, found.stderr) == (0, "")

@@ -6,6 +6,7 @@ import contextlib
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,7 +118,12 @@ def _step(
         together.check(gradients, hyper, factors)
         calls.append((together, gradients, hyper, factors))
     for together, gradients, hyper, factors in calls:
-        together.step(gradients, hyper, factors, None)
+        counter = np.zeros((), np.int64)
+        try:
+            together.step(gradients, hyper, factors, counter)
+        finally:
+            if counter:
+                together.finish(hyper.step)
 
 
 def _by_count(steps: list[Tensor]) -> dict[float, list[int]]:

@@ -167,6 +167,7 @@ class Adam(Stepper):
             RuntimeError: A parameter was written to while rows waited for their steps.
         """
         with self._lock:
+            self._finish()
             for table in self._tables.of(param):
                 table.catch_up()
 
@@ -184,6 +185,7 @@ class Adam(Stepper):
         """
         rows = _check_ids(param, ids)
         with self._lock:
+            self._finish()
             for table in self._tables.of(param):
                 table.catch_up(rows.cpu().reshape(-1).numpy())
             return param.detach()[rows]

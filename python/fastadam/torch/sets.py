@@ -27,7 +27,6 @@ class _StepCounts:
     def __init__(self, steps: list[Tensor]) -> None:
         self.steps = steps
         self._whole = _whole_of(steps)
-        self._one = torch.tensor(1.0)
 
     def are(self, states: list[dict[str, Any]]) -> bool:
         """Whether these are still the tensors in the parameters' states."""
@@ -44,12 +43,19 @@ class _StepCounts:
         """Steps that turned out to have done nothing."""
         torch._foreach_sub_(self.steps, float(count))
 
+    def set(self, count: int) -> None:
+        """After a step; once more does no harm."""
+        if self._whole is not None:
+            self._whole.fill_(count)
+        else:
+            first = self.steps[0]
+            value = torch.full((), float(count), dtype=first.dtype, device=first.device)
+            torch._foreach_copy_(self.steps, [value] * len(self.steps))
+
     def raise_by_one(self) -> None:
-        """After a step."""
+        """After a step that a CUDA graph captures."""
         if self._whole is not None:
             self._whole.add_(1)
-        elif self.steps[0].is_cpu:
-            torch._foreach_add_(self.steps, self._one, alpha=1.0)  # a Python number would become a tensor for each
         else:
             torch._foreach_add_(self.steps, 1)
 
@@ -196,19 +202,25 @@ class ParameterSet:
         self.plan.check_numbers(hyper, factors)
 
     def step(self, gradients: list[Any], hyper: StepHyper, factors: list[float], counter: Any) -> None:
-        """Step, or raise what is wrong and change nothing."""
-        columns = self._columns
+        """Step, or raise what is wrong and change nothing; :meth:`finish` is due once ``counter`` has gone up."""
         for i, view in self._views.items():
-            view.load([column[i] for column in columns])
+            view.load([column[i] for column in self._columns])
         while unfit := self.plan.step(gradients, hyper, factors, counter):
             self._convert(gradients, unfit)
+
+    def finish(self, count: int | None) -> None:
+        """Say that a step was made, the ``count``-th, or one that is captured; may be repeated if it was cut off."""
+        columns = self._columns
         for i, view in self._views.items():
             view.store([column[i] for column in columns])
         written = [tensor for column in columns for tensor in column]
         if self._views:
             written += [local_of(column[i]) for i in self._views for column in columns]
         torch.autograd.graph.increment_version(written)
-        self.counts.raise_by_one()
+        if count is None:
+            self.counts.raise_by_one()
+        else:
+            self.counts.set(count)
 
     def _convert(self, gradients: list[Any], which: list[int]) -> None:
         for i in which:

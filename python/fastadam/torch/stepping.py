@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import threading
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -48,7 +47,8 @@ class _Chosen:
         self.tables = tables
         self.epoch = epoch  # of `optimizer.state`, when the states were last compared
         self.is_new = True  # no step was made yet
-        self.counter = np.zeros((), np.int64)  # of native steps: a GPU says later which one failed
+        # Of native steps, which goes up where no signal can come between; a GPU says later which one failed.
+        self.counter = np.zeros((), np.int64)
 
 
 class _Call(NamedTuple):
@@ -65,6 +65,7 @@ class Stepper(torch.optim.Optimizer):
 
     _sparse_update: str
     _moments_dtype: torch.dtype | None
+    _lock: threading.RLock
 
     def _reset(self) -> None:
         """Forget what was made of states that have been replaced."""
@@ -73,6 +74,7 @@ class Stepper(torch.optim.Optimizer):
         self._contexts: dict[_Key, Any] = {}
         self._captured: list[_Chosen] = []  # CUDA graphs write to their memory
         self._tables = Tables(exact=self._sparse_update == "deferred")
+        self._pending: tuple[_Call, int] | None = None  # a call, and the counter before it
         self._known: dict[Any, Any] | None = None  # what `state` was when it was last compared with the sets
         self._epoch = 0
         self._compiled_sets: dict[Any, ParameterSet] = {}
@@ -82,6 +84,7 @@ class Stepper(torch.optim.Optimizer):
 
     def _step_all(self, gradient_scale: float) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
+        self._finish()
         if not self._knows_state():
             self._known = {**self.state}
             self._epoch += 1
@@ -193,8 +196,30 @@ class Stepper(torch.optim.Optimizer):
 
     def _make(self, call: _Call) -> None:
         chosen, together = call.chosen, call.chosen.together
-        capturing = together.is_capturing()
-        together.step(call.gradients, call.hyper, call.factors, chosen.counter)
+        if together.is_capturing():
+            together.step(call.gradients, call.hyper, call.factors, chosen.counter)
+            together.finish(None)
+            self._captured.append(chosen)  # its pointers are the graph's from here on
+            self._sets = {key: other for key, other in self._sets.items() if other is not chosen}
+            return
+        self._pending = call, int(chosen.counter)
+        try:
+            together.step(call.gradients, call.hyper, call.factors, chosen.counter)
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        """What follows a native step that was made, even if a signal raised after it; again if one cut this off."""
+        if self._pending is None:
+            return
+        call, before = self._pending
+        if int(call.chosen.counter) > before:
+            self._adopt(call)
+        self._pending = None
+
+    def _adopt(self, call: _Call) -> None:
+        chosen, together = call.chosen, call.chosen.together
+        together.finish(call.hyper.step)
         if chosen.is_new:
             for param, state in zip(together.params, together.states, strict=True):
                 self.state[param] = state
@@ -203,9 +228,6 @@ class Stepper(torch.optim.Optimizer):
             chosen.is_new = False
         for table in chosen.tables:
             table.note_step()
-        if capturing:  # its pointers are the graph's from here on
-            self._captured.append(chosen)
-            self._sets = {key: other for key, other in self._sets.items() if other is not chosen}
 
     # ---- sets ------------------------------------------------------------------------------------------------------
 

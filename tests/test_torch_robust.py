@@ -228,3 +228,64 @@ assert interrupted > 20, interrupted
 def test_signals_at_any_time():
     found = run_python(INTERRUPTS)
     assert (found.returncode, found.stderr) == (0, "")
+
+
+# ---- state dicts that are refused -----------------------------------------------------------------------------------
+
+
+def kept_somewhere(value):
+    if isinstance(value, dict):
+        return any(map(kept_somewhere, value.values()))
+    return type(value).__name__ == "_Kept" or (isinstance(value, list) and any(map(kept_somewhere, value)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("exp_avg", torch.zeros(3, device="meta"), "parameter 'b': exp_avg: on meta, without data"),
+        ("exp_avg_sq", torch.zeros(3).to_sparse(), "parameter 'b': exp_avg_sq: torch.sparse_coo, expected a dense"),
+        ("exp_avg", [1.0], "parameter 'b': exp_avg: list, expected a tensor"),
+        ("step", "x", "parameter 'b': step: 'x', expected a number"),
+        ("step", torch.zeros(2), r"parameter 'b': step: tensor\(\[0., 0.\]\), expected a number"),
+        (None, [1], "parameter 'b': list, expected a dict"),
+    ],
+)
+def test_loading_what_is_refused_leaves_the_optimizer_as_it_was(key, value, message):
+    weights, twins = ([torch.nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
+    optimizer, twin = (fastadam.torch.Adam(zip("ab", each, strict=True), lr=0.1) for each in (weights, twins))
+    for each in (weights, twins):
+        give_gradients(each)
+    optimizer.step()
+    twin.step()
+    saved = twin.state_dict()
+    saved["param_groups"][0]["lr"] = 0.7
+    saved["state"][0]["step"] = torch.tensor(9.0)
+    if key is None:
+        saved["state"][1] = value
+    else:
+        saved["state"][1][key] = value
+    before = optimizer.state, optimizer.param_groups, dict(optimizer.state)
+    with pytest.raises((TypeError, ValueError), match=f"state of {message}"):
+        optimizer.load_state_dict(saved)
+    assert (optimizer.state, optimizer.param_groups) == before[:2]
+    assert all(optimizer.state[w] is before[2][w] for w in weights)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert not kept_somewhere(dict(optimizer.state))
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+    give_gradients(weights)
+    optimizer.step()
+    assert [float(optimizer.state[w]["step"]) for w in weights] == [2, 2]
+
+
+def test_states_of_no_parameter_stay_as_they_are():
+    (weight,) = weights = [torch.nn.Parameter(torch.ones(3))]
+    optimizer = fastadam.torch.Adam(weights, lr=0.1)
+    give_gradients(weights)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][7] = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2)}
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[7] == saved["state"][7]
+    assert not kept_somewhere(dict(optimizer.state))
+    optimizer.step()
+    assert float(optimizer.state[weight]["step"]) == 2

@@ -7,23 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["HALF", "keep_tensors", "restore_states", "zero_steps"]
+__all__ = ["HALF", "keep_tensors", "label_of", "restore_states", "zero_steps"]
 
 HALF = (torch.float16, torch.bfloat16)
+_NAMES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def label_of(group: dict[str, Any], index: int, place: int) -> str:
+    """What messages call a parameter: its name, or its place in the groups."""
+    names = group.get("param_names")
+    return f"parameter '{names[place]}'" if names else f"param_groups[{index}]['params'][{place}]"
 
 
 class _Kept:
-    """A tensor that ``torch.optim.Optimizer.load_state_dict`` neither casts to the parameter's dtype nor looks into."""
+    """What ``torch.optim.Optimizer.load_state_dict`` neither casts to the parameter's dtype nor looks into."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 def keep_tensors(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A hook before loading, the last one."""
+    """A hook before loading, the last one; states of no parameter are left to torch, which takes them as they are."""
+    known = {key for group in state_dict["param_groups"] for key in group["params"]}
     state = {
-        key: {name: _Kept(x) if isinstance(x, Tensor) else x for name, x in value.items()}
-        if isinstance(value, dict)
+        key: {name: _Kept(x) if isinstance(x, Tensor) or name in _NAMES else x for name, x in value.items()}
+        if key in known and isinstance(value, dict)
         else value
         for key, value in state_dict["state"].items()
     }
@@ -35,17 +43,43 @@ def restore_states(state: Any, groups: list[dict[str, Any]], moments_dtype: torc
 
     Moments keep their dtype if it is the parameter's, or float32 for a half parameter. Any other, which the kernels do
     not have, becomes the parameter's, or ``moments_dtype``.
+
+    Raises:
+        TypeError: A state is no dict, or a moment no tensor.
+        ValueError: A moment that is sparse or has no data, or a step that is no number.
     """
-    for group in groups:
-        states = [(param, state[param]) for param in group["params"] if state.get(param)]
-        for param, named in states:
+    for index, group in enumerate(groups):
+        states = []
+        for place, param in enumerate(group["params"]):
+            if not state.get(param):
+                continue
+            named, label = state[param], f"state of {label_of(group, index, place)}"
+            if not isinstance(named, dict):
+                raise TypeError(f"{label}: {type(named).__name__}, expected a dict")
             for name, value in named.items():
-                if isinstance(value, _Kept) and name != "step":
-                    named[name] = _moment_like(param, value.tensor, moments_dtype)
+                if name == "step":
+                    named[name] = _number_of(value, label)
+                elif isinstance(value, _Kept):
+                    named[name] = _moment_like(param, value.value, moments_dtype, f"{label}: {name}")
+            states.append((param, named))
         _place_steps(states, on_device=group["capturable"] or bool(group["fused"]))
 
 
-def _moment_like(param: Tensor, value: Tensor, moments_dtype: torch.dtype | None) -> Tensor:
+def _number_of(step: Any, label: str) -> float:
+    value = step.value if isinstance(step, _Kept) else step
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{label}: step: {value!r}, expected a number") from error
+
+
+def _moment_like(param: Tensor, value: Any, moments_dtype: torch.dtype | None, label: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{label}: {type(value).__name__}, expected a tensor")
+    if value.layout != torch.strided:
+        raise ValueError(f"{label}: {value.layout}, expected a dense tensor")
+    if value.is_meta and not param.is_meta:
+        raise ValueError(f"{label}: on {value.device}, without data, expected a tensor with data")
     dtype = value.dtype
     if param.dtype in HALF:
         dtype = moments_dtype or (dtype if dtype == torch.float32 else param.dtype)
@@ -59,9 +93,8 @@ def _place_steps(states: list[tuple[Tensor, dict[str, Any]]], *, on_device: bool
     for param, named in states:
         if "step" not in named:
             continue
-        step = named["step"].tensor if isinstance(named["step"], _Kept) else named["step"]
         device = param.device if on_device else torch.device("cpu")
-        places.setdefault(device, []).append((named, float(step)))
+        places.setdefault(device, []).append((named, named["step"]))
     for device, found in places.items():
         steps = zero_steps(len(found), device)
         for (named, count), step in zip(found, steps, strict=True):

@@ -231,17 +231,25 @@ class Adam(Stepper):
         parameter that has been written to since are not: it is taken to have been loaded.
 
         Raises:
-            ValueError: Groups of another number or size.
+            TypeError: A state that is no dict, or a moment that is no tensor.
+            ValueError: Groups of another number or size, a moment that is sparse or without data, or a step that is no
+                number. A call that raises leaves the optimizer as it was.
         """
-        with torch.no_grad():
-            for table in self._tables.of(None):
-                if table.is_untouched:
-                    table.catch_up()
-        last = self.register_load_state_dict_pre_hook(keep_tensors)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            last.remove()
+        with self._lock:
+            self._finish()
+            with torch.no_grad():
+                for table in self._tables.of(None):
+                    if table.is_untouched:
+                        table.catch_up()
+            before = self.__dict__.copy()
+            last = self.register_load_state_dict_pre_hook(keep_tensors)
+            try:
+                super().load_state_dict(state_dict)
+            except BaseException:
+                self.__dict__.update(before)
+                raise
+            finally:
+                last.remove()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with their own values of the options or the defaults."""

@@ -14,19 +14,13 @@ from fastadam.hyper import StepHyper
 from fastadam.slices import DEFERRED
 from fastadam.staleness import Numbers
 from fastadam.torch.compiled import remember
-from fastadam.torch.loading import HALF, zero_steps
+from fastadam.torch.loading import HALF, label_of, zero_steps
 from fastadam.torch.sets import SLOTS, Kind, ParameterSet, whole_count
 from fastadam.torch.tables import Table, Tables
 
 __all__ = ["Stepper"]
 
 _NONE, _WHOLE, _ROWS = 0, 1, 2  # a parameter without gradient, with one that moves all of it, with one that moves rows
-
-
-def _label_of(group: dict[str, Any], index: int, place: int) -> str:
-    """What messages call a parameter: its name, or its place in the groups."""
-    names = group.get("param_names")
-    return f"parameter '{names[place]}'" if names else f"param_groups[{index}]['params'][{place}]"
 
 
 class _Key(NamedTuple):
@@ -262,7 +256,7 @@ class Stepper(torch.optim.Optimizer):
 
     def _new(self, key: _Key, group: dict[str, Any], places: list[int]) -> _Chosen:
         params = [group["params"][place] for place in places]
-        labels = [_label_of(group, key.group, place) for place in places]
+        labels = [label_of(group, key.group, place) for place in places]
         self._check_flags(group, params[0], labels[0])
         states = self._states_of(params, labels, group)
         rows = _ROWS in key.mask
@@ -326,7 +320,7 @@ class Stepper(torch.optim.Optimizer):
         places = [place for place, param in enumerate(group["params"]) if param.grad is not None]
         chosen = [group["params"][place] for place in places]
         index = next(index for index, other in enumerate(self.param_groups) if other is group)
-        labels = [_label_of(group, index, place) for place in places]
+        labels = [label_of(group, index, place) for place in places]
         for param, label in zip(chosen, labels, strict=True):
             self._check_flags(group, param, label)
             if param.grad.layout != torch.strided:

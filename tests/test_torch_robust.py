@@ -289,3 +289,32 @@ def test_states_of_no_parameter_stay_as_they_are():
     assert not kept_somewhere(dict(optimizer.state))
     optimizer.step()
     assert float(optimizer.state[weight]["step"]) == 2
+
+
+# ---- views ----------------------------------------------------------------------------------------------------------
+
+
+def test_conjugated_and_negated_parameters_are_refused():
+    values = torch.full((2,), 1 + 2j)
+    for view in (values.conj(), values.conj().imag):
+        other, weight = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(view)
+        optimizer = fastadam.torch.Adam([{"params": [other]}, {"params": [weight]}], lr=0.1)
+        give_gradients([other, weight])
+        with pytest.raises(ValueError, match=r"param_groups\[1\]\['params'\]\[0\]: a conjugated or negated view"):
+            optimizer.step()
+        assert torch.equal(other, torch.ones(2))
+        assert torch.equal(values, torch.full((2,), 1 + 2j))
+        assert not optimizer.state
+
+
+def test_a_conjugated_moment_is_refused_and_a_conjugated_gradient_is_taken():
+    weight, twin = (torch.nn.Parameter(torch.full((2,), 1 + 2j)) for _ in range(2))
+    ours, theirs = fastadam.torch.Adam([weight], lr=0.1), torch.optim.Adam([twin], lr=0.1)
+    for each, optimizer in ((weight, ours), (twin, theirs)):
+        gradient = torch.full((2,), 3 - 4j).conj()
+        each.grad = gradient if optimizer is ours else gradient.resolve_conj()  # torch refuses the other
+        optimizer.step()
+    torch.testing.assert_close(weight, twin, rtol=1e-6, atol=0)
+    ours.state[weight]["exp_avg"] = torch.zeros_like(weight).conj()
+    with pytest.raises(ValueError, match="exp_avg: a conjugated or negated view"):
+        ours.step()

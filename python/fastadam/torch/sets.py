@@ -14,7 +14,7 @@ from fastadam._backend import _cpu
 from fastadam.hyper import StepHyper
 from fastadam.staleness import Staleness
 from fastadam.torch.loading import HALF
-from fastadam.torch.views import View, gradient_like, is_plain, local_of
+from fastadam.torch.views import View, gradient_like, is_lazy_view, is_plain, local_of
 
 __all__ = ["SLOTS", "Kind", "ParameterSet", "whole_count"]
 
@@ -133,6 +133,8 @@ class ParameterSet:
                     raise TypeError(f"{found}: {type(slot).__name__}, expected a tensor")
                 if slot.shape != param.shape:
                     raise ValueError(f"{found}: shape {tuple(slot.shape)}, expected {tuple(param.shape)}")
+                if is_lazy_view(slot):
+                    raise ValueError(f"{found}: a conjugated or negated view, expected a tensor of its own")
                 if slot.device != param.device:
                     raise ValueError(f"{found}: on {slot.device}, expected {param.device}")
 

@@ -17,6 +17,7 @@ from fastadam.torch.compiled import remember
 from fastadam.torch.loading import HALF, label_of, zero_steps
 from fastadam.torch.sets import SLOTS, Kind, ParameterSet, whole_count
 from fastadam.torch.tables import Table, Tables
+from fastadam.torch.views import is_lazy_view
 
 __all__ = ["Stepper"]
 
@@ -281,6 +282,8 @@ class Stepper(torch.optim.Optimizer):
             raise ValueError("differentiable: True, expected False: the kernels have no derivative")
         if param.device.type not in ("cpu", "cuda"):
             raise ValueError(f"{label}: on {param.device}, expected CPU memory or a CUDA device")
+        if is_lazy_view(param):
+            raise ValueError(f"{label}: a conjugated or negated view, expected resolve_conj() of it")
         if group["capturable"] and param.device.type != "cuda":
             raise ValueError(f"capturable: True with {label} on {param.device}, expected parameters on a CUDA device")
         if param.device.type == "cuda" and self._sparse_update in DEFERRED:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["View", "gradient_like", "is_plain", "local_of"]
+__all__ = ["View", "gradient_like", "is_lazy_view", "is_plain", "local_of"]
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -17,6 +17,11 @@ def local_of(tensor: Tensor) -> Tensor:
         return tensor
     local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return local.wait() if hasattr(local, "wait") else local  # of a collective that is still running
+
+
+def is_lazy_view(tensor: Tensor) -> bool:
+    """Whether its memory holds other values than it has: their conjugates, or their negatives."""
+    return tensor.is_conj() or tensor.is_neg()
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
@@ -95,4 +100,4 @@ class View:
     @staticmethod
     def _signature_of(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
         locals_ = [local_of(tensor) for tensor in tensors]
-        return [(t.shape, t.stride(), t.dtype, t.device) for t in locals_]
+        return [(t.shape, t.stride(), t.dtype, t.device, is_lazy_view(t)) for t in locals_]

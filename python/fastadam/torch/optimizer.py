@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadam.slices import check_sparse_update
+from fastadam.slices import DEFERRED, check_sparse_update
 from fastadam.torch.compiled import traced_step
 from fastadam.torch.loading import keep_tensors, restore_states
 from fastadam.torch.stepping import Stepper
+from fastadam.torch.tables import Reader
 
 __all__ = ["Adam", "AdamW"]
 
@@ -29,12 +30,17 @@ class Adam(Stepper):
     float64, bfloat16, float16 and complex parameters of any strides. Gradients are not modified: after
     ``GradScaler.step`` they are still scaled, unless ``unscale_`` was called.
 
+    The second moment is summed as in TensorFlow: a gradient whose square overflows its arithmetic (1.9e19 in float32)
+    makes it infinite and in the next step NaN, where torch's order of operations stays at infinity.
+
     Sparse COO gradients, as of ``nn.Embedding(sparse=True)``, are taken coalesced or not. "dense" does what
     ``torch.optim.Adam`` does with their ``to_dense()``; "lazy" moves the rows that a gradient names and no other, as
     ``torch.optim.SparseAdam`` does; "deferred" gives the bits that "dense" gives by rows, in the time of "lazy": rows
-    are brought up to date when they are touched, or read through :meth:`gather`, :meth:`sync` or :meth:`attach`;
-    "deferred_fast" sums the steps that a row missed in closed form. But for "dense" the epsilon of parameters with
-    sparse gradients is that of SparseAdam and Keras, added to :math:`\sqrt v` before the bias correction.
+    are brought up to date when they are touched, or read through :meth:`gather`, :meth:`sync` or :meth:`attach`; call
+    :meth:`sync` before a module with such a table is deep-copied, pickled or read, which ``state_dict()`` of an
+    attached module does by itself. "deferred_fast" sums the steps that a row missed in closed form. But for "dense" the
+    epsilon of parameters with sparse gradients is that of SparseAdam and Keras, added to :math:`\sqrt v` before the
+    bias correction.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of them.
@@ -94,6 +100,7 @@ class Adam(Stepper):
         if moments_dtype not in (None, torch.float32):
             raise ValueError(f"moments_dtype: {moments_dtype}, expected None or torch.float32")
         self._moments_dtype = moments_dtype
+        self._readers: list[Reader] = []  # of attached modules
         self._reset()
         tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
         for name, value in tensors.items():
@@ -191,7 +198,15 @@ class Adam(Stepper):
             return param.detach()[rows]
 
     def attach(self, module: torch.nn.Module) -> None:
-        """Bring rows up to date when ``module``, an Embedding or EmbeddingBag, looks them up or is saved.
+        """Bring rows up to date when ``module``, an Embedding or EmbeddingBag, looks them up or makes a state dict.
+
+        A module that is copied or pickled stays attached if its optimizer is so with it. In a deferred mode call
+        :meth:`sync` before its weight is read in any other way, or it is deep-copied or pickled.
+
+        Raises:
+            TypeError: Another kind of module.
+            ValueError: Its weight is no parameter of this optimizer; or it has ``max_norm``, which writes to rows that
+                may wait, in a deferred mode.
 
         >>> import importlib.util
         >>> if importlib.util.find_spec("torch"):
@@ -209,10 +224,16 @@ class Adam(Stepper):
             raise TypeError(f"module: {type(module).__name__}, expected an Embedding or EmbeddingBag")
         if not any(weight is param for group in self.param_groups for param in group["params"]):
             raise ValueError("module: its weight is no parameter of this optimizer")
-        module.register_forward_pre_hook(lambda layer, inputs: self._look_up(layer.weight, inputs[0]))
-        module.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            lambda layer, *_: self.sync(layer.weight)
-        )
+        if module.max_norm is not None and self._sparse_update in DEFERRED:
+            raise ValueError(
+                f"module: max_norm={module.max_norm} with sparse_update={self._sparse_update!r}, expected None: it "
+                "writes to rows that wait for their steps"
+            )
+        reader = Reader()
+        reader.optimizer = self
+        self._readers.append(reader)
+        module.register_forward_pre_hook(reader.before_forward)
+        module.register_state_dict_pre_hook(reader.before_state_dict)  # type: ignore[no-untyped-call]
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -259,13 +280,15 @@ class Adam(Stepper):
 
     def __getstate__(self) -> dict[str, Any]:
         self.sync()
-        own = {"_sparse_update": self._sparse_update, "_moments_dtype": self._moments_dtype}
+        own = {name: self.__dict__[name] for name in ("_sparse_update", "_moments_dtype", "_readers")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         self._reset()
+        for reader in self._readers:
+            reader.optimizer = self
         for index, group in enumerate(self.param_groups):
             for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
                 group.setdefault(name, False)

@@ -14,7 +14,7 @@ from fastadam.placement import native_of
 from fastadam.staleness import Numbers, Staleness
 from fastadam.torch.sets import SLOTS
 
-__all__ = ["Tables"]
+__all__ = ["Reader", "Tables"]
 
 
 class Table:
@@ -89,3 +89,26 @@ class Tables:
         """Once the first step of them has been found good."""
         for table in tables:
             self._tables[table.param] = table
+
+
+class Reader:
+    """The hooks of an attached module.
+
+    It is copied and pickled without its optimizer, which owns it and, copied or pickled along, makes itself known to
+    it again; alone it does nothing.
+    """
+
+    optimizer: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def before_forward(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        """Bring the rows that are looked up up to date."""
+        if self.optimizer is not None:
+            self.optimizer._look_up(module.weight, inputs[0])
+
+    def before_state_dict(self, module: Any, *_: Any) -> None:
+        """Bring all rows up to date."""
+        if self.optimizer is not None:
+            self.optimizer.sync(module.weight)

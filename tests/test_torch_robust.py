@@ -294,17 +294,24 @@ def test_states_of_no_parameter_stay_as_they_are():
 # ---- views ----------------------------------------------------------------------------------------------------------
 
 
-def test_conjugated_and_negated_parameters_are_refused():
+@pytest.mark.parametrize("later", [True, False])
+@pytest.mark.parametrize("view", [lambda t: t.conj(), lambda t: t.conj().imag], ids=["conjugated", "negated"])
+def test_conjugated_and_negated_parameters_are_refused(view, later):
     values = torch.full((2,), 1 + 2j)
-    for view in (values.conj(), values.conj().imag):
-        other, weight = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(view)
-        optimizer = fastadam.torch.Adam([{"params": [other]}, {"params": [weight]}], lr=0.1)
-        give_gradients([other, weight])
-        with pytest.raises(ValueError, match=r"param_groups\[1\]\['params'\]\[0\]: a conjugated or negated view"):
-            optimizer.step()
-        assert torch.equal(other, torch.ones(2))
-        assert torch.equal(values, torch.full((2,), 1 + 2j))
-        assert not optimizer.state
+    seen = view(values)
+    other = torch.nn.Parameter(torch.ones(2))
+    weight = torch.nn.Parameter(seen.resolve_conj().resolve_neg() if later else seen)
+    optimizer = fastadam.torch.Adam([other, weight], lr=0.1)
+    give_gradients([other, weight])
+    if later:
+        optimizer.step()
+        weight.data = seen
+    before = other.detach().clone()
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[1\]: a conjugated or negated view"):
+        optimizer.step()
+    assert torch.equal(other, before)
+    assert torch.equal(values, torch.full((2,), 1 + 2j))
+    assert [float(named["step"]) for named in optimizer.state.values()] == [1.0, 1.0] * later
 
 
 def test_a_conjugated_moment_is_refused_and_a_conjugated_gradient_is_taken():

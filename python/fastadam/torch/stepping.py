@@ -75,7 +75,6 @@ class Stepper(torch.optim.Optimizer):
         self._compiled_sets: dict[Any, ParameterSet] = {}
         self._number = remember(self)
         self.__dict__.setdefault("_lock", threading.RLock())  # of steps and of what reads rows or states; not copied
-        self.__dict__.setdefault("_lock", threading.RLock())  # of what steps and of what reads; not in copies
 
     def _step_all(self, gradient_scale: float) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
@@ -258,7 +257,8 @@ class Stepper(torch.optim.Optimizer):
     def _new(self, key: _Key, group: dict[str, Any], places: list[int]) -> _Chosen:
         params = [group["params"][place] for place in places]
         labels = [label_of(group, key.group, place) for place in places]
-        self._check_flags(group, params[0], labels[0])
+        for param, label in zip(params, labels, strict=True):
+            self._check_flags(group, param, label)
         states = self._states_of(params, labels, group)
         rows = _ROWS in key.mask
         tables: list[Table] = []

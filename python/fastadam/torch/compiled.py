@@ -15,7 +15,7 @@ from fastadam.torch.sets import SLOTS, Kind, ParameterSet, whole_count
 
 __all__ = ["remember", "traced_step"]
 
-_library: Any = torch.library.Library("fastadam", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("fastadam", "FRAGMENT")
 _library.define(
     "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor, "

@@ -104,4 +104,5 @@ def _place_steps(states: list[tuple[Tensor, dict[str, Any]]], *, on_device: bool
 def zero_steps(count: int, device: torch.device) -> tuple[Tensor, ...]:
     """Step counts side by side, of torch's dtype."""
     in_double = device.type == "cpu" and torch.get_default_dtype() == torch.float64
-    return torch.zeros(count, dtype=torch.float64 if in_double else torch.float32, device=device).unbind()
+    whole = torch.zeros(count, dtype=torch.float64 if in_double else torch.float32, device=device)
+    return tuple(whole.unbind())

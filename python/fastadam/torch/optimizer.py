@@ -233,7 +233,7 @@ class Adam(Stepper):
         reader.optimizer = self
         self._readers.append(reader)
         module.register_forward_pre_hook(reader.before_forward)
-        module.register_state_dict_pre_hook(reader.before_state_dict)  # type: ignore[no-untyped-call]
+        module.register_state_dict_pre_hook(reader.before_state_dict)
 
     # ---- state -----------------------------------------------------------------------------------------------------
 

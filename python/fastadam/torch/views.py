@@ -15,13 +15,13 @@ def local_of(tensor: Tensor) -> Tensor:
     """The shard of a DTensor that this process holds; any other tensor as it is."""
     if not hasattr(tensor, "_local_tensor"):
         return tensor
-    local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    local: Tensor = tensor.to_local()
     return local.wait() if hasattr(local, "wait") else local  # of a collective that is still running
 
 
 def is_lazy_view(tensor: Tensor) -> bool:
     """Whether its memory holds other values than it has: their conjugates, or their negatives."""
-    return tensor.is_conj() or tensor.is_neg()
+    return bool(tensor.is_conj() or tensor.is_neg())
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
@@ -37,8 +37,8 @@ def gradient_like(gradient: Tensor, parameter: Tensor, label: str) -> Tensor:
         return gradient
     if not hasattr(gradient, "_local_tensor"):
         raise TypeError(f"grad of {label}: {type(gradient).__name__}, expected a DTensor like its parameter")
-    if gradient.placements != parameter.placements:  # type: ignore[attr-defined]
-        return gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined,no-any-return]
+    if gradient.placements != parameter.placements:
+        return gradient.redistribute(placements=parameter.placements)
     return gradient
 
 

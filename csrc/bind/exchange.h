@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A tensor read through the C table of its library (dlpack.h), which takes a hundredth of the time of a capsule. For
+// A tensor read through the C table of its library (dlpack.h), not through a capsule made for it. For
 // tensors of the host that are like a Buffer known before; whatever is not is left to read_array().
 #pragma once
 

@@ -89,7 +89,7 @@ extern "C" {
 fastadam_status fastadam_step(const fastadam_list* list, const fastadam_hyper* hyper, bool lazy) {
   return guarded([&] {
     check_list(list);
-    check_chains(list);
+    check_chains(list, lazy);
     if (hyper == nullptr) throw std::invalid_argument("hyper: null");
     check_hyper(*hyper);
     return run_checked_step(*list, *hyper, lazy);
@@ -99,7 +99,7 @@ fastadam_status fastadam_step(const fastadam_list* list, const fastadam_hyper* h
 fastadam_status fastadam_accumulate(const fastadam_list* list, bool restart, bool require_finite) {
   return guarded([&] {
     check_list(list);
-    check_chains(list);
+    check_chains(list, false);
     for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, rows_of(*list)).check_accumulate();
     const Variables variables(*list, false);
     if (require_finite) {

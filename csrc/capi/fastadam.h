@@ -99,7 +99,7 @@ typedef struct fastadam_tensor {
   double grad_factor; /* multiplies the gradient after the value clip */
   fastadam_dtype dtype;
   fastadam_dtype grad_dtype; /* dtype; or float32 for a half variable */
-  bool decays;               /* weight decay applies */
+  bool decays;               /* weight_decay applies; l2 does in any case */
   bool half_slots;           /* m, v and vhat of a half variable have its dtype, as must its gradient, which is dense */
   void* average;             /* moving average of the variable, float32 or float64, or null */
   void* accumulator;         /* sum of gradients, float32 or float64, for fastadam_accumulate; or null */

@@ -217,7 +217,7 @@ fastadam_status guarded_cuda(Work work) {
 void check_call(const fastadam_cuda_plan* plan, const fastadam_list* list) {
   if (plan == nullptr) throw std::invalid_argument("plan: null");
   check_list(list);
-  check_chains(list);
+  check_chains(list, false);
   plan->check_list(*list);
 }
 
@@ -236,7 +236,7 @@ fastadam_status fastadam_cuda_plan_create(int32_t device, const fastadam_list* l
   return guarded_cuda([&] {
     if (plan == nullptr) throw std::invalid_argument("plan: null");
     check_list(list);
-    check_chains(list);
+    check_chains(list, false);
     const cuda::DeviceScope scope(device);
     *plan = new fastadam_cuda_plan(device, *list);
     return fastadam_status{FASTADAM_OK};

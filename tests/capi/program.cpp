@@ -56,6 +56,20 @@ void refuse_rows(const fastadam_tensor& dense) {
   const int64_t heads[] = {0, 0}, offsets[] = {0, 4, 8};
   refused({FASTADAM_ABI, two, 2, heads, offsets, 2});
   refused({FASTADAM_ABI, two, 2, heads, offsets, 1});
+
+  const std::vector<int64_t> named = {0, 2}, starts = {0, 1, 2};
+  const fastadam_rows rows[] = {{named.data(), starts.data(), named.data(), 1, 1},
+                                {named.data(), starts.data(), starts.data(), 2, 1}};
+  fastadam_tensor chained[] = {dense, dense};
+  for (int i = 0; i < 2; ++i) {
+    chained[i].rows = &rows[i];
+    chained[i].grad_size = i + 1;
+  }
+  chained[0].next = 1;
+  const int64_t lengths[] = {0, 1};
+  const fastadam_list list = {FASTADAM_ABI, chained, 2, heads, lengths, 1};
+  const fastadam_status status = fastadam_step(&list, &hyper, true);
+  std::printf("status %d %s\n", static_cast<int>(status), fastadam_error());
 }
 
 // What is refused has changed nothing; the variable stays 1.

@@ -6,12 +6,7 @@ import fastadam.keras
 import keras
 import numpy as np
 import pytest
-from on_keras_steps import BACKEND, F32, STEPS, array, gradients, trained, values, variables
-
-in_place = pytest.mark.skipif(BACKEND == "jax", reason="arrays of JAX are immutable")
-only_torch = pytest.mark.skipif(BACKEND != "torch", reason="tensors of torch")
-only_numpy = pytest.mark.skipif(BACKEND != "numpy", reason="arrays of NumPy")
-
+from on_keras_steps import BACKEND, F32, STEPS, array, gradients, only, trained, values, variables
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
@@ -69,7 +64,7 @@ def test_variables_that_have_no_kernel_are_refused():
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-@in_place
+@only("numpy", "torch")  # arrays of JAX are immutable
 def test_variables_and_moments_are_updated_in_place_by_one_plan(monkeypatch):
     plans, calls = [], []
     plan, run_step = fastadam.keras._Plan, fastadam.keras.run_step
@@ -86,7 +81,7 @@ def test_variables_and_moments_are_updated_in_place_by_one_plan(monkeypatch):
     assert (len(plans), len(calls)) == (2, STEPS + 1)
 
 
-@in_place
+@only("numpy", "torch")  # arrays of JAX are immutable
 def test_values_that_are_given_other_memory_are_found_again():
     made, expected = variables(), variables()
     mine, other = fastadam.keras.Adam(0.5), fastadam.keras.Adam(0.5)
@@ -101,7 +96,7 @@ def test_values_that_are_given_other_memory_are_found_again():
     assert all(np.array_equal(array(a), array(b)) for a, b in zip(made, expected, strict=True))
 
 
-@only_torch
+@only("torch")
 def test_autograd_learns_of_the_update():
     import torch
 
@@ -117,7 +112,7 @@ def test_autograd_learns_of_the_update():
         square.backward()
 
 
-@only_torch
+@only("torch")
 def test_tensors_of_any_strides_are_updated():
     import torch
 
@@ -141,7 +136,7 @@ def test_tensors_of_any_strides_are_updated():
         assert np.array_equal(array(v), array(expected))
 
 
-@only_torch
+@only("torch")
 def test_sparse_gradients_move_every_row():
     import torch
 
@@ -154,7 +149,7 @@ def test_sparse_gradients_move_every_row():
     assert np.array_equal(array(made[0]), array(expected[0]))
 
 
-@only_torch
+@only("torch")
 def test_compiled_code_calls_the_step_as_it_is():
     import torch
 
@@ -174,7 +169,7 @@ def test_compiled_code_calls_the_step_as_it_is():
     assert all(np.array_equal(array(a), array(b)) for a, b in zip(made, expected, strict=True))
 
 
-@only_numpy
+@only("numpy")
 def test_arrays_that_cannot_be_written_are_replaced():
     made, expected = variables(), variables()
     made[2].assign(np.asfortranarray(values()[2]))

@@ -8,10 +8,9 @@ import fastadam.keras
 import keras
 import numpy as np
 import pytest
-from on_keras_steps import BACKEND, EXACT, F32, array, assert_near
+from on_keras_steps import EXACT, F32, array, assert_near, only
 
 pytest.importorskip("h5py")
-fits = pytest.mark.skipif(BACKEND == "numpy", reason="Keras's NumPy backend has no fit")
 KINDS = ["Adam", "AdamW"]
 SUFFIXES = [".keras", ".weights.h5"]
 
@@ -59,7 +58,7 @@ def assert_same(first, second):
 # ---- fit -------------------------------------------------------------------------------------------------------------
 
 
-@fits
+@only("torch", "jax")  # Keras's NumPy backend has no fit
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "options",
@@ -82,7 +81,7 @@ def test_fit_reaches_the_weights_of_keras(kind, options):
     assert int(array(found.optimizer._iterations)) == 8
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="XLA compiles; on_keras_memory.py has torch.compile")
+@only("jax")  # on_keras_memory.py has torch.compile
 @pytest.mark.parametrize("options", [{"jit_compile": False}, {"run_eagerly": True}, {"steps_per_execution": 2}])
 def test_compiled_or_not_the_weights_are_the_same(options):
     plain, other = model_with(fastadam.keras.AdamW(0.01)), model_with(fastadam.keras.AdamW(0.01), **options)
@@ -91,7 +90,7 @@ def test_compiled_or_not_the_weights_are_the_same(options):
     assert_near(other.trainable_variables, plain.trainable_variables, steps=1, update=1e-6)
 
 
-@fits
+@only("torch", "jax")  # Keras's NumPy backend has no fit
 def test_mixed_precision_scales_the_loss():
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_float16")
@@ -110,7 +109,7 @@ def test_mixed_precision_scales_the_loss():
     assert {v.dtype for v in found.trainable_variables} == {"float32"}
 
 
-@fits
+@only("torch", "jax")  # Keras's NumPy backend has no fit
 def test_a_frozen_layer_stays():
     model = model_with(fastadam.keras.Adam(0.01))
     model.layers[0].trainable = False

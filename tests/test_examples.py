@@ -18,7 +18,7 @@ from helpers import run_python
 README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 FRAMEWORKS = ("torch", "jax", "keras")
-ADAPTERS = {"fastadam.torch": ["torch"], "fastadam.jax": ["jax"], "fastadam._xla": ["jax"]}
+ADAPTERS = {"fastadam.torch": ["torch"], "fastadam.jax": ["jax"]}
 # Those of fastadam.keras are run by tests/test_keras_adam.py.
 NO_EXAMPLES = ("fastadam._cpu", "fastadam._cuda", "fastadam._jax", "fastadam.__main__", "fastadam.keras")
 MODULES = [

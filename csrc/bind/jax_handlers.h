@@ -20,7 +20,7 @@ namespace fastadam::bind {
 
 namespace ffi = xla::ffi;
 
-// The operand `numbers`, float32 or float64: in this order, also in python/fastadam/jax.py.
+// The operand `numbers`, float32 or float64: in this order, also in python/fastadam/jax/arguments.py.
 enum Number { kLearningRate, kBeta1, kBeta2, kEpsilon, kWeightDecay, kGradFactor, kNumberCount };
 
 inline fastadam_dtype dtype_of(const ffi::AnyBuffer& buffer) {

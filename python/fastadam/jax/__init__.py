@@ -1,0 +1,29 @@
+"""Adam for JAX by the native kernels: an optax transformation, a donated step in place, and a step of sparse rows.
+
+Everything works inside ``jit``, ``scan``, ``vmap`` and ``shard_map``, and beside ``grad``; a step itself is not
+differentiated. Sharded arrays stay where they are. In place means: in a jitted function whose arguments are donated;
+JAX copies what is not.
+
+The CPU alone: on another platform compilation fails with the name of the missing handler. The rates and the count are
+operands, so that other values do not compile again; what is refused of their values (a count of 0, a NaN) is an error
+of the computation, ``jax.errors.JaxRuntimeError``, after which donated arrays are gone.
+
+JAX differentiates, batches and shards by rules; those of a step are in ``operation.py``.
+"""
+
+from __future__ import annotations
+
+from fastadam.jax.arguments import AmsgradState
+from fastadam.jax.steps import fused_update, init, sparse_update, step_arrays
+from fastadam.jax.transformations import adam, adamw, scale_by_adam
+
+__all__ = [
+    "AmsgradState",
+    "adam",
+    "adamw",
+    "fused_update",
+    "init",
+    "scale_by_adam",
+    "sparse_update",
+    "step_arrays",
+]

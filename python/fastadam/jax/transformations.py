@@ -1,0 +1,127 @@
+"""optax's transformations and chains, with its states, by the native kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fastadam.jax.arguments import (
+    HALF,
+    check_params,
+    flatten,
+    flatten_like,
+    moments_of,
+    next_count,
+    pack_numbers,
+)
+from fastadam.jax.steps import step_leaves
+
+
+def scale_by_adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu_dtype: Any = None) -> Any:
+    r"""``optax.scale_by_adam`` by the native kernels, with its state and its arguments but for two.
+
+    .. math:: u = \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    The kernel makes a step of rate -1 from zero, which is u. What follows in a chain, and ``optax.apply_updates``, XLA
+    makes into another pass over memory of the size of the parameters, which optax's own does without: this is for
+    states and chains of optax with the arithmetic of fastadam; what is fast is :func:`fused_update`.
+
+    It has no ``eps_root`` and no ``nesterov``, which the kernels have not.
+
+    Args:
+        b1: Decay rate of m.
+        b2: Decay rate of v.
+        eps: Added to the root of the bias-corrected moment.
+        mu_dtype: None or the dtype of the parameters, which the moments have in optax. The kernels keep both moments
+            in one dtype.
+
+    Raises:
+        ImportError: optax is not installed.
+        TypeError: In ``init``: another ``mu_dtype``.
+
+    Source: ``scale_by_adam`` in ``optax/_src/transform.py``.
+
+    >>> import importlib.util, jax.numpy as jnp, fastadam.jax
+    >>> if importlib.util.find_spec("optax"):
+    ...     tx = fastadam.jax.scale_by_adam()
+    ...     updates, state = tx.update(jnp.array([2.0, -3.0]), tx.init(jnp.ones(2)))
+    ...     assert jnp.allclose(updates, jnp.array([1.0, -1.0]))
+    """
+    import optax
+
+    def init_moments(params: Any) -> Any:
+        labels, leaves, structure = flatten("params", params)
+        check_params(labels, leaves)
+        for label, leaf in zip(labels, leaves, strict=True):
+            if mu_dtype is not None and np.dtype(mu_dtype) != leaf.dtype:
+                raise TypeError(f"mu_dtype: {np.dtype(mu_dtype)}, expected None or {leaf.dtype} like params{label}")
+        zeros = [structure.unflatten([jnp.zeros_like(x) for x in leaves]) for _ in range(2)]
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), *zeros)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        labels, leaves, structure = flatten("updates", updates)
+        count = next_count(state)
+        trees = {name: flatten_like(name, tree, labels, structure) for name, tree in moments_of(state).items()}
+        narrow = [
+            leaf.astype(mu.dtype) if leaf.dtype == jnp.float32 and mu.dtype.name in HALF else leaf
+            for leaf, mu in zip(leaves, trees["mu"], strict=True)
+        ]
+        directions, mu, nu = step_leaves(
+            labels,
+            None,
+            narrow,
+            trees,
+            count=count,
+            numbers=pack_numbers(-1.0, b1, b2, eps, 0.0, 1.0),
+            epsilon_corrected=True,
+            decays=[False] * len(leaves),
+        )
+        new = state._replace(count=count, mu=structure.unflatten(mu), nu=structure.unflatten(nu))
+        return structure.unflatten(directions), new
+
+    return optax.GradientTransformation(init_moments, update)
+
+
+def adam(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu_dtype: Any = None) -> Any:
+    """``optax.adam`` around :func:`scale_by_adam`: the same chain of states, so that checkpoints serve both.
+
+    >>> import importlib.util, jax.numpy as jnp, fastadam.jax
+    >>> if importlib.util.find_spec("optax"):
+    ...     import optax
+    ...
+    ...     params, tx = jnp.ones(2), fastadam.jax.adam(0.1)
+    ...     updates, state = tx.update(jnp.array([2.0, -3.0]), tx.init(params), params)
+    ...     assert jnp.allclose(optax.apply_updates(params, updates), jnp.array([0.9, 1.1]))
+    """
+    import optax
+
+    return optax.chain(scale_by_adam(b1, b2, eps, mu_dtype), optax.scale_by_learning_rate(learning_rate))
+
+
+def adamw(
+    learning_rate: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    mu_dtype: Any = None,
+    weight_decay: Any = 1e-4,
+    mask: Any = None,
+) -> Any:
+    """``optax.adamw`` around :func:`scale_by_adam`, with the same chain of states.
+
+    >>> import importlib.util, jax.numpy as jnp, fastadam.jax
+    >>> if importlib.util.find_spec("optax"):
+    ...     params, tx = jnp.ones(2), fastadam.jax.adamw(0.1, weight_decay=0.5)
+    ...     updates, state = tx.update(jnp.array([2.0, -3.0]), tx.init(params), params)
+    ...     assert jnp.allclose(updates, jnp.array([-0.15, 0.05]))
+    """
+    import optax
+
+    return optax.chain(
+        scale_by_adam(b1, b2, eps, mu_dtype),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

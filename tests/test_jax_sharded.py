@@ -1,0 +1,151 @@
+"""Sharded arrays: on 8 host devices a step gathers nothing and copies nothing, and has the bits of one device."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+from helpers import run_python
+
+pytest.importorskip("jax")
+pytest.importorskip("optax")
+
+SHARDED = """
+import functools, re
+import jax, jax.numpy as jnp, numpy as np
+import fastadam.jax as fj
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+assert len(jax.devices()) == 8
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+
+def put(tree, specs):
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
+
+def moved(text):
+    assert "fastadam_" in text
+    return re.findall(r"(?:copy|all-|collective-)[\\w-]*(?=\\()", text)
+
+def check(want, got):
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+def values(*shape):
+    return jnp.sin(jnp.arange(np.prod(shape, dtype=int), dtype=jnp.float32)).reshape(shape)
+"""
+
+
+def run_sharded(code):
+    result = run_python(SHARDED + textwrap.dedent(code), XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_on_eight_devices_nothing_is_gathered_or_copied(amsgrad):
+    """Each leaf in its own way, in one call."""
+    assert run_sharded(f"""
+        specs = {{"matrix": P("x", "y"), "rows": P(("x", "y")), "columns": P(None, "y"), "all": P(), "scalar": P()}}
+        params = {{"matrix": values(64, 16), "rows": values(32), "columns": values(3, 8), "all": values(5), "scalar": values()}}
+        gradients = jax.tree.map(jnp.cos, params)
+        step = functools.partial(fj.fused_update, learning_rate=0.1, weight_decay=0.01)
+        want = jax.jit(step)(params, gradients, fj.init(params, amsgrad={amsgrad}))
+        params, gradients = put(params, specs), put(gradients, specs)
+        state = fj.init(params, amsgrad={amsgrad})
+        donated = jax.jit(step, donate_argnums=(0, 2))
+        text = donated.lower(params, gradients, state).compile().as_text()
+        assert text.count("fastadam_dense_step") == 1, text
+        assert "f32[16,8]" in text and "f32[64,16]" not in text
+        places = [shard.data.unsafe_buffer_pointer() for shard in params["matrix"].addressable_shards]
+        got = donated(params, gradients, state)
+        assert places == [shard.data.unsafe_buffer_pointer() for shard in got[0]["matrix"].addressable_shards]
+        check(want, got)
+        for name, spec in specs.items():
+            assert got[0][name].sharding.is_equivalent_to(NamedSharding(mesh, spec), got[0][name].ndim)
+        print("moved", *moved(text))
+    """) == ["moved"]
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+def test_a_sharded_table_takes_its_own_rows(mode):
+    assert run_sharded(f"""
+        step = functools.partial(fj.sparse_update, learning_rate=0.1, mode={mode!r})
+        table, ids, rows = np.array(values(64, 16)), jnp.array([3, 60, 3, 0, 17, 63]), values(6, 16)
+        want = jax.jit(step)(table, ids, rows, fj.init(table))
+        for spec in (P("x"), P(None, "y"), P("x", "y"), P(("y", "x")), P()):
+            sharded = jax.device_put(table, NamedSharding(mesh, spec))
+            state = fj.init(sharded)
+            donated = jax.jit(step, donate_argnums=(0, 3))
+            print(*moved(donated.lower(sharded, ids, rows, state).compile().as_text()))
+            got = donated(sharded, ids, rows, state)
+            check(want, got)
+            assert got[0].sharding.is_equivalent_to(sharded.sharding, 2)
+        spread = put((ids[:4], rows[:4]), (P("x"), P("x", "y")))
+        state = fj.init(table)
+        want = jax.jit(step)(table, ids[:4], rows[:4], state)
+        sharded = jax.device_put(table, NamedSharding(mesh, P("x")))
+        check(want, jax.jit(step)(sharded, *spread, fj.init(sharded)))
+        bad = jnp.array([3, 64, 3, 0, 17, 63])
+        try:
+            jax.block_until_ready(jax.jit(step)(sharded, bad, rows, fj.init(sharded)))
+        except jax.errors.JaxRuntimeError as error:
+            assert "indices[1]: 64 is no row, expected 0 <= index < 64" in str(error), error
+            print("refused")
+    """) == ["refused"]
+
+
+def test_sharded_in_other_ways():
+    """Moments sharded and parameters not (ZeRO), under shard_map, vmapped over a sharded axis."""
+    assert run_sharded("""
+        step = functools.partial(fj.fused_update, learning_rate=0.1)
+        params, gradients = values(64, 16), jnp.cos(values(64, 16))
+        state = fj.init(params)
+        want = jax.jit(step)(params, gradients, state)
+        spread = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("x") if x.ndim else P())), state)
+        whole = jax.device_put(params, NamedSharding(mesh, P()))
+        got = jax.jit(step)(whole, gradients, spread)
+        check(want, got)
+
+        ensemble = values(8, 5, 2), jnp.cos(values(8, 5, 2))
+        states = jax.vmap(fj.init)(ensemble[0])
+        want = jax.jit(jax.vmap(step))(*ensemble, states)
+        sharded = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("x"))), (*ensemble, states))
+        vmapped = jax.jit(jax.vmap(step), donate_argnums=(0, 2))
+        print(*moved(vmapped.lower(*sharded).compile().as_text()))
+        check(want, vmapped(*sharded))
+
+        shard_map = getattr(jax, "shard_map", None)
+        if shard_map is None:
+            from jax.experimental.shard_map import shard_map
+        spec = fj.init(params)._replace(count=P(), mu=P("x"), nu=P("x"))
+        options = {"mesh": mesh, "in_specs": (P("x"), P("x"), spec), "out_specs": (P("x"), spec)}
+        mapped = shard_map(step, **options)
+        check(jax.jit(step)(params, gradients, state), jax.jit(mapped)(params, gradients, state))
+        print("done")
+    """) == ["done"]
+
+
+def test_sharded_over_explicit_axes():
+    """The default of `jax.make_mesh`: the sharding is part of the type of an array."""
+    assert run_sharded("""
+        kinds = (jax.sharding.AxisType.Explicit,) * 2
+        explicit = jax.make_mesh((4, 2), ("x", "y"), axis_types=kinds)
+        enter = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
+        params, gradients, rows = np.array(values(64, 16)), np.cos(values(64, 16)), values(3, 16)
+        dense = functools.partial(fj.fused_update, learning_rate=0.1)
+        sparse = functools.partial(fj.sparse_update, ids=jnp.array([3, 60, 3]), grads=rows, learning_rate=0.1)
+        state = fj.init(params)
+        for spec in (P("x", "y"), P("y"), P()):
+            sharding = NamedSharding(explicit, spec)
+            a, g = (jax.device_put(x, sharding) for x in (params, gradients))
+            with enter(explicit):
+                step = jax.jit(dense, donate_argnums=(0, 2))
+                print(*moved(step.lower(a, g, fj.init(a)).compile().as_text()))
+                got = step(a, g, fj.init(a))
+                assert got[0].sharding.is_equivalent_to(sharding, 2)
+                a = jax.device_put(params, sharding)
+                rows_got = jax.jit(lambda table, state: sparse(table, state=state))(a, fj.init(a))
+            check(jax.jit(dense)(params, gradients, state), got)
+            check(jax.jit(lambda table, state: sparse(table, state=state))(params, state), rows_got)
+        print("done")
+    """) == ["done"]

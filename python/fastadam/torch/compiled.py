@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastadam.hyper import StepHyper
-from fastadam.torch.sets import SLOTS, Kind, ParameterSet, whole_count
+from fastadam.torch.sets import Kind, ParameterSet, whole_count
+from fastadam.torch.states import SLOTS
 
 __all__ = ["remember", "traced_step"]
 

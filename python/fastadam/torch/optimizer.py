@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastadam.slices import DEFERRED, check_sparse_update
+from fastadam.torch.checks import check_ids, check_numbers, check_tensor
 from fastadam.torch.compiled import traced_step
-from fastadam.torch.loading import keep_tensors, restore_states
+from fastadam.torch.states import keep_tensors, restore_states
 from fastadam.torch.stepping import Stepper
 from fastadam.torch.tables import Reader
 
@@ -104,8 +105,8 @@ class Adam(Stepper):
         self._reset()
         tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
         for name, value in tensors.items():
-            _check_tensor(name, value, foreach=bool(foreach), capturable=capturable)
-        _check_numbers(lr, betas, eps, weight_decay)
+            check_tensor(name, value, foreach=bool(foreach), capturable=capturable)
+        check_numbers(lr, betas, eps, weight_decay)
         if differentiable:
             raise ValueError("differentiable: True, expected False: the kernels have no derivative")
         if fused and foreach:
@@ -190,7 +191,7 @@ class Adam(Stepper):
             TypeError: ``ids`` are no integers.
             ValueError: An id that is no row.
         """
-        rows = _check_ids(param, ids)
+        rows = check_ids(param, ids)
         with self._lock:
             self._finish()
             for table in self._tables.of(param):
@@ -357,36 +358,3 @@ class AdamW(Adam):
         super().__setstate__(state)
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True
-
-
-def _check_tensor(name: str, value: Any, *, foreach: bool, capturable: bool) -> None:
-    """What torch requires of a number that comes as a tensor."""
-    if not isinstance(value, Tensor):
-        return
-    if foreach and not capturable:
-        raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
-    if value.numel() != 1:
-        raise ValueError(f"Tensor {name} must be 1-element")
-
-
-def _check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
-    """The ranges that torch has, with its texts."""
-    if not lr >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not eps >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {eps}")
-    for index in (0, 1):
-        if not 0.0 <= betas[index] < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {betas[index]}")
-    if not weight_decay >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
-        raise ValueError("betas must be either both floats or both Tensors")
-
-
-def _check_ids(param: Tensor, ids: Any) -> Tensor:
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"ids: {getattr(ids, 'dtype', type(ids).__name__)}, expected a tensor of int32 or int64")
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= len(param)):
-        raise ValueError(f"ids: from {int(ids.min())} to {int(ids.max())}, expected rows of {len(param)}")
-    return ids.detach()

@@ -13,12 +13,10 @@ from fastadam import cuda
 from fastadam._backend import _cpu
 from fastadam.hyper import StepHyper
 from fastadam.staleness import Staleness
-from fastadam.torch.loading import HALF
+from fastadam.torch.states import HALF, SLOTS
 from fastadam.torch.views import View, gradient_like, is_lazy_view, is_plain, local_of
 
-__all__ = ["SLOTS", "Kind", "ParameterSet", "whole_count"]
-
-SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}  # ours, torch's
+__all__ = ["Kind", "ParameterSet", "whole_count"]
 
 
 class _StepCounts:

@@ -13,11 +13,11 @@ from torch import Tensor
 from fastadam.hyper import StepHyper
 from fastadam.slices import DEFERRED
 from fastadam.staleness import Numbers
+from fastadam.torch.checks import check_flags, label_of
 from fastadam.torch.compiled import remember
-from fastadam.torch.loading import HALF, label_of, zero_steps
-from fastadam.torch.sets import SLOTS, Kind, ParameterSet, whole_count
+from fastadam.torch.sets import Kind, ParameterSet, whole_count
+from fastadam.torch.states import states_of
 from fastadam.torch.tables import Table, Tables
-from fastadam.torch.views import is_lazy_view
 
 __all__ = ["Stepper"]
 
@@ -65,7 +65,6 @@ class Stepper(torch.optim.Optimizer):
     def _reset(self) -> None:
         """Forget what was made of states that have been replaced."""
         self._sets: dict[_Key, _Chosen] = {}
-        self._splits: dict[_Key, list[bytes]] = {}
         self._contexts: dict[_Key, Any] = {}
         self._captured: list[_Chosen] = []  # CUDA graphs write to their memory
         self._tables = Tables(exact=self._sparse_update == "deferred")
@@ -258,8 +257,8 @@ class Stepper(torch.optim.Optimizer):
         params = [group["params"][place] for place in places]
         labels = [label_of(group, key.group, place) for place in places]
         for param, label in zip(params, labels, strict=True):
-            self._check_flags(group, param, label)
-        states = self._states_of(params, labels, group)
+            check_flags(group, param, label, self._sparse_update)
+        states = states_of(self.state, params, labels, group, self._moments_dtype)
         rows = _ROWS in key.mask
         tables: list[Table] = []
         if rows and self._sparse_update in DEFERRED:
@@ -277,38 +276,6 @@ class Stepper(torch.optim.Optimizer):
             self._contexts[key] = together.context
         return _Chosen(list(group["params"]), together, tables, self._epoch)
 
-    def _check_flags(self, group: dict[str, Any], param: Tensor, label: str) -> None:
-        if group["differentiable"]:
-            raise ValueError("differentiable: True, expected False: the kernels have no derivative")
-        if param.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"{label}: on {param.device}, expected CPU memory or a CUDA device")
-        if is_lazy_view(param):
-            raise ValueError(f"{label}: a conjugated or negated view, expected resolve_conj() of it")
-        if group["capturable"] and param.device.type != "cuda":
-            raise ValueError(f"capturable: True with {label} on {param.device}, expected parameters on a CUDA device")
-        if param.device.type == "cuda" and self._sparse_update in DEFERRED:
-            raise ValueError(
-                f"sparse_update: {self._sparse_update!r} with {label} on {param.device}, expected CPU memory"
-            )
-
-    def _states_of(self, params: list[Tensor], labels: list[str], group: dict[str, Any]) -> list[dict[str, Any]]:
-        """Their states; new ones, which belong to the optimizer after their first step, where there are none."""
-        states = [self.state.get(param) or {} for param in params]
-        fresh = [k for k, state in enumerate(states) if not state]
-        on_device = group["capturable"] or (group["fused"] and params[0].is_cuda)
-        steps = zero_steps(len(fresh), params[0].device if on_device else torch.device("cpu"))
-        for k, step in zip(fresh, steps, strict=True):
-            states[k] = {"step": step, **{SLOTS[name]: self._zeros_like(params[k]) for name in ("m", "v")}}
-        for state, label in zip(states, labels, strict=True):
-            if "step" in state and not isinstance(state["step"], Tensor):
-                state["step"] = torch.tensor(float(state["step"]))
-            missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in state]
-            if missing:
-                raise ValueError(f"state of {label}: without {missing[0]!r}, expected step, exp_avg and exp_avg_sq")
-            if group["amsgrad"] and SLOTS["vhat"] not in state:
-                state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
-        return states
-
     def _init_group(
         self,
         group: dict[str, Any],
@@ -325,12 +292,13 @@ class Stepper(torch.optim.Optimizer):
         index = next(index for index, other in enumerate(self.param_groups) if other is group)
         labels = [label_of(group, index, place) for place in places]
         for param, label in zip(chosen, labels, strict=True):
-            self._check_flags(group, param, label)
+            check_flags(group, param, label, self._sparse_update)
             if param.grad.layout != torch.strided:
                 raise ValueError(f"grad of {label}: sparse under torch.compile, expected a dense gradient")
         if not chosen:
             return
-        for param, state in zip(chosen, self._states_of(chosen, labels, group), strict=True):
+        states = states_of(self.state, chosen, labels, group, self._moments_dtype)
+        for param, state in zip(chosen, states, strict=True):
             self.state[param] = state
             params.append(param)
             grads.append(param.grad)
@@ -339,10 +307,6 @@ class Stepper(torch.optim.Optimizer):
             if group["amsgrad"]:
                 max_exp_avg_sqs.append(state["max_exp_avg_sq"])
             state_steps.append(state["step"])
-
-    def _zeros_like(self, param: Tensor) -> Tensor:
-        dtype = self._moments_dtype if param.dtype in HALF else None
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def _raise_late(chosen: _Chosen) -> None:

@@ -12,7 +12,7 @@ from fastadam._backend import _cpu
 from fastadam.hyper import StepHyper
 from fastadam.placement import native_of
 from fastadam.staleness import Numbers, Staleness
-from fastadam.torch.sets import SLOTS
+from fastadam.torch.states import SLOTS
 
 __all__ = ["Reader", "Tables"]
 

@@ -1,4 +1,4 @@
-"""State dicts: tensors that are loaded are cloned, and moments keep their dtype."""
+"""States of parameters: as they begin, and as they are loaded, as clones in which moments keep their dtype."""
 
 from __future__ import annotations
 
@@ -7,16 +7,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["HALF", "keep_tensors", "label_of", "restore_states", "zero_steps"]
+from fastadam.torch.checks import label_of
+
+__all__ = ["HALF", "SLOTS", "keep_tensors", "restore_states", "states_of"]
 
 HALF = (torch.float16, torch.bfloat16)
-_NAMES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}  # ours, torch's
+_NAMES = ("step", *SLOTS.values())
 
 
-def label_of(group: dict[str, Any], index: int, place: int) -> str:
-    """What messages call a parameter: its name, or its place in the groups."""
-    names = group.get("param_names")
-    return f"parameter '{names[place]}'" if names else f"param_groups[{index}]['params'][{place}]"
+def states_of(
+    known: Any, params: list[Tensor], labels: list[str], group: dict[str, Any], moments_dtype: torch.dtype | None
+) -> list[dict[str, Any]]:
+    """Their states among those of the optimizer; where there is none a new one, which is not yet the optimizer's."""
+
+    def zeros_like(param: Tensor) -> Tensor:
+        dtype = moments_dtype if param.dtype in HALF else None
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+    states = [known.get(param) or {} for param in params]
+    fresh = [k for k, state in enumerate(states) if not state]
+    on_device = group["capturable"] or (group["fused"] and params[0].is_cuda)
+    steps = _zero_steps(len(fresh), params[0].device if on_device else torch.device("cpu"))
+    for k, step in zip(fresh, steps, strict=True):
+        states[k] = {"step": step, **{SLOTS[name]: zeros_like(params[k]) for name in ("m", "v")}}
+    for state, label in zip(states, labels, strict=True):
+        if "step" in state and not isinstance(state["step"], Tensor):
+            state["step"] = torch.tensor(float(state["step"]))
+        missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in state]
+        if missing:
+            raise ValueError(f"state of {label}: without {missing[0]!r}, expected step, exp_avg and exp_avg_sq")
+        if group["amsgrad"] and SLOTS["vhat"] not in state:
+            state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
+    return states
 
 
 class _Kept:
@@ -96,12 +119,12 @@ def _place_steps(states: list[tuple[Tensor, dict[str, Any]]], *, on_device: bool
         device = param.device if on_device else torch.device("cpu")
         places.setdefault(device, []).append((named, named["step"]))
     for device, found in places.items():
-        steps = zero_steps(len(found), device)
+        steps = _zero_steps(len(found), device)
         for (named, count), step in zip(found, steps, strict=True):
             named["step"] = step.fill_(count)
 
 
-def zero_steps(count: int, device: torch.device) -> tuple[Tensor, ...]:
+def _zero_steps(count: int, device: torch.device) -> tuple[Tensor, ...]:
     """Step counts side by side, of torch's dtype."""
     in_double = device.type == "cpu" and torch.get_default_dtype() == torch.float64
     whole = torch.zeros(count, dtype=torch.float64 if in_double else torch.float32, device=device)

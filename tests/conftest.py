@@ -44,8 +44,18 @@ def snapshot():
 
 
 @pytest.fixture(scope="session")
-def fake_extension(tmp_path_factory):
-    return FakeGpu(build_fake(tmp_path_factory.mktemp("fake_cuda")))
+def fake_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fake_cuda")
+
+
+@pytest.fixture(scope="session")
+def fake_extension(fake_folder):
+    return FakeGpu(build_fake(fake_folder, "_cuda"))
+
+
+@pytest.fixture(scope="session")
+def fake_jax_cuda(fake_folder):
+    return build_fake(fake_folder, "_jax_cuda")
 
 
 @pytest.fixture

@@ -18,15 +18,15 @@ import pytest
 from test_native import ROOT, run, tool
 
 
-def build_fake(folder):
-    """The path of the extension, its kernels compiled for the CPU."""
+def build_fake(folder, name):
+    """The path of an extension, its kernels compiled for the CPU."""
     pybind11 = importlib.import_module("pybind11")
     options = ["-DFASTADAM_FAKE_CUDA=ON", "-DFASTADAM_CUDA=OFF", "-DSKBUILD_PROJECT_VERSION=0"]
     options += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     options += [f"-DPython_EXECUTABLE={sys.executable}", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
     run(tool("cmake"), "-S", ROOT, "-B", folder, *options)
-    run(tool("cmake"), "--build", folder, "--target", "_cuda")
-    return next(Path(folder).glob("_cuda*.so"))
+    run(tool("cmake"), "--build", folder, "--target", name)
+    return next(Path(folder).glob(f"{name}.*so"))
 
 
 class FakeGpu:

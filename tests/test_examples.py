@@ -20,7 +20,8 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 FRAMEWORKS = ("torch", "jax", "keras")
 ADAPTERS = {"fastadam.torch": ["torch"], "fastadam.jax": ["jax"]}
 # Those of fastadam.keras are run by tests/test_keras_adam.py.
-NO_EXAMPLES = ("fastadam._cpu", "fastadam._cuda", "fastadam._jax", "fastadam.__main__", "fastadam.keras")
+NATIVE = ("fastadam._cpu", "fastadam._cuda", "fastadam._jax", "fastadam._jax_cuda")
+NO_EXAMPLES = (*NATIVE, "fastadam.__main__", "fastadam.keras")
 MODULES = [
     "fastadam",
     *(m.name for m in pkgutil.walk_packages(fastadam.__path__, "fastadam.") if m.name not in NO_EXAMPLES),

@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// XLA's foreign function interface on the CPU: handlers of one step, on buffers that XLA owns and has aliased, each
-// result with the operand it replaces. They run on XLA's threads; what they refuse becomes an error of the computation.
+// XLA's foreign function interface: handlers of one step, on buffers that XLA owns and has aliased, each result with
+// the operand it replaces. They run on XLA's threads; what they refuse becomes an error of the computation. Where the
+// buffers lie is a template parameter, OnHost (jax_on_host.h) or OnDevice (jax_on_device.h), which reads small operands
+// and runs the steps; XLA makes one for each call (CtxDecoding):
+//   void read(void* to, const void* from, int64_t bytes);       to memory of the host
+//   void clear(void* data, int64_t bytes);
+//   void step(const std::vector<fastadam_tensor>&, const fastadam_hyper&, bool lazy);
+//   void step_rows(const fastadam_tensor&, const Ids&, const Shard&, const fastadam_hyper&, bool lazy);
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../capi/fastadam.h"
-#include "../capi/trusted.h"
-#include "status.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace fastadam::bind {
@@ -40,6 +43,12 @@ inline fastadam_dtype dtype_of(const ffi::AnyBuffer& buffer) {
 
 inline bool is_half(fastadam_dtype dtype) { return dtype == FASTADAM_FLOAT16 || dtype == FASTADAM_BFLOAT16; }
 
+inline bool is_long(const ffi::AnyBuffer& buffer) {
+  if (buffer.element_type() == ffi::S64) return true;
+  if (buffer.element_type() == ffi::S32) return false;
+  throw std::invalid_argument("an array that is not int32 or int64");
+}
+
 // One of `batch` equal parts of a buffer, which lie one after the other.
 struct Part {
   ffi::AnyBuffer buffer;
@@ -47,18 +56,53 @@ struct Part {
   int64_t at;
 
   int64_t size() const { return batch == 0 ? 0 : static_cast<int64_t>(buffer.element_count()) / batch; }
-  char* data() const {
-    const auto bytes = static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
-    return static_cast<char*>(buffer.untyped_data()) + at * size() * bytes;
-  }
+  int64_t bytes() const { return size() * static_cast<int64_t>(ffi::ByteWidth(buffer.element_type())); }
+  char* data() const { return static_cast<char*>(buffer.untyped_data()) + at * bytes(); }
 };
+
+// The rows of a table that a handler has: `count` of `total`, from `first` on.
+struct Shard {
+  int64_t first;
+  int64_t count;
+  int64_t total;
+};
+
+// Of the whole table, and how many elements a row has.
+struct Ids {
+  const void* data;
+  bool is_long;
+  int64_t count;
+  int64_t width;
+};
+
+// Elements of a buffer, on the host and in one type.
+template <class To, class Place>
+std::vector<To> values_of(Place& place, const ffi::AnyBuffer& buffer) {
+  const auto read_as = [&](auto zero) {
+    std::vector<decltype(zero)> found(buffer.element_count());
+    place.read(found.data(), buffer.untyped_data(), static_cast<int64_t>(buffer.size_bytes()));
+    return std::vector<To>(found.begin(), found.end());
+  };
+  if constexpr (std::is_integral_v<To>) {
+    return is_long(buffer) ? read_as(int64_t{}) : read_as(int32_t{});
+  } else {
+    return buffer.element_type() == ffi::F64 ? read_as(double{}) : read_as(float{});
+  }
+}
 
 // Operands and results of a step. Under `vmap` each has the same leading dimensions, those of `count`: so many steps.
 class Step {
  public:
-  Step(ffi::RemainingArgs args, ffi::RemainingRets rets) : args_(args), rets_(rets) {}
+  template <class Place>
+  Step(ffi::RemainingArgs args, ffi::RemainingRets rets, Place& place)
+      : args_(args),
+        rets_(rets),
+        numbers_(values_of<double>(place, arg(0))),
+        counts_(values_of<int64_t>(place, arg(1))) {
+    if (numbers_.size() != counts_.size() * kNumberCount) throw std::invalid_argument("a wrong number of numbers");
+  }
 
-  int64_t batch() const { return static_cast<int64_t>(arg(1).element_count()); }
+  int64_t batch() const { return static_cast<int64_t>(counts_.size()); }
   size_t batch_rank() const { return arg(1).dimensions().size(); }
 
   void require_args(size_t count) const {
@@ -81,7 +125,7 @@ class Step {
   }
 
   fastadam_hyper hyper(int64_t at, bool epsilon_corrected) const {
-    fastadam_hyper hyper = fastadam_defaults(integer(arg(1), at));
+    fastadam_hyper hyper = fastadam_defaults(counts_[static_cast<size_t>(at)]);
     hyper.learning_rate = number(at, kLearningRate);
     hyper.beta_1 = number(at, kBeta1);
     hyper.beta_2 = number(at, kBeta2);
@@ -93,12 +137,6 @@ class Step {
 
   double grad_factor(int64_t at) const { return number(at, kGradFactor); }
 
-  static int64_t integer(const ffi::AnyBuffer& buffer, int64_t at) {
-    if (buffer.element_type() == ffi::S32) return static_cast<const int32_t*>(buffer.untyped_data())[at];
-    if (buffer.element_type() == ffi::S64) return static_cast<const int64_t*>(buffer.untyped_data())[at];
-    throw std::invalid_argument("an array that is not int32 or int64");
-  }
-
  private:
   template <class T>
   static T value(ffi::ErrorOr<T> found) {
@@ -106,15 +144,12 @@ class Step {
     return *found;
   }
 
-  double number(int64_t at, Number which) const {
-    const ffi::AnyBuffer numbers = arg(0);
-    const int64_t i = at * kNumberCount + which;
-    if (numbers.element_type() == ffi::F64) return static_cast<const double*>(numbers.untyped_data())[i];
-    return static_cast<double>(static_cast<const float*>(numbers.untyped_data())[i]);
-  }
+  double number(int64_t at, Number which) const { return numbers_[static_cast<size_t>(at * kNumberCount + which)]; }
 
   ffi::RemainingArgs args_;
   ffi::RemainingRets rets_;
+  std::vector<double> numbers_;
+  std::vector<int64_t> counts_;
 };
 
 // No exception leaves a handler.
@@ -127,21 +162,19 @@ ffi::Error guarded(Work work) {
     return ffi::Error::InvalidArgument(std::string("fastadam: ") + refusal.what());
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "fastadam: no memory for the work of this step");
+  } catch (const std::exception& error) {
+    return ffi::Error(ffi::ErrorCode::kInternal, std::string("fastadam: ") + error.what());
   }
-}
-
-inline void run(const std::vector<fastadam_tensor>& tensors, const fastadam_hyper& hyper, bool lazy) {
-  const fastadam_list list = {kTrustedAbi, tensors.data(), static_cast<int64_t>(tensors.size()), nullptr, nullptr, 0};
-  require_ok(fastadam_step(&list, &hyper, lazy));
 }
 
 // Operands: numbers, count, then the gradients, parameters, m, v and, with `amsgrad`, vhat of all tensors; results: all
 // but the gradients. decays[i]: weight decay applies to tensor i. `from_zero`: there are no parameters among the
 // operands, and those of the results begin at zero, which makes them the steps themselves.
-inline ffi::Error dense_step(ffi::RemainingArgs args, ffi::RemainingRets rets, bool amsgrad, bool epsilon_corrected,
-                             bool from_zero, ffi::Span<const int64_t> decays) {
+template <class Place>
+ffi::Error dense_step(Place place, ffi::RemainingArgs args, ffi::RemainingRets rets, bool amsgrad,
+                      bool epsilon_corrected, bool from_zero, ffi::Span<const int64_t> decays) {
   return guarded([&] {
-    const Step step(args, rets);
+    const Step step(args, rets, place);
     const size_t n = decays.size();
     step.require_args(2 + n * (amsgrad ? 5 : 4) - (from_zero ? n : 0));
     const size_t moments = from_zero ? 2 + n : 2 + 2 * n;
@@ -156,7 +189,7 @@ inline ffi::Error dense_step(ffi::RemainingArgs args, ffi::RemainingRets rets, b
         const Part var{from_zero ? step.fresh_result(i) : step.result(i, 2 + n + i), step.batch(), at};
         const Part m = moment(0, i), v = moment(1, i);
         if (var.size() == 0) continue;  // XLA may have given it no memory
-        if (from_zero) std::memset(var.data(), 0, var.buffer.size_bytes() / static_cast<size_t>(step.batch()));
+        if (from_zero) place.clear(var.data(), var.bytes());
         tensors.push_back(
             fastadam_dense(var.data(), grad.data(), m.data(), v.data(), var.size(), dtype_of(var.buffer)));
         fastadam_tensor& tensor = tensors.back();
@@ -166,62 +199,39 @@ inline ffi::Error dense_step(ffi::RemainingArgs args, ffi::RemainingRets rets, b
         tensor.decays = decays[i] != 0;
         tensor.half_slots = is_half(dtype_of(m.buffer));
       }
-      run(tensors, step.hyper(at, epsilon_corrected), false);
+      place.step(tensors, step.hyper(at, epsilon_corrected), false);
     }
   });
 }
 
-// The rows that indices name, of a shard that has the rows from `first` on, `count` of `total`.
-class ShardRows {
- public:
-  ShardRows(const Part& ids, int64_t first, int64_t count, int64_t total, int64_t width)
-      : memory_(static_cast<size_t>(fastadam_sort_memory(ids.size()))) {
-    const bool is_long = ids.buffer.element_type() == ffi::S64;
-    if (!is_long && ids.buffer.element_type() != ffi::S32)
-      throw std::invalid_argument("ids that are not int32 or int64");
-    fastadam_rows all;
-    require_ok(fastadam_sort_rows(ids.data(), is_long, ids.size(), total, width, memory_.data(), &all, nullptr));
-    int64_t* begin = memory_.data() + (all.rows - memory_.data());
-    int64_t* end = std::lower_bound(begin, begin + all.count, first + count);
-    begin = std::lower_bound(begin, end, first);
-    rows_ = {begin, all.starts + (begin - all.rows), all.order, end - begin, width};
-    std::for_each(begin, end, [&](int64_t& row) { row -= first; });
-  }
-  ShardRows(const ShardRows&) = delete;
-  ShardRows& operator=(const ShardRows&) = delete;
-
-  const fastadam_rows* get() const { return &rows_; }
-  int64_t index_count() const { return rows_.starts[rows_.count]; }  // of this shard and of those before it
-
- private:
-  std::vector<int64_t> memory_;
-  fastadam_rows rows_;
-};
-
 // Operands: numbers, count, ids, values, the place of this shard of the rows along each mesh axis that they are sharded
 // by, of which `axis_sizes` are the lengths; then the table, m, v and, with `amsgrad`, vhat; results: the last three or
 // four. `row_count`: of the whole table.
-inline ffi::Error sparse_step(ffi::RemainingArgs args, ffi::RemainingRets rets, bool amsgrad, bool epsilon_corrected,
-                              bool lazy, int64_t row_count, ffi::Span<const int64_t> axis_sizes) {
+template <class Place>
+ffi::Error sparse_step(Place place, ffi::RemainingArgs args, ffi::RemainingRets rets, bool amsgrad,
+                       bool epsilon_corrected, bool lazy, int64_t row_count, ffi::Span<const int64_t> axis_sizes) {
   return guarded([&] {
-    const Step step(args, rets);
+    const Step step(args, rets, place);
     const size_t table = 4 + axis_sizes.size();
     step.require_args(table + (amsgrad ? 4 : 3));
     int64_t shard = 0;
-    for (size_t i = 0; i < axis_sizes.size(); ++i) shard = shard * axis_sizes[i] + Step::integer(step.arg(4 + i), 0);
+    for (size_t i = 0; i < axis_sizes.size(); ++i) {
+      shard = shard * axis_sizes[i] + values_of<int64_t>(place, step.arg(4 + i)).at(0);
+    }
     const int64_t batch = step.batch();
     for (int64_t at = 0; at < batch; ++at) {
       const auto part = [&](size_t kind) { return Part{step.result(kind, table + kind), batch, at}; };
       const Part ids{step.arg(2), batch, at}, values{step.arg(3), batch, at};
       const Part var = part(0), m = part(1), v = part(2);
       const int64_t rows = var.buffer.dimensions()[step.batch_rank()];
-      const ShardRows touched(ids, shard * rows, rows, row_count, rows == 0 ? 0 : var.size() / rows);
-      fastadam_tensor tensor = fastadam_sparse(var.data(), values.data(), touched.index_count(), touched.get(),
-                                               m.data(), v.data(), var.size(), dtype_of(var.buffer));
+      const int64_t width = rows == 0 ? 0 : var.size() / rows;
+      fastadam_tensor tensor =
+          fastadam_dense(var.data(), values.data(), m.data(), v.data(), var.size(), dtype_of(var.buffer));
       tensor.vhat = amsgrad ? part(3).data() : nullptr;
       tensor.grad_dtype = dtype_of(values.buffer);
       tensor.grad_factor = step.grad_factor(at);
-      run({tensor}, step.hyper(at, epsilon_corrected), lazy);
+      place.step_rows(tensor, {ids.data(), is_long(ids.buffer), ids.size(), width}, {shard * rows, rows, row_count},
+                      step.hyper(at, epsilon_corrected), lazy);
     }
   });
 }

@@ -62,6 +62,17 @@ void overwrite(void* to, const void* from, int64_t bytes) {
   check(cudaDeviceSynchronize());
 }
 
+void set_zero(void* data, int64_t bytes, void* stream) {
+  if (bytes > 0) check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream_of(stream)));
+}
+
+void copy_to_host(void* to, const void* from, int64_t bytes, void* stream) {
+  if (bytes > 0) {
+    check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream_of(stream)));
+  }
+  check(cudaStreamSynchronize(stream_of(stream)));
+}
+
 void copy_to_device(void* to, const void* from, int64_t bytes, void* stream) {
   if (bytes == 0) return;
   check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream_of(stream)));

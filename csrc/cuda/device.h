@@ -42,6 +42,9 @@ FASTADAM_API void set_zero(void* data, int64_t bytes);  // waits for the device,
 FASTADAM_API void copy_to_host(void* to, const void* from, int64_t bytes);
 FASTADAM_API void overwrite(void* to, const void* from, int64_t bytes);
 
+// On a stream. What is read there is waited for, what is written comes from pageable memory, which is staged.
+FASTADAM_API void set_zero(void* data, int64_t bytes, void* stream);
+FASTADAM_API void copy_to_host(void* to, const void* from, int64_t bytes, void* stream);
 FASTADAM_API void copy_to_device(void* to, const void* from, int64_t bytes, void* stream);
 
 FASTADAM_API bool is_capturing(void* stream);

@@ -243,10 +243,14 @@ def _require_backend(name: str) -> None:
     if backend == "jax":
         import jax
 
-        if (platform := jax.default_backend()) != "cpu":
+        from fastadam.jax.operation import has_cuda
+
+        platform = jax.default_backend()
+        if platform != "cpu" and not (platform == "gpu" and has_cuda()):
             raise RuntimeError(
-                f"fastadam.keras.{name}: JAX on {platform} is not supported, expected cpu (environment variable "
-                f"JAX_PLATFORMS); use keras.optimizers.{name}, which loads the same states"
+                f"fastadam.keras.{name}: JAX on {platform} is not supported by this build, expected "
+                f"{'cpu or gpu (CUDA)' if has_cuda() else 'cpu'} (environment variable JAX_PLATFORMS); use "
+                f"keras.optimizers.{name}, which loads the same states"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fastadam import _jax
 
-__all__ = ["DenseStep", "SparseStep", "operation"]
+__all__ = ["DenseStep", "SparseStep", "has_cuda", "operation"]
 
 Operation = Callable[..., tuple[jax.Array, ...]]
 Axes = tuple[Any, ...]
@@ -224,11 +225,25 @@ def register() -> None:
         ImportError: This JAX rejects them.
     """
     jax.devices()
-    for target, handler in (
-        (DenseStep.target, _jax.dense_handler()),
-        (SparseStep.target, _jax.sparse_handler()),
-    ):
-        try:
-            jax.ffi.register_ffi_target(target, handler, platform="cpu")
-        except Exception as error:
-            raise ImportError(f"fastadam: JAX {jax.__version__} rejects its handlers ({error})") from error
+    handlers = [("cpu", _jax)]
+    if has_cuda():
+        handlers.append(("CUDA", importlib.import_module("fastadam._jax_cuda")))
+    for platform, native in handlers:
+        for target, handler in (
+            (DenseStep.target, native.dense_handler()),
+            (SparseStep.target, native.sparse_handler()),
+        ):
+            try:
+                jax.ffi.register_ffi_target(target, handler, platform=platform)
+            except Exception as error:
+                raise ImportError(f"fastadam: JAX {jax.__version__} rejects its handlers ({error})") from error
+
+
+def has_cuda() -> bool:
+    """Whether JAX has CUDA devices, and this build of fastadam handlers for them."""
+    if importlib.util.find_spec("fastadam._jax_cuda") is None:
+        return False
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False

@@ -14,13 +14,25 @@ void end_captures() {
   for (auto& [handle, event] : runtime().events) event.capture = nullptr;
 }
 
-// A copy of a host that may go where kernels go.
-void copy_now(void* to, const void* from, int64_t bytes) {
+struct Copy {
+  void* to;
+  const void* from;
+  int64_t bytes;
+};
+
+// Copies of a host that may go where kernels go.
+void copy_now(const Copy* copies, int64_t count) {
   Runtime& state = runtime();
   const std::lock_guard lock(state.mutex);
   state.run_queue();
-  state.memory.open_only(state.memory.device_bit(to) | state.memory.device_bit(from));
-  std::memcpy(to, from, static_cast<size_t>(bytes));
+  unsigned devices = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    devices |= state.memory.device_bit(copies[i].to) | state.memory.device_bit(copies[i].from);
+  }
+  state.memory.open_only(devices);
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(copies[i].to, copies[i].from, static_cast<size_t>(copies[i].bytes));
+  }
   state.memory.open_only(0);
 }
 
@@ -83,9 +95,17 @@ void fake_cuda_free(void* pointer) {
   runtime().memory.free(pointer, runtime().memory.find(pointer).type);
 }
 
-void fake_cuda_write(void* device_to, const void* host_from, int64_t bytes) { copy_now(device_to, host_from, bytes); }
+void fake_cuda_write(void* device_to, const void* host_from, int64_t bytes) {
+  const Copy copy{device_to, host_from, bytes};
+  copy_now(&copy, 1);
+}
 
-void fake_cuda_read(void* host_to, const void* device_from, int64_t bytes) { copy_now(host_to, device_from, bytes); }
+void fake_cuda_read(void* host_to, const void* device_from, int64_t bytes) {
+  const Copy copy{host_to, device_from, bytes};
+  copy_now(&copy, 1);
+}
+
+void fake_cuda_copy(const Copy* copies, int64_t count) { copy_now(copies, count); }
 
 void* fake_cuda_stream(int device) {
   const std::lock_guard lock(runtime().mutex);

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+// A place of jax_handlers.h: buffers on a CUDA device. The numbers of a step, and ids, are read by the host, which
+// waits for the stream until they are there; the step itself is only launched.
+#pragma once
+
+#include <algorithm>
+#include <list>
+#include <mutex>
+#include <optional>
+
+#include "../capi/fastadam_cuda.h"
+#include "../cuda/device.h"
+#include "../cuda/launch.h"
+#include "jax_handlers.h"
+
+namespace fastadam::bind {
+
+inline void require_launched(fastadam_status status) {
+  if (status == FASTADAM_OK) return;
+  if (status == FASTADAM_NO_MEMORY) throw std::bad_alloc();
+  if (status == FASTADAM_INVALID) throw std::invalid_argument(fastadam_cuda_error());
+  throw std::runtime_error(fastadam_cuda_error());
+}
+
+// Memory of a device that grows.
+class Scratch {
+ public:
+  Scratch() = default;
+  ~Scratch() { cuda::release(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  void* of(int64_t bytes) {
+    if (bytes > bytes_) {
+      cuda::release(data_);  // waits for what uses it
+      data_ = nullptr;
+      bytes_ = 0;
+      data_ = cuda::allocate(bytes);
+      bytes_ = bytes;
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// A plan of some arrays, which XLA gives to one computation again and again, and what steps of it need.
+struct JaxPlan {
+  JaxPlan(int on, const std::vector<fastadam_tensor>& given) : device(on), tensors(given) {
+    const fastadam_list list = list_of(tensors);
+    require_launched(fastadam_cuda_plan_create(on, &list, &native));
+  }
+  ~JaxPlan() { static_cast<void>(fastadam_cuda_plan_destroy(native)); }
+  JaxPlan(const JaxPlan&) = delete;
+  JaxPlan& operator=(const JaxPlan&) = delete;
+
+  static fastadam_list list_of(const std::vector<fastadam_tensor>& tensors) {
+    return {FASTADAM_ABI, tensors.data(), static_cast<int64_t>(tensors.size()), nullptr, nullptr, 0};
+  }
+
+  bool is_of(int on, const std::vector<fastadam_tensor>& wanted) const {
+    const auto same = [](const fastadam_tensor& a, const fastadam_tensor& b) {
+      return a.var == b.var && a.m == b.m && a.v == b.v && a.vhat == b.vhat && a.size == b.size && a.dtype == b.dtype &&
+             a.decays == b.decays && a.half_slots == b.half_slots;
+    };
+    return device == on && std::equal(tensors.begin(), tensors.end(), wanted.begin(), wanted.end(), same);
+  }
+
+  int device;
+  std::vector<fastadam_tensor> tensors;
+  fastadam_cuda_plan* native = nullptr;
+  Scratch ids, places, values;  // of a shard
+  cuda::Gather gather;
+};
+
+// Plans of the arrays that were stepped last. They hold addresses alone: it does no harm if the arrays are gone.
+class JaxPlans {
+ public:
+  static constexpr size_t kMost = 256;
+
+  // Never destroyed: at the end of a process the CUDA runtime may be gone before.
+  static JaxPlans& all() {
+    static JaxPlans& plans = *new JaxPlans;
+    return plans;
+  }
+
+  JaxPlan& of(int device, const std::vector<fastadam_tensor>& tensors) {
+    for (auto plan = plans_.begin(); plan != plans_.end(); ++plan) {
+      if (!plan->is_of(device, tensors)) continue;
+      plans_.splice(plans_.begin(), plans_, plan);
+      return plans_.front();
+    }
+    if (plans_.size() == kMost) {
+      const cuda::DeviceScope scope(plans_.back().device);
+      plans_.pop_back();
+    }
+    return plans_.emplace_front(device, tensors);
+  }
+
+  std::mutex mutex;  // of a step: XLA calls from a thread for each device
+
+ private:
+  std::list<JaxPlan> plans_;
+};
+
+class OnDevice {
+ public:
+  explicit OnDevice(void* stream) : stream_(stream) {}
+
+  // Comes first, and tells the device.
+  void read(void* to, const void* from, int64_t bytes) {
+    if (bytes == 0) return;
+    device_ = cuda::location_of(from).device;
+    const cuda::DeviceScope scope(device_);
+    cuda::copy_to_host(to, from, bytes, stream_);
+  }
+
+  void clear(void* data, int64_t bytes) const {
+    const cuda::DeviceScope scope(device_);
+    cuda::set_zero(data, bytes, stream_);
+  }
+
+  void step(const std::vector<fastadam_tensor>& tensors, const fastadam_hyper& hyper, bool lazy) const {
+    const std::lock_guard lock(JaxPlans::all().mutex);
+    launch(JaxPlans::all().of(device_, tensors), tensors, hyper, lazy);
+  }
+
+  void step_rows(fastadam_tensor tensor, Ids ids, const Shard& shard, const fastadam_hyper& hyper, bool lazy) {
+    const std::vector<int64_t> named = read_ids(ids, shard.total);
+    if (tensor.size == 0) return;
+    const std::lock_guard lock(JaxPlans::all().mutex);
+    const cuda::DeviceScope scope(device_);
+    JaxPlan& plan = JaxPlans::all().of(device_, {tensor});
+    if (shard.count != shard.total) take_own(plan, named, shard, ids, tensor);
+    const fastadam_rows* rows = nullptr;
+    require_launched(fastadam_cuda_sort_rows(plan.native, 0, ids.data, ids.is_long, ids.count, shard.count, ids.width,
+                                             stream_, &rows));
+    tensor.rows = rows;
+    tensor.grad_size = ids.count * ids.width;
+    launch(plan, {tensor}, hyper, lazy);
+  }
+
+ private:
+  void launch(JaxPlan& plan, const std::vector<fastadam_tensor>& tensors, const fastadam_hyper& hyper,
+              bool lazy) const {
+    const fastadam_list list = JaxPlan::list_of(tensors);
+    require_launched(fastadam_cuda_step(plan.native, &list, &hyper, lazy, stream_));
+  }
+
+  // Refuses here what the device would only find once the step is launched.
+  std::vector<int64_t> read_ids(const Ids& ids, int64_t row_count) {
+    std::vector<int64_t> found(static_cast<size_t>(ids.count));
+    if (ids.is_long) {
+      read(found.data(), ids.data, ids.count * static_cast<int64_t>(sizeof(int64_t)));
+    } else {
+      std::vector<int32_t> narrow(found.size());
+      read(narrow.data(), ids.data, ids.count * static_cast<int64_t>(sizeof(int32_t)));
+      found.assign(narrow.begin(), narrow.end());
+    }
+    for (size_t i = 0; i < found.size(); ++i) {
+      if (found[i] >= 0 && found[i] < row_count) continue;
+      throw std::invalid_argument("indices[" + std::to_string(i) + "]: " + std::to_string(found[i]) +
+                                  " is no row, expected 0 <= index < " + std::to_string(row_count));
+    }
+    return found;
+  }
+
+  // Leaves in `ids` and in the gradient of `tensor` those of the shard alone, in their order; ids from its first row.
+  void take_own(JaxPlan& plan, const std::vector<int64_t>& named, const Shard& shard, Ids& ids,
+                fastadam_tensor& tensor) const {
+    std::vector<int64_t> own, places;
+    for (size_t i = 0; i < named.size(); ++i) {
+      if (named[i] < shard.first || named[i] >= shard.first + shard.count) continue;
+      own.push_back(named[i] - shard.first);
+      places.push_back(static_cast<int64_t>(i));
+    }
+    const auto count = static_cast<int64_t>(own.size());
+    void* values = plan.values.of(count * ids.width * size_of(tensor.grad_dtype));
+    plan.gather.run(tensor.grad, ids.count, ids.width, tensor.grad_dtype, upload(plan.places, places), true, count,
+                    values, stream_);
+    tensor.grad = values;
+    ids = {upload(plan.ids, own), true, count, ids.width};
+  }
+
+  const void* upload(Scratch& to, const std::vector<int64_t>& values) const {
+    const auto bytes = static_cast<int64_t>(values.size() * sizeof(int64_t));
+    void* data = to.of(bytes);
+    cuda::copy_to_device(data, values.data(), bytes, stream_);
+    return data;
+  }
+
+  void* stream_;  // a cudaStream_t
+  int device_ = 0;
+};
+
+}  // namespace fastadam::bind
+
+template <>
+struct xla::ffi::CtxDecoding<fastadam::bind::OnDevice> {
+  using Type = fastadam::bind::OnDevice;
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
+                                    DiagnosticEngine& errors) {
+    const auto stream = CtxDecoding<PlatformStream<void*>>::Decode(api, context, errors);
+    return stream ? std::optional<Type>(Type(*stream)) : std::nullopt;
+  }
+};

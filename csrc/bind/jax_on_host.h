@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// A place of jax_handlers.h: buffers in memory of the host.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+
+#include "../capi/trusted.h"
+#include "jax_handlers.h"
+#include "status.h"
+
+namespace fastadam::bind {
+
+// The rows of a shard that ids name, numbered from its first.
+class ShardRows {
+ public:
+  ShardRows(const Ids& ids, const Shard& shard) : memory_(static_cast<size_t>(fastadam_sort_memory(ids.count))) {
+    fastadam_rows all;
+    require_ok(
+        fastadam_sort_rows(ids.data, ids.is_long, ids.count, shard.total, ids.width, memory_.data(), &all, nullptr));
+    int64_t* begin = memory_.data() + (all.rows - memory_.data());
+    int64_t* end = std::lower_bound(begin, begin + all.count, shard.first + shard.count);
+    begin = std::lower_bound(begin, end, shard.first);
+    rows_ = {begin, all.starts + (begin - all.rows), all.order, end - begin, ids.width};
+    std::for_each(begin, end, [&](int64_t& row) { row -= shard.first; });
+  }
+  ShardRows(const ShardRows&) = delete;
+  ShardRows& operator=(const ShardRows&) = delete;
+
+  const fastadam_rows* get() const { return &rows_; }
+  int64_t index_count() const { return rows_.starts[rows_.count]; }  // of this shard and of those before it
+
+ private:
+  std::vector<int64_t> memory_;
+  fastadam_rows rows_;
+};
+
+class OnHost {
+ public:
+  void read(void* to, const void* from, int64_t bytes) const {
+    if (bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
+
+  void clear(void* data, int64_t bytes) const { std::memset(data, 0, static_cast<size_t>(bytes)); }
+
+  void step(const std::vector<fastadam_tensor>& tensors, const fastadam_hyper& hyper, bool lazy) const {
+    const auto count = static_cast<int64_t>(tensors.size());
+    const fastadam_list list = {kTrustedAbi, tensors.data(), count, nullptr, nullptr, 0};
+    require_ok(fastadam_step(&list, &hyper, lazy));
+  }
+
+  void step_rows(fastadam_tensor tensor, const Ids& ids, const Shard& shard, const fastadam_hyper& hyper,
+                 bool lazy) const {
+    const ShardRows touched(ids, shard);
+    tensor.rows = touched.get();
+    tensor.grad_size = touched.index_count() * ids.width;
+    step({tensor}, hyper, lazy);
+  }
+};
+
+}  // namespace fastadam::bind
+
+template <>
+struct xla::ffi::CtxDecoding<fastadam::bind::OnHost> {
+  using Type = fastadam::bind::OnHost;
+  static std::optional<Type> Decode(const XLA_FFI_Api*, XLA_FFI_ExecutionContext*, DiagnosticEngine&) { return Type(); }
+};

@@ -1,0 +1,6 @@
+"""Handlers of XLA's foreign function interface, in unnamed capsules, for ``jax.ffi.register_ffi_target``."""
+
+from typing import Any
+
+def dense_handler() -> Any: ...
+def sparse_handler() -> Any: ...

@@ -4,7 +4,7 @@ Everything works inside ``jit``, ``scan``, ``vmap`` and ``shard_map``, and besid
 differentiated. Sharded arrays stay where they are. In place means: in a jitted function whose arguments are donated;
 JAX copies what is not.
 
-On the CPU and on CUDA devices; elsewhere compilation fails with the name of the missing handler. The rates and the count
+On the CPU and on CUDA devices; elsewhere compilation fails with the name of the missing handler. Rates and the count
 are operands, so that other values do not compile again; what is refused of their values (a count of 0, a NaN) is an
 error of the computation, ``jax.errors.JaxRuntimeError``, after which donated arrays are gone. On a GPU the host reads
 them before it launches a step, which waits for the gradients.

@@ -239,18 +239,41 @@ def test_float32_gradients_of_half_parameters_are_rounded_for_half_moments():
     updates, state = transformation.update(jnp.ones(5), transformation.init(params), params)
     assert {x.dtype.name for x in (updates, state[0].mu, state[0].nu)} == {"bfloat16"}
     state = optax.adam(0.1, mu_dtype="float16").init({"w": params})
-    with pytest.raises(TypeError, match=r"mu\['w'\]: float16, expected float32 as updates\['w'\] is bfloat16"):
+    with pytest.raises(TypeError, match=r"nu\['w'\]: bfloat16, expected float16 as updates\['w'\] is float16"):
         transformation.update({"w": params}, state)
 
 
-def test_what_the_kernels_have_not_is_refused():
-    for option in ({"eps_root": 1e-8}, {"nesterov": True}):
-        with pytest.raises(TypeError, match=next(iter(option))):
-            fj.adam(0.1, **option)
-    with pytest.raises(TypeError, match=r"mu_dtype: bfloat16, expected None or float32 like params\['w'\]"):
-        fj.adam(0.1, mu_dtype="bfloat16").init({"w": jnp.ones(3)})
-    with pytest.raises(TypeError, match="ScaleByAmsgradState, whose nu_max is of bias-corrected moments"):
-        fj.fused_update(jnp.ones(3), jnp.ones(3), optax.scale_by_amsgrad().init(jnp.ones(3)), learning_rate=0.1)
+@pytest.mark.parametrize("rate", [0.1, 1e-6])
+def test_updates_from_half_gradients_have_the_dtype_of_the_moments(rate):
+    """Of optax too, which squares them in their own."""
+    params, gradients = jnp.ones(50), jnp.asarray(np.linspace(-3, 3, 50), jnp.float16)
+    results = []
+    for transformation, dtype in ((fj.adam(rate, **BETAS), "float16"), (optax.adam(rate, **BETAS), "float32")):
+        updates, state = transformation.update(gradients.astype(dtype), transformation.init(params), params)
+        assert {x.dtype.name for x in (updates, state[0].mu, state[0].nu)} == {"float32"}
+        results.append((updates, state[0].mu, state[0].nu))
+    assert_within(*results, 4)
+
+
+def test_gradients_of_the_other_half_dtype_lose_nothing():
+    params, gradients = jnp.ones(2, jnp.float16), jnp.full(2, 1e5, jnp.bfloat16)
+    new, _ = fj.fused_update(params, gradients, fj.init(params), learning_rate=0.1, grad_factor=1e-5)
+    np.testing.assert_array_equal(new, np.full(2, 0.9, np.float16))
+    ids, table = jnp.array([1]), jnp.ones((2, 1), jnp.float16)
+    options = {"learning_rate": 0.1, "grad_factor": 1e-5, "mode": "lazy"}
+    table, _ = fj.sparse_update(table, ids, gradients[:1, None], fj.init(table), **options)
+    np.testing.assert_array_equal(table, np.float16([[1], [0.9]]))
+
+
+def test_numbers_of_python_are_not_rounded_to_float32():
+    """Which 1 - 0.999 would show: optax computes it in double."""
+    params, gradients = jnp.zeros(100), jnp.asarray(np.linspace(-1, 1, 100), jnp.float32)
+    _, state = fj.fused_update(params, gradients, fj.init(params), learning_rate=0.1)
+    _, theirs = optax.scale_by_adam().update(gradients, optax.scale_by_adam().init(params))
+    assert_same_bits([state.mu, state.nu], [theirs.mu, theirs.nu])
+    rates = jax.jit(lambda rate: fj.fused_update(params, gradients, fj.init(params), learning_rate=rate)[1].nu)
+    for rate in (0.1, jnp.float16(0.1), 1):
+        assert_same_bits(rates(rate), theirs.nu)
 
 
 def test_a_schedule_is_asked_with_the_count_before_the_step():
@@ -269,44 +292,6 @@ def test_a_schedule_is_asked_with_the_count_before_the_step():
     np.testing.assert_allclose(-np.diff(np.stack(moved)[:, 0]), [0.1, 0.2, 0.3], rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (
-            {"grads": {"a": jnp.ones(4)}},
-            ValueError,
-            r"grads\['a'\]: shape \(4,\), expected \(5,\), the shape of params\['a'\]",
-        ),
-        ({"grads": {"b": jnp.ones(5)}}, ValueError, "grads: a tree .*'b'.*, expected .*'a'"),
-        ({"grads": {"a": jnp.ones(5, int)}}, TypeError, r"grads\['a'\]: int32, expected a float dtype"),
-        ({"params": {"a": jnp.ones(5, int)}}, TypeError, r"params\['a'\]: int32, expected one of float16"),
-        ({"mu": {"a": jnp.ones(3)}}, ValueError, r"mu\['a'\]: shape \(3,\), expected \(5,\)"),
-        ({"nu": {"a": jnp.ones(5, jnp.bfloat16)}}, TypeError, r"nu\['a'\]: bfloat16, expected float32"),
-        ({"count": 1.5}, TypeError, "state.count: 1.5, expected an integer"),
-        ({"count": jnp.ones(2, int)}, ValueError, r"state.count: shape \(2,\), expected a scalar"),
-        ({"learning_rate": float("nan")}, ValueError, "learning_rate: nan, expected a finite number"),
-        ({"learning_rate": "fast"}, TypeError, "learning_rate: 'fast', expected a number"),
-        (
-            {"learning_rate": jnp.ones(3)},
-            ValueError,
-            r"learning_rate: float32\[3\], expected a number or a float scalar",
-        ),
-        ({"b1": 1.0}, ValueError, "b1: 1.0, expected 0 <= b1 < 1"),
-        ({"eps": -1.0}, ValueError, "eps"),
-        ({"weight_decay": -1.0}, ValueError, "weight_decay"),
-        ({"grad_factor": None}, TypeError, "grad_factor: None, expected a number"),
-        ({"mask": {"a": 1.0}}, TypeError, "mask: 1.0, expected True or False"),
-    ],
-)
-def test_what_is_wrong_is_named_before_anything_runs(change, error, message):
-    params = {"a": jnp.ones(5)}
-    arguments = {"params": params, "grads": params, "learning_rate": 0.1}
-    fields = {name: change.pop(name) for name in ("mu", "nu", "count") if name in change}
-    state = fj.init(params)._replace(**fields)
-    with pytest.raises(error, match=message):
-        fj.fused_update(**{**arguments, **change}, state=state)
-
-
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_count_may_have_any_integer_dtype(wide):
     with in_float64() if wide else contextlib.nullcontext():
@@ -314,45 +299,6 @@ def test_a_count_may_have_any_integer_dtype(wide):
         want = fj.step_arrays(w, w, zero, zero, step=7, learning_rate=0.1)
         for step in (np.int64(7), np.uint8(7), jnp.int32(7), jnp.asarray(np.array(7, np.int64)), np.array(7)):
             assert_same_bits(fj.step_arrays(w, w, zero, zero, step=step, learning_rate=0.1), want)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([1.0], [1.0, 2.0], [1.0], [1.0]), "grads: 2 arrays, expected 1 like params"),
-        (([1.0], [1.0], [1.0], [1.0], []), "vhat: 0 arrays, expected 1 like params"),
-    ],
-)
-def test_lists_of_another_length_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        fj.step_arrays(*arguments, step=1, learning_rate=0.1)
-    with pytest.raises(ValueError, match="decays: 2 flags, expected 1"):
-        fj.step_arrays(*[[1.0]] * 4, step=1, learning_rate=0.1, decays=[True, False])
-    with pytest.raises(ValueError, match="step: 0, expected an integer from 1"):
-        fj.step_arrays(*[[1.0]] * 4, step=0, learning_rate=0.1)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"count": -1}, "step: 0.*expected 1 or more"),
-        ({"rate": jnp.nan}, "learning_rate: -?nan, expected a finite number"),
-        ({"b2": 1.0}, "beta_2: 1.0*, expected 0 or more and less than 1"),
-        ({"eps": 0.0, "epsilon_corrected": False}, "epsilon: so small"),
-    ],
-)
-def test_values_known_only_when_it_runs_are_refused_then(change, message):
-    params = jnp.ones(3)
-
-    @functools.partial(jax.jit, static_argnames="epsilon_corrected")
-    def update(params, count=0, rate=0.1, b2=0.999, eps=1e-8, epsilon_corrected=True):
-        state = fj.init(params)._replace(count=count)
-        numbers = {"learning_rate": rate, "b2": b2, "eps": eps, "epsilon_corrected": epsilon_corrected}
-        return fj.fused_update(params, params, state, **numbers)
-
-    update(params)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=f"fastadam: {message}"):
-        jax.block_until_ready(update(params, **change))
 
 
 def test_the_count_stops_at_its_largest():

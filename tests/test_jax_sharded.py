@@ -125,6 +125,48 @@ def test_sharded_in_other_ways():
     """) == ["done"]
 
 
+def test_shard_map_knows_what_differs_between_devices():
+    """Or it would add up gradients as if parameters were the same everywhere."""
+    assert (
+        run_sharded("""
+        shard_map = getattr(jax, "shard_map", None)
+        if shard_map is None:
+            from jax.experimental.shard_map import shard_map
+        x = jnp.arange(8.0)[:, None] * jnp.ones(3)
+
+        def mapped(function, **options):
+            specs = {"in_specs": (P("x"), P("x")), "out_specs": P("x"), **options}
+            return jax.jit(shard_map(function, mesh=mesh, **specs))(x, x)
+
+        def dense(w, g):
+            return fj.fused_update(w, g, fj.init(w), learning_rate=0.1)[0]
+
+        def sparse(w, g):
+            return fj.sparse_update(w, jnp.arange(len(w)), g, fj.init(w), learning_rate=0.1)[0]
+
+        for step in (dense, sparse):
+            gradients = mapped(lambda w, x, step=step: jax.grad(lambda w: (w * x).sum())(step(w, x)))
+            np.testing.assert_array_equal(gradients, x)
+            scanned = mapped(lambda w, g, step=step: jax.lax.scan(lambda w, _: (step(w, g), None), w, length=3)[0])
+            np.testing.assert_allclose(scanned, x - 0.3 * np.sign(x), rtol=1e-5)
+            branch = mapped(lambda w, g, step=step: jax.lax.cond(g[0, 0] > 1, step, lambda w, g: w, w, g))
+            np.testing.assert_allclose(branch, np.where(x > 1, x - 0.1, x), rtol=1e-5)
+            try:
+                mapped(lambda w, g, step=step: step(jnp.ones_like(w), g), out_specs=P())
+            except ValueError as error:
+                assert "out_specs" in str(error), error
+                print("refused")
+        np.testing.assert_allclose(mapped(dense, axis_names={"x"}), x - 0.1 * np.sign(x), rtol=1e-5)
+        try:
+            mapped(sparse, axis_names={"x"})
+        except jax.errors.JaxRuntimeError as error:
+            assert "not manual along all axes of its mesh" in str(error), error
+            print("refused")
+    """)
+        == ["refused"] * 3
+    )
+
+
 def test_sharded_over_explicit_axes():
     """The default of `jax.make_mesh`: the sharding is part of the type of an array."""
     assert run_sharded("""

@@ -90,6 +90,14 @@ def test_without_ids_only_what_moves_anyway_moves(mode):
     assert int(state.count) == 4
 
 
+@pytest.mark.parametrize("shape", [(5, 0), (5, 0, 3), (0, 2)])
+def test_an_empty_table_takes_a_step(shape):
+    table, ids = jnp.ones(shape), jnp.zeros(min(shape[0], 2), int)
+    got, state = fj.sparse_update(table, ids, jnp.ones(ids.shape + shape[1:]), fj.init(table), learning_rate=0.1)
+    assert got.shape == shape
+    assert int(state.count) == 1
+
+
 @pytest.mark.parametrize("bad", [-1, 10, 2**31 - 1])
 def test_an_id_that_is_no_row_is_an_error_that_names_it(bad):
     table = jnp.ones((10, 2))
@@ -111,6 +119,9 @@ def test_an_id_that_is_no_row_is_an_error_that_names_it(bad):
         ({"ids": [0, 1, 2]}, None, ""),
         ({"ids": jnp.ones(2, int)}, ValueError, r"grads: shape \(3, 2\), expected \(2, 2\), ids.shape \+ table.shape"),
         ({"grads": jnp.ones((3, 3))}, ValueError, r"grads: shape \(3, 3\), expected \(3, 2\)"),
+        ({"table": {"w": jnp.ones((4, 2))}}, TypeError, "table: dict, expected an array"),
+        ({"epsilon_corrected": None}, TypeError, "epsilon_corrected: None, expected True or False"),
+        ({"table": jnp.ones((0, 2))}, ValueError, "ids: 3, expected none for a table without rows"),
         ({"table": jnp.ones(())}, ValueError, "table: a scalar, expected rows along a first axis"),
         ({"table": jnp.ones((4, 2), int)}, TypeError, "table: int32, expected one of"),
         ({"table": jnp.ones((5, 2))}, ValueError, r"state.mu: shape \(4, 2\), expected \(5, 2\)"),

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -23,7 +24,8 @@ namespace fastadam::bind {
 
 namespace ffi = xla::ffi;
 
-// The operand `numbers`, float32 or float64: in this order, also in python/fastadam/jax/arguments.py.
+// The operand `numbers`: of each, parts that add up to it, one of float64 or three of float32, which hold a float64. In
+// this order, also in python/fastadam/jax/arguments.py.
 enum Number { kLearningRate, kBeta1, kBeta2, kEpsilon, kWeightDecay, kGradFactor, kNumberCount };
 
 inline fastadam_dtype dtype_of(const ffi::AnyBuffer& buffer) {
@@ -99,7 +101,10 @@ class Step {
         rets_(rets),
         numbers_(values_of<double>(place, arg(0))),
         counts_(values_of<int64_t>(place, arg(1))) {
-    if (numbers_.size() != counts_.size() * kNumberCount) throw std::invalid_argument("a wrong number of numbers");
+    parts_ = counts_.empty() ? 0 : numbers_.size() / (counts_.size() * kNumberCount);
+    if (numbers_.size() != parts_ * counts_.size() * kNumberCount) {
+      throw std::invalid_argument("a wrong number of numbers");
+    }
   }
 
   int64_t batch() const { return static_cast<int64_t>(counts_.size()); }
@@ -144,12 +149,16 @@ class Step {
     return *found;
   }
 
-  double number(int64_t at, Number which) const { return numbers_[static_cast<size_t>(at * kNumberCount + which)]; }
+  double number(int64_t at, Number which) const {
+    const auto first = numbers_.begin() + static_cast<std::ptrdiff_t>(parts_) * (at * kNumberCount + which);
+    return std::accumulate(first, first + static_cast<std::ptrdiff_t>(parts_), 0.0);
+  }
 
   ffi::RemainingArgs args_;
   ffi::RemainingRets rets_;
   std::vector<double> numbers_;
   std::vector<int64_t> counts_;
+  size_t parts_ = 0;
 };
 
 // No exception leaves a handler.

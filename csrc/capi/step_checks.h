@@ -42,6 +42,8 @@ inline void check_hyper(const AdamHyper& hyper) {
   if (!std::isfinite(hyper.learning_rate)) refuse("learning_rate", hyper.learning_rate, "a finite number");
   if (!(hyper.beta_1 >= 0 && hyper.beta_1 < 1)) refuse("beta_1", hyper.beta_1, "0 or more and less than 1");
   if (!(hyper.beta_2 >= 0 && hyper.beta_2 < 1)) refuse("beta_2", hyper.beta_2, "0 or more and less than 1");
+  if (!(hyper.epsilon >= 0)) refuse("epsilon", hyper.epsilon, "0 or more");
+  if (!(hyper.weight_decay >= 0)) refuse("weight_decay", hyper.weight_decay, "0 or more");
   if (!(hyper.decay >= 0)) refuse("decay", hyper.decay, "0 or more");
   if (!(hyper.clip_value >= 0)) refuse("clip_value", hyper.clip_value, "0 or more");
   if (!(hyper.clip_norm >= 0)) refuse("clip_norm", hyper.clip_norm, "0 or more");

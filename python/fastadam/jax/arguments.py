@@ -43,6 +43,13 @@ def flatten_like(name: str, tree: Any, labels: Sequence[str], structure: Any) ->
     return leaves
 
 
+def check_array(name: str, value: Any) -> jax.Array:
+    """One array, no tree of them."""
+    if not jax.tree_util.all_leaves([value]):
+        raise TypeError(f"{name}: {type(value).__name__}, expected an array")
+    return jnp.asarray(value)
+
+
 def moments_of(state: Any) -> dict[str, Any]:
     """The fields of the moments by name."""
     fields = getattr(state, "_fields", ())
@@ -99,8 +106,8 @@ def check_scalar(name: str, value: Any, check: Callable[[str, Any], float] = che
     """A number of Python, checked now; or a scalar array, which the handler checks when its value is known."""
     if not isinstance(value, jax.Array):
         return check(name, value)
-    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"{name}: {value.dtype}{list(value.shape)}, expected a number or a float scalar")
+    if value.shape != () or not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise ValueError(f"{name}: {value.dtype}{list(value.shape)}, expected a number or a scalar")
     return value
 
 
@@ -113,7 +120,7 @@ def pack_numbers(
     grad_factor: Any,
     names: tuple[str, str, str] = ("b1", "b2", "eps"),
 ) -> Any:
-    """The operand `numbers`: in float64 where JAX has it, which is exact for both."""
+    """The operand `numbers`, a row for each; on the host as long as none is an array."""
     values = [
         learning_rate,
         check_scalar(names[0], beta_1, checks.check_beta),
@@ -122,10 +129,22 @@ def pack_numbers(
         check_scalar("weight_decay", weight_decay, checks.check_non_negative),
         check_scalar("grad_factor", grad_factor),
     ]
-    dtype = jnp.result_type(float)
-    if not any(isinstance(value, jax.Array) for value in values):
-        return np.asarray(values, dtype)
-    return jnp.stack([jnp.asarray(value, dtype) for value in values])
+    rows = [_parts_of(value) for value in values]
+    return (jnp if any(isinstance(row, jax.Array) for row in rows) else np).stack(rows)
+
+
+def _parts_of(value: Any) -> Any:
+    """What adds up to a number: itself in float64, or where JAX has only float32 three that hold a float64."""
+    is_array = isinstance(value, jax.Array)
+    if jnp.result_type(float) == jnp.float64:
+        return value.astype(jnp.float64)[None] if is_array else np.asarray([value], np.float64)
+    if is_array:
+        return jnp.stack([value.astype(jnp.float32), jnp.float32(0), jnp.float32(0)])
+    parts = np.zeros(3, np.float32)
+    for i in range(3):
+        parts[i] = np.float32(value)
+        value -= float(parts[i]) if np.isfinite(parts[i]) else value
+    return parts
 
 
 def spread_mask(mask: Any, params: Any, structure: Any) -> list[bool]:
@@ -133,7 +152,12 @@ def spread_mask(mask: Any, params: Any, structure: Any) -> list[bool]:
     if mask is None:
         return [True] * structure.num_leaves
     prefix = mask(params) if callable(mask) else mask
-    spread = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), prefix, params)
+    try:
+        spread = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), prefix, params)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"mask: {prefix!r}, expected bools in the tree of the parameters, or a prefix of it"
+        ) from error
     return [checks.check_bool("mask", flag) for flag in jax.tree.leaves(spread)]
 
 
@@ -166,5 +190,6 @@ def convert_gradient(label: str, grad: Any, param: Any, keeps_float32: bool = Tr
     """A gradient of a dtype that the kernels read: the parameter's, or float32 for half ones with float32 moments."""
     if not jnp.issubdtype(grad.dtype, jnp.floating):
         raise TypeError(f"{label}: {grad.dtype}, expected a float dtype")
-    is_read = grad.dtype == param.dtype or (keeps_float32 and param.dtype.name in HALF and grad.dtype == jnp.float32)
-    return grad if is_read else grad.astype(param.dtype)
+    if grad.dtype == param.dtype:
+        return grad
+    return grad.astype(jnp.float32 if keeps_float32 and param.dtype.name in HALF else param.dtype)

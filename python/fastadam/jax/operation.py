@@ -52,7 +52,7 @@ class DenseStep:
     def operand_axes(self) -> list[list[str]]:
         """Names of the axes of each operand: those of one name are sharded alike, where a result has it."""
         leaves = [[f"leaf{i}axis{axis}" for axis in range(rank)] for i, rank in enumerate(self.ranks)]
-        return [["number"], [], *leaves * (4 + self.amsgrad - self.from_zero)]
+        return [["number", "part"], [], *leaves * (4 + self.amsgrad - self.from_zero)]
 
     def attributes(self) -> dict[str, Any]:
         """Of the handler."""
@@ -82,7 +82,7 @@ class SparseStep:
     def operand_axes(self) -> list[list[str]]:
         """As of DenseStep. A shard of the rows is given all the ids, and takes its own of them."""
         columns = [f"column{axis}" for axis in range(self.rank - 1)]
-        return [["number"], [], ["id"], ["id", *columns], *[["row", *columns]] * (4 if self.amsgrad else 3)]
+        return [["number", "part"], [], ["id"], ["id", *columns], *[["row", *columns]] * (4 if self.amsgrad else 3)]
 
     def attributes(self) -> dict[str, Any]:
         """Of the handler."""
@@ -110,8 +110,34 @@ def operation(step: Step) -> Operation:
 
     update = jax.custom_jvp(_batched(step))
     update.defjvp(refuse)
-    compiled: Operation = jax.jit(update, inline=True)
+
+    def of_any(*operands: Any) -> Any:
+        return update(*_varying_alike(operands))
+
+    compiled: Operation = jax.jit(of_any, inline=True)
     return compiled
+
+
+def _varying_alike(operands: Sequence[Any]) -> Sequence[Any]:
+    """In ``shard_map``: every result may differ on all devices on which any operand does, and JAX has to know it."""
+    axes: frozenset[Any] = frozenset().union(*map(_varying_axes, operands))
+    return [_vary(x, axes - _varying_axes(x)) if axes else x for x in operands]
+
+
+def _varying_axes(array: Any) -> frozenset[Any]:
+    """Axes of the mesh along which JAX takes the values to differ; where it is told depends on its version."""
+    kind = jax.typeof(array)
+    axes: frozenset[Any] = (
+        kind.vma if hasattr(kind, "vma") else kind.mat.varying if hasattr(kind, "mat") else frozenset()
+    )
+    return axes
+
+
+def _vary(array: Any, axes: frozenset[Any]) -> Any:
+    if not axes:
+        return array
+    lax: Any = jax.lax
+    return lax.pcast(array, tuple(axes), to="varying") if hasattr(lax, "pcast") else lax.pvary(array, tuple(axes))
 
 
 def _batched(step: Step) -> Operation:
@@ -142,9 +168,12 @@ def _partitioned(step: Step) -> Operation:
         return _call(step, operands, {})
 
     def partition(mesh: Any, operands: Any, results: Any) -> Any:
-        specs = _specs(step, [_spec_of(result) for result in results])
-        lengths = {axis: mesh.shape[axis] for axis in step.row_axes(specs[step.first_result])}
-        shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
+        if any(not isinstance(result.sharding, NamedSharding) for result in results):
+            shardings, lengths = _whole_shardings(step, operands, results), {}
+        else:
+            specs = _specs(step, [_spec_of(result) for result in results])
+            lengths = {axis: mesh.shape[axis] for axis in step.row_axes(specs[step.first_result])}
+            shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
 
         def of_shards(*shards: Any) -> tuple[jax.Array, ...]:
             return _call(step, shards, lengths)
@@ -192,6 +221,15 @@ def _specs(step: Step, results: Sequence[Axes]) -> list[Axes]:
     return [tuple(found.get(name) for name in names) for names in axes]
 
 
+def _whole_shardings(step: Step, operands: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+    """Of every operand, where they have no axes to name: in a ``shard_map`` that is manual along some axes alone."""
+    if isinstance(step, SparseStep):
+        raise NotImplementedError("sparse_update in a shard_map that is not manual along all axes of its mesh")
+    of_leaves = [result.sharding for result in results[-len(step.ranks) :]]
+    leaf_kinds = (len(operands) - 2) // len(step.ranks)
+    return [operands[0].sharding, operands[1].sharding, *of_leaves * leaf_kinds]
+
+
 def _call(step: Step, operands: Sequence[Any], lengths: dict[str, int]) -> tuple[jax.Array, ...]:
     """`lengths`: of the mesh axes that the rows are sharded by."""
     register()
@@ -201,18 +239,11 @@ def _call(step: Step, operands: Sequence[Any], lengths: dict[str, int]) -> tuple
     if isinstance(step, SparseStep):
         attributes["axis_sizes"] = np.asarray(list(lengths.values()), np.int64)
     before, replaced = [*operands[: step.first_result], *places], operands[step.first_result :]
-    kinds = [_kind_of(x) for x in _of_results(step, operands)]
+    kinds = [jax.typeof(x) for x in _of_results(step, operands)]
     fresh = len(kinds) - len(replaced)
     aliases = {len(before) + i: fresh + i for i in range(len(replaced))}
     call = jax.ffi.ffi_call(step.target, kinds, input_output_aliases=aliases)
     return tuple(call(*before, *replaced, **attributes))
-
-
-def _kind_of(array: Any) -> Any:
-    """With the sharding that is part of the type, where the axes of a mesh are explicit."""
-    sharding = jax.typeof(array).sharding
-    is_explicit = any(axes is not None for axes in sharding.spec)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding if is_explicit else None)
 
 
 @functools.cache

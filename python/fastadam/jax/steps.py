@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fastadam import checks
+from fastadam.checks import check_bool
 from fastadam.jax.arguments import (
     AmsgradState,
     Arrays,
+    check_array,
     check_count,
     check_ids,
     check_like,
@@ -44,6 +45,7 @@ def init(params: Any, *, amsgrad: bool = False) -> Any:
     AmsgradState(count=Array(0, dtype=int32), mu=Array([0., 0.], dtype=float32), nu=Array([0., 0.], dtype=float32),
     nu_max=Array([0., 0.], dtype=float32))
     """
+    check_bool("amsgrad", amsgrad)
     labels, leaves, structure = flatten("params", params)
     check_params(labels, leaves)
 
@@ -81,7 +83,7 @@ def fused_update(
 
     Args:
         params: A tree of float16, bfloat16, float32 or float64 arrays.
-        grads: The same tree of gradients; another float dtype is converted, float32 for half parameters is not.
+        grads: The same tree of gradients; another float dtype is converted, for half parameters to float32 at least.
         state: Of :func:`init`, or any named tuple with ``count``, ``mu``, ``nu`` (and ``nu_max``): of ``optax.adam``
             the first of the chain. Moments of half parameters are float32, or of the parameters' dtype.
         learning_rate: A number, a scalar array, or a schedule: a function of ``state.count``.
@@ -181,18 +183,26 @@ def sparse_update(
     """
     if mode not in ("dense", "lazy"):
         raise ValueError(f"mode: {mode!r}, expected 'dense' or 'lazy'")
-    table, ids, grads = jnp.asarray(table), check_ids(ids), jnp.asarray(grads)
-    moments = {name: jnp.asarray(array) for name, array in moments_of(state).items()}
+    table, ids, grads = check_array("table", table), check_ids(ids), check_array("grads", grads)
+    moments = {name: check_array(f"state.{name}", array) for name, array in moments_of(state).items()}
     check_params([""], [table], "table")
     if table.ndim == 0:
         raise ValueError("table: a scalar, expected rows along a first axis")
     check_shape("grads", grads, (*ids.shape, *table.shape[1:]), "ids.shape + table.shape[1:]")
+    if ids.size and not table.shape[0]:
+        raise ValueError(f"ids: {ids.size}, expected none for a table without rows")
     for name, array in moments.items():
         check_like(f"state.{name}", array, "table", table, (state_dtype(table),))
     count = next_count(state)
     numbers = pack_numbers(rate_of(learning_rate, state), b1, b2, eps, weight_decay, grad_factor)
-    step = SparseStep(table.ndim, table.shape[0], len(moments) == 3, bool(epsilon_corrected), mode == "lazy")
-    rows = convert_gradient("grads", grads, table).reshape(-1, *table.shape[1:])
+    step = SparseStep(
+        table.ndim,
+        table.shape[0],
+        len(moments) == 3,
+        check_bool("epsilon_corrected", epsilon_corrected),
+        mode == "lazy",
+    )
+    rows = convert_gradient("grads", grads, table).reshape(ids.size, *table.shape[1:])
     new, *rest = operation(step)(numbers, count, ids.reshape(-1), rows, table, *moments.values())
     return new, state._replace(count=count, **dict(zip(moments, rest, strict=True)))
 
@@ -245,7 +255,7 @@ def step_arrays(
     for name, arrays in lists.items():
         if len(arrays) != len(leaves):
             raise ValueError(f"{name}: {len(arrays)} arrays, expected {len(leaves)} like params")
-    flags = [True] * len(leaves) if decays is None else [checks.check_bool("decays", flag) for flag in decays]
+    flags = [True] * len(leaves) if decays is None else [check_bool("decays", flag) for flag in decays]
     if len(flags) != len(leaves):
         raise ValueError(f"decays: {len(flags)} flags, expected {len(leaves)} like params")
     new, *moments = step_leaves(
@@ -297,7 +307,7 @@ def step_leaves(
         step = DenseStep(
             ranks=tuple(x.ndim for x in leaves[part]),
             amsgrad=len(moments) == 3,
-            epsilon_corrected=bool(epsilon_corrected),
+            epsilon_corrected=check_bool("epsilon_corrected", epsilon_corrected),
             decays=tuple(decays[part]),
             from_zero=params is None,
         )

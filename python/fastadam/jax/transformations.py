@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastadam.jax.arguments import (
-    HALF,
     check_params,
     flatten,
     flatten_like,
@@ -65,14 +64,14 @@ def scale_by_adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu_dtype: Any
         labels, leaves, structure = flatten("updates", updates)
         count = next_count(state)
         trees = {name: flatten_like(name, tree, labels, structure) for name, tree in moments_of(state).items()}
-        narrow = [
-            leaf.astype(mu.dtype) if leaf.dtype == jnp.float32 and mu.dtype.name in HALF else leaf
+        of_moments = [
+            leaf.astype(mu.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
             for leaf, mu in zip(leaves, trees["mu"], strict=True)
         ]
         directions, mu, nu = step_leaves(
             labels,
             None,
-            narrow,
+            of_moments,
             trees,
             count=count,
             numbers=pack_numbers(-1.0, b1, b2, eps, 0.0, 1.0),

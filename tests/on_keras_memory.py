@@ -17,7 +17,7 @@ def refused(optimizer, made, given, error, match):
     before = list(map(array, held))
     with pytest.raises(error, match=match):
         optimizer.apply(given, made)
-    assert all(np.array_equal(array(now), then) for now, then in zip(held, before, strict=True))
+    assert all(np.array_equal(array(now), then, equal_nan=True) for now, then in zip(held, before, strict=True))
 
 
 def test_wrong_gradients_are_refused_before_anything_changes():
@@ -45,6 +45,34 @@ def test_numbers_out_of_range_are_refused(name, value, error, match):
     optimizer.build(made)
     setattr(optimizer, name, value)
     refused(optimizer, made, gradients(0), error, match)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("epsilon", 0.0, "epsilon: so small that it is flushed to zero in float32, expected at least 1.2e-38"),
+        ("epsilon", 1e-40, "epsilon: so small that it is flushed to zero in float32, expected at least 1.2e-38"),
+        ("beta_1", 1 - 1e-10, "beta_1: 1.0* is 1 in float32, expected less"),
+        ("learning_rate", float("nan"), "learning_rate: nan, expected a finite number"),
+    ],
+)
+def test_numbers_that_float32_cannot_hold_are_refused_before_weight_decay(name, value, match):
+    optimizer, made = fastadam.keras.AdamW(0.5, weight_decay=0.5), variables()
+    optimizer.apply(gradients(0), made)
+    setattr(optimizer, name, value)
+    refused(optimizer, made, gradients(0), ValueError, match)
+    with pytest.raises(ValueError, match="epsilon: so small that it is flushed to zero in float64"):
+        fastadam.keras.Adam(0.5, epsilon=0.0)
+    with pytest.raises(ValueError, match="epsilon: so small that it is flushed to zero in float32"):
+        fastadam.keras.Adam(0.5, epsilon=1e-40).build(made)
+
+
+def test_a_variable_that_is_given_twice_is_refused():
+    optimizer, made = fastadam.keras.Adam(0.5), variables()
+    optimizer.build(made)
+    twice = [made[0], made[1], made[0]]
+    with pytest.raises(ValueError, match=r"trainable_variables\[2\]: '.*' is given twice, expected each once"):
+        optimizer.apply([gradients(0)[i] for i in (0, 1, 0)], twice)
 
 
 def test_options_that_keras_refuses_are_refused():

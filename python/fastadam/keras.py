@@ -6,12 +6,14 @@ loss scale, constraints, schedules and saving are Keras's own; what is replaced 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from fastadam import cuda
+from fastadam._backend import _cpu
 from fastadam.checks import check_beta, check_non_negative, check_number
 from fastadam.hyper import StepHyper
 from fastadam.ops import run_step
@@ -67,7 +69,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     Raises:
         RuntimeError: A backend without this update.
         TypeError: A number that is none; variables that are not float16, bfloat16, float32 or float64.
-        ValueError: A beta outside of [0, 1), a negative ``epsilon``; a gradient of another shape than its variable.
+        ValueError: A beta outside of [0, 1), an ``epsilon`` that is 0 in the arithmetic of the variables; a gradient of
+            another shape than its variable.
 
     Source: ``keras/src/optimizers/adam.py``; Kingma and Ba, "Adam" (arXiv:1412.6980), before section 2.1.
 
@@ -83,28 +86,40 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _require_backend(type(self).__name__)
         super().__init__(*args, **kwargs)
-        self._numbers()
+        self._check_numbers([], None)
 
     def build(self, var_list: Sequence[Any]) -> None:
         """Make the moments; refuses variables of a dtype that has no kernel."""
         for variable in var_list:
             if variable.dtype not in _DTYPES and not self._overwrite_variable_with_gradient(variable):
                 raise TypeError(f"variable '{variable.path}': dtype {variable.dtype}, expected one of {_DTYPES}")
+        self._check_numbers(var_list, None)
         super().build(var_list)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Update the variables. Gradients of wrong shapes are refused before anything changes."""
+        """Update the variables. What is wrong is refused before anything changes."""
         grads = [g if g is None or keras.ops.is_tensor(g) else keras.ops.convert_to_tensor(g) for g in grads]
         given = None if trainable_variables is None else list(trainable_variables)
-        if given is not None or self.built:
-            _check_gradients(grads, self._trainable_variables if given is None else given)
-        self._numbers()
+        variables = given if given is not None else self._trainable_variables if self.built else None
+        if variables is not None:
+            _check_gradients(grads, variables)
+        self._check_numbers(variables or [], self._get_current_learning_rate())
         super().apply(grads, given)
 
     def _numbers(self) -> tuple[float, float, float]:
         """Attributes that may have been set since the last step."""
         betas = check_beta("beta_1", self.beta_1), check_beta("beta_2", self.beta_2)
         return (*betas, check_non_negative("epsilon", self.epsilon))
+
+    @_outside_of_graphs
+    def _check_numbers(self, variables: Sequence[Any], learning_rate: Any) -> None:
+        """As the step will, which weight decay comes before; a rate that JAX does not know yet is left to the step."""
+        rate = _value_of(learning_rate)
+        is_known = rate is not None and not (keras.backend.backend() == "jax" and _is_traced(rate))
+        rate = check_number("learning_rate", rate) if is_known else 0.0
+        hyper = StepHyper(1, rate, *self._numbers())
+        for dtype in {"float64" if variable.dtype == "float64" else "float32" for variable in variables} or {"float64"}:
+            _plan_of_nothing(dtype).check_numbers(hyper, [])
 
     def _backend_update_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
         slots = {"m": self._momentums, "v": self._velocities}
@@ -254,10 +269,28 @@ def _require_backend(name: str) -> None:
             )
 
 
+@functools.cache
+def _plan_of_nothing(dtype: str) -> Any:
+    """For the checks of numbers that a plan has."""
+    empty = np.empty(0, dtype)
+    slots = {"m": [empty], "v": [empty]}
+    return _cpu.Plan([_cpu.Buffer(empty, "nothing")], slots, [False], [0], False, [None], None)
+
+
+def _is_traced(value: Any) -> bool:
+    import jax
+
+    return isinstance(value, jax.core.Tracer)
+
+
 def _check_gradients(grads: list[Any], variables: Sequence[Any]) -> None:
     if len(grads) != len(variables):
         raise ValueError(f"grads: {len(grads)} gradients, expected {len(variables)}, one for each variable")
+    met: set[int] = set()
     for i, (gradient, variable) in enumerate(zip(grads, variables, strict=True)):
+        if id(variable) in met:
+            raise ValueError(f"trainable_variables[{i}]: '{variable.path}' is given twice, expected each once")
+        met.add(id(variable))
         if gradient is not None and tuple(gradient.shape) != tuple(variable.shape):
             shapes = f"shape {tuple(gradient.shape)}, expected {tuple(variable.shape)}"
             raise ValueError(f"grads[{i}]: {shapes} like variable '{variable.path}'")

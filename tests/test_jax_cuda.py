@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import run_python
 
-pytest.importorskip("jax")
+jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
+jnp = jax.numpy
+import fastadam.jax as fj  # noqa: E402  after importorskip
+from fastadam.jax import operation  # noqa: E402
 
 TESTS = Path(__file__).parent
 
@@ -57,3 +62,44 @@ print(*[a > b for (a, _), (b, _) in zip(counts[2:], counts[1:])], counts[-1][1] 
 """
     result = run_python(code, FASTADAM_FAKE_JAX_CUDA=str(fake_jax_cuda), PYTHONPATH=str(TESTS))
     assert result.stdout.split() == ["False", "False", "False", "True"], result.stderr
+
+
+def on_a_gpu():
+    if not operation.has_cuda():
+        pytest.skip("needs a GPU, JAX for it and a CUDA build of fastadam")
+    return jax.devices("cuda")[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_gpu_has_the_bits_of_the_cpu(dtype, amsgrad):
+    results = []
+    for device in (on_a_gpu(), jax.devices("cpu")[0]):
+        params = {"w": jnp.linspace(-1, 1, 100_000).astype(dtype), "b": jnp.ones((3, 5), dtype)}
+        params = jax.device_put(params, device)
+        state = jax.device_put(fj.init(params, amsgrad=amsgrad), device)
+        step = jax.jit(functools.partial(fj.fused_update, learning_rate=0.1, weight_decay=0.01), donate_argnums=(0, 2))
+        for i in range(5):
+            gradients = jax.tree.map(lambda w, i=i: jnp.roll(w, i), params)
+            params, state = step(params, gradients, state)
+        results.append(jax.device_get((params, state)))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+def test_rows_on_a_gpu_have_the_bits_of_the_cpu(mode):
+    results = []
+    for device in (on_a_gpu(), jax.devices("cpu")[0]):
+        table = jax.device_put(jnp.linspace(-1, 1, 6400).reshape(100, 64), device)
+        state = jax.device_put(fj.init(table), device)
+        step = jax.jit(functools.partial(fj.sparse_update, learning_rate=0.1, mode=mode), donate_argnums=(0, 3))
+        for i in range(5):
+            ids = jnp.array([3, 99, 3, i])
+            table, state = step(table, jax.device_put(ids, device), table[ids], state)
+        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=r"indices\[1\]: 100 is no row"):
+            jax.block_until_ready(step(table + 0, jax.device_put(ids.at[1].set(100), device), table[ids], state))
+        results.append(np.asarray(table))
+    assert results[0].tobytes() == results[1].tobytes()

@@ -171,7 +171,7 @@ def sparse_update(
     Raises:
         TypeError: A dtype, or a number that is none.
         ValueError: A shape, a mode, or a number out of range.
-        jax.errors.JaxRuntimeError: When it runs: an id that is no row, which it names.
+        jax.errors.JaxRuntimeError: When it runs, or another ValueError: an id that is no row, which it names.
 
     >>> import jax.numpy as jnp, fastadam.jax
     >>> table, ids, rows = jnp.ones((3, 2)), jnp.array([2, 0, 2]), jnp.ones((3, 2))

@@ -49,6 +49,11 @@ struct CudaContext {
     return native->replays();
   }
 
+  int64_t step() {
+    const cuda::DeviceScope scope(device);
+    return native->step();
+  }
+
   void set_step(int64_t step) {
     const cuda::DeviceScope scope(device);
     native->set_step(step);
@@ -145,14 +150,27 @@ class CudaBackend {
       }
       if (hyper.require_finite) throw std::runtime_error("a step that waits to see its gradients cannot be captured");
     }
-    if (rate_.data != nullptr && !context_->native->is_capturing()) order_after(rate_stream_);
-    return launch_->step(args, tensors, hyper, rate_, call);
+    if (numbers_.found_inf != nullptr) {
+      for (const TensorArgs& tensor : tensors) {
+        if (tensor.stale != nullptr) {
+          throw std::runtime_error(
+              "found_inf: on the GPU, of a step with a deferred table, whose history the host has");
+        }
+      }
+      if (hyper.require_finite)
+        throw std::runtime_error("found_inf: on the GPU, of a step that requires finite gradients");
+    }
+    for (const std::optional<uintptr_t>& stream : number_streams_) order_after(stream);
+    return launch_->step(args, tensors, hyper, numbers_, call);
   }
 
   bool accumulate(const AccumulateArgs& args, bool require_finite, const std::vector<TensorArgs>& tensors,
                   int64_t call) {
     if (context_->native->is_capturing()) {
       throw std::runtime_error("gradient_accumulation_steps: calls that are counted by the host cannot be captured");
+    }
+    if (numbers_.grad_scale != nullptr || numbers_.found_inf != nullptr) {
+      throw std::runtime_error("gradient_accumulation_steps: with grad_scale or found_inf on the GPU");
     }
     return launch_->accumulate(args.restart, require_finite, tensors, call);
   }
@@ -163,22 +181,46 @@ class CudaBackend {
 
   bool is_capturing() const { return context_->native->is_capturing(); }
 
-  // A learning rate that lies on the device, or None.
-  void set_rate(const py::object& rate) {
-    rate_ = {};
-    if (rate.is_none()) return;
-    const Buffer b = require_cuda_array(rate, "learning_rate");
-    const bool is_float = b.dtype == FASTADAM_FLOAT32 || b.dtype == FASTADAM_FLOAT64;
-    if (!is_float || b.size != 1 || b.device != context_->device) {
-      throw py::value_error("learning_rate: " + tuple_text(b.shape) + " " +
-                            (b.dtype ? name_of(*b.dtype) : b.dtype_name) + " in " + place_text(b) +
-                            ", expected one float32 or float64 on CUDA device " + std::to_string(context_->device));
+  // Numbers of the steps from here on that lie on the device, or None; it reads them in each step.
+  void set_device_numbers(const py::object& rate, const py::object& grad_scale, const py::object& found_inf,
+                          bool counts) {
+    cuda::DeviceNumbers numbers{};
+    std::vector<std::optional<uintptr_t>> streams;
+    const auto read = [&](const py::object& number, const char* name, bool may_be_double) {
+      const Buffer b = require_number(number, name, may_be_double);
+      streams.push_back(b.stream);
+      return b;
+    };
+    if (!rate.is_none()) {
+      const Buffer b = read(rate, "learning_rate", true);
+      numbers.rate = b.data;
+      numbers.rate_is_double = b.dtype == FASTADAM_FLOAT64;
     }
-    rate_ = {b.data, b.dtype == FASTADAM_FLOAT64};
-    rate_stream_ = b.stream;
+    if (!grad_scale.is_none()) {
+      numbers.grad_scale = static_cast<const float*>(read(grad_scale, "grad_scale", false).data);
+    }
+    if (!found_inf.is_none()) {
+      numbers.found_inf = static_cast<const float*>(read(found_inf, "found_inf", false).data);
+    }
+    numbers.counts = counts;
+    numbers_ = numbers;
+    number_streams_ = std::move(streams);
   }
 
+  // Whether the device can count t with these betas; see cuda::Launch.
+  bool can_count(const AdamHyper& hyper) { return launch_->can_count(hyper); }
+
  private:
+  Buffer require_number(const py::object& number, const char* name, bool may_be_double) const {
+    Buffer b = require_cuda_array(number, name);
+    const bool is_float = b.dtype == FASTADAM_FLOAT32 || (may_be_double && b.dtype == FASTADAM_FLOAT64);
+    if (is_float && b.size == 1 && b.device == context_->device) return b;
+    throw py::value_error(std::string(name) + ": " + tuple_text(b.shape) + " " +
+                          (b.dtype ? name_of(*b.dtype) : b.dtype_name) + " in " + place_text(b) + ", expected one " +
+                          (may_be_double ? "float32 or float64" : "float32") + " on CUDA device " +
+                          std::to_string(context_->device));
+  }
+
   // 0 and "none" mean the legacy stream.
   static void* launch_stream(const Buffer& place) {
     const std::optional<uintptr_t> stream = place.stream_source ? stream_of(place.stream_source) : std::nullopt;
@@ -207,8 +249,8 @@ class CudaBackend {
   std::unique_ptr<cuda::Launch> launch_;
   std::vector<std::unique_ptr<cuda::SortedRows>> sorted_;  // by tensor, with memory for the next step
   std::vector<Copy> copies_;                               // of indices of the host
-  cuda::Rate rate_{};
-  std::optional<uintptr_t> rate_stream_;  // of whoever writes to it
+  cuda::DeviceNumbers numbers_{};
+  std::vector<std::optional<uintptr_t>> number_streams_;  // of whoever writes to them
 };
 
 }  // namespace fastadam::bind

@@ -44,6 +44,7 @@ void register_context(py::module_& m) {
       .def("wait", &CudaContext::wait)
       .def_property_readonly("is_captured", [](const CudaContext& c) { return c.native->is_captured(); })
       .def("replays", &CudaContext::replays)
+      .def("step", &CudaContext::step)
       .def("set_step", &CudaContext::set_step, py::arg("step"));
   py::class_<cuda::DeviceHistory, std::shared_ptr<cuda::DeviceHistory>>(m, "History", py::module_local())
       .def(py::init([](const py::array& alphas, const py::array& keeps, const py::array& peaks, int64_t steps,
@@ -128,7 +129,19 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   register_device_array(m);
   register_context(m);
   register_gather(m);
-  register_ops<CudaBackend>(m).def(
-      "set_rate", [](Plan<CudaBackend>& plan, const py::object& rate) { plan.backend().set_rate(rate); },
-      py::arg("rate"));
+  using CudaPlan = Plan<CudaBackend>;
+  register_ops<CudaBackend>(m)
+      .def(
+          "set_device_numbers",
+          [](CudaPlan& plan, const py::object& rate, const py::object& grad_scale, const py::object& found_inf,
+             bool counts) { plan.backend().set_device_numbers(rate, grad_scale, found_inf, counts); },
+          py::arg("rate"), py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none(),
+          py::arg("counts") = false)
+      .def(
+          "can_count",
+          [](CudaPlan& plan, const py::tuple& hyper) {
+            const CudaBackend::Scope scope(plan.backend(), plan.set().place());
+            return plan.backend().can_count(hyper_of(hyper));
+          },
+          py::arg("hyper"));
 }

@@ -294,7 +294,7 @@ fastadam_status fastadam_cuda_step(fastadam_cuda_plan* plan, const fastadam_list
           if (is_captured && hyper->require_finite) {
             throw std::invalid_argument("require_finite: a step that waits to see its gradients cannot be captured");
           }
-          const bool is_done = launch.step(args, tensors, *hyper, cuda::Rate{}, hyper->step - 1);
+          const bool is_done = launch.step(args, tensors, *hyper, cuda::DeviceNumbers{}, hyper->step - 1);
           if (is_done) plan->last_step = hyper->step;
           return is_done;
         });

@@ -23,7 +23,7 @@ constexpr int64_t kChunkElements = 16384;
 // What changes from step to step, of one tensor.
 struct Gradient {
   const void* data;
-  double factor;  // multiplies it after the value clip
+  double factor;  // multiplies it after the value clip, as far as the host knows
   int64_t size;   // fewer than the tensor's, or more, of IndexedSlices
   DType dtype;
 };
@@ -115,7 +115,7 @@ struct DenseStep {
     const TensorArgs& tensor = tensors[chunk.tensor];
     const Gradient& gradient = gradients[chunk.tensor];
     const StepScalars<T> s = scalars_of<T>(*state);
-    const double factor = factors == nullptr ? gradient.factor : factors[chunk.tensor];
+    const double factor = factors == nullptr ? gradient.factor * state->unscale : factors[chunk.tensor];
     const Streams<Grad, Slot> streams{static_cast<Storage*>(tensor.var),
                                       static_cast<const Grad*>(gradient.data),
                                       static_cast<Slot*>(tensor.m),

@@ -28,13 +28,21 @@ void Context::Parts::make_powers(const AdamHyper& hyper) {
   has_powers = true;
 }
 
+bool Context::Parts::have_tables(bool singles_too, bool doubles_too) const {
+  return (!singles_too || singles.get().count > 0) && (!doubles_too || doubles.get().count > 0);
+}
+
+bool Context::Parts::has_powers_for(const AdamHyper& hyper, bool singles_too, bool doubles_too) const {
+  return have_tables(singles_too, doubles_too) && hyper.beta_1 == beta_1 && hyper.beta_2 == beta_2;
+}
+
 void Context::Parts::require_powers(const AdamHyper& hyper, bool singles_too, bool doubles_too) const {
-  const bool exist = (!singles_too || singles.get().count > 0) && (!doubles_too || doubles.get().count > 0);
-  if (exist && hyper.beta_1 == beta_1 && hyper.beta_2 == beta_2) return;
-  throw std::runtime_error(exist ? "a beta has changed since the first step, expected constant ones in a step that is "
-                                   "captured or whose learning_rate is on the GPU"
-                                 : "a beta too near to 1 for a step that is captured or whose learning_rate is on the "
-                                   "GPU");
+  if (has_powers_for(hyper, singles_too, doubles_too)) return;
+  throw std::runtime_error(have_tables(singles_too, doubles_too)
+                               ? "a beta has changed since the first step, expected constant ones in a step that is "
+                                 "captured or whose learning_rate is on the GPU"
+                               : "a beta too near to 1 for a step that is captured or whose learning_rate is on the "
+                                 "GPU");
 }
 
 Context::Context() : parts_(std::make_unique<Parts>()) {
@@ -87,6 +95,13 @@ int64_t Context::replays() {
   int64_t replays = 0;
   check(cudaMemcpy(&replays, &parts_->state.get()->replays, sizeof(replays), cudaMemcpyDeviceToHost));
   return replays;
+}
+
+int64_t Context::step() {
+  wait();
+  int64_t step = 0;
+  check(cudaMemcpy(&step, &parts_->state.get()->step, sizeof(step), cudaMemcpyDeviceToHost));
+  return step;
 }
 
 void Context::set_step(int64_t step) {

@@ -33,7 +33,11 @@ struct Context::Parts {
 
   // At the first step: in a capture there is no memory to be had.
   void make_powers(const AdamHyper& hyper);
+  bool has_powers_for(const AdamHyper& hyper, bool singles_too, bool doubles_too) const;
   void require_powers(const AdamHyper& hyper, bool singles_too, bool doubles_too) const;
+
+ private:
+  bool have_tables(bool singles_too, bool doubles_too) const;
 };
 
 }  // namespace fastadam::cuda

@@ -129,18 +129,34 @@ struct Launch::Tables {
     throw std::runtime_error("a step with such gradients was not made before it was captured; make one first");
   }
 
-  void begin(const StepArgs& step, const AdamHyper& hyper, const Rate& rate, int64_t call, cudaStream_t stream) {
+  bool needs_singles(const AdamHyper& hyper) const { return has_single && !hyper.epsilon_corrected; }
+  bool needs_doubles(const AdamHyper& hyper) const { return has_double || hyper.epsilon_corrected; }
+
+  bool can_count(const AdamHyper& hyper) const {
     if (!context.has_powers) context.make_powers(hyper);
-    if (!context.is_capturing && rate.data == nullptr) return begin(step, hyper.step, call, stream);
-    context.require_powers(hyper, has_single && !hyper.epsilon_corrected, has_double || hyper.epsilon_corrected);
-    launch(AdvanceStep{state(), report(), call, hyper, context.is_capturing, context.singles.get(),
-                       context.doubles.get(), rate.data, rate.is_double, has_single, has_double},
+    return context.has_powers_for(hyper, needs_singles(hyper), needs_doubles(hyper));
+  }
+
+  void begin(const StepArgs& step, const AdamHyper& hyper, DeviceNumbers numbers, int64_t call, cudaStream_t stream) {
+    if (!context.has_powers) context.make_powers(hyper);
+    numbers.counts = numbers.counts || context.is_capturing;
+    if (!numbers.counts && numbers.rate == nullptr) {
+      launch(BeginStep{state(), report(), hyper.step, call, step.scalars_f32, step.scalars_f64, numbers,
+                       hyper.clip_value, hyper.gradient_scale},
+             1, stream);
+      return;
+    }
+    context.require_powers(hyper, needs_singles(hyper), needs_doubles(hyper));
+    launch(AdvanceStep{state(), report(), call, hyper, numbers, context.is_capturing, context.singles.get(),
+                       context.doubles.get(), has_single, has_double},
            1, stream);
     context.is_captured = context.is_captured || context.is_capturing;
   }
 
-  void begin(const StepArgs& step, int64_t t, int64_t call, cudaStream_t stream) {
-    launch(BeginStep{state(), report(), t, call, step.scalars_f32, step.scalars_f64}, 1, stream);
+  // What is no step, but before or between them.
+  void begin(const StepArgs& step, int64_t call, cudaStream_t stream) {
+    launch(BeginStep{state(), report(), kSameStep, call, step.scalars_f32, step.scalars_f64, {}, HUGE_VAL, 1}, 1,
+           stream);
   }
 
   void set_gradients(const std::vector<TensorArgs>& given, cudaStream_t stream) {
@@ -158,16 +174,19 @@ struct Launch::Tables {
     stored = std::move(wanted);
   }
 
-  void sum_squares(const NormTables& norms_now, double clip_value, bool require_finite, cudaStream_t stream) {
-    launch(SumSquares{gradients.get(), norms_now.offsets.get(), norms_now.count(), clip_value, require_finite,
+  // `scaled`: by a step with a grad_scale on the device, which has the value clip.
+  void sum_squares(const NormTables& norms_now, const StepState* scaled, double clip_value, bool require_finite,
+                   cudaStream_t stream) {
+    launch(SumSquares{gradients.get(), norms_now.offsets.get(), norms_now.count(), scaled, clip_value, require_finite,
                       norms_now.sums.get()},
            norm_grid(norms_now.host_offsets), stream);
     launch(SumBlocks{norms_now.offsets.get(), norms_now.sums.get(), most_blocks(norms_now.host_offsets)},
            norms_now.count(), stream);
   }
 
-  bool all_finite(const NormTables& norms_now, cudaStream_t stream) {
-    launch(JudgeFinite{state(), report(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count()}, 1, stream);
+  bool all_finite(const NormTables& norms_now, bool is_step, cudaStream_t stream) {
+    launch(JudgeFinite{state(), report(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count(), is_step}, 1,
+           stream);
     check(cudaStreamSynchronize(stream));
     return context.report.get()->not_finite == 0;
   }
@@ -175,10 +194,10 @@ struct Launch::Tables {
   // The factors of norm clips, or null.
   const double* clip(const NormTables& norms_now, const AdamHyper& hyper, cudaStream_t stream) {
     if (!std::isfinite(hyper.clip_norm) && !std::isfinite(hyper.global_clip_norm)) return nullptr;
-    launch(
-        ClipFactors{gradients.get(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count(), hyper.clip_norm,
-                    hyper.global_clip_norm, hyper.gradient_scale, norms_now.factors.get(), norms_now.squares.get()},
-        1, stream);
+    launch(ClipFactors{state(), gradients.get(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count(),
+                       hyper.clip_norm, hyper.global_clip_norm, hyper.gradient_scale, norms_now.factors.get(),
+                       norms_now.squares.get()},
+           1, stream);
     return norms_now.factors.get();
   }
 
@@ -206,21 +225,26 @@ Launch::Launch(std::shared_ptr<Context> context, const std::vector<TensorArgs>& 
 
 Launch::~Launch() = default;
 
-bool Launch::step(const StepArgs& step, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper,
-                  const Rate& rate, int64_t call) {
+bool Launch::can_count(const AdamHyper& hyper) { return tables_->can_count(hyper); }
+
+bool Launch::step(const StepArgs& given, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper,
+                  const DeviceNumbers& numbers, int64_t call) {
   Tables& tables = *tables_;
+  StepArgs step = given;
+  if (numbers.grad_scale != nullptr && step.transform == kAsItIs) step.transform = kClipAndFactor;
   const cudaStream_t stream = tables.context.stream;
   const Layout& layout = tables.layout_of(tensors, stream);
   const bool needs_norms =
       std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm) || hyper.require_finite;
   if (needs_norms) tables.norms_of(tensors, stream);
-  tables.begin(step, hyper, rate, call, stream);
+  tables.begin(step, hyper, numbers, call, stream);
   tables.set_gradients(tensors, stream);
   const double* factors = nullptr;
   if (needs_norms) {
     const NormTables& norms = tables.norms;
-    tables.sum_squares(norms, raw_clip_value(hyper), hyper.require_finite, stream);
-    if (hyper.require_finite && !tables.all_finite(norms, stream)) return false;
+    const StepState* scaled = numbers.grad_scale == nullptr ? nullptr : tables.state();
+    tables.sum_squares(norms, scaled, raw_clip_value(hyper), hyper.require_finite, stream);
+    if (hyper.require_finite && !tables.all_finite(norms, true, stream)) return false;
     factors = tables.clip(norms, hyper, stream);
   }
   for (const Layout::Round& round : layout.rounds) {
@@ -242,10 +266,10 @@ bool Launch::accumulate(bool restart, bool require_finite, const std::vector<Ten
   const cudaStream_t stream = tables.context.stream;
   const Layout& layout = tables.layout_of(tensors, stream);
   if (require_finite) tables.norms_of(tensors, stream);
-  tables.begin(StepArgs{}, kSameStep, call, stream);
+  tables.begin(StepArgs{}, call, stream);
   tables.set_gradients(tensors, stream);
-  if (require_finite) tables.sum_squares(tables.norms, HUGE_VAL, true, stream);
-  if (require_finite && !tables.all_finite(tables.norms, stream)) return false;
+  if (require_finite) tables.sum_squares(tables.norms, nullptr, HUGE_VAL, true, stream);
+  if (require_finite && !tables.all_finite(tables.norms, false, stream)) return false;
   for (const Layout::Round& round : layout.rounds) {
     const bool is_first = &round == &layout.rounds.front();
     for (size_t i = 0; i < kDTypeCount; ++i) {
@@ -268,13 +292,13 @@ void Launch::sum_squares(const std::vector<TensorArgs>& tensors, double* sums) {
   const cudaStream_t stream = tables.context.stream;
   const NormTables& norms = tables.norms_of(tensors, stream);
   tables.set_gradients(tensors, stream);
-  tables.sum_squares(norms, HUGE_VAL, false, stream);
+  tables.sum_squares(norms, nullptr, HUGE_VAL, false, stream);
   launch(ListSums{norms.offsets.get(), norms.sums.get(), norms.count(), sums}, norms.count() > 0 ? 1 : 0, stream);
 }
 
 void Launch::catch_up(const StepArgs& step, const TensorArgs& tensor, int64_t call) {
   const cudaStream_t stream = tables_->context.stream;
-  tables_->begin(step, kSameStep, call, stream);
+  tables_->begin(step, call, stream);
   step_rows(step, tensor, nullptr, tables_->state(), stream);
 }
 

@@ -14,12 +14,6 @@
 
 namespace fastadam::cuda {
 
-// A learning rate that lies on the device; null: it does not.
-struct Rate {
-  const void* data;
-  bool is_double;
-};
-
 // A table in a deferred mode: `from` is not used, but these.
 struct DeviceStale : StaleRows {
   int32_t* last;  // steps of the history that each row has had
@@ -53,7 +47,8 @@ class FASTADAM_API Context {
   bool is_captured() const;  // some step was
   int64_t replays();         // steps that graphs have made; waits
 
-  void set_step(int64_t step);  // the next one that a graph makes is one more; waits
+  int64_t step();               // t of the last step that was made; waits
+  void set_step(int64_t step);  // the next one that the device counts is one more; waits
 
   struct Parts;
   Parts& parts() { return *parts_; }
@@ -73,9 +68,13 @@ class FASTADAM_API Launch {
   Launch& operator=(const Launch&) = delete;
 
   // Norms, clipping, and the step. `call`: the caller's counter. Waits, and returns false if nothing was done, where
-  // the gradients had to be finite.
-  bool step(const StepArgs& step, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper, const Rate& rate,
-            int64_t call);
+  // the gradients had to be finite. Whether it is skipped for `numbers.found_inf` is not known to the host.
+  bool step(const StepArgs& step, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper,
+            const DeviceNumbers& numbers, int64_t call);
+
+  // Whether the device can count t, or read a rate, for a step with these betas: it has powers of those of the first
+  // step alone, and none of one too near to 1. Not to be asked in a capture.
+  bool can_count(const AdamHyper& hyper);
 
   // As step(), for gradients that are added up. Those that have to be finite wait.
   bool accumulate(bool restart, bool require_finite, const std::vector<TensorArgs>& tensors, int64_t call);

@@ -16,6 +16,7 @@ struct SumSquares {
   const Gradient* gradients;
   const int64_t* block_offsets;  // as in NormArgs
   int64_t tensor_count;
+  const StepState* state;  // of the step, or null: `clip_value` is that of gradients as they come
   double clip_value;
   bool require_finite;
   double* sums;
@@ -57,11 +58,12 @@ struct SumSquares {
   FASTADAM_INLINE double sum(const Storage* grad, int64_t size, int64_t lane) const {
     using T = Compute<Storage>;
     double total = 0;
+    const T raw_clip = state == nullptr ? static_cast<T>(clip_value) : scalars_of<T>(*state).clip_value;
     T not_finite = T(0);  // or NaN
     for (int64_t at = lane; at < size; at += kNormLanes) {
       const T g = load(grad[at]);
       if (require_finite) not_finite += g - g;
-      const auto x = static_cast<double>(transform_gradient(g, static_cast<T>(clip_value), T(1)));
+      const auto x = static_cast<double>(transform_gradient(g, raw_clip, T(1)));
       total += x * x;
     }
     return require_finite ? total + static_cast<double>(not_finite) : total;
@@ -120,6 +122,7 @@ struct JudgeFinite {
   const int64_t* block_offsets;
   const double* sums;  // of tensors, where SumBlocks left them
   int64_t tensor_count;
+  bool is_step;  // whose t is taken back; else an accumulation
 
   FASTADAM_INLINE int phases() const { return 2; }
 
@@ -134,6 +137,7 @@ struct JudgeFinite {
       bool found = false;
       for (int i = 0; i < kThreads; ++i) found = found || shared.found[i];
       report->not_finite = found ? 1 : 0;
+      if (found && is_step && !state->skip) --state->step;
       if (found) state->skip = true;
     }
   }
@@ -143,6 +147,7 @@ struct JudgeFinite {
 struct ClipFactors {
   static constexpr int kThreads = 256;
   using Shared = NoShared;
+  const StepState* state;
   const Gradient* gradients;
   const int64_t* block_offsets;
   const double* sums;
@@ -171,9 +176,9 @@ struct ClipFactors {
 
   FASTADAM_INLINE void clip(int64_t t) const {
     const bool is_empty = block_offsets[t] == block_offsets[t + 1];
-    const double norm = std::sqrt(is_empty ? 0.0 : sums[block_offsets[t]]) * gradient_scale;
+    const double norm = std::sqrt(is_empty ? 0.0 : sums[block_offsets[t]]) * (gradient_scale * state->unscale);
     const double factor = clip_norm < kNone ? clip_factor(norm, clip_norm) : 1.0;
-    factors[t] = gradients[t].factor * factor;
+    factors[t] = gradients[t].factor * state->unscale * factor;
     squares[t] = norm * factor * norm * factor;
   }
 

@@ -144,7 +144,7 @@ struct RowStep {
  private:
   template <class Grad>
   FASTADAM_INLINE T sum(const Rows& rows, int64_t k, int64_t column, const Scalars& scalars) const {
-    const T scale = static_cast<T>(factor == nullptr ? tensor.grad_factor : *factor);
+    const T scale = static_cast<T>(factor == nullptr ? tensor.grad_factor * state->unscale : *factor);
     return sum_values<kTransform, Grad>(rows, tensor.grad, k, column, scalars.clip_value, scale);
   }
 

@@ -15,8 +15,18 @@ class ClosedForms(_cpu.ClosedForms): ...
 class Plan(_cpu.Plan):
     """Launches of one set of variables, on the stream that their library works on."""
 
-    def set_rate(self, rate: Any) -> None:
-        """A learning rate that lies on the GPU, or None."""
+    def set_device_numbers(
+        self, rate: Any, grad_scale: Any = None, found_inf: Any = None, counts: bool = False
+    ) -> None:
+        """Numbers that lie on the GPU, or None, for the steps from here on, each of which reads them anew.
+
+        rate: in the place of ``learning_rate``; one float32 or float64.
+        grad_scale: what gradients have been multiplied by; one float32.
+        found_inf: not 0 skips a step: nothing is written, and t is not counted; one float32.
+        counts: t is that of the last step of the context and one more, whatever ``step`` is.
+        """
+    def can_count(self, hyper: tuple[Any, ...]) -> bool:
+        """Whether the GPU can count t, or read a rate, with these betas; not to be asked in a capture."""
 
 class Context:
     """What the plans of one optimizer share on one device."""
@@ -29,8 +39,10 @@ class Context:
     def wait(self) -> None: ...
     @property
     def is_captured(self) -> bool: ...
-    def step(self) -> int | None:
-        """T of the last step; None while the next is being captured. Waits."""
+    def replays(self) -> int:
+        """Steps that CUDA graphs have made; waits."""
+    def step(self) -> int:
+        """T of the last step that was made; waits."""
     def set_step(self, step: int) -> None: ...
 
 class History:

@@ -101,7 +101,7 @@ class Stepper(DeferredTables):
         plan, gradients = found or self._make_plan(pairs, hyper, scale)
         self._plans.use(plan)
         if plan.device >= 0:
-            plan.native.set_rate(rate)
+            plan.native.set_device_numbers(rate)
         if steps:
             return self._accumulate(plan, gradients, scale, loss_scale is not None, hyper)
         if loss_scale is not None:

@@ -15,6 +15,8 @@ namespace {
 
 using namespace kernel_test;
 
+constexpr double kClipValue = 0.5;  // of scalars()
+
 std::vector<cuda::Gradient> gradients_of(const std::vector<TensorArgs>& tensors) {
   std::vector<cuda::Gradient> wanted;
   for (const TensorArgs& tensor : tensors) wanted.push_back(cuda::gradient_of(tensor));
@@ -28,17 +30,17 @@ std::vector<cuda::Gradient> gradients_of(const std::vector<TensorArgs>& tensors)
   return gradients;
 }
 
-cuda::StepState state_of(const StepArgs& step) {
+cuda::StepState state_of(const StepArgs& step, const cuda::DeviceNumbers& numbers = {}) {
   cuda::StepState state{};
   cuda::Report report{};
-  emulate(cuda::BeginStep{&state, &report, 1, 0, step.scalars_f32, step.scalars_f64}, 1);
+  emulate(cuda::BeginStep{&state, &report, 1, 0, step.scalars_f32, step.scalars_f64, numbers, kClipValue, 1}, 1);
   return state;
 }
 
 // As Launch::step in csrc/cuda/launch.cu.
-void run_step(const StepArgs& step, const std::vector<TensorArgs>& tensors) {
+void run_step(const StepArgs& step, const std::vector<TensorArgs>& tensors, const cuda::DeviceNumbers& numbers = {}) {
   const std::vector<cuda::Gradient> gradients = gradients_of(tensors);
-  const cuda::StepState state = state_of(step);
+  const cuda::StepState state = state_of(step, numbers);
   const auto rounds = cuda::rounds_of(step.chains);
   std::vector<int64_t> averaged;
   for (const int64_t t : rounds[0]) {
@@ -118,6 +120,122 @@ void check_steps() {
   }
 }
 
+// Of a list whose scale, and whether it is skipped, the device alone knows.
+void check_scaled_steps() {
+  Claims claims;
+  const float scale = 3;
+  const float zero = 0;
+  const float one = 1;
+  for (int mode = 0; mode < 2 * (kTransformCount - 1); ++mode) {
+    const bool amsgrad = mode % 2 != 0;
+    const int transform = 1 + mode / 2;
+    const List expected(0, amsgrad);
+    const List list(0, amsgrad);
+    const List untouched(0, amsgrad);
+    StepArgs scaled = expected.step(amsgrad, transform, true);
+    std::vector<TensorArgs> tensors = expected.tensors;
+    for (TensorArgs& tensor : tensors) tensor.grad_factor *= 1.0 / static_cast<double>(scale);
+    scaled.chains.tensors = tensors.data();
+    scaled.scalars_f64.clip_value = kClipValue / (1.0 / static_cast<double>(scale));
+    scaled.scalars_f32.clip_value = static_cast<float>(scaled.scalars_f64.clip_value);
+    cpu::run_step(scaled);
+    cuda::DeviceNumbers numbers{};
+    numbers.grad_scale = &scale;
+    numbers.found_inf = &one;
+    run_step(list.step(amsgrad, transform, true), list.tensors, numbers);
+    claims.note("threads of a step that is skipped leave every bit", list == untouched);
+    numbers.found_inf = &zero;
+    run_step(list.step(amsgrad, transform, true), list.tensors, numbers);
+    claims.note("threads that read a scale give the bits of a step whose scale the host knew", list == expected);
+  }
+}
+
+template <class T>
+bool same(const StepScalars<T>& a, const StepScalars<T>& b) {
+  return a.alpha == b.alpha && a.row_alpha == b.row_alpha && a.beta_1 == b.beta_1 && a.beta_2 == b.beta_2 &&
+         a.one_minus_beta_1 == b.one_minus_beta_1 && a.one_minus_beta_2 == b.one_minus_beta_2 &&
+         a.epsilon == b.epsilon && a.clip_value == b.clip_value && a.keep == b.keep &&
+         a.ema_momentum == b.ema_momentum && a.l2 == b.l2;
+}
+
+// Steps that are begun one after the other, some of them skipped, against the numbers of the host.
+void check_counting(bool epsilon_corrected, bool is_captured, Claims& claims) {
+  AdamHyper hyper{};
+  hyper.learning_rate = 0.01;
+  hyper.beta_1 = 0.9;
+  hyper.beta_2 = 0.98;
+  hyper.epsilon = 1e-7;
+  hyper.decay = 0.1;
+  hyper.weight_decay = 0.01;
+  hyper.clip_value = 0.7;
+  hyper.epsilon_corrected = epsilon_corrected;
+  const std::vector<float> singles_1 = cuda::powers_of<float>(hyper.beta_1);
+  const std::vector<float> singles_2 = cuda::powers_of<float>(hyper.beta_2);
+  const std::vector<double> doubles_1 = cuda::powers_of<double>(hyper.beta_1);
+  const std::vector<double> doubles_2 = cuda::powers_of<double>(hyper.beta_2);
+  const auto single_count = static_cast<int64_t>(singles_1.size());  // the shorter ones: t stays below
+  const auto double_count = static_cast<int64_t>(doubles_1.size());
+  cuda::StepState state{};
+  cuda::Report report{};
+  constexpr int64_t kStart = 6;
+  int64_t made = kStart;
+  int64_t counted = 0;
+  for (int i = 0; i < 12; ++i) {
+    const float scale = 0.1F + static_cast<float>(i * i);
+    const float found_inf = i % 3 == 1 || i == 5 ? 1.0F : 0.0F;
+    AdamHyper known = hyper;
+    known.step = made + 1;
+    known.gradient_scale = 1.0 / static_cast<double>(scale);
+    const auto single = make_step_scalars<float>(known);
+    const auto twice = make_step_scalars<double>(known);
+    AdamHyper given = hyper;
+    given.gradient_scale = 1;
+    cuda::DeviceNumbers numbers{};
+    numbers.grad_scale = &scale;
+    numbers.found_inf = &found_inf;
+    if (i % 4 == 0) {  // the host knows t
+      given.step = made + 1;
+      emulate(cuda::BeginStep{&state, &report, given.step, i, make_step_scalars<float>(given),
+                              make_step_scalars<double>(given), numbers, given.clip_value, 1},
+              1);
+    } else {
+      given.step = 1;
+      numbers.counts = true;
+      emulate(cuda::AdvanceStep{&state,
+                                &report,
+                                i,
+                                given,
+                                numbers,
+                                is_captured,
+                                {singles_1.data(), singles_2.data(), single_count},
+                                {doubles_1.data(), doubles_2.data(), double_count},
+                                true,
+                                true},
+              1);
+      if (found_inf == 0) ++counted;
+    }
+    if (found_inf == 0) ++made;
+    claims.note("t is counted by steps that are made", state.step == made && state.skip == (found_inf != 0));
+    claims.note("and so are those of graphs", state.replays == (is_captured ? counted : 0));
+    claims.note("numbers of a step that the device counts and scales are those of the host",
+                same(state.single, single) && same(state.twice, twice) && state.unscale == known.gradient_scale);
+  }
+}
+
+// An index that was no row: t is that of the step before it, whatever is asked for afterwards.
+void check_failure() {
+  cuda::StepState state{};
+  cuda::Report found{};
+  const StepArgs step = step_of(1, false, kAsItIs);
+  const auto begin = [&](int64_t t) {
+    emulate(cuda::BeginStep{&state, &found, t, 100 + t, step.scalars_f32, step.scalars_f64, {}, kClipValue, 1}, 1);
+  };
+  begin(7);
+  state.failed = true;
+  for (int64_t t = 8; t < 11; ++t) begin(t);
+  report(state.step == 7 && state.skip && found.failed == 1 && found.call == 108, "t is that of the last good step");
+}
+
 // Gradients whose number of blocks is no power of two, and none at all.
 void check_norms() {
   Claims claims;
@@ -143,7 +261,7 @@ void check_norms() {
       cpu::run_norm(norms.args());
       claims.note("threads of norms find what is not finite", norms.all_finite() == finite);
       std::vector<double> sums(static_cast<size_t>(offsets.back()));
-      emulate(cuda::SumSquares{gradients.data(), offsets.data(), count, clip_value, true, sums.data()},
+      emulate(cuda::SumSquares{gradients.data(), offsets.data(), count, nullptr, clip_value, true, sums.data()},
               cuda::norm_grid(offsets));
       bool same = true;
       for (size_t i = 0; i < sums.size(); ++i) {
@@ -162,7 +280,8 @@ void check_norms() {
         const std::vector<double> expected = again.clip_factors(hyper);
         std::vector<double> factors(tensors.size());
         std::vector<double> squares(tensors.size());
-        emulate(cuda::ClipFactors{gradients.data(), offsets.data(), sums.data(), count, hyper.clip_norm,
+        const cuda::StepState state = state_of(StepArgs{});
+        emulate(cuda::ClipFactors{&state, gradients.data(), offsets.data(), sums.data(), count, hyper.clip_norm,
                                   hyper.global_clip_norm, hyper.gradient_scale, factors.data(), squares.data()},
                 1);
         bool equal = true;
@@ -205,6 +324,14 @@ void check_chunks() {
 
 int main() {
   check_steps();
+  check_scaled_steps();
+  {
+    Claims claims;
+    for (const bool epsilon_corrected : {false, true}) {
+      for (const bool is_captured : {false, true}) check_counting(epsilon_corrected, is_captured, claims);
+    }
+  }
+  check_failure();
   check_norms();
   check_chunks();
   return failures == 0 ? 0 : 1;

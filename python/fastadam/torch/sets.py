@@ -180,7 +180,7 @@ class ParameterSet:
 
     def set_rate(self, rate: Any) -> None:
         """On a GPU: a learning rate that lies there is read there."""
-        self.plan.set_rate(rate if isinstance(rate, Tensor) and rate.is_cuda else None)
+        self.plan.set_device_numbers(rate if isinstance(rate, Tensor) and rate.is_cuda else None)
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 

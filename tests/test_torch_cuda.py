@@ -105,3 +105,144 @@ def test_a_capture_without_capturable_is_refused(gpu):
     found[1].step()
     with pytest.raises(RuntimeError, match="expected capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         found[1].step()
+
+
+# ---- GradScaler -----------------------------------------------------------------------------------------------------
+
+
+class Scaled:
+    """A model of one layer, its optimizer and a scaler; an input that is infinite makes a step that is skipped."""
+
+    def __init__(self, cls, *, sparse=False, **options):
+        torch.manual_seed(0)
+        embedding = torch.nn.Embedding(50, 4, sparse=sparse, device="cuda")
+        self.table, self.optimizer = embedding.weight, cls(embedding.parameters(), lr=0.1, **options)
+        self.embedding, self.scaler = embedding, torch.amp.GradScaler("cuda", init_scale=1024.0)
+        self.ids = torch.tensor([3, 7, 7], device="cuda")
+        self.factor = torch.ones((), device="cuda")
+
+    def backward(self):
+        self.scaler.scale((self.embedding(self.ids).pow(2) * self.factor).sum()).backward()
+
+    def step(self, factor=1.0):
+        self.factor.fill_(factor)
+        self.optimizer.zero_grad()
+        self.backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def check_same_training(theirs, ours):
+    torch.testing.assert_close(ours.table, theirs.table, rtol=1e-5, atol=1e-6)
+    assert ours.scaler.get_scale() == theirs.scaler.get_scale()
+    counts = [float(model.optimizer.state[model.table]["step"]) for model in (theirs, ours)]
+    assert counts[0] == counts[1]
+
+
+FACTORS = (1.0, float("inf"), 2.0, 0.5, float("nan"), float("inf"), 1.0)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("options", [{"fused": True}, {"capturable": True}, {}], ids=str)
+def test_infinities_as_with_torchs_fused(gpu, name, options):
+    theirs, ours = Scaled(PAIRS[name][0], fused=True), Scaled(PAIRS[name][1], **options)
+    for factor in FACTORS:
+        theirs.step(factor)
+        ours.step(factor)
+    check_same_training(theirs, ours)
+    assert float(ours.optimizer.state[ours.table]["step"]) == 4
+
+
+def test_infinities_in_rows_as_with_torchs_sparse_adam(gpu):
+    theirs = Scaled(torch.optim.SparseAdam, sparse=True)
+    ours = Scaled(fastadam.torch.Adam, sparse=True, sparse_update="lazy", fused=True)
+    for factor in FACTORS:
+        theirs.step(factor)
+        ours.step(factor)
+    torch.testing.assert_close(ours.table, theirs.table, rtol=1e-5, atol=1e-6)
+    assert float(ours.optimizer.state[ours.table]["step"]) == 4
+
+
+@pytest.mark.parametrize("mode", ["whole", "dense", "lazy"])
+def test_a_scaled_step_does_not_wait(gpu, mode):
+    sparse = {} if mode == "whole" else {"sparse": True, "sparse_update": mode}
+    model = Scaled(fastadam.torch.Adam, fused=True, **sparse)
+    for factor in FACTORS[:3]:
+        model.step(factor)
+    model.optimizer.zero_grad()
+    model.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.scaler.step(model.optimizer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(model.optimizer.state[model.table]["step"]) == 3
+
+
+def test_a_step_with_counts_on_the_gpu_does_not_wait(gpu):
+    (weights, optimizer) = pair("Adam", fused=True)[1]
+    for seed in range(2):
+        set_gradients([(weights, optimizer)], seed)
+        optimizer.step()
+    set_gradients([(weights, optimizer)], 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(optimizer.state[weights[0]]["step"]) == 3
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_graph_reads_scale_and_infinity(gpu, name):
+    found = pair(name, dtype=torch.float32, lr=0.01, fused=True, capturable=True)
+    (_, theirs), (weights, ours) = found
+    scale, found_inf = torch.tensor(4.0, device="cuda"), torch.tensor(0.0, device="cuda")
+    for optimizer in (theirs, ours):
+        optimizer.grad_scale, optimizer.found_inf = scale, found_inf
+    set_gradients(found, 0)
+    theirs.step()
+    ours.step()
+    set_gradients(found, 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    for round_, skip in enumerate((False, True, False, True, True, False)):
+        scale.fill_(2.0**round_)
+        found_inf.fill_(float(skip))
+        torch.manual_seed(round_)
+        for a, b in zip(found[0][0], weights, strict=True):
+            a.grad.copy_(torch.randn_like(a))
+            b.grad.copy_(a.grad)
+        theirs.step()
+        graph.replay()
+    assert float(ours.state[weights[0]]["step"]) == float(theirs.state[found[0][0][0]]["step"]) == 4
+    check_same(found, 1e-5)
+    found_inf.fill_(0.0)
+    set_gradients(found, 7)
+    theirs.step()
+    ours.step()
+    check_same(found, 1e-5)
+
+
+def test_a_scaler_in_a_graph(gpu):
+    theirs = Scaled(torch.optim.Adam, fused=True)
+    ours = Scaled(fastadam.torch.Adam, fused=True, capturable=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            ours.step()
+    torch.cuda.current_stream().wait_stream(side)
+    ours.optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.backward()
+        ours.scaler.step(ours.optimizer)
+        ours.scaler.update()
+    for factor in (1.0, 1.0, 1.0, *FACTORS):
+        theirs.step(factor)
+    for factor in FACTORS:
+        ours.factor.fill_(factor)
+        graph.replay()
+    check_same_training(theirs, ours)

@@ -1,4 +1,7 @@
-"""The step under ``torch.compile``: one operator that mutates parameters, moments and step counts."""
+"""The step under ``torch.compile``: one operator that mutates parameters, moments and step counts.
+
+The host reads the step counts and what a GradScaler says, and waits for a GPU that holds them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastadam.hyper import StepHyper
-from fastadam.torch.sets import Kind, ParameterSet, whole_count
+from fastadam.torch.counts import lies_on_gpu, whole_count
+from fastadam.torch.sets import Kind, ParameterSet
 from fastadam.torch.states import SLOTS
 
 __all__ = ["remember", "traced_step"]
@@ -101,11 +105,12 @@ def _step(
     calls = []
     for count, places in _by_count(state_steps).items():
         together = _set_of(owner, params, states, places, kind)
-        if together.device.type == "cuda":
-            together.set_rate(lr_tensor)
+        rate = lr_tensor if together.context is not None and lies_on_gpu(lr_tensor) else None
+        if together.context is not None:
+            together.set_device_numbers(rate)
         hyper = StepHyper(
             step=whole_count(count, together.labels[0]),
-            learning_rate=lr if lr_tensor is None else 0.0 if lr_tensor.is_cuda else float(lr_tensor),
+            learning_rate=lr if lr_tensor is None else float(lr_tensor) if rate is None else 0.0,
             beta_1=beta1,
             beta_2=beta2,
             epsilon=eps,

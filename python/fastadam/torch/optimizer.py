@@ -11,6 +11,7 @@ from torch import Tensor
 from fastadam.slices import DEFERRED, check_sparse_update
 from fastadam.torch.checks import check_ids, check_numbers, check_tensor
 from fastadam.torch.compiled import traced_step
+from fastadam.torch.scaling import Scaling
 from fastadam.torch.states import keep_tensors, restore_states
 from fastadam.torch.stepping import Stepper
 from fastadam.torch.tables import Reader
@@ -147,12 +148,10 @@ class Adam(Stepper):
         if torch.compiler.is_compiling():
             traced_step(self)
             return loss
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf):
-            return loss
-        scale = getattr(self, "grad_scale", None)
-        with self._lock:
-            self._step_all(1.0 if scale is None else 1.0 / float(scale))
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        if not scaling.host_skips:
+            with self._lock:
+                self._step_all(scaling)
         return loss
 
     # ---- tables ----------------------------------------------------------------------------------------------------

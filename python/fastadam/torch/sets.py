@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from operator import is_
 from typing import Any
 
 import torch
@@ -13,60 +11,11 @@ from fastadam import cuda
 from fastadam._backend import _cpu
 from fastadam.hyper import StepHyper
 from fastadam.staleness import Staleness
+from fastadam.torch.counts import StepCounts, lies_on_gpu
 from fastadam.torch.states import HALF, SLOTS
 from fastadam.torch.views import View, gradient_like, is_lazy_view, is_plain, local_of
 
-__all__ = ["Kind", "ParameterSet", "whole_count"]
-
-
-class _StepCounts:
-    """The ``step`` tensors of some parameters. Those that are neighbours in one tensor are read and raised at once."""
-
-    def __init__(self, steps: list[Tensor]) -> None:
-        self.steps = steps
-        self._whole = _whole_of(steps)
-
-    def are(self, states: list[dict[str, Any]]) -> bool:
-        """Whether these are still the tensors in the parameters' states."""
-        return all(map(is_, [state.get("step") for state in states], self.steps))
-
-    def read(self) -> list[float]:
-        """One count for each parameter; waits for a GPU that holds them."""
-        if self._whole is not None:
-            counts: list[float] = self._whole.tolist()
-            return counts
-        return [float(step) for step in self.steps]
-
-    def take_back(self, count: int) -> None:
-        """Steps that turned out to have done nothing."""
-        torch._foreach_sub_(self.steps, float(count))
-
-    def set(self, count: int) -> None:
-        """After a step; once more does no harm."""
-        if self._whole is not None:
-            self._whole.fill_(count)
-        else:
-            first = self.steps[0]
-            value = torch.full((), float(count), dtype=first.dtype, device=first.device)
-            torch._foreach_copy_(self.steps, [value] * len(self.steps))
-
-    def raise_by_one(self) -> None:
-        """After a step that a CUDA graph captures."""
-        if self._whole is not None:
-            self._whole.add_(1)
-        else:
-            torch._foreach_add_(self.steps, 1)
-
-
-def _whole_of(steps: list[Tensor]) -> Tensor | None:
-    """One tensor over all of these, if they lie side by side in one."""
-    first, size = steps[0], steps[0].element_size()
-    start, storage = first.data_ptr(), first.untyped_storage().data_ptr()
-    for i, step in enumerate(steps):
-        alike = step.dtype == first.dtype and step.untyped_storage().data_ptr() == storage and step.dim() == 0
-        if not alike or step.data_ptr() != start + i * size:
-            return None
-    return torch.as_strided(first, (len(steps),), (1,), first.storage_offset())
+__all__ = ["Kind", "ParameterSet"]
 
 
 class Kind:
@@ -106,7 +55,7 @@ class ParameterSet:
         self.positions, self.kind, self.tables = positions, kind, tables
         self.device = params[0].device
         self.reversed = [-1.0] * len(params)  # factors of gradients to be maximized
-        self.counts = _StepCounts([state["step"] for state in states])
+        self.counts = StepCounts([state["step"] for state in states])
         self._columns = self._read_columns()
         self._check_slots()
         self._views: dict[int, View] = {}
@@ -171,16 +120,34 @@ class ParameterSet:
     def move_to(self, params: list[Tensor], states: list[dict[str, Any]]) -> bool:
         """Go on with other tensors of the same memory; False if they are not."""
         self.params, self.states = params, states
-        self.counts = _StepCounts([state["step"] for state in states])
+        self.counts = StepCounts([state["step"] for state in states])
         return self.is_current()
 
     def is_capturing(self) -> bool:
         """Whether a CUDA graph is being captured, from which nothing can be read."""
         return self.context is not None and torch.cuda.is_current_stream_capturing()
 
-    def set_rate(self, rate: Any) -> None:
-        """On a GPU: a learning rate that lies there is read there."""
-        self.plan.set_device_numbers(rate if isinstance(rate, Tensor) and rate.is_cuda else None)
+    @property
+    def counts_on_gpu(self) -> bool:
+        """Whether the parameters and their step counts lie on one GPU, which can skip a step by itself."""
+        return self.context is not None and self.counts.device == self.device
+
+    def can_count(self, hyper: StepHyper) -> bool:
+        """On a GPU: whether it can count its steps, or read a rate, with these betas; not to be asked in a capture."""
+        return bool(self.plan.can_count(hyper))
+
+    def rate_on_gpu(self, rate: Any, hyper: StepHyper) -> Tensor | None:
+        """A learning rate that the GPU is to read for itself; with betas for which it cannot, the host waits for it."""
+        if not lies_on_gpu(rate) or not (self.is_capturing() or self.can_count(hyper)):
+            return None
+        found: Tensor = rate
+        return found
+
+    def set_device_numbers(
+        self, rate: Any, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, *, counts: bool = False
+    ) -> None:
+        """Numbers of the next step that lie on the GPU, or None; ``counts``: so does the number of the step."""
+        self.plan.set_device_numbers(rate, grad_scale, found_inf, counts)
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
@@ -208,8 +175,23 @@ class ParameterSet:
         while unfit := self.plan.step(gradients, hyper, factors, counter):
             self._convert(gradients, unfit)
 
-    def finish(self, count: int | None) -> None:
-        """Say that a step was made, the ``count``-th, or one that is captured; may be repeated if it was cut off."""
+    def finish(self, count: int | Tensor) -> None:
+        """Say that a step was made, the ``count``-th; may be repeated if it was cut off.
+
+        A tensor: the count as the GPU has it, which knows whether the step was skipped.
+        """
+        self._note_written()
+        if isinstance(count, Tensor):
+            self.counts.follow(count)
+        else:
+            self.counts.set(count)
+
+    def finish_in_graph(self, found_inf: Tensor | None) -> None:
+        """Say that a step was captured, which replays skip unless ``found_inf`` is None or 0."""
+        self._note_written()
+        self.counts.raise_in_graph(found_inf)
+
+    def _note_written(self) -> None:
         columns = self._columns
         for i, view in self._views.items():
             view.store([column[i] for column in columns])
@@ -217,10 +199,6 @@ class ParameterSet:
         if self._views:
             written += [local_of(column[i]) for i in self._views for column in columns]
         torch.autograd.graph.increment_version(written)
-        if count is None:
-            self.counts.raise_by_one()
-        else:
-            self.counts.set(count)
 
     def _convert(self, gradients: list[Any], which: list[int]) -> None:
         for i in which:
@@ -258,10 +236,3 @@ class ParameterSet:
         values = gradient._values().detach().resolve_neg().to(param.dtype).contiguous()
         indices = gradient._indices()[0]
         return self._slices(values, indices.numpy() if indices.is_cpu else indices)
-
-
-def whole_count(count: float, label: str) -> int:
-    """The number of the step after ``count`` steps."""
-    if not math.isfinite(count) or count != int(count) or count < 0:
-        raise ValueError(f"state of {label}: step {count}, expected a whole number")
-    return int(count) + 1

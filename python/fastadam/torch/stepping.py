@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,45 +13,17 @@ from fastadam.hyper import StepHyper
 from fastadam.slices import DEFERRED
 from fastadam.staleness import Numbers
 from fastadam.torch.checks import check_flags, label_of
+from fastadam.torch.chosen import Call, Chosen, Key
 from fastadam.torch.compiled import remember
-from fastadam.torch.sets import Kind, ParameterSet, whole_count
+from fastadam.torch.counts import whole_count
+from fastadam.torch.scaling import Scaling
+from fastadam.torch.sets import Kind, ParameterSet
 from fastadam.torch.states import states_of
 from fastadam.torch.tables import Table, Tables
 
 __all__ = ["Stepper"]
 
 _NONE, _WHOLE, _ROWS = 0, 1, 2  # a parameter without gradient, with one that moves all of it, with one that moves rows
-
-
-class _Key(NamedTuple):
-    """What a set is made of beside tensors."""
-
-    group: int  # its place
-    mask: bytes  # kinds of its parameters
-    amsgrad: bool
-    decays: bool
-
-
-class _Chosen:
-    """A set, and what tells that it still is the one of its key."""
-
-    def __init__(self, params: list[Tensor], together: ParameterSet, tables: list[Table], epoch: int) -> None:
-        self.params = params  # of the whole group
-        self.together = together
-        self.tables = tables
-        self.epoch = epoch  # of `optimizer.state`, when the states were last compared
-        self.is_new = True  # no step was made yet
-        # Of native steps, which goes up where no signal can come between; a GPU says later which one failed.
-        self.counter = np.zeros((), np.int64)
-
-
-class _Call(NamedTuple):
-    """A native step that is ready to be made."""
-
-    chosen: _Chosen
-    gradients: list[Any]
-    hyper: StepHyper
-    factors: list[float]
 
 
 class Stepper(torch.optim.Optimizer):
@@ -64,29 +35,30 @@ class Stepper(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         """Forget what was made of states that have been replaced."""
-        self._sets: dict[_Key, _Chosen] = {}
-        self._contexts: dict[_Key, Any] = {}
-        self._captured: list[_Chosen] = []  # CUDA graphs write to their memory
+        self._sets: dict[Key, Chosen] = {}
+        self._contexts: dict[Key, Any] = {}
+        self._captured: list[Chosen] = []  # CUDA graphs write to their memory
         self._tables = Tables(exact=self._sparse_update == "deferred")
-        self._pending: tuple[_Call, int] | None = None  # a call, and the counter before it
+        # A call, the counter before it, and what the step counts become where the GPU knows.
+        self._pending: tuple[Call, int, Tensor | None] | None = None
         self._known: dict[Any, Any] | None = None  # what `state` was when it was last compared with the sets
         self._epoch = 0
         self._compiled_sets: dict[Any, ParameterSet] = {}
         self._number = remember(self)
         self.__dict__.setdefault("_lock", threading.RLock())  # of steps and of what reads rows or states; not copied
 
-    def _step_all(self, gradient_scale: float) -> None:
+    def _step_all(self, scaling: Scaling) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
         self._finish()
         if not self._knows_state():
             self._known = {**self.state}
             self._epoch += 1
-        calls: list[_Call] = []
+        calls: list[Call] = []
         for index, group in enumerate(self.param_groups):
             gradients = [param.grad for param in group["params"]]
             mask = self._mask_of(group["params"], gradients)
             if any(mask):
-                self._prepare(calls, index, group, gradients, mask, gradient_scale)
+                self._prepare(calls, index, group, gradients, mask, scaling)
         if len(calls) > 1:
             for call in calls:
                 call.chosen.together.check(call.gradients, call.hyper, call.factors)
@@ -111,56 +83,70 @@ class Stepper(torch.optim.Optimizer):
 
     def _prepare(
         self,
-        calls: list[_Call],
+        calls: list[Call],
         index: int,
         group: dict[str, Any],
         gradients: list[Any],
         mask: bytes,
-        gradient_scale: float,
+        scaling: Scaling,
     ) -> None:
         """Add the calls for the parameters that ``mask`` names; those of another kind, device or step count apart."""
         found = self._choose(index, group, mask)
         if isinstance(found, list):
             for part in found:
-                self._prepare(calls, index, group, gradients, part, gradient_scale)
+                self._prepare(calls, index, group, gradients, part, scaling)
             return
         together = found.together
-        _raise_late(found)
-        step = 1
-        if not together.is_capturing():
-            counts = together.counts.read()
-            if counts.count(counts[0]) != len(counts):
-                for part in _by_value(mask, together.positions, counts):
-                    self._prepare(calls, index, group, gradients, part, gradient_scale)
-                return
-            step = whole_count(counts[0], together.labels[0])
-        elif found.is_new or not group["capturable"]:
+        found.raise_late()
+        if self._captured:
+            together.counts.forget()  # graphs may have raised them
+        is_captured = together.is_capturing()
+        if is_captured and (found.is_new or not group["capturable"]):
             raise RuntimeError(
                 "a step is captured by a CUDA graph, expected capturable=True and a step before it that is not captured"
             )
-        hyper = self._hyper_of(group, together, step, gradient_scale)
+        grad_scale, found_inf = scaling.on(together.device) if together.counts_on_gpu else (None, None)
+        if found_inf is None and scaling.skips:
+            return
+        hyper = self._hyper_of(group, together, scaling.gradient_scale if grad_scale is None else 1.0)
+        is_followed = found_inf is not None and together.counts.are_followed()  # the GPU's last step is that before
+        counts_there = is_captured or (is_followed and together.can_count(hyper))
+        if not counts_there:
+            counts = together.counts.read()
+            if counts.count(counts[0]) != len(counts):
+                for part in _by_value(mask, together.positions, counts):
+                    self._prepare(calls, index, group, gradients, part, scaling)
+                return
+            hyper = hyper._replace(step=whole_count(counts[0], together.labels[0]))
         mine = [gradients[place] for place in together.positions]
         if found.tables and self._settle_before(found, mine, hyper, group["amsgrad"]):
             del self._sets[self._key_of(index, group, mask)]
-            self._prepare(calls, index, group, gradients, mask, gradient_scale)
+            self._prepare(calls, index, group, gradients, mask, scaling)
             return
+        if together.context is not None:
+            rate = together.rate_on_gpu(group["lr"], hyper)
+            if rate is None:
+                hyper = hyper._replace(learning_rate=float(group["lr"]))
+            together.set_device_numbers(rate, grad_scale, found_inf, counts=counts_there)
         factors = together.reversed if group["maximize"] else []
-        calls.append(_Call(found, together.read_gradients(mine, densify=hyper.l2 != 0), hyper, factors))
+        mine = together.read_gradients(mine, densify=hyper.l2 != 0)
+        calls.append(Call(found, mine, hyper, factors, found_inf))
 
-    def _hyper_of(self, group: dict[str, Any], together: ParameterSet, step: int, gradient_scale: float) -> StepHyper:
-        """The numbers of a step; the epsilon of rows is not corrected, as that of ``torch.optim.SparseAdam``."""
-        rate, (beta_1, beta_2), weight_decay = group["lr"], group["betas"], float(group["weight_decay"])
+    def _hyper_of(self, group: dict[str, Any], together: ParameterSet, gradient_scale: float) -> StepHyper:
+        """The numbers of a first step, on a GPU without the rate.
+
+        The epsilon of rows is not corrected, as that of ``torch.optim.SparseAdam``.
+        """
+        (beta_1, beta_2), weight_decay = group["betas"], float(group["weight_decay"])
         decoupled = group["decoupled_weight_decay"]
-        if together.device.type == "cuda":
-            together.set_rate(rate)
         if weight_decay and not decoupled and together.kind.rows:
             raise ValueError(
                 f"weight_decay: {weight_decay} with sparse_update={self._sparse_update!r}, expected 0 or "
                 "decoupled_weight_decay=True, for parameters with sparse gradients"
             )
         return StepHyper(
-            step=step,
-            learning_rate=0.0 if isinstance(rate, Tensor) and rate.is_cuda else float(rate),
+            step=1,
+            learning_rate=float(group["lr"]) if together.context is None else 0.0,
             beta_1=float(beta_1),
             beta_2=float(beta_2),
             epsilon=float(group["eps"]),
@@ -170,7 +156,7 @@ class Stepper(torch.optim.Optimizer):
             epsilon_corrected=not together.kind.rows,
         )
 
-    def _settle_before(self, chosen: _Chosen, gradients: list[Any], hyper: StepHyper, amsgrad: bool) -> bool:
+    def _settle_before(self, chosen: Chosen, gradients: list[Any], hyper: StepHyper, amsgrad: bool) -> bool:
         """Rows cannot wait for a dense gradient, nor for numbers that their history does not have.
 
         Returns whether the set must be made again.
@@ -187,15 +173,17 @@ class Stepper(torch.optim.Optimizer):
             changed = changed or differs
         return changed
 
-    def _make(self, call: _Call) -> None:
+    def _make(self, call: Call) -> None:
         chosen, together = call.chosen, call.chosen.together
         if together.is_capturing():
             together.step(call.gradients, call.hyper, call.factors, chosen.counter)
-            together.finish(None)
+            together.finish_in_graph(call.found_inf)
             self._captured.append(chosen)  # its pointers are the graph's from here on
             self._sets = {key: other for key, other in self._sets.items() if other is not chosen}
             return
-        self._pending = call, int(chosen.counter)
+        after = None if call.found_inf is None else together.counts.after(call.found_inf)
+        chosen.is_scaled = chosen.is_scaled or after is not None
+        self._pending = call, int(chosen.counter), after
         try:
             together.step(call.gradients, call.hyper, call.factors, chosen.counter)
         finally:
@@ -205,14 +193,16 @@ class Stepper(torch.optim.Optimizer):
         """What follows a native step that was made, even if a signal raised after it; again if one cut this off."""
         if self._pending is None:
             return
-        call, before = self._pending
+        call, before, after = self._pending
         if int(call.chosen.counter) > before:
-            self._adopt(call)
+            self._adopt(call, after)
+        else:
+            call.chosen.together.counts.forget()
         self._pending = None
 
-    def _adopt(self, call: _Call) -> None:
+    def _adopt(self, call: Call, after: Tensor | None) -> None:
         chosen, together = call.chosen, call.chosen.together
-        together.finish(call.hyper.step)
+        together.finish(call.hyper.step if after is None else after)
         if chosen.is_new:
             for param, state in zip(together.params, together.states, strict=True):
                 self.state[param] = state
@@ -224,10 +214,10 @@ class Stepper(torch.optim.Optimizer):
 
     # ---- sets ------------------------------------------------------------------------------------------------------
 
-    def _key_of(self, index: int, group: dict[str, Any], mask: bytes) -> _Key:
-        return _Key(index, mask, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]))
+    def _key_of(self, index: int, group: dict[str, Any], mask: bytes) -> Key:
+        return Key(index, mask, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]))
 
-    def _choose(self, index: int, group: dict[str, Any], mask: bytes) -> _Chosen | list[bytes]:
+    def _choose(self, index: int, group: dict[str, Any], mask: bytes) -> Chosen | list[bytes]:
         """The set of the parameters that ``mask`` names, or masks of those that must step apart."""
         if _WHOLE in mask and _ROWS in mask:
             return [mask.replace(bytes([other]), bytes([_NONE])) for other in (_ROWS, _WHOLE)]
@@ -242,7 +232,7 @@ class Stepper(torch.optim.Optimizer):
         self._sets[key] = made = self._new(key, group, places)
         return made
 
-    def _is_current(self, chosen: _Chosen, params: list[Tensor]) -> bool:
+    def _is_current(self, chosen: Chosen, params: list[Tensor]) -> bool:
         together = chosen.together
         if len(params) != len(chosen.params) or not all(map(is_, params, chosen.params)):
             return False
@@ -253,7 +243,7 @@ class Stepper(torch.optim.Optimizer):
         has_room = all(table.history.steps < table.history.room for table in chosen.tables)
         return has_room and together.is_current() and together.counts.are(together.states)
 
-    def _new(self, key: _Key, group: dict[str, Any], places: list[int]) -> _Chosen:
+    def _new(self, key: Key, group: dict[str, Any], places: list[int]) -> Chosen:
         params = [group["params"][place] for place in places]
         labels = [label_of(group, key.group, place) for place in places]
         for param, label in zip(params, labels, strict=True):
@@ -274,7 +264,7 @@ class Stepper(torch.optim.Optimizer):
         together = ParameterSet(params, states, labels, places, kind, histories, self._contexts.get(key))
         if together.context is not None:
             self._contexts[key] = together.context
-        return _Chosen(list(group["params"]), together, tables, self._epoch)
+        return Chosen(list(group["params"]), together, tables, self._epoch)
 
     def _init_group(
         self,
@@ -307,20 +297,6 @@ class Stepper(torch.optim.Optimizer):
             if group["amsgrad"]:
                 max_exp_avg_sqs.append(state["max_exp_avg_sq"])
             state_steps.append(state["step"])
-
-
-def _raise_late(chosen: _Chosen) -> None:
-    """Raise what a GPU found wrong with a step after it had returned."""
-    together = chosen.together
-    failure = None if together.context is None or together.is_capturing() else together.context.take_failure()
-    if failure is None:
-        return
-    calls, message = failure
-    together.counts.take_back(int(chosen.counter) - calls)
-    chosen.counter[...] = calls
-    raise ValueError(
-        f"{message}; found on the GPU after the call had returned: that step and those since then have changed nothing"
-    )
 
 
 def _by_value(mask: bytes, places: list[int], values: list[Any]) -> list[bytes]:

@@ -118,6 +118,21 @@ def test_rows_are_scaled_and_skipped(gpu, lazy, options):
         plans.check()
 
 
+def test_t_after_a_bad_index_is_that_of_the_last_good_step(gpu):
+    plans = Plans(gpu, [np.ones((30, 3), F32)])
+    values = np.ones((2, 3), F32)
+    plans.step([(values, np.array([3, 4]))], HYPER, scale=2.0)
+    plans.step([(values, np.array([3, 4]))], HYPER, scale=2.0, skip=True, counts=True)
+    _, plan, context = plans.plans[1]
+    for row in (30, 4, 5):
+        plan.step(gradients_for(gpu.native, [(values, np.array([3, row]))], gpu.array), HYPER, [], np.zeros((), int))
+    context.wait()
+    assert context.take_failure()[1] == "grads[0].indices[1]: 30 is no row of variables[0], expected 0 <= index < 30"
+    plans.check()
+    plans.step([(values, np.array([5, 4]))], HYPER, scale=2.0, counts=True)
+    plans.check()
+
+
 def test_a_graph_reads_them_in_every_replay(gpu):
     plans = Plans(gpu, dense("float32", 0))
     _, plan, context = plans.plans[1]

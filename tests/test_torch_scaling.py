@@ -20,10 +20,11 @@ class Context:
     """What the plans of one set share: t, which only they count."""
 
     def __init__(self):
-        self.t, self.betas, self.is_captured = 0, None, False
+        self.t, self.betas, self.is_captured, self.failure = 0, None, False, None
 
     def take_failure(self):
-        return None
+        failure, self.failure = self.failure, None
+        return failure
 
     def step(self):
         return self.t
@@ -174,6 +175,21 @@ def test_steps_of_other_kinds_between(waits):
     twins.check()
 
 
+def test_counts_that_differ(waits):
+    twins = Scaled(lr=0.1, fused=True)
+    for _ in range(2):
+        twins.scaled_step(which=[0, 1])
+    for found_inf in (False, True, False):
+        twins.scaled_step(found_inf=found_inf)
+    waits.clear()
+    twins.scaled_step()
+    twins.scaled_step(found_inf=True)
+    assert not waits
+    twins.scaled_step(which=[0])
+    twins.scaled_step()
+    twins.check()
+
+
 def test_betas_that_change_make_the_host_wait(waits):
     twins = Scaled(lr=0.1, fused=True)
     for beta_1 in (0.9, 0.8, 0.7, 0.9, 0.9):
@@ -234,6 +250,22 @@ def test_a_step_that_fails_is_not_counted(waits, monkeypatch):
     twins.scaled_step()
     twins.check()
     assert waits[1:] == [[2.0] * 3]
+
+
+def test_a_step_that_a_gpu_found_wrong_is_taken_back(waits):
+    twins = Scaled(lr=0.1, fused=True)
+    for found_inf in (False, True, False):
+        twins.scaled_step(found_inf=found_inf)
+    context = next(iter(twins.tested._contexts.values()))
+    for parameter in twins.ours:
+        twins.tested.state[parameter]["step"].add_(2)  # of steps that have done nothing
+    context.failure = 1, "a bad index"
+    with pytest.raises(ValueError, match="a bad index; found on the GPU after the call had returned"):
+        twins.tested.step()
+    waits.clear()
+    twins.scaled_step()
+    twins.check()
+    assert not waits
 
 
 # ---- counts alone ---------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ class CudaBackend {
       if (hyper.require_finite)
         throw std::runtime_error("found_inf: on the GPU, of a step that requires finite gradients");
     }
-    for (const std::optional<uintptr_t>& stream : number_streams_) order_after(stream);
+    for (const Buffer& number : number_buffers_) order_after(number.stream);
     return launch_->step(args, tensors, hyper, numbers_, call);
   }
 
@@ -185,14 +185,12 @@ class CudaBackend {
   void set_device_numbers(const py::object& rate, const py::object& grad_scale, const py::object& found_inf,
                           bool counts) {
     cuda::DeviceNumbers numbers{};
-    std::vector<std::optional<uintptr_t>> streams;
-    const auto read = [&](const py::object& number, const char* name, bool may_be_double) {
-      const Buffer b = require_number(number, name, may_be_double);
-      streams.push_back(b.stream);
-      return b;
+    std::vector<Buffer> buffers;
+    const auto read = [&](const py::object& number, const char* name, bool may_be_double) -> const Buffer& {
+      return buffers.emplace_back(require_number(number, name, may_be_double));
     };
     if (!rate.is_none()) {
-      const Buffer b = read(rate, "learning_rate", true);
+      const Buffer& b = read(rate, "learning_rate", true);
       numbers.rate = b.data;
       numbers.rate_is_double = b.dtype == FASTADAM_FLOAT64;
     }
@@ -204,7 +202,7 @@ class CudaBackend {
     }
     numbers.counts = counts;
     numbers_ = numbers;
-    number_streams_ = std::move(streams);
+    number_buffers_ = std::move(buffers);
   }
 
   // Whether the device can count t with these betas; see cuda::Launch.
@@ -250,7 +248,7 @@ class CudaBackend {
   std::vector<std::unique_ptr<cuda::SortedRows>> sorted_;  // by tensor, with memory for the next step
   std::vector<Copy> copies_;                               // of indices of the host
   cuda::DeviceNumbers numbers_{};
-  std::vector<std::optional<uintptr_t>> number_streams_;  // of whoever writes to them
+  std::vector<Buffer> number_buffers_;  // which keep their memory, and name the stream of whoever writes to them
 };
 
 }  // namespace fastadam::bind

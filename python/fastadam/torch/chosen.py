@@ -32,6 +32,7 @@ class Chosen:
         self.tables = tables
         self.epoch = epoch  # of `optimizer.state`, when the states were last compared
         self.is_new = True  # no step was made yet
+        self.parts: list[bytes] = []  # masks of its parameters that step apart: their counts on a GPU have differed
         self.is_scaled = False  # of some step the GPU alone knows whether it was skipped
         # Of native steps, which goes up where no signal can come between; a GPU says later which one failed.
         self.counter = np.zeros((), np.int64)

@@ -39,7 +39,7 @@ class StepCounts:
             return [self._count] * len(self.steps)
         versions = self._versions_now()
         counts = self._wait()
-        if counts.count(counts[0]) == len(counts):
+        if self._remembers and counts.count(counts[0]) == len(counts):
             self._count, self._versions = counts[0], versions
         return counts
 
@@ -112,9 +112,12 @@ class StepCounts:
 
     def _versions_now(self) -> list[int] | None:
         """How often each was written to; None where that is not worth a look or, of inference tensors, not known."""
-        if not self._remembers or any(step.is_inference() for step in self.steps):
+        if not self._remembers:
             return None
-        return [step._version for step in self.steps]
+        try:
+            return [step._version for step in self.steps]
+        except RuntimeError:
+            return None
 
 
 def lies_on_gpu(number: Any) -> bool:

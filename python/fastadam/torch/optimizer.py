@@ -32,6 +32,11 @@ class Adam(Stepper):
     float64, bfloat16, float16 and complex parameters of any strides. Gradients are not modified: after
     ``GradScaler.step`` they are still scaled, unless ``unscale_`` was called.
 
+    On a GPU with ``fused`` or ``capturable``, ``step`` is counted there, and what a GradScaler found is read there: the
+    host waits for neither, but at a first step, after others or a graph may have written to ``step``, and where betas
+    have changed since the first step. A step with infinite gradients then changes nothing, ``step`` included. Without
+    the two flags the host waits for the scaler, under ``torch.compile`` for ``step`` too.
+
     The second moment is summed as in TensorFlow: a gradient whose square overflows its arithmetic (1.9e19 in float32)
     makes it infinite and in the next step NaN, where torch's order of operations stays at infinity.
 
@@ -53,9 +58,10 @@ class Adam(Stepper):
         amsgrad: Divide by the root of the largest second moment so far.
         foreach: Accepted; there is one implementation, which takes all parameters at once.
         maximize: Go up instead of down.
-        capturable: For CUDA graphs: ``step`` is counted on the GPU.
+        capturable: For CUDA graphs: ``step`` is counted on the GPU. A graph reads ``lr``, where it is a tensor there,
+            ``grad_scale`` and ``found_inf`` in every replay.
         differentiable: Refused if True.
-        fused: Accepted, likewise.
+        fused: Accepted, likewise; on a GPU ``step`` is counted there.
         decoupled_weight_decay: Shrink the parameters by ``lr * weight_decay`` instead (AdamW).
         sparse_update: "dense", "deferred", "deferred_fast" or "lazy". Not in the groups: loading a state dict does not
             change it.

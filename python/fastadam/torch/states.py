@@ -125,7 +125,7 @@ def _place_steps(states: list[tuple[Tensor, dict[str, Any]]], *, on_device: bool
 
 
 def _zero_steps(count: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Step counts side by side, of torch's dtype; each has a version of its own, which tells of writes to it."""
+    """Step counts side by side, of torch's dtype; on a GPU each has a version of its own, which tells of writes."""
     in_double = device.type == "cpu" and torch.get_default_dtype() == torch.float64
     whole = torch.zeros(count, dtype=torch.float64 if in_double else torch.float32, device=device)
-    return tuple(step.data for step in whole.unbind())
+    return tuple(whole.unbind() if device.type == "cpu" else (step.data for step in whole.unbind()))

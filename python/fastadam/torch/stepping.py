@@ -96,6 +96,10 @@ class Stepper(torch.optim.Optimizer):
             for part in found:
                 self._prepare(calls, index, group, gradients, part, scaling)
             return
+        for part in found.parts:
+            self._prepare(calls, index, group, gradients, part, scaling)
+        if found.parts:
+            return
         together = found.together
         found.raise_late()
         if self._captured:
@@ -114,7 +118,9 @@ class Stepper(torch.optim.Optimizer):
         if not counts_there:
             counts = together.counts.read()
             if counts.count(counts[0]) != len(counts):
-                for part in _by_value(mask, together.positions, counts):
+                parts = _by_value(mask, together.positions, counts)
+                found.parts = parts if together.counts_on_gpu else []
+                for part in parts:
                     self._prepare(calls, index, group, gradients, part, scaling)
                 return
             hyper = hyper._replace(step=whole_count(counts[0], together.labels[0]))

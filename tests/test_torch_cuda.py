@@ -246,3 +246,13 @@ def test_a_scaler_in_a_graph(gpu):
         ours.factor.fill_(factor)
         graph.replay()
     check_same_training(theirs, ours)
+
+
+def test_betas_that_change_with_a_rate_on_the_gpu(gpu):
+    found = pair("Adam", lr=torch.tensor(0.01, device="cuda"), capturable=True)
+    for seed, beta_1 in enumerate((0.9, 0.8, 0.85, 0.9)):
+        set_gradients(found, seed)
+        for _, optimizer in found:
+            optimizer.param_groups[0]["betas"] = (beta_1, 0.999)
+            optimizer.step()
+    check_same(found, 1e-6)

@@ -112,9 +112,9 @@ class Stepper(torch.optim.Optimizer):
         grad_scale, found_inf = scaling.on(together.device) if together.counts_on_gpu else (None, None)
         if found_inf is None and scaling.skips:
             return
-        hyper = self._hyper_of(group, together, scaling.gradient_scale if grad_scale is None else 1.0)
         is_followed = found_inf is not None and together.counts.are_followed()  # the GPU's last step is that before
-        counts_there = is_captured or (is_followed and together.can_count(hyper))
+        counts_there = is_captured or (is_followed and together.can_count(self._hyper_of(group, together, 1, 1.0)))
+        step = 1
         if not counts_there:
             counts = together.counts.read()
             if counts.count(counts[0]) != len(counts):
@@ -123,7 +123,8 @@ class Stepper(torch.optim.Optimizer):
                 for part in parts:
                     self._prepare(calls, index, group, gradients, part, scaling)
                 return
-            hyper = hyper._replace(step=whole_count(counts[0], together.labels[0]))
+            step = whole_count(counts[0], together.labels[0])
+        hyper = self._hyper_of(group, together, step, scaling.gradient_scale if grad_scale is None else 1.0)
         mine = [gradients[place] for place in together.positions]
         if found.tables and self._settle_before(found, mine, hyper, group["amsgrad"]):
             del self._sets[self._key_of(index, group, mask)]
@@ -138,8 +139,8 @@ class Stepper(torch.optim.Optimizer):
         mine = together.read_gradients(mine, densify=hyper.l2 != 0)
         calls.append(Call(found, mine, hyper, factors, found_inf))
 
-    def _hyper_of(self, group: dict[str, Any], together: ParameterSet, gradient_scale: float) -> StepHyper:
-        """The numbers of a first step, on a GPU without the rate.
+    def _hyper_of(self, group: dict[str, Any], together: ParameterSet, step: int, gradient_scale: float) -> StepHyper:
+        """The numbers of a step, on a GPU without the rate.
 
         The epsilon of rows is not corrected, as that of ``torch.optim.SparseAdam``.
         """
@@ -151,7 +152,7 @@ class Stepper(torch.optim.Optimizer):
                 "decoupled_weight_decay=True, for parameters with sparse gradients"
             )
         return StepHyper(
-            step=1,
+            step=step,
             learning_rate=float(group["lr"]) if together.context is None else 0.0,
             beta_1=float(beta_1),
             beta_2=float(beta_2),

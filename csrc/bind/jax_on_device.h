@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <list>
+#include <map>
 #include <mutex>
 #include <optional>
 
@@ -48,9 +49,9 @@ class Scratch {
 
 // A plan of some arrays, which XLA gives to one computation again and again, and what steps of it need.
 struct JaxPlan {
-  JaxPlan(int on, const std::vector<fastadam_tensor>& given) : device(on), tensors(given) {
+  JaxPlan(int device, const std::vector<fastadam_tensor>& given) : tensors(given) {
     const fastadam_list list = list_of(tensors);
-    require_launched(fastadam_cuda_plan_create(on, &list, &native));
+    require_launched(fastadam_cuda_plan_create(device, &list, &native));
   }
   ~JaxPlan() { static_cast<void>(fastadam_cuda_plan_destroy(native)); }
   JaxPlan(const JaxPlan&) = delete;
@@ -60,46 +61,48 @@ struct JaxPlan {
     return {FASTADAM_ABI, tensors.data(), static_cast<int64_t>(tensors.size()), nullptr, nullptr, 0};
   }
 
-  bool is_of(int on, const std::vector<fastadam_tensor>& wanted) const {
+  bool is_of(const std::vector<fastadam_tensor>& wanted) const {
     const auto same = [](const fastadam_tensor& a, const fastadam_tensor& b) {
       return a.var == b.var && a.m == b.m && a.v == b.v && a.vhat == b.vhat && a.size == b.size && a.dtype == b.dtype &&
              a.decays == b.decays && a.half_slots == b.half_slots;
     };
-    return device == on && std::equal(tensors.begin(), tensors.end(), wanted.begin(), wanted.end(), same);
+    return std::equal(tensors.begin(), tensors.end(), wanted.begin(), wanted.end(), same);
   }
 
-  int device;
   std::vector<fastadam_tensor> tensors;
   fastadam_cuda_plan* native = nullptr;
-  Scratch ids, places, values;  // of a shard
+  Scratch ids, places, values;  // of a shard, for work on this stream
+  void* stream = nullptr;
   cuda::Gather gather;
 };
 
-// Plans of the arrays that were stepped last. They hold addresses alone: it does no harm if the arrays are gone.
+// Plans of the arrays of one device that were stepped last. They hold addresses alone: it does no harm if the arrays
+// are gone.
 class JaxPlans {
  public:
   static constexpr size_t kMost = 256;
 
-  // Never destroyed: at the end of a process the CUDA runtime may be gone before.
-  static JaxPlans& all() {
-    static JaxPlans& plans = *new JaxPlans;
-    return plans;
+  // Each with its own lock: what waits for one device, in it, may have to wait for the program of another. Never
+  // destroyed: at the end of a process the CUDA runtime may be gone before.
+  static JaxPlans& on(int device) {
+    static std::mutex& mutex_of_all = *new std::mutex;
+    static std::map<int, JaxPlans>& all = *new std::map<int, JaxPlans>;
+    const std::lock_guard lock(mutex_of_all);
+    return all[device];
   }
 
+  // The device must be current.
   JaxPlan& of(int device, const std::vector<fastadam_tensor>& tensors) {
     for (auto plan = plans_.begin(); plan != plans_.end(); ++plan) {
-      if (!plan->is_of(device, tensors)) continue;
+      if (!plan->is_of(tensors)) continue;
       plans_.splice(plans_.begin(), plans_, plan);
       return plans_.front();
     }
-    if (plans_.size() == kMost) {
-      const cuda::DeviceScope scope(plans_.back().device);
-      plans_.pop_back();
-    }
+    if (plans_.size() == kMost) plans_.pop_back();
     return plans_.emplace_front(device, tensors);
   }
 
-  std::mutex mutex;  // of a step: XLA calls from a thread for each device
+  std::mutex mutex;  // of a step
 
  private:
   std::list<JaxPlan> plans_;
@@ -123,16 +126,19 @@ class OnDevice {
   }
 
   void step(const std::vector<fastadam_tensor>& tensors, const fastadam_hyper& hyper, bool lazy) const {
-    const std::lock_guard lock(JaxPlans::all().mutex);
-    launch(JaxPlans::all().of(device_, tensors), tensors, hyper, lazy);
+    JaxPlans& plans = JaxPlans::on(device_);
+    const std::lock_guard lock(plans.mutex);
+    const cuda::DeviceScope scope(device_);
+    launch(plans.of(device_, tensors), tensors, hyper, lazy);
   }
 
   void step_rows(fastadam_tensor tensor, Ids ids, const Shard& shard, const fastadam_hyper& hyper, bool lazy) {
     const std::vector<int64_t> named = read_ids(ids, shard.total);
     if (tensor.size == 0) return;
-    const std::lock_guard lock(JaxPlans::all().mutex);
+    JaxPlans& plans = JaxPlans::on(device_);
+    const std::lock_guard lock(plans.mutex);
     const cuda::DeviceScope scope(device_);
-    JaxPlan& plan = JaxPlans::all().of(device_, {tensor});
+    JaxPlan& plan = plans.of(device_, {tensor});
     if (shard.count != shard.total) take_own(plan, named, shard, ids, tensor);
     const fastadam_rows* rows = nullptr;
     require_launched(fastadam_cuda_sort_rows(plan.native, 0, ids.data, ids.is_long, ids.count, shard.count, ids.width,
@@ -177,6 +183,8 @@ class OnDevice {
       places.push_back(static_cast<int64_t>(i));
     }
     const auto count = static_cast<int64_t>(own.size());
+    if (plan.stream != stream_) cuda::set_zero(nullptr, 0);  // waits for the device, where steps may still read them
+    plan.stream = stream_;
     void* values = plan.values.of(count * ids.width * size_of(tensor.grad_dtype));
     plan.gather.run(tensor.grad, ids.count, ids.width, tensor.grad_dtype, upload(plan.places, places), true, count,
                     values, stream_);

@@ -7,8 +7,7 @@ JAX copies what is not.
 On the CPU and on CUDA devices; elsewhere compilation fails with the name of the missing handler. Rates and the count
 are operands, so that other values do not compile again; what is refused of their values (a count of 0, a NaN) is an
 error of the computation, ``jax.errors.JaxRuntimeError`` or, of a function that has run before, ``ValueError``, after
-which donated arrays are gone. On a GPU the host reads
-them before it launches a step, which waits for the gradients.
+which donated arrays are gone. On a GPU the host reads them before it launches a step, which waits for the gradients.
 
 JAX differentiates, batches and shards by rules; those of a step are in ``operation.py``.
 """

@@ -21,6 +21,8 @@ namespace {
 
 // Below this many elements per thread, waking a thread costs more than it saves (bench/README.md).
 constexpr int64_t kMinElementsPerThread = 16384;
+// A step of fewer is done (in 50 us) before a thread that sleeps is awake.
+constexpr int64_t kMinElementsToWake = int64_t{1} << 17;
 // What a thread takes at a time: small enough to level the load, large enough to be worth an atomic operation.
 constexpr int64_t kMinElementsPerBlock = 1024;
 constexpr int64_t kMaxBlocksPerShare = 64;
@@ -45,6 +47,12 @@ void for_each_chain(const Chains& chains, int64_t block, int64_t blocks, Visit v
     return std::pair<uint64_t, int64_t>(reinterpret_cast<uintptr_t>(tensor.var), size_of(tensor.dtype));
   };
   for_each_piece(chains.offsets, chains.count, block, blocks, place, visit);
+}
+
+// Whether rows get the steps that they missed, which may be many.
+bool catches_up(const Chains& chains) {
+  return std::any_of(chains.heads, chains.heads + chains.count,
+                     [&](int64_t head) { return chains.tensors[head].stale != nullptr; });
 }
 
 // A task is cut into `blocks` equal parts; run_block(i) does part i.
@@ -134,14 +142,14 @@ struct NormTask {
 };
 
 template <class Task>
-void run_task(Task& task, int64_t elements) {
+void run_task(Task& task, int64_t elements, bool may_be_short = true) {
   const int64_t useful_threads = elements / kMinElementsPerThread;
   // The affinity is a system call: asked for once, and only where it matters.
   const int shares = useful_threads <= 1 ? 1 : static_cast<int>(std::min<int64_t>(useful_threads, num_threads()));
   const int64_t per_share =
       std::min(kMaxBlocksPerShare, std::max<int64_t>(1, elements / shares / kMinElementsPerBlock));
   task.blocks = shares == 1 ? 1 : shares * per_share;
-  run_blocks(task, task.blocks, shares);
+  run_blocks(task, task.blocks, shares, may_be_short && elements < kMinElementsToWake);
 }
 
 }  // namespace
@@ -159,7 +167,7 @@ void run_step(const StepArgs& step) {
   const int64_t elements = step.chains.offsets[step.chains.count];
   StepTask task{step, current_isa().kernels, 1};
   task.step.prefetch = elements >= kPrefetchElements;
-  run_task(task, elements);
+  run_task(task, elements, !catches_up(step.chains));
 }
 
 void run_accumulate(const AccumulateArgs& args) {

@@ -15,6 +15,9 @@ namespace {
 
 // Long enough to meet the next of several small steps in a row, short enough not to hold a core that BLAS wants.
 constexpr std::chrono::microseconds kSpin{40};
+// More jobs than one step has, each within kSpin of the one before: a loop of nothing but steps.
+constexpr int kManyInARow = 8;
+using Clock = std::chrono::steady_clock;
 
 void relax() {
 #if defined(__x86_64__)
@@ -26,8 +29,8 @@ void relax() {
 
 template <class Condition>
 bool spin_until(const Condition& condition) {
-  const auto deadline = std::chrono::steady_clock::now() + kSpin;
-  while (std::chrono::steady_clock::now() < deadline) {
+  const auto deadline = Clock::now() + kSpin;
+  while (Clock::now() < deadline) {
     for (int i = 0; i < 16; ++i) {
       if (condition()) return true;
       relax();
@@ -41,10 +44,12 @@ class Pool {
   void run(Job& job) {
     const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return job.work(0);
-    start_helpers(job.shares() - 1);
-    open(job);
+    const bool wakes = !job.is_short() || is_one_of_many();
+    if (wakes) start_helpers(job.shares() - 1);
+    open(job, wakes);
     job.work(0);
     close();
+    ended_ = Clock::now();
   }
 
  private:
@@ -63,12 +68,17 @@ class Pool {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
+  bool is_one_of_many() {
+    in_a_row_ = Clock::now() - ended_ < kSpin ? in_a_row_ + 1 : 0;
+    return in_a_row_ >= kManyInARow;
+  }
+
   // A helper that is awake finds the job without a lock, which the caller might hold just then. One that falls asleep
   // counts itself first and then looks for a job, while here the order is the other one: it is woken, or it sees it.
-  void open(Job& job) {
+  void open(Job& job, bool wakes) {
     job_ = &job;
     ++generation_;
-    if (sleeping_ == 0) return;
+    if (sleeping_ == 0 || !wakes) return;
     const std::lock_guard<std::mutex> lock(mutex_);
     opened_.notify_all();
   }
@@ -116,7 +126,10 @@ class Pool {
   std::atomic<int> inside_{0};
   std::atomic<int> sleeping_{0};
   std::atomic<bool> closing_{false};
-  int helpers_ = 0;  // guarded by turn_
+  // Guarded by turn_.
+  int helpers_ = 0;
+  int64_t in_a_row_ = 0;
+  Clock::time_point ended_;  // the last job
 };
 
 // Never destroyed: helpers may still look at it while the process exits.
@@ -127,11 +140,12 @@ Pool* pool = new Pool;
 
 }  // namespace
 
-Job::Job(int shares, int64_t blocks_per_share, RunBlock run_block, const void* context)
+Job::Job(int shares, int64_t blocks_per_share, RunBlock run_block, const void* context, bool is_short)
     : shares_(shares),
       blocks_per_share_(blocks_per_share),
       run_block_(run_block),
       context_(context),
+      is_short_(is_short),
       cursors_(new Cursor[static_cast<size_t>(shares)]) {}
 
 void Job::work(int own_share) {

@@ -133,7 +133,6 @@ class Adam(Stepper):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -151,13 +150,14 @@ class Adam(Stepper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
-            traced_step(self)
-            return loss
-        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        if not scaling.host_skips:
-            with self._lock:
-                self._step_all(scaling)
+        with torch.set_grad_enabled(False):  # no_grad as a decorator takes longer
+            if torch.compiler.is_compiling():
+                traced_step(self)
+                return loss
+            scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            if not scaling.host_skips:
+                with self._lock:
+                    self._step_all(scaling)
         return loss
 
     # ---- tables ----------------------------------------------------------------------------------------------------

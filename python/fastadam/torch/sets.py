@@ -62,6 +62,8 @@ class ParameterSet:
         for i, row in enumerate(zip(*self._columns, strict=True)):
             if not is_plain(row):
                 self._views[i] = View(row, labels[i])
+        # Where sparse gradients came before: torch takes a millisecond to say that they cannot be read as dense ones.
+        self._sparse: set[int] = set()
         self._half = {i for i, m in enumerate(self._columns[1]) if m.dtype in HALF}
         self.context = context
         self._make_plan()
@@ -160,6 +162,9 @@ class ParameterSet:
         for i in self._half:
             if gradients[i].dtype != self.params[i].dtype:
                 gradients[i] = gradients[i].to(self.params[i].dtype)
+        for i in self._sparse:
+            if gradients[i].is_sparse:
+                gradients[i] = self._rows_of(gradients[i], i)
         return gradients
 
     def check(self, gradients: list[Any], hyper: StepHyper, factors: list[float]) -> None:
@@ -203,6 +208,8 @@ class ParameterSet:
     def _convert(self, gradients: list[Any], which: list[int]) -> None:
         for i in which:
             gradient, param = gradients[i], self.params[i]
+            if gradient.is_sparse:
+                self._sparse.add(i)
             gradients[i] = self._rows_of(gradient, i) if gradient.is_sparse else self._dense(gradient, i)
             if gradients[i] is gradient:
                 raise TypeError(f"grad of {self.labels[i]}: {gradient.dtype} {gradient.layout}, expected {param.dtype}")

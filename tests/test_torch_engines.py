@@ -121,11 +121,18 @@ def _fresh_dynamo():
 
 
 @pytest.mark.filterwarnings("ignore")  # of Dynamo and its backends
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
-    "options", [{}, {"amsgrad": True, "weight_decay": 0.1}, {"lr": torch.tensor(0.01, dtype=torch.float64)}], ids=str
+    ("backend", "options"),
+    [
+        ("eager", {}),
+        ("aot_eager", {"amsgrad": True, "weight_decay": 0.1}),
+        ("aot_eager", {"lr": torch.tensor(0.01, dtype=torch.float64)}),
+        ("inductor", {"amsgrad": True, "weight_decay": 0.1}),
+    ],
+    ids=str,
 )
-def test_a_compiled_step_has_one_graph(backend, options):
+def test_a_compiled_step_has_one_graph(backend, options, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.fspath(tmp_path))
     model, twin = network(), network()
     theirs = torch.optim.AdamW(model.parameters(), **copy.deepcopy(options))
     ours = fastadam.torch.AdamW(twin.parameters(), **copy.deepcopy(options))

@@ -1,8 +1,8 @@
 """Adam for JAX by the native kernels: an optax transformation, a donated step in place, and a step of sparse rows.
 
 Everything works inside ``jit``, ``scan``, ``vmap`` and ``shard_map``, and beside ``grad``; a step itself is not
-differentiated. Sharded arrays stay where they are. In place means: in a jitted function whose arguments are donated;
-JAX copies what is not.
+differentiated. Sharded arrays stay where they are if their gradients are sharded alike. In place means: in a jitted
+function whose arguments are donated; JAX copies what is not.
 
 On the CPU and on CUDA devices; elsewhere compilation fails with the name of the missing handler. Rates and the count
 are operands, so that other values do not compile again; what is refused of their values (a count of 0, a NaN) is an

@@ -171,6 +171,7 @@ def sparse_update(
     Raises:
         TypeError: A dtype, or a number that is none.
         ValueError: A shape, a mode, or a number out of range.
+        NotImplementedError: When it compiles, in a message of XLA: in a ``shard_map`` along some axes of a mesh alone.
         jax.errors.JaxRuntimeError: When it runs, or another ValueError: an id that is no row, which it names.
 
     >>> import jax.numpy as jnp, fastadam.jax

@@ -160,6 +160,16 @@ void check_threads(uint64_t mode) {
     report(same, "threads: " + std::to_string(threads) + " give the bits of the scalar loop, gradients in order");
   }
   report(kept, "threads: the caller's floating point mode is unchanged");
+  const Variable before(FASTADAM_FLOAT32, 40000);
+  std::vector<Variable> after;
+  for (const int threads : {1, 3}) {
+    cpu::set_num_threads(threads);
+    after.emplace_back(before, 0);
+    const TensorArgs tensor = after.back().args(0, true);
+    for (int step = 0; step < 40; ++step) run(&tensor, 1, 0, true, true);
+  }
+  report(after[0] == after[1],
+         "threads: short steps in a row, of which the first wake nobody, give the bits of one thread");
   const Mixed here(&initial.variables);
   const Mixed there(&initial.variables);
   std::thread other([&there] { there.run_all(); });

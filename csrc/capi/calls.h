@@ -52,14 +52,16 @@ inline void check_chains(const fastadam_list* list, bool lazy) {
   for (int64_t i = 0; i < list->count; ++i) {
     const TensorArgs& tensor = list->tensors[i];
     if (tensor.next == -1) continue;
-    const std::string found = "tensors[" + std::to_string(i) + "].next: " + std::to_string(tensor.next);
+    const auto refuse = [&](const char* why) {
+      throw std::invalid_argument("tensors[" + std::to_string(i) + "].next: " + std::to_string(tensor.next) + why);
+    };
     const bool exists = list->heads != nullptr && tensor.next > i && tensor.next < list->count;
     const TensorArgs* next = exists ? list->tensors + tensor.next : nullptr;
     if (!exists || next->var != tensor.var || next->size != tensor.size) {
-      throw std::invalid_argument(found + ", expected -1, or in a list with heads a later tensor of the same variable");
+      refuse(", expected -1, or in a list with heads a later tensor of the same variable");
     }
     if (lazy && (tensor.rows != nullptr || next->rows != nullptr)) {
-      throw std::invalid_argument(found + " with rows, expected -1 if only the rows move that a gradient names");
+      refuse(" with rows, expected -1 if only the rows move that a gradient names");
     }
   }
 }

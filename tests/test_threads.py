@@ -29,8 +29,11 @@ def steps(optimizer, gradient, variable, count=3):
     return variable
 
 
-@pytest.mark.parametrize(("size", "threads", "helpers"), [(SIZE, 1, 0), (SIZE, 3, 2), (SIZE, 5, 4), (5, 5, 0)])
+@pytest.mark.parametrize(
+    ("size", "threads", "helpers"), [(SIZE, 1, 0), (SIZE, 3, 2), (SIZE, 5, 4), (100_000, 3, 0), (5, 5, 0)]
+)
 def test_a_step_runs_on_as_many_threads_as_it_may(size, threads, helpers):
+    """One that is short starts none."""
     code = f"""{COUNT_THREADS}
 import fastadam, numpy as np
 fastadam.set_num_threads({threads})

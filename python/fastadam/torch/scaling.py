@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,22 +22,28 @@ class Scaling:
 
     def __init__(self, grad_scale: Any, found_inf: Any) -> None:
         self._grad_scale, self._found_inf = grad_scale, found_inf
+        self._gradient_scale = 1.0 if grad_scale is None else None  # None: not read yet
+        self._skips = False if found_inf is None else None
         self._placed: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
 
-    @cached_property
+    @property
     def gradient_scale(self) -> float:
         """By which the host has gradients multiplied; waits for a GPU that knows it, once."""
-        return 1.0 if self._grad_scale is None else 1.0 / float(self._grad_scale)
+        if self._gradient_scale is None:
+            self._gradient_scale = 1.0 / float(self._grad_scale)
+        return self._gradient_scale
 
-    @cached_property
+    @property
     def skips(self) -> bool:
         """Whether the step is to be skipped; waits for a GPU that knows it, once."""
-        return self._found_inf is not None and bool(float(self._found_inf))
+        if self._skips is None:
+            self._skips = bool(float(self._found_inf))
+        return self._skips
 
     @property
     def host_skips(self) -> bool:
         """The same, as far as that is known without waiting."""
-        return not lies_on_gpu(self._found_inf) and self.skips
+        return self._skips is not False and not lies_on_gpu(self._found_inf) and self.skips
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Both as float32 on a GPU, without waiting, for as long as this lives; None for what lies on no GPU."""

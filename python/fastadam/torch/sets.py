@@ -25,6 +25,7 @@ class Kind:
         self.mode = mode  # sparse_update
         self.rows = rows  # their sparse gradients are rows, not dense ones that are mostly zero
         self.slots = tuple(SLOTS) if amsgrad else ("m", "v")
+        self.state_keys = [SLOTS[name] for name in self.slots]
         self.decays = decays
 
 
@@ -72,7 +73,7 @@ class ParameterSet:
 
     def _read_columns(self) -> list[list[Tensor]]:
         """The parameters, then each of their slots."""
-        return [self.params, *([s[SLOTS[name]] for s in self.states] for name in self.kind.slots)]
+        return [self.params, *[[state[key] for state in self.states] for key in self.kind.state_keys]]
 
     def _check_slots(self) -> None:
         for name, column in zip(self.kind.slots, self._columns[1:], strict=True):
@@ -89,6 +90,8 @@ class ParameterSet:
 
     def _natives(self) -> list[list[Tensor]]:
         """The columns as the plan reads them."""
+        if not self._views:
+            return self._columns
         columns = [column[:] for column in self._columns]
         for i, view in self._views.items():
             for column, seen in zip(columns, view.read([c[i] for c in self._columns]), strict=True):

@@ -27,6 +27,9 @@ def test_wrong_gradients_are_refused_before_anything_changes():
     wrong[2] = wrong[0]
     refused(optimizer, made, wrong, ValueError, r"grads\[2\]: shape \(3,\), expected \(4, 5\) like variable '")
     refused(optimizer, made, wrong[:2], ValueError, "grads: 2 gradients, expected 5, one for each variable")
+    wrong = gradients(0)
+    wrong[1] = keras.ops.cast(wrong[1], "complex64")
+    refused(optimizer, made, wrong, TypeError, r"grads\[1\]: .*complex64, expected float32 like variable '")
 
 
 @pytest.mark.parametrize(

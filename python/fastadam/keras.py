@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any, TypeVar
 
 import numpy as np
@@ -68,7 +69,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
 
     Raises:
         RuntimeError: A backend without this update.
-        TypeError: A number that is none; variables that are not float16, bfloat16, float32 or float64.
+        TypeError: A number that is none, a complex gradient; variables that are not float16, bfloat16, float32 or
+            float64.
         ValueError: A beta outside of [0, 1), an ``epsilon`` that is 0 in the arithmetic of the variables; a gradient of
             another shape than its variable.
 
@@ -118,8 +120,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         is_known = rate is not None and not (keras.backend.backend() == "jax" and _is_traced(rate))
         rate = check_number("learning_rate", rate) if is_known else 0.0
         hyper = StepHyper(1, rate, *self._numbers())
-        for dtype in {"float64" if variable.dtype == "float64" else "float32" for variable in variables} or {"float64"}:
-            _plan_of_nothing(dtype).check_numbers(hyper, [])
+        in_single = any(variable.dtype != "float64" for variable in variables)  # which holds fewer numbers
+        _plan_of_nothing("float32" if in_single else "float64").check_numbers(hyper, [])
 
     def _backend_update_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
         slots = {"m": self._momentums, "v": self._velocities}
@@ -191,19 +193,18 @@ class _Plan:
     def __init__(self, held: list[list[Any]], names: list[str], values: list[Any]) -> None:
         """``held``: variables, then the slots of each name; ``values``: what all of them hold, in this order."""
         self._values = values
-        self._places = [_place_of(value) for value in values]
         self._copies: list[tuple[Any, Any]] = []  # Keras variables whose value cannot be written, and a copy that can
         self._tensors: list[Any] = []  # of torch, written in place
         keras_variables = [variable for variables in held for variable in variables]
         arrays = list(map(self._writable, keras_variables, values))
         count = len(held[0])
-        self._dtypes = [variable.dtype for variable in held[0]]
         self._positions = list(range(count))
         native = native_for(arrays[:1])
         self._buffers = [
             native.Buffer(array, f"variable '{variable.path}'")
             for variable, array in zip(held[0], arrays[:count], strict=True)
         ]
+        self._names, self._count = names, count
         slots = {name: arrays[i * count : (i + 1) * count] for i, name in enumerate(names, start=1)}
         device = self._buffers[0].device
         context = cuda.native().Context(device) if device >= 0 else None
@@ -213,15 +214,13 @@ class _Plan:
 
     def fits(self, values: list[Any]) -> bool:
         """Whether these are the values that the plan was made for, where they were."""
-        return (
-            not self._copies
-            and len(values) == len(self._values)
-            and all(a is b for a, b in zip(values, self._values, strict=True))
-            and [_place_of(value) for value in values] == self._places
-        )
+        if self._copies or len(values) != len(self._values) or not all(map(is_, values, self._values)):
+            return False
+        variables, *slots = (values[i : i + self._count] for i in range(0, len(values), self._count))
+        return bool(self._native.holds(variables, dict(zip(self._names, slots, strict=True))))
 
     def step(self, grads: list[Any], hyper: StepHyper) -> None:
-        gradients = list(map(_readable, grads, self._values, self._dtypes))
+        gradients = list(map(_apart, grads, self._values))
         run_step(self._native.step, gradients, self._buffers, self._positions, hyper, [], None)
         for variable, copy in self._copies:
             variable.assign(copy)
@@ -294,15 +293,12 @@ def _check_gradients(grads: list[Any], variables: Sequence[Any]) -> None:
         if gradient is not None and tuple(gradient.shape) != tuple(variable.shape):
             shapes = f"shape {tuple(gradient.shape)}, expected {tuple(variable.shape)}"
             raise ValueError(f"grads[{i}]: {shapes} like variable '{variable.path}'")
+        if gradient is not None and "complex" in str(gradient.dtype):
+            raise TypeError(f"grads[{i}]: {gradient.dtype}, expected {variable.dtype} like variable '{variable.path}'")
 
 
 def _value_of(number: Any) -> Any:
     return number.value if isinstance(number, keras.Variable) else number
-
-
-def _place_of(value: Any) -> Any:
-    """Of a torch tensor, whose memory or strides may be set; an array of NumPy is the same for life."""
-    return None if isinstance(value, np.ndarray) else (value.data_ptr(), value.is_contiguous())
 
 
 def _contiguous_copy(tensor: Any) -> Any:
@@ -311,13 +307,12 @@ def _contiguous_copy(tensor: Any) -> Any:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _readable(gradient: Any, value: Any, dtype: str) -> Any:
-    """A gradient in the dtype of its variable that the plan can read while it writes ``value``."""
+def _apart(gradient: Any, value: Any) -> Any:
+    """A gradient that can be read while ``value`` is written, of torch in its dtype and contiguous."""
     if isinstance(value, np.ndarray):
-        gradient = gradient if gradient.dtype.name == dtype else gradient.astype(dtype)
         return gradient.copy() if np.may_share_memory(gradient, value) else gradient
-    gradient = gradient.detach()
-    if gradient.is_sparse:  # Keras's rule moves every row
-        gradient = gradient.to_dense()
-    gradient = gradient.to(value.dtype).resolve_conj().resolve_neg().contiguous()
+    if gradient.requires_grad or gradient.is_sparse:  # Keras's rule moves every row
+        gradient = gradient.detach().to_dense()
+    if gradient.dtype != value.dtype or not gradient.is_contiguous() or gradient.is_neg():
+        gradient = gradient.resolve_neg().to(value.dtype).contiguous()
     return gradient.clone() if gradient.data_ptr() == value.data_ptr() else gradient

@@ -11,7 +11,7 @@ from fastadam.hyper import StepHyper
 from fastadam.torch.sets import ParameterSet
 from fastadam.torch.tables import Table
 
-__all__ = ["Call", "Chosen", "Key"]
+__all__ = ["ON_HOST", "Call", "Chosen", "Key", "OnGpu"]
 
 
 class Key(NamedTuple):
@@ -21,6 +21,17 @@ class Key(NamedTuple):
     mask: bytes  # kinds of its parameters
     amsgrad: bool
     decays: bool
+
+
+class OnGpu(NamedTuple):
+    """What the GPU of a set is to read for itself in a step."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None  # it skips the step unless this is 0
+    counts: bool  # the number of the step, too
+
+
+ON_HOST = OnGpu(None, None, counts=False)
 
 
 class Chosen:

@@ -13,7 +13,7 @@ from fastadam.hyper import StepHyper
 from fastadam.slices import DEFERRED
 from fastadam.staleness import Numbers
 from fastadam.torch.checks import check_flags, label_of
-from fastadam.torch.chosen import Call, Chosen, Key
+from fastadam.torch.chosen import ON_HOST, Call, Chosen, Key, OnGpu
 from fastadam.torch.compiled import remember
 from fastadam.torch.counts import whole_count
 from fastadam.torch.scaling import Scaling
@@ -35,7 +35,7 @@ class Stepper(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         """Forget what was made of states that have been replaced."""
-        self._sets: dict[Key, Chosen] = {}
+        self._sets: dict[tuple[int, bytes, bool, bool], Chosen] = {}  # by Key, or a tuple like it, which is sooner made
         self._contexts: dict[Key, Any] = {}
         self._captured: list[Chosen] = []  # CUDA graphs write to their memory
         self._tables = Tables(exact=self._sparse_update == "deferred")
@@ -92,30 +92,17 @@ class Stepper(torch.optim.Optimizer):
     ) -> None:
         """Add the calls for the parameters that ``mask`` names; those of another kind, device or step count apart."""
         found = self._choose(index, group, mask)
-        if isinstance(found, list):
-            for part in found:
-                self._prepare(calls, index, group, gradients, part, scaling)
-            return
-        for part in found.parts:
+        parts = found if isinstance(found, list) else found.parts
+        for part in parts:
             self._prepare(calls, index, group, gradients, part, scaling)
-        if found.parts:
+        if parts or isinstance(found, list):
             return
         together = found.together
-        found.raise_late()
-        if self._captured:
-            together.counts.forget()  # graphs may have raised them
-        is_captured = together.is_capturing()
-        if is_captured and (found.is_new or not group["capturable"]):
-            raise RuntimeError(
-                "a step is captured by a CUDA graph, expected capturable=True and a step before it that is not captured"
-            )
-        grad_scale, found_inf = scaling.on(together.device) if together.counts_on_gpu else (None, None)
-        if found_inf is None and scaling.skips:
+        there = ON_HOST if together.context is None else self._numbers_on_gpu(found, group, scaling)
+        if there.found_inf is None and scaling.skips:
             return
-        is_followed = found_inf is not None and together.counts.are_followed()  # the GPU's last step is that before
-        counts_there = is_captured or (is_followed and together.can_count(self._hyper_of(group, together, 1, 1.0)))
         step = 1
-        if not counts_there:
+        if not there.counts:
             counts = together.counts.read()
             if counts.count(counts[0]) != len(counts):
                 parts = _by_value(mask, together.positions, counts)
@@ -124,20 +111,36 @@ class Stepper(torch.optim.Optimizer):
                     self._prepare(calls, index, group, gradients, part, scaling)
                 return
             step = whole_count(counts[0], together.labels[0])
-        hyper = self._hyper_of(group, together, step, scaling.gradient_scale if grad_scale is None else 1.0)
+        hyper = self._hyper_of(group, together, step, scaling.gradient_scale if there.grad_scale is None else 1.0)
         mine = [gradients[place] for place in together.positions]
         if found.tables and self._settle_before(found, mine, hyper, group["amsgrad"]):
-            del self._sets[self._key_of(index, group, mask)]
+            del self._sets[_key_of(index, group, mask)]
             self._prepare(calls, index, group, gradients, mask, scaling)
             return
         if together.context is not None:
             rate = together.rate_on_gpu(group["lr"], hyper)
             if rate is None:
                 hyper = hyper._replace(learning_rate=float(group["lr"]))
-            together.set_device_numbers(rate, grad_scale, found_inf, counts=counts_there)
+            together.set_device_numbers(rate, there.grad_scale, there.found_inf, counts=there.counts)
         factors = together.reversed if group["maximize"] else []
         mine = together.read_gradients(mine, densify=hyper.l2 != 0)
-        calls.append(Call(found, mine, hyper, factors, found_inf))
+        calls.append(Call(found, mine, hyper, factors, there.found_inf))
+
+    def _numbers_on_gpu(self, chosen: Chosen, group: dict[str, Any], scaling: Scaling) -> OnGpu:
+        """Which numbers of the next step the GPU of a set knows, and the host does not wait for."""
+        together = chosen.together
+        chosen.raise_late()
+        if self._captured:
+            together.counts.forget()  # graphs may have raised them
+        is_captured = together.is_capturing()
+        if is_captured and (chosen.is_new or not group["capturable"]):
+            raise RuntimeError(
+                "a step is captured by a CUDA graph, expected capturable=True and a step before it that is not captured"
+            )
+        grad_scale, found_inf = scaling.on(together.device) if together.counts_on_gpu else (None, None)
+        is_followed = found_inf is not None and together.counts.are_followed()  # the GPU's last step is that before
+        counts = is_captured or (is_followed and together.can_count(self._hyper_of(group, together, 1, 1.0)))
+        return OnGpu(grad_scale, found_inf, counts)
 
     def _hyper_of(self, group: dict[str, Any], together: ParameterSet, step: int, gradient_scale: float) -> StepHyper:
         """The numbers of a step, on a GPU without the rate.
@@ -221,21 +224,18 @@ class Stepper(torch.optim.Optimizer):
 
     # ---- sets ------------------------------------------------------------------------------------------------------
 
-    def _key_of(self, index: int, group: dict[str, Any], mask: bytes) -> Key:
-        return Key(index, mask, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]))
-
     def _choose(self, index: int, group: dict[str, Any], mask: bytes) -> Chosen | list[bytes]:
         """The set of the parameters that ``mask`` names, or masks of those that must step apart."""
         if _WHOLE in mask and _ROWS in mask:
             return [mask.replace(bytes([other]), bytes([_NONE])) for other in (_ROWS, _WHOLE)]
-        key = self._key_of(index, group, mask)
-        chosen = self._sets.get(key)
+        chosen = self._sets.get(_key_of(index, group, mask))
         if chosen is not None and self._is_current(chosen, group["params"]):
             return chosen
         places = [place for place, kind in enumerate(mask) if kind]
         devices = [group["params"][place].device for place in places]
         if len(set(devices)) > 1:
             return _by_value(mask, places, devices)
+        key = Key(*_key_of(index, group, mask))
         self._sets[key] = made = self._new(key, group, places)
         return made
 
@@ -247,8 +247,9 @@ class Stepper(torch.optim.Optimizer):
             if not all(self.state.get(p) is state for p, state in zip(together.params, together.states, strict=True)):
                 return False
             chosen.epoch = self._epoch
-        has_room = all(table.history.steps < table.history.room for table in chosen.tables)
-        return has_room and together.is_current() and together.counts.are(together.states)
+        if chosen.tables and any(table.history.steps >= table.history.room for table in chosen.tables):
+            return False
+        return together.is_current() and together.counts.are(together.states)
 
     def _new(self, key: Key, group: dict[str, Any], places: list[int]) -> Chosen:
         params = [group["params"][place] for place in places]
@@ -304,6 +305,10 @@ class Stepper(torch.optim.Optimizer):
             if group["amsgrad"]:
                 max_exp_avg_sqs.append(state["max_exp_avg_sq"])
             state_steps.append(state["step"])
+
+
+def _key_of(index: int, group: dict[str, Any], mask: bytes) -> tuple[int, bytes, bool, bool]:
+    return index, mask, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"])
 
 
 def _by_value(mask: bytes, places: list[int], values: list[Any]) -> list[bytes]:

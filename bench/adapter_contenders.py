@@ -20,6 +20,17 @@ def torch(sizes, dtype="float32", moments=None):
     return Contender(optimizer.step, read)
 
 
+def torch_nothing(sizes):
+    """What PyTorch itself does around a `step()`."""
+    torch, parameters, _ = _parameters(sizes)
+
+    class Nothing(torch.optim.Optimizer):
+        def step(self):
+            return None
+
+    return Contender(Nothing(parameters, {}).step)
+
+
 def torch_table(sizes, mode):
     """`fastadam.torch.Adam(sparse_update=mode)` on the uncoalesced gradient that nn.Embedding gives."""
     import fastadam.torch

@@ -14,13 +14,14 @@ from common import Worker, ratio, read_json, take_turns, write_json
 from models import resnet50
 
 TABLE = [1_000_000, 64, 4096]  # rows, width, ids of a step
-LISTS = {"32768": [2**15], "33554432": [2**25], "1000 x 64": [64] * 1000, "ResNet-50": resnet50()}
+LISTS = {"64": [64], "32768": [2**15], "33554432": [2**25], "1000 x 64": [64] * 1000, "ResNet-50": resnet50()}
 # name: (contender, its options); the first is ours, the others are its peers.
 DENSE: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "torch": {
         "fastadam.torch.Adam": ("adapter_contenders.torch", {}),
         "torch.optim.Adam(fused=True)": ("dense_contenders.torch", {}),
         "DeepSpeedCPUAdam": ("dense_contenders.deepspeed", {}),
+        "torch.optim.Optimizer that does nothing": ("adapter_contenders.torch_nothing", {}),
     },
     "jax": {
         "fastadam.jax.fused_update": ("adapter_contenders.jax", {}),

@@ -12,6 +12,7 @@ BACKEND = keras.backend.backend()
 SHAPES = ((3,), (), (4, 5), (0,), (2, 3, 2))
 STEPS = 6
 EXACT = {"beta_1": 0.875, "beta_2": 0.9375}  # float32 holds them: Keras and TF then have the same 1 - beta
+FACTORS = {"w0": 0.0, "w1": 1.0, "w2": 0.5, "w3": 2.0, "w4": 2.0}
 OPTIONS = {
     "plain": {},
     "amsgrad": {"amsgrad": True},
@@ -249,3 +250,19 @@ def test_a_stateless_step_changes_nothing_but_what_it_returns():
     optimizer.apply(gradients(1), made)
     for a, b in zip([*found[0], *found[1]], held, strict=True):
         assert np.array_equal(array(a), array(b))
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+def test_an_update_step_of_a_subclass_is_called_for_each_variable(kind):
+    made = []
+    for module in (fastadam.keras, keras.optimizers):
+
+        class Rates(getattr(module, kind)):
+            def update_step(self, gradient, variable, learning_rate):
+                super().update_step(gradient, variable, learning_rate * FACTORS[variable.name])
+
+        made.append(trained(Rates(0.0078125, weight_decay=0.125, **EXACT)))
+    assert_near(*made)
+    plain = trained(getattr(fastadam.keras, kind)(0.0078125, weight_decay=0.125, **EXACT))
+    same = [np.array_equal(array(a), array(b)) for a, b in zip(made[0], plain, strict=True)]
+    assert same == [False, True, False, True, False]  # w3 is empty

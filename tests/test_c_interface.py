@@ -108,9 +108,13 @@ def assert_output_of_the_cpp_program(output):
         ("3", "a gradient is not finite"),
         ("1", "list: ABI 2, expected 1, that of this library"),
         ("1", "tensors[1].grad_factor: expected a finite number"),
+        ("1", "tensors[1].grad_factor: infinite in float32, expected a finite number"),
+        ("1", "tensors[1].grad_factor: so small that it is flushed to zero in float32, expected more"),
         ("1", "tensors[1].var: expected a size from 0 to 2^59"),
         ("1", "tensors[1].stale: expected null"),
         ("1", "ema_momentum: 2.000000, expected 0 to 1"),
+        ("1", "gradient_scale: inf, expected a finite number of more than 0"),
+        ("1", "l2: -1.000000, expected 0 or more"),
         ("1", "tensors[0].rows: a null array"),
         ("1", "tensors[0].rows: expected unique rows in ascending order"),
         ("1", "tensors[0].rows: expected starts in ascending order"),
@@ -120,6 +124,7 @@ def assert_output_of_the_cpp_program(output):
         ("1", "heads: expected to lead to every tensor once"),
         ("1", "heads: expected to lead to every tensor once"),
         ("1", "tensors[0].next: 1 with rows, expected -1 if only the rows move that a gradient names"),
+        ("1", "offsets: expected null without heads"),
         ("1", "indices[0]: 4 is no row, expected 0 <= index < 4"),
     ]
 

@@ -210,6 +210,20 @@ def test_hyperparameters_can_be_injected_and_changed():
     assert_within(*results, 8)
 
 
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_injected_states_go_both_ways(kind):
+    params, gradients = to_jax(trees(0)), to_jax(trees(1))
+    ours, theirs = (optax.inject_hyperparams(getattr(made, kind))(0.1, 0.75, 0.9375) for made in (fj, optax))
+    assert_same_bits(ours.init(params), theirs.init(params))
+    for first, second in ((ours, theirs), (theirs, ours)):
+        state = first.update(gradients, first.init(params), params)[1]
+        second.update(gradients, state, params)
+    state = ours.init(params)
+    state.hyperparams["eps_root"] = jnp.float32(1e-8)
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="epsilon: nan"):
+        jax.block_until_ready(ours.update(gradients, state, params))
+
+
 def test_it_stands_in_a_chain_and_under_masked():
     params, gradients = to_jax(trees(0)), to_jax(trees(1))
     mask = {"layer": True, "scale": False, "nothing": True}

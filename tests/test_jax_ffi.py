@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import re
 import threading
 
@@ -238,6 +239,29 @@ print("late")
 """
     result = run_python(code)
     assert result.stdout.split() == ["late"], result.stderr
+
+
+def test_what_is_loaded_from_a_file_finds_the_handlers_once_registered(tmp_path):
+    from jax.experimental import serialize_executable
+
+    w, g = arrays(5, count=2)
+    state = fj.init(w)
+    compiled = jax.jit(STEP).lower(w, g, state).compile()
+    (tmp_path / "step").write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+    (tmp_path / "arguments").write_bytes(pickle.dumps([np.asarray(x) for x in (w, g)]))
+    code = f"""
+import pathlib, pickle
+import fastadam.jax, jax.numpy as jnp, numpy as np
+from jax.experimental import serialize_executable
+
+fastadam.jax.register()
+folder = pathlib.Path({str(tmp_path)!r})
+step = serialize_executable.deserialize_and_load(*pickle.loads((folder / "step").read_bytes()))
+w, g = map(jnp.asarray, pickle.loads((folder / "arguments").read_bytes()))
+print(np.asarray(step(w, g, fastadam.jax.init(w))[0]).tobytes().hex())
+"""
+    result = run_python(code)
+    assert result.stdout.split() == [np.asarray(compiled(w, g, state)[0]).tobytes().hex()], result.stderr
 
 
 def test_a_handler_that_jax_rejects_is_an_error_of_ours_and_jax_goes_on():

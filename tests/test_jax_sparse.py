@@ -84,7 +84,9 @@ def test_the_dense_mode_learns_what_optax_learns_of_the_gradient_of_the_table():
 def test_without_ids_only_what_moves_anyway_moves(mode):
     table = jnp.ones((4, 2))
     state = fj.init(table)._replace(count=3, mu=jnp.ones((4, 2)), nu=jnp.ones((4, 2)))
-    got, state = fj.sparse_update(table, jnp.zeros(0, int), jnp.zeros((0, 2)), state, learning_rate=0.1, mode=mode)
+    before, rows = state, jnp.zeros((0, 2))
+    got, state = fj.sparse_update(table, jnp.zeros(0, int), rows, before, learning_rate=0.1, mode=mode)
+    assert (got == fj.sparse_update(table, [], rows, before, learning_rate=0.1, mode=mode)[0]).all()
     assert bool((got != table).all()) == (mode == "dense")
     assert bool((got == table).all()) == (mode == "lazy")
     assert int(state.count) == 4

@@ -79,6 +79,20 @@ def test_loading_leaves_modules_attached():
     assert all(hook.__self__.optimizer is optimizer for hook in table._forward_pre_hooks.values())
 
 
+@pytest.mark.usefixtures("rows_wait")
+def test_ids_may_be_given_by_name():
+    table, optimizer = attached()
+    train(table, optimizer, range(5))
+    waiting = table.weight.detach().clone()
+    assert not table(input=torch.tensor([1]))[0].equal(waiting[1])
+    with pytest.raises(TypeError, match="input"):
+        table()
+    bag = torch.nn.EmbeddingBag(5, 2, sparse=True)
+    fastadam.torch.Adam(bag.parameters()).attach(bag)
+    ids, offsets = torch.tensor([1, 2]), torch.tensor([0])
+    assert bag(input=ids, offsets=offsets).equal(bag(ids, offsets))
+
+
 @pytest.mark.parametrize("mode", ["dense", "lazy", "deferred", "deferred_fast"])
 @pytest.mark.parametrize("cls", [torch.nn.Embedding, torch.nn.EmbeddingBag])
 def test_max_norm_is_refused_where_rows_wait(cls, mode):

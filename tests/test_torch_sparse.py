@@ -61,6 +61,18 @@ def test_lazy_is_sparse_adam(options):
     assert float(optimizer.state[ours.weight]["step"]) == 30
 
 
+def test_a_state_of_sparse_adam_goes_on():
+    theirs, ours = embedding(), embedding()
+    other = torch.optim.SparseAdam(list(theirs.parameters()), lr=0.1)
+    train(theirs, other, 15)
+    ours.load_state_dict(theirs.state_dict())
+    optimizer = fastadam.torch.Adam(ours.parameters(), sparse_update="lazy")
+    optimizer.load_state_dict(other.state_dict())
+    train(theirs, other, 15)
+    train(ours, optimizer, 15)
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"amsgrad": True}, {"decoupled_weight_decay": True, "weight_decay": 0.1}], ids=str
 )

@@ -156,12 +156,9 @@ class Plan {
   }
 
   double usable_factor(double factor, size_t i) {
-    const bool is_double = set_.tensors()[i].dtype == FASTADAM_FLOAT64;
-    const auto single = static_cast<float>(factor);
-    if (is_double || factor == 0 || std::isnormal(single)) return factor;
-    throw py::value_error(Label{"grad_factor", set_.position(i)}() +
-                          (std::isfinite(single) ? ": so small that it is flushed to zero in float32, expected more"
-                                                 : ": infinite in float32, expected a finite number"));
+    const char* why = lost_factor(factor, set_.tensors()[i].dtype);
+    if (why == nullptr) return factor;
+    throw py::value_error(Label{"grad_factor", set_.position(i)}() + ": " + why);
   }
 
   TensorSet<Backend> set_;

@@ -43,6 +43,9 @@ inline void check_list(const fastadam_list* list) {
                                 std::to_string(FASTADAM_ABI) + ", that of this library");
   }
   if (list->count < 0 || (list->tensors == nullptr && list->count > 0)) throw std::invalid_argument("tensors: null");
+  if (list->heads == nullptr && list->offsets != nullptr) {
+    throw std::invalid_argument("offsets: expected null without heads");
+  }
 }
 
 inline RowsOn rows_of(const fastadam_list& list) { return list.abi == kTrustedAbi ? RowsOn::kTrusted : RowsOn::kHost; }

@@ -49,7 +49,19 @@ inline void check_hyper(const AdamHyper& hyper) {
   if (!(hyper.clip_norm >= 0)) refuse("clip_norm", hyper.clip_norm, "0 or more");
   if (!(hyper.global_clip_norm >= 0)) refuse("global_clip_norm", hyper.global_clip_norm, "0 or more");
   if (!(hyper.ema_momentum >= 0 && hyper.ema_momentum <= 1)) refuse("ema_momentum", hyper.ema_momentum, "0 to 1");
-  if (!(hyper.gradient_scale > 0)) refuse("gradient_scale", hyper.gradient_scale, "more than 0");
+  if (!(hyper.l2 >= 0)) refuse("l2", hyper.l2, "0 or more");
+  const bool is_scale = hyper.gradient_scale > 0 && std::isfinite(hyper.gradient_scale);
+  if (!is_scale) refuse("gradient_scale", hyper.gradient_scale, "a finite number of more than 0");
+}
+
+// Why gradients of a variable cannot be multiplied by `factor`, which is lost in its arithmetic; or null.
+inline const char* lost_factor(double factor, DType dtype) {
+  if (!std::isfinite(factor)) return "expected a finite number";
+  if (dtype == FASTADAM_FLOAT64) return nullptr;
+  const auto single = static_cast<float>(factor);
+  if (!std::isfinite(single)) return "infinite in float32, expected a finite number";
+  const bool is_lost = factor != 0 && !std::isnormal(single);
+  return is_lost ? "so small that it is flushed to zero in float32, expected more" : nullptr;
 }
 
 // Where the arrays of `rows` lie. Those of a device are not read: `count` is that of the indices, whose check is its
@@ -133,7 +145,7 @@ class TensorCheck {
   }
 
   void check_gradient() const {
-    if (!std::isfinite(t_.grad_factor)) refuse("grad_factor", "expected a finite number");
+    if (const char* why = lost_factor(t_.grad_factor, t_.dtype)) refuse("grad_factor", why);
     const bool is_wide = size_of(t_.dtype) == 2 && t_.grad_dtype == FASTADAM_FLOAT32;
     if (t_.grad_dtype != t_.dtype && !is_wide) refuse("grad_dtype", "expected dtype, or float32 for a half variable");
     require(t_.grad, t_.grad_dtype, t_.grad_size, "grad");

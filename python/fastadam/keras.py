@@ -83,11 +83,10 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     [0.9, 2.1]
     """
 
-    _plan: _Plan | None = None
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _require_backend(type(self).__name__)
         super().__init__(*args, **kwargs)
+        self._plans = _Plans()
         self._check_numbers([], None)
 
     def build(self, var_list: Sequence[Any]) -> None:
@@ -123,7 +122,18 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         in_single = any(variable.dtype != "float64" for variable in variables)  # which holds fewer numbers
         _plan_of_nothing("float32" if in_single else "float64").check_numbers(hyper, [])
 
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Update one variable: where a subclass overrides this, Keras's way, each by itself."""
+        self._update([gradient], [variable], learning_rate)
+
     def _backend_update_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
+        if type(self).update_step is Adam.update_step:
+            self._update(grads, trainable_variables, learning_rate)
+            return
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            self.update_step(gradient, variable, learning_rate)
+
+    def _update(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
         slots = {"m": self._momentums, "v": self._velocities}
         if self.amsgrad:
             slots["vhat"] = self._velocity_hats
@@ -162,10 +172,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     def _update_in_place(self, grads: list[Any], held: list[list[Any]], names: list[str], learning_rate: Any) -> None:
         step = int(_value_of(self.iterations)) + 1
         hyper = StepHyper(step, check_number("learning_rate", _value_of(learning_rate)), *self._numbers())
-        values = [variable.value for variables in held for variable in variables]
-        if self._plan is None or not self._plan.fits(values):
-            self._plan = _Plan(held, names, values)
-        self._plan.step(grads, hyper)
+        self._plans.of(held, names).step(grads, hyper)
 
 
 @keras.saving.register_keras_serializable(package="fastadam")
@@ -187,11 +194,27 @@ class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
     """
 
 
+class _Plans:
+    """A plan of each set of variables that are stepped together."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, int], _Plan] = {}
+
+    def of(self, held: list[list[Any]], names: list[str]) -> _Plan:
+        """``held``: variables, then the slots of each name."""
+        values = [variable.value for variables in held for variable in variables]
+        key = id(held[0][0]), len(held[0])
+        plan = self._made.get(key)
+        if plan is None or not plan.fits(values):
+            plan = self._made[key] = _Plan(held, names, values)
+        return plan
+
+
 class _Plan:
     """A native plan of the arrays that Keras's variables hold. A cache: :meth:`fits` says whether they are the same."""
 
     def __init__(self, held: list[list[Any]], names: list[str], values: list[Any]) -> None:
-        """``held``: variables, then the slots of each name; ``values``: what all of them hold, in this order."""
+        """``values``: what ``held`` holds, in this order."""
         self._values = values
         self._copies: list[tuple[Any, Any]] = []  # Keras variables whose value cannot be written, and a copy that can
         self._tensors: list[Any] = []  # of torch, written in place

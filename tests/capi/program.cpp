@@ -67,9 +67,11 @@ void refuse_rows(const fastadam_tensor& dense) {
   }
   chained[0].next = 1;
   const int64_t lengths[] = {0, 1};
-  const fastadam_list list = {FASTADAM_ABI, chained, 2, heads, lengths, 1};
-  const fastadam_status status = fastadam_step(&list, &hyper, true);
-  std::printf("status %d %s\n", static_cast<int>(status), fastadam_error());
+  for (const int64_t* begins : {heads, static_cast<const int64_t*>(nullptr)}) {
+    const fastadam_list list = {FASTADAM_ABI, chained, 2, begins, lengths, 1};
+    const fastadam_status status = fastadam_step(&list, &hyper, true);
+    std::printf("status %d %s\n", static_cast<int>(status), fastadam_error());
+  }
 }
 
 // What is refused has changed nothing; the variable stays 1.
@@ -114,6 +116,10 @@ void refusals() {
   bad = good;
   bad.grad_factor = std::numeric_limits<double>::quiet_NaN();
   refused(bad, usual);
+  for (const double factor : {1e39, 1e-39}) {
+    bad.grad_factor = factor;
+    refused(bad, usual);
+  }
   bad = good;
   bad.size = bad.grad_size = std::numeric_limits<int64_t>::max();
   refused(bad, usual);
@@ -122,6 +128,12 @@ void refusals() {
   refused(bad, usual);
   hyper = usual;
   hyper.ema_momentum = 2;
+  refused(good, hyper);
+  hyper = usual;
+  hyper.gradient_scale = std::numeric_limits<double>::infinity();
+  refused(good, hyper);
+  hyper = usual;
+  hyper.l2 = -1;
   refused(good, hyper);
   refuse_rows(good);
   const int64_t index = 4;

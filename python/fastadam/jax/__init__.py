@@ -9,12 +9,15 @@ are operands, so that other values do not compile again; what is refused of thei
 error of the computation, ``jax.errors.JaxRuntimeError`` or, of a function that has run before, ``ValueError``, after
 which donated arrays are gone. On a GPU the host reads them before it launches a step, which waits for the gradients.
 
+An executable or an export that has a step in it and is loaded by another process needs :func:`register` there before.
+
 JAX differentiates, batches and shards by rules; those of a step are in ``operation.py``.
 """
 
 from __future__ import annotations
 
 from fastadam.jax.arguments import AmsgradState
+from fastadam.jax.operation import register
 from fastadam.jax.steps import fused_update, init, sparse_update, step_arrays
 from fastadam.jax.transformations import adam, adamw, scale_by_adam
 
@@ -24,6 +27,7 @@ __all__ = [
     "adamw",
     "fused_update",
     "init",
+    "register",
     "scale_by_adam",
     "sparse_update",
     "step_arrays",

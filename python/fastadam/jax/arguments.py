@@ -74,6 +74,8 @@ def next_count(state: Any) -> jax.Array:
 def check_ids(ids: Any) -> jax.Array:
     """As int32 or int64. What JAX would wrap around into another row is refused."""
     given = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    if isinstance(ids, (list, tuple)) and not given.size:
+        given = given.astype(np.int32)
     if not jnp.issubdtype(given.dtype, jnp.integer):
         raise TypeError(f"ids: {given.dtype}, expected integers")
     widest = jnp.result_type(int)

@@ -248,7 +248,7 @@ def _call(step: Step, operands: Sequence[Any], lengths: dict[str, int]) -> tuple
 
 @functools.cache
 def register() -> None:
-    """Tell JAX of the handlers, once.
+    """Tell JAX of the handlers, once. A step does so when it is traced; what is loaded from a file needs it before.
 
     Not before JAX has its backends: a handler that it rejects would keep it from having any, now it is only an error.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastadam.checks import check_bool
 from fastadam.jax.arguments import (
     check_params,
+    check_scalar,
     flatten,
     flatten_like,
     moments_of,
@@ -18,8 +21,16 @@ from fastadam.jax.arguments import (
 from fastadam.jax.steps import step_leaves
 
 
-def scale_by_adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu_dtype: Any = None) -> Any:
-    r"""``optax.scale_by_adam`` by the native kernels, with its state and its arguments but for two.
+def scale_by_adam(
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = False,
+) -> Any:
+    r"""``optax.scale_by_adam`` by the native kernels, with its state and its arguments.
 
     .. math:: u = \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
@@ -27,18 +38,23 @@ def scale_by_adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu_dtype: Any
     makes into another pass over memory of the size of the parameters, which optax's own does without: this is for
     states and chains of optax with the arithmetic of fastadam; what is fast is :func:`fused_update`.
 
-    It has no ``eps_root`` and no ``nesterov``, which the kernels have not.
+    The second moment is summed as in TensorFlow: a gradient whose square overflows makes it infinite and in the next
+    step NaN, where optax's stays infinite.
 
     Args:
         b1: Decay rate of m.
         b2: Decay rate of v.
         eps: Added to the root of the bias-corrected moment.
+        eps_root: 0, there to be passed on; the kernels have none. One that is not known before the computation, as
+            under ``optax.inject_hyperparams``, and not 0 makes ``eps`` NaN, which the step refuses.
         mu_dtype: None or the dtype of the parameters, which the moments have in optax. The kernels keep both moments
             in one dtype.
+        nesterov: False, likewise.
 
     Raises:
         ImportError: optax is not installed.
         TypeError: In ``init``: another ``mu_dtype``.
+        ValueError: ``nesterov``, or an ``eps_root`` that is not 0.
 
     Source: ``scale_by_adam`` in ``optax/_src/transform.py``.
 
@@ -49,6 +65,10 @@ def scale_by_adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu_dtype: Any
     ...     assert jnp.allclose(updates, jnp.array([1.0, -1.0]))
     """
     import optax
+
+    if check_bool("nesterov", nesterov):
+        raise ValueError("nesterov: True, expected False: the kernels have none")
+    corrected = _without_root(eps, check_scalar("eps_root", eps_root))
 
     def init_moments(params: Any) -> Any:
         labels, leaves, structure = flatten("params", params)
@@ -74,7 +94,7 @@ def scale_by_adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu_dtype: Any
             of_moments,
             trees,
             count=count,
-            numbers=pack_numbers(-1.0, b1, b2, eps, 0.0, 1.0),
+            numbers=pack_numbers(-1.0, b1, b2, corrected, 0.0, 1.0),
             epsilon_corrected=True,
             decays=[False] * len(leaves),
         )
@@ -84,7 +104,24 @@ def scale_by_adam(b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu_dtype: Any
     return optax.GradientTransformation(init_moments, update)
 
 
-def adam(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu_dtype: Any = None) -> Any:
+def _without_root(eps: Any, eps_root: Any) -> Any:
+    if isinstance(eps_root, jax.Array):
+        return jnp.where(eps_root == 0, eps, jnp.nan)
+    if eps_root != 0:
+        raise ValueError(f"eps_root: {eps_root}, expected 0: the kernels have none")
+    return eps
+
+
+def adam(
+    learning_rate: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = False,
+) -> Any:
     """``optax.adam`` around :func:`scale_by_adam`: the same chain of states, so that checkpoints serve both.
 
     >>> import importlib.util, jax.numpy as jnp, fastadam.jax
@@ -97,7 +134,8 @@ def adam(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, mu
     """
     import optax
 
-    return optax.chain(scale_by_adam(b1, b2, eps, mu_dtype), optax.scale_by_learning_rate(learning_rate))
+    scale = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+    return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
 
 
 def adamw(
@@ -105,9 +143,12 @@ def adamw(
     b1: Any = 0.9,
     b2: Any = 0.999,
     eps: Any = 1e-8,
+    eps_root: Any = 0.0,
     mu_dtype: Any = None,
     weight_decay: Any = 1e-4,
     mask: Any = None,
+    *,
+    nesterov: bool = False,
 ) -> Any:
     """``optax.adamw`` around :func:`scale_by_adam`, with the same chain of states.
 
@@ -120,7 +161,7 @@ def adamw(
     import optax
 
     return optax.chain(
-        scale_by_adam(b1, b2, eps, mu_dtype),
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

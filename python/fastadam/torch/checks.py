@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from fastadam.slices import DEFERRED
 from fastadam.torch.views import is_lazy_view
 
-__all__ = ["check_flags", "check_ids", "check_numbers", "check_tensor", "label_of"]
+__all__ = ["check_flags", "check_ids", "check_numbers", "check_options", "check_tensor", "label_of"]
 
 
 def label_of(group: dict[str, Any], index: int, place: int) -> str:
@@ -21,8 +22,6 @@ def label_of(group: dict[str, Any], index: int, place: int) -> str:
 
 def check_flags(group: dict[str, Any], param: Tensor, label: str, sparse_update: str) -> None:
     """Options of a group that a parameter, or the kernels, do not allow."""
-    if group["differentiable"]:
-        raise ValueError("differentiable: True, expected False: the kernels have no derivative")
     if param.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{label}: on {param.device}, expected CPU memory or a CUDA device")
     if is_lazy_view(param):
@@ -31,6 +30,14 @@ def check_flags(group: dict[str, Any], param: Tensor, label: str, sparse_update:
         raise ValueError(f"capturable: True with {label} on {param.device}, expected parameters on a CUDA device")
     if param.device.type == "cuda" and sparse_update in DEFERRED:
         raise ValueError(f"sparse_update: {sparse_update!r} with {label} on {param.device}, expected CPU memory")
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Options that may have been set since they were given."""
+    if group.get("differentiable"):
+        raise ValueError("differentiable: True, expected False: the kernels have no derivative")
+    if not 0.0 <= group.get("weight_decay", 0.0) < math.inf:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
 
 
 def check_tensor(name: str, value: Any, *, foreach: bool, capturable: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastadam.hyper import StepHyper
 from fastadam.slices import DEFERRED
 from fastadam.staleness import Numbers
-from fastadam.torch.checks import check_flags, label_of
+from fastadam.torch.checks import check_flags, check_options, label_of
 from fastadam.torch.chosen import ON_HOST, Call, Chosen, Key, OnGpu
 from fastadam.torch.compiled import remember
 from fastadam.torch.counts import whole_count
@@ -147,6 +147,7 @@ class Stepper(torch.optim.Optimizer):
 
         The epsilon of rows is not corrected, as that of ``torch.optim.SparseAdam``.
         """
+        check_options(group)
         (beta_1, beta_2), weight_decay = group["betas"], float(group["weight_decay"])
         decoupled = group["decoupled_weight_decay"]
         if weight_decay and not decoupled and together.kind.rows:
@@ -285,6 +286,7 @@ class Stepper(torch.optim.Optimizer):
         state_steps: list[Tensor],
     ) -> None:
         """Fill the lists for ``torch.compile``, which runs this while it traces; new states are the optimizer's."""
+        check_options(group)
         places = [place for place, param in enumerate(group["params"]) if param.grad is not None]
         chosen = [group["params"][place] for place in places]
         index = next(index for index, other in enumerate(self.param_groups) if other is group)

@@ -103,10 +103,11 @@ class Reader:
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
-    def before_forward(self, module: Any, inputs: tuple[Any, ...]) -> None:
+    def before_forward(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Bring the rows that are looked up up to date."""
-        if self.optimizer is not None:
-            self.optimizer._look_up(module.weight, inputs[0])
+        ids = inputs[0] if inputs else named.get("input")
+        if self.optimizer is not None and ids is not None:  # without any the module says what is missing
+            self.optimizer._look_up(module.weight, ids)
 
     def before_state_dict(self, module: Any, *_: Any) -> None:
         """Bring all rows up to date."""

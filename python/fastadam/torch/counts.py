@@ -35,11 +35,13 @@ class StepCounts:
 
     def read(self) -> list[float]:
         """One count for each parameter; waits for a GPU that holds them, unless they are remembered."""
+        if not self._remembers:
+            return self._wait()
         if self._count is not None and self._are_untouched():
             return [self._count] * len(self.steps)
         versions = self._versions_now()
         counts = self._wait()
-        if self._remembers and counts.count(counts[0]) == len(counts):
+        if counts.count(counts[0]) == len(counts):
             self._count, self._versions = counts[0], versions
         return counts
 
@@ -69,13 +71,14 @@ class StepCounts:
 
     def set(self, count: int) -> None:
         """After a step; once more does no harm."""
-        self.forget()
+        self._versions = None
         if self._whole is not None:
             self._whole.fill_(count)
         else:
             first = self.steps[0]
             self._copy(torch.full((), float(count), dtype=first.dtype, device=first.device))
-        self._remember(count)
+        if self._remembers:
+            self._remember(count)
 
     def follow(self, after: Tensor) -> None:
         """After a step of which the GPU knows whether it was made; once more does no harm."""

@@ -49,7 +49,8 @@ class Stepper(torch.optim.Optimizer):
 
     def _step_all(self, scaling: Scaling) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
-        self._finish()
+        if self._pending is not None:
+            self._finish()
         if not self._knows_state():
             self._known = {**self.state}
             self._epoch += 1
@@ -186,7 +187,7 @@ class Stepper(torch.optim.Optimizer):
 
     def _make(self, call: Call) -> None:
         chosen, together = call.chosen, call.chosen.together
-        if together.is_capturing():
+        if together.context is not None and together.is_capturing():
             together.step(call.gradients, call.hyper, call.factors, chosen.counter)
             together.finish_in_graph(call.found_inf)
             self._captured.append(chosen)  # its pointers are the graph's from here on

@@ -238,6 +238,17 @@ inline Buffer read_state(const py::object& object, const std::string& label, con
   return b;
 }
 
+// Why a gradient of `var` cannot be read without a conversion.
+[[noreturn]] inline void refuse_as_it_lies(const Buffer& g, const Buffer& var, const std::string& label) {
+  const std::string found = label + ": " + (g.dtype ? name_of(*g.dtype) : g.dtype_name.c_str());
+  const bool is_known = g.dtype == var.dtype || g.dtype == state_dtype(*var.dtype);
+  if (!is_known) throw py::type_error(found + ", expected " + name_of(*var.dtype) + " like " + var.label);
+  if (!g.native_order) throw py::value_error(found + ", byte-swapped, expected the byte order of this machine");
+  if (!g.aligned()) throw py::value_error(found + ", misaligned, expected a multiple of the item size as address");
+  throw py::value_error(found + " with strides " + tuple_text(g.strides) + " for shape " + tuple_text(g.shape) +
+                        ", expected a contiguous array in order " + var.order() + " like " + var.label);
+}
+
 // Copies memory of a device; null in a module that reads none.
 using DeviceCopier = py::array (*)(const Buffer& b);
 inline DeviceCopier copy_device_array = nullptr;

@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -40,7 +39,6 @@ class TensorSet : public VariableSet {
         lazy_(lazy) {
     indexes_.resize(variables_.size());
     read_before_.resize(variables_.size());
-    apart_.resize(variables_.size());
     require_length("histories", histories.size());
     for (size_t i = 0; i < histories.size(); ++i) {
       tables_.push_back(histories[i] ? backend_.table_of(*histories[i], variables_[i]) : nullptr);
@@ -276,16 +274,10 @@ class TensorSet : public VariableSet {
     return true;
   }
 
-  // False: Python converts a gradient of the CPU.
+  // False: Python converts a gradient of the CPU; on a GPU nothing is converted.
   bool refuse_on_device(const Buffer& g, const Buffer& var, size_t i) const {
-    if (g.device == Buffer::kHost) return false;
-    const std::string found = gradient_label(i)() + ": " + (g.dtype ? name_of(*g.dtype) : g.dtype_name.c_str());
-    const bool is_known = g.dtype == var.dtype || g.dtype == state_dtype(*var.dtype);
-    if (!is_known) throw py::type_error(found + ", expected " + name_of(*var.dtype) + " like " + var.label);
-    if (!g.native_order) throw py::value_error(found + ", byte-swapped, expected the byte order of this machine");
-    if (!g.aligned()) throw py::value_error(found + ", misaligned, expected a multiple of the item size as address");
-    throw py::value_error(found + " with strides " + tuple_text(g.strides) + " for shape " + tuple_text(g.shape) +
-                          ", expected a contiguous array in order " + var.order() + " like " + var.label);
+    if (g.device != Buffer::kHost) refuse_as_it_lies(g, var, gradient_label(i)());
+    return false;
   }
 
   bool refuse_negated(const Buffer& var, size_t i) const {
@@ -321,7 +313,7 @@ class TensorSet : public VariableSet {
 
   void set_gradient(const void* data, DType dtype, size_t i) {
     TensorArgs& tensor = tensors_[i];
-    if (tensor.grad_size > 0) refuse_alias(reinterpret_cast<uintptr_t>(data), tensor.grad_size * size_of(dtype), i);
+    written_.require_apart(data, tensor.grad_size * size_of(dtype), i, gradient_label(i));
     tensor.grad = data;
     tensor.grad_dtype = dtype;
   }
@@ -334,23 +326,9 @@ class TensorSet : public VariableSet {
     tensor.grad_size = tensor.rows->count * tensor.rows->width;
   }
 
-  void refuse_alias(uintptr_t begin, int64_t nbytes, size_t i) {
-    const uintptr_t end = begin + static_cast<uintptr_t>(nbytes);
-    if (apart_[i] == std::make_pair(begin, end)) return;  // as in the step before
-    const Interval wanted{end, 0, nullptr};
-    const auto after = std::lower_bound(written_.begin(), written_.end(), wanted);
-    if (after == written_.begin() || std::prev(after)->end <= begin) {
-      apart_[i] = {begin, end};
-      return;
-    }
-    throw py::value_error(gradient_label(i)() + ": shares memory with " + *std::prev(after)->label +
-                          ", which the step writes; expected a separate array");
-  }
-
   Backend backend_;
-  std::vector<Buffer> read_before_;  // dense gradients of the last step, of a GPU, which often come again
-  std::vector<std::pair<uintptr_t, uintptr_t>> apart_;  // the last gradient of each that shares no memory
-  std::vector<py::object> exported_;                    // keep gradients that are not ndarrays alive during a step
+  std::vector<Buffer> read_before_;   // dense gradients of the last step, of a GPU, which often come again
+  std::vector<py::object> exported_;  // keep gradients that are not ndarrays alive during a step
   std::vector<std::unique_ptr<typename Backend::Index>> indexes_;  // of the gradients that are IndexedSlices
   std::vector<std::unique_ptr<typename Backend::Table>> tables_;   // of the variables in a deferred mode
   bool has_tables_ = false;

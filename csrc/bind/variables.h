@@ -15,6 +15,7 @@
 #include "../core/step_args.h"
 #include "buffers.h"
 #include "exchange.h"
+#include "written.h"
 
 namespace fastadam::bind {
 
@@ -110,20 +111,13 @@ class VariableSet {
   }
 
  protected:
-  struct Interval {
-    uintptr_t begin;
-    uintptr_t end;
-    const std::string* label;
-    bool operator<(const Interval& other) const { return begin < other.begin; }
-  };
-
   std::vector<Buffer> variables_;
   std::vector<Buffer> state_;  // all slots of variable 0, then of variable 1, ...
   std::vector<int64_t> positions_;
   std::vector<TensorArgs> tensors_;
   std::vector<int64_t> heads_;
   std::vector<int64_t> offsets_;
-  std::vector<Interval> written_;  // by address
+  Written written_;
   std::vector<bool> is_repeated_;  // the variable comes more than once
 
  private:
@@ -229,18 +223,10 @@ class VariableSet {
     for (int64_t head : heads_) {
       const auto i = static_cast<size_t>(head);
       if (variables_[i].size == 0) continue;
-      written_.push_back({variables_[i].begin(), variables_[i].end(), &variables_[i].label});
-      for (size_t k = 0; k < per_variable; ++k) {
-        const Buffer& state = state_[i * per_variable + k];
-        written_.push_back({state.begin(), state.end(), &state.label});
-      }
+      written_.add(variables_[i]);
+      for (size_t k = 0; k < per_variable; ++k) written_.add(state_[i * per_variable + k]);
     }
-    std::sort(written_.begin(), written_.end());
-    for (size_t k = 1; k < written_.size(); ++k) {
-      if (written_[k].begin >= written_[k - 1].end) continue;
-      throw py::value_error(*written_[k].label + ": overlaps " + *written_[k - 1].label +
-                            " in memory, expected separate arrays (or the same variable with the same state)");
-    }
+    written_.refuse_overlaps(variables_.size());
   }
 
   bool amsgrad_ = false;

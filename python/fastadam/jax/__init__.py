@@ -9,7 +9,7 @@ are operands, so that other values do not compile again; what is refused of thei
 error of the computation, ``jax.errors.JaxRuntimeError`` or, of a function that has run before, ``ValueError``, after
 which donated arrays are gone. On a GPU the host reads them before it launches a step, which waits for the gradients.
 
-An executable or an export that has a step in it and is loaded by another process needs :func:`register` there before.
+A compiled step that another process loads (``serialize_executable``) needs :func:`register` there first.
 
 JAX differentiates, batches and shards by rules; those of a step are in ``operation.py``.
 """

@@ -38,7 +38,7 @@ def scale_by_adam(
     makes into another pass over memory of the size of the parameters, which optax's own does without: this is for
     states and chains of optax with the arithmetic of fastadam; what is fast is :func:`fused_update`.
 
-    Float32 directions differ from optax's by up to 1.4e-5 of their size (with a ``b2`` of 0.999): it rounds
+    Float32 directions differ from optax's by up to 0.7e-5 of their size (with a ``b2`` of 0.999): it rounds
     :math:`1 - \beta^t` to float32, here they come from doubles. The second moment is summed as in TensorFlow: a
     gradient whose square overflows makes it infinite and in the next step NaN, where optax's stays infinite.
 

@@ -71,14 +71,13 @@ class StepCounts:
 
     def set(self, count: int) -> None:
         """After a step; once more does no harm."""
-        self._versions = None
+        self.forget()
         if self._whole is not None:
             self._whole.fill_(count)
         else:
             first = self.steps[0]
             self._copy(torch.full((), float(count), dtype=first.dtype, device=first.device))
-        if self._remembers:
-            self._remember(count)
+        self._remember(count)
 
     def follow(self, after: Tensor) -> None:
         """After a step of which the GPU knows whether it was made; once more does no harm."""

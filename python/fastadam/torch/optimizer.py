@@ -11,7 +11,7 @@ from torch import Tensor
 from fastadam.slices import DEFERRED, check_sparse_update
 from fastadam.torch.checks import check_ids, check_numbers, check_options, check_tensor
 from fastadam.torch.compiled import traced_step
-from fastadam.torch.scaling import NOT_SCALED, Scaling
+from fastadam.torch.scaling import Scaling
 from fastadam.torch.states import keep_tensors, restore_states
 from fastadam.torch.stepping import Stepper
 from fastadam.torch.tables import Reader
@@ -154,9 +154,7 @@ class Adam(Stepper):
             if torch.compiler.is_compiling():
                 traced_step(self)
                 return loss
-            grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            is_scaled = grad_scale is not None or found_inf is not None
-            scaling = Scaling(grad_scale, found_inf) if is_scaled else NOT_SCALED
+            scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
             if not scaling.host_skips:
                 with self._lock:
                     self._step_all(scaling)

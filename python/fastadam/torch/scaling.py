@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastadam.torch.counts import lies_on_gpu
 
-__all__ = ["NOT_SCALED", "Scaling"]
+__all__ = ["Scaling"]
 
 
 class Scaling:
@@ -54,6 +54,3 @@ class Scaling:
 
 def _place(number: Any, device: torch.device) -> Tensor | None:
     return number.detach().to(device, torch.float32, non_blocking=True) if lies_on_gpu(number) else None
-
-
-NOT_SCALED = Scaling(None, None)

@@ -35,7 +35,7 @@ class Stepper(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         """Forget what was made of states that have been replaced."""
-        self._sets: dict[tuple[int, bytes, bool, bool], Chosen] = {}  # by Key, or a tuple like it, which is sooner made
+        self._sets: dict[Key, Chosen] = {}
         self._contexts: dict[Key, Any] = {}
         self._captured: list[Chosen] = []  # CUDA graphs write to their memory
         self._tables = Tables(exact=self._sparse_update == "deferred")
@@ -49,8 +49,7 @@ class Stepper(torch.optim.Optimizer):
 
     def _step_all(self, scaling: Scaling) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
-        if self._pending is not None:
-            self._finish()
+        self._finish()
         if not self._knows_state():
             self._known = {**self.state}
             self._epoch += 1
@@ -187,7 +186,7 @@ class Stepper(torch.optim.Optimizer):
 
     def _make(self, call: Call) -> None:
         chosen, together = call.chosen, call.chosen.together
-        if together.context is not None and together.is_capturing():
+        if together.is_capturing():
             together.step(call.gradients, call.hyper, call.factors, chosen.counter)
             together.finish_in_graph(call.found_inf)
             self._captured.append(chosen)  # its pointers are the graph's from here on
@@ -230,14 +229,14 @@ class Stepper(torch.optim.Optimizer):
         """The set of the parameters that ``mask`` names, or masks of those that must step apart."""
         if _WHOLE in mask and _ROWS in mask:
             return [mask.replace(bytes([other]), bytes([_NONE])) for other in (_ROWS, _WHOLE)]
-        chosen = self._sets.get(_key_of(index, group, mask))
+        key = _key_of(index, group, mask)
+        chosen = self._sets.get(key)
         if chosen is not None and self._is_current(chosen, group["params"]):
             return chosen
         places = [place for place, kind in enumerate(mask) if kind]
         devices = [group["params"][place].device for place in places]
         if len(set(devices)) > 1:
             return _by_value(mask, places, devices)
-        key = Key(*_key_of(index, group, mask))
         self._sets[key] = made = self._new(key, group, places)
         return made
 
@@ -310,8 +309,8 @@ class Stepper(torch.optim.Optimizer):
             state_steps.append(state["step"])
 
 
-def _key_of(index: int, group: dict[str, Any], mask: bytes) -> tuple[int, bytes, bool, bool]:
-    return index, mask, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"])
+def _key_of(index: int, group: dict[str, Any], mask: bytes) -> Key:
+    return Key(index, mask, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]))
 
 
 def _by_value(mask: bytes, places: list[int], values: list[Any]) -> list[bytes]:

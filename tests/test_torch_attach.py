@@ -106,6 +106,21 @@ def test_max_norm_is_refused_where_rows_wait(cls, mode):
     assert not table._forward_pre_hooks
 
 
+@pytest.mark.parametrize("beta_2", [0.999, 0.1, 1e-3, 1e-5])
+def test_a_small_beta_2_leaves_what_the_docstring_says(beta_2):
+    weight, twin = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1).double())
+    pairs = [
+        (fastadam.torch.Adam([weight], betas=(0.0, beta_2)), weight),
+        (torch.optim.Adam([twin], betas=(0.0, beta_2)), twin),
+    ]
+    for gradient in (3.0, 1e-4):
+        for optimizer, parameter in pairs:
+            parameter.grad = torch.full_like(parameter, gradient)
+            optimizer.step()
+    found, expected = (float(optimizer.state[parameter]["exp_avg_sq"]) for optimizer, parameter in pairs)
+    assert abs(found - expected) <= (1.2e-7 / beta_2 + 1.2e-7 / (1 - beta_2)) * expected
+
+
 def test_a_square_that_overflows():
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = fastadam.torch.Adam([weight])

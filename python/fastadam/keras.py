@@ -316,8 +316,12 @@ def _check_gradients(grads: list[Any], variables: Sequence[Any]) -> None:
         if gradient is not None and tuple(gradient.shape) != tuple(variable.shape):
             shapes = f"shape {tuple(gradient.shape)}, expected {tuple(variable.shape)}"
             raise ValueError(f"grads[{i}]: {shapes} like variable '{variable.path}'")
-        if gradient is not None and "complex" in str(gradient.dtype):
+        if gradient is not None and _is_complex(gradient.dtype):
             raise TypeError(f"grads[{i}]: {gradient.dtype}, expected {variable.dtype} like variable '{variable.path}'")
+
+
+def _is_complex(dtype: Any) -> bool:
+    return bool(getattr(dtype, "is_complex", False)) or getattr(dtype, "kind", "") == "c"  # of torch; of NumPy and JAX
 
 
 def _value_of(number: Any) -> Any:

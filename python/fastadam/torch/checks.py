@@ -11,7 +11,7 @@ from torch import Tensor
 from fastadam.slices import DEFERRED
 from fastadam.torch.views import is_lazy_view
 
-__all__ = ["check_flags", "check_ids", "check_numbers", "check_options", "check_tensor", "label_of"]
+__all__ = ["check_flags", "check_ids", "check_module", "check_numbers", "check_options", "check_tensor", "label_of"]
 
 
 def label_of(group: dict[str, Any], index: int, place: int) -> str:
@@ -63,6 +63,20 @@ def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
     if len({isinstance(beta, Tensor) for beta in betas}) > 1:
         raise ValueError("betas must be either both floats or both Tensors")
+
+
+def check_module(module: Any, groups: list[dict[str, Any]], sparse_update: str) -> None:
+    """One whose rows can be brought up to date when it looks them up."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+        raise TypeError(f"module: {type(module).__name__}, expected an Embedding or EmbeddingBag")
+    if not any(weight is param for group in groups for param in group["params"]):
+        raise ValueError("module: its weight is no parameter of this optimizer")
+    if module.max_norm is not None and sparse_update in DEFERRED:
+        raise ValueError(
+            f"module: max_norm={module.max_norm} with sparse_update={sparse_update!r}, expected None: it writes to "
+            "rows that wait for their steps"
+        )
 
 
 def check_ids(param: Tensor, ids: Any) -> Tensor:

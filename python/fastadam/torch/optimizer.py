@@ -8,17 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadam.slices import DEFERRED, check_sparse_update
-from fastadam.torch.checks import check_ids, check_numbers, check_options, check_tensor
+from fastadam.slices import check_sparse_update
+from fastadam.torch.checks import check_ids, check_module, check_numbers, check_options, check_tensor
 from fastadam.torch.compiled import traced_step
 from fastadam.torch.scaling import Scaling
-from fastadam.torch.states import keep_tensors, restore_states
+from fastadam.torch.states import fill_groups, keep_tensors, restore_states
 from fastadam.torch.stepping import Stepper
 from fastadam.torch.tables import Reader
 
 __all__ = ["Adam", "AdamW"]
-
-_FLAGS = ("foreach", "capturable", "differentiable", "fused")  # of the implementation, not of the rule
 
 
 class Adam(Stepper):
@@ -225,16 +223,7 @@ class Adam(Stepper):
         ...         words(torch.tensor(ids)).square().sum().backward()
         ...         opt.step()
         """
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
-            raise TypeError(f"module: {type(module).__name__}, expected an Embedding or EmbeddingBag")
-        if not any(weight is param for group in self.param_groups for param in group["params"]):
-            raise ValueError("module: its weight is no parameter of this optimizer")
-        if module.max_norm is not None and self._sparse_update in DEFERRED:
-            raise ValueError(
-                f"module: max_norm={module.max_norm} with sparse_update={self._sparse_update!r}, expected None: it "
-                "writes to rows that wait for their steps"
-            )
+        check_module(module, self.param_groups, self._sparse_update)
         reader = Reader()
         reader.optimizer = self
         self._readers.append(reader)
@@ -295,14 +284,7 @@ class Adam(Stepper):
         self._reset()
         for reader in self._readers:
             reader.optimizer = self
-        for index, group in enumerate(self.param_groups):
-            for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
-                group.setdefault(name, False)
-            for name in ("foreach", "fused"):
-                group.setdefault(name, None)
-            group.setdefault("weight_decay", 0)  # which SparseAdam has not
-            if before:
-                group.update({name: before[index][name] for name in _FLAGS})
+        fill_groups(self.param_groups, before)
         restore_states(self.state, self.param_groups, self._moments_dtype)
 
     def _look_up(self, param: Tensor, ids: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""States of parameters: as they begin, and as they are loaded, as clones in which moments keep their dtype."""
+"""States of parameters: as they begin, and as they and groups are loaded; moments are clones that keep their dtype."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fastadam.torch.checks import label_of
 
-__all__ = ["HALF", "SLOTS", "keep_tensors", "restore_states", "states_of"]
+__all__ = ["HALF", "SLOTS", "fill_groups", "keep_tensors", "restore_states", "states_of"]
 
 HALF = (torch.float16, torch.bfloat16)
 SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}  # ours, torch's
+_FLAGS = ("foreach", "capturable", "differentiable", "fused")  # of the implementation, not of the rule
 _NAMES = ("step", *SLOTS.values())
 
 
@@ -40,6 +41,18 @@ def states_of(
         if group["amsgrad"] and SLOTS["vhat"] not in state:
             state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
     return states
+
+
+def fill_groups(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    """Options that older versions and other optimizers have not saved, and flags as they were ``before``, if any."""
+    for index, group in enumerate(groups):
+        for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
+            group.setdefault(name, False)
+        for name in ("foreach", "fused"):
+            group.setdefault(name, None)
+        group.setdefault("weight_decay", 0)  # which SparseAdam has not
+        if before:
+            group.update({name: before[index][name] for name in _FLAGS})
 
 
 class _Kept:

@@ -123,8 +123,8 @@ def machine_facts() -> dict[str, object]:
     facts = {
         "cpu": cpu,
         "cpus": len(os.sched_getaffinity(0)),
-        "isa": fastadam.info.current_isa(),
-        "threads": fastadam.info.num_threads(),
+        "isa": fastadam.current_isa(),
+        "threads": fastadam.get_num_threads(),
         "fastadam": fastadam.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),

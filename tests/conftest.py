@@ -12,7 +12,7 @@ from providers import NAMES, Provider
 @pytest.fixture(autouse=True)
 def _process_settings():
     """Every test starts and ends with the default instruction set, threads and provider of gradients."""
-    isa = fastadam.info.current_isa()
+    isa = fastadam.current_isa()
     yield
     fastadam.set_isa(isa)
     fastadam.set_num_threads(None)
@@ -23,7 +23,7 @@ def _process_settings():
 def rows_wait():
     """Tables as small as those of tests would have a pass over all their rows: here one row in 64 must be touched."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastadam.staleness.crossover", lambda shape, item_size, replays: 64)
+        patch.setattr("fastadam._core.staleness.crossover", lambda shape, item_size, replays: 64)
         yield
 
 

@@ -76,7 +76,7 @@ def test_a_rate_on_the_gpu_is_read_by_every_step(gpu, dtype):
     rate = gpu.array(np.array(0.01, dtype))
     captured = Captured(gpu, rate=rate)
     captured.replay()
-    fastadam.placement.assign(rate, 0.5)
+    fastadam._core.placement.assign(rate, 0.5)
     captured.host.learning_rate = float(dtype(0.5))
     captured.replay()
     captured.eager()
@@ -114,14 +114,14 @@ def test_a_bad_index_in_a_graph_stops_it(gpu):
     graph = gpu.end_capture()
     gpu.replay(graph)
     after_two = gpu.get(table).copy()
-    fastadam.placement.assign(ids, np.array([3, 30]))
+    fastadam._core.placement.assign(ids, np.array([3, 30]))
     gpu.replay(graph)
     gpu.replay(graph)
     with pytest.raises(ValueError, match=r"grads\[0\].indices\[1\]: 30 is no row"):
         optimizer.get_weights()
     assert same(gpu.get(table), after_two)
     assert int(optimizer.iterations) == 2
-    fastadam.placement.assign(ids, np.array([3, 4]))
+    fastadam._core.placement.assign(ids, np.array([3, 4]))
     optimizer.apply_gradients(pairs)
     gpu.replay(graph)
     assert int(optimizer.iterations) == 4

@@ -6,8 +6,8 @@ import fastadam
 import numpy as np
 import pytest
 from cases import random_array
-from fastadam._backend import _cpu
-from fastadam.hyper import StepHyper
+from fastadam._core.backend import _cpu
+from fastadam._core.hyper import StepHyper
 from test_cuda import F32, same
 
 SIZES = (5, 20000, 1)
@@ -145,8 +145,8 @@ def test_a_graph_reads_them_in_every_replay(gpu):
     assert not plan.step(placed, HYPER, [], np.zeros((), np.int64))
     graph = gpu.end_capture()
     for k, skip in enumerate((False, True, True, False)):
-        fastadam.placement.assign(found_inf, float(skip))
-        fastadam.placement.assign(scale, 2.0**k)
+        fastadam._core.placement.assign(found_inf, float(skip))
+        fastadam._core.placement.assign(scale, 2.0**k)
         gpu.replay(graph)
         if not skip:
             plans.made += 1

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cases import bits, random_array
 from fastadam import IndexedSlices
-from fastadam.staleness import crossover
+from fastadam._core.staleness import crossover
 from helpers import Pair
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -8,7 +8,7 @@ import sys
 
 import fastadam
 import numpy as np
-from fastadam import demo
+from fastadam import _demo as demo
 from fastadam.__main__ import main
 
 

@@ -10,7 +10,7 @@ import pytest
 from cases import bits
 from fastadam import Adam
 from fastadam.__main__ import main
-from fastadam.demo import embedding
+from fastadam._demo import embedding
 
 MODES = ("deferred", "dense")
 

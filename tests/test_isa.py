@@ -10,7 +10,7 @@ from pathlib import Path
 
 import fastadam
 import pytest
-from fastadam._backend import _cpu
+from fastadam._core.backend import _cpu
 from helpers import run_python
 
 
@@ -20,30 +20,30 @@ def test_isas_of_this_machine():
     assert compiled == expected.get(platform.machine(), ["baseline"])
     assert fastadam.isas()[0] == compiled[0]
     assert set(fastadam.isas()) <= set(compiled)
-    assert fastadam.info.current_isa() in fastadam.isas()
+    assert fastadam.current_isa() in fastadam.isas()
 
 
 def test_the_widest_isa_is_the_default():
-    result = run_python("import fastadam; print(fastadam.info.current_isa() == fastadam.isas()[-1])")
+    result = run_python("import fastadam; print(fastadam.current_isa() == fastadam.isas()[-1])")
     assert result.stdout.split() == ["True"]
 
 
 @pytest.mark.parametrize("name", fastadam.isas())
 def test_an_isa_is_forced_by_name_and_by_the_environment(name):
     fastadam.set_isa(name)
-    assert fastadam.info.current_isa() == name
-    result = run_python("import fastadam; print(fastadam.info.current_isa())", FASTADAM_ISA=name)
+    assert fastadam.current_isa() == name
+    result = run_python("import fastadam; print(fastadam.current_isa())", FASTADAM_ISA=name)
     assert result.stdout.split() == [name]
 
 
 @pytest.mark.parametrize("name", ["avx9000", "", "AVX2"])
 def test_an_unknown_isa_is_refused_with_the_list_of_known_ones(name):
-    before = fastadam.info.current_isa()
+    before = fastadam.current_isa()
     with pytest.raises(
         ValueError, match=re.escape(f"isa '{name}': not in this build, expected one of '{fastadam.isas()[0]}'")
     ):
         fastadam.set_isa(name)
-    assert fastadam.info.current_isa() == before
+    assert fastadam.current_isa() == before
 
 
 def test_an_isa_that_is_no_text_is_refused():

@@ -100,7 +100,7 @@ def test_other_threads_of_python_run_during_a_step():
     assert during
 
 
-PRINT_THREADS = "import fastadam; print(fastadam.info.num_threads())"
+PRINT_THREADS = "import fastadam; print(fastadam.get_num_threads())"
 
 
 @pytest.mark.parametrize(
@@ -136,18 +136,18 @@ def test_a_bad_thread_count_of_the_environment_is_a_clear_error(value):
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "two", True, 100_000])
 def test_set_num_threads_refuses_bad_counts(value):
-    before = fastadam.info.num_threads()
+    before = fastadam.get_num_threads()
     with pytest.raises(ValueError, match="count: .*, expected an integer from 1 to 65536"):
         fastadam.set_num_threads(value)
-    assert fastadam.info.num_threads() == before
+    assert fastadam.get_num_threads() == before
 
 
 def test_set_num_threads_none_returns_to_the_default():
-    default = fastadam.info.num_threads()
+    default = fastadam.get_num_threads()
     fastadam.set_num_threads(7)
-    assert fastadam.info.num_threads() == 7
+    assert fastadam.get_num_threads() == 7
     fastadam.set_num_threads(None)
-    assert fastadam.info.num_threads() == default
+    assert fastadam.get_num_threads() == default
 
 
 def free_memory():

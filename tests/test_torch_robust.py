@@ -90,11 +90,11 @@ def test_rows_that_wait_step_with_the_moments_of_a_state_that_was_emptied():
 
 THREADS = """
 import copy, pickle, sys, threading
-import fastadam.staleness
+import fastadam._core.staleness
 import torch, fastadam.torch
 
 sys.setswitchinterval(1e-4)
-fastadam.staleness.crossover = lambda *_: 64  # rows wait
+fastadam._core.staleness.crossover = lambda *_: 64  # rows wait
 table = torch.nn.Embedding.from_pretrained(torch.ones(50, 4), freeze=False, sparse=True)
 optimizer = fastadam.torch.Adam(table.parameters(), lr=1e-3, sparse_update=sys.argv[1])
 errors = []
@@ -169,7 +169,7 @@ def test_a_step_that_was_made_is_counted_though_a_signal_came(apart, first, fini
         if apart:
             for w in weights:
                 optimizer.state[w]["step"] = optimizer.state[w]["step"].clone()
-    together = fastadam.torch.sets.ParameterSet
+    together = fastadam.torch._sets.ParameterSet
     make, finish = together.__init__, together.finish
 
     def with_signal(self, *arguments):

@@ -25,7 +25,7 @@ namespace fastadam::bind {
 namespace ffi = xla::ffi;
 
 // The operand `numbers`: of each, parts that add up to it, one of float64 or three of float32, which hold a float64. In
-// this order, also in python/fastadam/jax/arguments.py.
+// this order, also in python/fastadam/jax/_arguments.py.
 enum Number { kLearningRate, kBeta1, kBeta2, kEpsilon, kWeightDecay, kGradFactor, kNumberCount };
 
 inline fastadam_dtype dtype_of(const ffi::AnyBuffer& buffer) {

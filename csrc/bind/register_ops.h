@@ -44,7 +44,7 @@ inline void register_buffer(py::module_& m) {
       py::arg("object"), py::arg("label"));
 }
 
-// Of StepHyper in python/fastadam/hyper.py, a tuple in the order of AdamHyper. A caster of std::tuple would ask a
+// Of StepHyper in python/fastadam/_core/hyper.py, a tuple in the order of AdamHyper. A caster of std::tuple would ask a
 // NamedTuple for each item through Python.
 inline AdamHyper hyper_of(const py::tuple& numbers) {
   constexpr py::ssize_t kFields = 17;

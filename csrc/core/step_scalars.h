@@ -10,7 +10,7 @@
 
 namespace fastadam {
 
-using AdamHyper = fastadam_hyper;  // in the order of StepHyper in python/fastadam/hyper.py
+using AdamHyper = fastadam_hyper;  // in the order of StepHyper in python/fastadam/_core/hyper.py
 
 // The value clip for gradients as they come, before gradient_scale.
 FASTADAM_INLINE double raw_clip_value(const AdamHyper& hyper) { return hyper.clip_value / hyper.gradient_scale; }

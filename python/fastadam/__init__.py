@@ -8,16 +8,16 @@
 
 from __future__ import annotations
 
-from fastadam import cuda, exchange, info, reference, schedules
-from fastadam._backend import _cpu
-from fastadam.clipping import global_norm
-from fastadam.info import isas, set_isa, set_num_threads, show_config
-from fastadam.loss_scale import LossScaleOptimizer
-from fastadam.minimize import set_gradient_provider
-from fastadam.ops import adam_step
-from fastadam.optimizer import Adam, AdamW
-from fastadam.slices import IndexedSlices
-from fastadam.variable import Variable
+from fastadam import cuda, exchange, reference, schedules
+from fastadam._core.backend import _cpu
+from fastadam._core.clipping import global_norm
+from fastadam._core.info import current_isa, get_num_threads, isas, set_isa, set_num_threads, show_config
+from fastadam._core.loss_scale import LossScaleOptimizer
+from fastadam._core.minimize import set_gradient_provider
+from fastadam._core.ops import adam_step
+from fastadam._core.optimizer import Adam, AdamW
+from fastadam._core.slices import IndexedSlices
+from fastadam._core.variable import Variable
 
 __version__: str = _cpu.__version__
 
@@ -30,9 +30,10 @@ __all__ = [
     "__version__",
     "adam_step",
     "cuda",
+    "current_isa",
     "exchange",
+    "get_num_threads",
     "global_norm",
-    "info",
     "isas",
     "reference",
     "schedules",

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastadam import __version__, demo, show_config
-from fastadam._backend import _cpu
-from fastadam.demo import embedding
+from fastadam import __version__, _demo, show_config
+from fastadam._core.backend import _cpu
+from fastadam._demo import embedding
 
 _PACKAGE = Path(_cpu.__file__ or "").parent
 _LIBRARY = _PACKAGE / "lib"
@@ -41,18 +41,18 @@ def main(arguments: list[str] | None = None) -> None:
     demo_parser.add_argument("--steps", type=int, help=f"steps for the word vectors, default {embedding.STEPS}")
     chosen = parser.parse_args(arguments)
     if chosen.command == "demo":
-        _demo(demo_parser, chosen)
+        _run_demo(demo_parser, chosen)
     else:
         show_config()
 
 
-def _demo(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
+def _run_demo(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
     if chosen.steps is not None and not (chosen.embedding and chosen.steps > 0):
         parser.error(f"--steps {chosen.steps}: expected a positive number, with --embedding")
     if chosen.embedding:
         embedding.main(chosen.curve, chosen.steps or embedding.STEPS)
     else:
-        demo.main(chosen.curve)
+        _demo.main(chosen.curve)
 
 
 if __name__ == "__main__":

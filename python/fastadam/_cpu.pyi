@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastadam.hyper import StepHyper
+from fastadam._core.hyper import StepHyper
 
 __version__: str
 compiler: str

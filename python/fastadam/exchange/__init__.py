@@ -5,10 +5,10 @@ Whatever comes in is checked whole before anything is written: a call that raise
 
 from __future__ import annotations
 
-from fastadam.exchange.keras import from_keras_weights, to_keras_weights
-from fastadam.exchange.keras3 import from_keras3_variables, read_keras3_file, to_keras3_variables
-from fastadam.exchange.optax import from_optax_state, to_optax_state
-from fastadam.exchange.torch import from_torch_state_dict, to_torch_state_dict
+from fastadam.exchange._keras import from_keras_weights, to_keras_weights
+from fastadam.exchange._keras3 import from_keras3_variables, read_keras3_file, to_keras3_variables
+from fastadam.exchange._optax import from_optax_state, to_optax_state
+from fastadam.exchange._torch import from_torch_state_dict, to_torch_state_dict
 
 __all__ = [
     "from_keras3_variables",

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastadam import placement
-from fastadam._backend import _cpu
-from fastadam.checks import check_list, check_non_negative
-from fastadam.gradients import as_float_array
-from fastadam.slots import key_of
-from fastadam.state import OptimizerState
-from fastadam.variable import buffers_of
+from fastadam._core import placement
+from fastadam._core.backend import _cpu
+from fastadam._core.checks import check_list, check_non_negative
+from fastadam._core.gradients import as_float_array
+from fastadam._core.slots import key_of
+from fastadam._core.state import OptimizerState
+from fastadam._core.variable import buffers_of
 
 if TYPE_CHECKING:
-    from fastadam.optimizer import Adam
+    from fastadam._core.optimizer import Adam
 
 __all__ = [
     "Array",

@@ -16,10 +16,10 @@ JAX differentiates, batches and shards by rules; those of a step are in ``operat
 
 from __future__ import annotations
 
-from fastadam.jax.arguments import AmsgradState
-from fastadam.jax.operation import register
-from fastadam.jax.steps import fused_update, init, sparse_update, step_arrays
-from fastadam.jax.transformations import adam, adamw, scale_by_adam
+from fastadam.jax._arguments import AmsgradState
+from fastadam.jax._operation import register
+from fastadam.jax._steps import fused_update, init, sparse_update, step_arrays
+from fastadam.jax._transformations import adam, adamw, scale_by_adam
 
 __all__ = [
     "AmsgradState",

@@ -8,8 +8,8 @@ Source: https://www.tensorflow.org/api_docs/python/tf/keras/optimizers/schedules
 
 from __future__ import annotations
 
-from fastadam.schedules.config import deserialize, plot, serialize
-from fastadam.schedules.decays import (
+from fastadam.schedules._config import deserialize, plot, serialize
+from fastadam.schedules._decays import (
     CosineDecay,
     CosineDecayRestarts,
     ExponentialDecay,

@@ -6,6 +6,6 @@ optimizer the sparse gradients of ``nn.Embedding(sparse=True)``.
 
 from __future__ import annotations
 
-from fastadam.torch.optimizer import Adam, AdamW
+from fastadam.torch._optimizer import Adam, AdamW
 
 __all__ = ["Adam", "AdamW"]

@@ -1,0 +1,144 @@
+"""What Keras 3 added to the optimizer, by its names: weight decay, averages, a loss scale, accumulation."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastadam._core.backend import _cpu
+from fastadam._core.checks import check_bool, check_count, check_list, check_non_negative, check_number
+from fastadam._core.gradients import float32_to_bfloat16
+from fastadam._core.placement import assign, to_host
+from fastadam._core.slots import Key, key_of
+from fastadam._core.variable import buffers_of
+
+__all__ = ["EXTRA_NAMES", "Extra", "Extras", "excluded", "overwrite"]
+
+EXTRA_NAMES = (
+    "weight_decay",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+    "clip_after_dedupe",  # not of Keras
+)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """The checked options; the defaults switch everything off."""
+
+    weight_decay: float | None = None
+    use_ema: bool = False
+    ema_momentum: float = 0.99
+    ema_overwrite_frequency: int | None = None
+    loss_scale_factor: float | None = None
+    gradient_accumulation_steps: int | None = None
+    clip_after_dedupe: bool = False
+    excluded_keys: frozenset[Key] = field(default=frozenset())
+    excluded_names: tuple[str, ...] = ()
+    kept_alive: tuple[_cpu.Buffer, ...] = field(default=(), compare=False)  # so that no excluded address is reused
+
+    def __post_init__(self) -> None:
+        """Check every option and make it a plain bool, int or float, as a JSON configuration needs."""
+        plain: dict[str, Any] = {"use_ema": check_bool("use_ema", self.use_ema)}
+        plain["clip_after_dedupe"] = check_bool("clip_after_dedupe", self.clip_after_dedupe)
+        if self.weight_decay is not None:
+            plain["weight_decay"] = check_non_negative("weight_decay", self.weight_decay)
+        plain["ema_momentum"] = check_number("ema_momentum", self.ema_momentum)
+        if not 0 <= plain["ema_momentum"] <= 1:
+            raise ValueError(f"ema_momentum: {self.ema_momentum}, expected 0 <= ema_momentum <= 1")
+        if self.ema_overwrite_frequency is not None:
+            plain["ema_overwrite_frequency"] = check_count("ema_overwrite_frequency", self.ema_overwrite_frequency)
+            if not self.use_ema:
+                raise ValueError("ema_overwrite_frequency: given without use_ema=True, expected None")
+        if self.loss_scale_factor is not None:
+            plain["loss_scale_factor"] = check_number("loss_scale_factor", self.loss_scale_factor)
+            if plain["loss_scale_factor"] <= 0:
+                raise ValueError(f"loss_scale_factor: {self.loss_scale_factor}, expected loss_scale_factor > 0")
+        if self.gradient_accumulation_steps is not None:
+            plain["gradient_accumulation_steps"] = _accumulation_steps(self.gradient_accumulation_steps)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+    def step_numbers(self, iterations: int) -> dict[str, Any]:
+        """Fields of StepHyper. The first average is the variable itself."""
+        frequency = self.ema_overwrite_frequency
+        return {
+            "weight_decay": self.weight_decay or 0.0,
+            "ema_momentum": self.ema_momentum if iterations else 0.0,
+            "ema_overwrite": frequency is not None and (iterations + 1) % frequency == 0,
+            "clip_after_dedupe": self.clip_after_dedupe,
+        }
+
+    def decays(self, names: Sequence[str | None], buffers: Sequence[_cpu.Buffer]) -> list[bool]:
+        """Whether weight decay applies, for each variable."""
+        return [
+            bool(self.weight_decay) and key_of(buffer) not in self.excluded_keys and not self._excludes(name or "")
+            for name, buffer in zip(names, buffers, strict=True)
+        ]
+
+    def _excludes(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self.excluded_names) if name else False
+
+    def config(self) -> dict[str, Any]:
+        """The options that are not at their default."""
+        return {name: getattr(self, name) for name in EXTRA_NAMES if getattr(self, name) != getattr(Extras, name)}
+
+
+def _accumulation_steps(value: Any) -> int | None:
+    """As in Keras 0 switches it off, and 1 is refused."""
+    steps = None if value == 0 and not isinstance(value, bool) else check_count("gradient_accumulation_steps", value)
+    if steps == 1:
+        raise ValueError("gradient_accumulation_steps: 1, expected an integer of at least 2, or None")
+    return steps
+
+
+class Extra:
+    """Attribute of an optimizer: an option that is checked when it is set and used from the next step on."""
+
+    def __init__(self, *, fixed: bool = False) -> None:
+        self._fixed = fixed
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else getattr(optimizer._extras, self._name)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        if self._fixed:
+            raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
+        if self._name == "use_ema" and value and optimizer.sparse_update != "dense":
+            raise ValueError(f"use_ema: with sparse_update={optimizer.sparse_update!r}, expected False")
+        optimizer._extras = dataclasses.replace(optimizer._extras, **{self._name: value})
+
+
+def excluded(var_list: Iterable[Any] | None, var_names: Iterable[str] | None) -> dict[str, Any]:
+    """Fields of Extras for ``exclude_from_weight_decay``."""
+    variables = [] if var_list is None else check_list("var_list", var_list)
+    names = [] if var_names is None else check_list("var_names", var_names)
+    if isinstance(var_names, str):
+        raise TypeError(f"var_names: {var_names!r}, expected a list of patterns")
+    for i, name in enumerate(names):
+        try:
+            re.compile(name)
+        except (TypeError, re.error) as error:
+            raise ValueError(f"var_names[{i}]: {name!r}, expected a pattern ({error})") from None
+    buffers = buffers_of(variables, range(len(variables)))
+    keys = frozenset(map(key_of, buffers))
+    return {"excluded_keys": keys, "excluded_names": tuple(names), "kept_alive": tuple(buffers)}
+
+
+def overwrite(variable: _cpu.Buffer, average: Any) -> None:
+    """Round a moving average into its variable."""
+    values = to_host(average)
+    values = float32_to_bfloat16(values) if variable.dtype == "bfloat16" else values.astype(variable.dtype)
+    if variable.device < 0:
+        variable.array()[...] = values
+    else:
+        assign(variable.source, values)

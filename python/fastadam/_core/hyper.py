@@ -1,0 +1,85 @@
+"""Hyperparameters: attributes of an optimizer, and the numbers that one step is made with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fastadam._core.checks import check_non_negative, check_number, check_one_norm
+from fastadam._core.placement import on_gpu
+from fastadam.schedules import LearningRateSchedule
+
+__all__ = ["CLIP_NAMES", "Clip", "Hyper", "HyperValue", "StepHyper", "check_rate"]
+
+HyperValue = float | Callable[..., float] | None  # None: the default of epsilon
+CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
+
+
+def check_rate(name: str, value: Any) -> Any:
+    """A finite float; one that lies on a GPU, which only the GPU reads, as it is."""
+    return value if on_gpu(value) else check_number(name, value)
+
+
+class Hyper:
+    """Attribute of an optimizer: a number checked when it is set, or a callable checked when it is evaluated.
+
+    A callable without arguments is evaluated whenever it is read. A schedule, which takes the step, is read as it is.
+    """
+
+    def __init__(self, check: Callable[[str, Any], float]) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        value = optimizer._hyper[self._name]
+        if not callable(value) or isinstance(value, LearningRateSchedule):
+            return value
+        return self._check(self._name, value())
+
+    def __set__(self, optimizer: Any, value: HyperValue) -> None:
+        if isinstance(value, LearningRateSchedule) and self._name != "learning_rate":
+            raise TypeError(f"{self._name}: {type(value).__name__}, expected a number (learning_rate takes schedules)")
+        optimizer._hyper[self._name] = value if callable(value) else self._check(self._name, value)
+
+
+class Clip:
+    """Attribute of an optimizer: a bound >= 0, or None for none."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else optimizer._clip[self._name]
+
+    def __set__(self, optimizer: Any, value: float | None) -> None:
+        bound = None if value is None else check_non_negative(self._name, value)
+        bounds = {**optimizer._clip, self._name: bound}
+        check_one_norm(bounds["clipnorm"], bounds["global_clipnorm"])
+        optimizer._clip = bounds
+
+
+class StepHyper(NamedTuple):
+    """The checked numbers of one step, in double; the native ``Plan.step`` reads them in this order."""
+
+    step: int  # t, from 1
+    learning_rate: float
+    beta_1: float
+    beta_2: float
+    epsilon: float
+    decay: float = 0.0
+    clip_value: float = math.inf
+    clip_norm: float = math.inf
+    global_clip_norm: float = math.inf
+    gradient_scale: float = 1.0
+    weight_decay: float = 0.0
+    ema_momentum: float = 0.0
+    ema_overwrite: bool = False
+    require_finite: bool = False
+    clip_after_dedupe: bool = False
+    l2: float = 0.0  # coupled weight decay
+    epsilon_corrected: bool = False  # PyTorch's: added to the bias-corrected root

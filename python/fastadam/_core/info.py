@@ -1,0 +1,98 @@
+"""What this build and this machine can do, and the two process-wide settings: instruction set and threads."""
+
+from __future__ import annotations
+
+import platform
+
+import numpy as np
+
+from fastadam import cuda
+from fastadam._core.backend import _cpu, parse_thread_count
+
+__all__ = ["current_isa", "get_num_threads", "isas", "set_isa", "set_num_threads", "show_config"]
+
+
+def isas() -> list[str]:
+    """Names of the instruction sets that this build holds and this CPU runs, from the plainest to the widest.
+
+    The last one is used unless :func:`set_isa` or ``FASTADAM_ISA`` says otherwise. All give the same bits.
+
+    >>> import fastadam
+    >>> len(fastadam.isas()) >= 1
+    True
+    """
+    return [name for name, usable in _cpu.compiled_isas() if usable]
+
+
+def current_isa() -> str:
+    """The instruction set in use, one of :func:`isas`.
+
+    >>> import fastadam
+    >>> fastadam.current_isa() in fastadam.isas()
+    True
+    """
+    return _cpu.current_isa()
+
+
+def set_isa(name: str) -> None:
+    """Force an instruction set for the whole process, as the environment variable ``FASTADAM_ISA`` does.
+
+    Raises:
+        ValueError: ``name`` is not in this build, or this CPU lacks it; nothing is changed.
+
+    >>> import fastadam
+    >>> fastadam.set_isa(fastadam.isas()[-1])
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"isa: {type(name).__name__}, expected one of {isas()}")
+    _cpu.set_isa(name)
+
+
+def get_num_threads() -> int:
+    """The most threads that a step may use.
+
+    >>> import fastadam
+    >>> fastadam.get_num_threads() >= 1
+    True
+    """
+    return _cpu.num_threads()
+
+
+def set_num_threads(count: int | None) -> None:
+    """Set the most threads that a step may use; results do not depend on it.
+
+    ``None`` returns to the default: ``FASTADAM_NUM_THREADS`` if it was set at import, else ``OMP_NUM_THREADS``,
+    else the CPUs this process may run on.
+
+    Raises:
+        ValueError: ``count`` is not an integer of at least 1.
+
+    >>> import fastadam
+    >>> fastadam.set_num_threads(2)
+    >>> fastadam.get_num_threads()
+    2
+    >>> fastadam.set_num_threads(None)
+    """
+    if isinstance(count, str):
+        raise ValueError(f"count: {count!r}, expected an integer from 1 to 65536")
+    _cpu.set_num_threads(_DEFAULT_THREADS if count is None else parse_thread_count(count, "count"))
+
+
+_DEFAULT_THREADS = _cpu.requested_threads()
+
+
+def show_config() -> None:
+    """Print what a bug report needs: versions, instruction sets, threads, CUDA."""
+    compiled = ", ".join(name if usable else f"{name} (not on this CPU)" for name, usable in _cpu.compiled_isas())
+    rows = {
+        "fastadam": _cpu.__version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "numpy": np.__version__,
+        "compiler": _cpu.compiler,
+        "isas": compiled,
+        "isa in use": current_isa(),
+        "threads": str(get_num_threads()),
+        "cuda": cuda.describe(),
+    }
+    for label, value in rows.items():
+        print(f"{label:<12}{value}")

@@ -1,0 +1,187 @@
+"""Dynamic loss scaling, for gradients computed in float16: Keras's LossScaleOptimizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastadam._core import serialization
+from fastadam._core.checks import check_count, check_iterations, check_number
+from fastadam._core.minimize import Minimizer
+from fastadam._core.optimizer import Adam, AdamW
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["LossScaleOptimizer"]
+
+
+class LossScaleOptimizer(Minimizer):
+    r"""An optimizer whose loss is multiplied by a scale that follows what the gradients can bear.
+
+    The gradients of ``scale_loss(loss)`` are divided by the scale. If any element of any gradient is not finite, the
+    step is left out whole, iterations included, and the scale is halved; after ``dynamic_growth_steps`` good steps in
+    a row it is doubled. The scale stays within [1, 2**126]; Keras 3 lets it fall to 0. The
+    gradients are checked as they come, before they are clipped, in one read with the norm.
+
+    Args:
+        inner_optimizer: An :class:`Adam` without a ``loss_scale_factor`` of its own.
+        initial_scale: The first scale; of a power of two the scaling changes no bit.
+        dynamic_growth_steps: Good steps before the scale is doubled.
+
+    Raises:
+        TypeError: ``inner_optimizer`` is no Adam.
+        ValueError: It has a ``loss_scale_factor``; a scale outside [1, 2**126].
+
+    Source: https://keras.io/api/optimizers/loss_scale_optimizer/; Micikevicius et al., "Mixed Precision Training"
+    (arXiv:1710.03740).
+
+    >>> import numpy as np, fastadam
+    >>> w = np.array([1.0, 2.0], dtype=np.float32)
+    >>> opt = fastadam.LossScaleOptimizer(fastadam.Adam(0.1), initial_scale=1024.0)
+    >>> int(opt.apply_gradients([(np.array([np.inf, 1.0], np.float32), w)])), opt.dynamic_scale, w.tolist()
+    (0, 512.0, [1.0, 2.0])
+    >>> int(opt.apply_gradients([(np.array([512.0, -512.0], np.float32), w)])), w.round(5).tolist()
+    (1, [0.8999999761581421, 2.0999999046325684])
+    """
+
+    def __init__(self, inner_optimizer: Adam, initial_scale: float = 2.0**15, dynamic_growth_steps: int = 2000) -> None:
+        self.inner_optimizer = inner_optimizer
+        self.initial_scale = initial_scale
+        self.dynamic_growth_steps = dynamic_growth_steps
+        self.dynamic_scale = self.initial_scale
+        self.step_counter = 0
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the inner optimizer's: ``iterations``, ``learning_rate``, ``get_slot`` ..."""
+        if name == "inner_optimizer" or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.inner_optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a hyperparameter of the inner optimizer, or an attribute of this one."""
+        if name in _CHECKS:
+            super().__setattr__(name, _CHECKS[name](name, value))
+        else:
+            setattr(self.inner_optimizer, name, value)
+
+    def scale_loss(self, loss: Any) -> Any:
+        """``loss * dynamic_scale``, whose gradients ``apply_gradients`` divides by the scale again."""
+        return loss * self.dynamic_scale
+
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[Any, Any]],
+        name: str | None = None,
+        experimental_aggregate_gradients: bool = True,
+    ) -> np.int64 | None:
+        """Make the step if all gradients of the scaled loss are finite; then adjust the scale.
+
+        The arguments and errors are those of :meth:`Adam.apply_gradients`.
+
+        Returns:
+            ``iterations``, which is as before if the step was left out; None for an empty list.
+        """
+        with self.inner_optimizer._lock:
+            _require_no_factor(self.inner_optimizer)
+            all_finite = self.inner_optimizer._apply(grads_and_vars, self.dynamic_scale)
+            if all_finite is None:
+                return None
+            self._adjust(all_finite)
+            return self.inner_optimizer.iterations
+
+    def _adjust(self, all_finite: bool) -> None:
+        if not all_finite:
+            self.dynamic_scale, self.step_counter = max(self.dynamic_scale / 2, 1.0), 0
+        elif self.step_counter + 1 < self.dynamic_growth_steps:
+            self.step_counter += 1
+        else:
+            doubled = self.dynamic_scale * 2
+            self.dynamic_scale, self.step_counter = doubled if doubled <= _LARGEST else self.dynamic_scale, 0
+
+    def _refresh(self, variable: Any, ids: Any) -> None:
+        self.inner_optimizer._refresh(variable, ids)
+
+    @property
+    def _loss_scale(self) -> float:
+        return self.dynamic_scale
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values, the inner optimizer's among them."""
+        inner = {"class_name": type(self.inner_optimizer).__name__, "config": self.inner_optimizer.get_config()}
+        return {
+            "inner_optimizer": inner,
+            "initial_scale": self.initial_scale,
+            "dynamic_growth_steps": self.dynamic_growth_steps,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
+        """An optimizer from ``get_config``; ``config`` is not modified."""
+        arguments = dict(config)
+        inner = arguments.pop("inner_optimizer", None)
+        if not isinstance(inner, Mapping) or not {"class_name", "config"} <= set(inner):
+            raise ValueError(f"inner_optimizer: {inner!r}, expected a dict with 'class_name' and 'config'")
+        classes = {"Adam": Adam, "AdamW": AdamW, **(custom_objects or {})}
+        if inner["class_name"] not in classes:
+            raise ValueError(f"inner_optimizer: {inner['class_name']!r}, expected one of {sorted(classes)}")
+        return cls(classes[inner["class_name"]].from_config(inner["config"], custom_objects), **arguments)
+
+    def save(self, path: str | os.PathLike[str], variables: Iterable[Any] | None = None) -> None:
+        """As :meth:`Adam.save`, with the scale and the count of good steps."""
+        with self.inner_optimizer._lock:
+            state = {name: getattr(self, name) for name in _SAVED}
+            serialization.save(self.inner_optimizer, path, variables, state)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], variables: Iterable[Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> Self:
+        """An optimizer from ``save``, as :meth:`Adam.load`; ``custom_objects`` may hold a class of Adam, too."""
+        others = [found for found in (custom_objects or {}).values() if isinstance(found, type)]
+        classes: list[type[Adam]] = [Adam, AdamW, *(found for found in others if issubclass(found, Adam))]
+        inner, state = serialization.load(classes, path, variables, custom_objects)
+        try:
+            if not isinstance(state, dict) or set(state) != set(_SAVED):
+                raise ValueError(f"state of {type(inner).__name__}, expected LossScaleOptimizer")
+            optimizer = cls(inner, state["initial_scale"], state["dynamic_growth_steps"])
+            optimizer.dynamic_scale = state["dynamic_scale"]
+            optimizer.step_counter = state["step_counter"]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{os.fsdecode(path)}: {error}") from None
+        return optimizer
+
+
+_LARGEST = 2.0**126  # the inverse is the smallest normal float32
+_SAVED = ("initial_scale", "dynamic_growth_steps", "dynamic_scale", "step_counter")
+
+
+def _require_no_factor(inner_optimizer: Adam) -> None:
+    if inner_optimizer.loss_scale_factor is not None:
+        raise ValueError("inner_optimizer: has a loss_scale_factor, expected None beside a dynamic scale")
+
+
+def _check_scale(name: str, value: Any) -> float:
+    scale = check_number(name, value)
+    if not 1 <= scale <= _LARGEST:
+        raise ValueError(f"{name}: {scale}, expected 1 <= {name} <= {_LARGEST}")
+    return scale
+
+
+def _check_inner(name: str, value: Any) -> Adam:
+    if not isinstance(value, Adam):
+        raise TypeError(f"{name}: {type(value).__name__}, expected a fastadam.Adam")
+    _require_no_factor(value)
+    return value
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "inner_optimizer": _check_inner,
+    "initial_scale": _check_scale,
+    "dynamic_scale": _check_scale,
+    "dynamic_growth_steps": check_count,
+    "step_counter": check_iterations,
+}

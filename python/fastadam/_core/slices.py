@@ -1,0 +1,181 @@
+"""Gradients of a few rows of a table: TensorFlow's IndexedSlices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastadam._core.backend import _cpu
+from fastadam._core.gradients import as_float_array, convert_values
+from fastadam._core.placement import native_of, on_gpu
+
+__all__ = [
+    "DEFERRED",
+    "SPARSE_UPDATES",
+    "IndexedSlices",
+    "check_ids",
+    "check_sparse_update",
+    "convert_slices",
+    "is_native_sparse",
+    "is_slices",
+    "is_sparse",
+    "native_gradient",
+]
+
+DEFERRED = ("deferred", "deferred_fast")
+SPARSE_UPDATES = ("dense", *DEFERRED, "lazy")
+
+
+class IndexedSlices:
+    """A gradient that is zero but for some rows: ``values[i]`` belongs to row ``indices[i]`` of the variable.
+
+    Indices may come in any order and more than once: the values of a row are summed, in order of occurrence. No values
+    at all are a gradient of zeros, which is not the same as no gradient: every row of the variable still moves along
+    its moments, as in TF.
+
+    Args:
+        values: Array of floats (n, ...), a row of the variable's shape for each index.
+        indices: n integers, one-dimensional.
+        dense_shape: The shape of the variable, if it is to be checked.
+
+    Raises:
+        TypeError: ``indices`` are no integers. Everything else is checked by the step, against the variable.
+        ValueError: ``indices`` are not one-dimensional.
+
+    Source: https://www.tensorflow.org/api_docs/python/tf/IndexedSlices.
+
+    >>> import numpy as np, fastadam
+    >>> table = np.ones((4, 2), np.float32)
+    >>> gradient = fastadam.IndexedSlices(np.full((3, 2), 0.5, np.float32), [2, 0, 2])
+    >>> step = fastadam.Adam(0.1).apply_gradients([(gradient, table)])
+    >>> table.round(5).tolist()
+    [[0.8999999761581421, 0.8999999761581421], [1.0, 1.0], [0.8999999761581421, 0.8999999761581421], [1.0, 1.0]]
+    """
+
+    def __init__(self, values: Any, indices: Any, dense_shape: Sequence[int] | None = None) -> None:
+        self.values = values
+        self.indices = _as_indices(indices)
+        self.dense_shape = None if dense_shape is None else _as_shape(dense_shape)
+
+    def __repr__(self) -> str:
+        shape = "" if self.dense_shape is None else f", dense_shape={self.dense_shape}"
+        return f"IndexedSlices(values of shape {np.shape(self.values)}, {np.size(self.indices)} indices{shape})"
+
+
+def _as_shape(dense_shape: Any) -> tuple[int, ...]:
+    try:
+        return tuple(int(length) for length in dense_shape)
+    except (TypeError, ValueError):
+        raise TypeError(f"dense_shape: {dense_shape!r}, expected the shape of the variable") from None
+
+
+def check_sparse_update(value: Any) -> str:
+    """One of the names in ``SPARSE_UPDATES``."""
+    if not isinstance(value, str) or value not in SPARSE_UPDATES:
+        raise ValueError(f"sparse_update: {value!r}, expected one of {', '.join(map(repr, SPARSE_UPDATES))}")
+    return str(value)
+
+
+def check_ids(ids: npt.ArrayLike, shape: tuple[int, ...], label: str) -> npt.NDArray[Any]:
+    """Integers of any shape, int32 or int64, that name rows of a variable of this shape."""
+    rows = _as_integers("ids", ids)
+    if not shape:
+        raise ValueError(f"ids: {label} has shape (), expected at least one axis")
+    bad = rows[(rows < 0) | (rows >= shape[0])]
+    if bad.size:
+        raise ValueError(f"ids: {bad.flat[0]} is no row of {label}, expected 0 <= id < {shape[0]}")
+    return rows
+
+
+def _as_indices(indices: Any) -> Any:
+    if on_gpu(indices):
+        return indices  # read by the step, which checks it
+    array = _as_integers("indices", indices)
+    if array.ndim != 1:
+        raise ValueError(f"indices: shape {array.shape}, expected one dimension")
+    return np.require(array, requirements=["C", "A"])
+
+
+def _as_integers(name: str, values: Any) -> npt.NDArray[Any]:
+    """In int32 or int64, as the kernels read them."""
+    array = np.asarray(values)
+    if array.size == 0 and not isinstance(values, np.ndarray):
+        array = array.astype(np.int64)  # an empty list has no dtype
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: dtype {array.dtype}, expected integers")
+    if array.dtype in (np.int32, np.int64) and array.dtype.isnative:
+        return array
+    if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: {int(array.max())}, expected int64")
+    return array.astype(np.int64)
+
+
+def is_sparse(gradient: Any) -> bool:
+    """Whether a gradient names the rows that it touches."""
+    if isinstance(gradient, (np.ndarray, list)):
+        return False
+    return isinstance(gradient, IndexedSlices) or _is_torch(gradient) or _is_scipy(gradient)
+
+
+def is_native_sparse(gradient: Any) -> bool:
+    """The same, of one that may have been made ready for a plan."""
+    return is_slices(gradient) or is_sparse(gradient)
+
+
+def is_slices(gradient: Any) -> bool:
+    """Whether a gradient has been made ready for a plan."""
+    return type(gradient).__name__ == "Slices" and type(gradient).__module__ in ("fastadam._cpu", "fastadam._cuda")
+
+
+def native_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
+    """``gradient`` as a plan takes it: an IndexedSlices, or a sparse one of PyTorch or SciPy, as ``_cpu.Slices``."""
+    slices = gradient if isinstance(gradient, IndexedSlices) else _of_other_library(gradient, label)
+    if slices is None:
+        return gradient
+    if slices.dense_shape is not None and slices.dense_shape != variable.shape:
+        raise ValueError(f"{label}: dense_shape {slices.dense_shape}, expected {variable.shape} like {variable.label}")
+    return native_of(variable).Slices(slices.values, _as_indices(slices.indices))  # a user may have set them
+
+
+def convert_slices(slices: _cpu.Slices, variable: _cpu.Buffer, label: str) -> _cpu.Slices:
+    """With values in the dtype of ``variable``, as they lie in a NumPy array."""
+    values = as_float_array(slices.values, f"{label}.values")
+    shape = (len(slices.indices), *variable.shape[1:])
+    if values.size == 0 and len(slices.indices) == 0:
+        values = np.zeros(shape, values.dtype)  # an empty list has no rows to show their shape
+    return _cpu.Slices(convert_values(values, variable.dtype), slices.indices)
+
+
+def _of_other_library(gradient: Any, label: str) -> IndexedSlices | None:
+    if _is_torch(gradient):
+        return _of_torch(gradient, label)
+    return _of_scipy(gradient) if _is_scipy(gradient) else None
+
+
+def _is_torch(gradient: Any) -> bool:
+    return getattr(gradient, "is_sparse", False) is True and hasattr(gradient, "_indices")
+
+
+def _is_scipy(gradient: Any) -> bool:
+    return hasattr(gradient, "tocsr") and hasattr(gradient, "nnz")
+
+
+def _of_torch(tensor: Any, label: str) -> IndexedSlices:
+    """A COO tensor whose sparse axis is the first, as ``nn.Embedding(sparse=True)`` gives; coalesced or not."""
+    if tensor.sparse_dim() != 1:
+        raise ValueError(f"{label}: sparse tensor with {tensor.sparse_dim()} sparse axes, expected the first alone")
+    return IndexedSlices(tensor._values().detach(), _of_host(tensor._indices()[0]), tuple(tensor.shape))
+
+
+def _of_host(indices: Any) -> Any:
+    return indices if on_gpu(indices) else indices.numpy()
+
+
+def _of_scipy(matrix: Any) -> IndexedSlices:
+    """The rows of a SciPy matrix that hold elements."""
+    rows = matrix.tocsr()
+    touched = np.flatnonzero(np.diff(rows.indptr))
+    return IndexedSlices(rows[touched].toarray(), touched, tuple(matrix.shape))

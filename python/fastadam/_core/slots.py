@@ -1,0 +1,312 @@
+"""The state arrays of an optimizer: found by the memory of their variable, listed in the order of their creation."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastadam._core.backend import _cpu
+from fastadam._core.gradients import bfloat16_to_float32
+from fastadam._core.placement import assign, beside, copy_beside, to_host, zeros_beside
+from fastadam._core.staleness import Staleness
+
+__all__ = ["ACCUMULATOR", "Entry", "Initializer", "SlotStore", "Spec", "initial_value"]
+
+ACCUMULATOR = "gradient_accumulator"  # the slot of gradient_accumulation_steps
+Key = tuple[int, tuple[int, ...], str, str, int]
+Array = Any  # NumPy's, or one on a GPU (placement.py)
+Maker = Callable[[_cpu.Buffer, str], Array]
+Initializer = str | Callable[..., npt.ArrayLike] | npt.ArrayLike
+
+
+def key_of(buffer: _cpu.Buffer) -> Key:
+    """Two views of one buffer have one key; the store keeps the buffer alive, so an address is never reused.
+
+    An empty array on a GPU has no address: there each object is a variable.
+    """
+    return (buffer.address or id(buffer.source), buffer.shape, buffer.dtype, buffer.order, buffer.device)
+
+
+def initial_value(
+    initializer: Initializer, shape: tuple[int, ...], dtype: npt.DTypeLike, order: str = "C"
+) -> npt.NDArray[Any]:
+    """A new array: "zeros", "ones", the result of ``initializer(shape, dtype)``, or a value of that shape."""
+    layout: Any = order
+    if isinstance(initializer, str):
+        makers = {"zeros": np.zeros, "ones": np.ones}
+        if initializer not in makers:
+            raise ValueError(f"initializer: {initializer!r}, expected 'zeros', 'ones', a callable or an array")
+        return makers[initializer](shape, dtype, order=layout)
+    value = initializer(shape, dtype=dtype) if callable(initializer) else initializer
+    array = np.array(value, dtype=dtype, order=layout)
+    if array.shape != shape:
+        raise ValueError(f"initializer: shape {array.shape}, expected {shape}")
+    return array
+
+
+class Spec(NamedTuple):
+    """What is known of a variable that is not at hand."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    order: str
+    name: str | None
+
+    @classmethod
+    def of(cls, buffer: _cpu.Buffer) -> Spec:
+        """Only a :class:`fastadam.Variable` has a name; its label is "variable 'name'"."""
+        name = buffer.label[len(_NAMED) : -1] if buffer.label.startswith(_NAMED) else None
+        return cls(buffer.shape, buffer.dtype, buffer.order, name)
+
+    def admits(self, other: Spec) -> bool:
+        """Whether the state of this variable may go to that one."""
+        return self[:2] == other[:2] and (None in (self.name, other.name) or self.name == other.name)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}" + (f" named '{self.name}'" if self.name else "")
+
+
+@dataclass(eq=False)
+class Entry:
+    """The slots of one variable, as places in ``SlotStore.arrays``."""
+
+    spec: Spec
+    slots: dict[str, int]
+    buffer: _cpu.Buffer | None = None  # None: restored, waits for its variable
+    staleness: Staleness | None = None  # of a table in a deferred mode
+    accumulating: int | None = None  # the step for which its accumulator holds gradients, as a count of steps before
+    origin: _cpu.Buffer | None = None  # of a waiting entry of a deep copy: the variable it was copied from
+
+
+@dataclass
+class Prepared:
+    """Slots for a step or a build; the store is as it was until ``commit``."""
+
+    slots: list[list[Array]]  # for each name, for each variable
+    store: SlotStore
+    version: int
+    adopted: dict[Key, tuple[Entry, _cpu.Buffer, dict[str, Array]]]
+    created: dict[tuple[Key, str], tuple[_cpu.Buffer, Array]]
+
+    def entry_of(self, buffer: _cpu.Buffer) -> Entry | None:
+        """The entry that this variable has or adopts; None for a new one."""
+        adopted = self.adopted.get(key_of(buffer))
+        return self.store.entry_of(buffer) if adopted is None else adopted[0]
+
+    def commit(self) -> None:
+        """Register the new slots, and the variables that adopt restored ones."""
+        if self.version != self.store.version:
+            raise RuntimeError("the optimizer's slots were changed by code that ran while a step was prepared")
+        for entry, buffer, arrays in self.adopted.values():
+            self.store.adopt(entry, buffer, arrays)
+        for (_, name), (buffer, array) in self.created.items():
+            self.store.add(buffer, name, array)
+
+
+class SlotStore:
+    """Slots of all variables, and the flat list of them that ``weights`` shows.
+
+    A restored store has slots whose variables it has not met. The first variables that it does not know adopt them.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: list[Array] = []
+        self.names: list[str] = []
+        self.entries: list[Entry] = []
+        self.version = 0
+        self._known: dict[Key, Entry] = {}
+        self._origins: dict[Key, Entry] = {}
+        self._intervals: list[tuple[int, int, _cpu.Buffer]] = []
+
+    def entry_of(self, buffer: _cpu.Buffer) -> Entry | None:
+        """The entry of this variable, or None for a variable never seen."""
+        key = key_of(buffer)
+        entry = self._known.get(key)
+        if entry is None:
+            waiting = self._origins.get(key)
+            return waiting if waiting and waiting.origin and waiting.origin.is_current() else None
+        if entry.buffer is None or not entry.buffer.is_current():
+            raise ValueError(
+                f"{buffer.label}: lies where a variable of this optimizer was before its memory was freed "
+                "(ndarray.resize with refcheck=False?); its state belongs to that one"
+            )
+        return entry
+
+    def find(self, buffer: _cpu.Buffer) -> dict[str, Array] | None:
+        """The slots of this variable by name, or None for a variable never seen."""
+        return None if (entry := self.entry_of(buffer)) is None else self.slots_of(entry)
+
+    def slots_of(self, entry: Entry) -> dict[str, Array]:
+        """The slots of an entry by name."""
+        return {name: self.arrays[at] for name, at in entry.slots.items()}
+
+    def waiting(self) -> list[Entry]:
+        """Restored entries whose variable has not come."""
+        return [entry for entry in self.entries if entry.buffer is None]
+
+    def prepare(self, buffers: Sequence[_cpu.Buffer], names: Sequence[str], make: Maker | None = None) -> Prepared:
+        """The slots of these variables, made by ``make`` where there are none; nothing is registered yet.
+
+        The new ones come in TF's order: all m, then all v, then all vhat.
+        """
+        version = self.version  # before `make`, which may be a caller's code
+        distinct: dict[Key, _cpu.Buffer] = {}
+        for buffer in buffers:
+            distinct.setdefault(key_of(buffer), buffer)
+        _require_apart(list(distinct.values()))
+        adopted = self._adoptions(distinct)
+        slots = {k: dict(adopted[k][2]) if k in adopted else self.find(b) or {} for k, b in distinct.items()}
+        created: dict[tuple[Key, str], tuple[_cpu.Buffer, Array]] = {}
+        for name in names:
+            for key, buffer in distinct.items():
+                if name not in slots[key]:
+                    slots[key][name] = (make or _fresh_slot)(buffer, name)
+                    created[key, name] = (buffer, slots[key][name])
+        listed = [[slots[key_of(buffer)][name] for buffer in buffers] for name in names]
+        return Prepared(listed, self, version, adopted, created)
+
+    def _adoptions(self, buffers: dict[Key, _cpu.Buffer]) -> dict[Key, tuple[Entry, _cpu.Buffer, dict[str, Array]]]:
+        """Which waiting entry each unknown variable takes: that of its own memory, else the next one."""
+        chosen: dict[Key, Entry] = {}
+        for key, buffer in buffers.items():
+            entry = self.entry_of(buffer)
+            if entry is None:
+                self.require_new_memory(buffer)
+            elif entry.buffer is None:
+                chosen[key] = entry
+        taken = {id(entry) for entry in chosen.values()}
+        rest = iter([entry for entry in self.waiting() if id(entry) not in taken])
+        for key, buffer in buffers.items():
+            if key not in chosen and key not in self._known and (entry := next(rest, None)) is not None:
+                self._require_match(buffer, entry)
+                chosen[key] = entry
+        for key, entry in chosen.items():
+            self._require_history(buffers[key], entry)
+        return {key: (entry, buffers[key], self._laid_out(entry, buffers[key])) for key, entry in chosen.items()}
+
+    def _require_match(self, buffer: _cpu.Buffer, entry: Entry) -> None:
+        spec = Spec.of(buffer)
+        if not entry.spec.admits(spec):
+            raise ValueError(
+                f"{buffer.label}: {spec.dtype} {spec.shape}, expected {entry.spec}: "
+                f"the state restored for variable {self.entries.index(entry)} waits for it"
+            )
+
+    def _require_history(self, buffer: _cpu.Buffer, entry: Entry) -> None:
+        if entry.staleness is not None and not entry.staleness.fits(buffer):
+            raise ValueError(
+                f"{buffer.label}: changed since the state was copied, while rows lagged behind; expected the table as "
+                "it was then (sync() before a deferred optimizer is copied apart from its tables)"
+            )
+
+    def _laid_out(self, entry: Entry, buffer: _cpu.Buffer) -> dict[str, Array]:
+        arrays = self.slots_of(entry).items()
+        return {name: a if beside(a, buffer) else copy_beside(a, buffer) for name, a in arrays}
+
+    def require_new_memory(self, buffer: _cpu.Buffer) -> None:
+        """Refuse a variable that overlaps a known one under another shape: its moments would start at zero unseen."""
+        at = bisect.bisect_left(self._intervals, (buffer.address, 0), key=lambda interval: interval[:2])
+        for begin, end, known in self._intervals[max(at - 1, 0) : at + 1]:
+            if begin < buffer.address + buffer.nbytes and buffer.address < end:
+                raise ValueError(
+                    f"{buffer.label}: overlaps a variable of this optimizer known as {known.dtype} {known.shape} in "
+                    f"order {known.order}, expected that view or separate memory, got {buffer.dtype} {buffer.shape} in "
+                    f"order {buffer.order}"
+                )
+
+    def adopt(self, entry: Entry, buffer: _cpu.Buffer, arrays: dict[str, Array]) -> None:
+        """Give the slots of a waiting entry, laid out for this variable, to it."""
+        self.version += 1
+        for name, array in arrays.items():
+            self.arrays[entry.slots[name]] = array
+        entry.spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
+        entry.buffer, entry.origin = buffer, None
+        if entry.staleness is not None:
+            entry.staleness = entry.staleness.placed(buffer)
+        self._register(entry, buffer)
+
+    def add(self, buffer: _cpu.Buffer, name: str, array: Array) -> None:
+        """Register a new slot."""
+        self.version += 1
+        entry = self._known.get(key_of(buffer))
+        if entry is None:
+            entry = Entry(Spec.of(buffer), {}, buffer)
+            self.entries.append(entry)
+            self._register(entry, buffer)
+        entry.slots[name] = len(self.arrays)
+        self.arrays.append(array)
+        self.names = list(dict.fromkeys([*self.names, name]))
+
+    def add_waiting(self, entry: Entry) -> None:
+        """Register an entry of a restored store, without a buffer."""
+        self.entries.append(entry)
+        if entry.origin:
+            self._origins[key_of(entry.origin)] = entry
+
+    def _register(self, entry: Entry, buffer: _cpu.Buffer) -> None:
+        self._known[key_of(buffer)] = entry
+        if buffer.nbytes:
+            end = buffer.address + buffer.nbytes
+            bisect.insort(self._intervals, (buffer.address, end, buffer), key=lambda interval: interval[:2])
+
+    # ---- copies ----------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        entries = [(tuple(entry.spec), dict(entry.slots), _copied(entry), entry.accumulating) for entry in self.entries]
+        return {
+            "arrays": [to_host(array).copy(order="K") for array in self.arrays],
+            "names": list(self.names),
+            "entries": entries,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        # Buffers that a pickle keeps outside of itself may come back read-only.
+        self.arrays = [array if array.flags.writeable else array.copy(order="K") for array in state["arrays"]]
+        self.names = list(state["names"])
+        for spec, slots, staleness, accumulating in state["entries"]:
+            self.add_waiting(Entry(Spec(*spec), slots, None, staleness, accumulating))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:
+        twin = type(self)()
+        homes = {at: entry.buffer or entry.origin for entry in self.entries for at in entry.slots.values()}
+        for at, array in enumerate(self.arrays):
+            memo[id(array)] = copy_beside(array, home) if (home := homes[at]) else array.copy(order="K")
+            twin.arrays.append(memo[id(array)])
+        twin.names = self.names[:]
+        for entry in self.entries:
+            origin = entry.buffer or entry.origin
+            twin.add_waiting(Entry(entry.spec, dict(entry.slots), None, _copied(entry), entry.accumulating, origin))
+        return twin
+
+
+def _copied(entry: Entry) -> Staleness | None:
+    return None if entry.staleness is None else entry.staleness.copy(entry.buffer)
+
+
+def _require_apart(buffers: list[_cpu.Buffer]) -> None:
+    lying = sorted((buffer for buffer in buffers if buffer.size), key=lambda buffer: buffer.address)
+    for before, after in itertools.pairwise(lying):
+        if after.address < before.address + before.nbytes:
+            raise ValueError(
+                f"{after.label}: overlaps {before.label} in memory, expected separate arrays "
+                "(or the same variable with the same state)"
+            )
+
+
+def _fresh_slot(buffer: _cpu.Buffer, name: str) -> Array:
+    """Zeros, but a moving average starts at its variable."""
+    slot = zeros_beside(buffer)
+    if name == "average":
+        values = buffer.array()
+        assign(slot, bfloat16_to_float32(values) if buffer.dtype == "bfloat16" else values)
+    return slot
+
+
+_NAMED = "variable '"

@@ -1,0 +1,275 @@
+"""An optional named holder of one array."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fastadam._core.backend import _cpu
+from fastadam._core.placement import assign, native_for, on_gpu, to_host
+from fastadam._core.slices import check_ids
+
+__all__ = ["Reader", "Variable", "buffer_of", "buffers_of", "label_of", "reading", "unwrap"]
+
+
+class Reader(Protocol):
+    """Says what ``Variable.value`` is while a loss runs."""
+
+    def read(self, variable: Variable) -> Any:
+        """The array of the autodiff library that stands for the variable."""
+
+    def gather(self, variable: Variable, ids: npt.NDArray[Any]) -> Any:
+        """The array of the autodiff library that stands for these rows."""
+
+
+_reader: ContextVar[Reader | None] = ContextVar("fastadam_reader", default=None)
+_running: set[int] = set()  # one number for every loss that runs, in any thread; changed by atomic operations only
+
+
+@contextlib.contextmanager
+def reading(reader: Reader | None) -> Iterator[None]:
+    """Let ``reader`` answer for ``Variable.value`` in this thread or task; None gives the arrays themselves."""
+    token = _reader.set(reader)
+    _running.add(id(token))
+    try:
+        yield
+    finally:
+        _running.discard(id(token))
+        _reader.reset(token)
+
+
+class Variable:
+    """A trainable array with a name; the optimizer updates ``value`` in place.
+
+    A float array, of the host or on a GPU, is held, not copied: the caller's array and ``value`` are one buffer.
+    Anything else (numbers, nested lists) becomes a new float32 array, as in TensorFlow.
+
+    Inside the loss of ``minimize`` ``value`` is an array of the autodiff library that stands for this variable. The
+    operators ``+ - * / @ **``, unary ``-`` and indexing act on ``value``, and so do NumPy's ufuncs.
+
+    Args:
+        value: Writable contiguous float16, bfloat16, float32 or float64 array, or numbers.
+        name: Used in messages and in saved files.
+
+    Raises:
+        TypeError: The array is not of a float dtype.
+        ValueError: The array cannot be updated in place (read-only, strided, byte-swapped).
+
+    >>> import fastadam
+    >>> w = fastadam.Variable([1.0, 2.0], name="w")
+    >>> step = fastadam.Adam(0.1).apply_gradients([([0.5, -0.5], w)])
+    >>> w.value.round(5)
+    array([0.9, 2.1], dtype=float32)
+    """
+
+    __slots__ = ("__weakref__", "_value", "name")
+
+    def __init__(self, value: npt.ArrayLike, name: str | None = None) -> None:
+        if not isinstance(name, (str, type(None))):
+            raise TypeError(f"name: {name!r}, expected a string")
+        array: Any = value if isinstance(value, np.ndarray) or on_gpu(value) else _new_array(value, name)
+        self.name = name
+        native_for([array]).Buffer(array, label_of(self, 0) if name else "value")
+        self._value = array
+
+    @property
+    def value(self) -> Any:
+        """The array itself, not a copy; inside a loss the array of the autodiff library."""
+        if not _running:
+            return self._value
+        reader = _reader.get()
+        return self._value if reader is None else reader.read(self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of ``value``."""
+        return tuple(self._value.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of ``value``."""
+        return self._value.dtype
+
+    def gather(self, ids: npt.ArrayLike) -> Any:
+        """The rows ``value[ids]``, of shape ``ids.shape + value.shape[1:]``.
+
+        Inside a loss their gradient is an :class:`fastadam.IndexedSlices`: no array of the variable's shape is made,
+        unless the loss reads ``value`` too. Outside of a loss it is plain indexing: rows of a table in a deferred mode
+        are read by the optimizer's own ``gather``, as they lag behind in ``value``.
+
+        Args:
+            ids: Integers of any shape, repeated or not, known when the loss runs.
+
+        Raises:
+            TypeError: Ids that are no integers.
+            ValueError: An id that is no row, or a variable without rows.
+
+        >>> import fastadam
+        >>> table = fastadam.Variable([[1.0, 2.0], [3.0, 4.0]], name="table")
+        >>> table.gather([1, 1, 0]).tolist()
+        [[3.0, 4.0], [3.0, 4.0], [1.0, 2.0]]
+        """
+        rows = check_ids(ids, self.shape, label_of(self, 0) if self.name else "this variable")
+        reader = _reader.get() if _running else None
+        return self._value[rows] if reader is None else reader.gather(self, rows)
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """A copy of the array; inside a loss too, where it is a constant."""
+        return np.array(to_host(self._value))
+
+    def assign(self, value: npt.ArrayLike) -> Variable:
+        """Overwrite the elements; raises ValueError unless ``value`` has the variable's shape."""
+        new = to_host(value) if on_gpu(value) else np.asarray(value)
+        if new.shape != tuple(self._value.shape):
+            raise ValueError(f"value: shape {new.shape}, expected {self._value.shape} like this variable")
+        if new.dtype.kind == "c" or new.dtype == object:
+            raise TypeError(f"value: dtype {new.dtype}, expected real numbers")
+        assign(self._value, new)
+        return self
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if not isinstance(self.value, np.ndarray):
+            raise TypeError(
+                f"{label_of(self, 0) if self.name else 'Variable'}: converted to an array inside a loss, which would "
+                "lose its gradient; use its `value` and the functions of the autodiff library"
+            )
+        if copy or (dtype is not None and np.dtype(dtype) != self._value.dtype):
+            return np.array(self._value, dtype=dtype)
+        own: npt.NDArray[Any] = self._value
+        return own
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        values = _values(inputs)
+        if method == "__call__" and not kwargs and ufunc in _OPERATORS:
+            return _OPERATORS[ufunc](*values)  # arrays of JAX and PyTorch have operators, but no ufuncs
+        return getattr(ufunc, method)(*values, **_values(kwargs))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*_values(args), **_values(kwargs or {}))
+
+    @property
+    def _trace(self) -> Any:
+        # HIPS autograd, once a loss has used it, takes a Variable for a box: of this trace and node, or, by a number
+        # below those of all traces, for none.
+        return getattr(self.value, "_trace", -2)
+
+    @property
+    def _node(self) -> Any:
+        return getattr(self.value, "_node", None)
+
+    def __add__(self, other: Any) -> Any:
+        return self.value + _values(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self.value
+
+    def __sub__(self, other: Any) -> Any:
+        return self.value - _values(other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return other - self.value
+
+    def __mul__(self, other: Any) -> Any:
+        return self.value * _values(other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return other * self.value
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.value / _values(other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self.value
+
+    def __matmul__(self, other: Any) -> Any:
+        return self.value @ _values(other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return other @ self.value
+
+    def __pow__(self, other: Any) -> Any:
+        return self.value ** _values(other)
+
+    def __rpow__(self, other: Any) -> Any:
+        return other**self.value
+
+    def __neg__(self) -> Any:
+        return -self.value
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.value[_values(index)]
+
+    __iter__ = None  # indexing alone would make every Variable a list of its rows
+
+    def __repr__(self) -> str:
+        return f"Variable(name={self.name!r}, shape={self.shape}, dtype={self.dtype})"
+
+
+_OPERATORS: dict[np.ufunc, Callable[..., Any]] = {
+    np.add: operator.add,
+    np.subtract: operator.sub,
+    np.multiply: operator.mul,
+    np.true_divide: operator.truediv,
+    np.matmul: operator.matmul,
+    np.power: operator.pow,
+    np.negative: operator.neg,
+}
+
+
+def _values(tree: Any) -> Any:
+    """``tree`` with the value of every Variable in it, through lists, tuples and dicts."""
+    if isinstance(tree, Variable):
+        return tree.value
+    if type(tree) in (list, tuple):
+        return type(tree)(map(_values, tree))
+    if type(tree) is dict:
+        return {key: _values(item) for key, item in tree.items()}
+    return tree
+
+
+def _new_array(value: Any, name: str | None) -> npt.NDArray[np.float32]:
+    label = f"variable '{name}'" if name else "value"
+    if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
+        raise TypeError(f"{label}: {type(value).__name__}, expected a NumPy array; pass other arrays as they are")
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{label}: {type(value).__name__} that is not an array of numbers ({error})") from None
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{label}: dtype {array.dtype}, expected real numbers")
+    return np.array(array, dtype=np.float32)
+
+
+def unwrap(variable: Any) -> Any:
+    """The array of a :class:`Variable`; anything else as it is."""
+    return variable._value if isinstance(variable, Variable) else variable
+
+
+def label_of(variable: Any, position: int) -> str:
+    """How messages call a variable: by its name, or by its place in the list."""
+    name = variable.name if isinstance(variable, Variable) else None
+    return f"variable '{name}'" if name else f"vars[{position}]"
+
+
+def buffers_of(variables: Sequence[Any], positions: Sequence[int]) -> list[_cpu.Buffer]:
+    """Check each variable and view its memory; ``positions`` are their places in the caller's list."""
+    native = native_for(map(unwrap, variables))
+    buffers = [
+        native.Buffer(unwrap(variable), label_of(variable, position))
+        for variable, position in zip(variables, positions, strict=True)
+    ]
+    for buffer in buffers:
+        native.require_place(buffer, buffers[0])
+    return buffers
+
+
+def buffer_of(variable: Any, position: int = 0) -> _cpu.Buffer:
+    """The same of one variable."""
+    return buffers_of([variable], [position])[0]

@@ -1,0 +1,318 @@
+"""Steps in the memory of donated arrays: of trees, of a table from the gradients of rows, and of lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fastadam._core.checks import check_bool
+from fastadam.jax._arguments import (
+    AmsgradState,
+    Arrays,
+    check_array,
+    check_count,
+    check_ids,
+    check_like,
+    check_params,
+    check_scalar,
+    check_shape,
+    convert_gradient,
+    flatten,
+    flatten_like,
+    moments_of,
+    next_count,
+    pack_numbers,
+    rate_of,
+    spread_mask,
+    state_dtype,
+)
+from fastadam.jax._operation import DenseStep, SparseStep, operation
+
+_MOST_LEAVES = 64  # in one call: the time in which XLA compiles one grows with their cube, 10 s for 400
+
+
+def init(params: Any, *, amsgrad: bool = False) -> Any:
+    """Zero moments for :func:`fused_update` and :func:`sparse_update`, in float32 for half parameters.
+
+    Returns:
+        optax's ``ScaleByAdamState``, or an :class:`AmsgradState`.
+
+    >>> import jax.numpy as jnp, fastadam.jax
+    >>> fastadam.jax.init(jnp.ones(2, jnp.bfloat16), amsgrad=True)
+    AmsgradState(count=Array(0, dtype=int32), mu=Array([0., 0.], dtype=float32), nu=Array([0., 0.], dtype=float32),
+    nu_max=Array([0., 0.], dtype=float32))
+    """
+    check_bool("amsgrad", amsgrad)
+    labels, leaves, structure = flatten("params", params)
+    check_params(labels, leaves)
+
+    def zeros() -> Any:
+        return structure.unflatten([jnp.zeros_like(x, dtype=state_dtype(x)) for x in leaves])
+
+    count = jnp.zeros([], jnp.int32)
+    if amsgrad:
+        return AmsgradState(count, zeros(), zeros(), zeros())
+    import optax
+
+    return optax.ScaleByAdamState(count=count, mu=zeros(), nu=zeros())
+
+
+def fused_update(
+    params: Any,
+    grads: Any,
+    state: Any,
+    *,
+    learning_rate: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    grad_factor: Any = 1.0,
+    epsilon_corrected: bool = True,
+) -> tuple[Any, Any]:
+    r"""One step of Adam, of AMSGrad with an :class:`AmsgradState`, of all parameters, in one pass over memory.
+
+    .. math::
+        m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
+        \theta \leftarrow \theta (1 - \lambda\eta) -
+        \eta \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    Args:
+        params: A tree of float16, bfloat16, float32 or float64 arrays.
+        grads: The same tree of gradients; another float dtype is converted, for half parameters to float32 at least.
+        state: Of :func:`init`, or any named tuple with ``count``, ``mu``, ``nu`` (and ``nu_max``): of ``optax.adam``
+            the first of the chain. Moments of half parameters are float32, or of the parameters' dtype.
+        learning_rate: A number, a scalar array, or a schedule: a function of ``state.count``.
+        b1: Decay rate of m, in [0, 1); like the following a number or a scalar array.
+        b2: Decay rate of v.
+        eps: Added to the root of the bias-corrected moment, as in optax and PyTorch.
+        weight_decay: Decoupled (AdamW).
+        mask: Which parameters decay: a tree of bools, its prefix, or a function of ``params`` that returns one.
+        grad_factor: Multiplies the gradients first: of a norm clip, or 1 / loss scale.
+        epsilon_corrected: False: ``eps`` is added to the root of the moment itself, as in TensorFlow and Keras; with
+            that a step on the CPU has the bits of :class:`fastadam.Adam`.
+
+    Returns:
+        The new parameters and the new state, in the memory of the old if these were donated.
+
+    Raises:
+        TypeError: A dtype, or a number that is none.
+        ValueError: Another tree or shape, or a number out of range.
+
+    Source: Kingma and Ba, "Adam" (arXiv:1412.6980), algorithm 1.
+
+    >>> import functools, jax, jax.numpy as jnp, fastadam.jax
+    >>> step = jax.jit(functools.partial(fastadam.jax.fused_update, learning_rate=0.1), donate_argnums=(0, 2))
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> params, state = step(params, {"w": jnp.array([0.5, -0.5])}, fastadam.jax.init(params, amsgrad=True))
+    >>> params["w"], int(state.count)
+    (Array([0.9, 2.1], dtype=float32), 1)
+    """
+    labels, leaves, structure = flatten("params", params)
+    count = next_count(state)
+    trees = {name: flatten_like(name, tree, labels, structure) for name, tree in moments_of(state).items()}
+    new, *moments = step_leaves(
+        labels,
+        leaves,
+        flatten_like("grads", grads, labels, structure),
+        trees,
+        count=count,
+        numbers=pack_numbers(rate_of(learning_rate, state), b1, b2, eps, weight_decay, grad_factor),
+        epsilon_corrected=epsilon_corrected,
+        decays=spread_mask(mask, params, structure),
+    )
+    fields = dict(zip(trees, (structure.unflatten(arrays) for arrays in moments), strict=True))
+    return structure.unflatten(new), state._replace(count=count, **fields)
+
+
+def sparse_update(
+    table: Any,
+    ids: Any,
+    grads: Any,
+    state: Any,
+    *,
+    learning_rate: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    grad_factor: Any = 1.0,
+    epsilon_corrected: bool = True,
+    mode: str = "dense",
+) -> tuple[jax.Array, Any]:
+    r"""One step of a table with gradients of some of its rows; those of one row are summed first.
+
+    The gradient of the table, which JAX makes of a lookup, need not be: differentiate by the rows that were looked up.
+    A table that is sharded by rows takes of all ids its own. Unlike ``.at[]``, which drops them, an id that is no row
+    is an error; so is a negative one.
+
+    Args:
+        table: An array with rows along its first axis.
+        ids: Integers of any shape, ``0 <= id < len(table)``.
+        grads: An array of shape ``ids.shape + table.shape[1:]``.
+        state: ``init(table)``; moments of half tables are float32.
+        learning_rate: As of :func:`fused_update`, like the following.
+        b1: Decay rate of m.
+        b2: Decay rate of v.
+        eps: Epsilon.
+        weight_decay: Decoupled, of the rows that move.
+        grad_factor: Multiplies the gradients.
+        epsilon_corrected: As of :func:`fused_update`.
+        mode: "dense": every row moves, as if the other gradients were zero (TensorFlow's rule). "lazy": only the rows
+            that are named, and their moments decay by this step alone (``torch.optim.SparseAdam``).
+
+    Returns:
+        The new table and state.
+
+    Raises:
+        TypeError: A dtype, or a number that is none.
+        ValueError: A shape, a mode, or a number out of range.
+        NotImplementedError: When it compiles, in a message of XLA: in a ``shard_map`` along some axes of a mesh alone.
+        jax.errors.JaxRuntimeError: When it runs, or another ValueError: an id that is no row, which it names.
+
+    >>> import jax.numpy as jnp, fastadam.jax
+    >>> table, ids, rows = jnp.ones((3, 2)), jnp.array([2, 0, 2]), jnp.ones((3, 2))
+    >>> state = fastadam.jax.init(table, amsgrad=True)
+    >>> fastadam.jax.sparse_update(table, ids, rows, state, learning_rate=0.5, mode="lazy")[0]
+    Array([[0.5, 0.5],
+           [1. , 1. ],
+           [0.5, 0.5]], dtype=float32)
+    """
+    if mode not in ("dense", "lazy"):
+        raise ValueError(f"mode: {mode!r}, expected 'dense' or 'lazy'")
+    table, ids, grads = check_array("table", table), check_ids(ids), check_array("grads", grads)
+    moments = {name: check_array(f"state.{name}", array) for name, array in moments_of(state).items()}
+    check_params([""], [table], "table")
+    if table.ndim == 0:
+        raise ValueError("table: a scalar, expected rows along a first axis")
+    check_shape("grads", grads, (*ids.shape, *table.shape[1:]), "ids.shape + table.shape[1:]")
+    if ids.size and not table.shape[0]:
+        raise ValueError(f"ids: {ids.size}, expected none for a table without rows")
+    for name, array in moments.items():
+        check_like(f"state.{name}", array, "table", table, (state_dtype(table),))
+    count = next_count(state)
+    numbers = pack_numbers(rate_of(learning_rate, state), b1, b2, eps, weight_decay, grad_factor)
+    step = SparseStep(
+        table.ndim,
+        table.shape[0],
+        len(moments) == 3,
+        check_bool("epsilon_corrected", epsilon_corrected),
+        mode == "lazy",
+    )
+    rows = convert_gradient("grads", grads, table).reshape(ids.size, *table.shape[1:])
+    new, *rest = operation(step)(numbers, count, ids.reshape(-1), rows, table, *moments.values())
+    return new, state._replace(count=count, **dict(zip(moments, rest, strict=True)))
+
+
+def step_arrays(
+    params: Sequence[Any],
+    grads: Sequence[Any],
+    m: Sequence[Any],
+    v: Sequence[Any],
+    vhat: Sequence[Any] | None = None,
+    *,
+    step: Any,
+    learning_rate: Any,
+    beta_1: Any = 0.9,
+    beta_2: Any = 0.999,
+    epsilon: Any = 1e-7,
+    epsilon_corrected: bool = False,
+    weight_decay: Any = 0.0,
+    grad_factor: Any = 1.0,
+    decays: Sequence[bool] | None = None,
+) -> tuple[Arrays, Arrays, Arrays, Arrays | None]:
+    """:func:`fused_update` of lists, with Keras's names and defaults, for those who keep the moments elsewhere.
+
+    Args:
+        params: Arrays.
+        grads: Their gradients.
+        m: Their first moments.
+        v: Their second moments.
+        vhat: Maxima of v, for AMSGrad.
+        step: The count t of this step, from 1: an int or an int32 scalar array.
+        learning_rate: A number or a scalar array, like the following.
+        beta_1: Decay rate of m.
+        beta_2: Decay rate of v.
+        epsilon: Added to the root of v; of the bias-corrected v with ``epsilon_corrected``.
+        epsilon_corrected: PyTorch's and optax's epsilon.
+        weight_decay: Decoupled.
+        grad_factor: Multiplies the gradients.
+        decays: Whether weight decay applies, for each array; None: to all.
+
+    Returns:
+        New ``params``, ``m``, ``v`` and ``vhat``, which is None if it was.
+
+    >>> import jax.numpy as jnp, fastadam.jax
+    >>> w, g, zero = jnp.array([1.0]), jnp.array([0.5]), jnp.zeros(1)
+    >>> fastadam.jax.step_arrays([w], [g], [zero], [zero], step=1, learning_rate=0.1)[0]
+    [Array([0.90000063], dtype=float32)]
+    """
+    lists = {"grads": list(grads), "m": list(m), "v": list(v)} | ({} if vhat is None else {"vhat": list(vhat)})
+    leaves = [jnp.asarray(x) for x in params]
+    for name, arrays in lists.items():
+        if len(arrays) != len(leaves):
+            raise ValueError(f"{name}: {len(arrays)} arrays, expected {len(leaves)} like params")
+    flags = [True] * len(leaves) if decays is None else [check_bool("decays", flag) for flag in decays]
+    if len(flags) != len(leaves):
+        raise ValueError(f"decays: {len(flags)} flags, expected {len(leaves)} like params")
+    new, *moments = step_leaves(
+        [f"[{i}]" for i in range(len(leaves))],
+        leaves,
+        [jnp.asarray(x) for x in lists.pop("grads")],
+        {name: [jnp.asarray(x) for x in arrays] for name, arrays in lists.items()},
+        count=check_count("step", step),
+        numbers=pack_numbers(
+            check_scalar("learning_rate", learning_rate),
+            beta_1,
+            beta_2,
+            epsilon,
+            weight_decay,
+            grad_factor,
+            names=("beta_1", "beta_2", "epsilon"),
+        ),
+        epsilon_corrected=epsilon_corrected,
+        decays=flags,
+    )
+    return new, moments[0], moments[1], moments[2] if vhat is not None else None
+
+
+def step_leaves(
+    labels: Sequence[str],
+    params: Arrays | None,
+    grads: Arrays,
+    moments: dict[str, Arrays],
+    *,
+    count: Any,
+    numbers: Any,
+    epsilon_corrected: bool,
+    decays: Sequence[bool],
+) -> list[Arrays]:
+    """New parameters, or steps without parameters, and moments: all checked first, then stepped in a few calls."""
+    name, leaves = ("updates", grads) if params is None else ("params", params)
+    check_params(labels, leaves, name)
+    converted = []
+    for i, (label, leaf) in enumerate(zip(labels, leaves, strict=True)):
+        own = next(iter(moments.values()))[i].dtype
+        wanted = (own,) if own == leaf.dtype else (state_dtype(leaf),)
+        for moment, arrays in moments.items():
+            check_like(f"{moment}{label}", arrays[i], f"{name}{label}", leaf, wanted)
+        check_shape(f"grads{label}", grads[i], leaf.shape, f"the shape of {name}{label}")
+        converted.append(convert_gradient(f"grads{label}", grads[i], leaf, keeps_float32=own != leaf.dtype))
+    replaced = [*([] if params is None else [params]), *moments.values()]
+    results: list[Arrays] = [[] for _ in range(1 + len(moments))]
+    for part in (slice(at, at + _MOST_LEAVES) for at in range(0, len(leaves), _MOST_LEAVES)):
+        step = DenseStep(
+            ranks=tuple(x.ndim for x in leaves[part]),
+            amsgrad=len(moments) == 3,
+            epsilon_corrected=check_bool("epsilon_corrected", epsilon_corrected),
+            decays=tuple(decays[part]),
+            from_zero=params is None,
+        )
+        made = operation(step)(numbers, count, *converted[part], *(x for arrays in replaced for x in arrays[part]))
+        for k, arrays in enumerate(results):
+            arrays += made[k * len(step.ranks) : (k + 1) * len(step.ranks)]
+    return results

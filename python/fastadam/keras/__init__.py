@@ -1,0 +1,11 @@
+"""Keras 3 optimizers whose update is one native call: ``model.compile(optimizer=fastadam.keras.Adam(1e-3))``.
+
+Not imported by ``import fastadam``. Clipping, decoupled weight decay, averages (``use_ema``), accumulated gradients,
+loss scale, constraints, schedules and saving are Keras's own; what is replaced is the update of variables and moments.
+"""
+
+from __future__ import annotations
+
+from fastadam.keras._optimizer import Adam, AdamW
+
+__all__ = ["Adam", "AdamW"]

@@ -1,0 +1,345 @@
+"""Keras 3 optimizers whose update is one native call: ``model.compile(optimizer=fastadam.keras.Adam(1e-3))``.
+
+Not imported by ``import fastadam``. Clipping, decoupled weight decay, averages (``use_ema``), accumulated gradients,
+loss scale, constraints, schedules and saving are Keras's own; what is replaced is the update of variables and moments.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastadam import cuda
+from fastadam._core.backend import _cpu
+from fastadam._core.checks import check_beta, check_non_negative, check_number
+from fastadam._core.hyper import StepHyper
+from fastadam._core.ops import run_step
+from fastadam._core.placement import native_for
+
+try:
+    import keras
+    from keras.src.backend import in_stateless_scope
+except ImportError as error:
+    raise ImportError(f"fastadam.keras needs Keras 3 and the framework of its backend ({error})") from error
+
+if not hasattr(keras.optimizers.Adam, "_backend_update_step"):  # or Keras would make its own update
+    raise ImportError(
+        f"fastadam.keras: Keras {keras.__version__} does not update all variables in one call, use a newer"
+    )
+
+__all__ = ["Adam", "AdamW"]
+
+_BACKENDS = ("torch", "jax", "numpy")
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _outside_of_graphs(function: _F) -> _F:
+    """``torch.compile`` (``jit_compile=True``) calls it as it is; its pointers are those of one call."""
+    if keras.backend.backend() != "torch":
+        return function
+    import torch
+
+    compiler: Any = torch.compiler
+    outside: _F = compiler.disable(function)
+    return outside
+
+
+@keras.saving.register_keras_serializable(package="fastadam")
+class Adam(keras.optimizers.Adam):  # type: ignore[misc]
+    r"""``keras.optimizers.Adam`` with one native call per step for all variables, AMSGrad included.
+
+    .. math::
+        \alpha_t = \eta \sqrt{1 - \beta_2^t} / (1 - \beta_1^t), \quad
+        m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
+        \theta \mathrel{-}= m \alpha_t / (\sqrt{v} + \hat\epsilon)
+
+    The arguments are those of ``keras.optimizers.Adam``, and so are the optimizer's variables and their order: states
+    go both ways, by ``load_own_variables``, ``.weights.h5`` and ``.keras`` files. Backends: torch and NumPy, where
+    variables change in place (on NumPy ``variable.value`` is the same array after a step; Keras makes a new one), and
+    JAX, where the update is an operation that ``jit`` compiles. On TensorFlow use ``keras.optimizers.Adam``.
+
+    Float32 variables have TensorFlow's arithmetic: :math:`1 - \beta` is the difference of float32 numbers where Keras 3
+    rounds that of doubles. With a ``beta_2`` of 0.999 that changes an update by 0.7e-5 of itself. Half variables have
+    moments of their own dtype, as in Keras, and float32 arithmetic with one rounding at the end.
+
+    Raises:
+        RuntimeError: A backend without this update.
+        TypeError: A number that is none, a complex gradient; variables that are not float16, bfloat16, float32 or
+            float64.
+        ValueError: A beta outside of [0, 1), an ``epsilon`` that is 0 in the arithmetic of the variables; a gradient of
+            another shape than its variable.
+
+    Source: ``keras/src/optimizers/adam.py``; Kingma and Ba, "Adam" (arXiv:1412.6980), before section 2.1.
+
+    >>> import keras, numpy as np, fastadam.keras
+    >>> w = keras.Variable(np.array([1.0, 2.0], np.float32))
+    >>> fastadam.keras.Adam(0.1).apply([np.array([0.5, -0.5], np.float32)], [w])
+    >>> [round(float(x), 4) for x in w.value]
+    [0.9, 2.1]
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _require_backend(type(self).__name__)
+        super().__init__(*args, **kwargs)
+        self._plans = _Plans()
+        self._check_numbers([], None)
+
+    def build(self, var_list: Sequence[Any]) -> None:
+        """Make the moments; refuses variables of a dtype that has no kernel."""
+        for variable in var_list:
+            if variable.dtype not in _DTYPES and not self._overwrite_variable_with_gradient(variable):
+                raise TypeError(f"variable '{variable.path}': dtype {variable.dtype}, expected one of {_DTYPES}")
+        self._check_numbers(var_list, None)
+        super().build(var_list)
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Update the variables. What is wrong is refused before anything changes."""
+        grads = [g if g is None or keras.ops.is_tensor(g) else keras.ops.convert_to_tensor(g) for g in grads]
+        given = None if trainable_variables is None else list(trainable_variables)
+        variables = given if given is not None else self._trainable_variables if self.built else None
+        if variables is not None:
+            _check_gradients(grads, variables)
+        self._check_numbers(variables or [], self._get_current_learning_rate())
+        super().apply(grads, given)
+
+    def _numbers(self) -> tuple[float, float, float]:
+        """Attributes that may have been set since the last step."""
+        betas = check_beta("beta_1", self.beta_1), check_beta("beta_2", self.beta_2)
+        return (*betas, check_non_negative("epsilon", self.epsilon))
+
+    @_outside_of_graphs
+    def _check_numbers(self, variables: Sequence[Any], learning_rate: Any) -> None:
+        """As the step will, which weight decay comes before; a rate that JAX does not know yet is left to the step."""
+        rate = _value_of(learning_rate)
+        is_known = rate is not None and not (keras.backend.backend() == "jax" and _is_traced(rate))
+        rate = check_number("learning_rate", rate) if is_known else 0.0
+        hyper = StepHyper(1, rate, *self._numbers())
+        in_single = any(variable.dtype != "float64" for variable in variables)  # which holds fewer numbers
+        _plan_of_nothing("float32" if in_single else "float64").check_numbers(hyper, [])
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Update one variable: where a subclass overrides this, Keras's way, each by itself."""
+        self._update([gradient], [variable], learning_rate)
+
+    def _backend_update_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
+        if type(self).update_step is Adam.update_step:
+            self._update(grads, trainable_variables, learning_rate)
+            return
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            self.update_step(gradient, variable, learning_rate)
+
+    def _update(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
+        slots = {"m": self._momentums, "v": self._velocities}
+        if self.amsgrad:
+            slots["vhat"] = self._velocity_hats
+        places = [self._get_variable_index(variable) for variable in trainable_variables]
+        held = [trainable_variables, *([slot[i] for i in places] for slot in slots.values())]
+        if keras.backend.backend() == "jax":
+            self._update_by_jax(grads, held, learning_rate)
+        else:
+            self._update_in_place(grads, held, list(slots), learning_rate)
+
+    def _update_by_jax(self, grads: list[Any], held: list[list[Any]], learning_rate: Any) -> None:
+        """An operation that makes new arrays, which XLA puts in the place of the old ones that Keras donates."""
+        from fastadam import jax
+
+        gradients = [
+            keras.ops.cast(keras.ops.convert_to_tensor(gradient, sparse=False), variable.dtype)
+            for gradient, variable in zip(grads, held[0], strict=True)
+        ]
+        params, *slots = ([variable.value for variable in variables] for variables in held)
+        beta_1, beta_2, epsilon = self._numbers()
+        results = jax.step_arrays(
+            params,
+            gradients,
+            *slots,
+            step=_value_of(self.iterations) + 1,
+            learning_rate=_value_of(learning_rate),
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=epsilon,
+        )
+        for variables, values in zip(held, results, strict=False):  # without AMSGrad there is no vhat
+            for variable, value in zip(variables, values or (), strict=True):
+                variable.assign(value)
+
+    @_outside_of_graphs
+    def _update_in_place(self, grads: list[Any], held: list[list[Any]], names: list[str], learning_rate: Any) -> None:
+        step = int(_value_of(self.iterations)) + 1
+        hyper = StepHyper(step, check_number("learning_rate", _value_of(learning_rate)), *self._numbers())
+        self._plans.of(held, names).step(grads, hyper)
+
+
+@keras.saving.register_keras_serializable(package="fastadam")
+class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
+    r"""``keras.optimizers.AdamW`` with the update of :class:`Adam`.
+
+    .. math:: \theta \mathrel{-}= \eta \lambda \theta
+
+    comes before it, by Keras, for variables that ``exclude_from_weight_decay`` does not name. The arguments are those
+    of ``keras.optimizers.AdamW``: ``weight_decay`` is the second one.
+
+    Source: ``keras/src/optimizers/adamw.py``; Loshchilov and Hutter (arXiv:1711.05101).
+
+    >>> import keras, numpy as np, fastadam.keras
+    >>> w = keras.Variable(np.array([1.0], np.float32))
+    >>> fastadam.keras.AdamW(0.1, weight_decay=0.5).apply([np.zeros(1, np.float32)], [w])
+    >>> round(float(w.value[0]), 4)
+    0.95
+    """
+
+
+class _Plans:
+    """A plan of each set of variables that are stepped together."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, int], _Plan] = {}
+
+    def of(self, held: list[list[Any]], names: list[str]) -> _Plan:
+        """``held``: variables, then the slots of each name."""
+        values = [variable.value for variables in held for variable in variables]
+        key = id(held[0][0]), len(held[0])
+        plan = self._made.get(key)
+        if plan is None or not plan.fits(values):
+            plan = self._made[key] = _Plan(held, names, values)
+        return plan
+
+
+class _Plan:
+    """A native plan of the arrays that Keras's variables hold. A cache: :meth:`fits` says whether they are the same."""
+
+    def __init__(self, held: list[list[Any]], names: list[str], values: list[Any]) -> None:
+        """``values``: what ``held`` holds, in this order."""
+        self._values = values
+        self._copies: list[tuple[Any, Any]] = []  # Keras variables whose value cannot be written, and a copy that can
+        self._tensors: list[Any] = []  # of torch, written in place
+        keras_variables = [variable for variables in held for variable in variables]
+        arrays = list(map(self._writable, keras_variables, values))
+        count = len(held[0])
+        self._positions = list(range(count))
+        native = native_for(arrays[:1])
+        self._buffers = [
+            native.Buffer(array, f"variable '{variable.path}'")
+            for variable, array in zip(held[0], arrays[:count], strict=True)
+        ]
+        self._names, self._count = names, count
+        slots = {name: arrays[i * count : (i + 1) * count] for i, name in enumerate(names, start=1)}
+        device = self._buffers[0].device
+        context = cuda.native().Context(device) if device >= 0 else None
+        self._native = native.Plan(
+            self._buffers, slots, [False] * count, self._positions, False, [None] * count, context
+        )
+
+    def fits(self, values: list[Any]) -> bool:
+        """Whether these are the values that the plan was made for, where they were."""
+        if self._copies or len(values) != len(self._values) or not all(map(is_, values, self._values)):
+            return False
+        variables, *slots = (values[i : i + self._count] for i in range(0, len(values), self._count))
+        return bool(self._native.holds(variables, dict(zip(self._names, slots, strict=True))))
+
+    def step(self, grads: list[Any], hyper: StepHyper) -> None:
+        gradients = list(map(_apart, grads, self._values))
+        run_step(self._native.step, gradients, self._buffers, self._positions, hyper, [], None)
+        for variable, copy in self._copies:
+            variable.assign(copy)
+        if self._tensors:
+            import torch
+
+            torch.autograd.graph.increment_version(self._tensors)
+
+    def _writable(self, variable: Any, value: Any) -> Any:
+        """The array itself, unless it is another's, who must not see it change, or does not lie as kernels write it."""
+        if isinstance(value, np.ndarray):  # Keras makes zeros of float32 for variables of every dtype
+            lies_well = value.flags.c_contiguous and value.flags.writeable and value.dtype.name == variable.dtype
+        else:
+            value = value.detach()  # shares the version counter
+            lies_well = value.is_contiguous()
+        if lies_well and not in_stateless_scope():
+            if not isinstance(value, np.ndarray):
+                self._tensors.append(value)
+            return value
+        is_array = isinstance(value, np.ndarray)
+        copy = np.array(value, variable.dtype, order="C") if is_array else _contiguous_copy(value)
+        self._copies.append((variable, copy))
+        return copy
+
+
+def _require_backend(name: str) -> None:
+    backend = keras.backend.backend()
+    if backend not in _BACKENDS:
+        raise RuntimeError(
+            f"fastadam.keras.{name}: the {backend} backend of Keras is not supported, expected one of {_BACKENDS} "
+            f"(environment variable KERAS_BACKEND); use keras.optimizers.{name}, which loads the same states, "
+            f"or fastadam.{name} on NumPy arrays"
+        )
+    if backend == "jax":
+        import jax
+
+        from fastadam.jax._operation import has_cuda
+
+        platform = jax.default_backend()
+        if platform != "cpu" and not (platform == "gpu" and has_cuda()):
+            raise RuntimeError(
+                f"fastadam.keras.{name}: JAX on {platform} is not supported by this build, expected "
+                f"{'cpu or gpu (CUDA)' if has_cuda() else 'cpu'} (environment variable JAX_PLATFORMS); use "
+                f"keras.optimizers.{name}, which loads the same states"
+            )
+
+
+@functools.cache
+def _plan_of_nothing(dtype: str) -> Any:
+    """For the checks of numbers that a plan has."""
+    empty = np.empty(0, dtype)
+    slots = {"m": [empty], "v": [empty]}
+    return _cpu.Plan([_cpu.Buffer(empty, "nothing")], slots, [False], [0], False, [None], None)
+
+
+def _is_traced(value: Any) -> bool:
+    import jax
+
+    return isinstance(value, jax.core.Tracer)
+
+
+def _check_gradients(grads: list[Any], variables: Sequence[Any]) -> None:
+    if len(grads) != len(variables):
+        raise ValueError(f"grads: {len(grads)} gradients, expected {len(variables)}, one for each variable")
+    met: set[int] = set()
+    for i, (gradient, variable) in enumerate(zip(grads, variables, strict=True)):
+        if id(variable) in met:
+            raise ValueError(f"trainable_variables[{i}]: '{variable.path}' is given twice, expected each once")
+        met.add(id(variable))
+        if gradient is not None and tuple(gradient.shape) != tuple(variable.shape):
+            shapes = f"shape {tuple(gradient.shape)}, expected {tuple(variable.shape)}"
+            raise ValueError(f"grads[{i}]: {shapes} like variable '{variable.path}'")
+        if gradient is not None and _is_complex(gradient.dtype):
+            raise TypeError(f"grads[{i}]: {gradient.dtype}, expected {variable.dtype} like variable '{variable.path}'")
+
+
+def _is_complex(dtype: Any) -> bool:
+    return bool(getattr(dtype, "is_complex", False)) or getattr(dtype, "kind", "") == "c"  # of torch; of NumPy and JAX
+
+
+def _value_of(number: Any) -> Any:
+    return number.value if isinstance(number, keras.Variable) else number
+
+
+def _contiguous_copy(tensor: Any) -> Any:
+    import torch
+
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _apart(gradient: Any, value: Any) -> Any:
+    """A gradient that can be read while ``value`` is written, of torch in its dtype and contiguous."""
+    if isinstance(value, np.ndarray):
+        return gradient.copy() if np.may_share_memory(gradient, value) else gradient
+    if gradient.requires_grad or gradient.is_sparse:  # Keras's rule moves every row
+        gradient = gradient.detach().to_dense()
+    if gradient.dtype != value.dtype or not gradient.is_contiguous() or gradient.is_neg():
+        gradient = gradient.resolve_neg().to(value.dtype).contiguous()
+    return gradient.clone() if gradient.data_ptr() == value.data_ptr() else gradient

@@ -1,0 +1,336 @@
+"""The schedules themselves."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastadam._core.checks import check_number
+
+__all__ = [
+    "CosineDecay",
+    "CosineDecayRestarts",
+    "ExponentialDecay",
+    "InverseTimeDecay",
+    "LearningRateSchedule",
+    "LinearCosineDecay",
+    "PiecewiseConstantDecay",
+    "PolynomialDecay",
+]
+
+Steps = npt.NDArray[np.float64]
+
+
+class LearningRateSchedule:
+    """Base of all schedules: override ``__call__(step)``, and ``get_config`` to be saved.
+
+    >>> import fastadam
+    >>> class Warmup(fastadam.schedules.LearningRateSchedule):
+    ...     def __call__(self, step):
+    ...         return 0.1 * min(1.0, (step + 1) / 100)
+    >>> fastadam.Adam(Warmup()).learning_rate(49)
+    0.05
+    """
+
+    def __call__(self, step: Any) -> Any:
+        """The rate at ``step``, the count of steps made before."""
+        raise NotImplementedError("Learning rate schedule must override __call__")
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values."""
+        raise NotImplementedError("Learning rate schedule must override get_config")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> LearningRateSchedule:
+        """A schedule from ``get_config``."""
+        return cls(**config)
+
+
+class _Schedule(LearningRateSchedule, abc.ABC):
+    """A schedule of this module: a dataclass with a vectorised ``_rates``."""
+
+    def __call__(self, step: npt.ArrayLike) -> Any:
+        steps = np.asarray(step, dtype=np.float64)
+        rates = np.asarray(self._rates(steps), dtype=np.float64)
+        return float(rates) if steps.ndim == 0 else np.broadcast_to(rates, steps.shape).copy()
+
+    @abc.abstractmethod
+    def _rates(self, steps: Steps) -> Any: ...
+
+    def get_config(self) -> dict[str, Any]:
+        # Every subclass is a dataclass.
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {field.name: _plain(getattr(self, field.name)) for field in fields}
+
+    def _require(self, *names: str, least: float | None = None, above: float | None = None) -> None:
+        for name in names:
+            number = check_number(name, getattr(self, name))
+            if least is not None and number < least:
+                raise ValueError(f"{name}: {number}, expected {name} >= {least:g}")
+            if above is not None and number <= above:
+                raise ValueError(f"{name}: {number}, expected {name} > {above:g}")
+
+
+@dataclass(frozen=True)
+class _DecayOfQuotient(_Schedule):
+    """A rate that decays with ``step / decay_steps``, floored if ``staircase``."""
+
+    initial_learning_rate: float
+    decay_steps: float
+    decay_rate: float
+    staircase: bool = False
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._require("initial_learning_rate")
+        self._require("decay_steps", above=0)
+        self._require("decay_rate", least=0)
+
+    def _quotient(self, steps: Steps) -> Steps:
+        quotient = steps / self.decay_steps
+        return np.asarray(np.floor(quotient) if self.staircase else quotient)
+
+
+@dataclass(frozen=True)
+class ExponentialDecay(_DecayOfQuotient):
+    r"""``initial_learning_rate * decay_rate ** (step / decay_steps)``; with ``staircase`` the quotient is floored.
+
+    Raises:
+        ValueError: ``decay_steps`` is not positive or ``decay_rate`` is negative.
+
+    >>> import fastadam
+    >>> schedule = fastadam.schedules.ExponentialDecay(0.1, decay_steps=10, decay_rate=0.5)
+    >>> schedule([0, 10, 20]).tolist()
+    [0.1, 0.05, 0.025]
+    """
+
+    def _rates(self, steps: Steps) -> Any:
+        return self.initial_learning_rate * self.decay_rate ** self._quotient(steps)
+
+
+@dataclass(frozen=True)
+class InverseTimeDecay(_DecayOfQuotient):
+    r"""``initial_learning_rate / (1 + decay_rate * step / decay_steps)``; with ``staircase`` the quotient is floored.
+
+    Raises:
+        ValueError: ``decay_steps`` is not positive or ``decay_rate`` is negative.
+
+    >>> import fastadam
+    >>> fastadam.schedules.InverseTimeDecay(0.1, decay_steps=10, decay_rate=1.0)(10)
+    0.05
+    """
+
+    def _rates(self, steps: Steps) -> Any:
+        return self.initial_learning_rate / (1 + self.decay_rate * self._quotient(steps))
+
+
+@dataclass(frozen=True)
+class PiecewiseConstantDecay(_Schedule):
+    """``values[i]`` for ``boundaries[i-1] < step <= boundaries[i]``: the boundary itself has the earlier value.
+
+    Raises:
+        ValueError: Not one value more than boundaries, or boundaries that decrease.
+
+    >>> import fastadam
+    >>> fastadam.schedules.PiecewiseConstantDecay([100, 200], [0.1, 0.01, 0.001])([0, 100, 101, 201]).tolist()
+    [0.1, 0.1, 0.01, 0.001]
+    """
+
+    boundaries: Sequence[float]
+    values: Sequence[float]
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        boundaries, values = (_numbers(self, name) for name in ("boundaries", "values"))
+        if len(boundaries) + 1 != len(values):
+            raise ValueError(
+                "The length of boundaries should be 1 less than the length of values, "
+                f"received {len(boundaries)} boundaries and {len(values)} values"
+            )
+        if any(later < earlier for earlier, later in pairwise(boundaries)):
+            raise ValueError(f"boundaries: {boundaries}, expected numbers that do not decrease")
+
+    def _rates(self, steps: Steps) -> Any:
+        boundaries, values = np.asarray(self.boundaries, np.float64), np.asarray(self.values, np.float64)
+        return values[np.searchsorted(boundaries, steps, side="left")]
+
+
+@dataclass(frozen=True)
+class PolynomialDecay(_Schedule):
+    r"""From ``initial_learning_rate`` to ``end_learning_rate`` in ``decay_steps``, then constant or in cycles.
+
+    .. math:: (\eta_0 - \eta_{end}) (1 - \min(s, d) / d)^{power} + \eta_{end}
+
+    With ``cycle`` d is the next multiple of ``decay_steps``; that multiple itself still ends its cycle.
+
+    Raises:
+        ValueError: ``decay_steps`` is not positive or ``power`` is negative.
+
+    >>> import fastadam
+    >>> schedule = fastadam.schedules.PolynomialDecay(0.1, decay_steps=100, end_learning_rate=0.0)
+    >>> schedule([0, 50, 100, 500]).tolist()
+    [0.1, 0.05, 0.0, 0.0]
+    """
+
+    initial_learning_rate: float
+    decay_steps: float
+    end_learning_rate: float = 0.0001
+    power: float = 1.0
+    cycle: bool = False
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._require("initial_learning_rate", "end_learning_rate")
+        self._require("decay_steps", above=0)
+        self._require("power", least=0)
+
+    def _rates(self, steps: Steps) -> Any:
+        decay_steps: Any = self.decay_steps
+        if self.cycle:
+            decay_steps = decay_steps * np.maximum(1, np.ceil(steps / decay_steps))
+        remaining = 1 - np.minimum(steps, decay_steps) / decay_steps
+        return (self.initial_learning_rate - self.end_learning_rate) * remaining**self.power + self.end_learning_rate
+
+
+@dataclass(frozen=True)
+class CosineDecay(_Schedule):
+    r"""Half a cosine from ``initial_learning_rate`` to ``alpha`` times it; before it a linear warm-up, if asked for.
+
+    .. math:: \eta_0 ((1 - \alpha) (1 + \cos(\pi \min(s, d) / d)) / 2 + \alpha)
+
+    With ``warmup_target`` the rate rises in ``warmup_steps`` from ``initial_learning_rate`` to the target, and the
+    cosine starts there: its :math:`\eta_0` is the target.
+
+    Raises:
+        ValueError: ``decay_steps`` is not positive or ``warmup_steps`` is negative.
+
+    >>> import fastadam
+    >>> schedule = fastadam.schedules.CosineDecay(0.0, decay_steps=100, warmup_target=0.1, warmup_steps=10)
+    >>> schedule([0, 5, 10, 60, 110]).round(6).tolist()
+    [0.0, 0.05, 0.1, 0.05, 0.0]
+    """
+
+    initial_learning_rate: float
+    decay_steps: float
+    alpha: float = 0.0
+    name: str | None = None
+    warmup_target: float | None = None
+    warmup_steps: float = 0
+
+    def __post_init__(self) -> None:
+        self._require("initial_learning_rate", "alpha")
+        self._require("decay_steps", above=0)
+        self._require("warmup_steps", least=0)
+        if self.warmup_target is not None:
+            self._require("warmup_target")
+
+    def _rates(self, steps: Steps) -> Any:
+        if self.warmup_target is None:
+            return self.initial_learning_rate * self._cosine(steps)
+        after = self.warmup_target * self._cosine(np.maximum(steps - self.warmup_steps, 0))
+        rise = (self.warmup_target - self.initial_learning_rate) * steps / (self.warmup_steps or 1)
+        return np.where(steps < self.warmup_steps, self.initial_learning_rate + rise, after)
+
+    def _cosine(self, steps: Steps) -> Any:
+        completed = np.minimum(steps, self.decay_steps) / self.decay_steps
+        return (1 - self.alpha) * 0.5 * (1 + np.cos(np.pi * completed)) + self.alpha
+
+
+@dataclass(frozen=True)
+class CosineDecayRestarts(_Schedule):
+    r"""Cosine decay with warm restarts (Loshchilov and Hutter, arXiv:1608.03983).
+
+    Period i lasts ``first_decay_steps * t_mul**i`` steps, starts at ``initial_learning_rate * m_mul**i`` and decays by
+    half a cosine towards ``alpha`` times ``initial_learning_rate``. The step of a restart has the full rate: TF's
+    float32 logarithm misses some of them and gives 0 there.
+
+    Raises:
+        ValueError: ``first_decay_steps`` is not positive, ``t_mul`` is under 1 or ``m_mul`` is negative.
+
+    >>> import fastadam
+    >>> fastadam.schedules.CosineDecayRestarts(0.1, first_decay_steps=10)([0, 5, 10, 20, 30]).round(6).tolist()
+    [0.1, 0.05, 0.1, 0.05, 0.1]
+    """
+
+    initial_learning_rate: float
+    first_decay_steps: float
+    t_mul: float = 2.0
+    m_mul: float = 1.0
+    alpha: float = 0.0
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._require("initial_learning_rate", "alpha")
+        self._require("first_decay_steps", above=0)
+        self._require("t_mul", least=1)
+        self._require("m_mul", least=0)
+
+    def _rates(self, steps: Steps) -> Any:
+        periods = steps / self.first_decay_steps
+        restart = self._restart(periods)
+        completed = (periods - self._start(restart)) / self.t_mul**restart
+        cosine = 0.5 * self.m_mul**restart * (1 + np.cos(np.pi * completed))
+        return self.initial_learning_rate * ((1 - self.alpha) * cosine + self.alpha)
+
+    def _start(self, restart: Steps) -> Any:
+        """Where a period starts, in units of the first period: the sum of the lengths before it."""
+        return restart if self.t_mul == 1 else (self.t_mul**restart - 1) / (self.t_mul - 1)
+
+    def _restart(self, periods: Steps) -> Any:
+        if self.t_mul == 1:
+            return np.floor(periods)
+        guess = np.floor(np.log1p(periods * (self.t_mul - 1)) / np.log(self.t_mul))
+        guess = np.where(self._start(guess) > periods, guess - 1, guess)
+        return np.where(self._start(guess + 1) <= periods, guess + 1, guess)
+
+
+@dataclass(frozen=True)
+class LinearCosineDecay(_Schedule):
+    r"""A cosine of ``num_periods`` periods under a line to 0 (Bello et al., arXiv:1709.07417); TF 2.x's experimental.
+
+    .. math:: \eta_0 ((\alpha + 1 - q) (1 + \cos(2 \pi n q)) / 2 + \beta), \quad q = \min(s, d) / d
+
+    Raises:
+        ValueError: ``decay_steps`` is not positive.
+
+    >>> import fastadam
+    >>> schedule = fastadam.schedules.LinearCosineDecay(0.1, decay_steps=100, beta=0.0)
+    >>> schedule([0, 50, 100, 500]).round(6).tolist()
+    [0.1, 0.025, 0.0, 0.0]
+    """
+
+    initial_learning_rate: float
+    decay_steps: float
+    num_periods: float = 0.5
+    alpha: float = 0.0
+    beta: float = 0.001
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._require("initial_learning_rate", "num_periods", "alpha", "beta")
+        self._require("decay_steps", above=0)
+
+    def _rates(self, steps: Steps) -> Any:
+        completed = np.minimum(steps, self.decay_steps) / self.decay_steps
+        cosine = 0.5 * (1 + np.cos(2 * np.pi * self.num_periods * completed))
+        return self.initial_learning_rate * ((self.alpha + 1 - completed) * cosine + self.beta)
+
+
+def _numbers(schedule: object, name: str) -> list[float]:
+    values = getattr(schedule, name)
+    if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)):
+        raise TypeError(f"{name}: {type(values).__name__}, expected a list of numbers")
+    return [check_number(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value

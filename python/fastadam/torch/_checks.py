@@ -1,0 +1,88 @@
+"""Options that are refused, and what messages call a parameter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadam._core.slices import DEFERRED
+from fastadam.torch._views import is_lazy_view
+
+__all__ = ["check_flags", "check_ids", "check_module", "check_numbers", "check_options", "check_tensor", "label_of"]
+
+
+def label_of(group: dict[str, Any], index: int, place: int) -> str:
+    """What messages call a parameter: its name, or its place in the groups."""
+    names = group.get("param_names")
+    return f"parameter '{names[place]}'" if names else f"param_groups[{index}]['params'][{place}]"
+
+
+def check_flags(group: dict[str, Any], param: Tensor, label: str, sparse_update: str) -> None:
+    """Options of a group that a parameter, or the kernels, do not allow."""
+    if param.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{label}: on {param.device}, expected CPU memory or a CUDA device")
+    if is_lazy_view(param):
+        raise ValueError(f"{label}: a conjugated or negated view, expected resolve_conj() of it")
+    if group["capturable"] and param.device.type != "cuda":
+        raise ValueError(f"capturable: True with {label} on {param.device}, expected parameters on a CUDA device")
+    if param.device.type == "cuda" and sparse_update in DEFERRED:
+        raise ValueError(f"sparse_update: {sparse_update!r} with {label} on {param.device}, expected CPU memory")
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Options that may have been set since they were given."""
+    if group.get("differentiable"):
+        raise ValueError("differentiable: True, expected False: the kernels have no derivative")
+    if not 0.0 <= group.get("weight_decay", 0.0) < math.inf:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+
+
+def check_tensor(name: str, value: Any, *, foreach: bool, capturable: bool) -> None:
+    """What torch requires of a number that comes as a tensor."""
+    if not isinstance(value, Tensor):
+        return
+    if foreach and not capturable:
+        raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element")
+
+
+def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """The ranges that torch has, with its texts."""
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not eps >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for index in (0, 1):
+        if not 0.0 <= betas[index] < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {betas[index]}")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise ValueError("betas must be either both floats or both Tensors")
+
+
+def check_module(module: Any, groups: list[dict[str, Any]], sparse_update: str) -> None:
+    """One whose rows can be brought up to date when it looks them up."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+        raise TypeError(f"module: {type(module).__name__}, expected an Embedding or EmbeddingBag")
+    if not any(weight is param for group in groups for param in group["params"]):
+        raise ValueError("module: its weight is no parameter of this optimizer")
+    if module.max_norm is not None and sparse_update in DEFERRED:
+        raise ValueError(
+            f"module: max_norm={module.max_norm} with sparse_update={sparse_update!r}, expected None: it writes to "
+            "rows that wait for their steps"
+        )
+
+
+def check_ids(param: Tensor, ids: Any) -> Tensor:
+    """Rows of a parameter, each of which exists."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids: {getattr(ids, 'dtype', type(ids).__name__)}, expected a tensor of int32 or int64")
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= len(param)):
+        raise ValueError(f"ids: from {int(ids.min())} to {int(ids.max())}, expected rows of {len(param)}")
+    return ids.detach()

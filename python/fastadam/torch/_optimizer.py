@@ -1,0 +1,348 @@
+"""``fastadam.torch.Adam`` and ``AdamW``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadam._core.slices import check_sparse_update
+from fastadam.torch._checks import check_ids, check_module, check_numbers, check_options, check_tensor
+from fastadam.torch._compiled import traced_step
+from fastadam.torch._scaling import Scaling
+from fastadam.torch._states import fill_groups, keep_tensors, restore_states
+from fastadam.torch._stepping import Stepper
+from fastadam.torch._tables import Reader
+
+__all__ = ["Adam", "AdamW"]
+
+
+class Adam(Stepper):
+    r"""Adam, AMSGrad and, with ``decoupled_weight_decay``, AdamW, for parameters of PyTorch.
+
+    .. math::
+        m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
+        \theta \mathrel{-}= \gamma \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    A drop-in for ``torch.optim.Adam``, with its arguments, groups, hooks and state dicts, which go both ways. Float32,
+    float64, bfloat16, float16 and complex parameters of any strides. Gradients are not modified: after
+    ``GradScaler.step`` they are still scaled, unless ``unscale_`` was called.
+
+    On a GPU with ``fused`` or ``capturable``, ``step`` is counted there, and what a GradScaler found is read there: the
+    host waits for neither, but at a first step, after others or a graph may have written to ``step``, and where betas
+    have changed since the first step. A step with infinite gradients then changes nothing, ``step`` included. Without
+    the two flags the host waits for the scaler, under ``torch.compile`` for ``step`` too.
+
+    The second moment is summed as in TensorFlow: a gradient whose square overflows its arithmetic (1.9e19 in float32)
+    makes it infinite and in the next step NaN, where torch's order of operations stays at infinity; and a ``beta_2``
+    below 1e-3 leaves rounding errors of the last squares, of ``1e-7 / beta_2`` of a much smaller one.
+
+    Sparse COO gradients, as of ``nn.Embedding(sparse=True)``, are taken coalesced or not. "dense" does what
+    ``torch.optim.Adam`` does with their ``to_dense()``; "lazy" moves the rows that a gradient names and no other, as
+    ``torch.optim.SparseAdam`` does; "deferred" gives the bits that "dense" gives by rows, in the time of "lazy": rows
+    are brought up to date when they are touched, or read through :meth:`gather`, :meth:`sync` or :meth:`attach`; call
+    :meth:`sync` before a module with such a table is deep-copied, pickled or read, which ``state_dict()`` of an
+    attached module does by itself. "deferred_fast" sums the steps that a row missed in closed form. But for "dense" the
+    epsilon of parameters with sparse gradients is that of SparseAdam and Keras, added to :math:`\sqrt v` before the
+    bias correction.
+
+    Args:
+        params: Parameters, ``(name, parameter)`` pairs, or groups of them.
+        lr: Step size; a number or a tensor of one element.
+        betas: Decay rates of the moments, in [0, 1); numbers or tensors.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Added to the gradient, times the parameter; or decoupled.
+        amsgrad: Divide by the root of the largest second moment so far.
+        foreach: Accepted; there is one implementation, which takes all parameters at once.
+        maximize: Go up instead of down.
+        capturable: For CUDA graphs: ``step`` is counted on the GPU. A graph reads ``lr``, where it is a tensor there,
+            ``grad_scale`` and ``found_inf`` in every replay.
+        differentiable: Refused if True.
+        fused: Accepted, likewise; on a GPU ``step`` is counted there.
+        decoupled_weight_decay: Shrink the parameters by ``lr * weight_decay`` instead (AdamW).
+        sparse_update: "dense", "deferred", "deferred_fast" or "lazy". Not in the groups: loading a state dict does not
+            change it.
+        moments_dtype: ``torch.float32`` for float32 moments of half parameters; None for the parameter's dtype.
+
+    Raises:
+        TypeError: An argument is not what it must be.
+        ValueError: A number is out of range, or options exclude each other. A step that raises has changed nothing.
+
+    Source: Kingma and Ba, "Adam" (arXiv:1412.6980); Loshchilov and Hutter (arXiv:1711.05101) for AdamW;
+    https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html.
+
+    >>> import importlib.util
+    >>> if importlib.util.find_spec("torch"):
+    ...     import torch, fastadam.torch
+    ...     weight = torch.nn.Parameter(torch.ones(2))
+    ...     opt = fastadam.torch.Adam([weight], lr=0.1)
+    ...     weight.sum().backward()
+    ...     opt.step()
+    ...     assert torch.allclose(weight, torch.full((2,), 0.9))
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        sparse_update: str = "dense",
+        moments_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._sparse_update = check_sparse_update(sparse_update)
+        if moments_dtype not in (None, torch.float32):
+            raise ValueError(f"moments_dtype: {moments_dtype}, expected None or torch.float32")
+        self._moments_dtype = moments_dtype
+        self._readers: list[Reader] = []  # of attached modules
+        self._reset()
+        tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
+        for name, value in tensors.items():
+            check_tensor(name, value, foreach=bool(foreach), capturable=capturable)
+        check_numbers(lr, betas, eps, weight_decay)
+        check_options({"differentiable": differentiable})
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        defaults = {
+            "lr": lr,
+            "betas": tuple(beta.squeeze() if isinstance(beta, Tensor) else beta for beta in betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Evaluates the model again and returns the loss, with gradients enabled.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            TypeError: A gradient or a state of another kind of number.
+            ValueError: A gradient, a state or a number that cannot be used; all are checked before one is written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(False):  # no_grad as a decorator takes longer
+            if torch.compiler.is_compiling():
+                traced_step(self)
+                return loss
+            scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            if not scaling.host_skips:
+                with self._lock:
+                    self._step_all(scaling)
+        return loss
+
+    # ---- tables ----------------------------------------------------------------------------------------------------
+
+    @property
+    def sparse_update(self) -> str:
+        """How sparse gradients are applied; see the class."""
+        return self._sparse_update
+
+    @property
+    def moments_dtype(self) -> torch.dtype | None:
+        """That of the moments of half parameters; None for their own."""
+        return self._moments_dtype
+
+    @torch.no_grad()
+    def sync(self, param: Tensor | None = None) -> None:
+        """Bring every row of a parameter, or of all, up to date: in a deferred mode before it is read or written.
+
+        Raises:
+            RuntimeError: A parameter was written to while rows waited for their steps.
+        """
+        with self._lock:
+            self._finish()
+            for table in self._tables.of(param):
+                table.catch_up()
+
+    @torch.no_grad()
+    def gather(self, param: Tensor, ids: Tensor) -> Tensor:
+        """The rows ``param[ids]`` as they are after all steps so far, a copy; those of ``param`` become so too.
+
+        Args:
+            param: A parameter.
+            ids: Integers of any shape, repeated or not.
+
+        Raises:
+            TypeError: ``ids`` are no integers.
+            ValueError: An id that is no row.
+        """
+        rows = check_ids(param, ids)
+        with self._lock:
+            self._finish()
+            for table in self._tables.of(param):
+                table.catch_up(rows.cpu().reshape(-1).numpy())
+            return param.detach()[rows]
+
+    def attach(self, module: torch.nn.Module) -> None:
+        """Bring rows up to date when ``module``, an Embedding or EmbeddingBag, looks them up or makes a state dict.
+
+        A module that is copied or pickled stays attached if its optimizer is so with it. In a deferred mode call
+        :meth:`sync` before its weight is read in any other way, or it is deep-copied or pickled.
+
+        Raises:
+            TypeError: Another kind of module.
+            ValueError: Its weight is no parameter of this optimizer; or it has ``max_norm``, which writes to rows that
+                may wait, in a deferred mode.
+
+        >>> import importlib.util
+        >>> if importlib.util.find_spec("torch"):
+        ...     import torch, fastadam.torch
+        ...     words = torch.nn.Embedding(1000, 4, sparse=True)
+        ...     opt = fastadam.torch.Adam(words.parameters(), sparse_update="deferred")
+        ...     opt.attach(words)
+        ...     for ids in ([1, 2], [2, 3]):
+        ...         opt.zero_grad()
+        ...         words(torch.tensor(ids)).square().sum().backward()
+        ...         opt.step()
+        """
+        check_module(module, self.param_groups, self._sparse_update)
+        reader = Reader()
+        reader.optimizer = self
+        self._readers.append(reader)
+        module.register_forward_pre_hook(reader.before_forward, with_kwargs=True)
+        module.register_state_dict_pre_hook(reader.before_state_dict)
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Adam`` has it; every row of every table is brought up to date first."""
+        with self._lock:
+            self.sync()
+            found: dict[str, Any] = super().state_dict()
+            return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a state dict, ours or torch's, as clones; moments of half parameters keep their dtype.
+
+        The groups become those that were saved, but for ``foreach``, ``fused``, ``capturable`` and
+        ``differentiable``, which stay as they are here. Rows that wait are brought up to date first; those of a
+        parameter that has been written to since are not: it is taken to have been loaded.
+
+        Raises:
+            TypeError: A state that is no dict, or a moment that is no tensor.
+            ValueError: Groups of another number or size, a moment that is sparse or without data, or a step that is no
+                number. A call that raises leaves the optimizer as it was.
+        """
+        with self._lock:
+            self._finish()
+            with torch.no_grad():
+                for table in self._tables.of(None):
+                    if table.is_untouched:
+                        table.catch_up()
+            before = self.__dict__.copy()
+            last = self.register_load_state_dict_pre_hook(keep_tensors)
+            try:
+                super().load_state_dict(state_dict)
+            except BaseException:
+                self.__dict__.update(before)
+                raise
+            finally:
+                last.remove()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with their own values of the options or the defaults."""
+        if isinstance(param_group, dict):
+            check_options(param_group)
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.sync()
+        own = {name: self.__dict__[name] for name in ("_sparse_update", "_moments_dtype", "_readers")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", [])
+        super().__setstate__(state)
+        self._reset()
+        for reader in self._readers:
+            reader.optimizer = self
+        fill_groups(self.param_groups, before)
+        restore_states(self.state, self.param_groups, self._moments_dtype)
+
+    def _look_up(self, param: Tensor, ids: Tensor) -> None:
+        if self._tables.of(param):
+            self.gather(param, ids)
+
+
+class AdamW(Adam):
+    r"""Adam with decoupled weight decay: :class:`Adam` with ``decoupled_weight_decay``, as ``torch.optim.AdamW``.
+
+    .. math:: \theta \mathrel{-}= \gamma \lambda \theta, \quad \text{then Adam's step}
+
+    Args and errors are those of :class:`Adam`. Loading the state of an Adam does not make it one.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
+
+    >>> import importlib.util
+    >>> if importlib.util.find_spec("torch"):
+    ...     import torch, fastadam.torch
+    ...     opt = fastadam.torch.AdamW([torch.nn.Parameter(torch.ones(2))])
+    ...     assert opt.param_groups[0]["weight_decay"] == 0.01
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        sparse_update: str = "dense",
+        moments_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            sparse_update=sparse_update,
+            moments_dtype=moments_dtype,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True

@@ -1,0 +1,144 @@
+"""States of parameters: as they begin, and as they and groups are loaded; moments are clones that keep their dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadam.torch._checks import label_of
+
+__all__ = ["HALF", "SLOTS", "fill_groups", "keep_tensors", "restore_states", "states_of"]
+
+HALF = (torch.float16, torch.bfloat16)
+SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}  # ours, torch's
+_FLAGS = ("foreach", "capturable", "differentiable", "fused")  # of the implementation, not of the rule
+_NAMES = ("step", *SLOTS.values())
+
+
+def states_of(
+    known: Any, params: list[Tensor], labels: list[str], group: dict[str, Any], moments_dtype: torch.dtype | None
+) -> list[dict[str, Any]]:
+    """Their states among those of the optimizer; where there is none a new one, which is not yet the optimizer's."""
+
+    def zeros_like(param: Tensor) -> Tensor:
+        dtype = moments_dtype if param.dtype in HALF else None
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+    states = [known.get(param) or {} for param in params]
+    fresh = [k for k, state in enumerate(states) if not state]
+    on_device = group["capturable"] or (group["fused"] and params[0].is_cuda)
+    steps = _zero_steps(len(fresh), params[0].device if on_device else torch.device("cpu"))
+    for k, step in zip(fresh, steps, strict=True):
+        states[k] = {"step": step, **{SLOTS[name]: zeros_like(params[k]) for name in ("m", "v")}}
+    for state, label in zip(states, labels, strict=True):
+        if "step" in state and not isinstance(state["step"], Tensor):
+            state["step"] = torch.tensor(float(state["step"]))
+        missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in state]
+        if missing:
+            raise ValueError(f"state of {label}: without {missing[0]!r}, expected step, exp_avg and exp_avg_sq")
+        if group["amsgrad"] and SLOTS["vhat"] not in state:
+            state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
+    return states
+
+
+def fill_groups(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    """Options that older versions and other optimizers have not saved, and flags as they were ``before``, if any."""
+    for index, group in enumerate(groups):
+        for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
+            group.setdefault(name, False)
+        for name in ("foreach", "fused"):
+            group.setdefault(name, None)
+        group.setdefault("weight_decay", 0)  # which SparseAdam has not
+        if before:
+            group.update({name: before[index][name] for name in _FLAGS})
+
+
+class _Kept:
+    """What ``torch.optim.Optimizer.load_state_dict`` neither casts to the parameter's dtype nor looks into."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def keep_tensors(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A hook before loading, the last one; states of no parameter are left to torch, which takes them as they are."""
+    known = {key for group in state_dict["param_groups"] for key in group["params"]}
+    state = {
+        key: {name: _Kept(x) if isinstance(x, Tensor) or name in _NAMES else x for name, x in value.items()}
+        if key in known and isinstance(value, dict)
+        else value
+        for key, value in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def restore_states(state: Any, groups: list[dict[str, Any]], moments_dtype: torch.dtype | None) -> None:
+    """Replace what :func:`keep_tensors` kept by clones beside their parameters, and lay step counts side by side.
+
+    Moments keep their dtype if it is the parameter's, or float32 for a half parameter. Any other, which the kernels do
+    not have, becomes the parameter's, or ``moments_dtype``.
+
+    Raises:
+        TypeError: A state is no dict, or a moment no tensor.
+        ValueError: A moment that is sparse or has no data, or a step that is no number.
+    """
+    for index, group in enumerate(groups):
+        states = []
+        for place, param in enumerate(group["params"]):
+            if not state.get(param):
+                continue
+            named, label = state[param], f"state of {label_of(group, index, place)}"
+            if not isinstance(named, dict):
+                raise TypeError(f"{label}: {type(named).__name__}, expected a dict")
+            for name, value in named.items():
+                if name == "step":
+                    named[name] = _number_of(value, label)
+                elif isinstance(value, _Kept):
+                    named[name] = _moment_like(param, value.value, moments_dtype, f"{label}: {name}")
+            states.append((param, named))
+        _place_steps(states, on_device=group["capturable"] or bool(group["fused"]))
+
+
+def _number_of(step: Any, label: str) -> float:
+    value = step.value if isinstance(step, _Kept) else step
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{label}: step: {value!r}, expected a number") from error
+
+
+def _moment_like(param: Tensor, value: Any, moments_dtype: torch.dtype | None, label: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{label}: {type(value).__name__}, expected a tensor")
+    if value.layout != torch.strided:
+        raise ValueError(f"{label}: {value.layout}, expected a dense tensor")
+    if value.is_meta and not param.is_meta:
+        raise ValueError(f"{label}: on {value.device}, without data, expected a tensor with data")
+    dtype = value.dtype
+    if param.dtype in HALF:
+        dtype = moments_dtype or (dtype if dtype == torch.float32 else param.dtype)
+    elif value.is_floating_point() or value.is_complex():
+        dtype = param.dtype
+    return value.detach().to(device=param.device, dtype=dtype).clone(memory_format=torch.preserve_format)
+
+
+def _place_steps(states: list[tuple[Tensor, dict[str, Any]]], *, on_device: bool) -> None:
+    places: dict[torch.device, list[tuple[dict[str, Any], float]]] = {}
+    for param, named in states:
+        if "step" not in named:
+            continue
+        device = param.device if on_device else torch.device("cpu")
+        places.setdefault(device, []).append((named, named["step"]))
+    for device, found in places.items():
+        steps = _zero_steps(len(found), device)
+        for (named, count), step in zip(found, steps, strict=True):
+            named["step"] = step.fill_(count)
+
+
+def _zero_steps(count: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Step counts side by side, of torch's dtype; on a GPU each has a version of its own, which tells of writes."""
+    in_double = device.type == "cpu" and torch.get_default_dtype() == torch.float64
+    whole = torch.zeros(count, dtype=torch.float64 if in_double else torch.float32, device=device)
+    return tuple(whole.unbind() if device.type == "cpu" else (step.data for step in whole.unbind()))

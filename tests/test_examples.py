@@ -1,4 +1,4 @@
-"""The examples run: those of README.md, and of the docstrings."""
+"""The examples of README.md, of the user guide and of the docstrings run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ import fastadam
 import pytest
 from helpers import run_python
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "python" / "README.md").read_text()
+EXAMPLES = [
+    pytest.param(example, id=f"{name}-{i}")
+    for name, text in (("front", (ROOT / "README.md").read_text()), ("guide", GUIDE))
+    for i, example in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+]
 FRAMEWORKS = ("torch", "jax", "keras")
 ADAPTERS = {"fastadam.torch": ["torch"], "fastadam.jax": ["jax"]}
 # Those of fastadam.keras are run by tests/test_keras_adam.py.
@@ -35,23 +40,24 @@ def need(*frameworks):
             pytest.skip(f"{name} is not installed")
 
 
-def test_readme_has_eight_examples():
-    assert len(EXAMPLES) == 8
+def test_the_documents_have_examples():
+    assert len(EXAMPLES) >= 11
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.strip().splitlines()[3][:30])
-def test_an_example_of_the_readme_runs(example):
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_of_the_documents_runs(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     needed = [name for name in FRAMEWORKS if f"import fastadam.{name}" in example]
     need(*needed, *(["torch"] if "keras" in needed else []))
     if not needed:
-        exec(compile(example, "README.md", "exec"), {})
+        exec(compile(example, "example", "exec"), {"__name__": "__main__"})
         return
     result = run_python(example)
     assert result.returncode == 0, result.stderr
 
 
-def test_the_c_program_of_the_readme_prints_what_it_says(tmp_path):
-    source = re.search(r"```c\n(.*?)```", README, re.DOTALL)[1]
+def test_the_c_program_of_the_guide_prints_what_it_says(tmp_path):
+    source = re.search(r"```c\n(.*?)```", GUIDE, re.DOTALL)[1]
     (tmp_path / "program.c").write_text(source)
     flags = []
     for option in ("--include", "--libs"):

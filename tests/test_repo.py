@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ["README.md", "csrc/README.md", "bench/README.md", ".github/CONTRIBUTING.md"]
+GUIDE = (ROOT / "python" / "README.md").read_text()
+DOCUMENTS = ["README.md", "python/README.md", "csrc/README.md", "bench/README.md", ".github/CONTRIBUTING.md"]
 
 
 def test_readme_has_two_set_up_commands():
@@ -22,11 +23,11 @@ def test_readme_has_two_set_up_commands():
     assert "grep -E '^    python3 -m venv .*pytest' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_readme_names_every_public_attribute_and_argument_of_the_optimizers():
+def test_the_guide_names_every_public_attribute_and_argument_of_the_optimizers():
     names = {name for name in dir(fastadam.Adam) if not name.startswith("_")}
     names |= set(inspect.signature(fastadam.AdamW).parameters) - {"kwargs"}
     names |= {name for name in fastadam.schedules.__all__ if name != "plot"}
-    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", README)] == []
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", GUIDE)] == []
 
 
 def test_every_public_name_has_a_docstring_with_an_example():
@@ -42,6 +43,7 @@ def test_paths_that_a_document_names_exist(document):
     text = (ROOT / document).read_text()
     tops = "csrc|python|tests|bench|core|cpu|cuda|capi|bind"
     paths = set(re.findall(rf"(?<![\w/.])((?:{tops})/[\w./-]*\w)", text))
+    paths |= {link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link}
     roots = [ROOT, ROOT / "csrc", ROOT / "python" / "fastadam", (ROOT / document).parent]
     assert paths
     missing = [path for path in sorted(paths) if not any((root / path).exists() for root in roots)]

@@ -43,7 +43,7 @@ class DeferredTables(OptimizerState):
         if value != "dense" and (extras.use_ema or extras.gradient_accumulation_steps):
             raise ValueError(f"sparse_update: {value!r} with use_ema or gradient_accumulation_steps, expected 'dense'")
         with self._lock:
-            if self._stepping:
+            if self._now.stepping:
                 raise RuntimeError("sparse_update: set by code that a step runs, expected between steps")
             self._settle()
             self._wait()

@@ -23,6 +23,7 @@ from fastadam._core.minimize import Minimizer
 from fastadam._core.placement import on_gpu, to_host
 from fastadam._core.slots import ACCUMULATOR
 from fastadam._core.stepping import Stepper
+from fastadam._core.strict import class_only
 from fastadam._core.variable import buffers_of
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
 
@@ -262,7 +263,7 @@ class Adam(Stepper, Minimizer):
         config.update(self._extras.config())
         return config
 
-    @classmethod
+    @class_only
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Adam:
         """An optimizer from ``get_config``; ``config`` is not modified.
 

@@ -67,7 +67,7 @@ class Stepper(DeferredTables):
         try:
             return None if self._apply(grads_and_vars) is None else self._count()
         finally:
-            self._capturing = False
+            self._now.capturing = False
 
     def _count(self) -> np.int64:
         """Of the steps that the host has asked for."""
@@ -80,13 +80,14 @@ class Stepper(DeferredTables):
         if not pairs:
             return None
         with self._lock:
-            if self._stepping:  # by a callable hyperparameter or a gradient's ``__array__``
+            now = self._now
+            if now.stepping:  # by a callable hyperparameter or a gradient's ``__array__``
                 raise RuntimeError(f"apply_gradients of optimizer {self.name} was called from within itself")
-            self._stepping = True
+            now.stepping = True
             try:
                 return self._step(pairs, loss_scale)
             finally:
-                self._stepping = False
+                now.stepping = False
 
     def _step(self, pairs: list[Any], loss_scale: float | None) -> bool:
         first, rate = _first_variable(pairs), self._hyper["learning_rate"]
@@ -157,13 +158,16 @@ class Stepper(DeferredTables):
         gradients = fit_gradients(native, gradients, buffers, positions)
         native.check_numbers(hyper, [])
         native.check_numbers(hyper._replace(gradient_scale=scale), [])  # that of accumulated gradients is another one
+        given = {i: unwrap(pairs[i][1]) for i in positions}
+        new = {slot_key for slot_key, _ in prepared.created if not self._slots.knows(slot_key)}
+        self._replacements.look(int(self._iterations), given, buffers, new, self._plans)
         prepared.commit()  # slots are made once the whole step has been found good
         plan = StepPlan(native, key._replace(version=self._slots.version), buffers, positions, decays, tables)
         for buffer, table in zip(buffers, tables, strict=True):
             if table is not None and (entry := self._slots.entry_of(buffer)) and entry.staleness is not table:
                 self._plans.clear()  # one of them may know the variable without a history
                 entry.staleness = table
-        self._plans.add(plan, pairs, may_free=not self._capturing)
+        self._plans.add(plan, pairs, may_free=not self._now.capturing)
         return plan, gradients
 
     def _table_of(self, buffer: _cpu.Buffer, entry: Entry | None, gradient: Any, numbers: Numbers) -> Staleness | None:

@@ -51,7 +51,7 @@ def test_what_names_the_same_memory_costs_no_new_plan(made, form):
     give = {
         "views": lambda g: [(g, w[:])],
         "lists": lambda g: [[g, w]],
-        "Variable": lambda g: [(g, holder)],
+        "Variable": lambda g: [(fastadam.Variable(g), holder)],
         "generator": lambda g: (pair for pair in [(g, w)]),
         "zip": lambda g: zip([g], [w], strict=True),
     }[form]

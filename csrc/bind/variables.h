@@ -44,9 +44,11 @@ class VariableSet {
       const auto pair = py::reinterpret_borrow<py::object>(pairs[at]);
       const bool is_pair = PyTuple_Check(pair.ptr()) || PyList_Check(pair.ptr());
       if (!is_pair || PySequence_Fast_GET_SIZE(pair.ptr()) != 2) return std::nullopt;
-      const auto gradient = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(pair.ptr(), 0));
-      if (is_holder(gradient, holder)) return std::nullopt;  // the pair is swapped
-      const py::object variable = held(PySequence_Fast_GET_ITEM(pair.ptr(), 1), holder);
+      const py::handle first = PySequence_Fast_GET_ITEM(pair.ptr(), 0);
+      const py::handle second = PySequence_Fast_GET_ITEM(pair.ptr(), 1);
+      if (is_holder(first, holder) && !is_holder(second, holder)) return std::nullopt;  // the pair is swapped
+      const py::object gradient = held(first, holder);
+      const py::object variable = held(second, holder);
       if (gradient.is_none()) continue;
       const size_t i = gradients.size();
       if (i == variables_.size() || positions_[i] != static_cast<int64_t>(at)) return std::nullopt;

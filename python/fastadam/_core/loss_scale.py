@@ -10,6 +10,7 @@ import numpy as np
 
 from fastadam._core import serialization
 from fastadam._core.checks import check_count, check_iterations, check_number
+from fastadam._core.device_state import Now
 from fastadam._core.minimize import Minimizer
 from fastadam._core.optimizer import Adam, AdamW
 from fastadam._core.strict import class_only, is_own, settable, unknown_attribute
@@ -116,6 +117,10 @@ class LossScaleOptimizer(Minimizer):
 
     def _refresh(self, variable: Any, ids: Any) -> None:
         self.inner_optimizer._refresh(variable, ids)
+
+    @property
+    def _now(self) -> Now:  # type: ignore[override]
+        return self.inner_optimizer._now
 
     @property
     def _loss_scale(self) -> float:

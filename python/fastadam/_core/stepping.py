@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-import warnings
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from fastadam._core.backend import _cpu
+from fastadam._core.checks import check_list
 from fastadam._core.deferred import DeferredTables
 from fastadam._core.hyper import StepHyper
 from fastadam._core.ops import fit_gradients, run_step
@@ -19,6 +20,7 @@ from fastadam._core.slices import DEFERRED, is_native_sparse, is_sparse
 from fastadam._core.slots import ACCUMULATOR, Entry
 from fastadam._core.staleness import Numbers, Staleness
 from fastadam._core.variable import Variable, buffers_of, unwrap
+from fastadam._core.warning import warn
 
 __all__ = ["Stepper"]
 
@@ -60,8 +62,8 @@ class Stepper(DeferredTables):
             ``iterations`` after the step; None for an empty list.
 
         Raises:
-            TypeError: Not pairs, a list as variable, a dtype that is not float.
-            ValueError: All gradients None; a wrong shape; a variable that cannot be updated in place; variables that
+            TypeError: Not pairs, or swapped ones; a list as variable, a dtype that is not float.
+            ValueError: An iterator that yields nothing; all gradients None; a wrong shape; a variable that cannot be updated in place; variables that
                 overlap partly; a gradient that shares memory with a variable.
         """
         try:
@@ -76,7 +78,7 @@ class Stepper(DeferredTables):
 
     def _apply(self, grads_and_vars: Iterable[tuple[Any, Any]], loss_scale: float | None = None) -> bool | None:
         """Whether all gradients were finite, which only a dynamic ``loss_scale`` asks for; None for an empty list."""
-        pairs = _as_list(grads_and_vars)
+        pairs = check_list("grads_and_vars", grads_and_vars, "an iterable of (gradient, variable) pairs")
         if not pairs:
             return None
         with self._lock:
@@ -270,15 +272,6 @@ class Stepper(DeferredTables):
         return native_of(buffers[0]).Plan(buffers, slots, decays, positions, False, [None] * len(buffers), context)
 
 
-def _as_list(grads_and_vars: Iterable[tuple[Any, Any]]) -> list[Any]:
-    try:
-        return list(grads_and_vars)
-    except TypeError:
-        raise TypeError(
-            f"grads_and_vars: {type(grads_and_vars).__name__}, expected an iterable of (gradient, variable) pairs"
-        ) from None
-
-
 def _first_variable(pairs: list[Any]) -> Any:
     for pair in pairs:
         if isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] is not None:
@@ -293,8 +286,33 @@ def _check_pairs(pairs: list[Any]) -> None:
             raise TypeError(f"grads_and_vars[{i}]: {type(pair).__name__}, expected a (gradient, variable) pair")
         if len(pair) != 2:
             raise ValueError(f"grads_and_vars[{i}]: {len(pair)} items, expected a (gradient, variable) pair")
+        _check_order(i, *pair)
     absent = [getattr(v, "name", None) or f"vars[{i}]" for i, (g, v) in enumerate(pairs) if g is None]
     if len(absent) == len(pairs):
         raise ValueError(f"No gradients provided for any variable: {absent}.")
     if absent:
-        warnings.warn(f"Gradients do not exist for variables {absent} when minimizing the loss.", stacklevel=5)
+        warn(f"Gradients do not exist for variables {absent} when minimizing the loss.")
+
+
+def _check_order(i: int, gradient: Any, variable: Any) -> None:
+    """Refuse a pair that is seen to be swapped; variables of one kind on both sides may hold gradients, as in TF."""
+    if not _is_trainable(gradient) or _is_trainable(variable):
+        return
+    what = f"Variable '{gradient.name}'" if getattr(gradient, "name", None) else type(gradient).__name__
+    raise TypeError(
+        f"grads_and_vars[{i}]: {what} as the gradient of a {type(variable).__name__}, expected (gradient, variable); "
+        "the array itself, if it does hold a gradient"
+    )
+
+
+def _is_trainable(value: Any) -> bool:
+    """Whether it is a Variable, or a parameter of a framework; none is imported for that."""
+    if isinstance(value, Variable):
+        return True
+    for name, path in (("torch", "nn.Parameter"), ("keras", "Variable"), ("tensorflow", "Variable")):
+        found: Any = sys.modules.get(name)
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, type) and isinstance(value, found):
+            return True
+    return False

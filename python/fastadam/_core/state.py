@@ -198,12 +198,12 @@ class OptimizerState(Strict, DeviceState):
         A callable hyperparameter is saved as its present value.
 
         Args:
-            path: The file, replaced if it is there.
+            path: The file, replaced if it is there; of any name whose suffix is not that of another format.
             variables: Which variables' slots, in which order; None means all, in the order they came.
 
         Raises:
             OSError: The file could not be written.
-            ValueError: A variable without slots; a configuration that is not plain JSON.
+            ValueError: The suffix of another format; a variable without slots; a configuration that is not plain JSON.
         """
         serialization.save(self, path, variables)
 

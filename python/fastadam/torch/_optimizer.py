@@ -227,6 +227,7 @@ class Adam(Stepper):
         reader = Reader()
         reader.optimizer = self
         self._readers.append(reader)
+        self._attached.add(id(module.weight))
         module.register_forward_pre_hook(reader.before_forward, with_kwargs=True)
         module.register_state_dict_pre_hook(reader.before_state_dict)
 

@@ -21,11 +21,12 @@ __all__ = ["DeviceState", "Now"]
 class Now:
     """What an optimizer is doing; set in every step, which attributes of the optimizer itself would make slower."""
 
-    __slots__ = ("capturing", "stepping", "told")
+    __slots__ = ("capturing", "checks_exclusions", "stepping", "told")
 
     def __init__(self) -> None:
         self.stepping = False
         self.capturing = False  # a CUDA graph
+        self.checks_exclusions = False  # from weight decay, which may name no variable
         self.told: set[str] = set()  # warnings that are given once
 
 

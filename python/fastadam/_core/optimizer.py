@@ -168,8 +168,11 @@ class Adam(Stepper, Minimizer):
         Args:
             var_list: Variables, found by their memory.
             var_names: Patterns searched in the names of :class:`fastadam.Variable` (``re.search``).
+
+        What names no variable gives a warning, once variables come that have come before: until then others may follow.
         """
         self._extras = dataclasses.replace(self._extras, **excluded(var_list, var_names))
+        self._now.checks_exclusions = bool(self._extras.excluded_names or self._extras.excluded_keys)
 
     @property
     def _loss_scale(self) -> float | None:

@@ -17,7 +17,7 @@ from fastadam._core.ops import fit_gradients, run_step
 from fastadam._core.placement import assign, native_of, on_gpu
 from fastadam._core.plans import PlanKey, StepPlan
 from fastadam._core.slices import DEFERRED, is_native_sparse, is_sparse
-from fastadam._core.slots import ACCUMULATOR, Entry
+from fastadam._core.slots import ACCUMULATOR, Entry, key_of
 from fastadam._core.staleness import Numbers, Staleness
 from fastadam._core.variable import Variable, buffers_of, unwrap
 from fastadam._core.warning import warn
@@ -127,6 +127,8 @@ class Stepper(DeferredTables):
         found = self._plans.find(pairs, self._key())
         if found is None:
             return None
+        if self._now.checks_exclusions and self._extras.weight_decay:
+            self._check_exclusions(pairs)
         if self._extras.excluded_names and found[0].decays != self._decays(pairs, found[0].buffers):
             return None  # a variable comes with another name
         if self._sparse_update not in DEFERRED:
@@ -139,6 +141,20 @@ class Stepper(DeferredTables):
         variables = [variable for gradient, variable in pairs if gradient is not None]
         names = [self._name_of(variable, buffer) for variable, buffer in zip(variables, buffers, strict=True)]
         return self._extras.decays(names, buffers)
+
+    def _check_exclusions(self, pairs: list[Any]) -> None:
+        """Warn of what ``exclude_from_weight_decay`` names and no variable is."""
+        self._now.checks_exclusions = False
+        variables = [variable for _, variable in pairs]  # those without gradient, too
+        named = [variable.name for variable in variables if isinstance(variable, Variable)]
+        names = {name for name in (*named, *(entry.spec.name for entry in self._slots.entries)) if name}
+        met = {key_of(entry.buffer) for entry in self._slots.entries if entry.buffer}
+        met.update(map(key_of, buffers_of(variables, range(len(variables)))))
+        if missing := self._extras.missing(names, met if not self._slots.waiting() else None):
+            hint = f"named {sorted(names)!s:.200}" if names else "without names: wrap them, fastadam.Variable(w, name=...)"
+            warn(
+                f"exclude_from_weight_decay: {', '.join(missing)} excludes none of the variables so far, which are {hint}"
+            )
 
     def _make_plan(self, pairs: list[Any], hyper: StepHyper, scale: float) -> tuple[StepPlan, list[Any]]:
         """A plan for variables not seen before, and gradients as far as they had to be converted to check the step."""

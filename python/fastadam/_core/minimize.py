@@ -99,8 +99,8 @@ class Minimizer:
         Raises:
             TypeError: ``loss`` is no function or returned no float array; ``var_list`` holds something else than
                 Variables; ``gradient`` is neither a name nor a function.
-            ValueError: ``var_list`` is an iterator that yields nothing. No provider was chosen, or an unknown one; ``grad_loss`` has another shape than the loss; the
-                loss depends on none of the variables.
+            ValueError: No provider was chosen, or an unknown one; ``grad_loss`` has another shape than the loss; the
+                loss depends on none of the variables; ``var_list`` is an iterator that yields nothing.
             ModuleNotFoundError: The provider is not installed.
             Exception: Whatever the loss raises. In all cases no variable has been changed.
 
@@ -204,7 +204,7 @@ def _differentiate(
     if upstream is None and math.prod(shapes[-1]) > 1 and "loss" not in optimizer._now.told:
         optimizer._now.told.add("loss")
         warn(
-            f"loss: returned an array of shape {shapes[-1]}, and it is the sum of its elements that is minimized, as in "
+            f"loss: returned an array of shape {shapes[-1]}, of which the sum is minimized, as in "
             "TensorFlow; return .sum() or .mean() of it, or give grad_loss"
         )
     variables = targets.resolve()

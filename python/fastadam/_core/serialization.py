@@ -332,9 +332,13 @@ class _Reader:
         raise ValueError(f"{self._path}: {found}, expected {expected}")
 
 
-_OTHER_SUFFIXES = frozenset(
-    ".npz .npy .pt .pth .pkl .pickle .h5 .hdf5 .keras .json .ckpt .zip .bin .joblib .msgpack .onnx .tar .gz .mat .yaml "
-    ".txt .csv .index".split()
+_OTHER_SUFFIXES = (
+    *(".npy", ".npz", ".mat"),
+    *(".pt", ".pth", ".bin", ".ckpt", ".onnx"),
+    *(".h5", ".hdf5", ".keras", ".index", ".msgpack"),
+    *(".pkl", ".pickle", ".joblib"),
+    *(".json", ".yaml", ".txt", ".csv"),
+    *(".zip", ".gz", ".tar"),
 )
 _MAGIC = {
     b"PK\x03\x04": "a zip archive (of NumPy, PyTorch or Keras: .npz, .pt, .keras)",

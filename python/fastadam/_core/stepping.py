@@ -63,8 +63,8 @@ class Stepper(DeferredTables):
 
         Raises:
             TypeError: Not pairs, or swapped ones; a list as variable, a dtype that is not float.
-            ValueError: An iterator that yields nothing; all gradients None; a wrong shape; a variable that cannot be updated in place; variables that
-                overlap partly; a gradient that shares memory with a variable.
+            ValueError: An iterator that yields nothing; all gradients None; a wrong shape; a variable that cannot be
+                updated in place; variables that overlap partly; a gradient that shares memory with a variable.
         """
         try:
             return None if self._apply(grads_and_vars) is None else self._count()
@@ -151,10 +151,11 @@ class Stepper(DeferredTables):
         met = {key_of(entry.buffer) for entry in self._slots.entries if entry.buffer}
         met.update(map(key_of, buffers_of(variables, range(len(variables)))))
         if missing := self._extras.missing(names, met if not self._slots.waiting() else None):
-            hint = f"named {sorted(names)!s:.200}" if names else "without names: wrap them, fastadam.Variable(w, name=...)"
-            warn(
-                f"exclude_from_weight_decay: {', '.join(missing)} excludes none of the variables so far, which are {hint}"
+            what = ", ".join(missing)
+            hint = (
+                f"named {sorted(names)!s:.200}" if names else "without names: wrap them, fastadam.Variable(w, name=...)"
             )
+            warn(f"exclude_from_weight_decay: {what} excludes none of the variables so far, which are {hint}")
 
     def _make_plan(self, pairs: list[Any], hyper: StepHyper, scale: float) -> tuple[StepPlan, list[Any]]:
         """A plan for variables not seen before, and gradients as far as they had to be converted to check the step."""

@@ -1,4 +1,4 @@
-"""Mistakes in the use of an optimizer's attributes: names that it does not have, class methods called on an instance."""
+"""Wrong uses of attributes: names that an optimizer does not have, class methods called on an instance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
 
     class class_only(classmethod):  # noqa: N801  a decorator
-        """A classmethod that makes a new object: called on an instance, whose caller may expect it to change, it raises."""
+        """A classmethod that makes an object; it raises on an instance, which the caller may expect to change."""
 
         def __get__(self, instance: Any, owner: Any = None) -> Any:
             if instance is None:

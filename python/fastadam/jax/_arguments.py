@@ -163,7 +163,9 @@ def spread_mask(mask: Any, params: Any, structure: Any, weight_decay: Any) -> li
         ) from error
     flags = [checks.check_bool("mask", flag) for flag in jax.tree.leaves(spread)]
     if flags and not any(flags) and (isinstance(weight_decay, jax.Array) or weight_decay != 0):
-        warn(f"mask: False for every parameter, so that weight_decay={weight_decay} does nothing; True where it applies")
+        warn(
+            f"mask: False for every parameter, so that weight_decay={weight_decay} does nothing; True where it applies"
+        )
     return flags
 
 

@@ -75,7 +75,7 @@ class Replacements:
         label = f"grads_and_vars[{place}]" if buffer.label.startswith("vars[") else buffer.label
         warn(
             f"{label}: a new array in each of the last steps. Each new array starts with moments of zero, and the "
-            "optimizer keeps those of the old ones. Change the variable in place between steps: `w *= 0.999` instead of "
+            "optimizer keeps those of the old ones. Change a variable in place between steps: `w *= 0.999` instead of "
             "`w = w * 0.999`, `np.clip(w, low, high, out=w)`, `w[...] = new`. (Or the pair is swapped, expected "
             "(gradient, variable).)"
         )

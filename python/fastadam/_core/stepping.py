@@ -210,6 +210,7 @@ class Stepper(DeferredTables):
 
         Returns the gradients, converted as far as they had to be to find this step good before rows are moved.
         """
+        self._warn_of_unread(plan, gradients)
         numbers = self._numbers(hyper, plan.key.amsgrad)
         settled = [
             table is not None and table.waits and (table.numbers != numbers or not is_native_sparse(gradient))

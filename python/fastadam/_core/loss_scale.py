@@ -74,9 +74,11 @@ class LossScaleOptimizer(Minimizer):
         inner = self.__dict__.get("inner_optimizer")
         if name in _CHECKS:
             super().__setattr__(name, _CHECKS[name](name, value))
+        elif hasattr(type(self), name):
+            super().__setattr__(name, value)
         elif inner is not None and (name in vars(inner) or hasattr(type(inner), name)):
             setattr(inner, name, value)
-        elif is_own(self) and not hasattr(type(self), name):
+        elif is_own(self):
             raise AttributeError(unknown_attribute(self, name, [*_CHECKS, *settable(inner or self)]))
         else:
             super().__setattr__(name, value)

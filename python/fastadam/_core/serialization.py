@@ -173,7 +173,7 @@ def _format_of(path: str) -> str | None:
     """What a file of another format is, as far as its first bytes say so."""
     with Path(path).open("rb") as file:
         begin = file.read(8)
-    if begin[4:] == bytes(4):  # of safetensors, whose first eight bytes are the size of a header
+    if begin[2:] == bytes(6):  # of safetensors, whose first eight bytes are the size of a header
         return None
     for magic, name in _MAGIC.items():
         if begin.startswith(magic):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import fastadam
 import pytest
@@ -24,6 +25,14 @@ def rows_wait():
     """Tables as small as those of tests would have a pass over all their rows: here one row in 64 must be touched."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastadam._core.staleness.crossover", lambda shape, item_size, replays: 64)
+        yield
+
+
+@pytest.fixture
+def no_warning():
+    """Any warning is an error, those that the settings of the tests ignore included."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         yield
 
 

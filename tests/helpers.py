@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import fastadam
 import numpy as np
@@ -210,3 +211,23 @@ class Pair:
         for a, b in zip([self.tables[0], *dense], [self.tables[1], *deferred], strict=True):
             np.testing.assert_array_equal(bits(np.asarray(a)), bits(np.asarray(b)))
         assert not self.lags()
+
+
+def ones(*shape):
+    return np.ones(shape, F32)
+
+
+def step_by_half(optimizer, *variables):
+    """A step whose gradients are 0.5 everywhere."""
+    return optimizer.apply_gradients([(np.full(np.shape(w), 0.5, F32), w) for w in variables])
+
+
+def warned(function, pattern):
+    """The text of the one warning that a function gives, at a line of a test's file."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        function()
+    assert [w.category for w in found] == [UserWarning], [str(w.message) for w in found]
+    assert re.search(pattern, str(found[0].message)), found[0].message
+    assert found[0].filename in (function.__code__.co_filename, __file__)
+    return str(found[0].message)

@@ -158,6 +158,7 @@ def test_a_slot_of_a_variable_unlike_the_one_that_was_saved_is_refused():
     assert_same(again.get_weights(), optimizer.get_weights())
 
 
+@pytest.mark.filterwarnings("ignore:exclude_from_weight_decay. var_names.0. 'bias' excludes none")
 def test_exclusions_by_memory_are_not_copied_to_other_memory():
     optimizer, variables = trained({"weight_decay": 0.1})
     optimizer.exclude_from_weight_decay(var_names=["bias"])

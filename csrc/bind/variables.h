@@ -44,8 +44,11 @@ class VariableSet {
       const auto pair = py::reinterpret_borrow<py::object>(pairs[at]);
       const bool is_pair = PyTuple_Check(pair.ptr()) || PyList_Check(pair.ptr());
       if (!is_pair || PySequence_Fast_GET_SIZE(pair.ptr()) != 2) return std::nullopt;
-      const py::object gradient = held(PySequence_Fast_GET_ITEM(pair.ptr(), 0), holder);
-      const py::object variable = held(PySequence_Fast_GET_ITEM(pair.ptr(), 1), holder);
+      const py::handle first = PySequence_Fast_GET_ITEM(pair.ptr(), 0);
+      const py::handle second = PySequence_Fast_GET_ITEM(pair.ptr(), 1);
+      if (is_holder(first, holder) && !is_holder(second, holder)) return std::nullopt;  // the pair is swapped
+      const py::object gradient = held(first, holder);
+      const py::object variable = held(second, holder);
       if (gradient.is_none()) continue;
       const size_t i = gradients.size();
       if (i == variables_.size() || positions_[i] != static_cast<int64_t>(at)) return std::nullopt;
@@ -121,8 +124,12 @@ class VariableSet {
   std::vector<bool> is_repeated_;  // the variable comes more than once
 
  private:
+  static bool is_holder(py::handle object, const py::type& holder) {
+    return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(holder.ptr())) != 0;
+  }
+
   static py::object held(py::handle object, const py::type& holder) {
-    if (PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(holder.ptr()))) return object.attr("_value");
+    if (is_holder(object, holder)) return object.attr("_value");
     return py::reinterpret_borrow<py::object>(object);
   }
 

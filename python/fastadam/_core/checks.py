@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -85,12 +86,18 @@ def check_count(name: str, value: Any) -> int:
     return count
 
 
-def check_list(name: str, values: Any) -> list[Any]:
-    """The items of any iterable."""
+def check_list(name: str, values: Any, expected: str = "a list") -> list[Any]:
+    """The items of any iterable; of an iterator at least one, for an exhausted one looks like an empty list."""
     try:
-        return list(values)
+        items = list(values)
     except TypeError:
-        raise TypeError(f"{name}: {type(values).__name__}, expected a list") from None
+        raise TypeError(f"{name}: {type(values).__name__}, expected {expected}") from None
+    if not items and isinstance(values, Iterator):
+        raise ValueError(
+            f"{name}: {type(values).__name__}, an iterator that yielded nothing (was it used before?), expected "
+            f"{expected}; an empty list, if nothing is meant"
+        )
+    return items
 
 
 def check_clip(name: str, value: Any) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastadam._core.backend import _cpu
+from fastadam._core.checks import check_list
 from fastadam._core.gradients import as_float_array
 from fastadam._core.slices import IndexedSlices
 from fastadam._core.variable import unwrap
@@ -28,6 +29,7 @@ def global_norm(grads: Iterable[Any]) -> float:
 
     Raises:
         TypeError: A gradient does not hold real numbers.
+        ValueError: An iterator that yields nothing.
 
     Source: https://www.tensorflow.org/api_docs/python/tf/linalg/global_norm.
 
@@ -35,7 +37,8 @@ def global_norm(grads: Iterable[Any]) -> float:
     >>> fastadam.global_norm([np.array([3.0, 0.0]), None, np.array([[4.0]])])
     5.0
     """
-    arrays = [_readable(_values(unwrap(g)), f"grads[{i}]") for i, g in enumerate(grads) if g is not None]
+    given = check_list("grads", grads, "a list of arrays")
+    arrays = [_readable(_values(unwrap(g)), f"grads[{i}]") for i, g in enumerate(given) if g is not None]
     return math.sqrt(sum(_cpu.sums_of_squares(arrays)))
 
 

@@ -20,6 +20,7 @@ from fastadam._core.slices import check_ids, check_sparse_update
 from fastadam._core.slots import Entry
 from fastadam._core.state import OptimizerState
 from fastadam._core.variable import buffer_of, label_of, unwrap
+from fastadam._core.warning import warn
 
 __all__ = ["DeferredTables"]
 
@@ -43,7 +44,7 @@ class DeferredTables(OptimizerState):
         if value != "dense" and (extras.use_ema or extras.gradient_accumulation_steps):
             raise ValueError(f"sparse_update: {value!r} with use_ema or gradient_accumulation_steps, expected 'dense'")
         with self._lock:
-            if self._stepping:
+            if self._now.stepping:
                 raise RuntimeError("sparse_update: set by code that a step runs, expected between steps")
             self._settle()
             self._wait()
@@ -184,7 +185,10 @@ class DeferredTables(OptimizerState):
     def _catch_up(self, entry: Entry, ids: npt.NDArray[Any] | None = None) -> None:
         """Replay the steps that the rows missed: those that ``ids`` name, or all."""
         table = entry.staleness
-        if table is None or not table.waits:
+        if table is None:
+            return
+        table.is_asked_for = True
+        if not table.waits:
             return
         if entry.buffer is None and entry.origin is not None and entry.origin.is_current():
             self._slots.prepare([entry.origin], []).commit()  # of a deep copy: it goes on with the same variable
@@ -202,11 +206,26 @@ class DeferredTables(OptimizerState):
 
     def _sweep(self, plan: StepPlan) -> None:
         """After a step: keep gaps within ``max_staleness``."""
-        if self.max_staleness is None:
-            return
         for buffer, table in zip(plan.buffers, plan.tables, strict=True):
-            if table is not None and table.waits and (entry := self._slots.entry_of(buffer)):
+            if table is None:
+                continue
+            if self.max_staleness is not None and table.waits and (entry := self._slots.entry_of(buffer)):
                 self._catch_up(entry, table.next_rows(self.max_staleness))
+            table.is_asked_for = False
+
+    def _warn_of_unread(self, plan: StepPlan, gradients: list[Any]) -> None:
+        """Once: a gradient for rows that wait, none of which was asked for, is that of values that are out of date."""
+        if "unread" in self._now.told:
+            return
+        for buffer, table, gradient in zip(plan.buffers, plan.tables, gradients, strict=True):
+            if table is not None and not table.is_asked_for and table.is_behind(gradient):
+                self._now.told.add("unread")
+                warn(
+                    f"{buffer.label}: a gradient for rows that wait for their steps, which were not read through the "
+                    f"optimizer since the last one. With sparse_update={self.sparse_update!r} read them by "
+                    "opt.gather(table, ids), or after opt.sync()"
+                )
+                return
 
 
 def _readable(var: Any, buffer: _cpu.Buffer) -> npt.NDArray[Any]:

@@ -15,7 +15,19 @@ from fastadam._core.plans import Plans, StepPlan
 from fastadam._core.slices import DEFERRED
 from fastadam._core.slots import SlotStore
 
-__all__ = ["DeviceState"]
+__all__ = ["DeviceState", "Now"]
+
+
+class Now:
+    """What an optimizer is doing; set in every step, which attributes of the optimizer itself would make slower."""
+
+    __slots__ = ("capturing", "checks_exclusions", "stepping", "told")
+
+    def __init__(self) -> None:
+        self.stepping = False
+        self.capturing = False  # a CUDA graph
+        self.checks_exclusions = False  # from weight decay, which may name no variable
+        self.told: set[str] = set()  # warnings that are given once
 
 
 class DeviceState(abc.ABC):
@@ -24,7 +36,7 @@ class DeviceState(abc.ABC):
     _contexts: dict[int, Any]
     _gatherers: dict[int, Any]
     _replays: dict[int, int]
-    _capturing: bool
+    _now: Now
     _plans: Plans
     _captured: list[Any]
     _hyper: dict[str, Any]
@@ -52,7 +64,7 @@ class DeviceState(abc.ABC):
 
     def _read_captured(self) -> None:
         """Add the steps that CUDA graphs have made to the count; waits for the GPU, but only if one was captured."""
-        if self._capturing:
+        if self._now.capturing:
             return
         for device, context in self._contexts.items():
             if context.is_captured:
@@ -78,7 +90,7 @@ class DeviceState(abc.ABC):
 
     def _raise_late(self, *, wait: bool = False) -> None:
         """Raise what a GPU found wrong with a step after the call had returned; it and all later ones did nothing."""
-        if self._capturing:
+        if self._now.capturing:
             return
         for context in self._contexts.values():
             if wait:
@@ -115,8 +127,8 @@ class DeviceState(abc.ABC):
     def _rate_on_gpu(self, first: Any, rate: Any) -> Any:
         """Before a step of an optimizer that knows GPUs: the learning rate where it lies on one, else None."""
         lies_there = on_gpu(first)
-        self._capturing = lies_there and cuda.native().is_capturing(first)
-        if self._capturing:
+        self._now.capturing = lies_there and cuda.native().is_capturing(first)
+        if self._now.capturing:
             self._require_capturable()
         elsewhere = len(self._contexts) > 1 or lies_there != (self._plans.device >= 0)  # where steps would go on
         self._raise_late(wait=elsewhere)
@@ -143,10 +155,10 @@ class DeviceState(abc.ABC):
             raise ValueError("ema_overwrite_frequency: counted by the host, which a CUDA graph never asks")
 
     def _after_step_on_gpu(self, plan: StepPlan, first: Any, was_finite: bool) -> None:
-        if self._capturing:
+        if self._now.capturing:
             self._captured.append(plan)  # its tables are the graph's from here on
             self._plans.remove(plan)
-            self._capturing = False
+            self._now.capturing = False
             return
         if was_finite:
             self._raise_late()  # the step has been waited for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,16 @@ class Extras:
 
     def _excludes(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.excluded_names) if name else False
+
+    def missing(self, names: Iterable[str], met: Set[Key] | None) -> list[str]:
+        """What excludes none of the variables with these names and this memory (None: not known yet)."""
+        patterns = [
+            f"var_names[{i}] {pattern!r}"
+            for i, pattern in enumerate(self.excluded_names)
+            if not any(re.search(pattern, name) for name in names)
+        ]
+        listed = enumerate(map(key_of, self.kept_alive))
+        return patterns + [f"var_list[{i}]" for i, key in listed if met is not None and key not in met]
 
     def config(self) -> dict[str, Any]:
         """The options that are not at their default."""

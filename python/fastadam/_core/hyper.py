@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,35 @@ CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 def check_rate(name: str, value: Any) -> Any:
     """A finite float; one that lies on a GPU, which only the GPU reads, as it is."""
     return value if on_gpu(value) else check_number(name, value)
+
+
+def _check_callable(name: str, value: Any) -> Callable[..., float]:
+    """A function without arguments or a schedule; what has no signature to read is taken as it is."""
+    found: Callable[..., float] = value
+    if isinstance(value, LearningRateSchedule):
+        return found
+    if isinstance(value, type):
+        takes = ", a schedule" if name == "learning_rate" else ""
+        raise TypeError(
+            f"{name}: the class {value.__name__}, expected a number{takes} or a function without arguments; "
+            f"an instance would be {value.__name__}(...)"
+        )
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):
+        return found
+    try:
+        signature.bind()
+    except TypeError:
+        how = (
+            "a function of the step is a schedule: subclass fastadam.schedules.LearningRateSchedule and define __call__"
+            if name == "learning_rate"
+            else "only learning_rate takes schedules"
+        )
+        raise TypeError(
+            f"{name}: a callable with the arguments {signature}, expected one without, which reads what it needs; {how}"
+        ) from None
+    return found
 
 
 class Hyper:
@@ -44,7 +74,8 @@ class Hyper:
     def __set__(self, optimizer: Any, value: HyperValue) -> None:
         if isinstance(value, LearningRateSchedule) and self._name != "learning_rate":
             raise TypeError(f"{self._name}: {type(value).__name__}, expected a number (learning_rate takes schedules)")
-        optimizer._hyper[self._name] = value if callable(value) else self._check(self._name, value)
+        check = _check_callable if callable(value) else self._check
+        optimizer._hyper[self._name] = check(self._name, value)
 
 
 class Clip:

@@ -10,8 +10,10 @@ import numpy as np
 
 from fastadam._core import serialization
 from fastadam._core.checks import check_count, check_iterations, check_number
+from fastadam._core.device_state import Now
 from fastadam._core.minimize import Minimizer
 from fastadam._core.optimizer import Adam, AdamW
+from fastadam._core.strict import class_only, is_own, settable, unknown_attribute
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,14 +61,27 @@ class LossScaleOptimizer(Minimizer):
         """Everything else is the inner optimizer's: ``iterations``, ``learning_rate``, ``get_slot`` ..."""
         if name == "inner_optimizer" or name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self.inner_optimizer, name)
+        try:
+            return getattr(self.inner_optimizer, name)
+        except AttributeError as error:
+            if hasattr(type(self.inner_optimizer), name):
+                raise  # by a property
+            names = [*dir(type(self)), *_CHECKS, *dir(self.inner_optimizer)]
+            raise AttributeError(unknown_attribute(self, name, names)) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a hyperparameter of the inner optimizer, or an attribute of this one."""
+        inner = self.__dict__.get("inner_optimizer")
         if name in _CHECKS:
             super().__setattr__(name, _CHECKS[name](name, value))
+        elif hasattr(type(self), name):
+            super().__setattr__(name, value)
+        elif inner is not None and (name in vars(inner) or hasattr(type(inner), name)):
+            setattr(inner, name, value)
+        elif is_own(self):
+            raise AttributeError(unknown_attribute(self, name, [*_CHECKS, *settable(inner or self)]))
         else:
-            setattr(self.inner_optimizer, name, value)
+            super().__setattr__(name, value)
 
     def scale_loss(self, loss: Any) -> Any:
         """``loss * dynamic_scale``, whose gradients ``apply_gradients`` divides by the scale again."""
@@ -106,6 +121,10 @@ class LossScaleOptimizer(Minimizer):
         self.inner_optimizer._refresh(variable, ids)
 
     @property
+    def _now(self) -> Now:  # type: ignore[override]
+        return self.inner_optimizer._now
+
+    @property
     def _loss_scale(self) -> float:
         return self.dynamic_scale
 
@@ -118,7 +137,7 @@ class LossScaleOptimizer(Minimizer):
             "dynamic_growth_steps": self.dynamic_growth_steps,
         }
 
-    @classmethod
+    @class_only
     def from_config(cls, config: Mapping[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         """An optimizer from ``get_config``; ``config`` is not modified."""
         arguments = dict(config)
@@ -136,7 +155,7 @@ class LossScaleOptimizer(Minimizer):
             state = {name: getattr(self, name) for name in _SAVED}
             serialization.save(self.inner_optimizer, path, variables, state)
 
-    @classmethod
+    @class_only
     def load(
         cls, path: str | os.PathLike[str], variables: Iterable[Any], custom_objects: Mapping[str, Any] | None = None
     ) -> Self:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastadam._core.autodiff import Loss, check_provider, installed, run_and_differentiate
+from fastadam._core.checks import check_list
+from fastadam._core.device_state import Now
 from fastadam._core.gradients import as_float_array
 from fastadam._core.tree import flatten
 from fastadam._core.variable import Variable, reading
+from fastadam._core.warning import warn
 
 __all__ = ["Gradient", "Minimizer", "set_gradient_provider"]
 
@@ -47,6 +51,7 @@ class Minimizer:
     """Steps on a loss instead of gradients, for a class that has ``apply_gradients``."""
 
     apply_gradients: Callable[..., np.int64 | None]
+    _now: Now
 
     @property
     def _loss_scale(self) -> float | None:
@@ -76,7 +81,8 @@ class Minimizer:
         variables need switched on only meanwhile; to a function under ``jax.jit`` pass ``value`` as an argument.
 
         Args:
-            loss: Function without arguments that returns a float array; of more than one element, the sum is meant.
+            loss: Function without arguments that returns a float array. Of more than one element the sum is meant,
+                with a warning unless ``grad_loss`` is given.
             var_list: Variables: a list, a nested structure (dicts in the order of their sorted keys), a single one,
                 or a function without arguments, called after the loss has run. For that "jax" and a function as
                 ``gradient`` run the loss once more. Only a function as ``gradient`` can do with plain arrays.
@@ -94,7 +100,7 @@ class Minimizer:
             TypeError: ``loss`` is no function or returned no float array; ``var_list`` holds something else than
                 Variables; ``gradient`` is neither a name nor a function.
             ValueError: No provider was chosen, or an unknown one; ``grad_loss`` has another shape than the loss; the
-                loss depends on none of the variables.
+                loss depends on none of the variables; ``var_list`` is an iterator that yields nothing.
             ModuleNotFoundError: The provider is not installed.
             Exception: Whatever the loss raises. In all cases no variable has been changed.
 
@@ -187,8 +193,20 @@ def _differentiate(
         return _from_function(chosen, loss, var_list, grad_loss, argument)
     upstream = None if grad_loss is None else as_float_array(grad_loss, "grad_loss")
     targets = _Targets(var_list, argument)
-    scaled = loss if scale is None else lambda: loss() * scale
+    shapes: list[tuple[int, ...]] = []
+
+    def scaled() -> Any:
+        value = loss()
+        shapes.append(tuple(getattr(value, "shape", ())))
+        return value if scale is None else value * scale
+
     gradients = run_and_differentiate(chosen, scaled, targets.known, targets.resolve, upstream, optimizer._refresh)
+    if upstream is None and math.prod(shapes[-1]) > 1 and "loss" not in optimizer._now.told:
+        optimizer._now.told.add("loss")
+        warn(
+            f"loss: returned an array of shape {shapes[-1]}, of which the sum is minimized, as in "
+            "TensorFlow; return .sum() or .mean() of it, or give grad_loss"
+        )
     variables = targets.resolve()
     if variables and all(found is None for found in gradients):
         names = [variable.name or f"{argument}[{i}]" for i, variable in enumerate(variables)]
@@ -212,7 +230,7 @@ class _Targets:
         return self.known
 
     def _flat(self, tree: Any) -> list[Variable]:
-        leaves = list(flatten(tree, self._argument))
+        leaves = _leaves(tree, self._argument)
         for label, leaf in leaves:
             if not isinstance(leaf, Variable):
                 raise TypeError(
@@ -220,6 +238,10 @@ class _Targets:
                     "arrays; wrap it, fastadam.Variable(array) shares its memory, and read `value` in the loss"
                 )
         return [leaf for _, leaf in leaves]
+
+
+def _leaves(tree: Any, argument: str) -> list[tuple[str, Any]]:
+    return list(flatten(check_list(argument, tree) if isinstance(tree, Iterator) else tree, argument))
 
 
 def _from_function(
@@ -231,7 +253,7 @@ def _from_function(
         if callable(var_list):
             loss()
             var_list = var_list()
-        variables = [leaf for _, leaf in flatten(var_list, argument)]
+        variables = [leaf for _, leaf in _leaves(var_list, argument)]
         gradients = function(loss, list(variables))
     if not isinstance(gradients, (list, tuple)):
         raise TypeError(f"gradient: returned {type(gradients).__name__}, expected a list with one for each variable")

@@ -144,12 +144,15 @@ def adam_step(
     if not isinstance(vars, (list, tuple)):
         gradients = [grads]  # a list given for a single variable is its gradient
     positions = list(range(len(variables)))
+    if not variables and not any((gradients, *slots.values())):
+        return
     buffers = buffers_of(variables, positions)
     decays = [weight_decay != 0] * len(variables)
     histories = [None] * len(variables)
     on_gpu = bool(buffers) and buffers[0].device >= 0
     context = cuda.native().Context(buffers[0].device) if on_gpu else None
-    plan = native_of(buffers[0]).Plan(buffers, slots, decays, positions, sparse_update == "lazy", histories, context)
+    native = native_of(buffers[0]) if buffers else _cpu
+    plan = native.Plan(buffers, slots, decays, positions, sparse_update == "lazy", histories, context)
     factors = _check_factors(grad_factor, len(variables))
     run_step(plan.step, gradients, buffers, positions, hyper, factors, None)
     if context is not None:

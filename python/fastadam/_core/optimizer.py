@@ -23,6 +23,7 @@ from fastadam._core.minimize import Minimizer
 from fastadam._core.placement import on_gpu, to_host
 from fastadam._core.slots import ACCUMULATOR
 from fastadam._core.stepping import Stepper
+from fastadam._core.strict import class_only
 from fastadam._core.variable import buffers_of
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
 
@@ -167,8 +168,11 @@ class Adam(Stepper, Minimizer):
         Args:
             var_list: Variables, found by their memory.
             var_names: Patterns searched in the names of :class:`fastadam.Variable` (``re.search``).
+
+        What names no variable gives a warning, once variables come that have come before: until then others may follow.
         """
         self._extras = dataclasses.replace(self._extras, **excluded(var_list, var_names))
+        self._now.checks_exclusions = bool(self._extras.excluded_names or self._extras.excluded_keys)
 
     @property
     def _loss_scale(self) -> float | None:
@@ -262,7 +266,7 @@ class Adam(Stepper, Minimizer):
         config.update(self._extras.config())
         return config
 
-    @classmethod
+    @class_only
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Adam:
         """An optimizer from ``get_config``; ``config`` is not modified.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,6 +66,9 @@ class Plans:
     def use(self, plan: StepPlan) -> None:
         """The next step is likely to be for the same variables."""
         self.last, self.device = plan, plan.device
+
+    def __iter__(self) -> Iterator[StepPlan]:
+        return iter({id(plan): plan for plan in (self.last, *self._by_start.values()) if plan is not None}.values())
 
     def remove(self, plan: StepPlan) -> None:
         """Forget one."""

@@ -39,6 +39,11 @@ def save(
 ) -> None:
     """See ``Adam.save``; ``loss_scale`` is what a LossScaleOptimizer adds."""
     target = Path(os.fsdecode(path))
+    if target.suffix.lower() in _OTHER_SUFFIXES:
+        raise ValueError(
+            f"path: '{target}' with the suffix of another format, expected {target.stem}.safetensors: the file is a "
+            "safetensors one"
+        )
     chosen = None if variables is None else check_list("variables", variables)
     with optimizer._lock:
         optimizer._settle()
@@ -160,7 +165,20 @@ def load(
             reader = _Reader(name, file)
             return reader.read(classes, given, buffers, custom_objects), reader.loss_scale()
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{name}: not a whole safetensors file ({error})") from error
+        found = _format_of(name) or f"not a whole safetensors file ({error})"
+        raise ValueError(f"{name}: {found}, expected one that `save` wrote") from error
+
+
+def _format_of(path: str) -> str | None:
+    """What a file of another format is, as far as its first bytes say so."""
+    with Path(path).open("rb") as file:
+        begin = file.read(8)
+    if begin[2:] == bytes(6):  # of safetensors, whose first eight bytes are the size of a header
+        return None
+    for magic, name in _MAGIC.items():
+        if begin.startswith(magic):
+            return f"a file of another format, {name}"
+    return None
 
 
 class _Reader:
@@ -314,6 +332,22 @@ class _Reader:
         raise ValueError(f"{self._path}: {found}, expected {expected}")
 
 
+_OTHER_SUFFIXES = (
+    *(".npy", ".npz", ".mat"),
+    *(".pt", ".pth", ".bin", ".ckpt", ".onnx"),
+    *(".h5", ".hdf5", ".keras", ".index", ".msgpack"),
+    *(".pkl", ".pickle", ".joblib"),
+    *(".json", ".yaml", ".txt", ".csv"),
+    *(".zip", ".gz", ".tar"),
+)
+_MAGIC = {
+    b"PK\x03\x04": "a zip archive (of NumPy, PyTorch or Keras: .npz, .pt, .keras)",
+    b"\x93NUMPY": "a NumPy array (.npy)",
+    b"\x89HDF\r\n\x1a\n": "HDF5 (.h5)",
+    **{bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)},
+    b"\x1f\x8b": "gzip",
+    b"{": "JSON",
+}
 _HEADER: dict[str, type] = {"optimizer": str, "config": dict, "variables": list, "weights": list, "excluded": dict}
 
 

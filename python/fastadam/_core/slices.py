@@ -55,6 +55,8 @@ class IndexedSlices:
     [[0.8999999761581421, 0.8999999761581421], [1.0, 1.0], [0.8999999761581421, 0.8999999761581421], [1.0, 1.0]]
     """
 
+    __slots__ = ("__weakref__", "dense_shape", "indices", "values")
+
     def __init__(self, values: Any, indices: Any, dense_shape: Sequence[int] | None = None) -> None:
         self.values = values
         self.indices = _as_indices(indices)

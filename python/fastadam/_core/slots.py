@@ -138,6 +138,10 @@ class SlotStore:
             )
         return entry
 
+    def knows(self, key: Key) -> bool:
+        """Whether a variable has slots."""
+        return key in self._known
+
     def find(self, buffer: _cpu.Buffer) -> dict[str, Array] | None:
         """The slots of this variable by name, or None for a variable never seen."""
         return None if (entry := self.entry_of(buffer)) is None else self.slots_of(entry)

@@ -60,6 +60,7 @@ class Staleness:
         self.catching_up: Any = None  # the plan that brings rows up to date
         self._history: Any = None  # the rates, as a GPU has them
         self._table: _cpu.Buffer | None = None  # where it lies
+        self.is_asked_for = False  # since its last step some or all rows were brought up to date to be read
         self.swept = 0  # the row that a sweep comes to next
         self.fingerprint = fingerprint  # of the table, when this copy of its history was made
 
@@ -85,6 +86,13 @@ class Staleness:
         twin.device, twin._table = buffer.device, buffer
         twin.calls = np.zeros(self.room, np.int64)
         return twin
+
+    def is_behind(self, gradient: Any) -> bool:
+        """Whether a step on the host touches a row that waits; the ids have not been checked."""
+        ids = getattr(gradient, "indices", None)
+        if not self.waits or not isinstance(ids, np.ndarray) or not isinstance(self.last, np.ndarray):
+            return False
+        return bool(ids.size and (np.take(self.last, ids, mode="clip") < self.steps).any())
 
     def confirm(self) -> None:
         """The steps so far are good: they are not taken back, whatever calls are counted from here on."""

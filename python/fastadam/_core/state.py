@@ -16,10 +16,12 @@ import numpy.typing as npt
 from fastadam._core import serialization
 from fastadam._core.backend import _cpu
 from fastadam._core.checks import check_iterations, check_list
-from fastadam._core.device_state import DeviceState
+from fastadam._core.device_state import DeviceState, Now
 from fastadam._core.placement import assign, copy_beside, on_gpu, to_host
 from fastadam._core.plans import Plans
+from fastadam._core.replaced import Replacements
 from fastadam._core.slots import Entry, Initializer, SlotStore, initial_value
+from fastadam._core.strict import Strict, class_only
 from fastadam._core.variable import buffer_of, buffers_of, label_of
 
 if TYPE_CHECKING:
@@ -29,19 +31,19 @@ __all__ = ["OptimizerState"]
 
 _PASSING = (
     "_lock",
-    "_stepping",
+    "_now",
     "_plans",
+    "_replacements",
     "_last_numbers",
     "_contexts",
     "_gatherers",
     "_replays",
-    "_capturing",
     "_captured",
 )
 _live: weakref.WeakSet[OptimizerState] = weakref.WeakSet()
 
 
-class OptimizerState(DeviceState):
+class OptimizerState(Strict, DeviceState):
     """Iterations and slots; a subclass says which slots its step needs."""
 
     name: str
@@ -54,13 +56,13 @@ class OptimizerState(DeviceState):
     def _start(self) -> None:
         """What a process has and a copy does not: the lock, held while state changes, and caches."""
         self._lock = threading.RLock()
-        self._stepping = False
+        self._now = Now()
         self._plans = Plans()
+        self._replacements = Replacements()
         self._last_numbers: tuple[Any, ...] | None = None  # of the last step, if nothing had to be asked for them
         self._contexts = {}
         self._gatherers = {}
         self._replays = {}
-        self._capturing = False
         self._captured: list[Any] = []  # plans that CUDA graphs go on using
         _live.add(self)
 
@@ -196,16 +198,16 @@ class OptimizerState(DeviceState):
         A callable hyperparameter is saved as its present value.
 
         Args:
-            path: The file, replaced if it is there.
+            path: The file, replaced if it is there; of any name whose suffix is not that of another format.
             variables: Which variables' slots, in which order; None means all, in the order they came.
 
         Raises:
             OSError: The file could not be written.
-            ValueError: A variable without slots; a configuration that is not plain JSON.
+            ValueError: The suffix of another format; a variable without slots; a configuration that is not plain JSON.
         """
         serialization.save(self, path, variables)
 
-    @classmethod
+    @class_only
     def load(
         cls, path: str | os.PathLike[str], variables: Iterable[Any], custom_objects: Mapping[str, Any] | None = None
     ) -> Self:
@@ -304,7 +306,7 @@ def _renew_locks() -> None:
     """A thread that held a lock when the process forked does not exist in the child."""
     for optimizer in _live:
         optimizer._lock = threading.RLock()
-        optimizer._stepping = False
+        optimizer._now.stepping = False
 
 
 if hasattr(os, "register_at_fork"):

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import abc
-import warnings
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from fastadam._core.backend import _cpu
+from fastadam._core.checks import check_list
 from fastadam._core.deferred import DeferredTables
 from fastadam._core.hyper import StepHyper
 from fastadam._core.ops import fit_gradients, run_step
 from fastadam._core.placement import assign, native_of, on_gpu
 from fastadam._core.plans import PlanKey, StepPlan
 from fastadam._core.slices import DEFERRED, is_native_sparse, is_sparse
-from fastadam._core.slots import ACCUMULATOR, Entry
+from fastadam._core.slots import ACCUMULATOR, Entry, key_of
 from fastadam._core.staleness import Numbers, Staleness
 from fastadam._core.variable import Variable, buffers_of, unwrap
+from fastadam._core.warning import warn
 
 __all__ = ["Stepper"]
 
@@ -60,14 +62,14 @@ class Stepper(DeferredTables):
             ``iterations`` after the step; None for an empty list.
 
         Raises:
-            TypeError: Not pairs, a list as variable, a dtype that is not float.
-            ValueError: All gradients None; a wrong shape; a variable that cannot be updated in place; variables that
-                overlap partly; a gradient that shares memory with a variable.
+            TypeError: Not pairs, or swapped ones; a list as variable, a dtype that is not float.
+            ValueError: An iterator that yields nothing; all gradients None; a wrong shape; a variable that cannot be
+                updated in place; variables that overlap partly; a gradient that shares memory with a variable.
         """
         try:
             return None if self._apply(grads_and_vars) is None else self._count()
         finally:
-            self._capturing = False
+            self._now.capturing = False
 
     def _count(self) -> np.int64:
         """Of the steps that the host has asked for."""
@@ -76,17 +78,18 @@ class Stepper(DeferredTables):
 
     def _apply(self, grads_and_vars: Iterable[tuple[Any, Any]], loss_scale: float | None = None) -> bool | None:
         """Whether all gradients were finite, which only a dynamic ``loss_scale`` asks for; None for an empty list."""
-        pairs = _as_list(grads_and_vars)
+        pairs = check_list("grads_and_vars", grads_and_vars, "an iterable of (gradient, variable) pairs")
         if not pairs:
             return None
         with self._lock:
-            if self._stepping:  # by a callable hyperparameter or a gradient's ``__array__``
+            now = self._now
+            if now.stepping:  # by a callable hyperparameter or a gradient's ``__array__``
                 raise RuntimeError(f"apply_gradients of optimizer {self.name} was called from within itself")
-            self._stepping = True
+            now.stepping = True
             try:
                 return self._step(pairs, loss_scale)
             finally:
-                self._stepping = False
+                now.stepping = False
 
     def _step(self, pairs: list[Any], loss_scale: float | None) -> bool:
         first, rate = _first_variable(pairs), self._hyper["learning_rate"]
@@ -124,6 +127,8 @@ class Stepper(DeferredTables):
         found = self._plans.find(pairs, self._key())
         if found is None:
             return None
+        if self._now.checks_exclusions and self._extras.weight_decay:
+            self._check_exclusions(pairs)
         if self._extras.excluded_names and found[0].decays != self._decays(pairs, found[0].buffers):
             return None  # a variable comes with another name
         if self._sparse_update not in DEFERRED:
@@ -136,6 +141,21 @@ class Stepper(DeferredTables):
         variables = [variable for gradient, variable in pairs if gradient is not None]
         names = [self._name_of(variable, buffer) for variable, buffer in zip(variables, buffers, strict=True)]
         return self._extras.decays(names, buffers)
+
+    def _check_exclusions(self, pairs: list[Any]) -> None:
+        """Warn of what ``exclude_from_weight_decay`` names and no variable is."""
+        self._now.checks_exclusions = False
+        variables = [variable for _, variable in pairs]  # those without gradient, too
+        named = [variable.name for variable in variables if isinstance(variable, Variable)]
+        names = {name for name in (*named, *(entry.spec.name for entry in self._slots.entries)) if name}
+        met = {key_of(entry.buffer) for entry in self._slots.entries if entry.buffer}
+        met.update(map(key_of, buffers_of(variables, range(len(variables)))))
+        if missing := self._extras.missing(names, met if not self._slots.waiting() else None):
+            what = ", ".join(missing)
+            hint = (
+                f"named {sorted(names)!s:.200}" if names else "without names: wrap them, fastadam.Variable(w, name=...)"
+            )
+            warn(f"exclude_from_weight_decay: {what} excludes none of the variables so far, which are {hint}")
 
     def _make_plan(self, pairs: list[Any], hyper: StepHyper, scale: float) -> tuple[StepPlan, list[Any]]:
         """A plan for variables not seen before, and gradients as far as they had to be converted to check the step."""
@@ -157,13 +177,16 @@ class Stepper(DeferredTables):
         gradients = fit_gradients(native, gradients, buffers, positions)
         native.check_numbers(hyper, [])
         native.check_numbers(hyper._replace(gradient_scale=scale), [])  # that of accumulated gradients is another one
+        given = {i: unwrap(pairs[i][1]) for i in positions}
+        new = {slot_key for slot_key, _ in prepared.created if not self._slots.knows(slot_key)}
+        self._replacements.look(int(self._iterations), given, buffers, new, self._plans)
         prepared.commit()  # slots are made once the whole step has been found good
         plan = StepPlan(native, key._replace(version=self._slots.version), buffers, positions, decays, tables)
         for buffer, table in zip(buffers, tables, strict=True):
             if table is not None and (entry := self._slots.entry_of(buffer)) and entry.staleness is not table:
                 self._plans.clear()  # one of them may know the variable without a history
                 entry.staleness = table
-        self._plans.add(plan, pairs, may_free=not self._capturing)
+        self._plans.add(plan, pairs, may_free=not self._now.capturing)
         return plan, gradients
 
     def _table_of(self, buffer: _cpu.Buffer, entry: Entry | None, gradient: Any, numbers: Numbers) -> Staleness | None:
@@ -187,6 +210,7 @@ class Stepper(DeferredTables):
 
         Returns the gradients, converted as far as they had to be to find this step good before rows are moved.
         """
+        self._warn_of_unread(plan, gradients)
         numbers = self._numbers(hyper, plan.key.amsgrad)
         settled = [
             table is not None and table.waits and (table.numbers != numbers or not is_native_sparse(gradient))
@@ -266,15 +290,6 @@ class Stepper(DeferredTables):
         return native_of(buffers[0]).Plan(buffers, slots, decays, positions, False, [None] * len(buffers), context)
 
 
-def _as_list(grads_and_vars: Iterable[tuple[Any, Any]]) -> list[Any]:
-    try:
-        return list(grads_and_vars)
-    except TypeError:
-        raise TypeError(
-            f"grads_and_vars: {type(grads_and_vars).__name__}, expected an iterable of (gradient, variable) pairs"
-        ) from None
-
-
 def _first_variable(pairs: list[Any]) -> Any:
     for pair in pairs:
         if isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] is not None:
@@ -289,8 +304,33 @@ def _check_pairs(pairs: list[Any]) -> None:
             raise TypeError(f"grads_and_vars[{i}]: {type(pair).__name__}, expected a (gradient, variable) pair")
         if len(pair) != 2:
             raise ValueError(f"grads_and_vars[{i}]: {len(pair)} items, expected a (gradient, variable) pair")
+        _check_order(i, *pair)
     absent = [getattr(v, "name", None) or f"vars[{i}]" for i, (g, v) in enumerate(pairs) if g is None]
     if len(absent) == len(pairs):
         raise ValueError(f"No gradients provided for any variable: {absent}.")
     if absent:
-        warnings.warn(f"Gradients do not exist for variables {absent} when minimizing the loss.", stacklevel=5)
+        warn(f"Gradients do not exist for variables {absent} when minimizing the loss.")
+
+
+def _check_order(i: int, gradient: Any, variable: Any) -> None:
+    """Refuse a pair that is seen to be swapped; variables of one kind on both sides may hold gradients, as in TF."""
+    if not _is_trainable(gradient) or _is_trainable(variable):
+        return
+    what = f"Variable '{gradient.name}'" if getattr(gradient, "name", None) else type(gradient).__name__
+    raise TypeError(
+        f"grads_and_vars[{i}]: {what} as the gradient of a {type(variable).__name__}, expected (gradient, variable); "
+        "the array itself, if it does hold a gradient"
+    )
+
+
+def _is_trainable(value: Any) -> bool:
+    """Whether it is a Variable, or a parameter of a framework; none is imported for that."""
+    if isinstance(value, Variable):
+        return True
+    for name, path in (("torch", "nn.Parameter"), ("keras", "Variable"), ("tensorflow", "Variable")):
+        found: Any = sys.modules.get(name)
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, type) and isinstance(value, found):
+            return True
+    return False

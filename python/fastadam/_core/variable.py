@@ -6,7 +6,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fastadam._core.backend import _cpu
 from fastadam._core.placement import assign, native_for, on_gpu, to_host
 from fastadam._core.slices import check_ids
+from fastadam._core.strict import unknown_attribute
 
 __all__ = ["Reader", "Variable", "buffer_of", "buffers_of", "label_of", "reading", "unwrap"]
 
@@ -51,7 +52,8 @@ class Variable:
     Anything else (numbers, nested lists) becomes a new float32 array, as in TensorFlow.
 
     Inside the loss of ``minimize`` ``value`` is an array of the autodiff library that stands for this variable. The
-    operators ``+ - * / @ **``, unary ``-`` and indexing act on ``value``, and so do NumPy's ufuncs.
+    operators ``+ - * / @ **``, unary ``-`` and indexing act on ``value``, and so do NumPy's ufuncs. Outside of a loss
+    ``+= -= *= /=`` change it in place.
 
     Args:
         value: Writable contiguous float16, bfloat16, float32 or float64 array, or numbers.
@@ -85,6 +87,18 @@ class Variable:
             return self._value
         reader = _reader.get()
         return self._value if reader is None else reader.read(self)
+
+    if not TYPE_CHECKING:
+
+        def __setattr__(self, name: str, new: Any) -> None:
+            if name in ("value", "shape", "dtype"):
+                raise AttributeError(
+                    f"{name}: of a Variable is that of its memory, which stays; expected assign(new), or to write "
+                    "value[...] = new"
+                )
+            if name not in Variable.__slots__ and not hasattr(self, "__dict__"):
+                raise AttributeError(unknown_attribute(self, name, ("name", "value")))
+            super().__setattr__(name, new)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -199,6 +213,25 @@ class Variable:
 
     def __rpow__(self, other: Any) -> Any:
         return other**self.value
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, operator.add, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, operator.sub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, operator.mul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, operator.truediv, other)
+
+    def _in_place(self, change: Callable[..., Any], make: Callable[..., Any], other: Any) -> Any:
+        """`w *= 0.999`, which would otherwise put a new array in the place of the Variable; in a loss it does."""
+        if self.value is not self._value:
+            return make(self.value, _values(other))
+        change(self._value, _values(other))
+        return self
 
     def __neg__(self) -> Any:
         return -self.value

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastadam._core import checks
+from fastadam._core.warning import warn
 
 HALF = ("float16", "bfloat16")
 _FLOATS = (*HALF, "float32", "float64")
@@ -149,8 +150,8 @@ def _parts_of(value: Any) -> Any:
     return parts
 
 
-def spread_mask(mask: Any, params: Any, structure: Any) -> list[bool]:
-    """Whether weight decay applies, of every leaf."""
+def spread_mask(mask: Any, params: Any, structure: Any, weight_decay: Any) -> list[bool]:
+    """Whether weight decay applies, of every leaf; warns if to none."""
     if mask is None:
         return [True] * structure.num_leaves
     prefix = mask(params) if callable(mask) else mask
@@ -160,7 +161,12 @@ def spread_mask(mask: Any, params: Any, structure: Any) -> list[bool]:
         raise ValueError(
             f"mask: {prefix!r}, expected bools in the tree of the parameters, or a prefix of it"
         ) from error
-    return [checks.check_bool("mask", flag) for flag in jax.tree.leaves(spread)]
+    flags = [checks.check_bool("mask", flag) for flag in jax.tree.leaves(spread)]
+    if flags and not any(flags) and (isinstance(weight_decay, jax.Array) or weight_decay != 0):
+        warn(
+            f"mask: False for every parameter, so that weight_decay={weight_decay} does nothing; True where it applies"
+        )
+    return flags
 
 
 def state_dtype(param: Any) -> Any:

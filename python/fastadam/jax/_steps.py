@@ -123,7 +123,7 @@ def fused_update(
         count=count,
         numbers=pack_numbers(rate_of(learning_rate, state), b1, b2, eps, weight_decay, grad_factor),
         epsilon_corrected=epsilon_corrected,
-        decays=spread_mask(mask, params, structure),
+        decays=spread_mask(mask, params, structure, weight_decay),
     )
     fields = dict(zip(trees, (structure.unflatten(arrays) for arrays in moments), strict=True))
     return structure.unflatten(new), state._replace(count=count, **fields)

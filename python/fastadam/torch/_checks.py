@@ -11,7 +11,36 @@ from torch import Tensor
 from fastadam._core.slices import DEFERRED
 from fastadam.torch._views import is_lazy_view
 
-__all__ = ["check_flags", "check_ids", "check_module", "check_numbers", "check_options", "check_tensor", "label_of"]
+__all__ = [
+    "OfGroups",
+    "check_flags",
+    "check_ids",
+    "check_module",
+    "check_numbers",
+    "check_options",
+    "check_tensor",
+    "label_of",
+]
+
+
+class OfGroups:
+    """A name whose value the groups have: as an attribute of the optimizer, it would be set and never read."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        raise AttributeError(self._message(owner or type(optimizer)))
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        raise AttributeError(self._message(type(optimizer)))
+
+    def _message(self, owner: type) -> str:
+        name = f"{owner.__name__!r} object has no attribute {self._name!r}"
+        return f"{name}, expected group[{self._key!r}] of each group in param_groups"
 
 
 def label_of(group: dict[str, Any], index: int, place: int) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastadam._core.slices import check_sparse_update
-from fastadam.torch._checks import check_ids, check_module, check_numbers, check_options, check_tensor
+from fastadam.torch._checks import OfGroups, check_ids, check_module, check_numbers, check_options, check_tensor
 from fastadam.torch._compiled import traced_step
 from fastadam.torch._scaling import Scaling
 from fastadam.torch._states import fill_groups, keep_tensors, restore_states
@@ -83,6 +83,13 @@ class Adam(Stepper):
     ...     assert torch.allclose(weight, torch.full((2,), 0.9))
     """
 
+    lr = OfGroups("lr")
+    learning_rate = OfGroups("lr")
+    betas = OfGroups("betas")
+    eps = OfGroups("eps")
+    weight_decay = OfGroups("weight_decay")
+    amsgrad = OfGroups("amsgrad")
+    maximize = OfGroups("maximize")
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
 
     def __init__(
@@ -227,6 +234,7 @@ class Adam(Stepper):
         reader = Reader()
         reader.optimizer = self
         self._readers.append(reader)
+        self._attached.add(id(module.weight))
         module.register_forward_pre_hook(reader.before_forward, with_kwargs=True)
         module.register_state_dict_pre_hook(reader.before_state_dict)
 

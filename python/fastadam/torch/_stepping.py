@@ -12,6 +12,7 @@ from torch import Tensor
 from fastadam._core.hyper import StepHyper
 from fastadam._core.slices import DEFERRED
 from fastadam._core.staleness import Numbers
+from fastadam._core.warning import warn
 from fastadam.torch._checks import check_flags, check_options, label_of
 from fastadam.torch._chosen import ON_HOST, Call, Chosen, Key, OnGpu
 from fastadam.torch._compiled import remember
@@ -32,6 +33,8 @@ class Stepper(torch.optim.Optimizer):
     _sparse_update: str
     _moments_dtype: torch.dtype | None
     _lock: threading.RLock
+    _attached: set[int]
+    _has_warned = False  # of a table whose rows are read as they lie
 
     def _reset(self) -> None:
         """Forget what was made of states that have been replaced."""
@@ -45,6 +48,7 @@ class Stepper(torch.optim.Optimizer):
         self._epoch = 0
         self._compiled_sets: dict[Any, ParameterSet] = {}
         self._number = remember(self)
+        self.__dict__.setdefault("_attached", set())  # ids of the weights of attached modules
         self.__dict__.setdefault("_lock", threading.RLock())  # of steps and of what reads rows or states; not copied
 
     def _step_all(self, scaling: Scaling) -> None:
@@ -172,6 +176,7 @@ class Stepper(torch.optim.Optimizer):
 
         Returns whether the set must be made again.
         """
+        self._warn_of_unread(chosen.tables)
         numbers = Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, amsgrad)
         changed = False
         for table, gradient in zip(chosen.tables, gradients, strict=True):
@@ -183,6 +188,24 @@ class Stepper(torch.optim.Optimizer):
                 table.history.change_numbers(numbers)
             changed = changed or differs
         return changed
+
+    def _warn_of_unread(self, tables: list[Table]) -> None:
+        """Once: the gradient of a table is that of rows as they lay in memory, where they may wait for their steps.
+
+        Not in its first step, before which no row waits: until the second nobody can tell whether rows will be read
+        through the optimizer.
+        """
+        if self._has_warned:
+            return
+        for table in tables:
+            if table.history.waits and not table.is_asked_for and id(table.param) not in self._attached:
+                self._has_warned = True
+                warn(
+                    f"{table.label}: its rows were read from its memory, where with sparse_update="
+                    f"{self._sparse_update!r} they lag behind; call opt.attach(embedding) once, with the module that "
+                    "looks them up, or read them by opt.gather(param, ids) or after opt.sync()"
+                )
+                return
 
     def _make(self, call: Call) -> None:
         chosen, together = call.chosen, call.chosen.together

@@ -23,6 +23,7 @@ class Table:
     def __init__(self, param: Tensor, state: dict[str, Any], label: str, numbers: Numbers, exact: bool) -> None:
         self.param, self.state, self.label = param, state, label
         self.history = Staleness.of(_cpu.Buffer(param, label), numbers, exact)
+        self.is_asked_for = False  # since its last step some or all rows were brought up to date to be read
         self._note()
 
     def _note(self) -> None:
@@ -43,9 +44,11 @@ class Table:
     def note_step(self) -> None:
         """The optimizer has written to it."""
         self._note()
+        self.is_asked_for = False
 
     def catch_up(self, ids: Any = None) -> None:
         """Make the steps that the rows missed: those that ``ids`` name, or all."""
+        self.is_asked_for = True
         if not self.history.waits:
             return
         self.require_untouched()

@@ -1,0 +1,78 @@
+"""Wrong uses of attributes: names that an optimizer does not have, class methods called on an instance."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Strict", "class_only", "is_own", "settable", "suggestion", "unknown_attribute"]
+
+if TYPE_CHECKING:
+    from builtins import classmethod as class_only
+else:
+
+    class class_only(classmethod):  # noqa: N801  a decorator
+        """A classmethod that makes an object; it raises on an instance, which the caller may expect to change."""
+
+        def __get__(self, instance: Any, owner: Any = None) -> Any:
+            if instance is None:
+                return super().__get__(None, owner)
+            function = self.__func__
+
+            @functools.wraps(function)
+            def refuse(*_: Any, **__: Any) -> Any:
+                first = list(inspect.signature(function).parameters)[1:]
+                required = [name for name in first if name in ("path", "variables", "config")]
+                module = type(instance).__module__
+                name = ("fastadam." if module.startswith("fastadam.") else "") + type(instance).__name__
+                raise TypeError(
+                    f"{function.__name__}: called on an optimizer, which it does not change: it makes a new one; "
+                    f"expected opt = {name}.{function.__name__}({', '.join(required)})"
+                )
+
+            return refuse
+
+
+class Strict:
+    """A class whose instances, unless they are of a user's subclass, have no attributes but those of the class.
+
+    A mistyped hyperparameter would otherwise be an attribute that nothing reads. Names that begin with an underscore
+    are left alone; so are subclasses defined elsewhere, which keep what they want. Of names that are read Python itself
+    says what was meant; `__getattr__` would make a step 15 % slower.
+    """
+
+    if not TYPE_CHECKING:  # type checkers would take it that every attribute exists
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name[0] != "_" and name != "name" and not hasattr(type(self), name) and is_own(self):
+                raise AttributeError(unknown_attribute(self, name, settable(self)))
+            super().__setattr__(name, value)
+
+
+def is_own(instance: Any) -> bool:
+    """Whether the class is defined in fastadam."""
+    return type(instance).__module__.partition(".")[0] == "fastadam"
+
+
+def settable(instance: Any) -> list[str]:
+    """Public names of attributes that can be set."""
+    cls = type(instance)
+    return ["name", *(name for name in dir(cls) if name[0] != "_" and _has_setter(inspect.getattr_static(cls, name)))]
+
+
+def _has_setter(value: Any) -> bool:
+    return value.fset is not None if isinstance(value, property) else hasattr(type(value), "__set__")
+
+
+def unknown_attribute(instance: Any, name: str, names: Iterable[str]) -> str:
+    """What to say of an attribute that is not there."""
+    return f"{type(instance).__name__!r} object has no attribute {name!r}{suggestion(name, names)}"
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """``; did you mean ...?``, if one of the names is like this one."""
+    found = difflib.get_close_matches(name, [other for other in names if other[0] != "_"], n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

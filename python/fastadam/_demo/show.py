@@ -70,7 +70,8 @@ def check_picture(path: Path | None) -> Path | None:
     if place.is_dir():
         raise PictureError(f"{place}: a directory, expected a file such as {place / DEFAULT_PICTURE}")
     if place.suffix.lower().removeprefix(".") not in known:
-        raise PictureError(f"{place}: suffix {place.suffix!r}, expected one of {', '.join('.' + name for name in known)}")
+        expected = ", ".join(f".{name}" for name in known)
+        raise PictureError(f"{place}: suffix {place.suffix!r}, expected one of {expected}")
     is_new = not place.exists()
     try:
         with place.open("ab"):

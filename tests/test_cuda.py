@@ -244,3 +244,12 @@ def test_host_and_gpu_in_turns_with_one_optimizer(gpu):
         optimizer.apply_gradients([(gpu.array(np.full(3, 0.5, F32)), b)])
     assert int(optimizer.iterations) == 4
     assert gpu.get(optimizer.get_slot(b, "m")).shape == (3,)
+
+
+def test_a_gpu_array_is_named_and_not_read(gpu):
+    w = gpu.array(np.ones(3, F32))
+    assert "of shape (3,), float32, on a GPU>, name='w')" in repr(fastadam.Variable(w, name="w"))
+    rate = gpu.array(np.array(0.5, F32))
+    optimizer = fastadam.Adam(rate)
+    assert "on a GPU>" in repr(optimizer)
+    assert optimizer.current_learning_rate == 0.5

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import functools
+import re
+import signal
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import fastadam
 import numpy as np
-from fastadam import _demo as demo
+import pytest
 from fastadam.__main__ import main
+from fastadam._demo import digits as demo
+from fastadam._demo import embedding, show
+
+PNG = b"\x89PNG"
 
 
 def test_the_digits_are_whole():
@@ -22,9 +30,9 @@ def test_the_digits_are_whole():
 
 
 def test_the_demo_learns_and_ends_where_a_plain_adam_ends():
-    report = demo.train(epochs=12)
-    assert report.accuracy > 0.95
-    assert report.losses[-1] < 0.1 < report.losses[0]
+    report = demo.train(epochs=3)
+    assert report.accuracy == report.accuracies[2] > 0.94
+    assert report.losses[-1] < 0.4 < report.losses[0]
     assert report.largest_difference < 1e-4 * report.typical_weight
     assert abs(report.accuracy - report.plain_accuracy) < 0.005
 
@@ -45,27 +53,137 @@ def test_the_gradients_of_the_demo_are_right():
         np.testing.assert_allclose(gradient[place], (values[0] - values[1]) / 2e-6, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_reports(tmp_path):
-    command = [sys.executable, "-m", "fastadam", "demo", "--curve", str(tmp_path / "curve.png")]
+    command = [sys.executable, "-m", "fastadam", "demo"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    accuracy = next(line for line in result.stdout.splitlines() if line.startswith("test accuracy"))
-    assert float(accuracy.split()[2].rstrip("%")) > 95
-    assert "plain NumPy Adam" in result.stdout
-    assert "loss curve in" in result.stdout
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    lines = {line[:18].strip(): line[19:] for line in result.stdout.splitlines()}
+    assert list(lines) == ["test accuracy", "optimizer step", "same result", "picture"]
+    assert float(lines["test accuracy"].split("%")[0]) > 95
+    assert float(re.search(r"([\d.]+) times as long", lines["optimizer step"])[1]) > 1
+    assert Path(lines["picture"]) == tmp_path / "loss.png"
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
     assert "training: 100%" in result.stderr
+    assert "font" not in result.stderr
 
 
-def test_without_matplotlib_and_tqdm_the_demo_says_what_is_missing(tmp_path, monkeypatch, capsys):
-    for module in ("matplotlib", "matplotlib.figure", "tqdm"):
-        monkeypatch.setitem(sys.modules, module, None)
+@pytest.fixture
+def one_epoch(monkeypatch):
     monkeypatch.setattr(demo, "train", functools.partial(demo.train, epochs=1))
-    demo.main(tmp_path / "curve.png")
+
+
+def test_the_picture_goes_where_it_is_asked_for(tmp_path, one_epoch, capsys):
+    for name in ("curve.png", "curve.SVG"):
+        main(["demo", "--curve", str(tmp_path / name)])
+        assert capsys.readouterr().out.splitlines()[-1] == f"picture            {tmp_path / name}"
+    assert (tmp_path / "curve.png").read_bytes().startswith(PNG)
+    assert b"<svg" in (tmp_path / "curve.SVG").read_bytes()
+
+
+def test_without_matplotlib_and_tqdm_the_demo_says_what_is_missing(tmp_path, monkeypatch, one_epoch, capsys):
+    for module in ("matplotlib", "matplotlib.figure", "tqdm", "tqdm.auto"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.chdir(tmp_path)
+    main(["demo"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "training 1 epochs (install tqdm for a progress bar)"
-    assert lines[-1] == "no loss curve: matplotlib is not installed"
+    assert lines[0] == "training: 1 epochs (pip install tqdm for a progress bar)"
+    assert lines[-1] == "picture            none: matplotlib is not installed (pip install matplotlib)"
     assert list(tmp_path.iterdir()) == []
+    assert "matplotlib is not installed" in refused(["demo", "--curve", "x.png"], capsys)
+
+
+def refused(arguments, capsys):
+    """The message of a command line that is refused before anything is trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (demo, embedding):
+            patch.setattr(module, "train", lambda *_, **__: pytest.fail("trained"))
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+    assert caught.value.code == 2
+    usage, *_, message = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: python -m fastadam demo " if "demo" in arguments else "usage: python -m fastadam ")
+    return message
+
+
+@pytest.mark.parametrize("others", [[], ["--embedding"]])
+@pytest.mark.parametrize(
+    ("curve", "message"),
+    [
+        ("missing/x.png", "missing/x.png: cannot be written (No such file or directory)"),
+        ("there.png", "there.png: a directory, expected a file such as there.png/loss.png"),
+        ("text", "text: suffix '', expected one of .avif, .eps, "),
+        ("x.abc", "x.abc: suffix '.abc', expected one of "),
+        ("file.txt/x.png", "file.txt/x.png: cannot be written (Not a directory)"),
+        ("/proc/x.png", "/proc/x.png: cannot be written ("),
+    ],
+)
+def test_a_place_that_no_picture_can_be_written_to_is_refused_before_training(
+    curve, message, others, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.png").mkdir()
+    (tmp_path / "file.txt").write_text("kept")
+    if not Path("/proc").is_dir():
+        curve = curve.replace("/proc", "/missing")
+    message = message.replace(".avif, .eps, ", "")
+    found = refused(["demo", *others, "--curve", curve], capsys)
+    assert found.startswith(f"python -m fastadam demo: error: --curve {message}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "there.png"]
+
+
+def test_the_check_of_a_place_changes_no_file(tmp_path):
+    old = tmp_path / "old.png"
+    old.write_bytes(b"kept")
+    assert show.check_picture(old) == old
+    assert old.read_bytes() == b"kept"
+    assert show.check_picture(tmp_path / "new.png") == tmp_path / "new.png"
+    assert not (tmp_path / "new.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--bogus"], "demo: error: unrecognized arguments: --bogus"),
+        (["demo", "more"], "demo: error: unrecognized arguments: more"),
+        (["--bogus"], "fastadam: error: unrecognized arguments: --bogus"),
+        (["dmeo"], "fastadam: error: argument command: invalid choice: 'dmeo'"),
+        (["demo", "--steps", "5"], "demo: error: --steps 5: expected a positive number, with --embedding"),
+        (["demo", "--embedding", "--steps", "0"], "demo: error: --steps 0: expected a positive number, with --embedd"),
+    ],
+)
+def test_wrong_arguments_are_answered_by_the_usage_of_their_command(arguments, message, capsys):
+    assert message in refused(arguments, capsys)
+
+
+def test_the_console_script_is_this_program_under_its_own_name(monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    module, function = re.search(r'^\[project.scripts\]\nfastadam = "(.*):(.*)"$', text, re.MULTILINE).groups()
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/fastadam", "demo", "--bogus"])
+    with pytest.raises(SystemExit):
+        getattr(import_module(module), function)()
+    usage, message = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: fastadam demo ")
+    assert message == "fastadam demo: error: unrecognized arguments: --bogus"
+
+
+def test_control_c_ends_the_demo_with_one_line(tmp_path):
+    command = [sys.executable, "-m", "fastadam", "demo", "--curve", str(tmp_path / "x.png")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        read = ""
+        while "training:" not in read:
+            read += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert rest.splitlines()[-1] == "stopped"
+    assert "Traceback" not in rest
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_smoothing_keeps_a_constant_and_takes_the_mean_of_the_neighbours():
+    assert show.smooth([3.0] * 7, 5).tolist() == [3.0] * 7
+    assert show.smooth([0.0, 3.0, 6.0, 0.0], 3).tolist() == [1.5, 3.0, 3.0, 3.0]
 
 
 def test_without_arguments_it_prints_what_a_bug_report_needs(capsys):

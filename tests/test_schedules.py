@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import pickle
 import re
@@ -20,7 +21,7 @@ from fastadam.schedules import (
     PiecewiseConstantDecay,
     PolynomialDecay,
 )
-from helpers import Halving, assert_moved
+from helpers import Halving, assert_moved, run_python
 
 IDS = [f"{i}_{name}" for i, (name, _) in enumerate(SCHEDULES)]
 ALL = [getattr(schedules, name)(**arguments) for name, arguments in SCHEDULES]
@@ -175,8 +176,86 @@ def test_a_schedule_of_the_user_comes_back_from_an_optimizer_config_by_custom_ob
         fastadam.Adam.from_config(own)
 
 
-def test_plot_draws_any_schedule():
+@pytest.fixture
+def pyplot(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("Agg")
+    yield plt
+    plt.close("all")
+
+
+def drawn(axes):
+    return {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
+
+
+def test_plot_draws_where_pyplot_shows_it(pyplot):
     axes = schedules.plot(Halving(0.8), 5)
-    (line,) = axes.get_lines()
-    assert line.get_ydata().tolist() == [0.8, 0.4, 0.2, 0.1, 0.05]
-    assert schedules.plot(CosineDecay(0.1, 10), 5, axes) is axes
+    assert axes is pyplot.gca()
+    assert drawn(axes) == {"Halving": [0.8, 0.4, 0.2, 0.1, 0.05]}
+    assert schedules.plot(CosineDecay(0.1, 10), 5) is axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["Halving", "CosineDecay"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "learning rate")
+    _, other = pyplot.subplots()
+    assert schedules.plot(CosineDecay(0.1, 10), 5, axes=axes) is axes
+    assert drawn(other) == {}
+
+
+def test_plot_on_axes_of_ones_own_leaves_pyplot_alone(pyplot):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    assert schedules.plot(CosineDecay(0.1, 10), 3, axes) is axes
+    assert pyplot.get_fignums() == []
+
+
+class Called:
+    def __call__(self, step):
+        return np.float32(step)
+
+
+def warm_up(step):
+    return np.array(step / 4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (warm_up, {"warm_up": [0.0, 0.25, 0.5]}),
+        (lambda step: 2 * step, {"<lambda>": [0.0, 2.0, 4.0]}),
+        (Called(), {"Called": [0.0, 1.0, 2.0]}),
+    ],
+    ids=["function", "lambda", "object"],
+)
+def test_plot_draws_functions_of_the_step(schedule, expected, pyplot):
+    assert drawn(schedules.plot(schedule, 3)) == expected
+
+
+def test_plot_draws_schedules_of_keras():
+    if importlib.util.find_spec("keras") is None:
+        pytest.skip("keras is not installed")
+    program = """
+import keras, matplotlib, fastadam
+matplotlib.use("Agg")
+axes = fastadam.schedules.plot(keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.5, 0.25]), 4)
+print(axes.get_lines()[0].get_label(), *axes.get_lines()[0].get_ydata())
+"""
+    result = run_python(program, KERAS_BACKEND="numpy")
+    assert result.stdout.split() == ["PiecewiseConstantDecay", "0.5", "0.5", "0.25", "0.25"], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "error", "message"),
+    [
+        (0.1, 5, TypeError, "schedule: 0.1, expected a schedule or a function of the step"),
+        (CosineDecay, 5, TypeError, "schedule: the class CosineDecay, expected a schedule or a function of the step"),
+        (Halving(1), 0, ValueError, "steps: 0, expected an integer of at least 1"),
+        (Halving(1), 2.5, TypeError, "steps: 2.5, expected an integer of at least 1"),
+        (Halving(1), "5", TypeError, "steps: '5', expected an integer of at least 1"),
+    ],
+)
+def test_plot_refuses_what_it_cannot_draw_and_draws_nothing(schedule, steps, error, message, pyplot):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        schedules.plot(schedule, steps)
+    assert pyplot.get_fignums() == []

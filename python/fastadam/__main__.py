@@ -1,4 +1,4 @@
-"""``python -m fastadam``: what a bug report needs. ``python -m fastadam demo``: train a network or word vectors.
+"""``python -m fastadam``, or ``fastadam``: what a bug report needs. With ``demo``: train something and see how fast.
 
 For C and C++ programs: ``cc program.c $(python -m fastadam --include) $(python -m fastadam --libs)``.
 """
@@ -6,11 +6,14 @@ For C and C++ programs: ``cc program.c $(python -m fastadam --include) $(python 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
-from fastadam import __version__, _demo, show_config
+from fastadam import __version__, show_config
 from fastadam._core.backend import _cpu
-from fastadam._demo import embedding
+from fastadam._demo import digits, embedding
+from fastadam._demo.show import DEFAULT_PICTURE, PictureError, check_picture
 
 _PACKAGE = Path(_cpu.__file__ or "").parent
 _LIBRARY = _PACKAGE / "lib"
@@ -24,35 +27,57 @@ _PATHS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Of the program and of each command: what it does not know is refused with its own usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        chosen, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return chosen, unknown
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastadam", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    program = "fastadam" if Path(sys.argv[0]).stem == "fastadam" else "python -m fastadam"
+    parser = _Parser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=__version__)
     for option, (text, what) in _PATHS.items():
         parser.add_argument(option, action="version", version=text, help=f"print {what}")
     commands = parser.add_subparsers(dest="command")
-    demo_parser = commands.add_parser("demo", help="train a small NumPy network on handwritten digits")
-    demo_parser.add_argument("--curve", type=Path, default=Path("loss.png"), help="where the loss curve is written")
-    demo_parser.add_argument(
-        "--embedding", action="store_true", help="train word vectors instead, with deferred and with dense tables"
+    what = "train a small NumPy network on handwritten digits, beside Adam in plain NumPy"
+    demo = commands.add_parser("demo", help=what, description=what)
+    demo.add_argument("--curve", type=Path, metavar="FILE", help=f"picture to write, default {DEFAULT_PICTURE}")
+    demo.add_argument(
+        "--embedding", action="store_true", help="train a text classifier instead, with a deferred and a dense table"
     )
-    demo_parser.add_argument("--steps", type=int, help=f"steps for the word vectors, default {embedding.STEPS}")
+    demo.add_argument("--steps", type=int, metavar="N", help=f"with --embedding: default {embedding.STEPS}")
     chosen = parser.parse_args(arguments)
-    if chosen.command == "demo":
-        _run_demo(demo_parser, chosen)
-    else:
+    if chosen.command is None:
         show_config()
+        return
+    try:
+        _run_demo(demo, chosen)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _run_demo(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
     if chosen.steps is not None and not (chosen.embedding and chosen.steps > 0):
         parser.error(f"--steps {chosen.steps}: expected a positive number, with --embedding")
-    if chosen.embedding:
-        embedding.main(chosen.curve, chosen.steps or embedding.STEPS)
-    else:
-        _demo.main(chosen.curve)
+    try:
+        picture = check_picture(chosen.curve)
+    except PictureError as error:
+        parser.error(f"--curve {error}")
+    if not chosen.embedding:
+        digits.main(picture)
+        return
+    try:
+        corpus = embedding.load_corpus()
+    except FileNotFoundError as error:
+        parser.error(f"--embedding {error}")
+    embedding.main(corpus, picture, chosen.steps or embedding.STEPS)
 
 
 if __name__ == "__main__":

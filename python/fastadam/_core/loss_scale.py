@@ -11,6 +11,7 @@ import numpy as np
 from fastadam._core import serialization
 from fastadam._core.checks import check_count, check_iterations, check_number
 from fastadam._core.device_state import Now
+from fastadam._core.display import call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.minimize import Minimizer
 from fastadam._core.optimizer import Adam, AdamW
 from fastadam._core.strict import class_only, is_own, settable, unknown_attribute
@@ -82,6 +83,23 @@ class LossScaleOptimizer(Minimizer):
             raise AttributeError(unknown_attribute(self, name, [*_CHECKS, *settable(inner or self)]))
         else:
             super().__setattr__(name, value)
+
+    @never_raises
+    def __repr__(self) -> str:
+        """The constructor's call, with what is not at its default."""
+        defaults = {"initial_scale": 2.0**15, "dynamic_growth_steps": 2000}
+        changed = [(name, getattr(self, name)) for name in defaults if getattr(self, name) != defaults[name]]
+        return call_text(type(self), [("", vars(self)["inner_optimizer"]), *changed])
+
+    @html_or_none
+    def _repr_html_(self) -> str:
+        own = [(name, getattr(self, name)) for name in _SAVED]
+        return html_table(name_of(type(self)), own, self.inner_optimizer._repr_html_() or "")
+
+    @property
+    def current_learning_rate(self) -> float:
+        """As of :class:`Adam`."""
+        return self.inner_optimizer.current_learning_rate
 
     def scale_loss(self, loss: Any) -> Any:
         """``loss * dynamic_scale``, whose gradients ``apply_gradients`` divides by the scale again."""

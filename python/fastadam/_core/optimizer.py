@@ -17,6 +17,7 @@ from fastadam._core.checks import (
     check_non_negative,
     check_number,
 )
+from fastadam._core.display import adam_settings, call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.extras import EXTRA_NAMES, Extra, Extras, excluded, overwrite
 from fastadam._core.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper, check_rate
 from fastadam._core.minimize import Minimizer
@@ -152,6 +153,34 @@ class Adam(Stepper, Minimizer):
         self.learning_rate = value
 
     @property
+    def current_learning_rate(self) -> float:
+        """The rate of the next ``apply_gradients`` as a float, whatever ``learning_rate`` is set to.
+
+        A schedule is evaluated at the count of calls so far, which with ``gradient_accumulation_steps`` are more than
+        ``iterations``, as for Keras 3's ``optimizer.learning_rate``; a callable is called; ``decay`` is applied. A rate
+        on a GPU is read, which waits for the GPU.
+
+        Raises:
+            TypeError: A schedule or callable that returns no number.
+            ValueError: One that is not finite.
+
+        >>> import fastadam
+        >>> opt = fastadam.Adam(fastadam.schedules.CosineDecay(0.1, decay_steps=100))
+        >>> opt.iterations = 50
+        >>> round(opt.current_learning_rate, 6)
+        0.05
+        """
+        iterations = int(self.iterations)  # which also brings the count of calls up to date
+        rate = self._rate(int(self._iterations))
+        decay: float = self.decay
+        return float(to_host(rate) if on_gpu(rate) else rate) / (1 + decay * iterations)
+
+    def _rate(self, calls: int) -> Any:
+        """``learning_rate`` after so many calls: a number, or one that lies on a GPU."""
+        rate = self.learning_rate
+        return check_number("learning_rate", rate(calls)) if isinstance(rate, LearningRateSchedule) else rate
+
+    @property
     def amsgrad(self) -> bool:
         """Use the maximum of the second moments; set later, the next step creates vhat."""
         return self._amsgrad
@@ -208,10 +237,8 @@ class Adam(Stepper, Minimizer):
             before, scale, numbers = self._last_numbers
             if scale == gradient_scale and all(map(operator.is_, before, chosen)):
                 return StepHyper._make((iterations + 1, *numbers))
-        rate = self.learning_rate
-        if isinstance(rate, LearningRateSchedule):
-            rate = check_number("learning_rate", rate(calls))
-        elif on_gpu(rate):
+        rate = self._rate(calls)
+        if on_gpu(rate):
             rate = 0.0  # the kernels read it
         hyper = StepHyper(
             step=iterations + 1,
@@ -243,6 +270,18 @@ class Adam(Stepper, Minimizer):
     @property
     def _micro_steps(self) -> int:
         return self._extras.gradient_accumulation_steps or 1
+
+    # ---- how it shows itself ---------------------------------------------------------------------------------------
+
+    @never_raises
+    def __repr__(self) -> str:
+        """The constructor's call, with the rate and what is not at its default; callables by name."""
+        return call_text(type(self), adam_settings(self))
+
+    @html_or_none
+    def _repr_html_(self) -> str:
+        count = int(self._iterations) // self._micro_steps
+        return html_table(name_of(type(self)), [*adam_settings(self), ("iterations", count)])
 
     # ---- configuration ---------------------------------------------------------------------------------------------
 

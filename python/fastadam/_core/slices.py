@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
+from fastadam._core.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
 from fastadam._core.gradients import as_float_array, convert_values
 from fastadam._core.placement import native_of, on_gpu
 
@@ -62,9 +63,23 @@ class IndexedSlices:
         self.indices = _as_indices(indices)
         self.dense_shape = None if dense_shape is None else _as_shape(dense_shape)
 
+    @never_raises
     def __repr__(self) -> str:
+        start, gap = f"{name_of(type(self))}(", " " * 4
+        values, indices = (array_text(array, len(gap + name) + 1) for name, array in self._arrays())
         shape = "" if self.dense_shape is None else f", dense_shape={self.dense_shape}"
-        return f"IndexedSlices(values of shape {np.shape(self.values)}, {np.size(self.indices)} indices{shape})"
+        if "\n" in values + indices:
+            return f"{start}\n{gap}values={values},\n{gap}indices={indices}{shape})"
+        return f"{start}values={values}, indices={indices}{shape})"
+
+    @html_or_none
+    def _repr_html_(self) -> str:
+        shape = [] if self.dense_shape is None else [("dense_shape", self.dense_shape)]
+        texts = (preformatted(f"{name}={array_text(array, len(name) + 1)}") for name, array in self._arrays())
+        return html_table(name_of(type(self)), shape, "".join(texts))
+
+    def _arrays(self) -> list[tuple[str, Any]]:
+        return [("values", self.values), ("indices", self.indices)]
 
 
 def _as_shape(dense_shape: Any) -> tuple[int, ...]:

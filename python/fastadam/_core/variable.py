@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
+from fastadam._core.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
 from fastadam._core.placement import assign, native_for, on_gpu, to_host
 from fastadam._core.slices import check_ids
 from fastadam._core.strict import unknown_attribute
@@ -241,8 +242,16 @@ class Variable:
 
     __iter__ = None  # indexing alone would make every Variable a list of its rows
 
+    @never_raises
     def __repr__(self) -> str:
-        return f"Variable(name={self.name!r}, shape={self.shape}, dtype={self.dtype})"
+        start = f"{name_of(type(self))}("
+        name = "" if self.name is None else f", name={self.name!r}"
+        return f"{start}{array_text(self._value, len(start))}{name})"
+
+    @html_or_none
+    def _repr_html_(self) -> str:
+        rows = [("name", self.name or ""), ("shape", self.shape), ("dtype", str(self.dtype))]
+        return html_table(name_of(type(self)), rows, preformatted(array_text(self._value)))
 
 
 _OPERATORS: dict[np.ufunc, Callable[..., Any]] = {

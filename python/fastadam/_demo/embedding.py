@@ -1,239 +1,291 @@
-"""Train word vectors on the texts of ``help()``, with the tables of an optimizer deferred and dense.
+"""Train a text classifier on the sources of Python's library, with its table of n-grams deferred and dense.
 
-Skip-gram with negative sampling (Mikolov et al. 2013, https://arxiv.org/abs/1310.4546) in NumPy:
+The classifier is fastText's (Joulin et al. 2016, https://arxiv.org/abs/1607.01759), in NumPy: which module of
+the library does a function come from?
 
-- Words are runs of two or more letters, lower-cased; those that occur less than ``MINIMUM`` times are left out.
-- A word of frequency f stays with probability sqrt(``SUBSAMPLE`` / f), drawn anew in every pass over the text.
-- The context of a word are its neighbours on both sides, at distance d <= ``WINDOW`` with probability
-  ``1 - (d - 1) / WINDOW``, as if each word drew the width of its window.
-- Each pair comes with ``NEGATIVES`` words drawn from the counts to the power 0.75.
+- A text is the start of a function: its first ``TOKENS`` names and signs.
+- Its features are its runs of one to ``GRAMS`` tokens, hashed to the rows of one table. The table has 2^21 rows, about
+  as many as fastText's by default (``-bucket 2000000``).
+- The mean of these rows goes into a linear layer with a softmax.
 
-Both modes get the same batches, and must end in the same bits. These tables are small, and a step touches much of them:
-a hard case for deferred rows, which save the work on rows that rest. The texts, and so all numbers, depend on the
-version of Python.
+A batch touches about one row in a thousand. Dense Adam moves every row in every step; deferred Adam moves the rows that
+are touched, lets the others wait, and must end in the same bits. The sources, and so all numbers, depend on the version
+of Python.
 """
 
 from __future__ import annotations
 
 import re
+import sysconfig
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.optimizer import Adam
 from fastadam._core.slices import IndexedSlices
-from fastadam._demo import progress, write_curve
+from fastadam._demo.show import COLOURS, figure, progress, smooth, tidy, write_picture
 
 __all__ = [
+    "Classifier",
     "Corpus",
+    "Features",
     "Report",
-    "SkipGram",
-    "coherence",
+    "hash_ngrams",
     "load_corpus",
     "loss_and_gradients",
     "main",
-    "neighbours",
     "train",
 ]
 
 Array = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
-MINIMUM = 5
-SUBSAMPLE = 1e-3
-FREQUENT = 20
-WINDOW = 5
-NEGATIVES = 5
-WIDTH = 64
-BATCH = 128
-STEPS = 4000
-QUERIES = ("class", "string", "function", "import", "integer", "exception", "list", "loop")
+TOKENS = 50
+GRAMS = 2
+BUCKET_BITS = 21
+WIDTH = 16
+LEAST, MOST = 100, 800  # functions of a module: those with fewer are left out, of the others the first so many are used
+TEST = 1000
+BATCH = 32
+STEPS = 500
+EXAMPLES = (
+    "task = loop.create_task(coro)",
+    "self.assertEqual(a, b)",
+    "msg.add_header('Content-Type', 'text/plain')",
+    "button.pack(side='left')",
+    "self.pool.map(f, range(10))",
+)
+
+
+@dataclass
+class Features:
+    """The rows of the n-grams of some texts: those of text i are ``rows[starts[i] : starts[i + 1]]``, at least one."""
+
+    rows: Ids
+    starts: Ids
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def of(self, texts: Ids) -> Features:
+        """Those of some of the texts."""
+        parts = [self.rows[self.starts[i] : self.starts[i + 1]] for i in texts]
+        return Features(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
+
+
+def hash_ngrams(texts: Sequence[str], bits: int) -> Features:
+    """Rows below ``2**bits`` of all runs of 1 to ``GRAMS`` tokens; an empty text has the row of an empty token."""
+    known: dict[str, int] = {}
+    hashes: list[int] = []
+    lengths = []
+    for text in texts:
+        tokens = re.findall(r"[^\W\d]\w*|[^\w\s]", text)[:TOKENS] or [""]
+        lengths.append(len(tokens))
+        hashes += [known.get(token) or known.setdefault(token, zlib.crc32(token.encode())) for token in tokens]
+    token, owner = np.array(hashes, np.uint64), np.repeat(np.arange(len(texts)), lengths)
+    found, owners = [], []
+    run = np.zeros_like(token)
+    for size in range(1, GRAMS + 1):
+        last = token[size - 1 :]  # of each run; the multiplier is 2^64 over the golden ratio
+        run = (run[: len(last)] ^ last) * np.uint64(0x9E3779B97F4A7C15)
+        run ^= run >> np.uint64(32)
+        within = owner[size - 1 :] == owner[: len(last)]
+        found.append(run[within] >> np.uint64(64 - bits))
+        owners.append(owner[: len(last)][within])
+    order = np.argsort(np.concatenate(owners), kind="stable")
+    counts = np.bincount(np.concatenate(owners), minlength=len(texts))
+    return Features(np.concatenate(found)[order].astype(np.int64), np.concatenate([[0], np.cumsum(counts)]))
 
 
 @dataclass
 class Corpus:
-    """A text as numbers of words; the words by falling count."""
+    """Functions as features, and the module that each comes from, as a number."""
 
-    words: list[str]
-    counts: Ids
-    text: Ids
-
-    @property
-    def keep(self) -> npt.NDArray[np.float64]:
-        """The probability with which an occurrence of each word stays in a pass."""
-        return np.asarray(np.minimum(1, np.sqrt(SUBSAMPLE * self.counts.sum() / self.counts)))
+    modules: list[str]
+    features: Features
+    labels: Ids
+    bits: int  # the table has 2**bits rows
 
     @property
-    def noise(self) -> npt.NDArray[np.float64]:
-        """The cumulative distribution of the negatives."""
-        cumulative = np.cumsum(self.counts**0.75)
-        return np.asarray(cumulative / cumulative[-1])  # ends in exactly 1, which no random number reaches
-
-    def frequent(self, words: Iterable[str]) -> list[str]:
-        """Those of the words that occur at least ``FREQUENT`` times."""
-        known = {word for word, count in zip(self.words, self.counts, strict=True) if count >= FREQUENT}
-        return [word for word in words if word in known]
+    def largest(self) -> float:
+        """The share of the module with most functions: what a guess that is always the same gets right."""
+        return float(np.bincount(self.labels).max() / len(self.labels))
 
 
-def load_corpus() -> Corpus:
-    """The topics of ``help()`` that this Python carries, one after the other."""
-    from pydoc_data.topics import topics  # some distributions leave it out
-
-    found = re.findall(r"[a-z]{2,}", "\n".join(topics[name] for name in sorted(topics)).lower())
-    counts = [(word, count) for word, count in Counter(found).most_common() if count >= MINIMUM]
-    number = {word: i for i, (word, _) in enumerate(counts)}
-    text = [number[word] for word in found if word in number]
-    return Corpus(list(number), np.array([count for _, count in counts]), np.array(text))
-
-
-def _pairs_apart(text: Ids, distance: int) -> Ids:
-    """Every word with the one ``distance`` further on, and the other way round: two columns."""
-    ahead = np.stack([text[:-distance], text[distance:]], axis=1)
-    return np.concatenate([ahead, ahead[:, ::-1]])
+def read_functions(library: Path) -> dict[str, list[str]]:
+    """The sources of the functions in each public module and package of Python's library, tests left out."""
+    functions: dict[str, list[str]] = {}
+    for top in sorted(library.iterdir()):
+        if top.name.startswith(("_", "test")) or top.name in ("site-packages", "dist-packages"):
+            continue
+        for path in sorted(top.rglob("*.py")) if top.is_dir() else [top] * (top.suffix == ".py"):
+            if not {"test", "tests", "idle_test"} & set(path.parts[len(library.parts) :]):
+                source = path.read_text(encoding="utf-8", errors="replace")
+                functions.setdefault(top.stem, []).extend(re.split(r"\n(?=[ ]*(?:async )?def )", source)[1:])
+    return functions
 
 
-def _pass(corpus: Corpus, rng: np.random.Generator) -> Ids:
-    """The pairs of one pass over the text, shuffled."""
-    text = corpus.text[rng.random(len(corpus.text)) < corpus.keep[corpus.text]]
-    chosen = []
-    for distance in range(1, WINDOW + 1):
-        pairs = _pairs_apart(text, distance)
-        chosen.append(pairs[rng.random(len(pairs)) < 1 - (distance - 1) / WINDOW])
-    return rng.permutation(np.concatenate(chosen))
+def load_corpus(library: Path | None = None, bits: int = BUCKET_BITS) -> Corpus:
+    """The functions of this Python's library.
+
+    Raises:
+        FileNotFoundError: The library is not there as source files.
+    """
+    library = library or Path(sysconfig.get_path("stdlib"))
+    functions = read_functions(library) if library.is_dir() else {}
+    chosen = {module: found[:MOST] for module, found in functions.items() if len(found) >= LEAST}
+    labels = np.repeat(np.arange(len(chosen)), [len(found) for found in chosen.values()])
+    if len(labels) <= TEST:
+        raise FileNotFoundError(f"{library}: expected the sources of Python's library, which the demo trains on")
+    texts = [text for found in chosen.values() for text in found]
+    return Corpus(list(chosen), hash_ngrams(texts, bits), labels, bits)
 
 
-def _batches(corpus: Corpus, rng: np.random.Generator) -> Iterator[tuple[Ids, Ids]]:
-    """Words, and for each the word of its context followed by the negatives; without end."""
-    noise = corpus.noise
-    while True:
-        pairs = _pass(corpus, rng)
-        for start in range(0, len(pairs) - BATCH + 1, BATCH):
-            batch = pairs[start : start + BATCH]
-            negatives = np.searchsorted(noise, rng.random((BATCH, NEGATIVES)), side="right")
-            yield batch[:, 0], np.concatenate([batch[:, 1:], negatives], axis=1)
+class Classifier:
+    """One vector for each row of the table, which ``optimizer`` may let lag, and a linear layer."""
 
-
-class SkipGram:
-    """A vector of each word as centre and another as context, in two tables that ``optimizer`` may let lag."""
-
-    def __init__(self, words: int, optimizer: Adam, rng: np.random.Generator) -> None:
+    def __init__(self, corpus: Corpus, optimizer: Adam, rng: np.random.Generator) -> None:
         self.optimizer = optimizer
-        self.vectors = ((rng.random((words, WIDTH)) - 0.5) / WIDTH).astype(np.float32)
-        self.contexts = np.zeros((words, WIDTH), np.float32)
+        self.table = (rng.random((2**corpus.bits, WIDTH), dtype=np.float32) - np.float32(0.5)) / np.float32(WIDTH)
+        self.head = np.zeros((WIDTH, len(corpus.modules)), np.float32)
         self.optimizer_seconds = 0.0
 
-    def gather(self, centres: Ids, targets: Ids) -> tuple[Array, Array]:
-        """Rows of both tables; the buffers themselves are behind in a deferred mode."""
-        return self.optimizer.gather(self.vectors, centres), self.optimizer.gather(self.contexts, targets)
-
-    def step(self, centres: Ids, targets: Ids) -> float:
-        """Update both tables; the loss before it."""
+    def step(self, features: Features, labels: Ids) -> float:
+        """Update table and layer; the loss before it."""
         start = time.perf_counter()
-        rows, contexts = self.gather(centres, targets)
+        vectors = self.optimizer.gather(self.table, features.rows)  # in the buffer itself rows may be behind
         gathered = time.perf_counter()
-        loss, gradient, context_gradient = loss_and_gradients(rows, contexts)
-        slices = [IndexedSlices(gradient, centres), IndexedSlices(context_gradient.reshape(-1, WIDTH), targets.ravel())]
+        loss, gradient, head_gradient = loss_and_gradients(vectors, features.starts, self.head, labels)
+        pairs = [(IndexedSlices(gradient, features.rows), self.table), (head_gradient, self.head)]
         middle = time.perf_counter()
-        self.optimizer.apply_gradients(zip(slices, (self.vectors, self.contexts), strict=True))
+        self.optimizer.apply_gradients(pairs)
         self.optimizer_seconds += gathered - start + time.perf_counter() - middle
         return loss
 
+    def probabilities(self, features: Features) -> Array:
+        """Of every class, for every text."""
+        means = _means(self.optimizer.gather(self.table, features.rows), features.starts)
+        return _softmax(means @ self.head)
 
-def loss_and_gradients(rows: Array, contexts: Array) -> tuple[float, Array, Array]:
-    """Mean cross entropy per score, the first context being the true one, and the gradients for both arguments."""
-    scores = np.einsum("bd,bkd->bk", rows, contexts)
-    scores[:, 0] *= -1
-    loss = float(np.logaddexp(0, scores).mean())
-    errors = 1 / (1 + np.exp(-scores))
-    errors[:, 0] *= -1
-    errors /= errors.dtype.type(errors.size)
-    return loss, np.einsum("bk,bkd->bd", errors, contexts), errors[:, :, None] * rows[:, None, :]
+
+def _means(vectors: Array, starts: Ids) -> Array:
+    sums = np.add.reduceat(vectors, starts[:-1], axis=0)
+    return np.asarray(sums / np.diff(starts)[:, None].astype(vectors.dtype))
+
+
+def _softmax(logits: Array) -> Array:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def loss_and_gradients(vectors: Array, starts: Ids, head: Array, labels: Ids) -> tuple[float, Array, Array]:
+    """Mean cross entropy, and its gradients for the vectors of the n-grams and for the layer."""
+    means = _means(vectors, starts)
+    probabilities = _softmax(means @ head)
+    texts = np.arange(len(labels))
+    loss = -float(np.log(probabilities[texts, labels] + 1e-12).mean())
+    delta = probabilities
+    delta[texts, labels] -= 1
+    delta /= delta.dtype.type(len(labels))
+    counts = np.diff(starts)
+    return loss, np.repeat(delta @ head.T / counts[:, None].astype(delta.dtype), counts, axis=0), means.T @ delta
 
 
 @dataclass
 class Report:
-    """What one mode gave; ``seconds`` for the training, of which ``optimizer_seconds`` in the optimizer."""
+    """What one mode gave; ``seconds[i]`` when step i was over, ``optimizer_seconds`` of it all in the optimizer."""
 
-    vectors: Array = field(repr=False)
-    contexts: Array = field(repr=False)
+    model: Classifier = field(repr=False)
     losses: list[float] = field(repr=False)
-    seconds: float
+    seconds: list[float] = field(repr=False)
     optimizer_seconds: float
+    accuracy: float
 
     def same_bits(self, other: Report) -> bool:
-        """Whether both tables ended in the same bits."""
-        return all(
-            np.array_equal(a.view(np.uint32), b.view(np.uint32))
-            for a, b in ((self.vectors, other.vectors), (self.contexts, other.contexts))
-        )
+        """Whether table and layer ended in the same bits."""
+        ours, theirs = ((report.model.table, report.model.head) for report in (self, other))
+        return all(np.array_equal(a.view(np.uint32), b.view(np.uint32)) for a, b in zip(ours, theirs, strict=True))
 
 
-def train(
-    corpus: Corpus,
-    sparse_update: str,
-    steps: int = STEPS,
-    seed: int = 0,
-    learning_rate: float = 0.003,
-    show_progress: bool = False,
-) -> Report:
-    """Train with one kind of ``sparse_update``; everything else depends on the seed alone."""
-    rng = np.random.default_rng(seed)
-    optimizer = Adam(learning_rate, sparse_update=sparse_update)
-    model = SkipGram(len(corpus.words), optimizer, rng)
-    batches = _batches(corpus, rng)
-    start = time.perf_counter()
-    losses = [model.step(*next(batches)) for _ in progress(range(steps), show_progress, "steps")]
+def _batches(texts: Ids, rng: np.random.Generator) -> Iterator[Ids]:
+    """Some of the texts each, in a new order in every pass; without end."""
+    while True:
+        order = rng.permutation(texts)
+        for start in range(0, len(order) - BATCH + 1, BATCH):
+            yield order[start : start + BATCH]
+
+
+def train(corpus: Corpus, mode: str, steps: int = STEPS, show_progress: bool = False) -> Report:
+    """Train with one kind of ``sparse_update``; everything else is the same each time."""
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(corpus.labels))
+    test, rest = order[:TEST], order[TEST:]
+    optimizer = Adam(0.05, sparse_update=mode)
+    model = Classifier(corpus, optimizer, rng)
+    batches = _batches(rest, rng)
+    losses, seconds = [], []
+    begin = time.perf_counter()
+    for _ in progress(range(steps), show_progress, f"{mode:8}", "step"):
+        chosen = next(batches)
+        losses.append(model.step(corpus.features.of(chosen), corpus.labels[chosen]))
+        seconds.append(time.perf_counter() - begin)
     last = time.perf_counter()
     optimizer.sync()
-    end = time.perf_counter()
-    return Report(model.vectors, model.contexts, losses, end - start, model.optimizer_seconds + end - last)
+    seconds[-1] = time.perf_counter() - begin
+    guesses = model.probabilities(corpus.features.of(test)).argmax(axis=1)
+    accuracy = float((guesses == corpus.labels[test]).mean())
+    optimizer_seconds = model.optimizer_seconds + begin + seconds[-1] - last
+    model.optimizer = Adam()  # without the moments, which take as much memory as two tables
+    return Report(model, losses, seconds, optimizer_seconds, accuracy)
 
 
-def _cosines(vectors: Array, pairs: Ids) -> Array:
-    """The cosine of each pair of words."""
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray((unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(axis=1))
+def draw(deferred: Report, dense: Report) -> Any:
+    """The training loss by the clock, and the time that each optimizer took."""
+    drawn = figure()
+    left, right = drawn.subplots(1, 2, width_ratios=(3, 2))
+    reports = {"dense": dense, "deferred": deferred}
+    colours = dict(zip(reports, COLOURS[1::-1], strict=True))
+    for mode, report in reports.items():
+        left.plot(report.seconds, smooth(report.losses, 25), color=colours[mode], linewidth=2, label=mode)
+    left.legend(frameon=False)
+    tidy(left, title="Training loss by the clock", xlabel="seconds", ylabel="cross entropy")
+    spent = [report.optimizer_seconds for report in reports.values()]
+    bars = right.barh(list(reports), spent, color=list(colours.values()), height=0.5)
+    right.bar_label(bars, [f"{seconds:.1f} s" for seconds in spent], padding=4)
+    right.margins(x=0.2)
+    tidy(right, title=f"Optimizer, {len(dense.losses)} steps", xlabel="seconds")
+    rows = len(dense.model.table)
+    title = f"{rows:,} rows for hashed n-grams: the same bits from sparse_update='deferred' and 'dense'"
+    drawn.suptitle(title, fontsize="medium")
+    return drawn
 
 
-def neighbours(corpus: Corpus, vectors: Array, word: str, count: int = 6) -> list[str]:
-    """The frequent words whose vectors have the largest cosine with that of ``word``."""
-    this = corpus.words.index(word)
-    everyone = np.flatnonzero(corpus.counts >= FREQUENT)
-    similar = _cosines(vectors, np.stack([np.full_like(everyone, this), everyone], axis=1))
-    return [corpus.words[i] for i in everyone[np.argsort(-similar)] if i != this][:count]
-
-
-def coherence(corpus: Corpus, vectors: Array, seed: int = 0) -> tuple[float, float]:
-    """Mean cosine of words side by side in the text, and of the same words paired at random.
-
-    Without those that subsampling thins out to less than half.
-    """
-    pairs = _pairs_apart(corpus.text[corpus.keep[corpus.text] > 0.5], 1)
-    shuffled = np.stack([pairs[:, 0], np.random.default_rng(seed).permutation(pairs[:, 1])], axis=1)
-    together, chance = (float(_cosines(vectors, p[p[:, 0] != p[:, 1]]).mean()) for p in (pairs, shuffled))
-    return together, chance
-
-
-def main(curve: Path = Path("loss.png"), steps: int = STEPS) -> None:
-    """Train in both modes, compare, print neighbours, write the loss curve."""
-    corpus = load_corpus()
+def main(corpus: Corpus, picture: Path | None, steps: int = STEPS) -> None:
+    """Train in both modes, compare, try the classifier, draw the loss to ``picture``."""
+    features = corpus.features
+    print(f"texts              {len(features)} functions of {len(corpus.modules)} modules of Python's library")
+    print(
+        f"table              {2**corpus.bits:,} rows of {WIDTH} for hashed n-grams; "
+        f"a step touches about {len(features.rows) / len(features) * BATCH:,.0f} of them"
+    )
     deferred, dense = (train(corpus, mode, steps, show_progress=True) for mode in ("deferred", "dense"))
-    print(f"text               {len(corpus.text)} words of the topics of help(), {len(corpus.words)} different ones")
-    for name, report in (("deferred", deferred), ("dense", dense)):
-        print(
-            f"{name:18} {steps / report.seconds:.0f} steps/s, optimizer with its gathers "
-            f"{report.optimizer_seconds / steps * 1e6:.0f} us of a step"
-        )
-    same = "yes, every bit of both tables" if deferred.same_bits(dense) else "NO, THE TABLES DIFFER"
-    print(f"the same vectors   {same}")
-    tail = dense.losses[-100:]
-    print(f"loss               {dense.losses[0]:.3f} in the first step, {np.mean(tail):.3f} in the last {len(tail)}")
-    together, chance = coherence(corpus, dense.vectors)
-    print(f"mean cosine        {together:.2f} of words side by side in the text, {chance:.2f} of random pairs")
-    for word in corpus.frequent(QUERIES):
-        print(f"{'near ' + word:18} {', '.join(neighbours(corpus, dense.vectors, word))}")
-    print(write_curve(dense.losses, curve, "Word vectors"))
+    for mode, report in (("deferred", deferred), ("dense", dense)):
+        print(f"{mode:18} {report.optimizer_seconds:.2f} s in the optimizer, {report.seconds[-1]:.2f} s of training")
+    print(f"dense / deferred   {dense.optimizer_seconds / deferred.optimizer_seconds:.1f} times as long")
+    print(f"same result        {'yes, every bit' if deferred.same_bits(dense) else 'NO, THE WEIGHTS DIFFER'}")
+    print(
+        f"test accuracy      {deferred.accuracy:.1%} of {TEST} functions that were not trained on "
+        f"(always the largest module: {corpus.largest:.1%})"
+    )
+    guesses = deferred.model.probabilities(hash_ngrams(EXAMPLES, corpus.bits))
+    for text, likely in zip(EXAMPLES, guesses, strict=True):
+        print(f"{corpus.modules[likely.argmax()]:>18} {likely.max():4.0%}  {text}")
+    if picture is None:
+        print("picture            none: matplotlib is not installed (pip install matplotlib)")
+    else:
+        print(write_picture(draw(deferred, dense), picture))

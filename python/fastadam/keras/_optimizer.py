@@ -7,6 +7,7 @@ loss scale, constraints, schedules and saving are Keras's own; what is replaced 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ import numpy as np
 from fastadam import cuda
 from fastadam._core.backend import _cpu
 from fastadam._core.checks import check_beta, check_non_negative, check_number
+from fastadam._core.display import call_text, never_raises, schedule_settings
 from fastadam._core.hyper import StepHyper
 from fastadam._core.ops import run_step
 from fastadam._core.placement import native_for
@@ -88,6 +90,15 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._plans = _Plans()
         self._check_numbers([], None)
+
+    @never_raises
+    def __repr__(self) -> str:
+        rate = self._learning_rate  # a schedule of Keras, or a variable of float32
+        rate = float(str(np.float32(float(rate)))) if isinstance(rate, keras.Variable) else rate
+        automatic = re.fullmatch(rf"{type(self).__name__}\d*", self.name.replace("_", ""), re.IGNORECASE)
+        unshown = ("learning_rate", "name") if automatic else ("learning_rate",)
+        others = [(name, value) for name, value in schedule_settings(self) if name not in unshown]
+        return call_text(type(self), [("learning_rate", rate), *others])
 
     def build(self, var_list: Sequence[Any]) -> None:
         """Make the moments; refuses variables of a dtype that has no kernel."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from fastadam._core.checks import check_count
 from fastadam.schedules import _decays
 from fastadam.schedules._decays import LearningRateSchedule
 
@@ -44,18 +46,37 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
     return classes[name].from_config(dict(config["config"]))
 
 
-def plot(schedule: LearningRateSchedule, steps: int, axes: Any = None) -> Any:
-    """Draw the rates of the first ``steps`` steps with matplotlib; returns the axes.
+def plot(schedule: Callable[[Any], Any], steps: int, axes: Any = None) -> Any:
+    """Draw the learning rates of the first ``steps`` steps with matplotlib; returns the axes.
 
     Args:
-        schedule: Any schedule; one of your own is called step by step.
+        schedule: A schedule, of Keras too, or any function of the step; it is called step by step.
         steps: How many steps.
-        axes: Matplotlib axes to draw on; None makes a figure.
-    """
-    if axes is None:
-        from matplotlib.figure import Figure
+        axes: Matplotlib axes to draw on. None: the current ones of pyplot, so that ``plt.show()`` and notebooks show
+            them; a second call draws beside the first.
 
-        axes = Figure(figsize=(6, 3), layout="constrained").subplots()
-    axes.plot([float(schedule(step)) for step in range(steps)])
-    axes.set(xlabel="step", ylabel="learning rate", title=type(schedule).__name__)
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: ``schedule`` cannot be called, or is a class; ``steps`` is no integer.
+        ValueError: ``steps`` is under 1.
+
+    >>> import fastadam
+    >>> from matplotlib.figure import Figure
+    >>> axes = fastadam.schedules.plot(fastadam.schedules.CosineDecay(0.1, 80), steps=100, axes=Figure().subplots())
+    >>> axes.get_xlabel(), axes.get_ylabel()
+    ('step', 'learning rate')
+    """
+    if not callable(schedule) or isinstance(schedule, type):
+        found = f"the class {schedule.__name__}" if isinstance(schedule, type) else repr(schedule)
+        raise TypeError(f"schedule: {found}, expected a schedule or a function of the step")
+    count = check_count("steps", steps)
+    rates = [float(schedule(step)) for step in range(count)]
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        axes = plt.gca()
+    label = schedule.__name__ if inspect.isroutine(schedule) else type(schedule).__name__
+    axes.plot(rates, label=label)
+    axes.set(xlabel="step", ylabel="learning rate")
+    axes.legend()
     return axes

@@ -13,6 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.checks import check_number
+from fastadam._core.display import (
+    call_text,
+    html_or_none,
+    html_table,
+    name_of,
+    never_raises,
+    polyline,
+    schedule_settings,
+)
 
 __all__ = [
     "CosineDecay",
@@ -52,6 +61,15 @@ class LearningRateSchedule:
         """A schedule from ``get_config``."""
         return cls(**config)
 
+    @never_raises
+    def __repr__(self) -> str:
+        """The constructor's call with what is not at its default, from ``get_config`` or attributes of its name."""
+        return call_text(type(self), schedule_settings(self))
+
+    @html_or_none
+    def _repr_html_(self) -> str:
+        return html_table(name_of(type(self)), schedule_settings(self))
+
 
 class _Schedule(LearningRateSchedule, abc.ABC):
     """A schedule of this module: a dataclass with a vectorised ``_rates``."""
@@ -69,6 +87,14 @@ class _Schedule(LearningRateSchedule, abc.ABC):
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         return {field.name: _plain(getattr(self, field.name)) for field in fields}
 
+    @html_or_none
+    def _repr_html_(self) -> str:
+        """With a curve of the rates, a little beyond the last of its steps."""
+        config = self.get_config()
+        lengths = [value for name, value in config.items() if name.endswith("steps") and value]
+        end = 1.25 * (sum(lengths) or max(config.get("boundaries") or [1]))
+        return html_table(name_of(type(self)), schedule_settings(self), polyline(self(np.linspace(0, end, 120))))
+
     def _require(self, *names: str, least: float | None = None, above: float | None = None) -> None:
         for name in names:
             number = check_number(name, getattr(self, name))
@@ -78,7 +104,7 @@ class _Schedule(LearningRateSchedule, abc.ABC):
                 raise ValueError(f"{name}: {number}, expected {name} > {above:g}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _DecayOfQuotient(_Schedule):
     """A rate that decays with ``step / decay_steps``, floored if ``staircase``."""
 
@@ -98,7 +124,7 @@ class _DecayOfQuotient(_Schedule):
         return np.asarray(np.floor(quotient) if self.staircase else quotient)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExponentialDecay(_DecayOfQuotient):
     r"""``initial_learning_rate * decay_rate ** (step / decay_steps)``; with ``staircase`` the quotient is floored.
 
@@ -115,7 +141,7 @@ class ExponentialDecay(_DecayOfQuotient):
         return self.initial_learning_rate * self.decay_rate ** self._quotient(steps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InverseTimeDecay(_DecayOfQuotient):
     r"""``initial_learning_rate / (1 + decay_rate * step / decay_steps)``; with ``staircase`` the quotient is floored.
 
@@ -131,7 +157,7 @@ class InverseTimeDecay(_DecayOfQuotient):
         return self.initial_learning_rate / (1 + self.decay_rate * self._quotient(steps))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PiecewiseConstantDecay(_Schedule):
     """``values[i]`` for ``boundaries[i-1] < step <= boundaries[i]``: the boundary itself has the earlier value.
 
@@ -162,7 +188,7 @@ class PiecewiseConstantDecay(_Schedule):
         return values[np.searchsorted(boundaries, steps, side="left")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PolynomialDecay(_Schedule):
     r"""From ``initial_learning_rate`` to ``end_learning_rate`` in ``decay_steps``, then constant or in cycles.
 
@@ -199,7 +225,7 @@ class PolynomialDecay(_Schedule):
         return (self.initial_learning_rate - self.end_learning_rate) * remaining**self.power + self.end_learning_rate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CosineDecay(_Schedule):
     r"""Half a cosine from ``initial_learning_rate`` to ``alpha`` times it; before it a linear warm-up, if asked for.
 
@@ -243,7 +269,7 @@ class CosineDecay(_Schedule):
         return (1 - self.alpha) * 0.5 * (1 + np.cos(np.pi * completed)) + self.alpha
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CosineDecayRestarts(_Schedule):
     r"""Cosine decay with warm restarts (Loshchilov and Hutter, arXiv:1608.03983).
 
@@ -291,7 +317,7 @@ class CosineDecayRestarts(_Schedule):
         return np.where(self._start(guess + 1) <= periods, guess + 1, guess)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LinearCosineDecay(_Schedule):
     r"""A cosine of ``num_periods`` periods under a line to 0 (Bello et al., arXiv:1709.07417); TF 2.x's experimental.
 

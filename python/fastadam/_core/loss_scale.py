@@ -10,6 +10,7 @@ import numpy as np
 
 from fastadam._core import serialization
 from fastadam._core.checks import check_count, check_iterations, check_number
+from fastadam._core.frameworks import NamedInKeras
 from fastadam._core.minimize import Minimizer
 from fastadam._core.optimizer import Adam, AdamW
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["LossScaleOptimizer"]
 
 
-class LossScaleOptimizer(Minimizer):
+class LossScaleOptimizer(Minimizer, NamedInKeras):
     r"""An optimizer whose loss is multiplied by a scale that follows what the gradients can bear.
 
     The gradients of ``scale_loss(loss)`` are divided by the scale. If any element of any gradient is not finite, the

@@ -13,7 +13,7 @@ import pytest
 from helpers import run_python
 
 HERE = Path(__file__).parent
-FILES = [HERE / name for name in ("on_keras_steps.py", "on_keras_memory.py", "on_keras_models.py")]
+FILES = [HERE / f"on_keras_{name}.py" for name in ("steps", "memory", "models", "schedules")]
 
 
 def need(*packages):

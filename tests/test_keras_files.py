@@ -6,7 +6,7 @@ import json
 import zipfile
 
 import pytest
-from test_doors import need, printed
+from absent import need, printed
 
 KINDS = ("Adam", "AdamW")
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, ValuesView
 from typing import Any
 
-__all__ = ["NamedInKeras", "framework_of", "hint_for_variable", "is_array", "missing", "refuse_parameters", "require"]
+__all__ = [
+    "NamedInKeras",
+    "first_of",
+    "framework_of",
+    "hint_for_variable",
+    "is_array",
+    "missing",
+    "refuse_parameters",
+    "require",
+]
 
 _NAMES = {
     "autograd": "HIPS autograd",
@@ -20,6 +29,7 @@ _NAMES = {
 # Top-level modules. Keras comes first: with its torch backend a layer is a torch.nn.Module, too.
 _MODULES = {"keras": "keras", "tf_keras": "keras", "tensorflow": "tensorflow", "torch": "torch"}
 _MODULES |= {"jax": "jax", "jaxlib": "jax"}
+_CONTAINERS = (Mapping, ValuesView, list, tuple)
 _HINTS = {
     "jax": "for JAX arrays use fastadam.jax (adam with optax, or fused_update)",
     "keras": "for Keras 3 models use model.compile(optimizer=fastadam.keras.Adam(...))",
@@ -69,10 +79,8 @@ def _kind_of_parameters(value: Any) -> str | None:
         frame = getattr(value, "gi_frame", None)
         module = str(frame.f_globals.get("__name__")) if frame is not None else ""
         return _MODULES.get(module.partition(".")[0], "torch" if "torch" in sys.modules else None)
-    inside = False
-    while isinstance(value, (Mapping, list, tuple)) and len(value) > 0:
-        value = next(iter(value.values() if isinstance(value, Mapping) else value))
-        inside = True
+    inside = isinstance(value, _CONTAINERS)
+    value = first_of(value)
     shape = getattr(value, "shape", None)
     is_vector = shape is not None and (inside or len(shape) > 0)  # a single number can be a rate
     is_model = any(hasattr(type(value), name) for name in ("trainable_variables", "named_parameters"))
@@ -80,6 +88,16 @@ def _kind_of_parameters(value: Any) -> str | None:
     if framework is not None:
         return framework if inside or is_vector or is_model else None
     return "arrays" if is_vector and is_array(value) else None
+
+
+def first_of(value: Any) -> Any:
+    """The first variable in lists, dicts of variables and parameter groups; anything else as it is."""
+    while isinstance(value, _CONTAINERS) and len(value) > 0:
+        if isinstance(value, Mapping):
+            value = value["params"] if "params" in value else value.values()
+        else:
+            value = next(iter(value))
+    return value
 
 
 def is_array(value: Any) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastadam._core.frameworks import hint_for_variable, is_array
+from fastadam._core.frameworks import first_of, hint_for_variable, is_array
 from fastadam._core.slices import DEFERRED
 from fastadam.torch._views import is_lazy_view
 
@@ -86,7 +86,7 @@ def check_params(params: Any) -> Any:
             "arrays, whose first argument is the learning rate, is fastadam.Adam"
         )
     items = list(params) if isinstance(params, Iterator) else params
-    first = next(iter(items.values() if isinstance(items, Mapping) else items), None)
+    first = first_of(items)
     hint = hint_for_variable(first) or ("for NumPy arrays use fastadam.Adam" if is_array(first) else None)
     if hint is not None:
         raise TypeError(f"params: {type(first).__name__}, expected parameters of PyTorch; {hint}")

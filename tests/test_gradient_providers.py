@@ -96,7 +96,7 @@ def test_the_default_provider(provider):
 def test_a_missing_provider_is_said_with_what_is_there(provider, monkeypatch):
     monkeypatch.setitem(sys.modules, provider.name, None)
     others = [name for name in NAMES if name != provider.name and importlib.util.find_spec(name)]
-    text = f"{provider.name!r} is not installed, `pip install 'fastadam[{provider.name}]'` does it; "
+    text = f"{provider.name!r} is not installed, `pip install {provider.name}` does it; "
     with pytest.raises(ModuleNotFoundError, match=re.escape("gradient: " + text)) as caught:
         fastadam.Adam().minimize(lambda: 1.0, fastadam.Variable([1.0]), gradient=provider.name)
     assert all(repr(name) in str(caught.value).split("installed here")[-1] for name in others)

@@ -8,6 +8,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fastadam import cuda, exchange, reference, schedules
 from fastadam._core.backend import _cpu
 from fastadam._core.clipping import global_norm
@@ -18,6 +21,19 @@ from fastadam._core.ops import adam_step
 from fastadam._core.optimizer import Adam, AdamW
 from fastadam._core.slices import IndexedSlices
 from fastadam._core.variable import Variable
+
+if TYPE_CHECKING:
+    from fastadam import jax as jax
+    from fastadam import keras as keras
+    from fastadam import torch as torch
+else:  # not for type checkers, for which every name would exist
+
+    def __getattr__(name: str) -> Any:
+        """The adapters, each imported with its framework when it is first used."""
+        if name in ("jax", "keras", "torch"):
+            return importlib.import_module(f"fastadam.{name}")
+        raise AttributeError(f"module 'fastadam' has no attribute {name!r}")
+
 
 __version__: str = _cpu.__version__
 

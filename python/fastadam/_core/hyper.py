@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fastadam._core.checks import check_non_negative, check_number, check_one_norm
+from fastadam._core.frameworks import refuse_parameters
 from fastadam._core.placement import on_gpu
 from fastadam.schedules import LearningRateSchedule
+from fastadam.schedules._foreign import adopt
 
 __all__ = ["CLIP_NAMES", "Clip", "Hyper", "HyperValue", "StepHyper", "check_rate"]
 
@@ -19,6 +21,9 @@ CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 
 def check_rate(name: str, value: Any) -> Any:
     """A finite float; one that lies on a GPU, which only the GPU reads, as it is."""
+    if isinstance(value, float):
+        return check_number(name, value)
+    refuse_parameters(name, value)
     return value if on_gpu(value) else check_number(name, value)
 
 
@@ -72,10 +77,13 @@ class Hyper:
         return self._check(self._name, value())
 
     def __set__(self, optimizer: Any, value: HyperValue) -> None:
-        if isinstance(value, LearningRateSchedule) and self._name != "learning_rate":
+        number = adopt(value)  # of a schedule what the step calls, whatever library it is of
+        if self._name != "learning_rate" and (number is not value or isinstance(value, LearningRateSchedule)):
             raise TypeError(f"{self._name}: {type(value).__name__}, expected a number (learning_rate takes schedules)")
-        check = _check_callable if callable(value) else self._check
-        optimizer._hyper[self._name] = check(self._name, value)
+        if callable(number):
+            refuse_parameters(self._name, number)  # models can be called
+        check = _check_callable if callable(number) else self._check
+        optimizer._hyper[self._name] = check(self._name, number)
 
 
 class Clip:

@@ -12,6 +12,7 @@ from fastadam._core import serialization
 from fastadam._core.checks import check_count, check_iterations, check_number
 from fastadam._core.device_state import Now
 from fastadam._core.display import call_text, html_or_none, html_table, name_of, never_raises
+from fastadam._core.frameworks import NamedInKeras
 from fastadam._core.minimize import Minimizer
 from fastadam._core.optimizer import Adam, AdamW
 from fastadam._core.strict import class_only, is_own, settable, unknown_attribute
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["LossScaleOptimizer"]
 
 
-class LossScaleOptimizer(Minimizer):
+class LossScaleOptimizer(Minimizer, NamedInKeras):
     r"""An optimizer whose loss is multiplied by a scale that follows what the gradients can bear.
 
     The gradients of ``scale_loss(loss)`` are divided by the scale. If any element of any gradient is not finite, the

@@ -19,6 +19,7 @@ from fastadam._core.checks import (
 )
 from fastadam._core.display import adam_settings, call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.extras import EXTRA_NAMES, Extra, Extras, excluded, overwrite
+from fastadam._core.frameworks import NamedInKeras, refuse_parameters
 from fastadam._core.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper, check_rate
 from fastadam._core.minimize import Minimizer
 from fastadam._core.placement import on_gpu, to_host
@@ -27,13 +28,14 @@ from fastadam._core.stepping import Stepper
 from fastadam._core.strict import class_only
 from fastadam._core.variable import buffers_of
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
+from fastadam.schedules._foreign import adopt
 
 __all__ = ["Adam", "AdamW"]
 
 _auto_names: dict[str, int] = {}
 
 
-class Adam(Stepper, Minimizer):
+class Adam(Stepper, Minimizer, NamedInKeras):
     r"""Adam and AMSGrad with the interface and, in float32, the bits of ``tf.keras.optimizers.Adam`` (TF 2.x).
 
     .. math::
@@ -50,9 +52,10 @@ class Adam(Stepper, Minimizer):
     found by the memory of the variable, which the optimizer keeps alive: a new view of a buffer is the same variable.
 
     Args:
-        learning_rate: Step size; a number, a schedule of :mod:`fastadam.schedules`, or a callable without arguments.
-            Schedules and callables are evaluated once per step. For variables on a GPU also one float32 or float64
-            there, which every step reads, those of a CUDA graph too.
+        learning_rate: Step size; a number, a schedule of :mod:`fastadam.schedules`, Keras or TensorFlow, a scheduler of
+            PyTorch with one parameter group, which you step, or a callable without arguments. Schedules and callables
+            are evaluated once per step. For variables on a GPU also one float32 or float64 there, which every step
+            reads, those of a CUDA graph too.
         beta_1: Decay rate of the first moment, in [0, 1); number or callable.
         beta_2: Decay rate of the second moment, likewise.
         epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.
@@ -123,11 +126,14 @@ class Adam(Stepper, Minimizer):
         for key, value in kwargs.items():
             if key not in ("lr", "decay", *CLIP_NAMES):
                 raise TypeError(f"Unexpected keyword argument passed to optimizer: {key}")
-            if not callable(value) and (value is not None or key == "decay"):
+            if not callable(adopt(value)) and (value is not None or key == "decay"):
                 check_non_negative(key, value)
         self._hyper: dict[str, HyperValue] = {}
         self._clip: dict[str, float | None] = dict.fromkeys(CLIP_NAMES)
-        self.learning_rate = kwargs["lr"] if kwargs.get("lr") is not None else learning_rate
+        if kwargs.get("lr") is not None:
+            refuse_parameters("learning_rate", learning_rate)  # Adam(parameters, lr=...), as torch has it
+            learning_rate = kwargs["lr"]
+        self.learning_rate = learning_rate
         self.beta_1 = beta_1
         self.beta_2 = beta_2
         self.epsilon = epsilon

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
 from fastadam._core.checks import check_iterations, check_list
+from fastadam._core.frameworks import require
 from fastadam._core.placement import copy_beside, to_host
 from fastadam._core.slots import Entry, SlotStore, Spec, key_of
 from fastadam._core.variable import buffers_of
@@ -352,8 +353,7 @@ _HEADER: dict[str, type] = {"optimizer": str, "config": dict, "variables": list,
 
 
 def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError("loading a saved optimizer needs safetensors: pip install 'fastadam[save]'") from error
+    require("safetensors", "loading a saved optimizer")
+    import safetensors.numpy
+
     return safetensors

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
 from fastadam._core.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
+from fastadam._core.frameworks import hint_for_variable
 from fastadam._core.placement import assign, native_for, on_gpu, to_host
 from fastadam._core.slices import check_ids
 from fastadam._core.strict import unknown_attribute
@@ -278,8 +279,11 @@ def _values(tree: Any) -> Any:
 
 def _new_array(value: Any, name: str | None) -> npt.NDArray[np.float32]:
     label = f"variable '{name}'" if name else "value"
-    if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
-        raise TypeError(f"{label}: {type(value).__name__}, expected a NumPy array; pass other arrays as they are")
+    hint = hint_for_variable(value)
+    is_variable = hint is not None and hasattr(value, "assign")  # of Keras or TensorFlow; a copy would be trained
+    if is_variable or (hasattr(value, "__dlpack__") and not isinstance(value, np.generic)):
+        hint = hint or "pass other arrays as they are"
+        raise TypeError(f"{label}: {type(value).__name__}, expected a NumPy array; {hint}")
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
@@ -303,10 +307,15 @@ def label_of(variable: Any, position: int) -> str:
 def buffers_of(variables: Sequence[Any], positions: Sequence[int]) -> list[_cpu.Buffer]:
     """Check each variable and view its memory; ``positions`` are their places in the caller's list."""
     native = native_for(map(unwrap, variables))
-    buffers = [
-        native.Buffer(unwrap(variable), label_of(variable, position))
-        for variable, position in zip(variables, positions, strict=True)
-    ]
+    buffers = []
+    for variable, position in zip(variables, positions, strict=True):
+        try:
+            buffers.append(native.Buffer(unwrap(variable), label_of(variable, position)))
+        except (TypeError, ValueError) as error:
+            hint = hint_for_variable(variable)
+            if hint is None:
+                raise
+            raise type(error)(f"{error}; {hint}") from None
     for buffer in buffers:
         native.require_place(buffer, buffers[0])
     return buffers

@@ -16,10 +16,17 @@ JAX differentiates, batches and shards by rules; those of a step are in ``operat
 
 from __future__ import annotations
 
-from fastadam.jax._arguments import AmsgradState
-from fastadam.jax._operation import register
-from fastadam.jax._steps import fused_update, init, sparse_update, step_arrays
-from fastadam.jax._transformations import adam, adamw, scale_by_adam
+from typing import TYPE_CHECKING, NoReturn
+
+from fastadam._core.frameworks import missing
+
+try:
+    from fastadam.jax._arguments import AmsgradState
+    from fastadam.jax._operation import register
+    from fastadam.jax._steps import fused_update, init, sparse_update, step_arrays
+    from fastadam.jax._transformations import adam, adamw, scale_by_adam
+except ModuleNotFoundError as error:
+    raise missing("fastadam.jax", error) from None
 
 __all__ = [
     "AmsgradState",
@@ -32,3 +39,11 @@ __all__ = [
     "sparse_update",
     "step_arrays",
 ]
+
+if not TYPE_CHECKING:  # or every name would have a type
+
+    def __getattr__(name: str) -> NoReturn:
+        hint = (
+            f"; it has the functions {name.lower()} (as in optax) and fused_update" if name in ("Adam", "AdamW") else ""
+        )
+        raise AttributeError(f"module 'fastadam.jax' has no attribute {name!r}{hint}")

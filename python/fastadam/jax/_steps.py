@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fastadam._core.checks import check_bool
+from fastadam._core.frameworks import require
 from fastadam.jax._arguments import (
     AmsgradState,
     Arrays,
@@ -55,8 +56,7 @@ def init(params: Any, *, amsgrad: bool = False) -> Any:
     count = jnp.zeros([], jnp.int32)
     if amsgrad:
         return AmsgradState(count, zeros(), zeros(), zeros())
-    import optax
-
+    optax = require("optax", "the state of fastadam.jax (without amsgrad)")
     return optax.ScaleByAdamState(count=count, mu=zeros(), nu=zeros())
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastadam._core.checks import check_bool
+from fastadam._core.frameworks import require
 from fastadam.jax._arguments import (
     check_params,
     check_scalar,
@@ -65,8 +66,7 @@ def scale_by_adam(
     ...     updates, state = tx.update(jnp.array([2.0, -3.0]), tx.init(jnp.ones(2)))
     ...     assert jnp.allclose(updates, jnp.array([1.0, -1.0]))
     """
-    import optax
-
+    optax = require("optax", "fastadam.jax.scale_by_adam")
     if check_bool("nesterov", nesterov):
         raise ValueError("nesterov: True, expected False: the kernels have none")
     corrected = _without_root(eps, check_scalar("eps_root", eps_root))
@@ -113,6 +113,12 @@ def _without_root(eps: Any, eps_root: Any) -> Any:
     return eps
 
 
+def _refuse_tree(learning_rate: Any) -> None:
+    if isinstance(learning_rate, (dict, list, tuple)):
+        kind = type(learning_rate).__name__
+        raise TypeError(f"learning_rate: {kind}, expected a number or a schedule; parameters go to init(params)")
+
+
 def adam(
     learning_rate: Any,
     b1: Any = 0.9,
@@ -133,8 +139,8 @@ def adam(
     ...     updates, state = tx.update(jnp.array([2.0, -3.0]), tx.init(params), params)
     ...     assert jnp.allclose(optax.apply_updates(params, updates), jnp.array([0.9, 1.1]))
     """
-    import optax
-
+    optax = require("optax", "fastadam.jax.adam")
+    _refuse_tree(learning_rate)
     scale = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
 
@@ -159,8 +165,8 @@ def adamw(
     ...     updates, state = tx.update(jnp.array([2.0, -3.0]), tx.init(params), params)
     ...     assert jnp.allclose(updates, jnp.array([-0.15, 0.05]))
     """
-    import optax
-
+    optax = require("optax", "fastadam.jax.adamw")
+    _refuse_tree(learning_rate)
     return optax.chain(
         scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
         optax.add_decayed_weights(weight_decay, mask),

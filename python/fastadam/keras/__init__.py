@@ -6,6 +6,16 @@ loss scale, constraints, schedules and saving are Keras's own; what is replaced 
 
 from __future__ import annotations
 
-from fastadam.keras._optimizer import Adam, AdamW
+from fastadam._core.frameworks import missing
+from fastadam.keras._backend import check_choice, check_version
+
+try:
+    check_choice()
+    import keras as _keras
+
+    check_version(_keras)
+    from fastadam.keras._optimizer import Adam, AdamW
+except ModuleNotFoundError as error:
+    raise missing("fastadam.keras", error) from None
 
 __all__ = ["Adam", "AdamW"]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import is_
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+import keras
 import numpy as np
+from keras.src.backend import in_stateless_scope
 
 from fastadam import cuda
 from fastadam._core.backend import _cpu
@@ -21,34 +23,15 @@ from fastadam._core.display import call_text, never_raises, schedule_settings
 from fastadam._core.hyper import StepHyper
 from fastadam._core.ops import run_step
 from fastadam._core.placement import native_for
+from fastadam.keras._backend import outside_of_graphs, require_backend
+from fastadam.keras._schedules import as_keras_rate
 
-try:
-    import keras
-    from keras.src.backend import in_stateless_scope
-except ImportError as error:
-    raise ImportError(f"fastadam.keras needs Keras 3 and the framework of its backend ({error})") from error
-
-if not hasattr(keras.optimizers.Adam, "_backend_update_step"):  # or Keras would make its own update
-    raise ImportError(
-        f"fastadam.keras: Keras {keras.__version__} does not update all variables in one call, use a newer"
-    )
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Adam", "AdamW"]
 
-_BACKENDS = ("torch", "jax", "numpy")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _outside_of_graphs(function: _F) -> _F:
-    """``torch.compile`` (``jit_compile=True``) calls it as it is; its pointers are those of one call."""
-    if keras.backend.backend() != "torch":
-        return function
-    import torch
-
-    compiler: Any = torch.compiler
-    outside: _F = compiler.disable(function)
-    return outside
 
 
 @keras.saving.register_keras_serializable(package="fastadam")
@@ -85,9 +68,11 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     [0.9, 2.1]
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _require_backend(type(self).__name__)
-        super().__init__(*args, **kwargs)
+    __module__ = "fastadam.keras"
+
+    def __init__(self, learning_rate: Any = 0.001, *args: Any, **kwargs: Any) -> None:
+        require_backend(type(self).__name__)
+        super().__init__(as_keras_rate(learning_rate), *args, **kwargs)
         self._plans = _Plans()
         self._check_numbers([], None)
 
@@ -99,6 +84,42 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         unshown = ("learning_rate", "name") if automatic else ("learning_rate",)
         others = [(name, value) for name, value in schedule_settings(self) if name not in unshown]
         return call_text(type(self), [("learning_rate", rate), *others])
+
+    @classmethod
+    def from_optimizer(cls, optimizer: Any) -> Self:
+        """An optimizer with the settings and the state of a ``keras.optimizers.Adam``, which stays as it is.
+
+        Raises:
+            TypeError: Another kind of optimizer; of a LossScaleOptimizer give the ``inner_optimizer``.
+
+        >>> import keras, numpy as np, fastadam.keras
+        >>> w = keras.Variable(np.array([1.0, 2.0], np.float32))
+        >>> theirs = keras.optimizers.Adam(0.1)
+        >>> theirs.apply([np.array([0.5, -0.5], np.float32)], [w])
+        >>> int(fastadam.keras.Adam.from_optimizer(theirs).iterations.value)
+        1
+        """
+        is_adam = isinstance(optimizer, keras.optimizers.Adam)
+        if not is_adam or type(optimizer).__module__.partition(".")[0] not in ("fastadam", "keras"):
+            raise TypeError(f"optimizer: {type(optimizer).__name__}, expected a keras.optimizers.Adam or AdamW")
+        own: Self = cls.from_config(optimizer.get_config())
+        for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+            if hasattr(optimizer, name):
+                setattr(own, name, getattr(optimizer, name))
+        if optimizer.built:
+            own.build(optimizer._trainable_variables)
+            for variable, theirs in zip(own.variables, optimizer.variables, strict=True):
+                variable.assign(theirs)
+        return own
+
+    @property
+    def learning_rate(self) -> Any:
+        """The present rate. Set it to a number, a schedule of Keras or fastadam, or a function without arguments."""
+        return self._get_current_learning_rate()
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        keras.optimizers.Adam.learning_rate.fset(self, as_keras_rate(value))
 
     def build(self, var_list: Sequence[Any]) -> None:
         """Make the moments; refuses variables of a dtype that has no kernel."""
@@ -123,7 +144,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         betas = check_beta("beta_1", self.beta_1), check_beta("beta_2", self.beta_2)
         return (*betas, check_non_negative("epsilon", self.epsilon))
 
-    @_outside_of_graphs
+    @outside_of_graphs
     def _check_numbers(self, variables: Sequence[Any], learning_rate: Any) -> None:
         """As the step will, which weight decay comes before; a rate that JAX does not know yet is left to the step."""
         rate = _value_of(learning_rate)
@@ -179,7 +200,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             for variable, value in zip(variables, values or (), strict=True):
                 variable.assign(value)
 
-    @_outside_of_graphs
+    @outside_of_graphs
     def _update_in_place(self, grads: list[Any], held: list[list[Any]], names: list[str], learning_rate: Any) -> None:
         step = int(_value_of(self.iterations)) + 1
         hyper = StepHyper(step, check_number("learning_rate", _value_of(learning_rate)), *self._numbers())
@@ -203,6 +224,8 @@ class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
     >>> round(float(w.value[0]), 4)
     0.95
     """
+
+    __module__ = "fastadam.keras"
 
 
 class _Plans:
@@ -278,28 +301,6 @@ class _Plan:
         copy = np.array(value, variable.dtype, order="C") if is_array else _contiguous_copy(value)
         self._copies.append((variable, copy))
         return copy
-
-
-def _require_backend(name: str) -> None:
-    backend = keras.backend.backend()
-    if backend not in _BACKENDS:
-        raise RuntimeError(
-            f"fastadam.keras.{name}: the {backend} backend of Keras is not supported, expected one of {_BACKENDS} "
-            f"(environment variable KERAS_BACKEND); use keras.optimizers.{name}, which loads the same states, "
-            f"or fastadam.{name} on NumPy arrays"
-        )
-    if backend == "jax":
-        import jax
-
-        from fastadam.jax._operation import has_cuda
-
-        platform = jax.default_backend()
-        if platform != "cpu" and not (platform == "gpu" and has_cuda()):
-            raise RuntimeError(
-                f"fastadam.keras.{name}: JAX on {platform} is not supported by this build, expected "
-                f"{'cpu or gpu (CUDA)' if has_cuda() else 'cpu'} (environment variable JAX_PLATFORMS); use "
-                f"keras.optimizers.{name}, which loads the same states"
-            )
 
 
 @functools.cache

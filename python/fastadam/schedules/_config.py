@@ -9,6 +9,7 @@ from typing import Any
 from fastadam._core.checks import check_count
 from fastadam.schedules import _decays
 from fastadam.schedules._decays import LearningRateSchedule
+from fastadam.schedules._foreign import KerasSchedule
 
 __all__ = ["deserialize", "plot", "serialize"]
 
@@ -20,10 +21,10 @@ def serialize(learning_rate_schedule: LearningRateSchedule) -> dict[str, Any]:
     >>> fastadam.schedules.serialize(fastadam.schedules.CosineDecay(0.1, 100))["class_name"]
     'CosineDecay'
     """
-    return {
-        "class_name": type(learning_rate_schedule).__name__,
-        "config": learning_rate_schedule.get_config(),
-    }
+    own: Any = learning_rate_schedule
+    if isinstance(own, KerasSchedule):
+        own = own.schedule
+    return {"class_name": type(own).__name__, "config": own.get_config()}
 
 
 def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Any:

@@ -357,6 +357,6 @@ def _numbers(schedule: object, name: str) -> list[float]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple, np.ndarray)):
+    if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
+    return np.asarray(value).tolist() if hasattr(value, "shape") else value

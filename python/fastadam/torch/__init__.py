@@ -6,6 +6,11 @@ optimizer the sparse gradients of ``nn.Embedding(sparse=True)``.
 
 from __future__ import annotations
 
-from fastadam.torch._optimizer import Adam, AdamW
+from fastadam._core.frameworks import missing
+
+try:
+    from fastadam.torch._optimizer import Adam, AdamW
+except ModuleNotFoundError as error:
+    raise missing("fastadam.torch", error) from None
 
 __all__ = ["Adam", "AdamW"]

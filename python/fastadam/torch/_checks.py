@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastadam._core.frameworks import first_of, hint_for_variable, is_array
 from fastadam._core.slices import DEFERRED
 from fastadam.torch._views import is_lazy_view
 
@@ -18,6 +20,7 @@ __all__ = [
     "check_module",
     "check_numbers",
     "check_options",
+    "check_params",
     "check_tensor",
     "label_of",
 ]
@@ -92,6 +95,23 @@ def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
     if len({isinstance(beta, Tensor) for beta in betas}) > 1:
         raise ValueError("betas must be either both floats or both Tensors")
+
+
+def check_params(params: Any) -> Any:
+    """What can be parameters of torch, in a list if it was an iterator; torch's own check follows."""
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(f"params: {type(params).__name__}, expected its parameters: model.parameters()")
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            f"params: {params!r:.60}, expected parameters of PyTorch, as model.parameters(); the optimizer of NumPy "
+            "arrays, whose first argument is the learning rate, is fastadam.Adam"
+        )
+    items = list(params) if isinstance(params, Iterator) else params
+    first = first_of(items)
+    hint = hint_for_variable(first) or ("for NumPy arrays use fastadam.Adam" if is_array(first) else None)
+    if hint is not None:
+        raise TypeError(f"params: {type(first).__name__}, expected parameters of PyTorch; {hint}")
+    return items
 
 
 def check_module(module: Any, groups: list[dict[str, Any]], sparse_update: str) -> None:

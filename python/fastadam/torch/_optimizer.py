@@ -8,8 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadam._core.frameworks import NamedInKeras
 from fastadam._core.slices import check_sparse_update
-from fastadam.torch._checks import OfGroups, check_ids, check_module, check_numbers, check_options, check_tensor
+from fastadam.torch._checks import (
+    OfGroups,
+    check_ids,
+    check_module,
+    check_numbers,
+    check_options,
+    check_params,
+    check_tensor,
+)
 from fastadam.torch._compiled import traced_step
 from fastadam.torch._scaling import Scaling
 from fastadam.torch._states import fill_groups, keep_tensors, restore_states
@@ -19,7 +28,7 @@ from fastadam.torch._tables import Reader
 __all__ = ["Adam", "AdamW"]
 
 
-class Adam(Stepper):
+class Adam(Stepper, NamedInKeras):
     r"""Adam, AMSGrad and, with ``decoupled_weight_decay``, AdamW, for parameters of PyTorch.
 
     .. math::
@@ -136,7 +145,7 @@ class Adam(Stepper):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults)
+        super().__init__(check_params(params), defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.

@@ -35,7 +35,7 @@ def check_provider(name: str, label: str) -> None:
         raise ValueError(f"{label}: {name!r}, expected one of {', '.join(map(repr, PROVIDERS))}; {installed()}")
     if importlib.util.find_spec(name) is None:
         raise ModuleNotFoundError(
-            f"{label}: {name!r} is not installed, `pip install 'fastadam[{name}]'` does it; {installed()}", name=name
+            f"{label}: {name!r} is not installed, `pip install {name}` does it; {installed()}", name=name
         )
 
 

@@ -1,0 +1,116 @@
+"""Other frameworks: their objects, recognised without importing anything; what to use for them; what to install."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Mapping, ValuesView
+from typing import Any
+
+__all__ = [
+    "NamedInKeras",
+    "first_of",
+    "framework_of",
+    "hint_for_variable",
+    "is_array",
+    "missing",
+    "refuse_parameters",
+    "require",
+]
+
+_NAMES = {
+    "autograd": "HIPS autograd",
+    "jax": "JAX",
+    "keras": "Keras 3",
+    "optax": "optax",
+    "safetensors": "safetensors",
+    "torch": "PyTorch",
+}
+# Top-level modules. Keras comes first: with its torch backend a layer is a torch.nn.Module, too.
+_MODULES = {"keras": "keras", "tf_keras": "keras", "tensorflow": "tensorflow", "torch": "torch"}
+_MODULES |= {"jax": "jax", "jaxlib": "jax"}
+_CONTAINERS = (Mapping, ValuesView, list, tuple)
+_HINTS = {
+    "jax": "for JAX arrays use fastadam.jax (adam with optax, or fused_update)",
+    "keras": "for Keras 3 models use model.compile(optimizer=fastadam.keras.Adam(...))",
+    "tensorflow": "TensorFlow's variables cannot be updated in place: use tf.keras.optimizers.Adam, whose state "
+    "fastadam.exchange converts, or NumPy arrays (variable.numpy())",
+    "torch": "for parameters of PyTorch use fastadam.torch.Adam(model.parameters(), lr=...)",
+    "arrays": "variables go to apply_gradients([(gradient, variable), ...])",
+}
+
+
+def missing(what: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """The sentence that says what to install; the error itself if another module is missing."""
+    if error.name not in _NAMES:
+        return error
+    return ModuleNotFoundError(f"{what} needs {_NAMES[error.name]}: pip install {error.name}", name=error.name)
+
+
+def require(package: str, what: str) -> Any:
+    """The package, imported, or ModuleNotFoundError that says what needs it and how to install it."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise missing(what, error) from None
+
+
+def framework_of(value: Any) -> str | None:
+    """The framework of an object's class or of one of its bases: "keras", "tensorflow", "torch" or "jax"."""
+    tops = {base.__module__.partition(".")[0] for base in type(value).__mro__}
+    return next((name for module, name in _MODULES.items() if module in tops), None)
+
+
+def hint_for_variable(value: Any) -> str | None:
+    """What to use for a variable that fastadam.Adam cannot update because of its framework."""
+    framework = framework_of(value)
+    return None if framework in (None, "torch") else _HINTS[framework]
+
+
+def refuse_parameters(name: str, value: Any) -> None:
+    """Refuse a model, or what it has to train, in the place of a learning rate: torch's optimizers take it first."""
+    kind = _kind_of_parameters(value)
+    if kind is not None:
+        raise TypeError(f"{name}: {type(value).__name__}, expected a number or a schedule; {_HINTS[kind]}")
+
+
+def _kind_of_parameters(value: Any) -> str | None:
+    if isinstance(value, Iterator):  # looking at its items would use them up
+        frame = getattr(value, "gi_frame", None)
+        module = str(frame.f_globals.get("__name__")) if frame is not None else ""
+        return _MODULES.get(module.partition(".")[0], "torch" if "torch" in sys.modules else None)
+    inside = isinstance(value, _CONTAINERS)
+    value = first_of(value)
+    shape = getattr(value, "shape", None)
+    is_vector = shape is not None and (inside or len(shape) > 0)  # a single number can be a rate
+    is_model = any(hasattr(type(value), name) for name in ("trainable_variables", "named_parameters"))
+    framework = framework_of(value)
+    if framework is not None:
+        return framework if inside or is_vector or is_model else None
+    return "arrays" if is_vector and is_array(value) else None
+
+
+def first_of(value: Any) -> Any:
+    """The first variable in lists, dicts of variables and parameter groups; anything else as it is."""
+    while isinstance(value, _CONTAINERS) and len(value) > 0:
+        if isinstance(value, Mapping):
+            value = value["params"] if "params" in value else value.values()
+        else:
+            value = next(iter(value))
+    return value
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is an array of NumPy or a fastadam.Variable."""
+    return hasattr(value, "shape") and type(value).__module__.partition(".")[0] in ("fastadam", "numpy")
+
+
+class NamedInKeras:
+    """An optimizer of another kind than Keras's, which ``model.compile`` refuses with a text that has it in it."""
+
+    def __format__(self, spec: str) -> str:
+        text = super().__format__(spec)
+        asked_by = str(sys._getframe(1).f_globals.get("__name__"))
+        if asked_by.partition(".")[0] not in ("keras", "tf_keras"):
+            return text
+        return f"{text}. For Keras 3 models use fastadam.keras.Adam or AdamW"

@@ -99,16 +99,32 @@ def test_a_large_table_is_never_made_dense(provider):
     )  # KiB; bytes on macOS
 
 
-def test_jax_is_told_when_the_rows_change_between_its_runs():
+CHANGES = {  # what the loss reads in its first run and in its second
+    "other rows": (["e1"], ["e2"], "gathers other rows"),
+    "another table": (["e1"], ["f1"], "gathers other rows"),
+    "more rows": (["e1"], ["e1", "e1"], "gathers other rows"),
+    "fewer rows": (["e1", "f1"], ["e1"], "gathers other rows"),
+    "another variable": (["e"], ["f"], "reads other variables"),
+    "more variables": (["e1"], ["e1", "f"], "reads other variables"),
+    "fewer variables": (["e", "f"], ["e"], "reads other variables"),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["variables known", "variables asked for after the loss"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_jax_reads_must_not_change_between_its_runs(change, late):
     pytest.importorskip("jax")
-    e, calls = table(), []
+    first, second, message = CHANGES[change]
+    tables, runs = {"e": table(), "f": table()}, iter([first, second])
 
     def loss():
-        calls.append(0)
-        return (e.gather([len(calls)]) ** 2).sum()
+        names = next(runs)
+        reads = [tables[name[0]].gather([int(name[1:])]) if name[1:] else tables[name].value for name in names]
+        return sum((read**2).sum() for read in reads)
 
-    with pytest.raises(ValueError, match="loss: gathers other rows in its second run, expected the same"):
-        get_gradients(loss, [e], "jax")
+    variables = list(tables.values())
+    with pytest.raises(ValueError, match=f"loss: {message} in its second run, expected the same"):
+        get_gradients(loss, (lambda: variables) if late else variables, "jax")
 
 
 def test_outside_of_a_loss_rows_are_a_copy():

@@ -132,12 +132,14 @@ def test_what_the_loss_raises_comes_through(provider):
 
 
 def test_a_step_inside_a_loss(provider):
-    outer, inner = fastadam.Variable([3.0]), fastadam.Variable([1.0])
+    outer, inner, runs = fastadam.Variable([3.0]), fastadam.Variable([1.0]), []
     optimizer = fastadam.Adam(0.5)
 
     def loss():
+        runs.append(0)
         before = outer.value
-        assert optimizer.minimize(lambda: (inner.value * inner.value).sum(), inner, gradient=provider.name) == 1
+        made = optimizer.minimize(lambda: (inner.value * inner.value).sum(), inner, gradient=provider.name)
+        assert made == len(runs)
         with pytest.raises(_LossError):
             optimizer.minimize(_fail, inner, gradient=provider.name)
         found = optimizer.get_gradients(len, [outer], gradient=lambda *_: [outer.value])
@@ -147,7 +149,11 @@ def test_a_step_inside_a_loss(provider):
 
     (found,) = fastadam.Adam().get_gradients(loss, outer, gradient=provider.name)
     assert found.tolist() == [6.0]
-    assert inner.value.round(4).tolist() == [0.5]
+    assert len(runs) == (2 if provider.name == "jax" else 1)
+    twin, plain = np.float32([1.0]), fastadam.Adam(0.5)
+    for _ in runs:
+        plain.apply_gradients([(2 * twin, twin)])
+    assert inner.value.tolist() == twin.tolist()
 
 
 def _fail():

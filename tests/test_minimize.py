@@ -105,11 +105,27 @@ def test_double_precision_of_jax_is_left_as_it_was():
     w = fastadam.Variable(np.ones(2))
     seen = []
     fastadam.Adam().minimize(lambda: seen.append(w.value.dtype) or w.value.sum(), w, gradient="jax")
-    assert seen == [np.float64]
+    assert seen == [np.float64, np.float64]
     assert jax.numpy.ones(2).dtype == np.float32
     with pytest.raises(ZeroDivisionError):
         fastadam.Adam().minimize(lambda: 1 / 0, w, gradient="jax")
     assert jax.numpy.ones(2).dtype == np.float32
+
+
+def test_jax_runs_the_loss_first_without_numbers():
+    jax = pytest.importorskip("jax")
+    w, constant, runs = fastadam.Variable([3.0]), fastadam.Variable([2.0]), []
+
+    def loss():
+        runs.append(w.value.shape)
+        scale = float(jax.numpy.exp(constant.value * 0).sum())  # what is not differentiated has its numbers
+        return (w.value * w.value).sum() * scale
+
+    (found,) = fastadam.Adam().get_gradients(loss, w, gradient="jax")
+    assert (runs, found.tolist()) == ([(1,), (1,)], [6.0])
+    with pytest.raises(jax.errors.ConcretizationTypeError):
+        fastadam.Adam().minimize(lambda: w.value.sum() if w.value.sum() > 0 else -w.value.sum(), w, gradient="jax")
+    assert w.value.tolist() == [3.0]
 
 
 def test_a_variable_that_is_not_used_has_no_gradient(provider):

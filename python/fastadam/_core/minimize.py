@@ -77,15 +77,19 @@ class Minimizer:
         The loss reads its variables by ``value`` (or uses the :class:`fastadam.Variable` itself), which inside it is
         an array of the provider, in the variable's dtype: use the functions of ``autograd.numpy``, ``jax.numpy`` or
         ``torch`` there. What the loss reads by other ways (the array a Variable was made from, ``numpy()``, a thread
-        that it starts) is a constant. "jax" traces the loss in every call, with the double precision that float64
-        variables need switched on only meanwhile; to a function under ``jax.jit`` pass ``value`` as an argument.
+        that it starts) is a constant.
+
+        "jax" runs the loss twice in every call: first under ``jax.eval_shape``, to learn what it reads, where ``value``
+        has a shape but no numbers, so that Python cannot branch on it; then for the gradient. Both runs must read the
+        same variables and rows: draw batches outside of the loss. Double precision is on meanwhile if a variable is
+        float64. To a function under ``jax.jit`` pass ``value`` as an argument.
 
         Args:
             loss: Function without arguments that returns a float array. Of more than one element the sum is meant,
                 with a warning unless ``grad_loss`` is given.
             var_list: Variables: a list, a nested structure (dicts in the order of their sorted keys), a single one,
-                or a function without arguments, called after the loss has run. For that "jax" and a function as
-                ``gradient`` run the loss once more. Only a function as ``gradient`` can do with plain arrays.
+                or a function without arguments, called after the loss has run; for that, a function as ``gradient``
+                runs the loss once more. Only a function as ``gradient`` can do with plain arrays.
             grad_loss: The upstream gradient, in the shape of the loss.
             name: Passed to ``apply_gradients``.
             gradient: "autograd", "jax", "torch", or a function ``gradient(loss, variables)`` that returns a list with

@@ -55,7 +55,7 @@ class Adam(Stepper, Minimizer, NamedInKeras):
         learning_rate: Step size; a number, a schedule of :mod:`fastadam.schedules`, Keras or TensorFlow, a scheduler of
             PyTorch with one parameter group, which you step, or a callable without arguments. Schedules and callables
             are evaluated once per step. For variables on a GPU also one float32 or float64 there, which every step
-            reads, those of a CUDA graph too.
+            reads.
         beta_1: Decay rate of the first moment, in [0, 1); number or callable.
         beta_2: Decay rate of the second moment, likewise.
         epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastadam._core.checks import check_count, check_iterations, check_list, check_number
+from fastadam._core.checks import check_iterations, check_list, check_number
 from fastadam._core.gradients import bfloat16_to_float32
+from fastadam._core.slots import ACCUMULATOR
 from fastadam.exchange._state import Array, assign, check_adam, copies_of_slots
 
 if TYPE_CHECKING:
@@ -67,11 +68,7 @@ def to_keras3_variables(optimizer: Adam, variables: Iterable[Any]) -> dict[str, 
 
 
 def from_keras3_variables(
-    optimizer: Adam,
-    weights: Mapping[str, Any] | Iterable[Any],
-    variables: Iterable[Any],
-    *,
-    gradient_accumulation_steps: int | None = None,
+    optimizer: Adam, weights: Mapping[str, Any] | Iterable[Any], variables: Iterable[Any]
 ) -> None:
     """Set the state of these variables, and the learning rate, from the variables of a Keras 3 Adam or AdamW.
 
@@ -80,17 +77,20 @@ def from_keras3_variables(
     betas, ``epsilon`` (the same convention) and ``weight_decay``. The steps that follow agree within rounding: Keras
     multiplies by the double ``1 - beta``, this optimizer, as TF, by the difference of float32 numbers.
 
+    Gradient accumulators are refused. If the Keras optimizer has ``gradient_accumulation_steps=k``, finish the
+    accumulation cycle, remove the accumulators from the list (one for each variable, before the first m), and divide
+    the iteration, which counts calls, by k. Schedules and averages advance with every call in Keras and with every step
+    here.
+
     Args:
         optimizer: The optimizer to change.
         weights: What ``save_own_variables`` stored or :func:`read_keras3_file` read, or the list of the values of
             ``optimizer.variables``.
         variables: The variables, in the order that Keras built its optimizer with (``model.trainable_variables``).
-        gradient_accumulation_steps: That of the Keras optimizer. This one does not accumulate: the accumulators must
-            be zero, and Keras's count of small steps is divided by this number.
 
     Raises:
-        ValueError: Another number of arrays than these options have, or other shapes; accumulated gradients, a
-            schedule or ``use_ema`` with accumulation, for they count small steps. Nothing is changed.
+        ValueError: Another number of arrays than these options have, gradient accumulators among them, or other
+            shapes. Nothing is changed.
 
     Source: ``keras/src/optimizers/base_optimizer.py`` and ``adam.py`` of Keras 3.
 
@@ -104,20 +104,15 @@ def from_keras3_variables(
     """
     check_adam(optimizer)
     given, arrays = check_list("variables", variables), _listed(weights)
-    small_steps = None
-    if gradient_accumulation_steps is not None:
-        small_steps = check_count("gradient_accumulation_steps", gradient_accumulation_steps)
-    layout = _layout(optimizer, len(given), accumulates=small_steps is not None)
+    layout = _layout(optimizer, len(given))
     if len(arrays) != len(layout):
         raise ValueError(_another_number(optimizer, len(arrays), layout, len(given)))
     parts: dict[str, list[Any]] = {part: [] for part in layout}
     for part, array in zip(layout, arrays, strict=True):
         parts[part].append(array)
     iterations = check_iterations("weights[0]", parts.pop("iteration")[0])
-    if small_steps is not None:
-        iterations = _large_steps(optimizer, iterations, small_steps, parts.pop("accumulator", []))
     hyper = {"learning_rate": check_number("weights[1]", rate[0])} if (rate := parts.pop("learning_rate", None)) else {}
-    slots = {name: parts.get(name, []) for name in optimizer._slot_names()}
+    slots = {name: parts.get(name, []) for name in optimizer._slot_names() if name != ACCUMULATOR}
     assign(optimizer, given, iterations, slots, hyper)
 
 
@@ -196,13 +191,12 @@ def _has_constant_rate(optimizer: Adam) -> bool:
     return not callable(optimizer._hyper["learning_rate"])
 
 
-def _layout(optimizer: Adam, count: int, *, accumulates: bool = False) -> list[str]:
+def _layout(optimizer: Adam, count: int) -> list[str]:
     """What each of Keras's variables is."""
     return [
         "iteration",
         *(["learning_rate"] if _has_constant_rate(optimizer) else []),
         *(["average"] * count if "average" in optimizer._slot_names() else []),
-        *(["accumulator"] * count if accumulates else []),
         *["m", "v"] * count,
         *(["vhat"] * count if optimizer.amsgrad else []),
     ]
@@ -212,28 +206,13 @@ def _another_number(optimizer: Adam, found: int, layout: list[str], count: int) 
     parts = {part: layout.count(part) for part in layout}
     listed = ", ".join(f"{number} {part}" for part, number in parts.items())
     hint = ""
-    if found == len(layout) + count and "accumulator" not in parts:
-        hint = "; gradient accumulators need `gradient_accumulation_steps`"
+    if found == len(layout) + count:
+        hint = (
+            f"; if the other {count} are gradient accumulators, which cannot be imported, finish the accumulation "
+            "cycle, remove them, and divide the iteration by gradient_accumulation_steps"
+        )
     rate = "a number" if _has_constant_rate(optimizer) else "a schedule or callable"
     return (
         f"weights: {found} arrays, expected {len(layout)} ({listed}) for {count} variables, learning_rate {rate}, "
         f"amsgrad={optimizer.amsgrad}, use_ema={'average' in parts}: the options of the Keras optimizer{hint}"
     )
-
-
-def _large_steps(optimizer: Adam, iterations: int, small_steps: int, accumulators: list[Any]) -> int:
-    """Steps of this optimizer, at a moment when nothing is accumulated."""
-    if not _has_constant_rate(optimizer) or "average" in optimizer._slot_names():
-        raise ValueError(
-            "gradient_accumulation_steps: given with a schedule, a callable learning rate or use_ema, expected "
-            "neither: in Keras they count small steps, which this optimizer does not make"
-        )
-    for i, accumulator in enumerate(accumulators):
-        if np.any(np.asarray(accumulator) != 0):
-            raise ValueError(
-                f"gradient accumulator {i}: not zero, expected a state saved after an update: gradients accumulated "
-                "since then have no place in this optimizer"
-            )
-    if iterations % small_steps:
-        raise ValueError(f"weights[0]: {iterations} small steps, expected a multiple of {small_steps}: after an update")
-    return iterations // small_steps

@@ -1,22 +1,18 @@
-"""The states of optax: ``ScaleByAdamState`` and ``ScaleByAmsgradState``."""
+"""The ``ScaleByAdamState`` of optax."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastadam._core.checks import check_iterations
 from fastadam._core.tree import flatten
-from fastadam._core.variable import buffers_of
 from fastadam.exchange._state import (
     assign,
     check_adam,
     check_epsilon_here,
     copies_of_slots,
-    moment_names,
     require_no_average,
 )
 
@@ -25,13 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = ["from_optax_state", "to_optax_state"]
 
-_FIELDS = {"m": "mu", "v": "nu", "vhat": "nu_max"}
+_FIELDS = {"m": "mu", "v": "nu"}
 _EMPTY = ("EmptyState", "NoneType")
+_WHY_NOT_AMSGRAD = (
+    "the AMSGrad of optax keeps the maximum of bias-corrected second moments, this optimizer (as TF and PyTorch) the "
+    "maximum of the second moments, and neither can be computed from the other"
+)
 Leaves = list[tuple[str, Any]]
 
 
 def from_optax_state(optimizer: Adam, state: Any, variables: Any, *, epsilon: float) -> None:
-    r"""Set the moments, the count and ``epsilon`` from the state of ``optax.adam``, ``adamw`` or ``amsgrad``.
+    r"""Set the moments, the count and ``epsilon`` from the state of ``optax.adam`` or ``adamw``.
 
     .. math:: \hat\epsilon = \epsilon_{optax} \sqrt{1 - \beta_2^t}
 
@@ -43,23 +43,21 @@ def from_optax_state(optimizer: Adam, state: Any, variables: Any, *, epsilon: fl
     decay. Nor does it show ``eps_root`` and ``nesterov``, which this optimizer does not have: a transformation made
     with them goes on as plain Adam.
 
-    AMSGrad is another algorithm in optax, whose maximum is over bias-corrected moments (with
-    ``bias_correction_nu=False`` it is over the moments, which then are not corrected in the step either); here, as in
-    TF and PyTorch, it is over the moments, and the step is corrected. The two are one where the correction is no
-    longer seen, :math:`\beta^t < 2^{-26}` in float32 (18,013 steps for 0.999): such a state is taken, an earlier one
-    refused.
+    States of ``optax.amsgrad`` are refused: its maximum is over bias-corrected second moments, here, as in TF and
+    PyTorch, it is over the second moments, and neither can be computed from the other. To start a new maximum, pass
+    ``ScaleByAdamState(state.count, state.mu, state.nu)``, then set ``optimizer.amsgrad = True``.
 
     Args:
-        optimizer: The optimizer to change; ``amsgrad`` becomes what the state is.
-        state: ``ScaleByAdamState``, ``ScaleByAmsgradState``, or the tuple of a chain that holds one of them, and
-            besides it only empty states and ``ScaleByScheduleState``. JAX is not imported.
+        optimizer: The optimizer to change; ``amsgrad`` becomes False.
+        state: ``ScaleByAdamState``, or the tuple of a chain that holds one, and besides it only empty states and
+            ``ScaleByScheduleState``. JAX is not imported.
         variables: The variables: a list in the order of ``jax.tree.leaves``, or the tree of the moments.
         epsilon: The value for this optimizer.
 
     Raises:
         TypeError: A leaf that is no array.
-        ValueError: No such state, several, or others that have no place here; a schedule at another count; AMSGrad
-            before its corrections have faded; another tree, number or shape of arrays. Nothing is changed.
+        ValueError: No such state, several, or others that have no place here; a schedule at another count; the state
+            of AMSGrad; another tree, number or shape of arrays. Nothing is changed.
 
     Source: ``scale_by_adam`` and ``scale_by_amsgrad`` in ``optax/_src/transform.py``.
 
@@ -74,18 +72,14 @@ def from_optax_state(optimizer: Adam, state: Any, variables: Any, *, epsilon: fl
     check_adam(optimizer)
     eps = check_epsilon_here(epsilon)
     adam = _adam_in(state)
-    amsgrad = type(adam).__name__ == "ScaleByAmsgradState"
     places = _leaves(variables, "")
-    slots = {name: _like(places, getattr(adam, _FIELDS[name]), _FIELDS[name]) for name in moment_names(amsgrad)}
+    slots = {name: _like(places, getattr(adam, field), field) for name, field in _FIELDS.items()}
     count = check_iterations("count", adam.count)
-    given = [variable for _, variable in places]
-    if amsgrad:
-        _require_faded_corrections(optimizer, count, given)
-    assign(optimizer, given, count, slots, {"epsilon": eps, "amsgrad": amsgrad})
+    assign(optimizer, [variable for _, variable in places], count, slots, {"epsilon": eps, "amsgrad": False})
 
 
 def to_optax_state(optimizer: Adam, variables: Any) -> Any:
-    r"""The ``ScaleByAdamState``, with ``amsgrad`` the ``ScaleByAmsgradState``, of these variables, as JAX arrays.
+    r"""The ``ScaleByAdamState`` of these variables, as JAX arrays.
 
     It is the first state of the chain ``optax.adam(...)``: ``(to_optax_state(opt, params), *tx.init(params)[1:])``; a
     ``ScaleByScheduleState`` there needs the same count. No number of the optimizer is in it: the transformation has to
@@ -93,7 +87,8 @@ def to_optax_state(optimizer: Adam, variables: Any) -> Any:
 
     .. math:: \epsilon_{optax} = \hat\epsilon / \sqrt{1 - \beta_2^t},
 
-    which does the same at step t. About AMSGrad see :func:`from_optax_state`.
+    which does the same at step t. An optimizer with ``amsgrad`` is refused, for the reason in
+    :func:`from_optax_state`; with ``amsgrad = False`` set, the two moments are exported.
 
     Args:
         optimizer: The optimizer, which is not changed.
@@ -101,10 +96,10 @@ def to_optax_state(optimizer: Adam, variables: Any) -> Any:
 
     Raises:
         ImportError: optax is not installed.
-        ValueError: A variable without slots; moving averages; AMSGrad before its corrections have faded; float64
-            state while JAX has its ``jax_enable_x64`` off; more steps than optax's counter holds.
+        ValueError: A variable without slots; moving averages; AMSGrad; float64 state while JAX has its
+            ``jax_enable_x64`` off; more steps than optax's counter holds.
 
-    Source: ``scale_by_adam`` and ``scale_by_amsgrad`` in ``optax/_src/transform.py``.
+    Source: ``scale_by_adam`` in ``optax/_src/transform.py``.
 
     >>> import importlib.util, numpy as np, fastadam
     >>> params = {"w": np.ones(2, np.float32)}
@@ -122,18 +117,19 @@ def to_optax_state(optimizer: Adam, variables: Any) -> Any:
     require_no_average(optimizer, "a state of optax")
     if optimizer.iterations >= 2**31 - 1:  # where optax's counter stops
         raise ValueError(f"iterations: {optimizer.iterations}, expected less than 2**31 - 1, which optax's int32 holds")
-    given, structure = jax.tree.flatten(variables)
-    slots = copies_of_slots(optimizer, given, moment_names(optimizer.amsgrad))
     if optimizer.amsgrad:
-        _require_faded_corrections(optimizer, int(optimizer.iterations), given)
+        raise ValueError(
+            f"optimizer: amsgrad=True, expected False: {_WHY_NOT_AMSGRAD}; set amsgrad = False to export the moments"
+        )
+    given, structure = jax.tree.flatten(variables)
+    slots = copies_of_slots(optimizer, given, list(_FIELDS))
     if any(array.dtype == np.float64 for array in slots["m"]) and jnp.zeros(0, float).dtype != np.float64:
         raise ValueError("variables: float64, expected jax_enable_x64 to be on, without which JAX makes them float32")
-    kind = optax.ScaleByAmsgradState if optimizer.amsgrad else optax.ScaleByAdamState
     trees = {
         _FIELDS[name]: jax.tree.unflatten(structure, [jnp.asarray(array) for array in arrays])
         for name, arrays in slots.items()
     }
-    return kind(count=jnp.asarray(int(optimizer.iterations), jnp.int32), **trees)
+    return optax.ScaleByAdamState(count=jnp.asarray(int(optimizer.iterations), jnp.int32), **trees)
 
 
 def _adam_in(state: Any) -> Any:
@@ -142,11 +138,15 @@ def _adam_in(state: Any) -> Any:
     counts: list[int] = []
     others: list[str] = []
     _collect(state, found, counts, others)
+    if "ScaleByAmsgradState" in others:
+        raise ValueError(
+            f"state: ScaleByAmsgradState, expected ScaleByAdamState: {_WHY_NOT_AMSGRAD}; to start a new maximum, pass "
+            "ScaleByAdamState(state.count, state.mu, state.nu), then set amsgrad = True"
+        )
     if others or len(found) != 1:
         raise ValueError(
-            f"state: {[type(adam).__name__ for adam in found]} and {others}, expected one ScaleByAdamState or "
-            "ScaleByAmsgradState, with only EmptyState and ScaleByScheduleState beside it; pass the inner state of a "
-            "wrapper"
+            f"state: {[type(adam).__name__ for adam in found]} and {others}, expected one ScaleByAdamState, with only "
+            "EmptyState and ScaleByScheduleState beside it; pass the inner state of a wrapper"
         )
     if any(count != int(found[0].count) for count in counts):
         raise ValueError(
@@ -157,7 +157,7 @@ def _adam_in(state: Any) -> Any:
 
 def _collect(state: Any, found: list[Any], counts: list[int], others: list[str]) -> None:
     name = type(state).__name__
-    if name in ("ScaleByAdamState", "ScaleByAmsgradState"):
+    if name == "ScaleByAdamState":
         found.append(state)
     elif name == "ScaleByScheduleState":
         counts.append(int(state.count))
@@ -182,17 +182,3 @@ def _like(places: Leaves, moments: Any, field: str) -> list[Any]:
         if place != other and not is_list:
             raise ValueError(f"{field}: an array at {other or 'the root'}, expected one at {place} like variables")
     return [moment for _, moment in found]
-
-
-def _require_faded_corrections(optimizer: Adam, count: int, variables: Sequence[Any]) -> None:
-    """Where 1 - beta**t is 1, with a bit to spare for the rounding of the power."""
-    dtypes = {buffer.state_dtype for buffer in buffers_of(variables, range(len(variables)))}
-    least = min((float(np.finfo(dtype).eps) for dtype in dtypes), default=1.0) / 8
-    beta = max(optimizer.beta_1, optimizer.beta_2)
-    if beta**count > least:
-        steps = math.ceil(math.log(least) / math.log(beta)) if beta else 1
-        raise ValueError(
-            f"state: AMSGrad after {count} steps, expected at least {steps} for beta {beta}: before, optax's nu_max "
-            "(the maximum of bias-corrected moments) and vhat (the maximum of the moments, corrected in the step) are "
-            "different quantities, and the steps that follow would differ"
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,47 +15,28 @@ from fastadam._core.variable import Variable
 
 __all__ = ["JaxTape"]
 
-_gathered_from: weakref.WeakSet[Variable] = weakref.WeakSet()
-
-
-class _UnexpectedGather(BaseException):
-    """Raised through a loss that gathers rows which nobody asked for before."""
-
 
 class JaxTape(Tape):
-    """JAX: the loss is traced as a function of the variables and rows it reads, which must be known before it runs.
+    """JAX: the loss runs twice, first without numbers to learn what it reads, then as a function of that."""
 
-    A run that only asks for them goes before where variables are not known, or have been gathered from.
-    """
-
-    def __init__(
-        self, variables: Sequence[Variable] | None, refresh: Refresh, expected: Sequence[Gathered] = ()
-    ) -> None:
+    def __init__(self, variables: Sequence[Variable] | None, refresh: Refresh) -> None:
         super().__init__(variables, refresh)
         self._jax = importlib.import_module("jax")
         self._numpy = importlib.import_module("jax.numpy")
-        self._known = variables
-        self._expected = expected
-        self._asks = False
-        self._values: dict[int, Any] = {}
+        self._variables = variables
+        self._values: dict[int, Any] = {}  # by id of the variable
+        self._expected: list[Gathered] = []
         self._rows: Sequence[Any] = ()
-        self._read: Sequence[Variable] = ()
         self._depends = False
 
     def leaf(self, variable: Variable) -> Any:
-        return self._values[id(variable)] if id(variable) in self._values else self.constant(variable)
+        _require_same(id(variable) in self._values, "reads other variables")
+        return self._values[id(variable)]
 
     def rows(self, variable: Variable, ids: npt.NDArray[Any]) -> Any:
-        if self._asks:
-            known = self._values.get(id(variable))
-            return self.array(self.memory(variable, ids)) if known is None else known[ids]
         at = len(self._gathered)
-        if at == len(self._rows) and not self._expected:
-            _gathered_from.add(variable)
-            raise _UnexpectedGather
-        expected, known_ids, _ = self._expected[at] if at < len(self._rows) else (None, ids, None)
-        if expected is not variable or not np.array_equal(known_ids, ids):
-            raise ValueError("loss: gathers other rows in its second run, expected the same; draw them outside of it")
+        expected, known_ids, _ = self._expected[at] if at < len(self._expected) else (None, ids, None)
+        _require_same(expected is variable and np.array_equal(known_ids, ids), "gathers other rows")
         return self._rows[at]
 
     def array(self, values: npt.NDArray[Any]) -> Any:
@@ -64,52 +44,37 @@ class JaxTape(Tape):
         return self._numpy.array(values, copy=True)
 
     def differentiate(self, loss: Loss, resolve: Resolve, upstream: Any) -> list[Any]:
-        if self._known is not None and not any(variable in _gathered_from for variable in self._known):
-            with contextlib.suppress(_UnexpectedGather), self._precision(self._known):
-                return self._pull_back(loss, self._known, upstream)
-        return self._ask(loss, resolve)._pull_back_precisely(loss, upstream)
+        asking = _AskingTape(self._variables, self._refresh)
+        with self._precision(self._variables or ()):
+            asking.ask(loss)
+        variables = resolve()
+        self._wanted = {id(variable) for variable in variables}
+        self._expected = [gathered for gathered in asking._gathered if self._wants(gathered[0])]
+        read = [variable for variable, _ in asking._seen.values() if self._wants(variable)]
+        with self._precision(variables):
+            return self._pull_back(loss, variables, read, upstream)
 
-    def _ask(self, loss: Loss, resolve: Resolve) -> JaxTape:
-        """A tape that knows what the loss reads."""
-        asking = JaxTape(self._known, self._refresh)
-        asking._asks = True
-        if self._known is None:
-            asking.run(loss)
-        else:
-            with self._precision(self._known):
-                shapes = [self._jax.ShapeDtypeStruct(v.shape, v.dtype) for v in self._known]
-                self._jax.eval_shape(lambda values: asking._traced(loss, self._known or (), values, (), None), shapes)
-        wanted = resolve()
-        tape = JaxTape(wanted, self._refresh, [g for g in asking._gathered if any(g[0] is v for v in wanted)])
-        tape._read = [variable for variable, _ in asking._seen.values() if tape._wants(variable)]
-        return tape
-
-    def _pull_back_precisely(self, loss: Loss, upstream: Any) -> list[Any]:
-        assert self._known is not None
-        with self._precision(self._known):
-            return self._pull_back(loss, self._read, upstream)
-
-    def _traced(self, loss: Loss, variables: Sequence[Variable], values: Any, rows: Any, upstream: Any) -> Any:
-        self._values = {id(variable): array for variable, array in zip(variables, values, strict=True)}
-        self._rows = rows
-        result = self.run(loss)
-        check_loss(result, upstream)
-        self._depends = isinstance(result, self._jax.core.Tracer)
-        return self._numpy.asarray(result)
-
-    def _pull_back(self, loss: Loss, read: Sequence[Variable], upstream: Any) -> list[Any]:
-        assert self._known is not None
-        distinct = list({id(variable): variable for variable in read}.values())
-        values = [self.constant(variable) for variable in distinct]
+    def _pull_back(
+        self, loss: Loss, variables: Sequence[Variable], read: Sequence[Variable], upstream: Any
+    ) -> list[Any]:
+        values = {id(variable): self.constant(variable) for variable in read}
         rows = [self.array(self.memory(variable, ids)) for variable, ids, _ in self._expected]
-        result, pull_back = self._jax.vjp(lambda v, r: self._traced(loss, distinct, v, r, upstream), values, rows)
+        result, pull_back = self._jax.vjp(lambda v, r: self._traced(loss, v, r, upstream), values, rows)
         if not self._depends:
-            return [None] * len(self._known)
+            return [None] * len(variables)
         seed = self._numpy.asarray(seed_of(upstream, np.empty(result.shape)), result.dtype)
         of_values, of_rows = pull_back(seed)
-        found = {id(variable): np.asarray(part) for variable, part in zip(distinct, of_values, strict=True)}
-        of_read = [found[id(v)] if self.leaf_of(v) is not None else None for v in self._known]
-        return self.gradients(self._known, of_read, [np.asarray(part) for part in of_rows])
+        found = {key: np.asarray(part) for key, part in of_values.items()}
+        return self.gradients(variables, [found.get(id(v)) for v in variables], [np.asarray(part) for part in of_rows])
+
+    def _traced(self, loss: Loss, values: dict[int, Any], rows: Sequence[Any], upstream: Any) -> Any:
+        self._values, self._rows = values, rows
+        result = self.run(loss)
+        check_loss(result, upstream)
+        _require_same(values.keys() <= self._seen.keys(), "reads other variables")
+        _require_same(len(self._gathered) == len(rows), "gathers other rows")
+        self._depends = isinstance(result, self._jax.core.Tracer)
+        return self._numpy.asarray(result)
 
     def _precision(self, variables: Sequence[Variable]) -> contextlib.AbstractContextManager[Any]:
         """JAX computes in double only where it is allowed to; here, for double variables."""
@@ -118,3 +83,30 @@ class JaxTape(Tape):
         if hasattr(self._jax, "enable_x64"):
             return self._jax.enable_x64(True)  # type: ignore[no-any-return]
         return importlib.import_module("jax.experimental").enable_x64()  # type: ignore[no-any-return]
+
+
+class _AskingTape(JaxTape):
+    """Notes what a loss reads, by a run of ``jax.eval_shape``: what depends on the variables has no numbers there."""
+
+    def ask(self, loss: Loss) -> None:
+        """Run the loss."""
+
+        def run(number: Any) -> None:
+            self._number = number
+            with self._jax.ensure_compile_time_eval():  # what does not depend on them keeps its numbers
+                self.run(loss)
+
+        self._jax.eval_shape(run, np.float32(0))
+
+    def leaf(self, variable: Variable) -> Any:
+        self._refresh(variable, None)
+        return self._numpy.full_like(variable._value, self._number)
+
+    def rows(self, variable: Variable, ids: npt.NDArray[Any]) -> Any:
+        shape = (*ids.shape, *variable.shape[1:])
+        return self._numpy.full_like(variable._value, self._number, shape=shape)
+
+
+def _require_same(is_same: bool, what: str) -> None:
+    if not is_same:
+        raise ValueError(f"loss: {what} in its second run, expected the same; draw them outside of it")

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastadam import cuda
 from fastadam._core.backend import _cpu
+from fastadam._core.cuda_module import cuda_module
 from fastadam._core.placement import on_gpu
 from fastadam._core.plans import Plans, StepPlan
 from fastadam._core.slices import DEFERRED
@@ -47,7 +47,7 @@ class DeviceState(abc.ABC):
         if buffer.device < 0:
             return None
         if buffer.device not in self._contexts:
-            self._contexts[buffer.device] = cuda.native().Context(buffer.device)
+            self._contexts[buffer.device] = cuda_module().Context(buffer.device)
         return self._contexts[buffer.device]
 
     def _read_captured(self) -> None:
@@ -115,7 +115,7 @@ class DeviceState(abc.ABC):
     def _rate_on_gpu(self, first: Any, rate: Any) -> Any:
         """Before a step of an optimizer that knows GPUs: the learning rate where it lies on one, else None."""
         lies_there = on_gpu(first)
-        self._capturing = lies_there and cuda.native().is_capturing(first)
+        self._capturing = lies_there and cuda_module().is_capturing(first)
         if self._capturing:
             self._require_capturable()
         elsewhere = len(self._contexts) > 1 or lies_there != (self._plans.device >= 0)  # where steps would go on

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,14 +12,15 @@ from fastadam._core.gradients import as_float_array
 from fastadam._core.tree import flatten
 from fastadam._core.variable import Variable, reading
 
-__all__ = ["Gradient", "Minimizer", "set_gradient_provider"]
+if TYPE_CHECKING:
+    from fastadam._core.types import ArrayLike, Provider, VariableTree
 
-Gradient = str | Callable[[Loss, list[Any]], Sequence[Any]]
+__all__ = ["Minimizer", "set_gradient_provider"]
 
-_default: Gradient | None = None
+_default: Provider | None = None
 
 
-def set_gradient_provider(provider: Gradient | None) -> None:
+def set_gradient_provider(provider: Provider | None) -> None:
     """Choose where ``minimize`` and ``get_gradients`` get gradients from, unless their ``gradient`` says otherwise.
 
     Args:
@@ -59,11 +60,11 @@ class Minimizer:
     def minimize(
         self,
         loss: Loss,
-        var_list: Any,
-        grad_loss: Any = None,
+        var_list: VariableTree,
+        grad_loss: ArrayLike | None = None,
         name: str | None = None,
         *,
-        gradient: Gradient | None = None,
+        gradient: Provider | None = None,
     ) -> np.int64 | None:
         r"""Make one step down the gradient of a loss.
 
@@ -112,7 +113,7 @@ class Minimizer:
         return self.apply_gradients(list(zip(gradients, variables, strict=True)), name)
 
     def get_gradients(
-        self, loss: Loss, params: Any, *, grad_loss: Any = None, gradient: Gradient | None = None
+        self, loss: Loss, params: VariableTree, *, grad_loss: ArrayLike | None = None, gradient: Provider | None = None
     ) -> list[Any]:
         """The gradients of a loss, not clipped; the arguments are those of :meth:`minimize`.
 
@@ -131,7 +132,7 @@ class Minimizer:
         return _all_gradients(self, loss, params, grad_loss, gradient)[0]
 
     def get_updates(
-        self, loss: Loss, params: Any, *, grad_loss: Any = None, gradient: Gradient | None = None
+        self, loss: Loss, params: VariableTree, *, grad_loss: ArrayLike | None = None, gradient: Provider | None = None
     ) -> list[np.int64 | None]:
         """:meth:`get_gradients`, then ``apply_gradients``, whose result is the only item of the list.
 
@@ -150,7 +151,7 @@ def _all_gradients(
     loss: Loss,
     params: Any,
     grad_loss: Any,
-    gradient: Gradient | None,
+    gradient: Provider | None,
     scale: float | None = None,
 ) -> tuple[list[Any], list[Any]]:
     gradients, variables = _differentiate(optimizer, loss, params, grad_loss, gradient, "params", scale)
@@ -169,7 +170,7 @@ def _differentiate(
     loss: Any,
     var_list: Any,
     grad_loss: Any,
-    gradient: Gradient | None,
+    gradient: Provider | None,
     argument: str,
     scale: float | None,
 ) -> tuple[list[Any], list[Any]]:
@@ -240,7 +241,7 @@ def _from_function(
     return list(gradients), variables
 
 
-def _chosen(gradient: Gradient | None) -> Gradient:
+def _chosen(gradient: Provider | None) -> Provider:
     if gradient is not None:
         return _check_gradient(gradient, "gradient")
     if _default is None:
@@ -251,7 +252,7 @@ def _chosen(gradient: Gradient | None) -> Gradient:
     return _check_gradient(_default, "gradient")
 
 
-def _check_gradient(gradient: Any, label: str) -> Gradient:
+def _check_gradient(gradient: Any, label: str) -> Provider:
     if isinstance(gradient, str):
         check_provider(gradient, label)
     elif not callable(gradient):

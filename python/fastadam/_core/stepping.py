@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from fastadam._core.slices import DEFERRED, is_native_sparse, is_sparse
 from fastadam._core.slots import ACCUMULATOR, Entry
 from fastadam._core.staleness import Numbers, Staleness
 from fastadam._core.variable import Variable, buffers_of, unwrap
+
+if TYPE_CHECKING:
+    from fastadam._core.types import Gradient, VariableLike
 
 __all__ = ["Stepper"]
 
@@ -37,7 +40,7 @@ class Stepper(DeferredTables):
 
     def apply_gradients(
         self,
-        grads_and_vars: Iterable[tuple[Any, Any]],
+        grads_and_vars: Iterable[tuple[Gradient | None, VariableLike]],
         name: str | None = None,
         experimental_aggregate_gradients: bool = True,
     ) -> np.int64 | None:

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from fastadam._core.optimizer import Adam
 from fastadam._core.slices import IndexedSlices
+from fastadam._core.types import SparseUpdate
 from fastadam._demo import progress, write_curve
 
 __all__ = [
@@ -174,7 +175,7 @@ class Report:
 
 def train(
     corpus: Corpus,
-    sparse_update: str,
+    sparse_update: SparseUpdate,
     steps: int = STEPS,
     seed: int = 0,
     learning_rate: float = 0.003,

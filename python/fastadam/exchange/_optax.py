@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastadam._core.checks import check_iterations
+from fastadam._core.keywords import suggests_keywords
 from fastadam._core.tree import flatten
 from fastadam._core.variable import buffers_of
 from fastadam.exchange._state import (
@@ -22,6 +23,7 @@ from fastadam.exchange._state import (
 
 if TYPE_CHECKING:
     from fastadam._core.optimizer import Adam
+    from fastadam._core.types import VariableTree
 
 __all__ = ["from_optax_state", "to_optax_state"]
 
@@ -30,7 +32,8 @@ _EMPTY = ("EmptyState", "NoneType")
 Leaves = list[tuple[str, Any]]
 
 
-def from_optax_state(optimizer: Adam, state: Any, variables: Any, *, epsilon: float) -> None:
+@suggests_keywords()
+def from_optax_state(optimizer: Adam, state: Any, variables: VariableTree, *, epsilon: float) -> None:
     r"""Set the moments, the count and ``epsilon`` from the state of ``optax.adam``, ``adamw`` or ``amsgrad``.
 
     .. math:: \hat\epsilon = \epsilon_{optax} \sqrt{1 - \beta_2^t}
@@ -84,7 +87,8 @@ def from_optax_state(optimizer: Adam, state: Any, variables: Any, *, epsilon: fl
     assign(optimizer, given, count, slots, {"epsilon": eps, "amsgrad": amsgrad})
 
 
-def to_optax_state(optimizer: Adam, variables: Any) -> Any:
+@suggests_keywords()
+def to_optax_state(optimizer: Adam, variables: VariableTree) -> Any:
     r"""The ``ScaleByAdamState``, with ``amsgrad`` the ``ScaleByAmsgradState``, of these variables, as JAX arrays.
 
     It is the first state of the chain ``optax.adam(...)``: ``(to_optax_state(opt, params), *tx.init(params)[1:])``; a

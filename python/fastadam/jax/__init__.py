@@ -16,6 +16,7 @@ JAX differentiates, batches and shards by rules; those of a step are in ``operat
 
 from __future__ import annotations
 
+from fastadam._core.public import adopt
 from fastadam.jax._arguments import AmsgradState
 from fastadam.jax._operation import register
 from fastadam.jax._steps import fused_update, init, sparse_update, step_arrays
@@ -32,3 +33,9 @@ __all__ = [
     "sparse_update",
     "step_arrays",
 ]
+
+adopt(globals())
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

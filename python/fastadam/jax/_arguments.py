@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,16 @@ import numpy as np
 
 from fastadam._core import checks
 
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+
+Rate: TypeAlias = "ArrayLike | Callable[[Any], ArrayLike]"  # a schedule is given the count before the step
+Mask: TypeAlias = Any  # bools in the tree of the parameters, a prefix of it, a function of them; None for all
+CLIPPING = {  # for keywords that Keras has
+    "clipnorm": "clip the gradients before, as optax.clip_by_global_norm does",
+    "clipvalue": "clip the gradients before, as optax.clip does",
+    "global_clipnorm": "clip the gradients before, as optax.clip_by_global_norm does",
+}
 HALF = ("float16", "bfloat16")
 _FLOATS = (*HALF, "float32", "float64")
 _INT32_MAX = 2**31 - 1
@@ -23,7 +33,7 @@ class AmsgradState(NamedTuple):
     optax's ``ScaleByAmsgradState`` has the maximum of bias-corrected moments, which is another algorithm.
     """
 
-    count: Any
+    count: jax.Array
     mu: Any
     nu: Any
     nu_max: Any

@@ -6,6 +6,13 @@ loss scale, constraints, schedules and saving are Keras's own; what is replaced 
 
 from __future__ import annotations
 
+from fastadam._core.public import adopt
 from fastadam.keras._optimizer import Adam, AdamW
 
 __all__ = ["Adam", "AdamW"]
+
+adopt(globals())
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastadam._core.keywords import suggests_keywords
 from fastadam.schedules import _decays
 from fastadam.schedules._decays import LearningRateSchedule
 
@@ -33,6 +34,11 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
 
     Raises:
         ValueError: Not such a dict, or a class that is not known.
+
+    >>> import fastadam
+    >>> config = {"initial_learning_rate": 0.1, "decay_steps": 100}
+    >>> fastadam.schedules.deserialize({"class_name": "CosineDecay", "config": config})(50)
+    0.05
     """
     if not isinstance(config, Mapping) or not isinstance(config.get("config"), Mapping) or "class_name" not in config:
         raise ValueError(f"Improper config format: {config!r}, expected a dict with 'class_name' and 'config'")
@@ -44,6 +50,7 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
     return classes[name].from_config(dict(config["config"]))
 
 
+@suggests_keywords()
 def plot(schedule: LearningRateSchedule, steps: int, axes: Any = None) -> Any:
     """Draw the rates of the first ``steps`` steps with matplotlib; returns the axes.
 
@@ -51,6 +58,11 @@ def plot(schedule: LearningRateSchedule, steps: int, axes: Any = None) -> Any:
         schedule: Any schedule; one of your own is called step by step.
         steps: How many steps.
         axes: Matplotlib axes to draw on; None makes a figure.
+
+    >>> import importlib.util, fastadam
+    >>> if importlib.util.find_spec("matplotlib"):
+    ...     axes = fastadam.schedules.plot(fastadam.schedules.CosineDecay(0.1, 100), 100)
+    ...     assert axes.get_title() == "CosineDecay"
     """
     if axes is None:
         from matplotlib.figure import Figure

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.checks import check_number
+from fastadam._core.keywords import suggests_keywords
 
 __all__ = [
     "CosineDecay",
@@ -98,6 +99,7 @@ class _DecayOfQuotient(_Schedule):
         return np.asarray(np.floor(quotient) if self.staircase else quotient)
 
 
+@suggests_keywords()
 @dataclass(frozen=True)
 class ExponentialDecay(_DecayOfQuotient):
     r"""``initial_learning_rate * decay_rate ** (step / decay_steps)``; with ``staircase`` the quotient is floored.
@@ -115,6 +117,7 @@ class ExponentialDecay(_DecayOfQuotient):
         return self.initial_learning_rate * self.decay_rate ** self._quotient(steps)
 
 
+@suggests_keywords()
 @dataclass(frozen=True)
 class InverseTimeDecay(_DecayOfQuotient):
     r"""``initial_learning_rate / (1 + decay_rate * step / decay_steps)``; with ``staircase`` the quotient is floored.
@@ -131,6 +134,7 @@ class InverseTimeDecay(_DecayOfQuotient):
         return self.initial_learning_rate / (1 + self.decay_rate * self._quotient(steps))
 
 
+@suggests_keywords()
 @dataclass(frozen=True)
 class PiecewiseConstantDecay(_Schedule):
     """``values[i]`` for ``boundaries[i-1] < step <= boundaries[i]``: the boundary itself has the earlier value.
@@ -162,6 +166,7 @@ class PiecewiseConstantDecay(_Schedule):
         return values[np.searchsorted(boundaries, steps, side="left")]
 
 
+@suggests_keywords()
 @dataclass(frozen=True)
 class PolynomialDecay(_Schedule):
     r"""From ``initial_learning_rate`` to ``end_learning_rate`` in ``decay_steps``, then constant or in cycles.
@@ -199,6 +204,7 @@ class PolynomialDecay(_Schedule):
         return (self.initial_learning_rate - self.end_learning_rate) * remaining**self.power + self.end_learning_rate
 
 
+@suggests_keywords()
 @dataclass(frozen=True)
 class CosineDecay(_Schedule):
     r"""Half a cosine from ``initial_learning_rate`` to ``alpha`` times it; before it a linear warm-up, if asked for.
@@ -243,6 +249,7 @@ class CosineDecay(_Schedule):
         return (1 - self.alpha) * 0.5 * (1 + np.cos(np.pi * completed)) + self.alpha
 
 
+@suggests_keywords()
 @dataclass(frozen=True)
 class CosineDecayRestarts(_Schedule):
     r"""Cosine decay with warm restarts (Loshchilov and Hutter, arXiv:1608.03983).
@@ -291,6 +298,7 @@ class CosineDecayRestarts(_Schedule):
         return np.where(self._start(guess + 1) <= periods, guess + 1, guess)
 
 
+@suggests_keywords()
 @dataclass(frozen=True)
 class LinearCosineDecay(_Schedule):
     r"""A cosine of ``num_periods`` periods under a line to 0 (Bello et al., arXiv:1709.07417); TF 2.x's experimental.

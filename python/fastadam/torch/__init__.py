@@ -6,6 +6,13 @@ optimizer the sparse gradients of ``nn.Embedding(sparse=True)``.
 
 from __future__ import annotations
 
+from fastadam._core.public import adopt
 from fastadam.torch._optimizer import Adam, AdamW
 
 __all__ = ["Adam", "AdamW"]
+
+adopt(globals())
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from fastadam._core.keywords import suggests_keywords
 from fastadam._core.slices import check_sparse_update
 from fastadam.torch._checks import check_ids, check_module, check_numbers, check_options, check_tensor
 from fastadam.torch._compiled import traced_step
@@ -16,7 +17,21 @@ from fastadam.torch._states import fill_groups, keep_tensors, restore_states
 from fastadam.torch._stepping import Stepper
 from fastadam.torch._tables import Reader
 
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+    from fastadam._core.types import SparseUpdate
+
 __all__ = ["Adam", "AdamW"]
+
+_ELSEWHERE = {
+    "clipnorm": "torch.nn.utils.clip_grad_norm_ clips gradients before the step",
+    "global_clipnorm": "torch.nn.utils.clip_grad_norm_ clips gradients before the step",
+    "clipvalue": "torch.nn.utils.clip_grad_value_ clips gradients before the step",
+    "use_ema": "torch.optim.swa_utils.AveragedModel keeps averages",
+    "ema_momentum": "torch.optim.swa_utils.AveragedModel keeps averages",
+    "loss_scale_factor": "torch.amp.GradScaler scales the loss",
+}
 
 
 class Adam(Stepper):
@@ -85,9 +100,10 @@ class Adam(Stepper):
 
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
 
+    @suggests_keywords("optimizer", _ELSEWHERE)
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -100,7 +116,7 @@ class Adam(Stepper):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        sparse_update: str = "dense",
+        sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
         moments_dtype: torch.dtype | None = None,
     ) -> None:
         self._sparse_update = check_sparse_update(sparse_update)
@@ -161,7 +177,7 @@ class Adam(Stepper):
     # ---- tables ----------------------------------------------------------------------------------------------------
 
     @property
-    def sparse_update(self) -> str:
+    def sparse_update(self) -> SparseUpdate:
         """How sparse gradients are applied; see the class."""
         return self._sparse_update
 
@@ -308,9 +324,10 @@ class AdamW(Adam):
     ...     assert opt.param_groups[0]["weight_decay"] == 0.01
     """
 
+    @suggests_keywords("optimizer", _ELSEWHERE)
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -322,7 +339,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        sparse_update: str = "dense",
+        sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
         moments_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(

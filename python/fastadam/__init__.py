@@ -17,7 +17,7 @@ from fastadam._core.loss_scale import LossScaleOptimizer
 from fastadam._core.minimize import set_gradient_provider
 from fastadam._core.ops import adam_step
 from fastadam._core.optimizer import Adam
-from fastadam._core.public import adopt
+from fastadam._core.public import publish
 from fastadam._core.slices import IndexedSlices
 from fastadam._core.variable import Variable
 
@@ -45,7 +45,7 @@ __all__ = [
     "show_config",
 ]
 
-adopt(globals())
+publish(globals())
 
 
 def __dir__() -> list[str]:

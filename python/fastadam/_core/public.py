@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["adopt"]
+__all__ = ["publish"]
 
 
-def adopt(namespace: Mapping[str, Any]) -> None:
+def publish(namespace: Mapping[str, Any]) -> None:
     """Have the classes and functions of ``__all__`` say that they are of the module with these globals.
 
     Tracebacks, pickles, ``help()`` and documentation then say ``fastadam.Adam``, not where the class is written.

@@ -28,14 +28,13 @@ __all__ = [
 SparseUpdate: TypeAlias = Literal["dense", "deferred", "deferred_fast", "lazy"]
 
 Hyperparameter: TypeAlias = "float | Callable[[], SupportsFloat]"
-LearningRate: TypeAlias = (
-    "Hyperparameter | LearningRateSchedule | OtherSchedule | Array"  # an array: one number on a GPU
-)
+# An array: one number on a GPU.
+LearningRate: TypeAlias = "Hyperparameter | LearningRateSchedule | KerasSchedule | TorchScheduler | Array"
 
 Provider: TypeAlias = "Literal['autograd', 'jax', 'torch'] | Callable[[Loss, list[Any]], Sequence[Any]]"
 
 
-class OtherSchedule(Protocol):
+class KerasSchedule(Protocol):
     """A schedule of Keras or TensorFlow."""
 
     def __call__(self, step: Any) -> Any:
@@ -43,6 +42,15 @@ class OtherSchedule(Protocol):
 
     def get_config(self) -> dict[str, Any]:
         """What it was made with."""
+
+
+class TorchScheduler(Protocol):
+    """A scheduler of PyTorch."""
+
+    optimizer: Any
+
+    def get_last_lr(self) -> list[Any]:
+        """The rates of the parameter groups."""
 
 
 class SupportsDLPack(Protocol):

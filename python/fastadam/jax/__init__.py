@@ -16,7 +16,7 @@ JAX differentiates, batches and shards by rules; those of a step are in ``operat
 
 from __future__ import annotations
 
-from fastadam._core.public import adopt
+from fastadam._core.public import publish
 from fastadam.jax._arguments import AmsgradState
 from fastadam.jax._operation import register
 from fastadam.jax._steps import fused_update, init, sparse_update, step_arrays
@@ -34,7 +34,7 @@ __all__ = [
     "step_arrays",
 ]
 
-adopt(globals())
+publish(globals())
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,8 @@ import numpy as np
 
 from fastadam._core import checks
 
-if TYPE_CHECKING:
-    from jax.typing import ArrayLike
-
-Rate: TypeAlias = "ArrayLike | Callable[[Any], ArrayLike]"  # a schedule is given the count before the step
+Scalar: TypeAlias = "float | np.floating[Any] | jax.Array"
+Rate: TypeAlias = "Scalar | Callable[[jax.Array], Any]"  # a schedule is given the count before the step
 Mask: TypeAlias = Any  # bools in the tree of the parameters, a prefix of it, a function of them; None for all
 CLIPPING = {  # for keywords that Keras has
     "clipnorm": "clip the gradients before, as optax.clip_by_global_norm does",
@@ -25,6 +23,22 @@ HALF = ("float16", "bfloat16")
 _FLOATS = (*HALF, "float32", "float64")
 _INT32_MAX = 2**31 - 1
 Arrays = list[jax.Array]
+
+
+class AdamState(Protocol):
+    """What optax's ``ScaleByAdamState`` is known by; its own annotations have a count that may be no array."""
+
+    @property
+    def count(self) -> jax.Array:
+        """Steps made before."""
+
+    @property
+    def mu(self) -> Any:
+        """First moments, in the tree of the parameters."""
+
+    @property
+    def nu(self) -> Any:
+        """Second moments, likewise."""
 
 
 class AmsgradState(NamedTuple):

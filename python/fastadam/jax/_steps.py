@@ -35,9 +35,8 @@ from fastadam.jax._operation import DenseStep, SparseStep, operation
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-    from optax import ScaleByAdamState
 
-    from fastadam.jax._arguments import Mask, Rate
+    from fastadam.jax._arguments import AdamState, Mask, Rate, Scalar
 
 Params = TypeVar("Params")
 State = TypeVar("State")
@@ -45,11 +44,11 @@ _MOST_LEAVES = 64  # in one call: the time in which XLA compiles one grows with 
 
 
 @overload
-def init(params: Any, *, amsgrad: Literal[False] = False) -> ScaleByAdamState: ...
+def init(params: Any, *, amsgrad: Literal[False] = False) -> AdamState: ...
 @overload
 def init(params: Any, *, amsgrad: Literal[True]) -> AmsgradState: ...
 @overload
-def init(params: Any, *, amsgrad: bool) -> ScaleByAdamState | AmsgradState: ...
+def init(params: Any, *, amsgrad: bool) -> AdamState | AmsgradState: ...
 @suggests_keywords()
 def init(params: Any, *, amsgrad: bool = False) -> Any:
     """Zero moments for :func:`fused_update` and :func:`sparse_update`, in float32 for half parameters.
@@ -84,12 +83,12 @@ def fused_update(
     state: State,
     *,
     learning_rate: Rate,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    weight_decay: ArrayLike = 0.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
     mask: Mask = None,
-    grad_factor: ArrayLike = 1.0,
+    grad_factor: Scalar = 1.0,
     epsilon_corrected: bool = True,
 ) -> tuple[Params, State]:
     r"""One step of Adam, of AMSGrad with an :class:`AmsgradState`, of all parameters, in one pass over memory.
@@ -155,11 +154,11 @@ def sparse_update(
     state: State,
     *,
     learning_rate: Rate,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    weight_decay: ArrayLike = 0.0,
-    grad_factor: ArrayLike = 1.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+    grad_factor: Scalar = 1.0,
     epsilon_corrected: bool = True,
     mode: Literal["dense", "lazy"] = "dense",
 ) -> tuple[jax.Array, State]:
@@ -236,13 +235,13 @@ def step_arrays(
     vhat: Sequence[ArrayLike] | None = None,
     *,
     step: ArrayLike,
-    learning_rate: ArrayLike,
-    beta_1: ArrayLike = 0.9,
-    beta_2: ArrayLike = 0.999,
-    epsilon: ArrayLike = 1e-7,
+    learning_rate: Scalar,
+    beta_1: Scalar = 0.9,
+    beta_2: Scalar = 0.999,
+    epsilon: Scalar = 1e-7,
     epsilon_corrected: bool = False,
-    weight_decay: ArrayLike = 0.0,
-    grad_factor: ArrayLike = 1.0,
+    weight_decay: Scalar = 0.0,
+    grad_factor: Scalar = 1.0,
     decays: Sequence[bool] | None = None,
 ) -> tuple[Arrays, Arrays, Arrays, Arrays | None]:
     """:func:`fused_update` of lists, with Keras's names and defaults, for those who keep the moments elsewhere.

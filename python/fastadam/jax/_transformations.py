@@ -24,17 +24,17 @@ from fastadam.jax._steps import step_leaves
 
 if TYPE_CHECKING:
     import optax
-    from jax.typing import ArrayLike, DTypeLike
+    from jax.typing import DTypeLike
 
-    from fastadam.jax._arguments import Mask, Rate
+    from fastadam.jax._arguments import Mask, Rate, Scalar
 
 
 @suggests_keywords(elsewhere=CLIPPING)
 def scale_by_adam(
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    eps_root: ArrayLike = 0.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
@@ -125,10 +125,10 @@ def _without_root(eps: Any, eps_root: Any) -> Any:
 @suggests_keywords(elsewhere=CLIPPING)
 def adam(
     learning_rate: Rate,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    eps_root: ArrayLike = 0.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
@@ -152,12 +152,12 @@ def adam(
 @suggests_keywords(elsewhere=CLIPPING)
 def adamw(
     learning_rate: Rate,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    eps_root: ArrayLike = 0.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     mu_dtype: DTypeLike | None = None,
-    weight_decay: ArrayLike = 1e-4,
+    weight_decay: Scalar = 1e-4,
     mask: Mask = None,
     *,
     nesterov: bool = False,

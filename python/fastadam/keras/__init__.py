@@ -6,12 +6,12 @@ loss scale, constraints, schedules and saving are Keras's own; what is replaced 
 
 from __future__ import annotations
 
-from fastadam._core.public import adopt
+from fastadam._core.public import publish
 from fastadam.keras._optimizer import Adam, AdamW
 
 __all__ = ["Adam", "AdamW"]
 
-adopt(globals())
+publish(globals())
 
 
 def __dir__() -> list[str]:

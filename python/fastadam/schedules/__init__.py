@@ -8,7 +8,7 @@ Source: https://www.tensorflow.org/api_docs/python/tf/keras/optimizers/schedules
 
 from __future__ import annotations
 
-from fastadam._core.public import adopt
+from fastadam._core.public import publish
 from fastadam.schedules._config import deserialize, plot, serialize
 from fastadam.schedules._decays import (
     CosineDecay,
@@ -35,7 +35,7 @@ __all__ = [
     "serialize",
 ]
 
-adopt(globals())
+publish(globals())
 
 
 def __dir__() -> list[str]:

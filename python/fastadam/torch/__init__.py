@@ -6,12 +6,12 @@ optimizer the sparse gradients of ``nn.Embedding(sparse=True)``.
 
 from __future__ import annotations
 
-from fastadam._core.public import adopt
+from fastadam._core.public import publish
 from fastadam.torch._optimizer import Adam, AdamW
 
 __all__ = ["Adam", "AdamW"]
 
-adopt(globals())
+publish(globals())
 
 
 def __dir__() -> list[str]:

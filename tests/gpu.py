@@ -15,6 +15,7 @@ from pathlib import Path
 import fastadam
 import numpy as np
 import pytest
+from fastadam._core.cuda_module import cuda_module, why_not
 from test_native import ROOT, run, tool
 
 
@@ -126,7 +127,7 @@ class RealGpu:
 
     def __init__(self):
         self.cupy = importlib.import_module("cupy")
-        self.native = fastadam.cuda.native()
+        self.native = cuda_module()
 
     def start(self):
         self.cupy_stream = self.cupy.cuda.Stream(non_blocking=True)
@@ -152,7 +153,7 @@ class RealGpu:
 
 def real_or_skip():
     if not fastadam.cuda.is_available():
-        pytest.skip(f"needs a GPU: {fastadam.cuda.describe()}")
+        pytest.skip(f"needs a GPU: {why_not()}")
     if importlib.util.find_spec("cupy") is None:
         pytest.skip("needs CuPy, which brings the arrays of a GPU")
     return RealGpu()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -22,6 +24,7 @@ EXAMPLES = [
     for name, text in (("front", (ROOT / "README.md").read_text()), ("guide", GUIDE))
     for i, example in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 ]
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FRAMEWORKS = ("torch", "jax", "keras")
 ADAPTERS = {"fastadam.torch": ["torch"], "fastadam.jax": ["jax"]}
 # Those of fastadam.keras are run by tests/test_keras_adam.py.
@@ -73,3 +76,21 @@ def test_examples_of_docstrings_run(module):
     need(*ADAPTERS.get(".".join(module.split(".")[:2]), []))
     result = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_example_of_a_docstring_is_passed_over(module):
+    """A class is found in the module that its `__module__` names, which may be another than that of its source."""
+    need(*ADAPTERS.get(".".join(module.split(".")[:2]), []))
+    source = Path(importlib.import_module(module).__file__).read_text()
+    written = [
+        ast.get_docstring(node, clean=False) for node in ast.walk(ast.parse(source)) if isinstance(node, DOCUMENTED)
+    ]
+    assert {text for text in written if text and ">>>" in text} <= found_examples()
+
+
+@functools.cache
+def found_examples():
+    modules = [m for m in MODULES if all(map(importlib.util.find_spec, ADAPTERS.get(".".join(m.split(".")[:2]), [])))]
+    finder = doctest.DocTestFinder()
+    return {test.docstring for name in modules for test in finder.find(importlib.import_module(name)) if test.examples}

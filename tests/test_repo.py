@@ -25,17 +25,9 @@ def test_readme_has_two_set_up_commands():
 
 def test_the_guide_names_every_public_attribute_and_argument_of_the_optimizers():
     names = {name for name in dir(fastadam.Adam) if not name.startswith("_")}
-    names |= set(inspect.signature(fastadam.AdamW).parameters) - {"kwargs"}
+    names |= set(inspect.signature(fastadam.AdamW).parameters)
     names |= {name for name in fastadam.schedules.__all__ if name != "plot"}
     assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", GUIDE)] == []
-
-
-def test_every_public_name_has_a_docstring_with_an_example():
-    for name in fastadam.__all__:
-        value = getattr(fastadam, name)
-        if inspect.isfunction(value) or inspect.isclass(value):
-            assert value.__doc__, name
-            assert ">>>" in value.__doc__ or name == "show_config", name
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -113,9 +105,3 @@ def test_folders_include_the_folders_that_they_may(folder, others, exceptions):
         included = set(re.findall(r'#include "\.\./(\w+)/', path.read_text()))
         assert included <= others | of_devices | {exceptions.get(path.name, "core")}, path.name
         assert folder == "bind" or "pybind11" not in path.read_text()
-
-
-def test_the_package_is_typed_and_shows_its_signature():
-    assert (Path(fastadam.__file__).parent / "py.typed").exists()
-    parameters = list(inspect.signature(fastadam.Adam).parameters)
-    assert parameters == ["learning_rate", "beta_1", "beta_2", "epsilon", "amsgrad", "name", "sparse_update", "kwargs"]

@@ -5,11 +5,19 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from fastadam._core.keywords import suggests_keywords
+
 __all__ = ["adam_step"]
 
-Array = npt.NDArray[np.float64]
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
+_Array = npt.NDArray[np.float64]
+
+
+@suggests_keywords()
 def adam_step(
     var: npt.ArrayLike,
     grad: npt.ArrayLike,
@@ -26,7 +34,7 @@ def adam_step(
     clipvalue: float | None = None,
     grad_factor: float = 1.0,
     weight_decay: float = 0.0,
-) -> tuple[Array, Array, Array, Array | None]:
+) -> tuple[_Array, _Array, _Array, _Array | None]:
     """Return new float64 ``(var, m, v, vhat)``; the arguments of :func:`fastadam.adam_step`, nothing in place.
 
     >>> import numpy as np, fastadam

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,10 +14,13 @@ from fastadam._core.gradients import as_float_array
 from fastadam._core.slices import IndexedSlices
 from fastadam._core.variable import unwrap
 
+if TYPE_CHECKING:
+    from fastadam._core.types import Gradient
+
 __all__ = ["global_norm"]
 
 
-def global_norm(grads: Iterable[Any]) -> float:
+def global_norm(grads: Iterable[Gradient | None]) -> float:
     r"""Euclidean norm of all gradients together, in double: :math:`\sqrt{\sum_i \sum_j g_{ij}^2}`.
 
     The sums run over a tree of fixed shape: the result depends on no thread count, instruction set or alignment.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from fastadam._core.state import OptimizerState
 from fastadam._core.variable import buffer_of, label_of, unwrap
 from fastadam._core.warning import warn
 
+if TYPE_CHECKING:
+    from fastadam._core.types import Array, ArrayLike, SparseUpdate, VariableLike
+
 __all__ = ["DeferredTables"]
 
 
@@ -29,16 +32,16 @@ class DeferredTables(OptimizerState):
     """``gather``, ``sync`` and ``dense_view`` for an optimizer whose tables may lag behind their steps."""
 
     _extras: Extras
-    _sparse_update: str
+    _sparse_update: SparseUpdate
     _max_staleness: int | None
 
     @property
-    def sparse_update(self) -> str:
+    def sparse_update(self) -> SparseUpdate:
         """How IndexedSlices are applied; see the class. Set later, every row is brought up to date first."""
         return self._sparse_update
 
     @sparse_update.setter
-    def sparse_update(self, value: str) -> None:
+    def sparse_update(self, value: SparseUpdate) -> None:
         check_sparse_update(value)
         extras = self._extras
         if value != "dense" and (extras.use_ema or extras.gradient_accumulation_steps):
@@ -62,7 +65,7 @@ class DeferredTables(OptimizerState):
     def max_staleness(self, value: int | None) -> None:
         self._max_staleness = None if value is None else check_count("max_staleness", value)
 
-    def gather(self, var: Any, indices: npt.ArrayLike, out: Any = None) -> Any:
+    def gather(self, var: VariableLike, indices: ArrayLike, out: Array | None = None) -> Any:
         """The rows ``var[indices]`` as they are after all steps so far, a copy.
 
         In a deferred mode the rows of the variable's buffer lag behind until they are touched, gathered or synced; the
@@ -126,7 +129,7 @@ class DeferredTables(OptimizerState):
         gatherer.run(buffer, indices, out)
         return out
 
-    def sync(self, var: Any = None) -> None:
+    def sync(self, var: VariableLike | None = None) -> None:
         """Bring every row of a variable, or of all, up to date; does nothing where none lags behind."""
         with self._lock:
             self._raise_late()
@@ -136,7 +139,7 @@ class DeferredTables(OptimizerState):
             self._catch_up_variable(buffer_of(var))
 
     @contextlib.contextmanager
-    def dense_view(self, var: Any) -> Iterator[Any]:
+    def dense_view(self, var: VariableLike) -> Iterator[Any]:
         """``with opt.dense_view(table) as values``: the array itself, every row up to date, as long as no step is made.
 
         >>> import numpy as np, fastadam

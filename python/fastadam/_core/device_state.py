@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastadam import cuda
 from fastadam._core.backend import _cpu
+from fastadam._core.cuda_module import cuda_module
 from fastadam._core.placement import on_gpu
 from fastadam._core.plans import Plans
 from fastadam._core.slices import DEFERRED
@@ -54,7 +54,7 @@ class DeviceState(abc.ABC):
         if buffer.device < 0:
             return None
         if buffer.device not in self._contexts:
-            self._contexts[buffer.device] = cuda.native().Context(buffer.device)
+            self._contexts[buffer.device] = cuda_module().Context(buffer.device)
         return self._contexts[buffer.device]
 
     def _set_count(self, calls: int) -> None:
@@ -99,7 +99,7 @@ class DeviceState(abc.ABC):
     def _rate_on_gpu(self, first: Any, rate: Any) -> Any:
         """Before a step of an optimizer that knows GPUs: the learning rate where it lies on one, else None."""
         lies_there = on_gpu(first)
-        if lies_there and cuda.native().is_capturing(first):
+        if lies_there and cuda_module().is_capturing(first):
             raise RuntimeError(
                 "apply_gradients: a CUDA graph is being captured, expected no capture "
                 "(fastadam.torch.Adam(capturable=True) can be captured)"

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from fastadam._core.backend import _cpu
 from fastadam._core.checks import check_bool, check_count, check_list, check_non_negative, check_number
@@ -15,7 +15,14 @@ from fastadam._core.placement import assign, to_host
 from fastadam._core.slots import Key, key_of
 from fastadam._core.variable import buffers_of
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from fastadam._core.types import Array, VariableLike
+
 __all__ = ["EXTRA_NAMES", "Extra", "Extras", "excluded", "overwrite"]
+
+Value = TypeVar("Value")
 
 EXTRA_NAMES = (
     "weight_decay",
@@ -108,7 +115,7 @@ def _accumulation_steps(value: Any) -> int | None:
     return steps
 
 
-class Extra:
+class Extra(Generic[Value]):
     """Attribute of an optimizer: an option that is checked when it is set and used from the next step on."""
 
     def __init__(self, *, fixed: bool = False) -> None:
@@ -117,10 +124,14 @@ class Extra:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
+    @overload
+    def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self, optimizer: object, owner: type | None = None) -> Value: ...
     def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
         return self if optimizer is None else getattr(optimizer._extras, self._name)
 
-    def __set__(self, optimizer: Any, value: Any) -> None:
+    def __set__(self, optimizer: Any, value: Value) -> None:
         if self._fixed:
             raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
         if self._name == "use_ema" and value and optimizer.sparse_update != "dense":
@@ -128,7 +139,7 @@ class Extra:
         optimizer._extras = dataclasses.replace(optimizer._extras, **{self._name: value})
 
 
-def excluded(var_list: Iterable[Any] | None, var_names: Iterable[str] | None) -> dict[str, Any]:
+def excluded(var_list: Iterable[VariableLike] | None, var_names: Iterable[str] | None) -> dict[str, Any]:
     """Fields of Extras for ``exclude_from_weight_decay``."""
     variables = [] if var_list is None else check_list("var_list", var_list)
     names = [] if var_names is None else check_list("var_names", var_names)
@@ -144,7 +155,7 @@ def excluded(var_list: Iterable[Any] | None, var_names: Iterable[str] | None) ->
     return {"excluded_keys": keys, "excluded_names": tuple(names), "kept_alive": tuple(buffers)}
 
 
-def overwrite(variable: _cpu.Buffer, average: Any) -> None:
+def overwrite(variable: _cpu.Buffer, average: Array) -> None:
     """Round a moving average into its variable."""
     values = to_host(average)
     values = float32_to_bfloat16(values) if variable.dtype == "bfloat16" else values.astype(variable.dtype)

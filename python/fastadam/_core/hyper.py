@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, overload
 
 from fastadam._core.checks import check_non_negative, check_number, check_one_norm
 from fastadam._core.frameworks import refuse_parameters
@@ -13,9 +13,13 @@ from fastadam._core.placement import on_gpu
 from fastadam.schedules import LearningRateSchedule
 from fastadam.schedules._foreign import adopt
 
-__all__ = ["CLIP_NAMES", "Clip", "Hyper", "HyperValue", "StepHyper", "check_rate"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-HyperValue = float | Callable[..., float] | None  # None: the default of epsilon
+__all__ = ["CLIP_NAMES", "Clip", "Hyper", "StepHyper", "check_rate"]
+
+Read = TypeVar("Read")
+Written = TypeVar("Written")
 CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
@@ -56,7 +60,7 @@ def _check_callable(name: str, value: Any) -> Callable[..., float]:
     return found
 
 
-class Hyper:
+class Hyper(Generic[Read, Written]):
     """Attribute of an optimizer: a number checked when it is set, or a callable checked when it is evaluated.
 
     A callable without arguments is evaluated whenever it is read. A schedule, which takes the step, is read as it is.
@@ -68,6 +72,10 @@ class Hyper:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
+    @overload
+    def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self, optimizer: object, owner: type | None = None) -> Read: ...
     def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
         if optimizer is None:
             return self
@@ -76,8 +84,8 @@ class Hyper:
             return value
         return self._check(self._name, value())
 
-    def __set__(self, optimizer: Any, value: HyperValue) -> None:
-        number = adopt(value)  # of a schedule what the step calls, whatever library it is of
+    def __set__(self, optimizer: Any, value: Written) -> None:
+        number: Any = adopt(value)  # of a schedule what the step calls, whatever library it is of
         if self._name != "learning_rate" and (number is not value or isinstance(value, LearningRateSchedule)):
             raise TypeError(f"{self._name}: {type(value).__name__}, expected a number (learning_rate takes schedules)")
         if callable(number):
@@ -92,6 +100,10 @@ class Clip:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
+    @overload
+    def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self, optimizer: object, owner: type | None = None) -> float | None: ...
     def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
         return self if optimizer is None else optimizer._clip[self._name]
 

@@ -6,8 +6,8 @@ import platform
 
 import numpy as np
 
-from fastadam import cuda
 from fastadam._core.backend import _cpu, parse_thread_count
+from fastadam._core.cuda_module import why_not
 
 __all__ = ["current_isa", "get_num_threads", "isas", "set_isa", "set_num_threads", "show_config"]
 
@@ -92,7 +92,7 @@ def show_config() -> None:
         "isas": compiled,
         "isa in use": current_isa(),
         "threads": str(get_num_threads()),
-        "cuda": cuda.describe(),
+        "cuda": why_not() or "available",
     }
     for label, value in rows.items():
         print(f"{label:<12}{value}")

@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastadam._core import serialization
+from fastadam._core.adamw import AdamW
 from fastadam._core.checks import check_count, check_iterations, check_number
 from fastadam._core.device_state import Now
 from fastadam._core.display import call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.frameworks import NamedInKeras
+from fastadam._core.keywords import suggests_keywords
 from fastadam._core.minimize import Minimizer
-from fastadam._core.optimizer import Adam, AdamW
+from fastadam._core.optimizer import Adam
 from fastadam._core.strict import class_only, is_own, settable, unknown_attribute
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from fastadam._core.types import Gradient, VariableLike
 
 __all__ = ["LossScaleOptimizer"]
 
@@ -52,6 +56,13 @@ class LossScaleOptimizer(Minimizer, NamedInKeras):
     (1, [0.8999999761581421, 2.0999999046325684])
     """
 
+    inner_optimizer: Adam
+    initial_scale: float
+    dynamic_scale: float
+    dynamic_growth_steps: int
+    step_counter: int
+
+    @suggests_keywords("optimizer")
     def __init__(self, inner_optimizer: Adam, initial_scale: float = 2.0**15, dynamic_growth_steps: int = 2000) -> None:
         self.inner_optimizer = inner_optimizer
         self.initial_scale = initial_scale
@@ -108,7 +119,7 @@ class LossScaleOptimizer(Minimizer, NamedInKeras):
 
     def apply_gradients(
         self,
-        grads_and_vars: Iterable[tuple[Any, Any]],
+        grads_and_vars: Iterable[tuple[Gradient | None, VariableLike]],
         name: str | None = None,
         experimental_aggregate_gradients: bool = True,
     ) -> np.int64 | None:
@@ -157,7 +168,7 @@ class LossScaleOptimizer(Minimizer, NamedInKeras):
         }
 
     @class_only
-    def from_config(cls, config: Mapping[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
         """An optimizer from ``get_config``; ``config`` is not modified."""
         arguments = dict(config)
         inner = arguments.pop("inner_optimizer", None)
@@ -168,7 +179,7 @@ class LossScaleOptimizer(Minimizer, NamedInKeras):
             raise ValueError(f"inner_optimizer: {inner['class_name']!r}, expected one of {sorted(classes)}")
         return cls(classes[inner["class_name"]].from_config(inner["config"], custom_objects), **arguments)
 
-    def save(self, path: str | os.PathLike[str], variables: Iterable[Any] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], variables: Iterable[VariableLike] | None = None) -> None:
         """As :meth:`Adam.save`, with the scale and the count of good steps."""
         with self.inner_optimizer._lock:
             state = {name: getattr(self, name) for name in _SAVED}
@@ -176,7 +187,10 @@ class LossScaleOptimizer(Minimizer, NamedInKeras):
 
     @class_only
     def load(
-        cls, path: str | os.PathLike[str], variables: Iterable[Any], custom_objects: Mapping[str, Any] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        variables: Iterable[VariableLike],
+        custom_objects: Mapping[str, Any] | None = None,
     ) -> Self:
         """An optimizer from ``save``, as :meth:`Adam.load`; ``custom_objects`` may hold a class of Adam, too."""
         others = [found for found in (custom_objects or {}).values() if isinstance(found, type)]

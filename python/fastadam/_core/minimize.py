@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,14 +16,15 @@ from fastadam._core.tree import flatten
 from fastadam._core.variable import Variable, reading
 from fastadam._core.warning import warn
 
-__all__ = ["Gradient", "Minimizer", "set_gradient_provider"]
+if TYPE_CHECKING:
+    from fastadam._core.types import ArrayLike, Provider, VariableTree
 
-Gradient = str | Callable[[Loss, list[Any]], Sequence[Any]]
+__all__ = ["Minimizer", "set_gradient_provider"]
 
-_default: Gradient | None = None
+_default: Provider | None = None
 
 
-def set_gradient_provider(provider: Gradient | None) -> None:
+def set_gradient_provider(provider: Provider | None) -> None:
     """Choose where ``minimize`` and ``get_gradients`` get gradients from, unless their ``gradient`` says otherwise.
 
     Args:
@@ -64,11 +65,11 @@ class Minimizer:
     def minimize(
         self,
         loss: Loss,
-        var_list: Any,
-        grad_loss: Any = None,
+        var_list: VariableTree,
+        grad_loss: ArrayLike | None = None,
         name: str | None = None,
         *,
-        gradient: Gradient | None = None,
+        gradient: Provider | None = None,
     ) -> np.int64 | None:
         r"""Make one step down the gradient of a loss.
 
@@ -122,7 +123,7 @@ class Minimizer:
         return self.apply_gradients(list(zip(gradients, variables, strict=True)), name)
 
     def get_gradients(
-        self, loss: Loss, params: Any, *, grad_loss: Any = None, gradient: Gradient | None = None
+        self, loss: Loss, params: VariableTree, *, grad_loss: ArrayLike | None = None, gradient: Provider | None = None
     ) -> list[Any]:
         """The gradients of a loss, not clipped; the arguments are those of :meth:`minimize`.
 
@@ -141,7 +142,7 @@ class Minimizer:
         return _all_gradients(self, loss, params, grad_loss, gradient)[0]
 
     def get_updates(
-        self, loss: Loss, params: Any, *, grad_loss: Any = None, gradient: Gradient | None = None
+        self, loss: Loss, params: VariableTree, *, grad_loss: ArrayLike | None = None, gradient: Provider | None = None
     ) -> list[np.int64 | None]:
         """:meth:`get_gradients`, then ``apply_gradients``, whose result is the only item of the list.
 
@@ -160,7 +161,7 @@ def _all_gradients(
     loss: Loss,
     params: Any,
     grad_loss: Any,
-    gradient: Gradient | None,
+    gradient: Provider | None,
     scale: float | None = None,
 ) -> tuple[list[Any], list[Any]]:
     gradients, variables = _differentiate(optimizer, loss, params, grad_loss, gradient, "params", scale)
@@ -179,7 +180,7 @@ def _differentiate(
     loss: Any,
     var_list: Any,
     grad_loss: Any,
-    gradient: Gradient | None,
+    gradient: Provider | None,
     argument: str,
     scale: float | None,
 ) -> tuple[list[Any], list[Any]]:
@@ -266,7 +267,7 @@ def _from_function(
     return list(gradients), variables
 
 
-def _chosen(gradient: Gradient | None) -> Gradient:
+def _chosen(gradient: Provider | None) -> Provider:
     if gradient is not None:
         return _check_gradient(gradient, "gradient")
     if _default is None:
@@ -277,7 +278,7 @@ def _chosen(gradient: Gradient | None) -> Gradient:
     return _check_gradient(_default, "gradient")
 
 
-def _check_gradient(gradient: Any, label: str) -> Gradient:
+def _check_gradient(gradient: Any, label: str) -> Provider:
     if isinstance(gradient, str):
         check_provider(gradient, label)
     elif not callable(gradient):

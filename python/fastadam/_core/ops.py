@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastadam import cuda
 from fastadam._core.backend import _cpu
 from fastadam._core.checks import (
     check_beta,
@@ -18,11 +17,16 @@ from fastadam._core.checks import (
     check_number,
     check_one_norm,
 )
+from fastadam._core.cuda_module import cuda_module
 from fastadam._core.gradients import convert_gradient
 from fastadam._core.hyper import StepHyper
+from fastadam._core.keywords import suggests_keywords
 from fastadam._core.placement import native_of
 from fastadam._core.slices import DEFERRED, check_sparse_update, convert_slices, is_slices, native_gradient
 from fastadam._core.variable import buffers_of, unwrap
+
+if TYPE_CHECKING:
+    from fastadam._core.types import Array, Gradient, VariableLike
 
 __all__ = ["adam_step", "fit_gradients", "run_step"]
 
@@ -60,12 +64,13 @@ def _convert(gradients: list[Any], which: list[int], buffers: Sequence[_cpu.Buff
         gradients[i] = found if is_slices(found) else convert_gradient(found, buffers[i], label)
 
 
+@suggests_keywords()
 def adam_step(
-    vars: Any,  # noqa: A002  the public name
-    grads: Any,
-    m: Any,
-    v: Any,
-    vhat: Any = None,
+    vars: VariableLike | Sequence[VariableLike],  # noqa: A002  the public name
+    grads: Gradient | Sequence[Gradient],
+    m: Array | Sequence[Array],
+    v: Array | Sequence[Array],
+    vhat: Array | Sequence[Array] | None = None,
     *,
     step: int,
     learning_rate: float = 0.001,
@@ -78,7 +83,7 @@ def adam_step(
     global_clipnorm: float | None = None,
     grad_factor: float | Sequence[float] | None = None,
     weight_decay: float = 0.0,
-    sparse_update: str = "dense",
+    sparse_update: Literal["dense", "lazy"] = "dense",
 ) -> None:
     r"""One Adam step in place on arrays that the caller owns; AMSGrad if ``vhat`` is given.
 
@@ -150,7 +155,7 @@ def adam_step(
     decays = [weight_decay != 0] * len(variables)
     histories = [None] * len(variables)
     on_gpu = bool(buffers) and buffers[0].device >= 0
-    context = cuda.native().Context(buffers[0].device) if on_gpu else None
+    context = cuda_module().Context(buffers[0].device) if on_gpu else None
     native = native_of(buffers[0]) if buffers else _cpu
     plan = native.Plan(buffers, slots, decays, positions, sparse_update == "lazy", histories, context)
     factors = _check_factors(grad_factor, len(variables))

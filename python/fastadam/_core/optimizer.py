@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastadam._core.checks import (
     check_beta,
@@ -18,9 +18,10 @@ from fastadam._core.checks import (
     check_number,
 )
 from fastadam._core.display import adam_settings, call_text, html_or_none, html_table, name_of, never_raises
-from fastadam._core.extras import EXTRA_NAMES, Extra, Extras, excluded, overwrite
+from fastadam._core.extras import Extra, Extras, excluded, overwrite
 from fastadam._core.frameworks import NamedInKeras, refuse_parameters
-from fastadam._core.hyper import CLIP_NAMES, Clip, Hyper, HyperValue, StepHyper, check_rate
+from fastadam._core.hyper import CLIP_NAMES, Clip, Hyper, StepHyper, check_rate
+from fastadam._core.keywords import suggests_keywords
 from fastadam._core.minimize import Minimizer
 from fastadam._core.placement import on_gpu, to_host
 from fastadam._core.slots import ACCUMULATOR
@@ -30,7 +31,12 @@ from fastadam._core.variable import buffers_of
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
 from fastadam.schedules._foreign import adopt
 
-__all__ = ["Adam", "AdamW"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from fastadam._core.types import Hyperparameter, LearningRate, VariableLike
+
+__all__ = ["Adam"]
 
 _auto_names: dict[str, int] = {}
 
@@ -61,19 +67,28 @@ class Adam(Stepper, Minimizer, NamedInKeras):
         epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.
         amsgrad: Use the maximum of the second moments.
         name: Name of the optimizer; None or "" makes a unique one.
+        clipnorm: Scale each gradient down to this norm, after ``clipvalue``.
+        clipvalue: Clip the elements of gradients to [-clipvalue, clipvalue].
+        global_clipnorm: Scale all gradients down to this norm of all together, instead of ``clipnorm``.
+        lr: Another name of ``learning_rate``, over which it wins.
+        decay: The learning rate is divided by ``1 + decay * iterations``.
+        weight_decay: Decoupled, multiplied by the learning rate; see :class:`AdamW`.
+        use_ema: Keep a moving average of each variable.
+        ema_momentum: Decay rate of the averages, in [0, 1].
+        ema_overwrite_frequency: Overwrite the variables with their averages every so many steps.
+        loss_scale_factor: Divide the gradients by this number, which :meth:`scale_loss` multiplies the loss by.
+        gradient_accumulation_steps: Update the variables in every such call only, with the mean of the gradients.
         sparse_update: How :class:`fastadam.IndexedSlices` are applied: "dense" moves every row of the variable, as TF
             does. "deferred" gives the same bits at the cost of the rows touched: the others wait, in the variable too,
             until they are touched or read by :meth:`gather`, :meth:`sync` or :meth:`dense_view`, or have waited for
             ``max_staleness`` steps, if that is given. "deferred_fast" sums the steps that a row missed in closed form,
             with an error under 2^-26 of its displacement, where that is possible. "lazy" never moves the others,
             another algorithm (LazyAdam, torch.optim.SparseAdam).
-        **kwargs: ``clipvalue`` (clip the elements of gradients), then ``clipnorm`` (scale each gradient down to this
-            norm) or ``global_clipnorm`` (all together), ``lr`` (wins over ``learning_rate``), ``decay`` (the rate is
-            divided by ``1 + decay * iterations``), each >= 0. Keras 3's ``weight_decay``, ``use_ema``,
-            ``ema_momentum``, ``ema_overwrite_frequency``, ``loss_scale_factor`` and ``gradient_accumulation_steps``:
-            the gradients are unscaled, accumulated and clipped, the variables decay, are updated and averaged.
-            ``clip_after_dedupe``: of IndexedSlices the three clips see each row once, with its repetitions summed, as
-            of the dense gradient; by default the values as they come, as in TF.
+        max_staleness: The most steps that a row of a deferred table waits; None for any number.
+        clip_after_dedupe: Of IndexedSlices the three clips see each row once, with its repetitions summed, as of the
+            dense gradient; by default the values as they come, as in TF.
+
+    Gradients are unscaled, accumulated and clipped; then the variables decay, are updated and averaged.
 
     Raises:
         TypeError: An unknown keyword, or a hyperparameter that is no number.
@@ -92,56 +107,77 @@ class Adam(Stepper, Minimizer, NamedInKeras):
     (1, array([ 0.05, -0.05], dtype=float32))
     """
 
-    learning_rate = Hyper(check_rate)
-    beta_1 = Hyper(check_beta)
-    beta_2 = Hyper(check_beta)
-    decay = Hyper(check_non_negative)
-    epsilon = Hyper(lambda _, value: check_epsilon(value))
-    clipvalue = Clip()
-    clipnorm = Clip()
-    global_clipnorm = Clip()
-    weight_decay = Extra()
-    use_ema = Extra()
-    ema_momentum = Extra()
-    ema_overwrite_frequency = Extra()
-    loss_scale_factor = Extra()
-    gradient_accumulation_steps = Extra(fixed=True)  # `weights[0]` counts in its units
-    clip_after_dedupe = Extra()
+    name: str
+    learning_rate: Hyper[Any, LearningRate] = Hyper(check_rate)  # read: a float, a schedule, or an array on a GPU
+    beta_1: Hyper[float, Hyperparameter] = Hyper(check_beta)
+    beta_2: Hyper[float, Hyperparameter] = Hyper(check_beta)
+    decay: Hyper[float, Hyperparameter] = Hyper(check_non_negative)
+    epsilon: Hyper[float, Hyperparameter | None] = Hyper(lambda _, value: check_epsilon(value))
+    clipvalue: Clip = Clip()
+    clipnorm: Clip = Clip()
+    global_clipnorm: Clip = Clip()
+    weight_decay: Extra[float | None] = Extra()
+    use_ema: Extra[bool] = Extra()
+    ema_momentum: Extra[float] = Extra()
+    ema_overwrite_frequency: Extra[int | None] = Extra()
+    loss_scale_factor: Extra[float | None] = Extra()
+    gradient_accumulation_steps: Extra[int | None] = Extra(fixed=True)  # `weights[0]` counts in its units
+    clip_after_dedupe: Extra[bool] = Extra()
 
+    @suggests_keywords("optimizer")
     def __init__(
         self,
-        learning_rate: HyperValue = 0.001,
-        beta_1: HyperValue = 0.9,
-        beta_2: HyperValue = 0.999,
-        epsilon: HyperValue | None = 1e-7,
+        learning_rate: LearningRate = 0.001,
+        beta_1: Hyperparameter = 0.9,
+        beta_2: Hyperparameter = 0.999,
+        epsilon: Hyperparameter | None = 1e-7,
         amsgrad: bool = False,
         name: str | None = "Adam",
         *,
-        sparse_update: str = "dense",
-        **kwargs: Any,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        lr: LearningRate | None = None,
+        decay: Hyperparameter = 0.0,
+        weight_decay: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
+        max_staleness: int | None = None,
+        clip_after_dedupe: bool = False,
     ) -> None:
         super().__init__()
-        extras = {key: kwargs.pop(key) for key in EXTRA_NAMES if key in kwargs}
-        self.max_staleness = kwargs.pop("max_staleness", None)
-        for key, value in kwargs.items():
-            if key not in ("lr", "decay", *CLIP_NAMES):
-                raise TypeError(f"Unexpected keyword argument passed to optimizer: {key}")
-            if not callable(adopt(value)) and (value is not None or key == "decay"):
-                check_non_negative(key, value)
-        self._hyper: dict[str, HyperValue] = {}
-        self._clip: dict[str, float | None] = dict.fromkeys(CLIP_NAMES)
-        if kwargs.get("lr") is not None:
+        if lr is not None:
             refuse_parameters("learning_rate", learning_rate)  # Adam(parameters, lr=...), as torch has it
-            learning_rate = kwargs["lr"]
+            if not callable(adopt(lr)):
+                check_non_negative("lr", lr)
+            learning_rate = lr
+        if not callable(decay):
+            check_non_negative("decay", decay)
+        self.max_staleness = max_staleness
+        self._hyper: dict[str, Any] = {}
+        self._clip: dict[str, float | None] = dict.fromkeys(CLIP_NAMES)
         self.learning_rate = learning_rate
         self.beta_1 = beta_1
         self.beta_2 = beta_2
         self.epsilon = epsilon
-        self.decay = kwargs.get("decay", 0.0)
-        for key in CLIP_NAMES:
-            setattr(self, key, kwargs.get(key))
+        self.decay = decay
+        self.clipnorm = clipnorm
+        self.clipvalue = clipvalue
+        self.global_clipnorm = global_clipnorm
         self.amsgrad = amsgrad
-        self._extras = Extras(**extras)
+        self._extras = Extras(
+            weight_decay=weight_decay,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            clip_after_dedupe=clip_after_dedupe,
+        )
         self.sparse_update = sparse_update
         if not isinstance(name, (str, type(None))):
             raise TypeError(f"name: {name!r}, expected a string")
@@ -155,7 +191,7 @@ class Adam(Stepper, Minimizer, NamedInKeras):
         return self.learning_rate
 
     @lr.setter
-    def lr(self, value: HyperValue) -> None:
+    def lr(self, value: LearningRate) -> None:
         self.learning_rate = value
 
     @property
@@ -196,7 +232,7 @@ class Adam(Stepper, Minimizer, NamedInKeras):
         self._amsgrad = check_bool("amsgrad", value)
 
     def exclude_from_weight_decay(
-        self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
+        self, var_list: Iterable[VariableLike] | None = None, var_names: Iterable[str] | None = None
     ) -> None:
         """Name the variables that do not decay; replaces what was named before and works at any time.
 
@@ -218,7 +254,7 @@ class Adam(Stepper, Minimizer, NamedInKeras):
         factor = self._extras.loss_scale_factor
         return loss if factor is None else loss * factor
 
-    def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
+    def finalize_variable_values(self, var_list: Iterable[VariableLike]) -> None:
         """Overwrite the variables with their moving averages (``use_ema``), at the end of training.
 
         Raises:
@@ -312,7 +348,7 @@ class Adam(Stepper, Minimizer, NamedInKeras):
         return config
 
     @class_only
-    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Adam:
+    def from_config(cls, config: dict[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
         """An optimizer from ``get_config``; ``config`` is not modified.
 
         Args:
@@ -328,44 +364,6 @@ class Adam(Stepper, Minimizer, NamedInKeras):
         if isinstance(arguments.get("learning_rate"), dict):
             arguments["learning_rate"] = deserialize(arguments["learning_rate"], custom_objects)
         return cls(**arguments)
-
-
-class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), with Keras 3's arguments.
-
-    The decay is multiplied by the learning rate, as in Keras and PyTorch and unlike the paper.
-
-    Args:
-        learning_rate: As in :class:`Adam`.
-        weight_decay: A variable with a gradient shrinks by ``weight_decay * learning_rate`` before the update.
-        beta_1: As in :class:`Adam`.
-        beta_2: As in :class:`Adam`.
-        epsilon: As in :class:`Adam`.
-        amsgrad: As in :class:`Adam`.
-        name: As in :class:`Adam`.
-        **kwargs: As in :class:`Adam`.
-
-    >>> import numpy as np, fastadam
-    >>> w = np.array([2.0])
-    >>> step = fastadam.AdamW(learning_rate=0.1, weight_decay=0.5).apply_gradients([(np.zeros(1), w)])
-    >>> w
-    array([1.9])
-    """
-
-    def __init__(
-        self,
-        learning_rate: HyperValue = 0.001,
-        weight_decay: float = 0.004,
-        beta_1: HyperValue = 0.9,
-        beta_2: HyperValue = 0.999,
-        epsilon: HyperValue | None = 1e-7,
-        amsgrad: bool = False,
-        name: str | None = "AdamW",
-        **kwargs: Any,
-    ) -> None:
-        if weight_decay is None:
-            raise ValueError("Argument `weight_decay` must be a float. Received: weight_decay=None")
-        super().__init__(learning_rate, beta_1, beta_2, epsilon, amsgrad, name, weight_decay=weight_decay, **kwargs)
 
 
 def _unique_name(base: str) -> str:

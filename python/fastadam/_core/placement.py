@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastadam import cuda
 from fastadam._core.backend import _cpu
+from fastadam._core.cuda_module import cuda_module
 
 __all__ = [
     "assign",
@@ -44,19 +44,19 @@ def on_gpu(array: Any) -> bool:
 
 def native_for(arrays: Iterable[Any]) -> ModuleType:
     """The native module that updates variables of which one of these is: ``_cuda`` if any lies on a GPU."""
-    return cuda.native() if any(map(on_gpu, arrays)) else _cpu
+    return cuda_module() if any(map(on_gpu, arrays)) else _cpu
 
 
 def native_of(buffer: _cpu.Buffer) -> ModuleType:
     """The native module that a buffer comes from."""
-    return _cpu if isinstance(buffer, _cpu.Buffer) else cuda.native()
+    return _cpu if isinstance(buffer, _cpu.Buffer) else cuda_module()
 
 
 def to_host(array: Any) -> npt.NDArray[Any]:
     """The array itself if it is NumPy's, else a copy of an array on a GPU, for which it waits."""
     if isinstance(array, np.ndarray):
         return array
-    host: npt.NDArray[Any] = cuda.native().to_host(array)
+    host: npt.NDArray[Any] = cuda_module().to_host(array)
     return host
 
 
@@ -67,7 +67,7 @@ def assign(array: Any, values: npt.ArrayLike) -> None:
         return
     present = to_host(array)
     present[...] = values
-    cuda.native().assign(array, present)
+    cuda_module().assign(array, present)
 
 
 def beside(array: Any, buffer: _cpu.Buffer) -> bool:
@@ -77,7 +77,7 @@ def beside(array: Any, buffer: _cpu.Buffer) -> bool:
         return buffer.device < 0 and bool(array.flags[flag])
     if buffer.device < 0:
         return False
-    found = cuda.native().Buffer(array, "slot")
+    found = cuda_module().Buffer(array, "slot")
     return found.device in (-1, buffer.device) and found.order == buffer.order
 
 
@@ -111,7 +111,7 @@ def zeros_beside(buffer: _cpu.Buffer, dtype: str | None = None, shape: tuple[int
             if in_c_order
             else torch.zeros(shape[::-1], dtype=zeros.dtype, device=zeros.device).permute(*reversed(range(len(shape))))
         )
-    native = cuda.native()
+    native = cuda_module()
     return native.DeviceArray(list(shape), dtype, buffer.order, buffer.device, native.stream_of(buffer.source) or 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,11 @@ import numpy.typing as npt
 from fastadam._core.backend import _cpu
 from fastadam._core.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
 from fastadam._core.gradients import as_float_array, convert_values
+from fastadam._core.keywords import suggests_keywords
 from fastadam._core.placement import native_of, on_gpu
+
+if TYPE_CHECKING:
+    from fastadam._core.types import ArrayLike, SparseUpdate
 
 __all__ = [
     "DEFERRED",
@@ -58,7 +62,12 @@ class IndexedSlices:
 
     __slots__ = ("__weakref__", "dense_shape", "indices", "values")
 
-    def __init__(self, values: Any, indices: Any, dense_shape: Sequence[int] | None = None) -> None:
+    values: Any  # as they were given
+    indices: Any  # an array of int32 or int64, or one on a GPU
+    dense_shape: tuple[int, ...] | None
+
+    @suggests_keywords()
+    def __init__(self, values: ArrayLike, indices: ArrayLike, dense_shape: Sequence[int] | None = None) -> None:
         self.values = values
         self.indices = _as_indices(indices)
         self.dense_shape = None if dense_shape is None else _as_shape(dense_shape)
@@ -89,14 +98,14 @@ def _as_shape(dense_shape: Any) -> tuple[int, ...]:
         raise TypeError(f"dense_shape: {dense_shape!r}, expected the shape of the variable") from None
 
 
-def check_sparse_update(value: Any) -> str:
+def check_sparse_update(value: Any) -> SparseUpdate:
     """One of the names in ``SPARSE_UPDATES``."""
     if not isinstance(value, str) or value not in SPARSE_UPDATES:
         raise ValueError(f"sparse_update: {value!r}, expected one of {', '.join(map(repr, SPARSE_UPDATES))}")
-    return str(value)
+    return cast("SparseUpdate", str(value))
 
 
-def check_ids(ids: npt.ArrayLike, shape: tuple[int, ...], label: str) -> npt.NDArray[Any]:
+def check_ids(ids: ArrayLike, shape: tuple[int, ...], label: str) -> npt.NDArray[Any]:
     """Integers of any shape, int32 or int64, that name rows of a variable of this shape."""
     rows = _as_integers("ids", ids)
     if not shape:

@@ -27,6 +27,8 @@ from fastadam._core.variable import buffer_of, buffers_of, label_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from fastadam._core.types import ArrayLike, VariableLike
+
 __all__ = ["OptimizerState"]
 
 _PASSING = (
@@ -88,7 +90,7 @@ class OptimizerState(Strict, DeviceState):
         for entry in entries:
             entry.accumulating = int(self._iterations) // self._micro_steps
 
-    def build(self, var_list: Iterable[Any]) -> None:
+    def build(self, var_list: Iterable[VariableLike]) -> None:
         """Create the slots of these variables now, so that ``set_weights`` works before the first step."""
         variables = check_list("var_list", var_list)
         buffers = buffers_of(variables, range(len(variables)))
@@ -118,7 +120,7 @@ class OptimizerState(Strict, DeviceState):
             arrays = (to_host(array) for array in self._slots.arrays)
             return [np.int64(int(self._iterations)), *(array.copy() for array in arrays)]
 
-    def set_weights(self, weights: Sequence[Any]) -> None:
+    def set_weights(self, weights: Sequence[ArrayLike]) -> None:
         """Overwrite the state with a list in the order of ``weights``, for example from ``get_weights``.
 
         The list of a Keras 1 Adam, which ends in one dummy of shape (1,) for each variable, is accepted as TF does.
@@ -143,7 +145,7 @@ class OptimizerState(Strict, DeviceState):
             is_amid = iterations % self._micro_steps != 0
             self._restart_accumulation(self._slots.entries if is_amid else [])
 
-    def get_slot(self, var: Any, slot_name: str) -> Any:
+    def get_slot(self, var: VariableLike, slot_name: str) -> Any:
         """The live state array "m", "v" or "vhat" of a variable; KeyError if there is none."""
         label = label_of(var, 0)
         with self._lock:
@@ -160,7 +162,7 @@ class OptimizerState(Strict, DeviceState):
         """Names of the slots in the order of their creation."""
         return list(self._slots.names)
 
-    def add_slot(self, var: Any, slot_name: str, initializer: Initializer = "zeros") -> Any:
+    def add_slot(self, var: VariableLike, slot_name: str, initializer: Initializer = "zeros") -> Any:
         """Create a slot of the variable's shape, appended to ``weights``, or return the one that is there.
 
         Args:
@@ -184,7 +186,7 @@ class OptimizerState(Strict, DeviceState):
 
     # ---- files and copies ------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str], variables: Iterable[Any] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], variables: Iterable[VariableLike] | None = None) -> None:
         """Write configuration, iterations and slots, not the variables, to one safetensors file.
 
         The file is written under another name in its directory, then renamed: ``path`` is the old file or the new one,
@@ -203,7 +205,10 @@ class OptimizerState(Strict, DeviceState):
 
     @class_only
     def load(
-        cls, path: str | os.PathLike[str], variables: Iterable[Any], custom_objects: Mapping[str, Any] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        variables: Iterable[VariableLike],
+        custom_objects: Mapping[str, Any] | None = None,
     ) -> Self:
         """An optimizer from ``save``, which goes on to the bit with these variables.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from fastadam._core.slots import ACCUMULATOR, Entry, key_of
 from fastadam._core.staleness import Numbers, Staleness
 from fastadam._core.variable import Variable, buffers_of, unwrap
 from fastadam._core.warning import warn
+
+if TYPE_CHECKING:
+    from fastadam._core.types import Gradient, VariableLike
 
 __all__ = ["Stepper"]
 
@@ -39,7 +42,7 @@ class Stepper(DeferredTables):
 
     def apply_gradients(
         self,
-        grads_and_vars: Iterable[tuple[Any, Any]],
+        grads_and_vars: Iterable[tuple[Gradient | None, VariableLike]],
         name: str | None = None,
         experimental_aggregate_gradients: bool = True,
     ) -> np.int64 | None:

@@ -14,9 +14,15 @@ import numpy.typing as npt
 from fastadam._core.backend import _cpu
 from fastadam._core.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
 from fastadam._core.frameworks import hint_for_variable
+from fastadam._core.keywords import suggests_keywords
 from fastadam._core.placement import assign, native_for, on_gpu, to_host
 from fastadam._core.slices import check_ids
 from fastadam._core.strict import unknown_attribute
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from fastadam._core.types import ArrayLike
 
 __all__ = ["Reader", "Variable", "buffer_of", "buffers_of", "label_of", "reading", "unwrap"]
 
@@ -74,7 +80,10 @@ class Variable:
 
     __slots__ = ("__weakref__", "_value", "name")
 
-    def __init__(self, value: npt.ArrayLike, name: str | None = None) -> None:
+    name: str | None
+
+    @suggests_keywords()
+    def __init__(self, value: ArrayLike, name: str | None = None) -> None:
         if not isinstance(name, (str, type(None))):
             raise TypeError(f"name: {name!r}, expected a string")
         array: Any = value if isinstance(value, np.ndarray) or on_gpu(value) else _new_array(value, name)
@@ -112,7 +121,7 @@ class Variable:
         """Dtype of ``value``."""
         return self._value.dtype
 
-    def gather(self, ids: npt.ArrayLike) -> Any:
+    def gather(self, ids: ArrayLike) -> Any:
         """The rows ``value[ids]``, of shape ``ids.shape + value.shape[1:]``.
 
         Inside a loss their gradient is an :class:`fastadam.IndexedSlices`: no array of the variable's shape is made,
@@ -139,7 +148,7 @@ class Variable:
         """A copy of the array; inside a loss too, where it is a constant."""
         return np.array(to_host(self._value))
 
-    def assign(self, value: npt.ArrayLike) -> Variable:
+    def assign(self, value: ArrayLike) -> Self:
         """Overwrite the elements; raises ValueError unless ``value`` has the variable's shape."""
         new = to_host(value) if on_gpu(value) else np.asarray(value)
         if new.shape != tuple(self._value.shape):

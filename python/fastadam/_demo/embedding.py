@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from fastadam._core.optimizer import Adam
 from fastadam._core.slices import IndexedSlices
+from fastadam._core.types import SparseUpdate
 from fastadam._demo.show import COLOURS, figure, progress, smooth, tidy, write_picture
 
 __all__ = [
@@ -161,9 +162,9 @@ class Classifier:
         vectors = self.optimizer.gather(self.table, features.rows)  # in the buffer itself rows may be behind
         gathered = time.perf_counter()
         loss, gradient, head_gradient = loss_and_gradients(vectors, features.starts, self.head, labels)
-        pairs = [(IndexedSlices(gradient, features.rows), self.table), (head_gradient, self.head)]
+        table_gradient = IndexedSlices(gradient, features.rows)
         middle = time.perf_counter()
-        self.optimizer.apply_gradients(pairs)
+        self.optimizer.apply_gradients([(table_gradient, self.table), (head_gradient, self.head)])
         self.optimizer_seconds += gathered - start + time.perf_counter() - middle
         return loss
 
@@ -220,7 +221,7 @@ def _batches(texts: Ids, rng: np.random.Generator) -> Iterator[Ids]:
             yield order[start : start + BATCH]
 
 
-def train(corpus: Corpus, mode: str, steps: int = STEPS, show_progress: bool = False) -> Report:
+def train(corpus: Corpus, mode: SparseUpdate, steps: int = STEPS, show_progress: bool = False) -> Report:
     """Train with one kind of ``sparse_update``; everything else is the same each time."""
     rng = np.random.default_rng(0)
     order = rng.permutation(len(corpus.labels))

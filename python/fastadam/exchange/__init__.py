@@ -5,6 +5,7 @@ Whatever comes in is checked whole before anything is written: a call that raise
 
 from __future__ import annotations
 
+from fastadam._core.public import publish
 from fastadam.exchange._keras import from_keras_weights, to_keras_weights
 from fastadam.exchange._keras3 import from_keras3_variables, read_keras3_file, to_keras3_variables
 from fastadam.exchange._optax import from_optax_state, to_optax_state
@@ -21,3 +22,9 @@ __all__ = [
     "to_optax_state",
     "to_torch_state_dict",
 ]
+
+publish(globals())
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastadam._core.checks import check_iterations, check_list
+from fastadam._core.keywords import suggests_keywords
 from fastadam.exchange._state import assign, check_adam, copies_of_slots, moment_names, require_no_average
 
 if TYPE_CHECKING:
     from fastadam._core.optimizer import Adam
+    from fastadam._core.types import ArrayLike, VariableLike
 
 __all__ = ["from_keras_weights", "to_keras_weights"]
 
 
-def to_keras_weights(optimizer: Adam, variables: Iterable[Any]) -> list[Any]:
+@suggests_keywords()
+def to_keras_weights(optimizer: Adam, variables: Iterable[VariableLike]) -> list[Any]:
     """What ``get_weights`` of a tf.keras legacy Adam gives for these variables: iterations, all m, all v, all vhat.
 
     The list holds no hyperparameters.
@@ -43,7 +46,8 @@ def to_keras_weights(optimizer: Adam, variables: Iterable[Any]) -> list[Any]:
     return [optimizer.iterations, *(array for arrays in slots.values() for array in arrays)]
 
 
-def from_keras_weights(optimizer: Adam, weights: Iterable[Any], variables: Iterable[Any]) -> None:
+@suggests_keywords()
+def from_keras_weights(optimizer: Adam, weights: Iterable[ArrayLike], variables: Iterable[VariableLike]) -> None:
     """Set the state of these variables from ``get_weights`` of a tf.keras legacy Adam.
 
     The list holds no hyperparameters: the optimizer has to have TensorFlow's, ``amsgrad`` too. The steps that follow

@@ -12,18 +12,21 @@ import numpy as np
 
 from fastadam._core.checks import check_iterations, check_list, check_number
 from fastadam._core.gradients import bfloat16_to_float32
+from fastadam._core.keywords import suggests_keywords
 from fastadam._core.slots import ACCUMULATOR
 from fastadam.exchange._state import Array, assign, check_adam, copies_of_slots
 
 if TYPE_CHECKING:
     from fastadam._core.optimizer import Adam
+    from fastadam._core.types import ArrayLike, VariableLike
 
 __all__ = ["from_keras3_variables", "read_keras3_file", "to_keras3_variables"]
 
 _VARIABLES = "optimizer/vars"
 
 
-def to_keras3_variables(optimizer: Adam, variables: Iterable[Any]) -> dict[str, Array]:
+@suggests_keywords()
+def to_keras3_variables(optimizer: Adam, variables: Iterable[VariableLike]) -> dict[str, Array]:
     """What ``save_own_variables`` of a Keras 3 Adam or AdamW stores, for its ``load_own_variables``.
 
     The keys "0", "1", ... hold: iteration; the learning rate, unless it is a schedule or a callable; with ``use_ema``
@@ -67,8 +70,11 @@ def to_keras3_variables(optimizer: Adam, variables: Iterable[Any]) -> dict[str, 
     return {str(i): array for i, array in enumerate(arrays)}
 
 
+@suggests_keywords()
 def from_keras3_variables(
-    optimizer: Adam, weights: Mapping[str, Any] | Iterable[Any], variables: Iterable[Any]
+    optimizer: Adam,
+    weights: Mapping[str, ArrayLike] | Iterable[ArrayLike],
+    variables: Iterable[VariableLike],
 ) -> None:
     """Set the state of these variables, and the learning rate, from the variables of a Keras 3 Adam or AdamW.
 
@@ -116,6 +122,7 @@ def from_keras3_variables(
     assign(optimizer, given, iterations, slots, hyper)
 
 
+@suggests_keywords()
 def read_keras3_file(path: str | os.PathLike[str]) -> dict[str, Array]:
     """The optimizer's variables in a ``.weights.h5`` or ``.keras`` file of Keras 3, for :func:`from_keras3_variables`.
 

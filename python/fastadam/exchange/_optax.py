@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastadam._core.checks import check_iterations
+from fastadam._core.keywords import suggests_keywords
 from fastadam._core.tree import flatten
 from fastadam.exchange._state import (
     assign,
@@ -18,6 +19,7 @@ from fastadam.exchange._state import (
 
 if TYPE_CHECKING:
     from fastadam._core.optimizer import Adam
+    from fastadam._core.types import VariableTree
 
 __all__ = ["from_optax_state", "to_optax_state"]
 
@@ -30,7 +32,8 @@ _WHY_NOT_AMSGRAD = (
 Leaves = list[tuple[str, Any]]
 
 
-def from_optax_state(optimizer: Adam, state: Any, variables: Any, *, epsilon: float) -> None:
+@suggests_keywords()
+def from_optax_state(optimizer: Adam, state: Any, variables: VariableTree, *, epsilon: float) -> None:
     r"""Set the moments, the count and ``epsilon`` from the state of ``optax.adam`` or ``adamw``.
 
     .. math:: \hat\epsilon = \epsilon_{optax} \sqrt{1 - \beta_2^t}
@@ -78,7 +81,8 @@ def from_optax_state(optimizer: Adam, state: Any, variables: Any, *, epsilon: fl
     assign(optimizer, [variable for _, variable in places], count, slots, {"epsilon": eps, "amsgrad": False})
 
 
-def to_optax_state(optimizer: Adam, variables: Any) -> Any:
+@suggests_keywords()
+def to_optax_state(optimizer: Adam, variables: VariableTree) -> Any:
     r"""The ``ScaleByAdamState`` of these variables, as JAX arrays.
 
     It is the first state of the chain ``optax.adam(...)``: ``(to_optax_state(opt, params), *tx.init(params)[1:])``; a

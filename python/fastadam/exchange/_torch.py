@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastadam._core.checks import check_bool, check_iterations, check_list, check_non_negative
+from fastadam._core.keywords import suggests_keywords
 from fastadam._core.slices import DEFERRED
 from fastadam.exchange._state import assign, check_adam, check_epsilon_here, copies_of_slots, moment_names
 
 if TYPE_CHECKING:
     from fastadam._core.optimizer import Adam
+    from fastadam._core.types import VariableLike
 
 __all__ = ["from_torch_state_dict", "to_torch_state_dict"]
 
@@ -18,7 +20,8 @@ _KEYS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}
 _NOT_HERE = {"maximize": False, "decoupled_weight_decay": False}
 
 
-def to_torch_state_dict(optimizer: Adam, variables: Iterable[Any], *, epsilon: float) -> dict[str, Any]:
+@suggests_keywords()
+def to_torch_state_dict(optimizer: Adam, variables: Iterable[VariableLike], *, epsilon: float) -> dict[str, Any]:
     r"""A ``state_dict`` that ``torch.optim.Adam.load_state_dict`` takes, of NumPy arrays turned into tensors.
 
     .. math:: \epsilon_{torch} = \hat\epsilon / \sqrt{1 - \beta_2^t}
@@ -71,8 +74,9 @@ def to_torch_state_dict(optimizer: Adam, variables: Iterable[Any], *, epsilon: f
     return {"state": state, "param_groups": [group]}
 
 
+@suggests_keywords()
 def from_torch_state_dict(
-    optimizer: Adam, state_dict: Mapping[str, Any], variables: Iterable[Any], *, epsilon: float
+    optimizer: Adam, state_dict: Mapping[str, Any], variables: Iterable[VariableLike], *, epsilon: float
 ) -> None:
     r"""Set hyperparameters and state from ``torch.optim.Adam.state_dict()``.
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 
 from fastadam._core.frameworks import missing
+from fastadam._core.public import publish
 
 try:
     from fastadam.jax._arguments import AmsgradState
@@ -39,6 +40,13 @@ __all__ = [
     "sparse_update",
     "step_arrays",
 ]
+
+publish(globals())
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 if not TYPE_CHECKING:  # or every name would have a type
 

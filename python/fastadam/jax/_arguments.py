@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,34 @@ import numpy as np
 from fastadam._core import checks
 from fastadam._core.warning import warn
 
+Scalar: TypeAlias = "float | np.floating[Any] | jax.Array"
+Rate: TypeAlias = "Scalar | Callable[[jax.Array], Any]"  # a schedule is given the count before the step
+Mask: TypeAlias = Any  # bools in the tree of the parameters, a prefix of it, a function of them; None for all
+CLIPPING = {  # for keywords that Keras has
+    "clipnorm": "clip the gradients before, as optax.clip_by_global_norm does",
+    "clipvalue": "clip the gradients before, as optax.clip does",
+    "global_clipnorm": "clip the gradients before, as optax.clip_by_global_norm does",
+}
 HALF = ("float16", "bfloat16")
 _FLOATS = (*HALF, "float32", "float64")
 _INT32_MAX = 2**31 - 1
 Arrays = list[jax.Array]
+
+
+class AdamState(Protocol):
+    """What optax's ``ScaleByAdamState`` is known by; its own annotations have a count that may be no array."""
+
+    @property
+    def count(self) -> jax.Array:
+        """Steps made before."""
+
+    @property
+    def mu(self) -> Any:
+        """First moments, in the tree of the parameters."""
+
+    @property
+    def nu(self) -> Any:
+        """Second moments, likewise."""
 
 
 class AmsgradState(NamedTuple):
@@ -24,7 +48,7 @@ class AmsgradState(NamedTuple):
     optax's ``ScaleByAmsgradState`` has the maximum of bias-corrected moments, which is another algorithm.
     """
 
-    count: Any
+    count: jax.Array
     mu: Any
     nu: Any
     nu_max: Any

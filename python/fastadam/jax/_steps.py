@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
 
 from fastadam._core.checks import check_bool
 from fastadam._core.frameworks import require
+from fastadam._core.keywords import suggests_keywords
 from fastadam.jax._arguments import (
+    CLIPPING,
     AmsgradState,
     Arrays,
     check_array,
@@ -32,9 +34,23 @@ from fastadam.jax._arguments import (
 )
 from fastadam.jax._operation import DenseStep, SparseStep, operation
 
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+
+    from fastadam.jax._arguments import AdamState, Mask, Rate, Scalar
+
+Params = TypeVar("Params")
+State = TypeVar("State")
 _MOST_LEAVES = 64  # in one call: the time in which XLA compiles one grows with their cube, 10 s for 400
 
 
+@overload
+def init(params: Any, *, amsgrad: Literal[False] = False) -> AdamState: ...
+@overload
+def init(params: Any, *, amsgrad: Literal[True]) -> AmsgradState: ...
+@overload
+def init(params: Any, *, amsgrad: bool) -> AdamState | AmsgradState: ...
+@suggests_keywords()
 def init(params: Any, *, amsgrad: bool = False) -> Any:
     """Zero moments for :func:`fused_update` and :func:`sparse_update`, in float32 for half parameters.
 
@@ -60,20 +76,21 @@ def init(params: Any, *, amsgrad: bool = False) -> Any:
     return optax.ScaleByAdamState(count=count, mu=zeros(), nu=zeros())
 
 
+@suggests_keywords(elsewhere=CLIPPING)
 def fused_update(
-    params: Any,
+    params: Params,
     grads: Any,
-    state: Any,
+    state: State,
     *,
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    grad_factor: Any = 1.0,
+    learning_rate: Rate,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+    mask: Mask = None,
+    grad_factor: Scalar = 1.0,
     epsilon_corrected: bool = True,
-) -> tuple[Any, Any]:
+) -> tuple[Params, State]:
     r"""One step of Adam, of AMSGrad with an :class:`AmsgradState`, of all parameters, in one pass over memory.
 
     .. math::
@@ -126,24 +143,25 @@ def fused_update(
         decays=spread_mask(mask, params, structure, weight_decay),
     )
     fields = dict(zip(trees, (structure.unflatten(arrays) for arrays in moments), strict=True))
-    return structure.unflatten(new), state._replace(count=count, **fields)
+    return structure.unflatten(new), cast(Any, state)._replace(count=count, **fields)
 
 
+@suggests_keywords(elsewhere=CLIPPING)
 def sparse_update(
-    table: Any,
-    ids: Any,
-    grads: Any,
-    state: Any,
+    table: ArrayLike,
+    ids: ArrayLike | Sequence[int],
+    grads: ArrayLike,
+    state: State,
     *,
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    grad_factor: Any = 1.0,
+    learning_rate: Rate,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+    grad_factor: Scalar = 1.0,
     epsilon_corrected: bool = True,
-    mode: str = "dense",
-) -> tuple[jax.Array, Any]:
+    mode: Literal["dense", "lazy"] = "dense",
+) -> tuple[jax.Array, State]:
     r"""One step of a table with gradients of some of its rows; those of one row are summed first.
 
     The gradient of the table, which JAX makes of a lookup, need not be: differentiate by the rows that were looked up.
@@ -205,24 +223,25 @@ def sparse_update(
     )
     rows = convert_gradient("grads", grads, table).reshape(ids.size, *table.shape[1:])
     new, *rest = operation(step)(numbers, count, ids.reshape(-1), rows, table, *moments.values())
-    return new, state._replace(count=count, **dict(zip(moments, rest, strict=True)))
+    return new, cast(Any, state)._replace(count=count, **dict(zip(moments, rest, strict=True)))
 
 
+@suggests_keywords(elsewhere=CLIPPING)
 def step_arrays(
-    params: Sequence[Any],
-    grads: Sequence[Any],
-    m: Sequence[Any],
-    v: Sequence[Any],
-    vhat: Sequence[Any] | None = None,
+    params: Sequence[ArrayLike],
+    grads: Sequence[ArrayLike],
+    m: Sequence[ArrayLike],
+    v: Sequence[ArrayLike],
+    vhat: Sequence[ArrayLike] | None = None,
     *,
-    step: Any,
-    learning_rate: Any,
-    beta_1: Any = 0.9,
-    beta_2: Any = 0.999,
-    epsilon: Any = 1e-7,
+    step: ArrayLike,
+    learning_rate: Scalar,
+    beta_1: Scalar = 0.9,
+    beta_2: Scalar = 0.999,
+    epsilon: Scalar = 1e-7,
     epsilon_corrected: bool = False,
-    weight_decay: Any = 0.0,
-    grad_factor: Any = 1.0,
+    weight_decay: Scalar = 0.0,
+    grad_factor: Scalar = 1.0,
     decays: Sequence[bool] | None = None,
 ) -> tuple[Arrays, Arrays, Arrays, Arrays | None]:
     """:func:`fused_update` of lists, with Keras's names and defaults, for those who keep the moments elsewhere.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,9 @@ import numpy as np
 
 from fastadam._core.checks import check_bool
 from fastadam._core.frameworks import require
+from fastadam._core.keywords import suggests_keywords
 from fastadam.jax._arguments import (
+    CLIPPING,
     check_params,
     check_scalar,
     flatten,
@@ -21,16 +23,23 @@ from fastadam.jax._arguments import (
 )
 from fastadam.jax._steps import step_leaves
 
+if TYPE_CHECKING:
+    import optax
+    from jax.typing import DTypeLike
 
+    from fastadam.jax._arguments import Mask, Rate, Scalar
+
+
+@suggests_keywords(elsewhere=CLIPPING)
 def scale_by_adam(
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
-) -> Any:
+) -> optax.GradientTransformation:
     r"""``optax.scale_by_adam`` by the native kernels, with its state and its arguments.
 
     .. math:: u = \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
@@ -119,16 +128,17 @@ def _refuse_tree(learning_rate: Any) -> None:
         raise TypeError(f"learning_rate: {kind}, expected a number or a schedule; parameters go to init(params)")
 
 
+@suggests_keywords(elsewhere=CLIPPING)
 def adam(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
+    learning_rate: Rate,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
-) -> Any:
+) -> optax.GradientTransformation:
     """``optax.adam`` around :func:`scale_by_adam`: the same chain of states, so that checkpoints serve both.
 
     >>> import importlib.util, jax.numpy as jnp, fastadam.jax
@@ -145,18 +155,19 @@ def adam(
     return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
 
 
+@suggests_keywords(elsewhere=CLIPPING)
 def adamw(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
-    weight_decay: Any = 1e-4,
-    mask: Any = None,
+    learning_rate: Rate,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: Scalar = 1e-4,
+    mask: Mask = None,
     *,
     nesterov: bool = False,
-) -> Any:
+) -> optax.GradientTransformation:
     """``optax.adamw`` around :func:`scale_by_adam`, with the same chain of states.
 
     >>> import importlib.util, jax.numpy as jnp, fastadam.jax

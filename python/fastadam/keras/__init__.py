@@ -7,6 +7,7 @@ loss scale, constraints, schedules and saving are Keras's own; what is replaced 
 from __future__ import annotations
 
 from fastadam._core.frameworks import missing
+from fastadam._core.public import publish
 from fastadam.keras._backend import check_choice, check_version
 
 try:
@@ -19,3 +20,9 @@ except ModuleNotFoundError as error:
     raise missing("fastadam.keras", error) from None
 
 __all__ = ["Adam", "AdamW"]
+
+publish(globals())
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

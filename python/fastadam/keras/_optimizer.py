@@ -16,11 +16,12 @@ import keras
 import numpy as np
 from keras.src.backend import in_stateless_scope
 
-from fastadam import cuda
 from fastadam._core.backend import _cpu
 from fastadam._core.checks import check_beta, check_non_negative, check_number
+from fastadam._core.cuda_module import cuda_module
 from fastadam._core.display import call_text, never_raises, schedule_settings
 from fastadam._core.hyper import StepHyper
+from fastadam._core.keywords import suggests_keywords
 from fastadam._core.ops import run_step
 from fastadam._core.placement import native_for
 from fastadam.keras._backend import outside_of_graphs, require_backend
@@ -28,6 +29,9 @@ from fastadam.keras._schedules import as_keras_rate
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from fastadam._core.types import LearningRate
 
 __all__ = ["Adam", "AdamW"]
 
@@ -70,9 +74,43 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
 
     __module__ = "fastadam.keras"
 
-    def __init__(self, learning_rate: Any = 0.001, *args: Any, **kwargs: Any) -> None:
+    @suggests_keywords("optimizer")
+    def __init__(
+        self,
+        learning_rate: LearningRate = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        amsgrad: bool = False,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str | None = None,
+    ) -> None:
         require_backend(type(self).__name__)
-        super().__init__(as_keras_rate(learning_rate), *args, **kwargs)
+        super().__init__(
+            learning_rate=as_keras_rate(learning_rate),
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=epsilon,
+            amsgrad=amsgrad,
+            weight_decay=weight_decay,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            name=name,
+        )
         self._plans = _Plans()
         self._check_numbers([], None)
 
@@ -227,6 +265,43 @@ class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
 
     __module__ = "fastadam.keras"
 
+    @suggests_keywords("optimizer")
+    def __init__(
+        self,
+        learning_rate: LearningRate = 0.001,
+        weight_decay: float = 0.004,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        amsgrad: bool = False,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=epsilon,
+            amsgrad=amsgrad,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            name=name,
+        )
+
 
 class _Plans:
     """A plan of each set of variables that are stepped together."""
@@ -264,7 +339,7 @@ class _Plan:
         self._names, self._count = names, count
         slots = {name: arrays[i * count : (i + 1) * count] for i, name in enumerate(names, start=1)}
         device = self._buffers[0].device
-        context = cuda.native().Context(device) if device >= 0 else None
+        context = cuda_module().Context(device) if device >= 0 else None
         self._native = native.Plan(
             self._buffers, slots, [False] * count, self._positions, False, [None] * count, context
         )

@@ -8,6 +8,7 @@ Source: https://www.tensorflow.org/api_docs/python/tf/keras/optimizers/schedules
 
 from __future__ import annotations
 
+from fastadam._core.public import publish
 from fastadam.schedules._config import deserialize, plot, serialize
 from fastadam.schedules._decays import (
     CosineDecay,
@@ -33,3 +34,9 @@ __all__ = [
     "plot",
     "serialize",
 ]
+
+publish(globals())
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastadam._core.checks import check_count
+from fastadam._core.keywords import suggests_keywords
 from fastadam.schedules import _decays
 from fastadam.schedules._decays import LearningRateSchedule
 from fastadam.schedules._foreign import KerasSchedule
@@ -36,6 +37,11 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
 
     Raises:
         ValueError: Not such a dict, or a class that is not known.
+
+    >>> import fastadam
+    >>> config = {"initial_learning_rate": 0.1, "decay_steps": 100}
+    >>> fastadam.schedules.deserialize({"class_name": "CosineDecay", "config": config})(50)
+    0.05
     """
     if not isinstance(config, Mapping) or not isinstance(config.get("config"), Mapping) or "class_name" not in config:
         raise ValueError(f"Improper config format: {config!r}, expected a dict with 'class_name' and 'config'")
@@ -47,6 +53,7 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
     return classes[name].from_config(dict(config["config"]))
 
 
+@suggests_keywords()
 def plot(schedule: Callable[[Any], Any], steps: int, axes: Any = None) -> Any:
     """Draw the learning rates of the first ``steps`` steps with matplotlib; returns the axes.
 

@@ -22,6 +22,7 @@ from fastadam._core.display import (
     polyline,
     schedule_settings,
 )
+from fastadam._core.keywords import suggests_keywords
 
 __all__ = [
     "CosineDecay",
@@ -124,6 +125,7 @@ class _DecayOfQuotient(_Schedule):
         return np.asarray(np.floor(quotient) if self.staircase else quotient)
 
 
+@suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class ExponentialDecay(_DecayOfQuotient):
     r"""``initial_learning_rate * decay_rate ** (step / decay_steps)``; with ``staircase`` the quotient is floored.
@@ -141,6 +143,7 @@ class ExponentialDecay(_DecayOfQuotient):
         return self.initial_learning_rate * self.decay_rate ** self._quotient(steps)
 
 
+@suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class InverseTimeDecay(_DecayOfQuotient):
     r"""``initial_learning_rate / (1 + decay_rate * step / decay_steps)``; with ``staircase`` the quotient is floored.
@@ -157,6 +160,7 @@ class InverseTimeDecay(_DecayOfQuotient):
         return self.initial_learning_rate / (1 + self.decay_rate * self._quotient(steps))
 
 
+@suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class PiecewiseConstantDecay(_Schedule):
     """``values[i]`` for ``boundaries[i-1] < step <= boundaries[i]``: the boundary itself has the earlier value.
@@ -188,6 +192,7 @@ class PiecewiseConstantDecay(_Schedule):
         return values[np.searchsorted(boundaries, steps, side="left")]
 
 
+@suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class PolynomialDecay(_Schedule):
     r"""From ``initial_learning_rate`` to ``end_learning_rate`` in ``decay_steps``, then constant or in cycles.
@@ -225,6 +230,7 @@ class PolynomialDecay(_Schedule):
         return (self.initial_learning_rate - self.end_learning_rate) * remaining**self.power + self.end_learning_rate
 
 
+@suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class CosineDecay(_Schedule):
     r"""Half a cosine from ``initial_learning_rate`` to ``alpha`` times it; before it a linear warm-up, if asked for.
@@ -269,6 +275,7 @@ class CosineDecay(_Schedule):
         return (1 - self.alpha) * 0.5 * (1 + np.cos(np.pi * completed)) + self.alpha
 
 
+@suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class CosineDecayRestarts(_Schedule):
     r"""Cosine decay with warm restarts (Loshchilov and Hutter, arXiv:1608.03983).
@@ -317,6 +324,7 @@ class CosineDecayRestarts(_Schedule):
         return np.where(self._start(guess + 1) <= periods, guess + 1, guess)
 
 
+@suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class LinearCosineDecay(_Schedule):
     r"""A cosine of ``num_periods`` periods under a line to 0 (Bello et al., arXiv:1709.07417); TF 2.x's experimental.

@@ -7,6 +7,7 @@ optimizer the sparse gradients of ``nn.Embedding(sparse=True)``.
 from __future__ import annotations
 
 from fastadam._core.frameworks import missing
+from fastadam._core.public import publish
 
 try:
     from fastadam.torch._optimizer import Adam, AdamW
@@ -14,3 +15,9 @@ except ModuleNotFoundError as error:
     raise missing("fastadam.torch", error) from None
 
 __all__ = ["Adam", "AdamW"]
+
+publish(globals())
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

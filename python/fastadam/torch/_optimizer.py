@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastadam._core.frameworks import NamedInKeras
+from fastadam._core.keywords import suggests_keywords
 from fastadam._core.slices import check_sparse_update
 from fastadam.torch._checks import (
     OfGroups,
@@ -25,7 +26,21 @@ from fastadam.torch._states import fill_groups, keep_tensors, restore_states
 from fastadam.torch._stepping import Stepper
 from fastadam.torch._tables import Reader
 
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+    from fastadam._core.types import SparseUpdate
+
 __all__ = ["Adam", "AdamW"]
+
+_ELSEWHERE = {
+    "clipnorm": "torch.nn.utils.clip_grad_norm_ clips gradients before the step",
+    "global_clipnorm": "torch.nn.utils.clip_grad_norm_ clips gradients before the step",
+    "clipvalue": "torch.nn.utils.clip_grad_value_ clips gradients before the step",
+    "use_ema": "torch.optim.swa_utils.AveragedModel keeps averages",
+    "ema_momentum": "torch.optim.swa_utils.AveragedModel keeps averages",
+    "loss_scale_factor": "torch.amp.GradScaler scales the loss",
+}
 
 
 class Adam(Stepper, NamedInKeras):
@@ -101,9 +116,10 @@ class Adam(Stepper, NamedInKeras):
     maximize = OfGroups("maximize")
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
 
+    @suggests_keywords("optimizer", _ELSEWHERE)
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -116,7 +132,7 @@ class Adam(Stepper, NamedInKeras):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        sparse_update: str = "dense",
+        sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
         moments_dtype: torch.dtype | None = None,
     ) -> None:
         self._sparse_update = check_sparse_update(sparse_update)
@@ -177,7 +193,7 @@ class Adam(Stepper, NamedInKeras):
     # ---- tables ----------------------------------------------------------------------------------------------------
 
     @property
-    def sparse_update(self) -> str:
+    def sparse_update(self) -> SparseUpdate:
         """How sparse gradients are applied; see the class."""
         return self._sparse_update
 
@@ -325,9 +341,10 @@ class AdamW(Adam):
     ...     assert opt.param_groups[0]["weight_decay"] == 0.01
     """
 
+    @suggests_keywords("optimizer", _ELSEWHERE)
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -339,7 +356,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        sparse_update: str = "dense",
+        sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
         moments_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(

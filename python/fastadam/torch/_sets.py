@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadam import cuda
 from fastadam._core.backend import _cpu
+from fastadam._core.cuda_module import cuda_module
 from fastadam._core.hyper import StepHyper
 from fastadam._core.staleness import Staleness
 from fastadam.torch._counts import StepCounts, lies_on_gpu
@@ -99,7 +99,7 @@ class ParameterSet:
         return columns
 
     def _make_plan(self) -> None:
-        native = cuda.native() if self.device.type == "cuda" else _cpu
+        native = cuda_module() if self.device.type == "cuda" else _cpu
         params, *slots = self._natives()
         named = dict(zip(self.kind.slots, slots, strict=True))
         self.buffers = [native.Buffer(param, label) for param, label in zip(params, self.labels, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from fastadam.torch._sets import Kind, ParameterSet
 from fastadam.torch._states import states_of
 from fastadam.torch._tables import Table, Tables
 
+if TYPE_CHECKING:
+    from fastadam._core.types import SparseUpdate
+
 __all__ = ["Stepper"]
 
 _NONE, _WHOLE, _ROWS = 0, 1, 2  # a parameter without gradient, with one that moves all of it, with one that moves rows
@@ -30,7 +33,7 @@ _NONE, _WHOLE, _ROWS = 0, 1, 2  # a parameter without gradient, with one that mo
 class Stepper(torch.optim.Optimizer):
     """The step of an optimizer with torch's parameter groups and states."""
 
-    _sparse_update: str
+    _sparse_update: SparseUpdate
     _moments_dtype: torch.dtype | None
     _lock: threading.RLock
     _attached: set[int]

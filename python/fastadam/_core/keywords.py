@@ -1,0 +1,105 @@
+"""What somebody meant who gives a keyword that a function does not have."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+__all__ = ["suggests_keywords"]
+
+_Callable = TypeVar("_Callable", bound=Callable[..., Any])
+
+# Names of one thing in Keras, TensorFlow, PyTorch, optax and papers; a suggestion is the first that a function has.
+_SYNONYMS = (
+    ("learning_rate", "lr", "lr_schedule", "learning_rate_schedule", "schedule", "scheduler", "step_size", "eta"),
+    ("initial_learning_rate", "learning_rate", "lr", "initial_lr", "base_lr", "init_value", "start_lr"),
+    ("beta_1", "b1", "betas", "beta1", "momentum"),
+    ("beta_2", "b2", "betas", "beta2", "rho"),
+    ("epsilon", "eps", "epsilon_hat"),
+    ("clipnorm", "clip_norm", "grad_clip_norm", "clip_grad_norm"),
+    ("clipvalue", "clip_value", "grad_clip_value", "clip_grad_value"),
+    ("global_clipnorm", "global_clip_norm", "clip_global_norm", "clip_by_global_norm", "max_norm", "max_grad_norm"),
+    ("weight_decay", "weight_decay_rate", "wd", "l2"),
+    ("use_ema", "ema"),
+    ("ema_momentum", "ema_decay", "ema_rate"),
+    ("ema_overwrite_frequency", "ema_frequency", "ema_steps"),
+    ("gradient_accumulation_steps", "accumulation_steps", "accumulate_steps", "accumulate_grad_batches"),
+    ("loss_scale_factor", "loss_scale"),
+    ("initial_scale", "init_scale", "loss_scale", "initial_loss_scale"),
+    ("dynamic_growth_steps", "growth_interval", "scale_window", "growth_steps"),
+    ("inner_optimizer", "optimizer", "opt"),
+    ("grad_factor", "grad_scale", "gradient_scale", "scale"),
+    ("sparse_update", "sparse", "lazy", "mode"),
+    ("decay_steps", "first_decay_steps", "total_steps", "num_steps", "max_steps", "transition_steps", "T_max", "T_0"),
+    ("t_mul", "T_mult"),
+    ("decay_rate", "gamma"),
+    ("boundaries", "milestones"),
+    ("end_learning_rate", "end_value", "end_lr", "min_lr"),
+    ("warmup_steps", "warmup", "num_warmup_steps"),
+    ("warmup_target", "peak_value", "peak_lr"),
+    ("vars", "params", "variables", "var_list"),
+    ("grads", "gradients"),
+    ("m", "exp_avg", "mu", "momentums"),
+    ("v", "exp_avg_sq", "nu", "velocities"),
+    ("vhat", "max_exp_avg_sq", "nu_max", "velocity_hats"),
+    ("step", "t", "iterations", "count"),
+    ("value", "initial_value", "data"),
+    ("dense_shape", "shape"),
+    ("axes", "ax"),
+)
+_NOTES = {
+    ("eps", "epsilon"): " It is added before the bias correction, PyTorch's eps after it.",
+    ("epsilon", "eps"): " It is added after the bias correction, TensorFlow's epsilon before it.",
+}
+
+
+def suggests_keywords(
+    called: str | None = None, elsewhere: Mapping[str, str] | None = None
+) -> Callable[[_Callable], _Callable]:
+    """Have a function, or a class, name the keyword that was meant in its TypeError for one that it does not have.
+
+    A call that succeeds costs one more Python call, 0.2 us; the names are compared only once a TypeError was raised.
+
+    Args:
+        called: What the message says the keyword was passed to; None for the name of the function or class.
+        elsewhere: What to do instead of giving an option that the function does not have, by the first of its synonyms.
+    """
+
+    def decorate(decorated: _Callable) -> _Callable:
+        is_class = isinstance(decorated, type)
+        function: Callable[..., Any] = getattr(decorated, "__init__") if is_class else decorated  # noqa: B009  mypy
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except TypeError:
+                names = [name for name in inspect.signature(function).parameters if name != "self"]
+                unknown = next((keyword for keyword in kwargs if keyword not in names), None)
+                if unknown is None:
+                    raise
+                hint = _hint(unknown, names, elsewhere or {})
+                what = called or decorated.__qualname__.removesuffix(".__init__")
+                raise TypeError(f"Unexpected keyword argument passed to {what}: {unknown}{hint}") from None
+
+        if not is_class:
+            return cast(_Callable, checked)
+        setattr(decorated, "__init__", checked)  # noqa: B010  mypy
+        return decorated
+
+    return decorate
+
+
+def _hint(keyword: str, names: Sequence[str], elsewhere: Mapping[str, str]) -> str:
+    groups = [group for group in _SYNONYMS if keyword in group]
+    present = [next((name for name in group if name in names), None) for group in groups]
+    meant = list(dict.fromkeys(name for name in present if name))
+    if not meant:
+        for group in groups:
+            if group[0] in elsewhere:
+                return f"; {elsewhere[group[0]]}"
+        meant = difflib.get_close_matches(keyword, names, n=1, cutoff=0.7)
+    return f"; did you mean {' and '.join(meant)}?{_NOTES.get((keyword, meant[0]), '')}" if meant else ""

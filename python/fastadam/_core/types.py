@@ -1,0 +1,87 @@
+"""The types that public signatures name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsFloat, TypeAlias
+
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from fastadam._core.autodiff import Loss
+    from fastadam._core.slices import IndexedSlices
+    from fastadam._core.variable import Variable
+    from fastadam.schedules import LearningRateSchedule
+
+__all__ = [
+    "Array",
+    "ArrayLike",
+    "Gradient",
+    "Hyperparameter",
+    "LearningRate",
+    "Provider",
+    "SparseUpdate",
+    "VariableLike",
+    "VariableTree",
+]
+
+SparseUpdate: TypeAlias = Literal["dense", "deferred", "deferred_fast", "lazy"]
+
+Hyperparameter: TypeAlias = "float | Callable[[], SupportsFloat]"
+# An array: one number on a GPU.
+LearningRate: TypeAlias = "Hyperparameter | LearningRateSchedule | KerasSchedule | TorchScheduler | Array"
+
+Provider: TypeAlias = "Literal['autograd', 'jax', 'torch'] | Callable[[Loss, list[Any]], Sequence[Any]]"
+
+
+class KerasSchedule(Protocol):
+    """A schedule of Keras or TensorFlow."""
+
+    def __call__(self, step: Any) -> Any:
+        """The rate at a step."""
+
+    def get_config(self) -> dict[str, Any]:
+        """What it was made with."""
+
+
+class TorchScheduler(Protocol):
+    """A scheduler of PyTorch."""
+
+    optimizer: Any
+
+    def get_last_lr(self) -> list[Any]:
+        """The rates of the parameter groups."""
+
+
+class SupportsDLPack(Protocol):
+    """An array of PyTorch, JAX, CuPy and others."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class SupportsArrayInterface(Protocol):
+    """Memory of the host as NumPy describes it."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
+
+
+class SupportsCudaArrayInterface(Protocol):
+    """Memory of a GPU as Numba describes it."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+class SparseMatrix(Protocol):
+    """A sparse matrix or array of SciPy."""
+
+    def tocsr(self, *args: Any, **kwargs: Any) -> Any:
+        """The same by rows."""
+
+
+Array: TypeAlias = "npt.NDArray[Any] | SupportsDLPack | SupportsArrayInterface | SupportsCudaArrayInterface"
+ArrayLike: TypeAlias = "npt.ArrayLike | Array"  # nested lists of numbers, too
+VariableLike: TypeAlias = "Variable | Array"
+VariableTree: TypeAlias = "VariableLike | Iterable[Any] | Callable[[], Any]"  # lists and dicts in each other
+Gradient: TypeAlias = "ArrayLike | IndexedSlices | SparseMatrix"

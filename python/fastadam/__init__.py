@@ -65,4 +65,4 @@ publish(globals())
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "jax", "keras", "torch"])
+    return sorted(__all__)

@@ -243,6 +243,15 @@ def test_a_zip_serves_one_epoch():
         optimizer.apply_gradients(pairs)
 
 
+@pytest.mark.parametrize("call", [name for name in CALLS_WITH_LISTS if name not in ("global_norm", "minimize")])
+def test_one_array_is_not_taken_for_the_list_of_its_rows(call, tmp_path):
+    optimizer = fastadam.Adam(0.1)
+    with pytest.raises(TypeError, match=r"^\w+: one ndarray, expected an? "):
+        CALLS_WITH_LISTS[call](optimizer, ones(3, 2), tmp_path / "adam")
+    assert len(optimizer.weights) == 1
+    assert fastadam.global_norm(ones(4, 4)) == 4.0
+
+
 def test_adam_step_of_iterators_is_refused_and_of_empty_lists_does_nothing():
     fastadam.adam_step([], [], [], [], step=1)
     with pytest.raises(ValueError, match="^grads: 1 arrays, expected 0"):

@@ -88,6 +88,8 @@ def check_count(name: str, value: Any) -> int:
 
 def check_list(name: str, values: Any, expected: str = "a list") -> list[Any]:
     """The items of any iterable; of an iterator at least one, for an exhausted one looks like an empty list."""
+    if isinstance(values, np.ndarray) and values.dtype.kind != "O":  # its rows would be taken for the items
+        raise TypeError(f"{name}: one {type(values).__name__}, expected {expected}")
     try:
         items = list(values)
     except TypeError:

@@ -40,7 +40,8 @@ def global_norm(grads: Iterable[Gradient | None]) -> float:
     >>> fastadam.global_norm([np.array([3.0, 0.0]), None, np.array([[4.0]])])
     5.0
     """
-    given = check_list("grads", grads, "a list of arrays")
+    is_array = isinstance(grads, np.ndarray)  # whose rows have the same norm together
+    given = list(grads) if is_array else check_list("grads", grads, "a list of arrays")
     arrays = [_readable(_values(unwrap(g)), f"grads[{i}]") for i, g in enumerate(given) if g is not None]
     return math.sqrt(sum(_cpu.sums_of_squares(arrays)))
 

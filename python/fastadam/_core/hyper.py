@@ -25,10 +25,11 @@ CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 
 def check_rate(name: str, value: Any) -> Any:
     """A finite float; one that lies on a GPU, which only the GPU reads, as it is."""
-    if isinstance(value, float):
-        return check_number(name, value)
-    refuse_parameters(name, value)
-    return value if on_gpu(value) else check_number(name, value)
+    if on_gpu(value):
+        return value
+    if not isinstance(value, float):
+        refuse_parameters(name, value)
+    return check_number(name, value)
 
 
 def _check_callable(name: str, value: Any) -> Callable[..., float]:

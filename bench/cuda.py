@@ -27,21 +27,13 @@ def arrays(sizes: list[int]):
     return [[cupy.random.standard_normal(size, dtype=cupy.float32) for size in sizes] for _ in range(2)]
 
 
-def ours(sizes: list[int], captured: bool = False) -> Step:
-    import cupy
+def ours(sizes: list[int]) -> Step:
     import fastadam
 
     variables, gradients = arrays(sizes)
     optimizer = fastadam.Adam(RATE)
     pairs = list(zip(gradients, variables, strict=True))
-    optimizer.apply_gradients(pairs)
-    if not captured:
-        return lambda: optimizer.apply_gradients(pairs)
-    stream = cupy.cuda.get_current_stream()
-    stream.begin_capture()
-    optimizer.apply_gradients(pairs)
-    graph = stream.end_capture()
-    return lambda: graph.launch(stream)
+    return lambda: optimizer.apply_gradients(pairs)
 
 
 def torch_fused(sizes: list[int]) -> Step:
@@ -141,8 +133,6 @@ def main() -> None:
         print(f"{device}: a copy moves {1e-12 / per_byte:.2f} TB/s")
         for name, sizes in LISTS.items():
             steps = {"fastadam": ours(sizes), "torch fused": torch_fused(sizes), "CuPy kernel": cupy_kernel(sizes)}
-            if len(sizes) > 1:
-                steps["fastadam in a graph"] = ours(sizes, captured=True)
             floor = sum(sizes) * BYTES_PER_ELEMENT * per_byte
             rows.append({"list": name, **report(name, take_turns(steps, arguments.turns), floor)})
             steps.clear()

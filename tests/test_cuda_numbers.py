@@ -135,7 +135,7 @@ def test_t_after_a_bad_index_is_that_of_the_last_good_step(gpu):
 
 def test_a_graph_reads_them_in_every_replay(gpu):
     plans = Plans(gpu, dense("float32", 0))
-    _, plan, context = plans.plans[1]
+    plan = plans.plans[1][1]
     gradients = dense("float32", 1)
     plans.step(gradients, HYPER, scale=4.0)
     placed = [gpu.array(g) for g in gradients]
@@ -153,9 +153,36 @@ def test_a_graph_reads_them_in_every_replay(gpu):
             known = HYPER._replace(step=plans.made, gradient_scale=0.5**k)
             plans.plans[0][1].step(gradients, known, [], np.zeros((), np.int64))
     plans.check()
-    assert context.replays() == 2
     plans.step(gradients, HYPER, scale=4.0, counts=True)
     plans.check()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_step_of_an_optimizer_reads_its_rate(gpu, dtype):
+    rate, array, gradient = gpu.array(np.array(0.01, dtype)), np.ones(5, F32), np.full(5, 0.5, F32)
+    twin, placed = gpu.array(array), gpu.array(gradient)
+    host, device = fastadam.Adam(), fastadam.Adam(rate)
+    for value in (0.01, 0.5, 0.25):
+        fastadam._core.placement.assign(rate, value)
+        host.learning_rate = float(dtype(value))
+        host.apply_gradients([(gradient, array)])
+        device.apply_gradients([(placed, twin)])
+    assert same(array, gpu.get(twin))
+    assert device.get_config()["learning_rate"] == 0.25
+
+
+def test_a_rate_on_the_gpu_is_for_arrays_there(fake_gpu):
+    rate = fake_gpu.array(np.array(0.1, F32))
+    optimizer = fastadam.Adam(rate)
+    with pytest.raises(ValueError, match="learning_rate: on a GPU, expected a number"):
+        optimizer.apply_gradients([(np.ones(3, F32), np.ones(3, F32))])
+    w, gradient = (fake_gpu.array(np.ones(3, F32)) for _ in range(2))
+    optimizer.learning_rate = fake_gpu.array(np.ones(2, F32))
+    with pytest.raises(ValueError, match=r"learning_rate: \(2,\) float32 in CUDA device 0, expected one float32"):
+        optimizer.apply_gradients([(gradient, w)])
+    deferred = fastadam.Adam(rate, sparse_update="deferred")
+    with pytest.raises(ValueError, match="learning_rate: on the GPU with sparse_update='deferred'"):
+        deferred.apply_gradients([(gradient, w)])
 
 
 def test_nothing_waits_for_the_gpu(fake_gpu):

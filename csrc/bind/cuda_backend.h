@@ -44,19 +44,9 @@ struct CudaContext {
     native->wait();
   }
 
-  int64_t replays() {
-    const cuda::DeviceScope scope(device);
-    return native->replays();
-  }
-
   int64_t step() {
     const cuda::DeviceScope scope(device);
     return native->step();
-  }
-
-  void set_step(int64_t step) {
-    const cuda::DeviceScope scope(device);
-    native->set_step(step);
   }
 
   int device;
@@ -144,11 +134,8 @@ class CudaBackend {
   void run_sum_rows(const std::vector<TensorArgs>&, const std::vector<void*>&) const {}  // make_sums has
 
   bool step(const StepArgs& args, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper, int64_t call) {
-    if (context_->native->is_capturing()) {
-      for (const TensorArgs& tensor : tensors) {
-        if (tensor.stale != nullptr) throw std::runtime_error("sparse_update: a deferred table cannot be captured");
-      }
-      if (hyper.require_finite) throw std::runtime_error("a step that waits to see its gradients cannot be captured");
+    if (context_->native->is_capturing() && hyper.require_finite) {
+      throw std::runtime_error("a step that waits to see its gradients cannot be captured");
     }
     if (numbers_.found_inf != nullptr) {
       for (const TensorArgs& tensor : tensors) {

@@ -43,9 +43,7 @@ void register_context(py::module_& m) {
       .def("take_failure", &CudaContext::take_failure)
       .def("wait", &CudaContext::wait)
       .def_property_readonly("is_captured", [](const CudaContext& c) { return c.native->is_captured(); })
-      .def("replays", &CudaContext::replays)
-      .def("step", &CudaContext::step)
-      .def("set_step", &CudaContext::set_step, py::arg("step"));
+      .def("step", &CudaContext::step);
   py::class_<cuda::DeviceHistory, std::shared_ptr<cuda::DeviceHistory>>(m, "History", py::module_local())
       .def(py::init([](const py::array& alphas, const py::array& keeps, const py::array& peaks, int64_t steps,
                        int device, uintptr_t stream) {

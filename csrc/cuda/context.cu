@@ -90,23 +90,11 @@ std::optional<Failure> Context::take_failure() {
 
 bool Context::is_captured() const { return parts_->is_captured; }
 
-int64_t Context::replays() {
-  wait();  // graphs run on any stream
-  int64_t replays = 0;
-  check(cudaMemcpy(&replays, &parts_->state.get()->replays, sizeof(replays), cudaMemcpyDeviceToHost));
-  return replays;
-}
-
 int64_t Context::step() {
-  wait();
+  wait();  // graphs run on any stream
   int64_t step = 0;
   check(cudaMemcpy(&step, &parts_->state.get()->step, sizeof(step), cudaMemcpyDeviceToHost));
   return step;
-}
-
-void Context::set_step(int64_t step) {
-  wait();
-  check(cudaMemcpy(&parts_->state.get()->step, &step, sizeof(step), cudaMemcpyHostToDevice));
 }
 
 }  // namespace fastadam::cuda

@@ -45,10 +45,7 @@ class FASTADAM_API Context {
   std::optional<Failure> take_failure();  // as far as it is known; waits if there is one; steps go on after it
 
   bool is_captured() const;  // some step was
-  int64_t replays();         // steps that graphs have made; waits
-
-  int64_t step();               // t of the last step that was made; waits
-  void set_step(int64_t step);  // the next one that the device counts is one more; waits
+  int64_t step();            // t of the last step that was made; waits
 
   struct Parts;
   Parts& parts() { return *parts_; }

@@ -8,12 +8,11 @@ namespace fastadam::cuda {
 
 // Every launch of a step reads it; none writes to variables or slots once `skip` is set.
 struct StepState {
-  int64_t step;     // t of the last step that was made, or of the one that is being made
-  int64_t replays;  // steps made by graphs
-  bool failed;      // an index was found that is no row: nothing moves any more until the host has raised it
-  bool told;        // and the host has been told
-  bool skip;        // nothing of this step is written
-  double unscale;   // multiplies the factors of its gradients: 1 / grad_scale, where that lies on the device
+  int64_t step;    // t of the last step that was made, or of the one that is being made
+  bool failed;     // an index was found that is no row: nothing moves any more until the host has raised it
+  bool told;       // and the host has been told
+  bool skip;       // nothing of this step is written
+  double unscale;  // multiplies the factors of its gradients: 1 / grad_scale, where that lies on the device
   StepScalars<float> single;
   StepScalars<double> twice;
 };
@@ -118,7 +117,7 @@ struct AdvanceStep {
   int64_t call;
   AdamHyper hyper;
   DeviceNumbers numbers;
-  bool is_captured;  // in a graph, whose steps are counted and report t in the place of `call`
+  bool is_captured;  // in a graph, whose steps report t in the place of `call`
   Powers<float> singles;
   Powers<double> doubles;
   bool has_single;
@@ -133,7 +132,6 @@ struct AdvanceStep {
     if (has_single && now.epsilon_corrected) state->single = rounded<float>(scalars(now, doubles));
     if (has_double) state->twice = scalars(now, doubles);
     begin_step(*state, *report, now.step, is_captured ? now.step - 1 : call, numbers);
-    if (is_captured && !state->skip) ++state->replays;
   }
 
  private:

@@ -39,11 +39,8 @@ class Context:
     def wait(self) -> None: ...
     @property
     def is_captured(self) -> bool: ...
-    def replays(self) -> int:
-        """Steps that CUDA graphs have made; waits."""
     def step(self) -> int:
         """T of the last step that was made; waits."""
-    def set_step(self, step: int) -> None: ...
 
 class History:
     """The rates of a deferred table on its device."""

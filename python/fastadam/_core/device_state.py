@@ -1,4 +1,4 @@
-"""What a GPU knows of an optimizer and the host does not: steps of CUDA graphs, errors found after a call returned."""
+"""What a GPU knows of an optimizer and the host does not: errors found after a call returned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fastadam import cuda
 from fastadam._core.backend import _cpu
 from fastadam._core.placement import on_gpu
-from fastadam._core.plans import Plans, StepPlan
+from fastadam._core.plans import Plans
 from fastadam._core.slices import DEFERRED
 from fastadam._core.slots import SlotStore
 
@@ -23,12 +23,7 @@ class DeviceState(abc.ABC):
 
     _contexts: dict[int, Any]
     _gatherers: dict[int, Any]
-    _replays: dict[int, int]
-    _capturing: bool
     _plans: Plans
-    _captured: list[Any]
-    _hyper: dict[str, Any]
-    _extras: Any
     sparse_update: Any
     _iterations: npt.NDArray[np.int64]
     _slots: SlotStore
@@ -50,36 +45,16 @@ class DeviceState(abc.ABC):
             self._contexts[buffer.device] = cuda.native().Context(buffer.device)
         return self._contexts[buffer.device]
 
-    def _read_captured(self) -> None:
-        """Add the steps that CUDA graphs have made to the count; waits for the GPU, but only if one was captured."""
-        if self._capturing:
-            return
-        for device, context in self._contexts.items():
-            if context.is_captured:
-                replays = context.replays()
-                made, self._replays[device] = replays - self._replays.get(device, 0), replays
-                self._iterations[...] += made * self._micro_steps
-
     def _set_count(self, calls: int) -> None:
         """Set the count, of which nothing before is taken back any more."""
         self._raise_late(wait=True)
-        self._read_captured()
         self._iterations[...] = calls
-        self._write_captured()
         for entry in self._slots.entries:
             if entry.staleness is not None:
                 entry.staleness.confirm()
 
-    def _write_captured(self) -> None:
-        """Steps of CUDA graphs go on from the count."""
-        for context in self._contexts.values():
-            if context.is_captured:
-                context.set_step(int(self._iterations) // self._micro_steps)
-
     def _raise_late(self, *, wait: bool = False) -> None:
         """Raise what a GPU found wrong with a step after the call had returned; it and all later ones did nothing."""
-        if self._capturing:
-            return
         for context in self._contexts.values():
             if wait:
                 context.wait()
@@ -90,9 +65,7 @@ class DeviceState(abc.ABC):
             for entry in self._slots.entries:
                 if entry.staleness is not None:
                     entry.staleness.forget_from(calls)
-            self._read_captured()  # or what graphs made would be added later
             self._iterations[...] = calls
-            self._write_captured()
             self._plans.clear()  # which may hold closed forms of the steps taken back
             raise ValueError(
                 f"{message}; found on the GPU after the call had returned: that step, after iteration "
@@ -102,7 +75,6 @@ class DeviceState(abc.ABC):
     def _settle_devices(self) -> None:
         """Before a copy of the state: the history of a table on a GPU does not go with it."""
         if self._contexts:
-            self._read_captured()
             self._settle()
             self._wait()
 
@@ -115,12 +87,13 @@ class DeviceState(abc.ABC):
     def _rate_on_gpu(self, first: Any, rate: Any) -> Any:
         """Before a step of an optimizer that knows GPUs: the learning rate where it lies on one, else None."""
         lies_there = on_gpu(first)
-        self._capturing = lies_there and cuda.native().is_capturing(first)
-        if self._capturing:
-            self._require_capturable()
+        if lies_there and cuda.native().is_capturing(first):
+            raise RuntimeError(
+                "apply_gradients: a CUDA graph is being captured, expected no capture "
+                "(fastadam.torch.Adam(capturable=True) can be captured)"
+            )
         elsewhere = len(self._contexts) > 1 or lies_there != (self._plans.device >= 0)  # where steps would go on
         self._raise_late(wait=elsewhere)
-        self._read_captured()
         if not on_gpu(rate):
             return None
         if not lies_there:
@@ -128,27 +101,3 @@ class DeviceState(abc.ABC):
         if self.sparse_update in DEFERRED:
             raise ValueError(f"learning_rate: on the GPU with sparse_update={self.sparse_update!r}, expected a number")
         return rate
-
-    def _require_capturable(self) -> None:
-        """What the host says anew in every step would be captured as it is now."""
-        if not self._contexts:
-            raise RuntimeError("the first step was captured, expected one before it that is not")
-        for name, value in self._hyper.items():
-            if callable(value):
-                raise ValueError(
-                    f"{name}: a schedule or callable, which a CUDA graph would never ask again, expected a number"
-                    + (", or one float on the GPU" if name == "learning_rate" else "")
-                )
-        if self._extras.use_ema and self._extras.ema_overwrite_frequency:
-            raise ValueError("ema_overwrite_frequency: counted by the host, which a CUDA graph never asks")
-
-    def _after_step_on_gpu(self, plan: StepPlan, first: Any, was_finite: bool) -> None:
-        if self._capturing:
-            self._captured.append(plan)  # its tables are the graph's from here on
-            self._plans.remove(plan)
-            self._capturing = False
-            return
-        if was_finite:
-            self._raise_late()  # the step has been waited for
-        if len(self._contexts) > 1 or not on_gpu(first):
-            self._write_captured()

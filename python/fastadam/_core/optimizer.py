@@ -50,7 +50,7 @@ class Adam(Stepper, Minimizer):
     Args:
         learning_rate: Step size; a number, a schedule of :mod:`fastadam.schedules`, or a callable without arguments.
             Schedules and callables are evaluated once per step. For variables on a GPU also one float32 or float64
-            there, which every step reads, those of a CUDA graph too.
+            there, which every step reads.
         beta_1: Decay rate of the first moment, in [0, 1); number or callable.
         beta_2: Decay rate of the second moment, likewise.
         epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.

@@ -56,20 +56,15 @@ class Plans:
         found = _match(self.last, pairs, key)
         return found or (_match(self._by_start.get(_start_of(pairs)), pairs, key) if self._by_start else None)
 
-    def add(self, plan: StepPlan, pairs: list[Any], *, may_free: bool) -> None:
-        """``may_free``: too many plans may be dropped, which frees memory."""
-        if may_free and len(self._by_start) >= _MOST:
+    def add(self, plan: StepPlan, pairs: list[Any]) -> None:
+        """Keep a plan; when there are too many, all others are forgotten."""
+        if len(self._by_start) >= _MOST:
             self._by_start.clear()
         self._by_start[_start_of(pairs)] = plan
 
     def use(self, plan: StepPlan) -> None:
         """The next step is likely to be for the same variables."""
         self.last, self.device = plan, plan.device
-
-    def remove(self, plan: StepPlan) -> None:
-        """Forget one."""
-        self.last = None if self.last is plan else self.last
-        self._by_start = {start: other for start, other in self._by_start.items() if other is not plan}
 
     def clear(self) -> None:
         """Forget all: what they were made of has changed."""

@@ -34,9 +34,6 @@ _PASSING = (
     "_last_numbers",
     "_contexts",
     "_gatherers",
-    "_replays",
-    "_capturing",
-    "_captured",
 )
 _live: weakref.WeakSet[OptimizerState] = weakref.WeakSet()
 
@@ -59,9 +56,6 @@ class OptimizerState(DeviceState):
         self._last_numbers: tuple[Any, ...] | None = None  # of the last step, if nothing had to be asked for them
         self._contexts = {}
         self._gatherers = {}
-        self._replays = {}
-        self._capturing = False
-        self._captured: list[Any] = []  # plans that CUDA graphs go on using
         _live.add(self)
 
     @abc.abstractmethod
@@ -70,8 +64,6 @@ class OptimizerState(DeviceState):
     @property
     def iterations(self) -> np.int64:
         """Steps made so far. Setting it continues from there: after ``opt.iterations = 5`` the next step uses t = 6."""
-        if self._contexts:
-            self._read_captured()
         count: np.int64 = np.int64(int(self._iterations) // self._micro_steps)
         return count
 

@@ -64,15 +64,7 @@ class Stepper(DeferredTables):
             ValueError: All gradients None; a wrong shape; a variable that cannot be updated in place; variables that
                 overlap partly; a gradient that shares memory with a variable.
         """
-        try:
-            return None if self._apply(grads_and_vars) is None else self._count()
-        finally:
-            self._capturing = False
-
-    def _count(self) -> np.int64:
-        """Of the steps that the host has asked for."""
-        count: np.int64 = np.int64(self._iterations[()] // self._micro_steps)
-        return count
+        return None if self._apply(grads_and_vars) is None else self.iterations
 
     def _apply(self, grads_and_vars: Iterable[tuple[Any, Any]], loss_scale: float | None = None) -> bool | None:
         """Whether all gradients were finite, which only a dynamic ``loss_scale`` asks for; None for an empty list."""
@@ -111,8 +103,8 @@ class Stepper(DeferredTables):
         run_step(plan.native.step, gradients, plan.buffers, plan.positions, hyper, [], self._iterations)
         if plan.has_tables:
             self._sweep(plan)
-        if self._contexts:
-            self._after_step_on_gpu(plan, first, loss_scale is not None)
+        if self._contexts and loss_scale is not None:
+            self._raise_late()  # the step has been waited for
         return bool(plan.native.all_finite)
 
     # ---- plans -----------------------------------------------------------------------------------------------------
@@ -163,7 +155,7 @@ class Stepper(DeferredTables):
             if table is not None and (entry := self._slots.entry_of(buffer)) and entry.staleness is not table:
                 self._plans.clear()  # one of them may know the variable without a history
                 entry.staleness = table
-        self._plans.add(plan, pairs, may_free=not self._capturing)
+        self._plans.add(plan, pairs)
         return plan, gradients
 
     def _table_of(self, buffer: _cpu.Buffer, entry: Entry | None, gradient: Any, numbers: Numbers) -> Staleness | None:

@@ -101,14 +101,14 @@ def test_what_a_graph_would_have_to_ask_the_host_is_refused(gpu):
     native, plan, _ = plans.plans[1]
     plans.step([(values, indices)], HYPER, scale=1.0)
     plans.set_numbers()
-    near_1, stepped_so = HYPER._replace(beta_2=1 - 1e-7), Plans(gpu, [np.ones((30, 3), F32)]).plans[1][1]
-    stepped_so.step(gradients_for(native, [np.ones((30, 3), F32)], gpu.array), near_1, [], COUNTER.copy())
+    near_1, plan_near_1 = HYPER._replace(beta_2=1 - 1e-7), Plans(gpu, [np.ones((30, 3), F32)]).plans[1][1]
+    plan_near_1.step(gradients_for(native, [np.ones((30, 3), F32)], gpu.array), near_1, [], COUNTER.copy())
     on_gpu = gradients_for(native, [(values, indices)], gpu.array)
     other = gradients_for(native, [np.ones((30, 3), F32)], gpu.array)
     calls = {
         "indices in CPU memory": lambda: plan.step([native.Slices(gpu.array(values), indices)], HYPER, [], COUNTER),
         "a step that waits": lambda: plan.step(on_gpu, HYPER._replace(require_finite=True), [], COUNTER),
-        "a beta too near to 1": lambda: stepped_so.step(other, near_1, [], COUNTER),
+        "a beta too near to 1": lambda: plan_near_1.step(other, near_1, [], COUNTER),
         "a beta has changed": lambda: plan.step(on_gpu, HYPER._replace(beta_1=0.5), [], COUNTER),
         "a step with such gradients": lambda: plan.step(other, HYPER, [], COUNTER),
         "gradient_accumulation_steps": lambda: plan.accumulate(on_gpu, 1.0, False, True, None, HYPER, COUNTER),

@@ -56,10 +56,10 @@ BATCH = 32
 STEPS = 500
 EXAMPLES = (
     "task = loop.create_task(coro)",
-    "self.assertEqual(a, b)",
     "msg.add_header('Content-Type', 'text/plain')",
-    "button.pack(side='left')",
-    "self.pool.map(f, range(10))",
+    "request = urllib.request.Request(url)",
+    "suite.addTest(case)",
+    "lock.acquire(timeout=1)",
 )
 
 

@@ -26,8 +26,8 @@ else:
             def refuse(*_: Any, **__: Any) -> Any:
                 first = list(inspect.signature(function).parameters)[1:]
                 required = [name for name in first if name in ("path", "variables", "config")]
-                module = type(instance).__module__
-                name = ("fastadam." if module.startswith("fastadam.") else "") + type(instance).__name__
+                cls = type(instance)
+                name = f"{cls.__module__}.{cls.__name__}" if is_own(instance) else cls.__name__
                 raise TypeError(
                     f"{function.__name__}: called on an optimizer, which it does not change: it makes a new one; "
                     f"expected opt = {name}.{function.__name__}({', '.join(required)})"

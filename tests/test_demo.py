@@ -8,6 +8,7 @@ import sys
 
 import fastadam
 import numpy as np
+import pytest
 from fastadam import _demo as demo
 from fastadam.__main__ import main
 
@@ -21,6 +22,7 @@ def test_the_digits_are_whole():
     assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
+@pytest.mark.slow
 def test_the_demo_learns_and_ends_where_a_plain_adam_ends():
     report = demo.train(epochs=12)
     assert report.accuracy > 0.95
@@ -45,6 +47,7 @@ def test_the_gradients_of_the_demo_are_right():
         np.testing.assert_allclose(gradient[place], (values[0] - values[1]) / 2e-6, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_reports(tmp_path):
     command = [sys.executable, "-m", "fastadam", "demo", "--curve", str(tmp_path / "curve.png")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)

@@ -127,7 +127,7 @@ def _fresh_dynamo():
         ("eager", {}),
         ("aot_eager", {"amsgrad": True, "weight_decay": 0.1}),
         ("aot_eager", {"lr": torch.tensor(0.01, dtype=torch.float64)}),
-        ("inductor", {"amsgrad": True, "weight_decay": 0.1}),
+        pytest.param("inductor", {"amsgrad": True, "weight_decay": 0.1}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -7,7 +7,30 @@ import fastadam
 import pytest
 from gpu import FakeGpu, build_fake, real_or_skip
 from helpers import Snapshot
+from hypothesis import settings
 from providers import NAMES, Provider
+
+# The default run finds the same on every machine. `--hypothesis-profile=random`, which .ci/run adds, looks further.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.load_profile("repeatable")
+COMPILED = {"fake_extension", "fake_jax_cuda"}  # fixtures
+
+
+@pytest.hookimpl(tryfirst=True)  # before markers select
+def pytest_collection_modifyitems(items):
+    """What has to be compiled first is slow."""
+    for item in items:
+        if COMPILED & set(item.fixturenames):
+            item.add_marker("fake_gpu")
+        if item.get_closest_marker("fake_gpu") or item.get_closest_marker("native"):
+            item.add_marker("slow")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.option.markexpr == "not slow":
+        how = "-m slow runs them alone, -m '' runs everything; see tests/README.md"
+        terminalreporter.write_line(f"Tests marked slow were left out: {how}", yellow=True)
 
 
 @pytest.fixture(autouse=True)
@@ -53,18 +76,13 @@ def snapshot():
 
 
 @pytest.fixture(scope="session")
-def fake_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("fake_cuda")
+def fake_extension():
+    return FakeGpu(build_fake("_cuda"))
 
 
 @pytest.fixture(scope="session")
-def fake_extension(fake_folder):
-    return FakeGpu(build_fake(fake_folder, "_cuda"))
-
-
-@pytest.fixture(scope="session")
-def fake_jax_cuda(fake_folder):
-    return build_fake(fake_folder, "_jax_cuda")
+def fake_jax_cuda():
+    return build_fake("_jax_cuda")
 
 
 @pytest.fixture
@@ -77,7 +95,7 @@ def fake_gpu(fake_extension, monkeypatch):
     fake_extension.runtime.fake_cuda_reset()
 
 
-@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[pytest.param("fake", marks=pytest.mark.fake_gpu), pytest.param("real", marks=pytest.mark.gpu)])
 def gpu(request):
     if request.param == "fake":
         yield request.getfixturevalue("fake_gpu")

@@ -10,24 +10,23 @@ import gc
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import fastadam
 import numpy as np
 import pytest
+from compiled import build
 from fastadam._core.cuda_module import cuda_module, why_not
-from test_native import ROOT, run, tool
 
 
-def build_fake(folder, name):
+def build_fake(name):
     """The path of an extension, its kernels compiled for the CPU."""
-    pybind11 = importlib.import_module("pybind11")
-    options = ["-DFASTADAM_FAKE_CUDA=ON", "-DFASTADAM_CUDA=OFF", "-DSKBUILD_PROJECT_VERSION=0"]
-    options += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    options += [f"-DPython_EXECUTABLE={sys.executable}", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
-    run(tool("cmake"), "-S", ROOT, "-B", folder, *options)
-    run(tool("cmake"), "--build", folder, "--target", name)
-    return next(Path(folder).glob(f"{name}.*so"))
+    options = {"FASTADAM_FAKE_CUDA": "ON", "FASTADAM_CUDA": "OFF"}
+    options |= {"CMAKE_BUILD_TYPE": "Debug", "CMAKE_CXX_FLAGS_DEBUG": "-O1"}
+    options |= {
+        "pybind11_DIR": importlib.import_module("pybind11").get_cmake_dir(),
+        "Python_EXECUTABLE": sys.executable,
+    }
+    return next(build("fake-cuda", name, **options).glob(f"{name}.*so"))
 
 
 class FakeGpu:

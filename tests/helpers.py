@@ -25,6 +25,11 @@ OPTIONS = {
 DTYPES = ["float16", "float32", "float64"]
 
 
+def slow(*values):
+    """Values of a parameter with which tests are left out of the default run: they cost much or add little to the others."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def run_python(code, **environment):
     kept = {k: v for k, v in os.environ.items() if k not in ("FASTADAM_NUM_THREADS", "FASTADAM_ISA", "OMP_NUM_THREADS")}
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]

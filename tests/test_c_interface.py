@@ -14,6 +14,7 @@ from pathlib import Path
 import fastadam
 import numpy as np
 import pytest
+from compiled import run, tool
 from helpers import bits
 
 HERE = Path(__file__).parent / "capi"
@@ -24,21 +25,7 @@ def option(name):
     return subprocess.run([sys.executable, "-m", "fastadam", name], capture_output=True, text=True, check=True).stdout
 
 
-def run(*command, env=None):
-    done = subprocess.run(
-        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
-    )
-    assert done.returncode == 0, f"{command} returned {done.returncode}:\n{done.stdout}"
-    return done.stdout
-
-
-def tool(*names):
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    found = next((found for name in names if (found := shutil.which(name, path=path))), None)
-    return found or pytest.fail(f"needs {' or '.join(names)}")
-
-
-def compiled(folder, compiler, *source):
+def output_of(folder, compiler, *source):
     program = folder / "program"
     run(compiler, *source, *WARNINGS, *option("--include").split(), "-o", program, *option("--libs").split(), "-lm")
     return run(program)
@@ -81,11 +68,11 @@ def assert_output_of_the_c_program(output):
 
 
 def test_a_c99_program_gets_the_bits_of_the_python_package(tmp_path):
-    assert_output_of_the_c_program(compiled(tmp_path, tool("cc", "gcc"), "-std=c99", HERE / "program.c"))
+    assert_output_of_the_c_program(output_of(tmp_path, tool("cc", "gcc"), "-std=c99", HERE / "program.c"))
 
 
 def test_a_cpp_program_steps_accumulates_and_is_refused_with_a_reason(tmp_path):
-    output = compiled(tmp_path, tool("c++", "g++"), "-std=c++17", HERE / "program.cpp")
+    output = output_of(tmp_path, tool("c++", "g++"), "-std=c++17", HERE / "program.cpp")
     assert_output_of_the_cpp_program(output)
 
 

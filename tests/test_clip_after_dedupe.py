@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cases import bits, random_array
 from fastadam import IndexedSlices
+from helpers import slow
 
 F32 = np.float32
 pytestmark = pytest.mark.usefixtures("rows_wait")
@@ -87,7 +88,7 @@ def test_bits_of_the_gradient_summed_by_hand(mode, clip, dtype, amsgrad, isa):
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [3, *slow(1, 2)])
 def test_rows_that_wait(clip, dtype, threads, isa):
     """A few rows of a large table, so that others miss steps; then so many that all rows are brought up to date."""
     table, gradients = problem(rows=20_000, count=150, dtype=dtype, steps=5)
@@ -118,7 +119,7 @@ def test_every_width(mode, width, isa):
     assert_summed_first(table, gradients, sparse_update=mode, clipvalue=0.25, clipnorm=0.5)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [3, *slow(1, 2)])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [7, 5000])
 def test_threads_change_no_bit(threads, mode, rows, isa):

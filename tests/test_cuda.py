@@ -1,4 +1,4 @@
-"""Dense steps on a GPU: the bits of the CPU. On a real one with `pytest -m gpu`, always on the fake runtime."""
+"""Dense steps on a GPU: the bits of the CPU. On a real one with `pytest -m gpu`, on the fake runtime with `-m fake_gpu`."""
 
 from __future__ import annotations
 

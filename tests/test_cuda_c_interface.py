@@ -22,9 +22,9 @@ from c_twins import (
     variable,
     wide,
 )
+from compiled import ROOT, run, tool
 from helpers import bits
-from test_c_interface import WARNINGS, List, run, tool
-from test_native import ROOT
+from test_c_interface import WARNINGS, List
 
 
 @pytest.fixture

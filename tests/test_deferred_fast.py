@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from cases import bits, random_array
 from fastadam import IndexedSlices
-from hypothesis import given, settings
+from helpers import slow
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 F32 = np.float32
@@ -70,6 +71,10 @@ def ulps(found, truth):
 
 OPTIONS = [
     {},
+    {"amsgrad": True, "beta_1": 0.99},
+    {"weight_decay": 0.01},
+]
+MORE_OPTIONS = [
     {"beta_1": 0.95},
     {"beta_1": 0.99},
     {"beta_1": 0.0},
@@ -78,17 +83,15 @@ OPTIONS = [
     {"beta_1": 0.98, "beta_2": 0.95},
     {"beta_2": 0.9999},
     {"amsgrad": True},
-    {"amsgrad": True, "beta_1": 0.99},
     {"epsilon": 1e-3},
     {"epsilon": 1.0},
     {"epsilon": 1e-20},
-    {"weight_decay": 0.01},
     {"learning_rate": fastadam.schedules.PiecewiseConstantDecay([START + 300], [0.0, 1e-3])},
     {"learning_rate": fastadam.schedules.PiecewiseConstantDecay([START + 20, START + 600], [1e-3, 1e-6, 1e-3])},
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, *slow(*MORE_OPTIONS)], ids=str)
 def test_as_near_to_float64_as_dense_float32_or_nearer(options):
     truth = Run("dense", np.float64, **options).train(1500).state()
     dense, fast = (Run(mode, **options).train(1500).state() for mode in ("dense", "deferred_fast"))
@@ -124,6 +127,7 @@ def test_one_gap_is_right_to_the_rounding_of_float32(gap, options):
         assert ulps(moment, exact).max(initial=0) <= 1.5  # the power is rounded, then the product
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"beta_2": 0.9999}], ids=str)
 def test_equal_gaps_do_not_add_up_to_a_drift(options):
     """The factors of a gap are the same every time: were they rounded to float32, so would be their errors."""
@@ -136,6 +140,7 @@ def test_equal_gaps_do_not_add_up_to_a_drift(options):
         assert np.abs(found - exact)[1:3].mean() <= 1.1 * np.abs(of_dense - exact)[1:3].mean() + 2e-7 * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_infinite_moments_stay_infinite(amsgrad):
     runs = [Run(mode, beta_1=0.5, beta_2=0.99, amsgrad=amsgrad) for mode in ("dense", "deferred_fast")]
@@ -302,14 +307,21 @@ OPERATIONS = st.one_of(
 )
 
 
+# In units of 2^-24 of the way that an element went. In 700 programs the excess was 8 at most.
+EXCESS = 20
+
+
+@example(program=[("step", [0]), ("rate", 1.0), ("beta_1", 0.99), ("step", [0])], amsgrad=False)  # dense is 65 off, too
 @settings(max_examples=60, deadline=None)
 @given(program=st.lists(OPERATIONS, max_size=20), amsgrad=st.booleans())
-def test_any_program_stays_near_to_float64(program, amsgrad):
-    truth, fast = (Run("deferred", np.float64, amsgrad=amsgrad), Run("deferred_fast", amsgrad=amsgrad))
+def test_any_program_ends_as_near_to_float64_as_dense_float32_steps(program, amsgrad):
+    """Or farther by `EXCESS` at most, in every element."""
+    truth = Run("deferred", np.float64, amsgrad=amsgrad)
+    dense, fast = (Run(mode, amsgrad=amsgrad) for mode in ("deferred", "deferred_fast"))  # deferred: the bits of dense
     travelled = np.abs(truth.table)  # the sum of all changes: what roundings are relative to
     for seed, (name, argument) in enumerate([("step", [0, 5]), *program]):
         before = truth.table.copy()
-        for run in (truth, fast):
+        for run in (truth, dense, fast):
             if name == "step":
                 run.step(argument, seed=seed, low=-12)
             elif name == "rest":
@@ -325,5 +337,5 @@ def test_any_program_stays_near_to_float64(program, amsgrad):
                 setattr(run.optimizer, "learning_rate" if name == "rate" else name, argument)
         truth.optimizer.sync()
         travelled += np.abs(truth.table - before)
-    exact, found = truth.state()[0], fast.state()[0]
-    assert (np.abs(found - exact) <= 2.0**-24 * 40 * travelled).all()
+    exact, rounded, found = (run.state()[0] for run in (truth, dense, fast))
+    assert (np.abs(found - exact) <= np.abs(rounded - exact) + 2.0**-24 * EXCESS * travelled).all()

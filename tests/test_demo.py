@@ -29,6 +29,7 @@ def test_the_digits_are_whole():
     assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
+@pytest.mark.slow
 def test_the_demo_learns_and_ends_where_a_plain_adam_ends():
     report = demo.train(epochs=3)
     assert report.accuracy == report.accuracies[2] > 0.94

@@ -111,6 +111,7 @@ print(caught > 10, all((v == c).all() for v, c in zip(variables, copies)))
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_moment_leaves_whole_steps():
     """The variables are where as many steps as `iterations` counts bring them."""
     result = run_python(INTERRUPT)

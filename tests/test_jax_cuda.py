@@ -17,7 +17,7 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 jnp = jax.numpy
 import fastadam.jax as fj  # noqa: E402  after importorskip
-from fastadam.jax import operation  # noqa: E402
+from fastadam.jax import _operation as operation  # noqa: E402
 
 TESTS = Path(__file__).parent
 

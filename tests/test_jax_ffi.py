@@ -228,7 +228,7 @@ import sys
 import fastadam
 assert "jax" not in sys.modules
 import fastadam.jax
-from fastadam.jax import operation
+from fastadam.jax import _operation as operation
 from jax._src import xla_bridge
 assert operation.register.cache_info().currsize == 0
 assert not xla_bridge._backends

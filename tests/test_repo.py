@@ -14,7 +14,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "python" / "README.md").read_text()
-DOCUMENTS = ["README.md", "python/README.md", "csrc/README.md", "bench/README.md", ".github/CONTRIBUTING.md"]
+DOCUMENTS = [
+    "README.md",
+    "python/README.md",
+    "csrc/README.md",
+    "bench/README.md",
+    "tests/README.md",
+    ".github/CONTRIBUTING.md",
+]
 
 
 def test_readme_has_two_set_up_commands():
@@ -40,6 +47,14 @@ def test_paths_that_a_document_names_exist(document):
     assert paths
     missing = [path for path in sorted(paths) if not any((root / path).exists() for root in roots)]
     assert missing == []
+
+
+def test_the_guide_of_the_tests_names_every_marker_and_script():
+    markers = re.findall(r'^  "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert {"slow", "native", "fake_gpu", "gpu"} <= set(markers)
+    guide = (ROOT / "tests" / "README.md").read_text()
+    scripts = [f".ci/{path.name}" for path in (ROOT / ".ci").iterdir()]
+    assert [name for name in [*markers, *scripts] if f"`{name}`" not in guide and f"-m {name}`" not in guide] == []
 
 
 def test_there_is_one_version():

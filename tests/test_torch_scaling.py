@@ -10,7 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fastadam.torch import counts, scaling, sets  # noqa: E402
+from fastadam.torch import _counts as counts  # noqa: E402
+from fastadam.torch import _scaling as scaling  # noqa: E402
+from fastadam.torch import _sets as sets  # noqa: E402
 from torch_twins import PAIRS, Twins, parameters  # noqa: E402
 
 SHAPES = ((3,), (2, 4), ())

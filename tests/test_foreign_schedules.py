@@ -18,9 +18,9 @@ def scheduler_of(torch, kind, *arguments, groups=1, **options):
     return getattr(torch.optim.lr_scheduler, kind)(torch.optim.SGD(parameters, lr=0.5), *arguments, **options)
 
 
-def step_of(optimizer):
-    """How far one step goes: with both betas 0 the rate."""
-    w = np.zeros(W, F32)
+def step_of(optimizer, w):
+    """How far one step of ``w`` goes: with both betas 0 the rate."""
+    w[...] = 0
     optimizer.apply_gradients([(np.ones(W, F32), w)])
     return -float(w[0])
 
@@ -39,9 +39,10 @@ def test_a_scheduler_of_torch_gives_its_present_rate(kind, arguments, keyword):
     torch = pytest.importorskip("torch")
     scheduler = scheduler_of(torch, kind, *arguments)
     optimizer = fastadam.Adam(**{keyword: scheduler}, beta_1=0.0, beta_2=0.0)
+    w = np.zeros(W, F32)
     for _ in range(3):
         assert optimizer.learning_rate == scheduler.get_last_lr()[0]
-        np.testing.assert_allclose(step_of(optimizer), scheduler.get_last_lr()[0], rtol=1e-5)
+        np.testing.assert_allclose(step_of(optimizer, w), scheduler.get_last_lr()[0], rtol=1e-5)
         scheduler.optimizer.step()
         scheduler.step()
     assert optimizer.learning_rate != 0.5
@@ -77,7 +78,7 @@ def test_a_scheduler_of_several_groups_is_refused():
     optimizer.learning_rate = scheduler
     scheduler.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
     with pytest.raises(ValueError, match="^learning_rate: StepLR of 2 parameter groups"):
-        step_of(optimizer)
+        step_of(optimizer, np.zeros(W, F32))
     assert optimizer.iterations == 0
 
 
@@ -110,7 +111,7 @@ def test_other_classes_are_called_with_the_step(module, name):
     seen = []
     schedule = schedule_of(module, name, lambda step: seen.append(step) or np.array([0.5, 0.25][step]), {"a": 1})
     optimizer = fastadam.Adam(schedule, beta_1=0.0, beta_2=0.0)
-    np.testing.assert_allclose([step_of(optimizer), step_of(optimizer)], [0.5, 0.25], rtol=1e-5)
+    np.testing.assert_allclose([step_of(optimizer, np.zeros(W, F32)) for _ in range(2)], [0.5, 0.25], rtol=1e-5)
     assert seen == [0, 1]
     assert optimizer.get_config()["learning_rate"] == {"class_name": name, "config": {"a": 1}}
 

@@ -7,8 +7,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../capi/fastadam.h"
 #include "../core/split.h"
+#include "../include/fastadam.h"
 #include "cpu_backend.h"
 #include "register_ops.h"
 

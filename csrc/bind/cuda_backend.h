@@ -175,9 +175,7 @@ class CudaBackend {
     return launch_->accumulate(args.restart, require_finite, tensors, call);
   }
 
-  void catch_up(const TensorArgs& tensor, const AdamHyper& /*hyper*/, const StepArgs& args, int64_t call) {
-    launch_->catch_up(args, tensor, call);
-  }
+  void catch_up(const TensorArgs& tensor, const StepArgs& args, int64_t call) { launch_->catch_up(args, tensor, call); }
 
   bool is_capturing() const { return context_->native->is_capturing(); }
 

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../cuda/device.h"
-#include "buffers.h"
+#include "read_buffer.h"
 
 namespace fastadam::bind {
 

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../capi/prepare.h"
 #include "../capi/step_checks.h"
 #include "tensors.h"
 
@@ -90,7 +91,7 @@ class Plan {
     set_.choose_rows(ids, hyper);
     {
       const py::gil_scoped_release unlocked;
-      backend().catch_up(set_.tensors()[0], hyper, args, call_of(counter));
+      backend().catch_up(set_.tensors()[0], args, call_of(counter));
     }
     if (ids) set_.note_histories(nullptr, 0);
     if (!ids) set_.clear_history(0);
@@ -118,7 +119,7 @@ class Plan {
     const TensorArgs tensor = set_.all_rows_of(i, hyper);
     {
       const py::gil_scoped_release unlocked;
-      backend().catch_up(tensor, hyper, args, call_of(counter));
+      backend().catch_up(tensor, args, call_of(counter));
     }
     set_.clear_history(i);
   }
@@ -139,19 +140,13 @@ class Plan {
   StepArgs arguments(const AdamHyper& hyper, const std::vector<double>& factors) {
     if (!factors.empty()) set_.require_length("grad_factor", factors.size());
     check_hyper(hyper);
-    StepArgs args{};
-    args.chains = set_.chains();
-    if (set_.has(false)) args.scalars_f32 = usable_scalars<float>(hyper);
-    if (set_.has(true)) args.scalars_f64 = usable_scalars<double>(hyper);
-    args.amsgrad = set_.amsgrad();
-    const bool transforms = clips(hyper) || !factors.empty() || hyper.gradient_scale != 1;
-    args.transform = hyper.l2 != 0 ? kAndL2 : transforms ? kClipAndFactor : kAsItIs;
     set_.require_options(hyper);
-    args.ema_overwrite = hyper.ema_overwrite;
-    args.lazy = set_.lazy();
     for (size_t i = 0; i < set_.tensors().size(); ++i) {
       set_.tensors()[i].grad_factor = usable_factor(hyper.gradient_scale * (factors.empty() ? 1.0 : factors[i]), i);
     }
+    StepArgs args =
+        prepare_step(set_.tensors().data(), static_cast<int64_t>(set_.tensors().size()), hyper, set_.lazy());
+    args.chains = set_.chains();
     return args;
   }
 

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "../core/step_args.h"
-#include "buffers.h"
+#include "read_buffer.h"
 #include "status.h"
 
 namespace fastadam::bind {

@@ -5,7 +5,7 @@
 #include <new>
 #include <stdexcept>
 
-#include "../capi/fastadam.h"
+#include "../include/fastadam.h"
 
 namespace fastadam::bind {
 

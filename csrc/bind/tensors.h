@@ -10,8 +10,9 @@
 #include <utility>
 #include <vector>
 
+#include "../capi/prepare.h"
 #include "../core/step_args.h"
-#include "buffers.h"
+#include "read_buffer.h"
 #include "variables.h"
 
 namespace fastadam::bind {
@@ -172,7 +173,7 @@ class TensorSet : public VariableSet {
   // The work of a step, in elements.
   void measure() {
     for (size_t k = 0; k < heads_.size(); ++k)
-      offsets_[k + 1] = offsets_[k] + elements(tensors_[static_cast<size_t>(heads_[k])]);
+      offsets_[k + 1] = offsets_[k] + moved_elements(tensors_[static_cast<size_t>(heads_[k])], lazy_);
   }
 
   bool lazy() const { return lazy_; }
@@ -304,11 +305,6 @@ class TensorSet : public VariableSet {
   bool sort(size_t i) {
     const py::gil_scoped_release unlocked;
     return backend_.sort(*indexes_[i], static_cast<int64_t>(i));
-  }
-
-  int64_t elements(const TensorArgs& tensor) const {
-    const bool only_rows = tensor.rows != nullptr && (lazy_ || tensor.stale != nullptr);
-    return only_rows ? tensor.rows->count * tensor.rows->width : tensor.size;
   }
 
   void set_gradient(const void* data, DType dtype, size_t i) {

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "../core/step_args.h"
-#include "buffers.h"
-#include "exchange.h"
-#include "written.h"
+#include "dlpack_exchange.h"
+#include "read_buffer.h"
+#include "write_set.h"
 
 namespace fastadam::bind {
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The entry points of fastadam_cuda.h: checks, then the launches of csrc/cuda.
-#include "fastadam_cuda.h"
+#include "../include/fastadam_cuda.h"
 
 #include <algorithm>
 #include <memory>
@@ -148,7 +148,7 @@ struct fastadam_cuda_plan {
 
   void check_variable(int64_t i) const {
     const TensorArgs& tensor = tensors_[static_cast<size_t>(i)];
-    const TensorCheck check(tensor, i, RowsOn::kDevice);
+    const TensorCheck check(tensor, i, RowChecks::kShape);
     check.check_variable();
     if (tensor.stale != nullptr) check.refuse("stale", "expected null");
     for (const Lasting& array : kLasting) {
@@ -158,7 +158,7 @@ struct fastadam_cuda_plan {
 
   void check_tensor(const TensorArgs& tensor, int64_t i) const {
     const TensorArgs& known = tensors_[static_cast<size_t>(i)];
-    const TensorCheck check(tensor, i, RowsOn::kDevice);
+    const TensorCheck check(tensor, i, RowChecks::kShape);
     for (const Lasting& array : kLasting) {
       if (tensor.*array.data != known.*array.data) check.refuse(array.name, "expected that of the plan");
     }
@@ -288,7 +288,7 @@ fastadam_status fastadam_cuda_step(fastadam_cuda_plan* plan, const fastadam_list
     check_call(plan, list);
     if (hyper == nullptr) throw std::invalid_argument("hyper: null");
     check_hyper(*hyper);
-    const StepArgs args = step_args(*list, *hyper, lazy, RowsOn::kDevice);
+    const StepArgs args = step_args(*list, *hyper, lazy, RowChecks::kShape);
     return plan->run(
         *list, stream, [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool is_captured) {
           if (is_captured && hyper->require_finite) {
@@ -306,7 +306,7 @@ fastadam_status fastadam_cuda_accumulate(fastadam_cuda_plan* plan, const fastada
   return guarded_cuda([&] {
     check_call(plan, list);
     for (int64_t i = 0; i < list->count; ++i) {
-      TensorCheck(list->tensors[i], i, RowsOn::kDevice).check_accumulate();
+      TensorCheck(list->tensors[i], i, RowChecks::kShape).check_accumulate();
     }
     return plan->run(*list, stream,
                      [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool is_captured) {
@@ -324,7 +324,7 @@ fastadam_status fastadam_cuda_sum_squares(fastadam_cuda_plan* plan, const fastad
       throw std::invalid_argument("sums: null or misaligned");
     }
     for (int64_t i = 0; i < list->count; ++i) {
-      TensorCheck(list->tensors[i], i, RowsOn::kDevice).check_gradient_alone();
+      TensorCheck(list->tensors[i], i, RowChecks::kShape).check_gradient_alone();
     }
     return plan->run(*list, stream, [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool) {
       require_on_device(sums, list->count, plan->device, "sums");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A Backend: how a Plan runs its steps on the CPU.
+// The Backend of a Plan on the CPU.
 #pragma once
 
 #include <memory>
@@ -16,15 +16,16 @@ namespace fastadam::bind {
 
 class CpuBackend {
  public:
+  using Arrays = HostArrays;
   using Index = RowIndex;
   using Table = StaleTable;
 
-  // What the calls of one step need around them: nothing here.
+  // What must surround the calls of one step: nothing on the CPU.
   struct Scope {
     Scope(CpuBackend&, const Buffer&) {}
   };
 
-  CpuBackend(const VariableSet&, const std::vector<TensorArgs>&, const py::object&) {}
+  CpuBackend(const Buffer&, const std::vector<TensorArgs>&, const Chains&, const py::object&) {}
 
   bool takes_indices(const py::object& indices) const { return is_index_array(indices); }
 
@@ -37,8 +38,6 @@ class CpuBackend {
   }
 
   bool sort(Index& index, int64_t) const { return index.sort(); }
-
-  void drop(std::unique_ptr<Index>& index) const { index.reset(); }
 
   void order_after(const std::optional<uintptr_t>&) const {}
 

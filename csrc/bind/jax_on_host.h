@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A place of jax_handlers.h: buffers in memory of the host.
+// A Place of jax_handlers.h: buffers in CPU memory.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace fastadam::bind {
 
-// The rows of a shard that ids name, numbered from its first.
+// The rows of one shard among `ids`, numbered from its first row.
 class ShardRows {
  public:
   ShardRows(const Ids& ids, const Shard& shard) : memory_(static_cast<size_t>(fastadam_sort_memory(ids.count))) {

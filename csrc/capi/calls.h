@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the entry points of fastadam.h and fastadam_cuda.h share: the message, the guard, what a list is refused for.
+// Shared by the entry points of fastadam.h and fastadam_cuda.h: the error message, the guard, the checks of a list.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@ fastadam_status guarded(Work work) {
     return fail(FASTADAM_INVALID, refusal.what());
   } catch (const std::bad_alloc&) {
     return fail(FASTADAM_NO_MEMORY, "no memory for the work of this call");
-  } catch (const std::length_error&) {  // of a count beyond all memory
+  } catch (const std::length_error&) {  // a vector longer than memory can be
     return fail(FASTADAM_NO_MEMORY, "no memory for the work of this call");
   }
 }
@@ -47,7 +47,7 @@ inline void check_list(const fastadam_list* list) {
   }
 }
 
-// `lazy`: rows that move alone cannot be shared out for several gradients of one variable.
+// With `lazy` a variable with rows must have one gradient: threads share out its rows, not its elements.
 inline void check_chains(const fastadam_list* list, bool lazy) {
   for (int64_t i = 0; i < list->count; ++i) {
     const TensorArgs& tensor = list->tensors[i];
@@ -66,7 +66,7 @@ inline void check_chains(const fastadam_list* list, bool lazy) {
   }
 }
 
-// Where each variable of a list begins: as given, or each tensor is one. Every tensor belongs to one variable.
+// The first tensor of each variable: list.heads, or every tensor. Raises unless each tensor belongs to one variable.
 inline std::vector<int64_t> heads_of(const fastadam_list& list) {
   std::vector<int64_t> heads;
   std::vector<bool> is_reached(static_cast<size_t>(list.count));

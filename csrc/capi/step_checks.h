@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a step is refused for, whoever asks for it. Python turns std::invalid_argument into a ValueError.
+// Checks of a step. Python turns std::invalid_argument into ValueError.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@
 
 namespace fastadam {
 
-// The scalars of a step in the arithmetic T; refused if a number is lost in it: 1 - 1e-10 is 1 in float32.
+// The scalars of a step in the arithmetic T. Raises if a number is lost in it: 1 - 1e-10 is 1 in float32.
 template <class T>
 StepScalars<T> usable_scalars(const AdamHyper& hyper) {
   const StepScalars<T> scalars = make_step_scalars<T>(hyper);
@@ -20,7 +20,7 @@ StepScalars<T> usable_scalars(const AdamHyper& hyper) {
   };
   if (!(scalars.one_minus_beta_1 > 0)) refuse("beta_1: " + std::to_string(hyper.beta_1) + " is 1", "less");
   if (!(scalars.one_minus_beta_2 > 0)) refuse("beta_2: " + std::to_string(hyper.beta_2) + " is 1", "less");
-  const bool is_none = hyper.epsilon_corrected && hyper.epsilon == 0;  // which PyTorch permits
+  const bool is_none = hyper.epsilon_corrected && hyper.epsilon == 0;  // PyTorch permits it
   if (!is_none && !(scalars.epsilon >= std::numeric_limits<T>::min())) {
     refuse("epsilon: so small that it is flushed to zero", sizeof(T) == 4 ? "at least 1.2e-38" : "at least 2.3e-308");
   }
@@ -54,7 +54,7 @@ inline void check_hyper(const AdamHyper& hyper) {
   if (!is_scale) refuse("gradient_scale", hyper.gradient_scale, "a finite number of more than 0");
 }
 
-// Why gradients of a variable cannot be multiplied by `factor`, which is lost in its arithmetic; or null.
+// Why gradients of a variable of this dtype cannot be multiplied by `factor`; null if they can.
 inline const char* lost_factor(double factor, DType dtype) {
   if (!std::isfinite(factor)) return "expected a finite number";
   if (dtype == FASTADAM_FLOAT64) return nullptr;
@@ -68,7 +68,7 @@ inline const char* lost_factor(double factor, DType dtype) {
 // device, which checks them itself, and for rows that this build has sorted.
 enum class RowChecks { kAll, kShape };
 
-// Pointers and dtypes of one tensor, whose place is named if they are wrong.
+// Checks pointers and dtypes of one tensor; errors name its place in the list.
 class TensorCheck {
  public:
   TensorCheck(const TensorArgs& tensor, int64_t place, RowChecks row_checks)
@@ -129,7 +129,7 @@ class TensorCheck {
   }
 
  private:
-  // As fastadam_sort_rows makes them.
+  // Raises unless the rows are as fastadam_sort_rows makes them.
   void check_sorted(const Rows& rows) const {
     if (rows.rows == nullptr || rows.starts == nullptr || rows.order == nullptr) refuse("rows", "a null array");
     if (rows.starts[0] != 0) refuse("rows", "expected to start at 0");
@@ -162,7 +162,7 @@ class TensorCheck {
     }
   }
 
-  static constexpr int64_t kMostElements = int64_t{1} << 59;  // whose bytes can be counted
+  static constexpr int64_t kMostElements = int64_t{1} << 59;  // their bytes fit in an int64_t
 
   const TensorArgs& t_;
   int64_t place_;

@@ -184,6 +184,9 @@ inline Buffer read_cuda_array(const py::object& object, const Label& label) {
 
 // The address and stream of an array like the one that `b` was read from.
 inline std::optional<ArrayAddress> cuda_address_if_like(const py::object& object, const Buffer& b) {
+  if (b.gpu->address_is_fixed && object.is(b.gpu->source)) {
+    return ArrayAddress{b.data, ArrayAddress::kOnGpu, true, b.gpu->device, b.gpu->stream};
+  }
   if (!b.gpu->signature || Py_TYPE(object.ptr()) != b.gpu->source_type) return std::nullopt;
   const bool is_torch = b.gpu->is_torch;
   const py::dict interface = is_torch ? py::dict() : interface_of(object);

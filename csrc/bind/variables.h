@@ -140,7 +140,6 @@ class VariableSet {
 
   // Whether `object` is the array that `known` was read from, or a view of all its memory.
   static bool is_same_array(const py::object& object, const Buffer& known, Sign sign) {
-    if (known.gpu && known.gpu->address_is_fixed && object.is(known.gpu->source)) return true;
     if (const std::optional<ArrayAddress> now = address_if_like<Arrays>(object, known)) {
       const bool may_be_negated = now->kind == ArrayAddress::kTensor && sign == Sign::kAsk;
       return now->data == known.data && now->writable && !(may_be_negated && is_negated(object));

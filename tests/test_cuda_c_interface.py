@@ -345,4 +345,4 @@ def test_errors_of_the_runtime_have_its_message(fake_gpu):
 def test_the_header_is_plain_c_and_c_plus_plus(tmp_path, compiler, language):
     source = tmp_path / ("program.c" if compiler == "cc" else "program.cpp")
     source.write_text('#include "fastadam_cuda.h"\nint main(void) { return fastadam_cuda_device_count() < 0; }\n')
-    run(tool(compiler), f"-std={language}", *WARNINGS, "-I", ROOT / "csrc" / "capi", "-fsyntax-only", source)
+    run(tool(compiler), f"-std={language}", *WARNINGS, "-I", ROOT / "csrc" / "include", "-fsyntax-only", source)

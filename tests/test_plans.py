@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import warnings
+import weakref
 
 import fastadam
 import ml_dtypes
 import numpy as np
 import pytest
 from cases import random_array
+from fastadam import _cpu
+from fastadam._core.hyper import StepHyper
 from helpers import bits
 
 RNG = np.random.RandomState(0)
@@ -320,3 +325,29 @@ def test_a_refused_first_step_leaves_no_slots(refused):
         optimizer.apply_gradients([(gradient, w)])
     assert len(optimizer.weights) == 1
     assert (w == 1).all()
+
+
+class Exporter:
+    """An array that is not an ndarray, so that a plan has to keep it alive while it reads it."""
+
+    def __init__(self, values):
+        self.__array_interface__ = values.__array_interface__
+        self.values = values
+
+
+@pytest.mark.parametrize("size", [3, 4], ids=["a step", "a refused gradient"])
+@pytest.mark.parametrize("call", ["check", "step"])
+def test_a_plan_keeps_no_gradient_after_a_call(call, size):
+    variables = [np.zeros(3, np.float32), np.zeros(3, np.float32)]
+    slots = {name: [np.zeros(3, np.float32) for _ in variables] for name in ("m", "v")}
+    buffers = [_cpu.Buffer(w, f"vars[{i}]") for i, w in enumerate(variables)]
+    plan = _cpu.Plan(buffers, slots, [True, True], [0, 1], False, [None, None])
+    first = Exporter(np.ones(3, np.float32))
+    alive = weakref.ref(first)
+    numbers = () if call == "check" else (StepHyper(1, 0.1, 0.9, 0.999, 1e-7), [], None)
+    refusal = pytest.raises(ValueError, match=r"grads\[1\]: shape \(4,\)") if size == 4 else contextlib.nullcontext()
+    with refusal:
+        getattr(plan, call)([first, np.ones(size, np.float32)], *numbers)
+    del first
+    gc.collect()
+    assert alive() is None

@@ -96,13 +96,17 @@ def _arithmetic(source):
     return "".join(re.findall(r"\* ?\w+\.one_minus_beta_2;", source))
 
 
-def test_core_includes_nothing_but_core():
+def test_core_includes_nothing_but_core_and_the_structs_of_the_c_interface():
+    own = {path.name for path in (ROOT / "csrc" / "core").iterdir()} | {"../include/fastadam.h"}
+    allowed = {"<cmath>", "<cstdint>", "<cstring>"} | {f'"{name}"' for name in own}
     for path in (ROOT / "csrc" / "core").iterdir():
-        for include in re.findall(r"#include (\S+)", path.read_text()):
-            assert (
-                include in ("<cmath>", "<cstdint>", "<cstring>")
-                or (ROOT / "csrc" / "core" / include.strip('"')).exists()
-            )
+        assert set(re.findall(r"#include (\S+)", path.read_text())) <= allowed, path.name
+
+
+def test_public_headers_include_only_c99():
+    for path in (ROOT / "csrc" / "include").iterdir():
+        included = set(re.findall(r"#include (\S+)", path.read_text()))
+        assert included <= {"<math.h>", "<stdbool.h>", "<stddef.h>", "<stdint.h>", '"fastadam.h"'}, path.name
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,7 @@ def test_core_includes_nothing_but_core():
     [
         ("cpu", {"core"}, {}),
         ("cuda", {"core"}, {}),
-        ("capi", {"core"}, {"fastadam.cpp": "cpu", "fastadam_cuda.cpp": "cuda"}),
+        ("capi", {"core"}, {"fastadam.cpp": "cpu", "run.cpp": "cpu", "fastadam_cuda.cpp": "cuda"}),
         ("bind", {"core", "capi"}, dict.fromkeys(["cuda_module.cpp", "cuda_backend.h"], "cuda")),
     ],
 )
@@ -118,5 +122,5 @@ def test_folders_include_the_folders_that_they_may(folder, others, exceptions):
     for path in (ROOT / "csrc" / folder).iterdir():
         of_devices = {"cuda"} if path.name.startswith("device_") or path.name == "jax_on_device.h" else set()
         included = set(re.findall(r'#include "\.\./(\w+)/', path.read_text()))
-        assert included <= others | of_devices | {exceptions.get(path.name, "core")}, path.name
+        assert included - {"include"} <= others | of_devices | {exceptions.get(path.name, "core")}, path.name
         assert folder == "bind" or "pybind11" not in path.read_text()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A Buffer: the memory of an array, which it never copies and whose owner it keeps alive; the checks and error texts
-// about a single one.
+// A Buffer: the memory of one array, which it never copies and whose owner it keeps alive; checks and error texts about
+// a single array.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -18,39 +18,48 @@ namespace fastadam::bind {
 
 namespace py = pybind11;
 
-// The argument that an error text names, put together only when there is an error: "vars[3]" or "variable 'w'".
+// The argument that an error text names, "vars[3]" or "variable 'w'"; the text is built only when there is an error.
 struct Label {
   std::string text;
   int64_t position = -1;
   std::string operator()() const { return position < 0 ? text : text + "[" + std::to_string(position) + "]"; }
 };
 
+// What a Buffer on a GPU has in addition; device_buffers.h fills it in.
+struct OnGpu {
+  int device = 0;                   // number of the CUDA device
+  std::optional<uintptr_t> stream;  // on which the owner orders its work on the memory
+  py::object source;                // the array that names the stream, which may change from call to call
+  py::object signature;             // everything about the array except its address and stream
+  PyTypeObject* source_type = nullptr;
+  bool is_torch = false;
+  bool address_is_fixed = false;  // the array never reallocates
+};
+
 struct Buffer {
-  std::string label;  // the argument in error texts: "vars[3]" or "variable 'w'"
+  // What every step compares comes first, in few cache lines.
   void* data = nullptr;
-  std::optional<DType> dtype;  // empty: not one of the four
-  std::string dtype_name;
-  std::vector<int64_t> shape;
-  std::vector<int64_t> strides;  // bytes
-  int64_t size = 1;
-  int64_t item_size = 0;
+  py::object owner;
   PyTypeObject* ndarray_type = nullptr;  // numpy.ndarray, if the owner is exactly that
   py::object numpy_dtype;                // its dtype object, which arrays of one dtype share
+  std::vector<int64_t> shape;
+  int64_t size = 1;
+  int64_t item_size = 0;
+  std::optional<DType> dtype;  // empty: not one of the four
   bool writable = false;
   bool native_order = true;
   bool c_contiguous = false;
   bool f_contiguous = false;
-  int device = kHost;               // or the number of a CUDA device
-  std::optional<uintptr_t> stream;  // on which the owner orders what it does to CUDA memory
-  py::object stream_source;         // the array that tells it, which may change from call to call
-  py::object signature;             // of an array on a GPU: what it is but for its address
-  PyTypeObject* source_type = nullptr;
-  bool is_torch = false;
-  bool stays = false;  // the memory of that object is its own for life
-  py::object owner;
+  std::optional<OnGpu> gpu;      // empty: CPU memory
+  std::vector<int64_t> strides;  // bytes
+  std::string label;             // the argument in error texts: "vars[3]" or "variable 'w'"
+  std::string dtype_name;
 
   static constexpr int kHost = -1;
 
+  bool on_host() const { return !gpu; }
+  int device() const { return gpu ? gpu->device : kHost; }
+  std::optional<uintptr_t> stream() const { return gpu ? gpu->stream : std::nullopt; }
   uintptr_t begin() const { return reinterpret_cast<uintptr_t>(data); }
   uintptr_t end() const { return begin() + static_cast<uintptr_t>(size * item_size); }
   bool aligned() const { return begin() % static_cast<uintptr_t>(item_size) == 0; }
@@ -91,8 +100,8 @@ inline void derive_layout(Buffer& b) {
   b.f_contiguous = b.size == 0 || contiguous(b, true);
 }
 
-// False if the array has since been given other memory (ndarray.resize with refcheck=False), which only one that owns
-// its memory can be.
+// False if the array has since been given other memory (ndarray.resize with refcheck=False), which can only happen to
+// an array that owns its memory.
 inline bool is_current(const Buffer& b) {
   if (b.ndarray_type == nullptr) return true;
   const py::detail::PyArray_Proxy& array = *py::detail::array_proxy(b.owner.ptr());
@@ -107,7 +116,7 @@ inline bool is_still_writable(const Buffer& b) {
   return (py::detail::array_proxy(b.owner.ptr())->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
 }
 
-// The rules of promise 4: what is written in place is refused rather than copied.
+// Raises if the array cannot be written in place; it is never copied instead.
 inline void require_in_place(const Buffer& b) {
   if (!b.dtype) {
     throw py::type_error(b.label + ": dtype " + b.dtype_name + ", expected float16, bfloat16, float32 or float64");
@@ -122,12 +131,12 @@ inline void require_in_place(const Buffer& b) {
 }
 
 inline std::string place_text(const Buffer& b) {
-  return b.device == Buffer::kHost ? "CPU memory" : "CUDA device " + std::to_string(b.device);
+  return b.on_host() ? "CPU memory" : "CUDA device " + std::to_string(b.device());
 }
 
-// Beside `like` in memory; `label` as Label::operator() gives it.
+// Raises unless `b`, which the error calls `label`, is on the device of `like`.
 inline void require_place(const Buffer& b, const std::string& label, const Buffer& like) {
-  if (b.device == like.device) return;
+  if (b.device() == like.device()) return;
   throw py::value_error(label + ": in " + place_text(b) + ", expected " + place_text(like) + " like " + like.label);
 }
 

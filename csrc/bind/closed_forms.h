@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The closed forms that the rows of one table need at one time (core/closed_form.h), by the step of the history up to
-// which a row is. A cache beside the history, which it can be made of again; Python keeps both (staleness.py).
+// Cache of closed forms (core/closed_form.h) for one table, keyed by the last step that a row has seen. It can be
+// computed from the history at any time; Python keeps both (staleness.py).
 #pragma once
 
 #include <algorithm>
@@ -16,12 +16,12 @@
 
 namespace fastadam::bind {
 
-// Not inlined: GCC 12 leaves out the rounding where it makes one vector of two of them side by side.
+// Not inlined: GCC 12 drops the rounding when it vectorises two adjacent calls.
 __attribute__((noinline)) inline double rounded_to_float(double x) { return static_cast<float>(x); }
 
 class ClosedForms {
  public:
-  // Of the rows that have had from[0], ... from[count - 1] of the steps, for StaleRows `rows` of a float32 table.
+  // Computes the forms for rows that have seen from[0], ..., from[count - 1] steps of the history of a float32 table.
   void prepare(const int32_t* from, int64_t count, const StaleRows& rows, const AdamHyper& hyper, bool amsgrad) {
     beta_1_ = rounded_to_float(hyper.beta_1);
     beta_2_ = rounded_to_float(hyper.beta_2);
@@ -44,7 +44,7 @@ class ClosedForms {
     }
   }
 
-  // The history begins anew.
+  // The history was cleared.
   void clear() {
     windows_.clear();
     log_keeps_.clear();
@@ -52,7 +52,7 @@ class ClosedForms {
     constant_window_ = 0;  // of other betas, perhaps
   }
 
-  // Whether the longest gaps have a form, if the rate is constant.
+  // Whether the longest gaps have a form if the rate is constant.
   static bool exist(double beta_1, double beta_2, bool amsgrad) {
     const double single_1 = rounded_to_float(beta_1);
     const double single_2 = rounded_to_float(beta_2);
@@ -67,7 +67,7 @@ class ClosedForms {
   const int32_t* places() const { return places_.data(); }
 
  private:
-  // The first steps of a long gap, which are all that matter.
+  // The first steps of a long gap; the later ones do not matter.
   struct Window {
     ClosedForm form;
     double sum_at_1;
@@ -78,7 +78,7 @@ class ClosedForms {
 
   double fall() const { return StepMeasure::fall(beta_1_, beta_2_, amsgrad_); }
 
-  // Steps after which weights have fallen to 2^-60; AMSGrad's cost less.
+  // Number of steps after which weights have fallen to 2^-60. AMSGrad may have more, because its steps cost less.
   static int64_t window_of(double fall, bool amsgrad) {
     const int64_t longest = amsgrad ? 1 << 16 : 1 << 13;
     const double steps = std::ceil(-60 * std::log(2.0) / std::log(fall));
@@ -103,7 +103,7 @@ class ClosedForms {
     forms_.push_back({});
   }
 
-  // Of the gaps within the window: one walk back from now.
+  // Computes the forms of the gaps within the window, in one pass back from now.
   void make_near(int64_t window, int most_nodes) {
     int64_t first = now_;
     for (int64_t from : from_) {
@@ -123,7 +123,8 @@ class ClosedForms {
     return true;
   }
 
-  // Of longer gaps: that of the window, if what comes after it is lost beside it, times the weight decay after it.
+  // Computes the forms of longer gaps: the form of the window times the weight decay after it. It exists only if the
+  // steps after the window are lost in rounding.
   void make_far(int64_t window, const StaleRows& rows) {
     const double falls = fall();
     const double after = falls < 1 ? std::pow(falls, static_cast<double>(window)) * falls / (1 - falls)
@@ -176,7 +177,7 @@ class ClosedForms {
     return {measure.closed_form(), measure.sum_at_1()};
   }
 
-  // Logarithm of the weight decay of the steps before this one, but for those after which a variable has another sign.
+  // Logarithm of the weight decay of all steps before this one, without steps that change the sign of a variable.
   double log_keep(int64_t step) {
     if (log_keeps_.empty()) log_keeps_.push_back(0);
     while (static_cast<int64_t>(log_keeps_.size()) <= step) {
@@ -189,10 +190,10 @@ class ClosedForms {
   }
 
   std::vector<ClosedForm> forms_;
-  std::vector<int64_t> from_;    // of each form
-  std::vector<int32_t> places_;  // of the form of each step, where from_ says so
+  std::vector<int64_t> from_;    // from_[i]: steps that rows of forms_[i] have seen
+  std::vector<int32_t> places_;  // by step: index of its form, valid only if from_ confirms it
   std::unordered_map<int64_t, Window> windows_;
-  Window constant_{};  // that of a constant rate and weight decay, the last
+  Window constant_{};  // the last window with a constant rate and weight decay
   float constant_alpha_ = 0;
   float constant_keep_ = 0;
   int64_t constant_window_ = 0;

@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-// A Backend: how a Plan runs its steps on the CPU.
+// The Backend of a Plan on the CPU.
 #pragma once
 
 #include <memory>
 #include <optional>
 #include <vector>
 
-#include "../capi/fastadam.h"
-#include "../capi/trusted.h"
+#include "../capi/prepare.h"
+#include "../capi/run.h"
 #include "slices.h"
 #include "stale.h"
-#include "status.h"
 #include "variables.h"
 
 namespace fastadam::bind {
 
 class CpuBackend {
  public:
+  using Arrays = HostArrays;
   using Index = RowIndex;
   using Table = StaleTable;
 
-  // What the calls of one step need around them: nothing here.
+  // What must surround the calls of one step: nothing on the CPU.
   struct Scope {
     Scope(CpuBackend&, const Buffer&) {}
   };
 
-  CpuBackend(const VariableSet&, const std::vector<TensorArgs>&, const py::object&) {}
+  CpuBackend(const Buffer&, const std::vector<TensorArgs>&, const Chains&, const py::object&) {}
 
   bool takes_indices(const py::object& indices) const { return is_index_array(indices); }
 
@@ -39,8 +39,6 @@ class CpuBackend {
 
   bool sort(Index& index, int64_t) const { return index.sort(); }
 
-  void drop(std::unique_ptr<Index>& index) const { index.reset(); }
-
   void order_after(const std::optional<uintptr_t>&) const {}
 
   void* make_sums(Index& index, const TensorArgs& tensor) const {
@@ -48,45 +46,29 @@ class CpuBackend {
   }
 
   void run_sum_rows(const std::vector<TensorArgs>& tensors, const std::vector<void*>& sums) const {
-    const fastadam_list list = list_of(tensors.data(), static_cast<int64_t>(tensors.size()));
-    require_ok(fastadam_sum_rows(&list, sums.data()));
+    fastadam::run_sum_rows(tensors.data(), static_cast<int64_t>(tensors.size()), sums.data());
   }
 
-  // Norms, clipping and the step; false, and nothing done, if the gradients had to be finite and are not.
+  // Norms, clipping and the step. Returns false, with nothing written, if the gradients had to be finite and are not.
   bool step(const StepArgs& args, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper,
             int64_t /*call*/) const {
-    const fastadam_list list = list_of(args.chains, tensors);
-    return is_done(fastadam_step(&list, &hyper, args.lazy));
+    return run_step(args, static_cast<int64_t>(tensors.size()), hyper);
   }
 
   bool accumulate(const AccumulateArgs& args, bool require_finite, const std::vector<TensorArgs>& tensors,
                   int64_t /*call*/) const {
-    const fastadam_list list = list_of(args.chains, tensors);
-    return is_done(fastadam_accumulate(&list, args.restart, require_finite));
+    return run_accumulate(args, static_cast<int64_t>(tensors.size()), require_finite);
   }
 
-  // The rows of one stale table.
-  void catch_up(const TensorArgs& tensor, const AdamHyper& hyper, const StepArgs& /*args*/, int64_t /*call*/) const {
-    const fastadam_list list = list_of(&tensor, 1);
-    require_ok(fastadam_step(&list, &hyper, false));
+  // All rows, or those in tensor.rows, of one table.
+  void catch_up(const TensorArgs& tensor, StepArgs args, int64_t /*call*/) const {
+    const int64_t head = 0;
+    const int64_t offsets[] = {0, moved_elements(tensor, args.lazy)};
+    args.chains = {&tensor, &head, offsets, 1};
+    run_catch_up(args);
   }
 
   bool is_capturing() const { return false; }
-
- private:
-  static fastadam_list list_of(const TensorArgs* tensors, int64_t count) {
-    return {kTrustedAbi, tensors, count, nullptr, nullptr, 0};
-  }
-
-  static fastadam_list list_of(const Chains& chains, const std::vector<TensorArgs>& tensors) {
-    return {kTrustedAbi,  tensors.data(), static_cast<int64_t>(tensors.size()),
-            chains.heads, chains.offsets, chains.count};
-  }
-
-  static bool is_done(fastadam_status status) {
-    require_ok(status);
-    return status != FASTADAM_NOT_FINITE;
-  }
 };
 
 }  // namespace fastadam::bind

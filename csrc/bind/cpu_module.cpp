@@ -7,8 +7,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../capi/fastadam.h"
 #include "../core/split.h"
+#include "../include/fastadam.h"
 #include "cpu_backend.h"
 #include "register_ops.h"
 
@@ -66,7 +66,7 @@ std::vector<double> sums_of_squares(const py::list& objects) {
   std::vector<Buffer> buffers;
   for (size_t i = 0; i < objects.size(); ++i) {
     const Label label{"grads", static_cast<int64_t>(i)};
-    std::optional<Buffer> b = read_array(objects[i], label);
+    std::optional<Buffer> b = read_array<HostArrays>(objects[i], label);
     if (!b || !b->dtype || !b->native_order || !b->aligned() || !(b->c_contiguous || b->f_contiguous)) {
       throw py::type_error(label() + ": must be converted first");
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A Backend: how a Plan runs its steps on a GPU, on the current stream of the library that its variables come from.
+// The Backend of a Plan on a GPU. It works on the current stream of the library that the variables come from.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace fastadam::bind {
 
-// What the plans of one optimizer share on one device.
+// Shared by the plans of one optimizer on one device.
 struct CudaContext {
   explicit CudaContext(int device_number) : device(device_number), native(make(device_number)) {}
 
@@ -27,7 +27,7 @@ struct CudaContext {
     return static_cast<int64_t>(sources.size()) - 1;
   }
 
-  // The counter before the first step that did nothing, and why.
+  // If a step did nothing because of an invalid index: the counter before that step, and the error text.
   std::optional<std::pair<int64_t, std::string>> take_failure() {
     const cuda::DeviceScope scope(device);
     const std::optional<cuda::Failure> failure = native->take_failure();
@@ -62,10 +62,11 @@ struct CudaContext {
 
 class CudaBackend {
  public:
+  using Arrays = CudaArrays;
   using Index = DeviceIndex;
   using Table = DeviceTable;
 
-  // The device and the stream of the variables, for the calls of one step; what was current is so again afterwards.
+  // Selects the device and the stream of the variables for the calls of one step, and restores them afterwards.
   class Scope {
    public:
     Scope(CudaBackend& backend, const Buffer& place)
@@ -73,7 +74,7 @@ class CudaBackend {
     Scope(int device, cuda::Context& context, const Buffer& place) : device_(device), context_(context) {
       void* stream = launch_stream(place);
       context_.enter(stream);
-      if (place.is_torch) torch_stream_of_step = {device, reinterpret_cast<uintptr_t>(stream)};
+      if (place.gpu && place.gpu->is_torch) torch_stream_of_step = {device, reinterpret_cast<uintptr_t>(stream)};
     }
     ~Scope() {
       torch_stream_of_step = {};
@@ -87,14 +88,16 @@ class CudaBackend {
     cuda::Context& context_;
   };
 
-  CudaBackend(const VariableSet& set, const std::vector<TensorArgs>& tensors, const py::object& context)
-      : context_(context.is_none() ? std::make_shared<CudaContext>(set.place().device)
+  // `place`: a Buffer on the device of all variables.
+  CudaBackend(const Buffer& place, const std::vector<TensorArgs>& tensors, const Chains& chains,
+              const py::object& context)
+      : context_(context.is_none() ? std::make_shared<CudaContext>(place.device())
                                    : context.cast<std::shared_ptr<CudaContext>>()) {
-    const Scope scope(*this, set.place());
+    const Scope scope(*this, place);
     if (context_->native->is_capturing()) {
       throw std::runtime_error("a step with these variables was not made before it was captured; make one first");
     }
-    launch_ = std::make_unique<cuda::Launch>(context_->native, tensors, set.chains());
+    launch_ = std::make_unique<cuda::Launch>(context_->native, tensors, chains);
     sorted_.resize(tensors.size());
     copies_.resize(tensors.size());
   }
@@ -103,7 +106,7 @@ class CudaBackend {
 
   std::unique_ptr<Index> index_of(const py::object& indices, const Label& label, const Buffer& variable) const {
     auto index = std::make_unique<DeviceIndex>(indices, label, variable);
-    order_after(index->buffer().stream);
+    order_after(index->buffer().stream());
     return index;
   }
 
@@ -118,10 +121,7 @@ class CudaBackend {
     return true;
   }
 
-  void drop(std::unique_ptr<Index>& index) const { index.reset(); }
-
-  // Work on the stream of an array's owner comes before what is launched from here on. A graph has no such order: when
-  // it runs is up to whoever replays it.
+  // Launches from here on wait for the work on stream `other`. Not in a graph: whoever replays it decides when it runs.
   void order_after(const std::optional<uintptr_t>& other) const {
     if (!other || context_->native->is_capturing()) return;
     void* stream = context_->native->stream();
@@ -131,7 +131,7 @@ class CudaBackend {
   }
 
   void* make_sums(Index& index, const TensorArgs& tensor) const { return index.sum(tensor, *context_->native); }
-  void run_sum_rows(const std::vector<TensorArgs>&, const std::vector<void*>&) const {}  // make_sums has
+  void run_sum_rows(const std::vector<TensorArgs>&, const std::vector<void*>&) const {}  // make_sums did it
 
   bool step(const StepArgs& args, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper, int64_t call) {
     if (context_->native->is_capturing() && hyper.require_finite) {
@@ -147,7 +147,7 @@ class CudaBackend {
       if (hyper.require_finite)
         throw std::runtime_error("found_inf: on the GPU, of a step that requires finite gradients");
     }
-    for (const Buffer& number : number_buffers_) order_after(number.stream);
+    for (const Buffer& number : number_buffers_) order_after(number.stream());
     return launch_->step(args, tensors, hyper, numbers_, call);
   }
 
@@ -162,13 +162,11 @@ class CudaBackend {
     return launch_->accumulate(args.restart, require_finite, tensors, call);
   }
 
-  void catch_up(const TensorArgs& tensor, const AdamHyper& /*hyper*/, const StepArgs& args, int64_t call) {
-    launch_->catch_up(args, tensor, call);
-  }
+  void catch_up(const TensorArgs& tensor, const StepArgs& args, int64_t call) { launch_->catch_up(args, tensor, call); }
 
   bool is_capturing() const { return context_->native->is_capturing(); }
 
-  // Numbers of the steps from here on that lie on the device, or None; it reads them in each step.
+  // Sets the numbers, or None, that the device itself reads in every later step.
   void set_device_numbers(const py::object& rate, const py::object& grad_scale, const py::object& found_inf,
                           bool counts) {
     cuda::DeviceNumbers numbers{};
@@ -199,21 +197,21 @@ class CudaBackend {
   Buffer require_number(const py::object& number, const char* name, bool may_be_double) const {
     Buffer b = require_cuda_array(number, name);
     const bool is_float = b.dtype == FASTADAM_FLOAT32 || (may_be_double && b.dtype == FASTADAM_FLOAT64);
-    if (is_float && b.size == 1 && b.device == context_->device) return b;
+    if (is_float && b.size == 1 && b.device() == context_->device) return b;
     throw py::value_error(std::string(name) + ": " + tuple_text(b.shape) + " " +
                           (b.dtype ? name_of(*b.dtype) : b.dtype_name) + " in " + place_text(b) + ", expected one " +
                           (may_be_double ? "float32 or float64" : "float32") + " on CUDA device " +
                           std::to_string(context_->device));
   }
 
-  // 0 and "none" mean the legacy stream.
+  // 0, 1 and no stream mean the legacy stream.
   static void* launch_stream(const Buffer& place) {
-    const std::optional<uintptr_t> stream = place.stream_source ? stream_of(place.stream_source) : std::nullopt;
+    const std::optional<uintptr_t> stream = place.gpu ? stream_of(place.gpu->source) : std::nullopt;
     return reinterpret_cast<void*>(stream.value_or(0) == 1 ? 0 : stream.value_or(0));
   }
 
   const void* on_device(const Buffer& indices, size_t i) {
-    if (indices.device != Buffer::kHost) return indices.data;
+    if (indices.gpu) return indices.data;
     if (context_->native->is_capturing()) {
       throw std::runtime_error("indices in CPU memory, which a CUDA graph would read again, expected them on the GPU");
     }
@@ -232,10 +230,10 @@ class CudaBackend {
 
   std::shared_ptr<CudaContext> context_;
   std::unique_ptr<cuda::Launch> launch_;
-  std::vector<std::unique_ptr<cuda::SortedRows>> sorted_;  // by tensor, with memory for the next step
-  std::vector<Copy> copies_;                               // of indices of the host
+  std::vector<std::unique_ptr<cuda::SortedRows>> sorted_;  // by tensor; their memory is reused
+  std::vector<Copy> copies_;                               // of indices in CPU memory
   cuda::DeviceNumbers numbers_{};
-  std::vector<Buffer> number_buffers_;  // which keep their memory, and name the stream of whoever writes to them
+  std::vector<Buffer> number_buffers_;  // keep the numbers alive, and know the streams that write them
 };
 
 }  // namespace fastadam::bind

@@ -75,12 +75,13 @@ void gather(cuda::Gather& gather, const Buffer& table, const py::object& ids, co
   if (to.begin() < table.end() && table.begin() < to.end()) {
     throw py::value_error("out: shares memory with " + table.label + ", expected a separate array");
   }
-  const cuda::DeviceScope scope(table.device);
+  const cuda::DeviceScope scope(table.device());
   const int64_t width = table.shape[0] == 0 ? 0 : table.size / table.shape[0];
-  void* stream = reinterpret_cast<void*>(table.stream_source ? stream_of(table.stream_source).value_or(0) : 0);
+  void* stream = reinterpret_cast<void*>(table.gpu ? stream_of(table.gpu->source).value_or(0) : 0);
   for (const Buffer* b : {&indices, &to}) {
-    if (b->stream && reinterpret_cast<void*>(*b->stream) != stream) {
-      cuda::order_after(stream, reinterpret_cast<void*>(*b->stream));
+    const std::optional<uintptr_t> other = b->stream();
+    if (other && reinterpret_cast<void*>(*other) != stream) {
+      cuda::order_after(stream, reinterpret_cast<void*>(*other));
     }
   }
   gather.run(table.data, table.shape[0], width, *table.dtype, indices.data, indices.item_size == 8, indices.size,
@@ -117,9 +118,6 @@ std::pair<int, std::string> device_count() {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
-  read_device_array = &read_cuda_array;
-  copy_device_array = &copy_to_numpy;
-  reread_device_array = &reread_cuda_array;
   m.attr("architectures") = FASTADAM_CUDA_ARCHITECTURES;
   m.def("device_count", &device_count);
   m.def("stream_of", &stream_of, py::arg("array"));
@@ -138,7 +136,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       .def(
           "can_count",
           [](CudaPlan& plan, const py::tuple& hyper) {
-            const CudaBackend::Scope scope(plan.backend(), plan.set().place());
+            const CudaBackend::Scope scope(plan.backend(), plan.variables().place());
             return plan.backend().can_count(hyper_of(hyper));
           },
           py::arg("hyper"));

@@ -9,11 +9,11 @@
 #include <vector>
 
 #include "../cuda/device.h"
-#include "buffers.h"
+#include "read_buffer.h"
 
 namespace fastadam::bind {
 
-// An array without a library: what the state of variables lies in that come from none that makes arrays.
+// An array of our own: holds the slots of variables whose library cannot make arrays.
 struct DeviceArray {
   std::vector<int64_t> shape;
   py::dtype dtype;
@@ -75,7 +75,7 @@ inline std::optional<uintptr_t> stream_in(const py::dict& interface) {
   return py::object(interface["stream"]).cast<uintptr_t>();
 }
 
-// Of PyTorch's current stream, while a step is made on it: to ask costs as much as to read a tensor.
+// PyTorch's current stream during a step: asking for it costs as much as reading a tensor.
 struct TorchStream {
   int device = -1;
   uintptr_t stream = 0;
@@ -89,7 +89,7 @@ inline uintptr_t torch_stream(const py::object& tensor) {
   return stream.attr("cuda_stream").cast<uintptr_t>();
 }
 
-// The stream on which whoever made the array works now, as the two protocols number streams.
+// The stream that the library of the array uses now, numbered as in the two protocols.
 inline std::optional<uintptr_t> stream_of(const py::object& object) {
   if (library_of(object) == "torch") return torch_stream(object);
   if (!py::hasattr(object, "__cuda_array_interface__")) return std::nullopt;
@@ -121,11 +121,11 @@ inline Buffer from_array_interface(const py::object& object, const Label& label)
   }
   derive_layout(b);
   b.owner = object;
-  b.stream = stream_in(interface);
+  b.gpu.emplace().stream = stream_in(interface);
   return b;
 }
 
-// Of an array without memory, as far as it says.
+// The device of an empty array, which has no address to ask about.
 inline int device_named_by(const py::object& object) {
   if (py::hasattr(object, "__dlpack_device__"))
     return object.attr("__dlpack_device__")().cast<std::pair<int, int>>().second;
@@ -134,22 +134,22 @@ inline int device_named_by(const py::object& object) {
   return (py::isinstance<py::int_>(device) ? device : device.attr("id")).cast<int>();
 }
 
-// Sets where the memory lies, which only the runtime knows, and refuses what is not plain memory of a device.
+// Sets the device, which only the runtime knows. Raises unless it is plain memory of a device.
 inline void locate(Buffer& b, const Label& label, const py::object& object) {
   if (b.size == 0) {
-    b.device = device_named_by(object);
+    b.gpu->device = device_named_by(object);
     return;
   }
   const cuda::Location found = cuda::location_of(b.data);
   if (found.place == cuda::Place::kDevice) {
-    b.device = found.device;
+    b.gpu->device = found.device;
     return;
   }
   const char* kind = found.place == cuda::Place::kManaged ? "managed memory" : "memory of the host";
   throw py::value_error(label() + ": " + type_name(object) + " in " + kind + ", expected memory of a CUDA device");
 }
 
-// What of an array need not be read again if it is as it was: all but its address and its stream.
+// Everything about an array except its address and stream: if it is unchanged, only these two have to be read.
 inline py::object signature_of(const py::object& object, bool is_torch, const py::dict& interface) {
   if (is_torch) {
     return py::make_tuple(object.attr("dtype"), object.attr("shape"), object.attr("stride")(), object.attr("is_neg")());
@@ -163,57 +163,72 @@ inline Buffer read_cuda_array(const py::object& object, const Label& label) {
   if (library_of(object) == "torch") {
     // The work is put on torch's own stream: nothing to wait for.
     b = from_dlpack(object, label, py::dict(py::arg("stream") = -1));
-    b.stream = torch_stream(object);
+    b.gpu.emplace().stream = torch_stream(object);
   } else if (py::hasattr(object, "__cuda_array_interface__")) {
     b = from_array_interface(object, label);
   } else {
     b = from_dlpack(object, label, py::dict(py::arg("stream") = 1));
-    b.stream = 1;
+    b.gpu.emplace().stream = 1;
   }
   locate(b, label, object);
-  b.stream_source = object;
-  b.is_torch = library_of(object) == "torch";
-  b.source_type = Py_TYPE(object.ptr());
-  b.stays = py::isinstance<DeviceArray>(object) || library_of(object) == "cupy";
-  const bool has_interface = !b.is_torch && py::hasattr(object, "__cuda_array_interface__");
-  const bool says_all = b.is_torch || (has_interface && b.dtype != FASTADAM_BFLOAT16);  // which it calls V2
-  if (says_all) b.signature = signature_of(object, b.is_torch, b.is_torch ? py::dict() : interface_of(object));
+  const bool is_torch = library_of(object) == "torch";
+  b.gpu->source = object;
+  b.gpu->is_torch = is_torch;
+  b.gpu->source_type = Py_TYPE(object.ptr());
+  b.gpu->address_is_fixed = py::isinstance<DeviceArray>(object) || library_of(object) == "cupy";
+  const bool has_interface = !is_torch && py::hasattr(object, "__cuda_array_interface__");
+  const bool says_all = is_torch || (has_interface && b.dtype != FASTADAM_BFLOAT16);  // bfloat16 is "V2" there
+  if (says_all) b.gpu->signature = signature_of(object, is_torch, is_torch ? py::dict() : interface_of(object));
   return b;
 }
 
-// Reads only where an array lies now, if it is like the one that `b` was read from.
-inline std::optional<Whereabouts> reread_cuda_array(const py::object& object, const Buffer& b) {
-  if (!b.signature || Py_TYPE(object.ptr()) != b.source_type) return std::nullopt;
-  const bool is_torch = b.is_torch;
+// The address and stream of an array like the one that `b` was read from.
+inline std::optional<ArrayAddress> cuda_address_if_like(const py::object& object, const Buffer& b) {
+  if (b.gpu->address_is_fixed && object.is(b.gpu->source)) {
+    return ArrayAddress{b.data, ArrayAddress::kOnGpu, true, b.gpu->device, b.gpu->stream};
+  }
+  if (!b.gpu->signature || Py_TYPE(object.ptr()) != b.gpu->source_type) return std::nullopt;
+  const bool is_torch = b.gpu->is_torch;
   const py::dict interface = is_torch ? py::dict() : interface_of(object);
-  if (!signature_of(object, is_torch, interface).equal(b.signature)) return std::nullopt;
+  if (!signature_of(object, is_torch, interface).equal(b.gpu->signature)) return std::nullopt;
   const py::object address = is_torch ? object.attr("data_ptr")() : py::object(interface["data"][py::int_(0)]);
   auto* data = reinterpret_cast<void*>(address.cast<uintptr_t>());
   const std::optional<uintptr_t> stream = is_torch ? torch_stream(object) : stream_in(interface);
-  if (data == b.data) return Whereabouts{data, b.device, stream};
+  if (data == b.data) return ArrayAddress{data, ArrayAddress::kOnGpu, true, b.gpu->device, stream};
   if (b.size == 0 || reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(b.item_size) != 0) return std::nullopt;
   const cuda::Location found = cuda::location_of(data);
   if (found.place != cuda::Place::kDevice) return std::nullopt;
-  return Whereabouts{data, found.device, stream};
+  return ArrayAddress{data, ArrayAddress::kOnGpu, true, found.device, stream};
 }
 
-// Any array on a device, of any dtype: how ids and states come.
+py::array copy_to_numpy(const Buffer& b);
+
+// The arrays that the module for GPUs reads.
+struct CudaArrays {
+  static Buffer read_on_gpu(const py::object& object, const Label& label) { return read_cuda_array(object, label); }
+  static py::array copy_from_gpu(const Buffer& b) { return copy_to_numpy(b); }
+  static std::optional<ArrayAddress> address_on_gpu(const py::object& object, const Buffer& known) {
+    return cuda_address_if_like(object, known);
+  }
+};
+
+// Reads an array on a device, of any dtype: ids, `last` of a table.
 inline Buffer require_cuda_array(const py::object& object, const std::string& label) {
-  std::optional<Buffer> b = read_array(object, Label{label});
+  std::optional<Buffer> b = read_array<CudaArrays>(object, Label{label});
   if (!b) throw py::type_error(label + ": " + type_name(object) + ", expected an array on a CUDA device");
   b->label = label;
-  if (b->device == Buffer::kHost) throw py::value_error(label + ": in CPU memory, expected memory of a CUDA device");
+  if (b->on_host()) throw py::value_error(label + ": in CPU memory, expected memory of a CUDA device");
   return *std::move(b);
 }
 
-// A copy in memory of the host; waits. bfloat16 comes as its bits.
+// A copy in CPU memory; waits for the device. bfloat16 comes as its bits.
 inline py::array copy_to_numpy(const Buffer& b) {
   if (!b.c_contiguous && !b.f_contiguous) throw py::value_error(b.label + ": strided, expected a contiguous array");
   const py::dtype dtype = b.dtype == FASTADAM_BFLOAT16 ? py::dtype("uint16")
                           : b.dtype                    ? py::dtype(name_of(*b.dtype))
                                                        : py::dtype(b.dtype_name);
   py::array host(dtype, b.shape, b.strides);
-  const cuda::DeviceScope scope(b.device);
+  const cuda::DeviceScope scope(b.device());
   void* to = host.mutable_data();
   const py::gil_scoped_release unlocked;
   cuda::copy_to_host(to, b.data, b.size * b.item_size);
@@ -226,7 +241,7 @@ inline void assign(const py::object& object, const py::array& values) {
   const Buffer from = from_ndarray(values);
   const bool same_layout = from.same_layout(b) && from.shape == b.shape && from.item_size == b.item_size;
   if (!same_layout) throw py::value_error("values: of another shape, dtype or order than the array");
-  const cuda::DeviceScope scope(b.device);
+  const cuda::DeviceScope scope(b.device());
   cuda::overwrite(b.data, from.data, b.size * b.item_size);
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// IndexedSlices and deferred tables whose arrays lie on a GPU. As slices.h and stale.h are for the host.
+// IndexedSlices and deferred tables on a GPU; slices.h and stale.h are for CPU memory.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace fastadam::bind {
 
-// What indices are that are found bad on a device.
+// Describes indices in the error about one that the device found to be out of range.
 struct IndexSource {
   std::string indices;   // "grads[3].indices"
   std::string variable;  // "variable 'w'"
@@ -26,7 +26,7 @@ struct IndexSource {
   }
 };
 
-// Indices on a device, or of the host: these are copied.
+// Indices on a device, or in CPU memory, which are copied to it.
 class DeviceIndex {
  public:
   DeviceIndex(const py::object& indices, const Label& label, const Buffer& variable)
@@ -65,7 +65,7 @@ class DeviceIndex {
     return sorted_->sum(tensor.grad, tensor.grad_dtype, context);
   }
 
-  // What a device finds wrong is told later.
+  // The device reports an invalid index later.
   int64_t bad() const { return -1; }
   int64_t bad_index() const { return -1; }
   bool is_summed(bool) const { return false; }
@@ -81,11 +81,11 @@ class DeviceIndex {
   cuda::SortedRows* sorted_ = nullptr;
 };
 
-// A table on a device: its rates are those of the host, which hands each over, `last` is the device's own.
+// A table on a device. The host keeps the rates and sends each to the device; `last` is kept by the device only.
 class DeviceTable : public History {
  public:
-  // As StaleTable::Arrays, `last` on the device; a third count, of the steps that all rows have had; for each step the
-  // caller's counter before it; the history on the device.
+  // Like StaleTable::Arrays, with `last` on the device and a third count: the steps that all rows have seen. Then the
+  // caller's counter before each step, and the history on the device.
   using Arrays =
       std::tuple<py::object, py::array, py::array, py::array, py::array_t<int64_t>, std::shared_ptr<ClosedForms>,
                  double, py::array_t<int64_t>, std::shared_ptr<cuda::DeviceHistory>>;
@@ -114,7 +114,7 @@ class DeviceTable : public History {
     history_->append(alphas_.data(), keeps_.data(), peaks_.data(), steps() - 1, context_->stream());
   }
 
-  // The history stays: a step that turns out to have done nothing may have been the one that cleared it.
+  // The history is kept: the step that cleared it may later turn out to have done nothing.
   void clear() {
     counts()[2] = steps();
     if (forms_ != nullptr) forms_->clear();
@@ -122,8 +122,8 @@ class DeviceTable : public History {
   bool is_empty() const { return counts_.data()[2] == steps(); }
 
  private:
-  // Of every gap since all rows were up to date: which there are is known to the device alone. As if the history began
-  // there, like that of a table of the host.
+  // Writes the forms of every gap since all rows were up to date: only the device knows which gaps exist. The forms are
+  // computed as if the history began there, as for a table in CPU memory.
   void write_forms(const AdamHyper& hyper, bool amsgrad) {
     const int64_t first = counts()[2];
     const auto count = static_cast<size_t>(steps() - first);

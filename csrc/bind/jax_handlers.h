@@ -17,7 +17,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../capi/fastadam.h"
+#include "../include/fastadam.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace fastadam::bind {

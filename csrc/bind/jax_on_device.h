@@ -9,9 +9,9 @@
 #include <mutex>
 #include <optional>
 
-#include "../capi/fastadam_cuda.h"
 #include "../cuda/device.h"
 #include "../cuda/launch.h"
+#include "../include/fastadam_cuda.h"
 #include "jax_handlers.h"
 
 namespace fastadam::bind {

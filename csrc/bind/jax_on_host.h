@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// A place of jax_handlers.h: buffers in memory of the host.
+// A Place of jax_handlers.h: buffers in CPU memory.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <optional>
 
-#include "../capi/trusted.h"
+#include "../capi/prepare.h"
+#include "../capi/run.h"
 #include "jax_handlers.h"
 #include "status.h"
 
 namespace fastadam::bind {
 
-// The rows of a shard that ids name, numbered from its first.
+// The rows of one shard among `ids`, numbered from its first row.
 class ShardRows {
  public:
   ShardRows(const Ids& ids, const Shard& shard) : memory_(static_cast<size_t>(fastadam_sort_memory(ids.count))) {
@@ -29,7 +30,6 @@ class ShardRows {
   ShardRows& operator=(const ShardRows&) = delete;
 
   const fastadam_rows* get() const { return &rows_; }
-  int64_t index_count() const { return rows_.starts[rows_.count]; }  // of this shard and of those before it
 
  private:
   std::vector<int64_t> memory_;
@@ -46,16 +46,24 @@ class OnHost {
 
   void step(const std::vector<fastadam_tensor>& tensors, const fastadam_hyper& hyper, bool lazy) const {
     const auto count = static_cast<int64_t>(tensors.size());
-    const fastadam_list list = {kTrustedAbi, tensors.data(), count, nullptr, nullptr, 0};
+    const fastadam_list list = {FASTADAM_ABI, tensors.data(), count, nullptr, nullptr, 0};
     require_ok(fastadam_step(&list, &hyper, lazy));
   }
 
   void step_rows(fastadam_tensor tensor, const Ids& ids, const Shard& shard, const fastadam_hyper& hyper,
                  bool lazy) const {
     const ShardRows touched(ids, shard);
+    const fastadam_rows all{nullptr, nullptr, nullptr, ids.count, ids.width};
+    tensor.rows = &all;
+    tensor.grad_size = ids.count * ids.width;
+    check_hyper(hyper);
+    TensorCheck(tensor, 0, RowChecks::kShape).check_step(hyper, tensor.vhat != nullptr);
     tensor.rows = touched.get();
-    tensor.grad_size = touched.index_count() * ids.width;
-    step({tensor}, hyper, lazy);
+    StepArgs args = prepare_step(&tensor, 1, hyper, lazy);
+    const int64_t head = 0;
+    const int64_t offsets[] = {0, moved_elements(tensor, lazy)};
+    args.chains = {&tensor, &head, offsets, 1};
+    run_step(args, 1, hyper);
   }
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A step in two halves: Plan(...) checks a set of variables and their slots once, the calls check the gradients and
-// numbers each time, then write. A cache of pointers, not state.
+// A Plan checks a set of variables and their slots once. Each call then checks gradients and numbers, and writes. It
+// holds pointers, not state.
 #pragma once
 
 #include <cmath>
@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../capi/prepare.h"
 #include "../capi/step_checks.h"
 #include "tensors.h"
 
@@ -19,17 +20,13 @@ class Plan {
   template <class... Arguments>
   explicit Plan(Arguments&&... arguments) : set_(std::forward<Arguments>(arguments)...) {}
 
-  const TensorSet<Backend>& set() const { return set_; }
+  const VariableSet<typename Backend::Arrays>& variables() const { return set_.variables(); }
   Backend& backend() { return set_.backend(); }
 
-  // Raises what is wrong with the gradients; returns those that must be converted before step().
+  // Raises what is wrong with the gradients. Returns those that must be converted before step().
   std::vector<size_t> check(const py::list& gradients) {
-    const typename Backend::Scope scope(backend(), set_.place());
-    std::vector<size_t> to_convert = set_.check(gradients);
-    if (!to_convert.empty()) return to_convert;
-    set_.index_rows();
-    set_.require_current();
-    return to_convert;
+    const Scope scope(backend(), variables().place());
+    return Call(set_, gradients).to_convert();
   }
 
   // Raises what is wrong with the numbers of a step.
@@ -39,126 +36,109 @@ class Plan {
   // `counter`, if not null, goes up by one after the update, where no signal can come between.
   std::vector<size_t> step(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
                            int64_t* counter) {
-    const typename Backend::Scope scope(backend(), set_.place());
-    std::vector<size_t> to_convert = set_.check(gradients);
-    if (!to_convert.empty()) return to_convert;
-    set_.index_rows();
+    const Scope scope(backend(), variables().place());
+    const Call call(set_, gradients);
+    if (!call.to_convert().empty()) return call.to_convert();
     const StepArgs args = arguments(hyper, factors);
-    set_.require_current();
     if (hyper.clip_after_dedupe && clips(hyper)) set_.sum_rows(clips_norms(hyper));
-    for (size_t i : set_.crowded_tables()) catch_up_table(i, args, hyper, counter);
-    set_.read_histories(hyper);
-    run(args, hyper, counter);
+    set_.read_histories(hyper, [&](const TensorArgs& table) {
+      const py::gil_scoped_release unlocked;
+      backend().catch_up(table, args, value_of(counter));
+    });
+    run(call, args, hyper, counter);
     return {};
   }
 
-  // Adds the gradients, times `scale`, to their accumulators, which count as zero if `restart`; then `update`, if it is
-  // not null, makes the step with what its accumulators hold. Returns gradients to convert, like step().
+  // Adds the gradients, times `scale`, to their accumulators, which count as zero if `restart`; then `update`, if not
+  // null, makes a step with what its accumulators hold. Returns gradients to convert, as step() does.
   std::vector<size_t> accumulate(const py::list& gradients, double scale, bool require_finite, bool restart,
                                  Plan* update, const AdamHyper& hyper, int64_t* counter) {
-    const typename Backend::Scope scope(backend(), set_.place());
-    std::vector<size_t> to_convert = set_.check(gradients);
-    if (!to_convert.empty()) return to_convert;
-    set_.require_current();
-    set_.index_rows();
-    if (update != nullptr) {  // refused before anything is written
-      update->set_.require_current();
-      update->arguments(hyper, {});
-    }
-    for (size_t i = 0; i < set_.tensors().size(); ++i) set_.tensors()[i].grad_factor = usable_factor(scale, i);
     {
+      const Scope scope(backend(), variables().place());
+      const Call call(set_, gradients);
+      if (!call.to_convert().empty()) return call.to_convert();
+      if (update != nullptr) {  // refused before anything is written
+        update->variables().require_current();
+        update->arguments(hyper, {});
+      }
+      for (size_t i = 0; i < set_.tensors().size(); ++i) set_.tensors()[i].grad_factor = usable_factor(scale, i);
       const py::gil_scoped_release unlocked;
-      all_finite_ = backend().accumulate({set_.chains(), restart}, require_finite, set_.tensors(), call_of(counter));
+      all_finite_ =
+          backend().accumulate({variables().chains(), restart}, require_finite, set_.tensors(), value_of(counter));
     }
-    set_.forget_gradients();
     if (!all_finite_) return {};
     if (update == nullptr) {
       count(counter);
     } else {
-      const typename Backend::Scope update_scope(update->backend(), update->set_.place());
-      update->set_.read_accumulators();
-      update->run(update->arguments(hyper, {}), hyper, counter);
+      const Scope scope(update->backend(), update->variables().place());
+      const Call call(update->set_, typename Call::Accumulated());
+      update->run(call, update->arguments(hyper, {}), hyper, counter);
     }
     return {};
   }
 
-  // Brings rows of a stale table, the only variable, up to date: those that `ids` name, or all. No step.
+  // Brings rows of a deferred table, the only variable, up to date: the rows `ids`, or all. Makes no step.
   void catch_up(const std::optional<py::object>& ids, const AdamHyper& hyper, const int64_t* counter) {
-    const typename Backend::Scope scope(backend(), set_.place());
+    const Scope scope(backend(), variables().place());
     const StepArgs args = arguments(hyper, {});
-    set_.require_current();
-    set_.choose_rows(ids, hyper);
+    const Call call(set_, ids, hyper);
     {
       const py::gil_scoped_release unlocked;
-      backend().catch_up(set_.tensors()[0], hyper, args, call_of(counter));
+      backend().catch_up(set_.tensors()[0], args, value_of(counter));
     }
     if (ids) set_.note_histories(nullptr, 0);
-    if (!ids) set_.clear_history(0);
-    set_.forget_gradients();
+    if (!ids) set_.clear_history();
   }
 
-  // Of the gradients of the last call, where its numbers required it. If they were not, nothing was done.
+  // False if the last call required finite gradients and they were not: then it has written nothing.
   bool all_finite() const { return all_finite_; }
 
  private:
+  using Scope = typename Backend::Scope;
+  using Call = typename TensorSet<Backend>::Call;
+
   static bool clips_norms(const AdamHyper& hyper) {
     return std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
   }
 
   static bool clips(const AdamHyper& hyper) { return clips_norms(hyper) || std::isfinite(hyper.clip_value); }
 
-  static int64_t call_of(const int64_t* counter) { return counter == nullptr ? 0 : *counter; }
+  static int64_t value_of(const int64_t* counter) { return counter == nullptr ? 0 : *counter; }
 
   static void count(int64_t* counter) {
     if (counter != nullptr) ++*counter;
   }
 
-  // Changes no bit that is read by gather or sync: it may come before the gradients are found finite.
-  void catch_up_table(size_t i, const StepArgs& args, const AdamHyper& hyper, const int64_t* counter) {
-    const TensorArgs tensor = set_.all_rows_of(i, hyper);
-    {
-      const py::gil_scoped_release unlocked;
-      backend().catch_up(tensor, hyper, args, call_of(counter));
-    }
-    set_.clear_history(i);
-  }
-
-  void run(const StepArgs& args, const AdamHyper& hyper, int64_t* counter) {
-    set_.require_current();
+  // The step of a call, which is ready for it.
+  void run(const Call&, const StepArgs& args, const AdamHyper& hyper, int64_t* counter) {
     {
       // Safe: the kernels touch only memory that this Plan and the gradients' owners keep alive.
       const py::gil_scoped_release unlocked;
-      all_finite_ = backend().step(args, set_.tensors(), hyper, call_of(counter));
+      all_finite_ = backend().step(args, set_.tensors(), hyper, value_of(counter));
     }
-    if (all_finite_) set_.note_histories(&args, call_of(counter));
-    if (all_finite_ && !backend().is_capturing()) count(counter);
-    set_.forget_gradients();
+    if (!all_finite_) return;
+    set_.note_histories(&args, value_of(counter));
+    if (!backend().is_capturing()) count(counter);
   }
 
-  // The numbers of the step for the kernels, found usable in the arithmetic of the variables.
+  // The arguments of the kernels. Raises if a number is not usable in the arithmetic of the variables.
   StepArgs arguments(const AdamHyper& hyper, const std::vector<double>& factors) {
-    if (!factors.empty()) set_.require_length("grad_factor", factors.size());
+    if (!factors.empty()) variables().require_length("grad_factor", factors.size());
     check_hyper(hyper);
-    StepArgs args{};
-    args.chains = set_.chains();
-    if (set_.has(false)) args.scalars_f32 = usable_scalars<float>(hyper);
-    if (set_.has(true)) args.scalars_f64 = usable_scalars<double>(hyper);
-    args.amsgrad = set_.amsgrad();
-    const bool transforms = clips(hyper) || !factors.empty() || hyper.gradient_scale != 1;
-    args.transform = hyper.l2 != 0 ? kAndL2 : transforms ? kClipAndFactor : kAsItIs;
     set_.require_options(hyper);
-    args.ema_overwrite = hyper.ema_overwrite;
-    args.lazy = set_.lazy();
-    for (size_t i = 0; i < set_.tensors().size(); ++i) {
-      set_.tensors()[i].grad_factor = usable_factor(hyper.gradient_scale * (factors.empty() ? 1.0 : factors[i]), i);
+    std::vector<TensorArgs>& tensors = set_.tensors();
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      tensors[i].grad_factor = usable_factor(hyper.gradient_scale * (factors.empty() ? 1.0 : factors[i]), i);
     }
+    StepArgs args = prepare_step(tensors.data(), static_cast<int64_t>(tensors.size()), hyper, set_.lazy());
+    args.chains = variables().chains();
     return args;
   }
 
   double usable_factor(double factor, size_t i) {
     const char* why = lost_factor(factor, set_.tensors()[i].dtype);
     if (why == nullptr) return factor;
-    throw py::value_error(Label{"grad_factor", set_.position(i)}() + ": " + why);
+    throw py::value_error(Label{"grad_factor", variables().position(i)}() + ": " + why);
   }
 
   TensorSet<Backend> set_;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The m.def lines, once for every backend: python/fastadam/_cpu.pyi says what they do.
-// A Backend is that of tensors.h. Types are local to each module: both may be loaded.
+// The m.def lines, the same for every Backend (see tensors.h): python/fastadam/_cpu.pyi says what they do. Types are
+// local to each module, because both may be loaded.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,9 +13,10 @@
 
 namespace fastadam::bind {
 
-inline void register_buffer(py::module_& m) {
+template <class Arrays>
+void register_buffer(py::module_& m) {
   py::class_<Buffer>(m, "Buffer", py::module_local())
-      .def(py::init(&read_variable), py::arg("object"), py::arg("label"))
+      .def(py::init(&read_variable<Arrays>), py::arg("object"), py::arg("label"))
       .def_readonly("label", &Buffer::label)
       .def_readonly("size", &Buffer::size)
       .def_property_readonly("address", &Buffer::begin)
@@ -24,10 +25,10 @@ inline void register_buffer(py::module_& m) {
       .def_property_readonly("dtype", [](const Buffer& b) { return name_of(*b.dtype); })
       .def_property_readonly("state_dtype", [](const Buffer& b) { return name_of(state_dtype(*b.dtype)); })
       .def_property_readonly("order", &Buffer::order)
-      .def_property_readonly("device", [](const Buffer& b) { return b.device; })
-      .def_property_readonly("source", [](const Buffer& b) { return b.stream_source ? b.stream_source : b.owner; })
+      .def_property_readonly("device", [](const Buffer& b) { return b.device(); })
+      .def_property_readonly("source", [](const Buffer& b) { return b.gpu ? b.gpu->source : b.owner; })
       .def("is_current", &is_current)
-      .def("array", &as_numpy);
+      .def("array", &as_numpy<Arrays>);
   m.def(
       "require_place", [](const Buffer& b, const Buffer& like) { require_place(b, b.label, like); }, py::arg("buffer"),
       py::arg("like"));
@@ -35,17 +36,17 @@ inline void register_buffer(py::module_& m) {
   m.def(
       "read_array",
       [](const py::object& object, const std::string& label) -> std::optional<std::pair<py::array, bool>> {
-        std::optional<Buffer> b = read_array(object, Label{label});
+        std::optional<Buffer> b = read_array<Arrays>(object, Label{label});
         const bool unknown_to_numpy = b && !b->dtype && !py::isinstance<py::array>(b->owner);
         if (!b || unknown_to_numpy) return std::nullopt;
         b->label = label;
-        return std::make_pair(as_numpy(*b), b->dtype == FASTADAM_BFLOAT16);
+        return std::make_pair(as_numpy<Arrays>(*b), b->dtype == FASTADAM_BFLOAT16);
       },
       py::arg("object"), py::arg("label"));
 }
 
-// Of StepHyper in python/fastadam/_core/hyper.py, a tuple in the order of AdamHyper. A caster of std::tuple would ask a
-// NamedTuple for each item through Python.
+// From StepHyper (python/fastadam/_core/hyper.py), a tuple in the order of AdamHyper. The caster of std::tuple would
+// get each item of a NamedTuple through Python, which is slow.
 inline AdamHyper hyper_of(const py::tuple& numbers) {
   constexpr py::ssize_t kFields = 17;
   if (PyTuple_GET_SIZE(numbers.ptr()) != kFields) throw py::type_error("hyper: expected a StepHyper");
@@ -76,16 +77,20 @@ inline AdamHyper hyper_of(const py::tuple& numbers) {
                    flag()};
 }
 
-// The place of a step count: a writable int64 scalar array, or None.
+// The memory of a step count: a writable int64 array, or None. The check of py::array_t<int64_t> is slower.
 inline int64_t* place_of(const py::object& counter) {
   if (counter.is_none()) return nullptr;
-  if (!py::isinstance<py::array_t<int64_t>>(counter)) throw py::type_error("counter: expected an int64 array");
-  return static_cast<int64_t*>(py::reinterpret_borrow<py::array>(counter).mutable_data());
+  auto array = py::isinstance<py::array>(counter) ? py::reinterpret_borrow<py::array>(counter) : py::array();
+  const py::dtype dtype = array.dtype();
+  if (dtype.kind() != 'i' || dtype.itemsize() != 8 || dtype.byteorder() != '=' || array.size() == 0) {
+    throw py::type_error("counter: expected an int64 array");
+  }
+  return static_cast<int64_t*>(array.mutable_data());
 }
 
 template <class Backend>
 py::class_<Plan<Backend>> register_ops(py::module_& m) {
-  register_buffer(m);
+  register_buffer<typename Backend::Arrays>(m);
   py::class_<Slices>(m, "Slices", py::module_local())
       .def(py::init<py::object, py::object>(), py::arg("values"), py::arg("indices"))
       .def_readonly("values", &Slices::values)
@@ -108,13 +113,13 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
       .def(
           "gradients_of",
           [](const BackendPlan& plan, const py::list& pairs, const py::type& holder) {
-            return plan.set().gradients_of(pairs, holder);
+            return plan.variables().gradients_of(pairs, holder);
           },
           py::arg("pairs"), py::arg("holder"))
       .def(
           "holds",
           [](const BackendPlan& plan, const py::list& variables, const py::dict& slots) {
-            return plan.set().holds(variables, slots);
+            return plan.variables().holds(variables, slots);
           },
           py::arg("variables"), py::arg("slots"))
       .def("check", &BackendPlan::check, py::arg("gradients"))

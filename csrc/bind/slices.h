@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// IndexedSlices as the kernels read them: the values as they lie or summed, the indices sorted into rows.
+// IndexedSlices as the kernels read them: values as stored or summed, indices sorted into rows.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -12,15 +12,15 @@
 #include <vector>
 
 #include "../core/step_args.h"
-#include "buffers.h"
+#include "read_buffer.h"
 #include "status.h"
 
 namespace fastadam::bind {
 
-// The indices of one gradient, with the memory in which they are sorted.
+// The indices of one gradient and the memory in which they are sorted.
 class RowIndex {
  public:
-  // `indices`: one-dimensional, contiguous, int32 or int64; read by sort(), which whoever calls keeps alive.
+  // `indices`: one-dimensional, contiguous, int32 or int64. sort() reads them: the caller keeps them alive until then.
   RowIndex(const py::array& indices, const Buffer& variable) {
     indices_ = indices.data();
     is_int64_ = indices.itemsize() == 8;
@@ -35,7 +35,7 @@ class RowIndex {
   int64_t count() const { return count_; }
   size_t rank() const { return 1; }
 
-  // False if an index is not a row of the variable: bad() tells which.
+  // False if an index is out of range: bad() is its position.
   bool sort() {
     const fastadam_status status =
         fastadam_sort_rows(indices_, is_int64_, count_, row_count_, rows_.width, memory_.data(), &rows_, &bad_);
@@ -51,18 +51,18 @@ class RowIndex {
   }
   const Rows& rows() const { return rows_; }
 
-  // Whether the values are the sums of the rows already: no row comes twice, and they ascend if they have to.
+  // Whether the values are already the sums of the rows: no row is repeated, and with `ascending` they are in order.
   bool is_summed(bool ascending) const {
     return rows_.count == count_ && (!ascending || std::is_sorted(rows_.order, rows_.order + rows_.count));
   }
 
-  // Memory for the sums, which lasts as long as this.
+  // Memory for the sums, which belongs to this object.
   void* make_sums(DType state) {
     sums_.reset(new std::byte[static_cast<size_t>(rows_.count * rows_.width * size_of(state))]);
     return sums_.get();
   }
 
-  // The sums have taken the place of the values: one for each row, in the order of the rows.
+  // From now on the sums are the values: one for each row, in the order of the rows.
   void use_sums() {
     places_.resize(static_cast<size_t>(rows_.count) + 1);
     std::iota(places_.begin(), places_.end(), int64_t{0});
@@ -77,11 +77,11 @@ class RowIndex {
   int64_t bad_ = -1;
   Rows rows_{};
   std::vector<int64_t> memory_;
-  std::vector<int64_t> places_;  // of the sums, which lie in the order of the rows
+  std::vector<int64_t> places_;  // positions of the sums: 0, 1, 2, ...
   std::unique_ptr<std::byte[]> sums_;
 };
 
-// Whether the kernels can read these indices as they lie.
+// Whether the kernels can read these indices without a conversion.
 inline bool is_index_array(const py::object& indices) {
   if (!py::isinstance<py::array>(indices)) return false;
   const auto array = py::reinterpret_borrow<py::array>(indices);

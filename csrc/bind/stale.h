@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The history of a table in a deferred mode, in arrays that Python owns (python/fastadam/_core/staleness.py): which steps
-// each row has had, and the rate of every step. Native views of it for one plan.
+// The history of a table in a deferred mode, in arrays that Python owns (python/fastadam/_core/staleness.py): which
+// steps each row has had, and the rate of every step. Native views of it for one plan.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -14,12 +14,12 @@
 
 #include "../core/step_args.h"
 #include "../core/step_scalars.h"
-#include "buffers.h"
 #include "closed_forms.h"
+#include "read_buffer.h"
 
 namespace fastadam::bind {
 
-// What the tables of every backend have in common: the arrays of the host.
+// The part of a table that every backend has: arrays in CPU memory.
 class History {
  public:
   History(py::array alphas, py::array keeps, py::array peaks, py::array_t<int64_t> counts,
@@ -34,15 +34,15 @@ class History {
         width_(row_count_ == 0 ? 0 : variable.size / row_count_),
         is_double_(*variable.dtype == FASTADAM_FLOAT64) {}
 
-  // Whether so many rows are touched that one pass over the table is cheaper than going from row to row, each with the
-  // steps it missed. With closed forms a pass changes last bits: there it depends on the number of indices, which a GPU
-  // knows without waiting.
+  // Whether so many rows are touched that one pass over the table is cheaper than replaying each row separately. With
+  // closed forms a pass changes last bits, so the answer must be the same on a GPU: it depends on the number of
+  // indices, which a GPU knows without waiting.
   bool is_crowded(const Rows& rows, int64_t index_count) const {
     const int64_t touched = forms_ == nullptr ? rows.count : index_count;
     return static_cast<double>(touched) * crossover_ >= static_cast<double>(row_count_);
   }
 
-  // Before a step that will be noted.
+  // Raises if the history has no room for another step.
   void require_room(const std::string& label) const {
     if (counts_.data()[0] < alphas_.size()) return;
     throw py::value_error(label + ": the history of its steps is full");
@@ -52,7 +52,7 @@ class History {
   int64_t* counts() { return counts_.mutable_data(); }
   int64_t steps() const { return counts_.data()[0]; }
 
-  // Fills in what all rows share.
+  // Fills in the fields that all rows share.
   void read(StaleRows& args, const AdamHyper& hyper, bool amsgrad) {
     args.alphas = alphas_.data();
     args.keeps = keeps_.data();
@@ -62,7 +62,7 @@ class History {
     args.may_stop = counts()[1] == 0 && comes_to_rest(hyper, amsgrad);
   }
 
-  // There is room: require_room() has been asked.
+  // Call require_room() first.
   void append(const StepArgs& step, bool decays) {
     if (is_double_) {
       append(step.scalars_f64, decays);
@@ -101,7 +101,7 @@ class History {
   }
 };
 
-// A table of the host.
+// A table in CPU memory.
 class StaleTable : public History {
  public:
   // last, alphas, keeps, peaks, counts = {steps in the history, those of them with weight decay}; the closed forms of a
@@ -114,7 +114,8 @@ class StaleTable : public History {
                 std::get<6>(arrays), variable),
         last_(std::get<0>(arrays)) {}
 
-  // What the kernels read: of these rows, or of all if null. Notes what each row has had, for threads share rows.
+  // What the kernels read for these rows, or for all rows if null. The steps that each row has seen are copied, because
+  // several threads may work on one row.
   const StaleRows& rows(const Rows* rows, const AdamHyper& hyper, bool amsgrad) {
     const int32_t* last = last_.data();
     from_.clear();
@@ -129,7 +130,7 @@ class StaleTable : public History {
     return args_;
   }
 
-  // The rows have had all steps of the history, and this one more, unless it is null.
+  // The rows have now seen all steps of the history, and this step too if it is not null.
   void note(const Rows& rows, const StepArgs* step, bool decays, int64_t /*call*/) {
     if (step != nullptr) append(*step, decays);
     int32_t* last = last_.mutable_data();
@@ -137,14 +138,14 @@ class StaleTable : public History {
     for (int64_t k = 0; k < rows.count; ++k) last[rows.rows[k]] = now;
   }
 
-  // All rows have had all steps.
+  // All rows have seen all steps.
   void clear() {
     std::fill_n(last_.mutable_data(), last_.size(), 0);
     std::fill_n(counts(), 2, int64_t{0});
     if (forms_ != nullptr) forms_->clear();
   }
 
-  // Whether no row waits.
+  // Whether all rows are up to date.
   bool is_empty() const { return steps() == 0; }
 
  private:

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the C interface returns, as exceptions that Python knows.
+// Statuses of the C interface as exceptions that pybind11 translates.
 #pragma once
 
 #include <new>
 #include <stdexcept>
 
-#include "../capi/fastadam.h"
+#include "../include/fastadam.h"
 
 namespace fastadam::bind {
 
-// A ValueError or a MemoryError.
+// Raises ValueError or MemoryError.
 inline void require_ok(fastadam_status status) {
   if (status == FASTADAM_NO_MEMORY) throw std::bad_alloc();
   if (status == FASTADAM_INVALID) throw std::invalid_argument(fastadam_error());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Variables and their slots, checked once, as the kernels read them. Pointers, no state: the optimizer makes a new set
-// whenever the buffers change.
+// Variables and their slots, checked once, as the kernels read them. It holds pointers only: the optimizer makes a new
+// set when an array has been replaced.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,17 +12,19 @@
 #include <utility>
 #include <vector>
 
+#include "../capi/prepare.h"
 #include "../core/step_args.h"
-#include "buffers.h"
-#include "exchange.h"
-#include "written.h"
+#include "dlpack_exchange.h"
+#include "read_buffer.h"
+#include "write_set.h"
 
 namespace fastadam::bind {
 
+template <class Arrays>
 class VariableSet {
  public:
-  // `slots`: lists of arrays by name: m, v and, where there are such, vhat, average, gradient_accumulator.
-  // `positions[i]`: the place of variable i in the caller's list, for error texts about its gradient.
+  // `slots`: lists of arrays by name: m, v and, if used, vhat, average, gradient_accumulator.
+  // `positions[i]`: position of variable i in the caller's list, for error texts about its gradient.
   // `decays[i]`: weight decay applies to variable i.
   VariableSet(std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
               std::vector<int64_t> positions)
@@ -36,8 +38,8 @@ class VariableSet {
     refuse_overlaps();
   }
 
-  // The gradients of (gradient, variable) pairs, but for those that are None, if their variables are the ones of this
-  // set at the same places; else nothing. `holder`: the type whose `_value` is the array meant.
+  // The gradients of (gradient, variable) pairs without the pairs whose gradient is None, if the variables are those of
+  // this set at the same positions; otherwise empty. `holder`: the type that keeps its array in `_value`.
   std::optional<py::list> gradients_of(const py::list& pairs, const py::type& holder) const {
     py::list gradients;
     for (size_t at = 0; at < pairs.size(); ++at) {
@@ -52,18 +54,18 @@ class VariableSet {
       if (gradient.is_none()) continue;
       const size_t i = gradients.size();
       if (i == variables_.size() || positions_[i] != static_cast<int64_t>(at)) return std::nullopt;
-      if (!is_current(variables_[i]) || !is_variable(variable, variables_[i])) return std::nullopt;
+      if (!is_current(variables_[i]) || !is_same_array(variable, variables_[i], Sign::kAsk)) return std::nullopt;
       gradients.append(gradient);
     }
     if (gradients.size() != variables_.size()) return std::nullopt;
     return gradients;
   }
 
-  // Whether these are the variables and slots of this set, as they lie in memory.
+  // Whether these are the variables and slots of this set, at the same addresses.
   bool holds(const py::list& variables, const py::dict& slots) const {
     if (variables.size() != variables_.size() || slots.size() * variables_.size() != state_.size()) return false;
     for (size_t i = 0; i < variables_.size(); ++i) {
-      if (!is_held(variables[i], variables_[i])) return false;
+      if (!is_same_array(variables[i], variables_[i], Sign::kTrust)) return false;
     }
     size_t slot = 0;
     for (const char* name : {"m", "v", "vhat", "average", "gradient_accumulator"}) {
@@ -71,7 +73,7 @@ class VariableSet {
       const auto arrays = slots[name].cast<py::list>();
       if (arrays.size() != variables_.size()) return false;
       for (size_t i = 0; i < variables_.size(); ++i) {
-        if (!is_held(arrays[i], state_[i * slots.size() + slot])) return false;
+        if (!is_same_array(arrays[i], state_[i * slots.size() + slot], Sign::kTrust)) return false;
       }
       ++slot;
     }
@@ -84,7 +86,7 @@ class VariableSet {
                           std::to_string(variables_.size()) + ", one for each variable");
   }
 
-  // The last check: a gradient that runs Python code while it is read could have freed anything.
+  // Raises if an array was replaced or made read-only. Comes last: reading a gradient may run Python code.
   void require_current() const {
     for (const std::vector<Buffer>* buffers : {&variables_, &state_}) {
       for (const Buffer& b : *buffers) {
@@ -100,28 +102,34 @@ class VariableSet {
 
   std::vector<TensorArgs>& tensors() { return tensors_; }
 
-  // Whether some variable is computed in float64, or in float32.
-  bool has(bool is_double) const { return is_double ? has_double_ : has_single_; }
+  size_t size() const { return variables_.size(); }
+  const Buffer& operator[](size_t i) const { return variables_[i]; }
+
+  // The position of variable i in the caller's list.
+  int64_t position(size_t i) const { return positions_[i]; }
+
+  // Whether variable i is given more than once.
+  bool is_repeated(size_t i) const { return is_repeated_[i]; }
+
+  // Raises if memory that a step reads as gradient i is also written by it.
+  void require_apart(const void* data, int64_t nbytes, size_t i, const Label& label) {
+    write_set_.require_apart(data, nbytes, i, label);
+  }
+
+  // Counts again the elements that a step moves: with rows that depends on the gradients.
+  void measure(bool lazy) {
+    for (size_t k = 0; k < heads_.size(); ++k) {
+      offsets_[k + 1] = offsets_[k] + moved_elements(tensors_[static_cast<size_t>(heads_[k])], lazy);
+    }
+  }
 
   bool amsgrad() const { return amsgrad_; }
 
-  int64_t position(size_t i) const { return positions_[i]; }
-
-  // All lie where this one does.
+  // A Buffer that is where all of them are.
   const Buffer& place() const {
     static const Buffer none;
     return variables_.empty() ? none : variables_[0];
   }
-
- protected:
-  std::vector<Buffer> variables_;
-  std::vector<Buffer> state_;  // all slots of variable 0, then of variable 1, ...
-  std::vector<int64_t> positions_;
-  std::vector<TensorArgs> tensors_;
-  std::vector<int64_t> heads_;
-  std::vector<int64_t> offsets_;
-  Written written_;
-  std::vector<bool> is_repeated_;  // the variable comes more than once
 
  private:
   static bool is_holder(py::handle object, const py::type& holder) {
@@ -133,40 +141,33 @@ class VariableSet {
     return py::reinterpret_borrow<py::object>(object);
   }
 
-  // Memory that lies like that of `known` was found not to be negated when that was read.
-  static bool is_held(const py::object& object, const Buffer& known) {
-    const void* address = address_like(object, known);
-    return address != nullptr ? address == known.data : is_variable(object, known);
-  }
+  // Whether is_negated() is asked about a tensor, at the price of a Python call, or its memory is taken to hold what it
+  // held when it was first read.
+  enum class Sign { kAsk, kTrust };
 
-  static bool is_variable(const py::object& object, const Buffer& variable) {
-    if (is_ndarray_like(object, variable)) {
-      const auto array = py::reinterpret_borrow<py::array>(object);
-      return array.data() == variable.data && array.writeable();
-    }
-    if (variable.stays && object.is(variable.stream_source)) return true;
-    if (const void* address = address_like(object, variable)) return address == variable.data && !is_negated(object);
-    if (variable.device != Buffer::kHost) {
-      const std::optional<Whereabouts> now = reread_device_array(object, variable);
-      if (now) return now->data == variable.data;
+  // Whether `object` is the array that `known` was read from, or a view of all its memory.
+  static bool is_same_array(const py::object& object, const Buffer& known, Sign sign) {
+    if (const std::optional<ArrayAddress> now = address_if_like<Arrays>(object, known)) {
+      const bool may_be_negated = now->kind == ArrayAddress::kTensor && sign == Sign::kAsk;
+      return now->data == known.data && now->writable && !(may_be_negated && is_negated(object));
     }
     try {
-      const std::optional<Buffer> b = read_array(object, Label{variable.label});
-      return b && b->same_memory(variable) && b->writable && b->native_order;
+      const std::optional<Buffer> b = read_array<Arrays>(object, Label{known.label});
+      return b && b->same_memory(known) && b->writable && b->native_order;
     } catch (const py::builtin_exception&) {
-      return false;  // a new set will say why
+      return false;  // a new set will raise it
     }
   }
 
-  // The memory of slot `name` of variable i, or null if there is none.
+  // The memory of slot `name` of variable i; null if there is no such slot.
   void* state(const py::dict& slots, const char* name, size_t i, bool may_be_half = false) {
     if (!slots.contains(name)) return nullptr;
     const py::object array = slots[name].cast<py::list>()[i];
-    state_.push_back(read_state(array, Label{name, positions_[i]}(), variables_[i], may_be_half));
+    state_.push_back(read_state<Arrays>(array, Label{name, positions_[i]}(), variables_[i], may_be_half));
     return state_.back().data;
   }
 
-  // Moments of a half variable may have its dtype, as in PyTorch: all of them, and without slots of other options.
+  // Whether the moments of a half variable have its dtype, as in PyTorch. Then every slot of it must.
   bool has_half_slots(const TensorArgs& tensor, size_t first) const {
     if (size_of(tensor.dtype) != 2 || state_[first].dtype != tensor.dtype) return false;
     for (size_t k = first + 1; k < state_.size(); ++k) {
@@ -191,7 +192,6 @@ class VariableSet {
     t.size = variables_[i].size;
     t.next = -1;
     t.half_slots = has_half_slots(t, first);
-    (t.dtype == FASTADAM_FLOAT64 ? has_double_ : has_single_) = true;
     tensors_.push_back(t);
   }
 
@@ -230,15 +230,21 @@ class VariableSet {
     for (int64_t head : heads_) {
       const auto i = static_cast<size_t>(head);
       if (variables_[i].size == 0) continue;
-      written_.add(variables_[i]);
-      for (size_t k = 0; k < per_variable; ++k) written_.add(state_[i * per_variable + k]);
+      write_set_.add(variables_[i]);
+      for (size_t k = 0; k < per_variable; ++k) write_set_.add(state_[i * per_variable + k]);
     }
-    written_.refuse_overlaps(variables_.size());
+    write_set_.refuse_overlaps(variables_.size());
   }
 
+  std::vector<Buffer> variables_;
+  std::vector<Buffer> state_;  // all slots of variable 0, then of variable 1, ...
+  std::vector<int64_t> positions_;
+  std::vector<TensorArgs> tensors_;
+  std::vector<int64_t> heads_;
+  std::vector<int64_t> offsets_;
+  std::vector<bool> is_repeated_;
+  WriteSet write_set_;
   bool amsgrad_ = false;
-  bool has_single_ = false;
-  bool has_double_ = false;
 };
 
 }  // namespace fastadam::bind

@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the entry points of fastadam.h and fastadam_cuda.h share: the message, the guard, what a list is refused for.
+// Shared by the entry points of fastadam.h and fastadam_cuda.h: the error message, the guard, the checks of a list.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "prepare.h"
 #include "step_checks.h"
-#include "trusted.h"
 
 namespace fastadam {
 
@@ -31,14 +30,14 @@ fastadam_status guarded(Work work) {
     return fail(FASTADAM_INVALID, refusal.what());
   } catch (const std::bad_alloc&) {
     return fail(FASTADAM_NO_MEMORY, "no memory for the work of this call");
-  } catch (const std::length_error&) {  // of a count beyond all memory
+  } catch (const std::length_error&) {  // a vector longer than memory can be
     return fail(FASTADAM_NO_MEMORY, "no memory for the work of this call");
   }
 }
 
 inline void check_list(const fastadam_list* list) {
   if (list == nullptr) throw std::invalid_argument("list: null");
-  if (list->abi != FASTADAM_ABI && list->abi != kTrustedAbi) {
+  if (list->abi != FASTADAM_ABI) {
     throw std::invalid_argument("list: ABI " + std::to_string(list->abi) + ", expected " +
                                 std::to_string(FASTADAM_ABI) + ", that of this library");
   }
@@ -48,9 +47,7 @@ inline void check_list(const fastadam_list* list) {
   }
 }
 
-inline RowsOn rows_of(const fastadam_list& list) { return list.abi == kTrustedAbi ? RowsOn::kTrusted : RowsOn::kHost; }
-
-// `lazy`: rows that move alone cannot be shared out for several gradients of one variable.
+// With `lazy` a variable with rows must have one gradient: threads share out its rows, not its elements.
 inline void check_chains(const fastadam_list* list, bool lazy) {
   for (int64_t i = 0; i < list->count; ++i) {
     const TensorArgs& tensor = list->tensors[i];
@@ -69,7 +66,7 @@ inline void check_chains(const fastadam_list* list, bool lazy) {
   }
 }
 
-// Where each variable of a list begins: as given, or each tensor is one. Every tensor belongs to one variable.
+// The first tensor of each variable: list.heads, or every tensor. Raises unless each tensor belongs to one variable.
 inline std::vector<int64_t> heads_of(const fastadam_list& list) {
   std::vector<int64_t> heads;
   std::vector<bool> is_reached(static_cast<size_t>(list.count));
@@ -88,26 +85,12 @@ inline std::vector<int64_t> heads_of(const fastadam_list& list) {
   throw std::invalid_argument("heads: expected to lead to every tensor once");
 }
 
-// What a step needs but for its chains and norms. Each tensor is checked.
-inline StepArgs step_args(const fastadam_list& list, const AdamHyper& hyper, bool lazy, RowsOn rows_on) {
-  StepArgs args{};
-  args.lazy = lazy;
-  args.ema_overwrite = hyper.ema_overwrite;
-  args.amsgrad = std::any_of(list.tensors, list.tensors + list.count, [](const auto& t) { return t.vhat != nullptr; });
-  bool has_single = false;
-  bool has_double = false;
-  bool has_factor =
-      std::isfinite(hyper.clip_value) || std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
-  for (int64_t i = 0; i < list.count; ++i) {
-    const TensorArgs& tensor = list.tensors[i];
-    TensorCheck(tensor, i, rows_on).check_step(hyper, args.amsgrad);
-    (tensor.dtype == FASTADAM_FLOAT64 ? has_double : has_single) = true;
-    has_factor = has_factor || tensor.grad_factor != 1;
-  }
-  if (has_single) args.scalars_f32 = usable_scalars<float>(hyper);
-  if (has_double) args.scalars_f64 = usable_scalars<double>(hyper);
-  args.transform = hyper.l2 != 0 ? kAndL2 : has_factor ? kClipAndFactor : kAsItIs;
-  return args;
+// Everything that a step needs except its chains. Each tensor is checked.
+inline StepArgs step_args(const fastadam_list& list, const AdamHyper& hyper, bool lazy, RowChecks row_checks) {
+  const bool amsgrad =
+      std::any_of(list.tensors, list.tensors + list.count, [](const auto& t) { return t.vhat != nullptr; });
+  for (int64_t i = 0; i < list.count; ++i) TensorCheck(list.tensors[i], i, row_checks).check_step(hyper, amsgrad);
+  return prepare_step(list.tensors, list.count, hyper, lazy);
 }
 
 }  // namespace fastadam

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The entry points of fastadam.h: checks, then the launch of csrc/cpu. The Python extension calls them too.
-#include "fastadam.h"
+// The entry points of fastadam.h: they check and prepare, then call run.h.
+#include "../include/fastadam.h"
 
-#include <limits>
+#include <string>
 #include <vector>
 
 #include "../cpu/dispatch.h"
 #include "../cpu/launch.h"
 #include "calls.h"
 #include "norms.h"
+#include "run.h"
 
 namespace {
 
@@ -28,7 +29,7 @@ class Variables {
     offsets_.push_back(0);
     for (int64_t i = 0; i < list.count; ++i) {
       heads_.push_back(i);
-      offsets_.push_back(offsets_.back() + elements(list.tensors[i], lazy));
+      offsets_.push_back(offsets_.back() + moved_elements(list.tensors[i], lazy));
     }
     chains_ = {list.tensors, heads_.data(), offsets_.data(), list.count};
   }
@@ -38,19 +39,11 @@ class Variables {
   const Chains& chains() const { return chains_; }
 
  private:
-  // That its threads will move.
-  static int64_t elements(const TensorArgs& tensor, bool lazy) {
-    const bool only_rows = tensor.rows != nullptr && (lazy || tensor.stale != nullptr);
-    return only_rows ? tensor.rows->count * tensor.rows->width : tensor.size;
-  }
-
   static void check(const fastadam_list& list, bool lazy) {
-    if (list.abi != kTrustedAbi) heads_of(list);
+    heads_of(list);
     bool fits = list.offsets != nullptr && list.variable_count >= 0 && list.offsets[0] == 0;
     for (int64_t k = 0; fits && k < list.variable_count; ++k) {
-      const int64_t head = list.heads[k];
-      fits =
-          head >= 0 && head < list.count && list.offsets[k + 1] - list.offsets[k] == elements(list.tensors[head], lazy);
+      fits = list.offsets[k + 1] - list.offsets[k] == moved_elements(list.tensors[list.heads[k]], lazy);
     }
     if (!fits) throw std::invalid_argument("heads, offsets: not those of the tensors");
   }
@@ -60,21 +53,8 @@ class Variables {
   std::vector<int64_t> offsets_;
 };
 
-fastadam_status run_checked_step(const fastadam_list& list, const AdamHyper& hyper, bool lazy) {
-  StepArgs args = step_args(list, hyper, lazy, rows_of(list));
-  const Variables variables(list, lazy);
-  args.chains = variables.chains();
-  const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
-  std::vector<double> factors;
-  if (clip_norms || hyper.require_finite) {
-    Norms norms(list.tensors, list.count, raw_clip_value(hyper), hyper.require_finite);
-    cpu::run_norm(norms.args());
-    if (hyper.require_finite && !norms.all_finite()) return fail(FASTADAM_NOT_FINITE, "a gradient is not finite");
-    if (clip_norms) factors = norms.clip_factors(hyper);
-    if (clip_norms) args.factors = factors.data();
-  }
-  cpu::run_step(args);
-  return FASTADAM_OK;
+fastadam_status status_of(bool is_done) {
+  return is_done ? fastadam_status{FASTADAM_OK} : fail(FASTADAM_NOT_FINITE, "a gradient is not finite");
 }
 
 const cpu::Isa* isa_at(int32_t i) {
@@ -92,7 +72,10 @@ fastadam_status fastadam_step(const fastadam_list* list, const fastadam_hyper* h
     check_chains(list, lazy);
     if (hyper == nullptr) throw std::invalid_argument("hyper: null");
     check_hyper(*hyper);
-    return run_checked_step(*list, *hyper, lazy);
+    StepArgs args = step_args(*list, *hyper, lazy, RowChecks::kAll);
+    const Variables variables(*list, lazy);
+    args.chains = variables.chains();
+    return status_of(run_step(args, list->count, *hyper));
   });
 }
 
@@ -100,15 +83,9 @@ fastadam_status fastadam_accumulate(const fastadam_list* list, bool restart, boo
   return guarded([&] {
     check_list(list);
     check_chains(list, false);
-    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, rows_of(*list)).check_accumulate();
+    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, RowChecks::kAll).check_accumulate();
     const Variables variables(*list, false);
-    if (require_finite) {
-      const Norms norms(list->tensors, list->count, std::numeric_limits<double>::infinity(), true);
-      cpu::run_norm(norms.args());
-      if (!norms.all_finite()) return fail(FASTADAM_NOT_FINITE, "a gradient is not finite");
-    }
-    cpu::run_accumulate({variables.chains(), restart});
-    return fastadam_status{FASTADAM_OK};
+    return status_of(run_accumulate({variables.chains(), restart}, list->count, require_finite));
   });
 }
 
@@ -145,19 +122,14 @@ fastadam_status fastadam_sum_rows(const fastadam_list* list, void* const* sums) 
   return guarded([&] {
     check_list(list);
     if (sums == nullptr && list->count > 0) throw std::invalid_argument("sums: null");
-    std::vector<int64_t> offsets{0};
-    int64_t value_count = 0;
     for (int64_t i = 0; i < list->count; ++i) {
       const TensorArgs& tensor = list->tensors[i];
-      offsets.push_back(offsets.back());
       if (sums[i] == nullptr) continue;
       if (tensor.rows == nullptr) throw std::invalid_argument("tensors[" + std::to_string(i) + "].rows: null");
-      TensorCheck(tensor, i, rows_of(*list)).check_gradient_alone();
-      TensorCheck(tensor, i, rows_of(*list)).check_rows();
-      offsets.back() += tensor.rows->count * tensor.rows->width;
-      value_count += tensor.grad_size;
+      TensorCheck(tensor, i, RowChecks::kAll).check_gradient_alone();
+      TensorCheck(tensor, i, RowChecks::kAll).check_rows();
     }
-    cpu::run_sum_rows({list->tensors, offsets.data(), list->count, value_count, sums});
+    run_sum_rows(list->tensors, list->count, sums);
     return fastadam_status{FASTADAM_OK};
   });
 }
@@ -166,7 +138,7 @@ fastadam_status fastadam_sum_squares(const fastadam_list* list, double* sums) {
   return guarded([&] {
     check_list(list);
     if (sums == nullptr && list->count > 0) throw std::invalid_argument("sums: null");
-    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, rows_of(*list)).check_gradient_alone();
+    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, RowChecks::kAll).check_gradient_alone();
     Norms norms(list->tensors, list->count, std::numeric_limits<double>::infinity(), false);
     cpu::run_norm(norms.args());
     for (int64_t i = 0; i < list->count; ++i) sums[i] = norms.sum_squares(static_cast<size_t>(i));

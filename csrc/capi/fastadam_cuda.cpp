@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The entry points of fastadam_cuda.h: checks, then the launches of csrc/cuda.
-#include "fastadam_cuda.h"
+#include "../include/fastadam_cuda.h"
 
 #include <algorithm>
 #include <memory>
@@ -16,7 +16,7 @@ namespace {
 
 std::string name_of(int64_t place, const char* field) { return "tensors[" + std::to_string(place) + "]." + field; }
 
-// The current device must be usable; memory of size 0 may be anywhere.
+// Raises unless `data` is on the device. The current device must be usable; memory of size 0 may be anywhere.
 void require_on_device(const void* data, int64_t size, int32_t device, const std::string& name) {
   if (data == nullptr || size == 0) return;
   const cuda::Location found = cuda::location_of(data);
@@ -27,19 +27,19 @@ void require_on_device(const void* data, int64_t size, int32_t device, const std
       ", expected of CUDA device " + std::to_string(device));
 }
 
-// Arrays that a plan keeps the addresses of.
-struct Lasting {
+// An array whose address a plan keeps.
+struct PlanArray {
   const char* name;
   void* TensorArgs::* data;
 };
-constexpr Lasting kLasting[] = {{"var", &TensorArgs::var},
-                                {"m", &TensorArgs::m},
-                                {"v", &TensorArgs::v},
-                                {"vhat", &TensorArgs::vhat},
-                                {"average", &TensorArgs::average},
-                                {"accumulator", &TensorArgs::accumulator}};
+constexpr PlanArray kPlanArrays[] = {{"var", &TensorArgs::var},
+                                     {"m", &TensorArgs::m},
+                                     {"v", &TensorArgs::v},
+                                     {"vhat", &TensorArgs::vhat},
+                                     {"average", &TensorArgs::average},
+                                     {"accumulator", &TensorArgs::accumulator}};
 
-// Makes a device current and a stream that of the context; both until the end of a call.
+// For the duration of a call: the device is current, and the context uses the stream.
 class Entered {
  public:
   Entered(int32_t device, cuda::Context& context, void* stream) : device_(device), context_(context) {
@@ -56,7 +56,7 @@ class Entered {
 
 }  // namespace
 
-// Made, used and destroyed with its device current.
+// Construct, use and destroy it while its device is current.
 struct fastadam_cuda_plan {
   fastadam_cuda_plan(int32_t on, const fastadam_list& list)
       : device(on), heads_(heads_of(list)), tensors_(list.tensors, list.tensors + list.count) {
@@ -102,7 +102,7 @@ struct fastadam_cuda_plan {
     return rows.sum(values, dtype, *context_);
   }
 
-  // That of the plan, with gradients on the device; before anything else is checked.
+  // Raises unless `list` is the list of the plan. Comes before all other checks.
   void check_list(const fastadam_list& list) const {
     if (list.count != count()) {
       throw std::invalid_argument("list: " + std::to_string(list.count) + " tensors, expected the " +
@@ -112,7 +112,7 @@ struct fastadam_cuda_plan {
     for (int64_t i = 0; i < count(); ++i) check_tensor(list.tensors[i], i);
   }
 
-  // run(tensors, last step) on the stream, unless an index is known to have been no row.
+  // Does `work` on the stream. Raises if the device has reported an invalid index.
   template <class Run>
   fastadam_status run(const fastadam_list& list, void* stream, Run work) {
     const cuda::DeviceScope scope(device);
@@ -124,7 +124,7 @@ struct fastadam_cuda_plan {
                                                             : fail(FASTADAM_NOT_FINITE, "a gradient is not finite");
   }
 
-  // The step before the first one that did nothing, if an index was no row; the message says which.
+  // If an index was invalid: the last step before it, and fail() with a message that names the index.
   std::optional<int64_t> wait() {
     const cuda::DeviceScope scope(device);
     context_->wait();
@@ -148,18 +148,18 @@ struct fastadam_cuda_plan {
 
   void check_variable(int64_t i) const {
     const TensorArgs& tensor = tensors_[static_cast<size_t>(i)];
-    const TensorCheck check(tensor, i, RowsOn::kDevice);
+    const TensorCheck check(tensor, i, RowChecks::kShape);
     check.check_variable();
     if (tensor.stale != nullptr) check.refuse("stale", "expected null");
-    for (const Lasting& array : kLasting) {
+    for (const PlanArray& array : kPlanArrays) {
       require_on_device(tensor.*array.data, tensor.size, device, name_of(i, array.name));
     }
   }
 
   void check_tensor(const TensorArgs& tensor, int64_t i) const {
     const TensorArgs& known = tensors_[static_cast<size_t>(i)];
-    const TensorCheck check(tensor, i, RowsOn::kDevice);
-    for (const Lasting& array : kLasting) {
+    const TensorCheck check(tensor, i, RowChecks::kShape);
+    for (const PlanArray& array : kPlanArrays) {
       if (tensor.*array.data != known.*array.data) check.refuse(array.name, "expected that of the plan");
     }
     const bool same = tensor.size == known.size && tensor.dtype == known.dtype && tensor.next == known.next &&
@@ -195,9 +195,9 @@ struct fastadam_cuda_plan {
   std::shared_ptr<cuda::Context> context_ = std::make_shared<cuda::Context>();
   std::unique_ptr<cuda::Launch> launch_;
   std::vector<Sorted> sorted_;                // by tensor
-  std::vector<const void*> known_gradients_;  // found to lie on the device
-  std::vector<TensorArgs> given_;             // of a call
-  std::optional<cuda::Failure> failure_;      // not told yet
+  std::vector<const void*> known_gradients_;  // known to be on the device
+  std::vector<TensorArgs> given_;             // the tensors of the current call
+  std::optional<cuda::Failure> failure_;      // not reported yet
 };
 
 namespace {
@@ -213,7 +213,7 @@ fastadam_status guarded_cuda(Work work) {
   });
 }
 
-// What every call is refused for that is given both.
+// The checks of every call with a plan and a list.
 void check_call(const fastadam_cuda_plan* plan, const fastadam_list* list) {
   if (plan == nullptr) throw std::invalid_argument("plan: null");
   check_list(list);
@@ -288,7 +288,7 @@ fastadam_status fastadam_cuda_step(fastadam_cuda_plan* plan, const fastadam_list
     check_call(plan, list);
     if (hyper == nullptr) throw std::invalid_argument("hyper: null");
     check_hyper(*hyper);
-    const StepArgs args = step_args(*list, *hyper, lazy, RowsOn::kDevice);
+    const StepArgs args = step_args(*list, *hyper, lazy, RowChecks::kShape);
     return plan->run(
         *list, stream, [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool is_captured) {
           if (is_captured && hyper->require_finite) {
@@ -306,7 +306,7 @@ fastadam_status fastadam_cuda_accumulate(fastadam_cuda_plan* plan, const fastada
   return guarded_cuda([&] {
     check_call(plan, list);
     for (int64_t i = 0; i < list->count; ++i) {
-      TensorCheck(list->tensors[i], i, RowsOn::kDevice).check_accumulate();
+      TensorCheck(list->tensors[i], i, RowChecks::kShape).check_accumulate();
     }
     return plan->run(*list, stream,
                      [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool is_captured) {
@@ -324,7 +324,7 @@ fastadam_status fastadam_cuda_sum_squares(fastadam_cuda_plan* plan, const fastad
       throw std::invalid_argument("sums: null or misaligned");
     }
     for (int64_t i = 0; i < list->count; ++i) {
-      TensorCheck(list->tensors[i], i, RowsOn::kDevice).check_gradient_alone();
+      TensorCheck(list->tensors[i], i, RowChecks::kShape).check_gradient_alone();
     }
     return plan->run(*list, stream, [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool) {
       require_on_device(sums, list->count, plan->device, "sums");

@@ -1,7 +1,7 @@
 # Where C programs find the library in an installed package: python -m fastadam --libs, pkg-config, find_package.
 include(CMakePackageConfigHelpers)
 set(cmake_folder fastadam/lib/cmake/fastadam)
-install(FILES csrc/capi/fastadam.h DESTINATION fastadam/include)
+install(FILES csrc/include/fastadam.h DESTINATION fastadam/include)
 install(TARGETS fastadam EXPORT fastadam LIBRARY DESTINATION fastadam/lib)
 install(EXPORT fastadam FILE fastadamConfig.cmake NAMESPACE fastadam:: DESTINATION ${cmake_folder})
 write_basic_package_version_file(fastadamConfigVersion.cmake VERSION ${PROJECT_VERSION} COMPATIBILITY SameMajorVersion)

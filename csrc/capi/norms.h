@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The working memory of norm clipping: block sums of the gradients of a step, and the factors that follow from them.
+// Norm clipping: block sums of the gradients of a step, and the clip factors computed from them.
 #pragma once
 
 #include <algorithm>
@@ -28,18 +28,18 @@ class Norms {
 
   const NormArgs& args() const { return args_; }
 
-  // Whether every gradient was, where that was required.
+  // Whether every gradient is finite. Valid only with `require_finite`.
   bool all_finite() const {
     return std::none_of(sums_.begin(), sums_.end(), [](double sum) { return std::isnan(sum); });
   }
 
-  // Sum of squares of one gradient, once the blocks are there; overwrites them.
+  // Sum of squares of one gradient, after the blocks were summed. Overwrites the block sums.
   double sum_squares(size_t tensor) {
     return pairwise_sum(sums_.data() + block_offsets_[tensor], block_offsets_[tensor + 1] - block_offsets_[tensor]);
   }
 
-  // What multiplies each gradient once each norm is clipped, then the norm of all: TF's order. The tensors' own factors
-  // hold gradient_scale already.
+  // The factor of each gradient: clip_norm first, then global_clip_norm, as in TF. The tensors' own factors, which
+  // already include gradient_scale, are included.
   std::vector<double> clip_factors(const AdamHyper& hyper) {
     std::vector<double> factors(static_cast<size_t>(args_.tensor_count));
     double sum = 0;

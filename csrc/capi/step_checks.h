@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a step is refused for, whoever asks for it. Python turns std::invalid_argument into a ValueError.
+// Checks of a step. Python turns std::invalid_argument into ValueError.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@
 
 namespace fastadam {
 
-// The scalars of a step in the arithmetic T; refused if a number is lost in it: 1 - 1e-10 is 1 in float32.
+// The scalars of a step in the arithmetic T. Raises if a number is lost in it: 1 - 1e-10 is 1 in float32.
 template <class T>
 StepScalars<T> usable_scalars(const AdamHyper& hyper) {
   const StepScalars<T> scalars = make_step_scalars<T>(hyper);
@@ -20,7 +20,7 @@ StepScalars<T> usable_scalars(const AdamHyper& hyper) {
   };
   if (!(scalars.one_minus_beta_1 > 0)) refuse("beta_1: " + std::to_string(hyper.beta_1) + " is 1", "less");
   if (!(scalars.one_minus_beta_2 > 0)) refuse("beta_2: " + std::to_string(hyper.beta_2) + " is 1", "less");
-  const bool is_none = hyper.epsilon_corrected && hyper.epsilon == 0;  // which PyTorch permits
+  const bool is_none = hyper.epsilon_corrected && hyper.epsilon == 0;  // PyTorch permits it
   if (!is_none && !(scalars.epsilon >= std::numeric_limits<T>::min())) {
     refuse("epsilon: so small that it is flushed to zero", sizeof(T) == 4 ? "at least 1.2e-38" : "at least 2.3e-308");
   }
@@ -33,7 +33,7 @@ StepScalars<T> usable_scalars(const AdamHyper& hyper) {
   return scalars;
 }
 
-// Numbers that Python has checked, and a C program may not have.
+// Python has checked these numbers before; a C program may not have.
 inline void check_hyper(const AdamHyper& hyper) {
   const auto refuse = [](const char* name, double value, const char* expected) {
     throw std::invalid_argument(std::string(name) + ": " + std::to_string(value) + ", expected " + expected);
@@ -54,7 +54,7 @@ inline void check_hyper(const AdamHyper& hyper) {
   if (!is_scale) refuse("gradient_scale", hyper.gradient_scale, "a finite number of more than 0");
 }
 
-// Why gradients of a variable cannot be multiplied by `factor`, which is lost in its arithmetic; or null.
+// Why gradients of a variable of this dtype cannot be multiplied by `factor`; null if they can.
 inline const char* lost_factor(double factor, DType dtype) {
   if (!std::isfinite(factor)) return "expected a finite number";
   if (dtype == FASTADAM_FLOAT64) return nullptr;
@@ -64,14 +64,15 @@ inline const char* lost_factor(double factor, DType dtype) {
   return is_lost ? "so small that it is flushed to zero in float32, expected more" : nullptr;
 }
 
-// Where the arrays of `rows` lie. Those of a device are not read: `count` is that of the indices, whose check is its
-// own. Trusted ones are of the host, and were sorted by this build.
-enum class RowsOn { kHost, kTrusted, kDevice };
+// How `rows` are checked. kShape: their arrays are not read, and `count` is the number of indices. For rows on a
+// device, which checks them itself, and for rows that this build has sorted.
+enum class RowChecks { kAll, kShape };
 
-// Pointers and dtypes of one tensor, whose place is named if they are wrong.
+// Checks pointers and dtypes of one tensor; errors name its place in the list.
 class TensorCheck {
  public:
-  TensorCheck(const TensorArgs& tensor, int64_t place, RowsOn rows_on) : t_(tensor), place_(place), rows_on_(rows_on) {}
+  TensorCheck(const TensorArgs& tensor, int64_t place, RowChecks row_checks)
+      : t_(tensor), place_(place), row_checks_(row_checks) {}
 
   void check_variable() const {
     if (t_.dtype < FASTADAM_FLOAT16 || t_.dtype > FASTADAM_FLOAT64) refuse("dtype", "no dtype");
@@ -87,9 +88,8 @@ class TensorCheck {
     if (t_.average != nullptr) require(t_.average, state_dtype(t_.dtype), t_.size, "average");
     const bool needs_vhat = amsgrad && t_.size > 0;  // the memory of an empty array may be null
     if (needs_vhat && t_.vhat == nullptr) refuse("vhat", "expected in all tensors or in none");
-    if (t_.stale != nullptr && rows_on_ != RowsOn::kTrusted) refuse("stale", "expected null");
-    const bool only_catches_up = t_.stale != nullptr && t_.grad == nullptr && t_.grad_size == 0;
-    if (!only_catches_up) check_gradient();
+    if (t_.stale != nullptr) refuse("stale", "expected null");
+    check_gradient();
     if (t_.half_slots && (size_of(t_.dtype) != 2 || t_.rows != nullptr || t_.grad_dtype != t_.dtype)) {
       refuse("half_slots", "expected of a float16 or bfloat16 variable with a dense gradient of its dtype");
     }
@@ -109,17 +109,17 @@ class TensorCheck {
 
   void check_rows() const {
     const Rows& rows = *t_.rows;
-    if (rows_on_ == RowsOn::kDevice) {
+    if (row_checks_ == RowChecks::kShape) {
       if (rows.count * rows.width != t_.grad_size) refuse("grad_size", "expected rows->width for each of the indices");
       return;
     }
     if (rows.count < 0 || rows.width < 0) refuse("rows", "a count or width below 0");
     if (rows.count == 0 || (rows.width == 0 && t_.size == 0)) return;
-    if (rows_on_ == RowsOn::kHost) check_sorted(rows);
+    check_sorted(rows);
     if (rows.width == 0 || rows.rows[0] < 0 || rows.rows[rows.count - 1] >= t_.size / rows.width) {
       refuse("rows", "expected rows of the variable");
     }
-    if (t_.grad != nullptr && rows.starts[rows.count] * rows.width != t_.grad_size) {
+    if (rows.starts[rows.count] * rows.width != t_.grad_size) {
       refuse("grad_size", "expected rows->width for each of the indices");
     }
   }
@@ -129,7 +129,7 @@ class TensorCheck {
   }
 
  private:
-  // As fastadam_sort_rows makes them.
+  // Raises unless the rows are as fastadam_sort_rows makes them.
   void check_sorted(const Rows& rows) const {
     if (rows.rows == nullptr || rows.starts == nullptr || rows.order == nullptr) refuse("rows", "a null array");
     if (rows.starts[0] != 0) refuse("rows", "expected to start at 0");
@@ -162,11 +162,11 @@ class TensorCheck {
     }
   }
 
-  static constexpr int64_t kMostElements = int64_t{1} << 59;  // whose bytes can be counted
+  static constexpr int64_t kMostElements = int64_t{1} << 59;  // their bytes fit in an int64_t
 
   const TensorArgs& t_;
   int64_t place_;
-  RowsOn rows_on_;
+  RowChecks row_checks_;
 };
 
 }  // namespace fastadam

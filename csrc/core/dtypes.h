@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../capi/fastadam.h"
+#include "../include/fastadam.h"
 
 // Always inlined: a copy left out of line by an object compiled for AVX-512 could be the one the linker keeps for all.
 #if defined(__CUDACC__)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a Python object becomes a Buffer: NumPy arrays, DLPack, __array_interface__, and arrays of a GPU where the module
-// can read them.
+// From a Python object to a Buffer: NumPy arrays, DLPack, __array_interface__. Arrays on a GPU are read by the
+// parameter `Arrays`: HostArrays refuses them, CudaArrays (device_buffers.h) reads them.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -14,6 +14,7 @@
 
 #include "buffer.h"
 #include "dlpack.h"
+#include "dlpack_exchange.h"
 
 namespace fastadam::bind {
 
@@ -86,7 +87,7 @@ inline std::string library_of(py::handle object) {
   return module.substr(0, module.find('.'));
 }
 
-// The capsule is kept, not consumed: its own destructor lets go of the memory when the Buffer dies.
+// The capsule is kept, not consumed: its destructor releases the memory when the Buffer dies.
 inline Buffer from_dlpack(const py::object& object, const Label& label, const py::dict& arguments) {
   py::object capsule;
   try {
@@ -126,7 +127,7 @@ inline Buffer bfloat16_bits(const py::array_t<uint16_t>& bits) {
   return b;
 }
 
-// The quick answer for the usual case: a plain ndarray just like `b`, in dtype, byte order, layout and shape.
+// Whether the object is a plain ndarray with the dtype, byte order, layout and shape of `b`.
 inline bool is_ndarray_like(py::handle object, const Buffer& b) {
   if (Py_TYPE(object.ptr()) != b.ndarray_type) return false;
   const py::detail::PyArray_Proxy& array = *py::detail::array_proxy(object.ptr());
@@ -141,54 +142,72 @@ inline bool is_true(const py::object& object, const char* method) {
   return py::hasattr(object, method) && py::cast<bool>(object.attr(method)());
 }
 
-// Where an array on a GPU lies.
-struct Whereabouts {
-  void* data;
-  int device;
-  std::optional<uintptr_t> stream;
+// Where an array is that has the dtype, shape and layout of a known one.
+struct ArrayAddress {
+  enum Kind { kNdarray, kTensor, kOnGpu };
+
+  const void* data;
+  Kind kind;
+  bool writable = true;
+  int device = Buffer::kHost;
+  std::optional<uintptr_t> stream = std::nullopt;  // of an array on a GPU
 };
 
-// Reads again an array like the one that `b` was read from; null in a module that reads none.
-using DeviceRereader = std::optional<Whereabouts> (*)(const py::object& object, const Buffer& b);
-inline DeviceRereader reread_device_array = nullptr;
+// The arrays that the module for the CPU reads.
+struct HostArrays {
+  static Buffer read_on_gpu(const py::object& object, const Label& label) {
+    throw py::value_error(label() + ": " + type_name(object) + " on a GPU, expected CPU memory");
+  }
+  static py::array copy_from_gpu(const Buffer&) { throw py::value_error("an array on a GPU, expected CPU memory"); }
+  static std::optional<ArrayAddress> address_on_gpu(const py::object&, const Buffer&) { return std::nullopt; }
+};
 
-// Reads an array on a GPU; null in a module that cannot.
-using DeviceReader = Buffer (*)(const py::object& object, const Label& label);
-inline DeviceReader read_device_array = nullptr;
-
-inline Buffer from_device(const py::object& object, const Label& label) {
-  if (read_device_array != nullptr) return read_device_array(object, label);
-  throw py::value_error(label() + ": " + type_name(object) + " on a GPU, expected CPU memory");
+// The address of an array like `known`, found without reading everything about it. Empty if it differs, and also if
+// only read_array() can tell. A kTensor may still be negated lazily: is_negated().
+template <class Arrays>
+std::optional<ArrayAddress> address_if_like(const py::object& object, const Buffer& known) {
+  if (is_ndarray_like(object, known)) {
+    const py::detail::PyArray_Proxy& array = *py::detail::array_proxy(object.ptr());
+    const bool writable = (array.flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
+    return ArrayAddress{array.data, ArrayAddress::kNdarray, writable};
+  }
+  if (known.gpu) return Arrays::address_on_gpu(object, known);
+  if (!known.dtype) return std::nullopt;  // nothing is known yet
+  const void* data = tensor_address_if_like(object, known);
+  return data == nullptr ? std::nullopt : std::optional(ArrayAddress{data, ArrayAddress::kTensor});
 }
 
-inline Buffer from_any_dlpack(py::object object, const Label& label) {
+template <class Arrays>
+Buffer from_any_dlpack(py::object object, const Label& label) {
   if (is_true(object, "is_neg")) throw py::value_error(label() + ": tensor with the negative bit; resolve it first");
   // A torch tensor that requires gradients refuses to be exported; detached it is the same memory.
   if (py::hasattr(object, "requires_grad") && py::hasattr(object, "detach")) object = object.attr("detach")();
   const auto device = object.attr("__dlpack_device__")().cast<py::tuple>();
   const auto type = device[0].cast<int32_t>();
   if (type == dlpack::kDLCPU) return from_dlpack(object, label, py::dict());
-  if (type == dlpack::kDLCUDA || type == dlpack::kDLCUDAManaged) return from_device(object, label);
+  if (type == dlpack::kDLCUDA || type == dlpack::kDLCUDAManaged) return Arrays::read_on_gpu(object, label);
   throw py::value_error(label() + ": " + type_name(object) + " on DLPack device " + text(device) +
                         ", expected memory of the CPU or of a CUDA device");
 }
 
-// Memory that an object of another library exports.
-inline std::optional<Buffer> read_exported(py::object object, const Label& label) {
+// Reads an array of another library; empty if the object exports no memory.
+template <class Arrays>
+std::optional<Buffer> read_exported(py::object object, const Label& label) {
   if (py::hasattr(object, "is_sparse") && py::bool_(object.attr("is_sparse"))) return std::nullopt;
   if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
-    return from_any_dlpack(std::move(object), label);
+    return from_any_dlpack<Arrays>(std::move(object), label);
   }
-  if (py::hasattr(object, "__cuda_array_interface__")) return from_device(object, label);
+  if (py::hasattr(object, "__cuda_array_interface__")) return Arrays::read_on_gpu(object, label);
   if (!py::hasattr(object, "__array_interface__") && !PyObject_CheckBuffer(object.ptr())) return std::nullopt;
   const auto array = py::module_::import("numpy").attr("asarray")(object).cast<py::array>();
-  // An array with memory of its own is a copy: a NumPy scalar exports a temporary.
+  // An array that owns its memory is a copy: a NumPy scalar exports a temporary.
   if (array.owndata()) return std::nullopt;
   return from_ndarray(array);
 }
 
-// Whatever `object` is, as it lies in memory; nothing is required of it but to be an array.
-inline std::optional<Buffer> read_array(py::object object, const Label& label) {
+// Reads any array as it is stored, of any dtype and layout; empty if the object is not an array.
+template <class Arrays>
+std::optional<Buffer> read_array(py::object object, const Label& label) {
   if (py::isinstance<Buffer>(object)) return object.cast<Buffer>();
   if (py::isinstance<py::array>(object)) {
     if (is_masked(object)) {
@@ -197,7 +216,7 @@ inline std::optional<Buffer> read_array(py::object object, const Label& label) {
     return from_ndarray(py::reinterpret_borrow<py::array>(object));
   }
   try {
-    return read_exported(object, label);
+    return read_exported<Arrays>(object, label);
   } catch (py::error_already_set& error) {
     // The exporter's own refusal (sparse, conjugated or quantized tensors) does not name the argument.
     if (!error.matches(PyExc_Exception)) throw;
@@ -208,8 +227,9 @@ inline std::optional<Buffer> read_array(py::object object, const Label& label) {
   }
 }
 
-inline Buffer read_variable(const py::object& object, const std::string& label) {
-  std::optional<Buffer> b = read_array(object, Label{label});
+template <class Arrays>
+Buffer read_variable(const py::object& object, const std::string& label) {
+  std::optional<Buffer> b = read_array<Arrays>(object, Label{label});
   if (!b) {
     throw py::type_error(label + ": " + type_name(object) +
                          ", expected a writable float array (NumPy, fastadam.Variable, DLPack, __array_interface__)");
@@ -219,9 +239,10 @@ inline Buffer read_variable(const py::object& object, const std::string& label) 
   return *std::move(b);
 }
 
-// A slot of `var`, of its state dtype; `may_be_half`: or of its own.
-inline Buffer read_state(const py::object& object, const std::string& label, const Buffer& var, bool may_be_half) {
-  Buffer b = read_variable(object, label);
+// A slot of `var`, of the state dtype; or of the dtype of `var` if `may_be_half`.
+template <class Arrays>
+Buffer read_state(const py::object& object, const std::string& label, const Buffer& var, bool may_be_half) {
+  Buffer b = read_variable<Arrays>(object, label);
   require_place(b, label, var);
   if (b.shape != var.shape) {
     throw py::value_error(label + ": shape " + tuple_text(b.shape) + ", expected " + tuple_text(var.shape) + " like " +
@@ -238,7 +259,7 @@ inline Buffer read_state(const py::object& object, const std::string& label, con
   return b;
 }
 
-// Why a gradient of `var` cannot be read without a conversion.
+// Raises why a gradient of `var` cannot be read without a conversion.
 [[noreturn]] inline void refuse_as_it_lies(const Buffer& g, const Buffer& var, const std::string& label) {
   const std::string found = label + ": " + (g.dtype ? name_of(*g.dtype) : g.dtype_name.c_str());
   const bool is_known = g.dtype == var.dtype || g.dtype == state_dtype(*var.dtype);
@@ -249,14 +270,11 @@ inline Buffer read_state(const py::object& object, const std::string& label, con
                         ", expected a contiguous array in order " + var.order() + " like " + var.label);
 }
 
-// Copies memory of a device; null in a module that reads none.
-using DeviceCopier = py::array (*)(const Buffer& b);
-inline DeviceCopier copy_device_array = nullptr;
-
-// The memory as a NumPy array, for conversions in Python; a copy of what lies on a device. bfloat16, which NumPy lacks,
-// comes as its uint16 bits.
-inline py::array as_numpy(const Buffer& b) {
-  if (b.device != Buffer::kHost) return copy_device_array(b);
+// The memory as a NumPy array, for conversions in Python; a copy if it is on a GPU. bfloat16, which NumPy lacks, comes
+// as its uint16 bits.
+template <class Arrays>
+py::array as_numpy(const Buffer& b) {
+  if (b.gpu) return Arrays::copy_from_gpu(b);
   if (!b.dtype && py::isinstance<py::array>(b.owner)) return py::reinterpret_borrow<py::array>(b.owner);
   if (!b.dtype) throw py::type_error(b.label + ": " + b.dtype_name + ", expected a float array");
   const py::dtype dtype(*b.dtype == FASTADAM_BFLOAT16 ? "uint16" : name_of(*b.dtype));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The memory that a step writes: its arrays must not overlap, and gradients not lie in it.
+// The memory that a step writes. Its arrays must not overlap, and gradients must not share memory with it.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +13,12 @@
 
 namespace fastadam::bind {
 
-class Written {
+class WriteSet {
  public:
-  // Of a variable or slot, which must outlive this.
+  // A variable or slot, which must outlive this.
   void add(const Buffer& buffer) { intervals_.push_back({buffer.begin(), buffer.end(), &buffer.label}); }
 
-  // After the last one; `gradients`: how many there will be.
+  // Call it after the last add(). `gradients`: their number.
   void refuse_overlaps(size_t gradients) {
     std::sort(intervals_.begin(), intervals_.end());
     for (size_t k = 1; k < intervals_.size(); ++k) {
@@ -29,7 +29,7 @@ class Written {
     apart_.resize(gradients);
   }
 
-  // Of gradient i, which is read while the step writes.
+  // Raises if gradient i, which is read while the step writes, shares memory with this set.
   void require_apart(const void* data, int64_t nbytes, size_t i, const Label& label) {
     const auto begin = reinterpret_cast<uintptr_t>(data);
     const uintptr_t end = begin + static_cast<uintptr_t>(nbytes);
@@ -52,7 +52,7 @@ class Written {
   };
 
   std::vector<Interval> intervals_;                     // by address
-  std::vector<std::pair<uintptr_t, uintptr_t>> apart_;  // the last gradient of each that shares no memory
+  std::vector<std::pair<uintptr_t, uintptr_t>> apart_;  // cache: for each i, the last memory that was apart
 };
 
 }  // namespace fastadam::bind

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A tensor read through the C table of its library (dlpack.h), not through a capsule made for it. For
-// tensors of the host that are like a Buffer known before; whatever is not is left to read_array().
+// Tensors read through the C table of their library (dlpack.h) instead of through a capsule, which is slower. Only
+// tensors in CPU memory that are like a known Buffer; read_array() reads the others.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -22,7 +22,7 @@ inline const dlpack::ExchangeApi* find_exchange_api(PyTypeObject* type) {
   return api != nullptr && api->tensor_from_object != nullptr ? api : nullptr;
 }
 
-// Null for a type that has none.
+// Null if the type has no such table.
 inline const dlpack::ExchangeApi* exchange_api_of(py::handle object) {
   constexpr size_t kMostTypes = 16;
   static thread_local std::vector<std::pair<PyTypeObject*, const dlpack::ExchangeApi*>> known;
@@ -38,7 +38,7 @@ inline const dlpack::ExchangeApi* exchange_api_of(py::handle object) {
   return api;
 }
 
-// In elements, as DLPack has strides.
+// DLPack's strides are in elements.
 inline bool contiguous(const dlpack::DLTensor& t, bool fortran) {
   int64_t expected = 1;
   for (int32_t step = 0; step < t.ndim; ++step) {
@@ -49,14 +49,14 @@ inline bool contiguous(const dlpack::DLTensor& t, bool fortran) {
   return true;
 }
 
-// The address of a tensor in memory of the host with the dtype, shape and layout of `b`; null for any other, and for an
-// empty one.
-inline void* address_like(py::handle object, const Buffer& b) {
+// The address of a tensor in CPU memory with the dtype, shape and layout of `b`, which has a dtype; null for any other
+// object and for an empty tensor.
+inline void* tensor_address_if_like(py::handle object, const Buffer& b) {
   const dlpack::ExchangeApi* api = exchange_api_of(object);
-  if (api == nullptr || b.device != Buffer::kHost) return nullptr;
+  if (api == nullptr) return nullptr;
   dlpack::DLTensor t{};
   if (api->tensor_from_object(object.ptr(), &t) != 0) {
-    PyErr_Clear();  // sparse, for one
+    PyErr_Clear();  // for example a sparse tensor
     return nullptr;
   }
   constexpr uint8_t kCodes[kDTypeCount] = {dlpack::kDLFloat, dlpack::kDLBfloat, dlpack::kDLFloat, dlpack::kDLFloat};
@@ -72,11 +72,11 @@ inline void* address_like(py::handle object, const Buffer& b) {
   return t.data == nullptr ? nullptr : address;
 }
 
-// Whether the numbers in memory are the tensor's negative (torch's lazy negation), which DLPack does not say.
+// Whether the memory holds the negated values (torch's lazy negation), which DLPack does not say.
 inline bool is_negated(py::handle object) {
   static const py::handle name = py::str("is_neg").release();
   const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), name.ptr()));
-  if (!negated) PyErr_Clear();  // no tensor of torch
+  if (!negated) PyErr_Clear();  // not a torch tensor
   return negated.ptr() == Py_True;
 }
 

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "run.h"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "../cpu/launch.h"
+#include "norms.h"
+
+namespace fastadam {
+
+bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper) {
+  const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
+  std::vector<double> factors;
+  if (clip_norms || hyper.require_finite) {
+    Norms norms(args.chains.tensors, tensor_count, raw_clip_value(hyper), hyper.require_finite);
+    cpu::run_norm(norms.args());
+    if (hyper.require_finite && !norms.all_finite()) return false;
+    if (clip_norms) factors = norms.clip_factors(hyper);
+    if (clip_norms) args.factors = factors.data();
+  }
+  cpu::run_step(args);
+  return true;
+}
+
+void run_catch_up(const StepArgs& args) { cpu::run_step(args); }
+
+bool run_accumulate(const AccumulateArgs& args, int64_t tensor_count, bool require_finite) {
+  if (require_finite) {
+    const Norms norms(args.chains.tensors, tensor_count, std::numeric_limits<double>::infinity(), true);
+    cpu::run_norm(norms.args());
+    if (!norms.all_finite()) return false;
+  }
+  cpu::run_accumulate(args);
+  return true;
+}
+
+void run_sum_rows(const TensorArgs* tensors, int64_t tensor_count, void* const* sums) {
+  std::vector<int64_t> offsets{0};
+  int64_t value_count = 0;
+  for (int64_t i = 0; i < tensor_count; ++i) {
+    offsets.push_back(offsets.back());
+    if (sums[i] == nullptr) continue;
+    offsets.back() += tensors[i].rows->count * tensors[i].rows->width;
+    value_count += tensors[i].grad_size;
+  }
+  cpu::run_sum_rows({tensors, offsets.data(), tensor_count, value_count, sums});
+}
+
+}  // namespace fastadam

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// Steps on the CPU whose arguments are already checked. The entry points of fastadam.h call these after their checks;
+// the Python extensions call them directly, so they are exported, but they are not part of the C interface: only
+// callers from the same build may use them. They may throw std::bad_alloc, before anything is written.
+#pragma once
+
+#include "../core/step_args.h"
+
+namespace fastadam {
+
+// Norms, clipping and the step of args.chains, whose gradients belong to `tensor_count` tensors. Returns false, with
+// nothing written, if hyper.require_finite is set and a gradient is not finite.
+FASTADAM_API bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper);
+
+// Brings the rows of args.chains, whose tensors have no gradients, up to date.
+FASTADAM_API void run_catch_up(const StepArgs& args);
+
+// Adds the gradients to the accumulators. Returns false, with nothing written, if `require_finite` is set and a
+// gradient is not finite.
+FASTADAM_API bool run_accumulate(const AccumulateArgs& args, int64_t tensor_count, bool require_finite);
+
+// Sums the repeated rows of each tensor for which sums[i] is not null.
+FASTADAM_API void run_sum_rows(const TensorArgs* tensors, int64_t tensor_count, void* const* sums);
+
+}  // namespace fastadam

@@ -65,7 +65,7 @@ def test_there_is_one_version():
 def test_the_stub_of_cuda_names_what_only_that_extension_has(fake_extension):
     from fastadam import _cpu
 
-    stub = (ROOT / "python" / "fastadam" / "_cuda.pyi").read_text()
+    stub = (ROOT / "csrc" / "bind" / "_cuda.pyi").read_text()
     declared = {a or b for a, b in re.findall(r"^(?:def|class) (\w+)|^(\w+):", stub, re.MULTILINE)}
     names = {name for name in dir(fake_extension.native) if not name.startswith("__")}
     shared = {"Buffer", "ClosedForms", "Plan", "Slices", "require_place"}

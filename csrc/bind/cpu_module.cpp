@@ -93,6 +93,7 @@ std::vector<double> sums_of_squares(const py::list& objects) {
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("__version__") = fastadam_version();
   m.attr("compiler") = FASTADAM_COMPILER;
+  m.attr("cuda_build") = FASTADAM_CUDA_BUILD;
   fastadam::bind::register_ops<fastadam::bind::CpuBackend>(m);
   m.def("sums_of_squares", &sums_of_squares, py::arg("arrays"));
   m.def("compiled_isas", &compiled_isas);

@@ -1,34 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "dispatch.h"
 
-#if defined(FASTADAM_X86)
-#include <cpuid.h>
-#endif
-
 #include <atomic>
+
+#include "cpu_features.h"
 
 namespace fastadam::cpu {
 namespace {
 
+// CMakeLists.txt defines a name for each instruction set that is built.
 std::vector<Isa> list_isas() {
-#if defined(FASTADAM_X86)
-  __builtin_cpu_init();
-  unsigned a = 0;
-  unsigned b = 0;
-  unsigned c = 0;
-  unsigned d = 0;
-  const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
-  const bool has_avx2 = has_f16c && __builtin_cpu_supports("avx2");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return {{"baseline", &baseline::kernels, true},
-          {"avx2", &avx2::kernels, has_avx2},
-          {"avx512", &avx512::kernels, has_avx512}};
-#elif defined(FASTADAM_AARCH64)
-  return {{"neon", &neon::kernels, true}};
-#else
-  return {{"baseline", &baseline::kernels, true}};
+  return {
+#if defined(FASTADAM_BASELINE)
+      {"baseline", &baseline::kernels, true},
 #endif
+#if defined(FASTADAM_AVX2)
+      {"avx2", &avx2::kernels, has_avx2()},
+#endif
+#if defined(FASTADAM_AVX512)
+      {"avx512", &avx512::kernels, has_avx512()},
+#endif
+#if defined(FASTADAM_NEON)
+      {"neon", &neon::kernels, true},
+#endif
+  };
 }
 
 const Isa* widest_usable() {

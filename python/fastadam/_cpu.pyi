@@ -10,6 +10,7 @@ from fastadam._core.hyper import StepHyper
 
 __version__: str
 compiler: str
+cuda_build: str
 
 class Buffer:
     """A writable variable as it lies in memory; keeps its owner alive."""

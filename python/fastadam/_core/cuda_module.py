@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from fastadam._core.backend import _cpu
+
 __all__ = ["cuda_module", "why_not"]
 
 
@@ -29,6 +31,6 @@ def why_not() -> str | None:
         missing = isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error)
         if not missing:
             return f"the CUDA kernels do not load ({error})"
-        return "this build has no CUDA kernels (it was installed where no CUDA compiler, nvcc, was found)"
+        return f"the CUDA kernels are {_cpu.cuda_build}"
     count, reason = _cuda.device_count()
     return None if count else f"{reason} (is an NVIDIA driver installed, and a GPU visible?)"

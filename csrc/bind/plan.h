@@ -37,11 +37,11 @@ class Plan {
   std::vector<size_t> step(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
                            int64_t* counter) {
     const Scope scope(backend(), variables().place());
-    const Call call(set_, gradients);
+    Call call(set_, gradients);
     if (!call.to_convert().empty()) return call.to_convert();
     const StepArgs args = arguments(hyper, factors);
-    if (hyper.clip_after_dedupe && clips(hyper)) set_.sum_rows(clips_norms(hyper));
-    set_.read_histories(hyper, [&](const TensorArgs& table) {
+    if (hyper.clip_after_dedupe && clips(hyper)) call.sum_rows(clips_norms(hyper));
+    call.read_histories(hyper, [&](const TensorArgs& table) {
       const py::gil_scoped_release unlocked;
       backend().catch_up(table, args, value_of(counter));
     });
@@ -71,7 +71,7 @@ class Plan {
       count(counter);
     } else {
       const Scope scope(update->backend(), update->variables().place());
-      const Call call(update->set_, typename Call::Accumulated());
+      Call call(update->set_, typename Call::Accumulated());
       update->run(call, update->arguments(hyper, {}), hyper, counter);
     }
     return {};
@@ -81,13 +81,13 @@ class Plan {
   void catch_up(const std::optional<py::object>& ids, const AdamHyper& hyper, const int64_t* counter) {
     const Scope scope(backend(), variables().place());
     const StepArgs args = arguments(hyper, {});
-    const Call call(set_, ids, hyper);
+    Call call(set_, ids, hyper);
     {
       const py::gil_scoped_release unlocked;
       backend().catch_up(set_.tensors()[0], args, value_of(counter));
     }
-    if (ids) set_.note_histories(nullptr, 0);
-    if (!ids) set_.clear_history();
+    if (ids) call.note_histories(nullptr, 0);
+    if (!ids) call.clear_history();
   }
 
   // False if the last call required finite gradients and they were not: then it has written nothing.
@@ -110,14 +110,14 @@ class Plan {
   }
 
   // The step of a call, which is ready for it.
-  void run(const Call&, const StepArgs& args, const AdamHyper& hyper, int64_t* counter) {
+  void run(Call& call, const StepArgs& args, const AdamHyper& hyper, int64_t* counter) {
     {
       // Safe: the kernels touch only memory that this Plan and the gradients' owners keep alive.
       const py::gil_scoped_release unlocked;
       all_finite_ = backend().step(args, set_.tensors(), hyper, value_of(counter));
     }
     if (!all_finite_) return;
-    set_.note_histories(&args, value_of(counter));
+    call.note_histories(&args, value_of(counter));
     if (!backend().is_capturing()) count(counter);
   }
 

@@ -70,6 +70,36 @@ class TensorSet {
 
     const std::vector<size_t>& to_convert() const { return to_convert_; }
 
+    // Replaces the values of IndexedSlices by the sums of repeated rows: Gradients::sum_rows.
+    void sum_rows(bool ascending) { set_.gradients_.sum_rows(ascending); }
+
+    // Points the tensors of IndexedSlices to their histories, before a step. If the step touches many rows of a table,
+    // catch_up(tensor) first brings the whole table up to date, which changes nothing that gather or sync would show.
+    template <class CatchUp>
+    void read_histories(const AdamHyper& hyper, CatchUp catch_up) {
+      if (!set_.has_tables_) return;
+      for (size_t i = 0; i < set_.tables_.size(); ++i) {
+        if (set_.tables_[i] == nullptr || set_.tensors()[i].rows == nullptr || !set_.is_crowded(i)) continue;
+        catch_up(set_.all_rows_of(i, hyper));
+        set_.tables_[i]->clear();
+      }
+      for (size_t i = 0; i < set_.tables_.size(); ++i) set_.read_history(i, hyper);
+      set_.measure();
+    }
+
+    // After a step, whose scalars these are, or after rows were only brought up to date.
+    void note_histories(const StepArgs* step, int64_t counter) {
+      if (!set_.has_tables_) return;
+      for (size_t i = 0; i < set_.tables_.size(); ++i) {
+        const TensorArgs& tensor = set_.tensors()[i];
+        if (tensor.stale == nullptr || tensor.rows == nullptr) continue;
+        set_.tables_[i]->note(*tensor.rows, step, tensor.decays, counter);
+      }
+    }
+
+    // After all rows of the only variable were brought up to date.
+    void clear_history() { set_.tables_[0]->clear(); }
+
    private:
     // The other constructors delegate to this one, so the destructor runs even if they throw.
     explicit Call(TensorSet& set) : set_(set) {}
@@ -89,8 +119,6 @@ class TensorSet {
   Backend& backend() { return backend_; }
   bool lazy() const { return lazy_; }
 
-  void sum_rows(bool ascending) { gradients_.sum_rows(ascending); }
-
   // Raises if a table has an option that its kernel or its history does not support.
   void require_options(const AdamHyper& hyper) {
     if (hyper.l2 == 0 && !hyper.epsilon_corrected) return;
@@ -105,34 +133,6 @@ class TensorSet {
       }
     }
   }
-
-  // Before a step with the gradients of a Call: points the tensors of IndexedSlices to their histories. A table of
-  // which the step touches many rows is first brought up to date as a whole, by catch_up(tensor), which changes nothing
-  // that gather or sync would show.
-  template <class CatchUp>
-  void read_histories(const AdamHyper& hyper, CatchUp catch_up) {
-    if (!has_tables_) return;
-    for (size_t i = 0; i < variables_.size(); ++i) {
-      if (tables_[i] == nullptr || tensors()[i].rows == nullptr || !is_crowded(i)) continue;
-      catch_up(all_rows_of(i, hyper));
-      tables_[i]->clear();
-    }
-    for (size_t i = 0; i < variables_.size(); ++i) read_history(i, hyper);
-    measure();
-  }
-
-  // After a step, whose scalars these are, or after the rows of a Call were only brought up to date.
-  void note_histories(const StepArgs* step, int64_t call) {
-    if (!has_tables_) return;
-    for (size_t i = 0; i < variables_.size(); ++i) {
-      const TensorArgs& tensor = tensors()[i];
-      if (tensor.stale == nullptr || tensor.rows == nullptr) continue;
-      tables_[i]->note(*tensor.rows, step, tensor.decays, call);
-    }
-  }
-
-  // After all rows of the only variable were brought up to date.
-  void clear_history() { tables_[0]->clear(); }
 
  private:
   static std::vector<bool> moves_rows_alone(bool lazy, const Histories& histories) {

@@ -1,5 +1,5 @@
-# Decides (no text with a semicolon: it would end a definition) whether the CUDA kernels are built, and for which GPUs. Sets `architectures`, empty for none, enables CUDA, and
-# sets `cuda_build`, which fastadam.show_config() prints.
+# Decides whether the CUDA kernels are built, and for which GPUs. Sets `architectures`, empty for none, enables CUDA, and
+# sets `cuda_build`, which fastadam.show_config() prints: no semicolon, which would end a compile definition.
 set(FASTADAM_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO, where nvcc and an NVIDIA GPU are found")
 set(FASTADAM_CUDA_ARCHITECTURES "" CACHE STRING "A list such as 80-real;90; all, for wheels; empty: for the GPU found here")
 

@@ -1,0 +1,50 @@
+"""What package indexes and installers show: metadata, links, extras."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from pathlib import Path
+
+import fastadam
+
+METADATA = importlib.metadata.metadata("fastadam")
+PACKAGE = Path(fastadam.__file__).parent
+
+
+def test_the_metadata_says_who_where_and_for_what():
+    urls = dict(url.split(", ", 1) for url in METADATA.get_all("Project-URL"))
+    assert {"Homepage", "Documentation", "Changelog", "Issues"} <= set(urls)
+    assert all(url.startswith("https://") for url in urls.values())
+    assert METADATA["Author"]
+    assert METADATA["License-Expression"] == "Apache-2.0"
+    classifiers = METADATA.get_all("Classifier")
+    for needed in ("Programming Language :: Python :: 3.10", "Programming Language :: C++", "Typing :: Typed"):
+        assert needed in classifiers
+    assert not any(classifier.startswith("License ::") for classifier in classifiers)  # the expression says it
+
+
+def test_links_of_the_description_work_outside_of_the_repository():
+    text = METADATA.get_payload() or METADATA["Description"]
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 5
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+
+
+def test_extras_are_complete_and_all_has_what_needs_no_gpu():
+    extras = set(METADATA.get_all("Provides-Extra"))
+    assert {"all", "autograd", "cuda12", "cuda13", "demo", "jax", "keras", "save", "test", "torch"} <= extras
+    (everything,) = (r for r in METADATA.get_all("Requires-Dist") if re.search(r"""extra == ['"]all['"]""", r))
+    named = set(re.search(r"fastadam\[([^\]]+)\]", everything)[1].split(","))
+    assert named == {"demo", "save", "autograd", "jax", "torch", "keras"}
+
+
+def test_a_build_without_cuda_has_nothing_of_it():
+    has_cuda = importlib.util.find_spec("fastadam._cuda") is not None
+    assert (PACKAGE / "_cuda.pyi").exists() == has_cuda
+
+
+def test_the_command_is_installed():
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="fastadam")
+    assert command.load().__module__ == "fastadam.__main__"

@@ -7,8 +7,6 @@
 #include <immintrin.h>
 #endif
 
-#include <type_traits>
-
 #include "../core/step_args.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
@@ -28,38 +26,40 @@ FASTADAM_INLINE double factor_of(const StepArgs& step, const TensorArgs& tensor)
   return step.factors == nullptr ? tensor.grad_factor : step.factors[&tensor - step.chains.tensors];
 }
 
-// The streams of one variable, from one element on.
-template <class Storage, class Grad, class Slot = Compute<Storage>>
+// The streams of one variable in its compute type.
+template <class T>
 struct Streams {
-  Storage* var;
-  const Grad* grad;
-  Slot* m;
-  Slot* v;
-  Slot* vhat;  // null without AMSGrad
+  T* var;
+  const T* grad;  // null for rows
+  T* m;
+  T* v;
+  T* vhat;  // null without AMSGrad
 };
 
-template <class Storage, class Grad, class Slot = Compute<Storage>>
-Streams<Storage, Grad, Slot> streams_of(const TensorArgs& tensor, int64_t begin) {
-  return {static_cast<Storage*>(tensor.var) + begin, static_cast<const Grad*>(tensor.grad) + begin,
-          static_cast<Slot*>(tensor.m) + begin, static_cast<Slot*>(tensor.v) + begin,
-          tensor.vhat == nullptr ? nullptr : static_cast<Slot*>(tensor.vhat) + begin};
+// The streams from element `at` on, for a variable, and a gradient, that lie elsewhere: of a half type, converted.
+template <class T>
+FASTADAM_INLINE Streams<T> streams_of(const TensorArgs& tensor, int64_t at, T* var, const T* grad) {
+  T* vhat = tensor.vhat == nullptr ? nullptr : static_cast<T*>(tensor.vhat) + at;
+  return {var, grad, static_cast<T*>(tensor.m) + at, static_cast<T*>(tensor.v) + at, vhat};
 }
 
-// In elements. Fetching 1 KiB ahead gains 5 % in DRAM and costs 8 % in cache (bench/README.md).
+// Elements between two prefetches. Fetching 1 KiB ahead gains 5 % in DRAM and costs 8 % in cache (bench/README.md).
 constexpr int64_t kBlock = 32;
 
-template <bool kAmsgrad, bool kGrad, class Storage, class Grad, class Slot>
-FASTADAM_INLINE void prefetch_block(const Streams<Storage, Grad, Slot>& streams, int64_t at) {
+template <class T>
+FASTADAM_INLINE void prefetch_block(const T* stream) {
   constexpr int64_t kAheadBytes = 1024;
-  constexpr auto kStep = static_cast<int64_t>(64 / sizeof(Compute<Storage>));
-  for (int64_t i = at; i < at + kBlock; i += kStep) {
-    const int64_t ahead = i + kAheadBytes / static_cast<int64_t>(sizeof(Compute<Storage>));
-    __builtin_prefetch(streams.var + ahead);
-    if constexpr (kGrad) __builtin_prefetch(streams.grad + ahead);
-    __builtin_prefetch(streams.m + ahead);
-    __builtin_prefetch(streams.v + ahead);
-    if constexpr (kAmsgrad) __builtin_prefetch(streams.vhat + ahead);
-  }
+  const auto* bytes = reinterpret_cast<const char*>(stream) + kAheadBytes;
+  for (int64_t i = 0; i < kBlock * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
+}
+
+template <bool kAmsgrad, class T>
+FASTADAM_INLINE void prefetch_block(const Streams<T>& streams, int64_t at) {
+  prefetch_block(streams.var + at);
+  if (streams.grad != nullptr) prefetch_block(streams.grad + at);
+  prefetch_block(streams.m + at);
+  prefetch_block(streams.v + at);
+  if constexpr (kAmsgrad) prefetch_block(streams.vhat + at);
 }
 
 // How many elements from the first on are converted by instructions of their own.
@@ -116,35 +116,34 @@ FASTADAM_INLINE int64_t convert_fast(const float* from, BFloat16* to, int64_t si
 }
 #endif
 
-template <class Storage>
-FASTADAM_INLINE void convert(const Storage* __restrict from, float* __restrict to, int64_t size) {
+// Not inlined: every kernel would have them several times.
+template <class Half>
+__attribute__((noinline)) void convert(const Half* __restrict from, float* __restrict to, int64_t size) {
 #pragma omp simd
   for (int64_t i = convert_fast(from, to, size); i < size; ++i) to[i] = load(from[i]);
 }
 
-template <class Storage>
-FASTADAM_INLINE void convert(const float* __restrict from, Storage* __restrict to, int64_t size) {
+template <class Half>
+__attribute__((noinline)) void convert(const float* __restrict from, Half* __restrict to, int64_t size) {
 #pragma omp simd
-  for (int64_t i = convert_fast(from, to, size); i < size; ++i) to[i] = store<Storage>(from[i]);
+  for (int64_t i = convert_fast(from, to, size); i < size; ++i) to[i] = store<Half>(from[i]);
 }
 
-// A block as float: itself, or converted into `room`.
-template <class Float>
-FASTADAM_INLINE std::enable_if_t<sizeof(Float) == 4, Float*> floats_of(Float* from, float* /*room*/, int64_t /*size*/) {
-  return from;
-}
-template <class Storage>
-FASTADAM_INLINE std::enable_if_t<sizeof(Storage) == 2, float*> floats_of(const Storage* from, float* room,
-                                                                         int64_t size) {
-  convert(from, room, size);
-  return room;
-}
+// Elements of a half type that are converted at a time, and columns of a row that are summed before they are updated.
+constexpr int64_t kColumns = 128;
 
-// Puts back what floats_of() converted.
-FASTADAM_INLINE void put_floats(const float* /*from*/, float* /*to*/, int64_t /*size*/) {}
-template <class Storage>
-FASTADAM_INLINE void put_floats(const float* from, Storage* to, int64_t size) {
-  convert(from, to, size);
+// work(var) with at most kColumns elements in their compute type: themselves, or a copy that is rounded back. A loop
+// over elements of two and of four bytes is vectorised badly, and float16 has instructions for its conversion.
+template <class Storage, class Work>
+FASTADAM_INLINE void with_compute_type(Storage* var, int64_t size, Work work) {
+  if constexpr (sizeof(Storage) != 2) {
+    work(var);
+  } else {
+    float copy[kColumns];
+    convert(var, copy, size);
+    work(copy);
+    convert(copy, var, size);
+  }
 }
 
 }  // namespace

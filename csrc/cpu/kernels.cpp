@@ -15,14 +15,14 @@ namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
 template <bool kAmsgrad, int kTransform, class T>
-FASTADAM_INLINE void update_elements(const Streams<T>& streams, int64_t at, int64_t size, const StepScalars<T>& s,
-                                     T factor, T keep) {
+FASTADAM_INLINE void update_elements(const Streams<T>& streams, int64_t size, const StepScalars<T>& s, T factor,
+                                     T keep) {
   // The binding has proved that nothing written here overlaps anything else read here.
-  T* __restrict var = streams.var + at;
-  const T* __restrict grad = streams.grad + at;
-  T* __restrict m = streams.m + at;
-  T* __restrict v = streams.v + at;
-  T* __restrict vhat = kAmsgrad ? streams.vhat + at : nullptr;
+  T* __restrict var = streams.var;
+  const T* __restrict grad = streams.grad;
+  T* __restrict m = streams.m;
+  T* __restrict v = streams.v;
+  T* __restrict vhat = streams.vhat;
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     T g = grad[i];
@@ -40,19 +40,24 @@ FASTADAM_INLINE void update_elements(const Streams<T>& streams, int64_t at, int6
   }
 }
 
-// Elements [at, end) of the streams.
+// Any number of elements. Pointers of their own, which go in registers: a list may have a thousand small tensors.
 template <class T>
-using UpdateRange = void (*)(const Streams<T>& streams, int64_t at, int64_t end, StepScalars<T> s, T factor, T keep,
-                             bool prefetch);
+using UpdateRange = void (*)(T* var, const T* grad, T* m, T* v, T* vhat, int64_t size, const StepScalars<T>& scalars,
+                             T factor, T keep, bool prefetch);
 
 template <bool kAmsgrad, int kTransform, class T>
-void update_range(const Streams<T>& streams, int64_t at, int64_t end, StepScalars<T> s, T factor, T keep,
-                  bool prefetch) {
-  for (; prefetch && at + kBlock <= end; at += kBlock) {
-    prefetch_block<kAmsgrad>(streams, at);
-    update_elements<kAmsgrad, kTransform>(streams, at, kBlock, s, factor, keep);
+void update_range(T* var, const T* grad, T* m, T* v, T* vhat, int64_t size, const StepScalars<T>& scalars, T factor,
+                  T keep, bool prefetch) {
+  const StepScalars<T> s = scalars;
+  int64_t at = 0;
+  for (; prefetch && at + kBlock <= size; at += kBlock) {
+    prefetch_block(sizeof(T), var + at, grad + at, m + at, v + at);
+    if constexpr (kAmsgrad) prefetch_block(sizeof(T), vhat + at);
+    update_elements<kAmsgrad, kTransform>(
+        Streams<T>{var + at, grad + at, m + at, v + at, kAmsgrad ? vhat + at : nullptr}, kBlock, s, factor, keep);
   }
-  update_elements<kAmsgrad, kTransform>(streams, at, end - at, s, factor, keep);
+  update_elements<kAmsgrad, kTransform>(Streams<T>{var + at, grad + at, m + at, v + at, kAmsgrad ? vhat + at : nullptr},
+                                        size - at, s, factor, keep);
 }
 
 // One loop for each combination, which the half types share.
@@ -80,55 +85,100 @@ void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, i
   const T factor = static_cast<T>(factor_of(step, tensor));
   const T keep = tensor.decays ? s.keep : T(1);
   const UpdateRange<T> update = update_for<T>(step);
-  const Streams<T> streams =
-      streams_of(tensor, begin, static_cast<T*>(tensor.var) + begin, static_cast<const T*>(tensor.grad) + begin);
-  const int64_t first = elements_to_begin(streams.var, end - begin);
-  if (first > 0) update(streams, 0, first, s, factor, keep, false);
-  update(streams, first, end - begin, s, factor, keep, step.prefetch);
+  const auto some = [&](int64_t at, int64_t size, bool prefetch) {
+    T* vhat = tensor.vhat == nullptr ? nullptr : static_cast<T*>(tensor.vhat) + at;
+    update(static_cast<T*>(tensor.var) + at, static_cast<const T*>(tensor.grad) + at, static_cast<T*>(tensor.m) + at,
+           static_cast<T*>(tensor.v) + at, vhat, size, s, factor, keep, prefetch);
+  };
+  const int64_t first = elements_to_begin(static_cast<const T*>(tensor.var) + begin, end - begin);
+  if (first > 0) some(begin, first, false);
+  some(begin + first, end - begin - first, step.prefetch);
 }
 
-// `size` elements of a stream as floats: themselves, or of a half type a copy in `room`.
+// kBlock elements as floats: themselves, or a copy in `room`, which put_floats() rounds back.
+FASTADAM_INLINE float* floats_of(float* from, float* /*room*/) { return from; }
+FASTADAM_INLINE const float* floats_of(const float* from, float* /*room*/) { return from; }
 template <class Half>
-FASTADAM_INLINE float* floats_at(const void* stream, bool is_half, int64_t at, int64_t size, float* room,
-                                 bool prefetch) {
-  if (!is_half) return static_cast<float*>(const_cast<void*>(stream)) + at;
-  const Half* halves = static_cast<const Half*>(stream) + at;
-  for (int64_t i = 0; prefetch && i < size; i += kBlock) prefetch_block(halves + i);
-  convert(halves, room, size);
+FASTADAM_INLINE float* floats_of(const Half* from, float* room) {
+  convert_here(from, room, kBlock);
   return room;
 }
-
+FASTADAM_INLINE void put_floats(const float* /*from*/, float* /*to*/) {}
 template <class Half>
-FASTADAM_INLINE void put_back(const float* floats, void* stream, bool is_half, int64_t at, int64_t size) {
-  if (is_half) convert(floats, static_cast<Half*>(stream) + at, size);
+FASTADAM_INLINE void put_floats(const float* from, Half* to) {
+  convert_here(from, to, kBlock);
 }
 
-// A half type, with gradients and slots of its own type or of float: converted around the arithmetic.
+// kBlock elements of a half type, converted around the arithmetic.
+template <bool kAmsgrad, int kTransform, class Half, class Grad, class Slot>
+FASTADAM_INLINE void update_half(Half* var, const Grad* grad, Slot* m, Slot* v, Slot* vhat, const StepScalars<float>& s,
+                                 float factor, float keep) {
+  float room[5][kBlock];
+  convert_here(var, room[0], kBlock);
+  const Streams<float> floats{room[0], floats_of(grad, room[1]), floats_of(m, room[2]), floats_of(v, room[3]),
+                              kAmsgrad ? floats_of(vhat, room[4]) : nullptr};
+  update_elements<kAmsgrad, kTransform>(floats, kBlock, s, factor, keep);
+  convert_here(room[0], var, kBlock);
+  put_floats(floats.m, m);
+  put_floats(floats.v, v);
+  if constexpr (kAmsgrad) put_floats(floats.vhat, vhat);
+}
+
+// Fewer than kBlock elements from `at` on, whatever the types of gradient and slots: by the loop of float.
 template <class Half>
+__attribute__((noinline)) void update_part(const StepArgs& step, const TensorArgs& tensor, int64_t at, int64_t size,
+                                           float factor, float keep) {
+  float room[5][kBlock];
+  const auto read = [&](const void* stream, bool is_half, int i) {
+    if (is_half) convert(static_cast<const Half*>(stream) + at, room[i], size);
+    return is_half ? room[i] : static_cast<float*>(const_cast<void*>(stream)) + at;
+  };
+  void* const slots[] = {tensor.m, tensor.v, tensor.vhat};
+  const int slot_count = step.amsgrad ? 3 : 2;
+  float* values[3] = {};
+  for (int i = 0; i < slot_count; ++i) values[i] = read(slots[i], tensor.half_slots, 2 + i);
+  const float* grad = read(tensor.grad, tensor.grad_dtype == tensor.dtype, 1);
+  update_for<float>(step)(read(tensor.var, true, 0), grad, values[0], values[1], values[2], size, step.scalars_f32,
+                          factor, keep, false);
+  convert(room[0], static_cast<Half*>(tensor.var) + at, size);
+  for (int i = 0; i < slot_count && tensor.half_slots; ++i) convert(values[i], static_cast<Half*>(slots[i]) + at, size);
+}
+
+template <class Half, class Grad, class Slot, bool kAmsgrad, int kTransform>
 void adam_half(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
-  const StepScalars<float>& s = step.scalars_f32;
+  const StepScalars<float> s = step.scalars_f32;
   const auto factor = static_cast<float>(factor_of(step, tensor));
   const float keep = tensor.decays ? s.keep : 1.0f;
-  const UpdateRange<float> update = update_for<float>(step);
-  const bool prefetch = step.prefetch;
-  const bool half_grad = tensor.grad_dtype == tensor.dtype;
-  const bool half_slots = tensor.half_slots;
-  float room[5][kColumns];
-  int64_t size = elements_to_begin(static_cast<Half*>(tensor.var) + begin, end - begin);
-  if (size == 0) size = kColumns;
-  for (int64_t at = begin; at < end; at += size, size = kColumns) {
-    if (size > end - at) size = end - at;
-    float* var = floats_at<Half>(tensor.var, true, at, size, room[0], prefetch);
-    const float* grad = floats_at<Half>(tensor.grad, half_grad, at, size, room[1], prefetch);
-    float* m = floats_at<Half>(tensor.m, half_slots, at, size, room[2], prefetch);
-    float* v = floats_at<Half>(tensor.v, half_slots, at, size, room[3], prefetch);
-    float* vhat = step.amsgrad ? floats_at<Half>(tensor.vhat, half_slots, at, size, room[4], prefetch) : nullptr;
-    update({var, grad, m, v, vhat}, 0, size, s, factor, keep, prefetch);
-    put_back<Half>(var, tensor.var, true, at, size);
-    put_back<Half>(m, tensor.m, half_slots, at, size);
-    put_back<Half>(v, tensor.v, half_slots, at, size);
-    if (step.amsgrad) put_back<Half>(vhat, tensor.vhat, half_slots, at, size);
+  Half* var = static_cast<Half*>(tensor.var);
+  const Grad* grad = static_cast<const Grad*>(tensor.grad);
+  Slot* m = static_cast<Slot*>(tensor.m);
+  Slot* v = static_cast<Slot*>(tensor.v);
+  Slot* vhat = static_cast<Slot*>(tensor.vhat);
+  int64_t at = begin + elements_to_begin(var + begin, end - begin);
+  if (at > begin) update_part<Half>(step, tensor, begin, at - begin, factor, keep);
+  for (; at + kBlock <= end; at += kBlock) {
+    if (step.prefetch) prefetch_block(sizeof(float), var + at, grad + at, m + at, v + at);
+    if (kAmsgrad && step.prefetch) prefetch_block(sizeof(float), vhat + at);
+    update_half<kAmsgrad, kTransform>(var + at, grad + at, m + at, v + at, kAmsgrad ? vhat + at : nullptr, s, factor,
+                                      keep);
   }
+  if (at < end) update_part<Half>(step, tensor, at, end - at, factor, keep);
+}
+
+template <class Half, class Grad, class Slot>
+constexpr UpdateKernel kHalf[2][kTransformCount] = {
+    {adam_half<Half, Grad, Slot, false, kAsItIs>, adam_half<Half, Grad, Slot, false, kClipAndFactor>,
+     adam_half<Half, Grad, Slot, false, kAndL2>},
+    {adam_half<Half, Grad, Slot, true, kAsItIs>, adam_half<Half, Grad, Slot, true, kClipAndFactor>,
+     adam_half<Half, Grad, Slot, true, kAndL2>}};
+
+// A half type, with gradients and slots of its own type or of float.
+template <class Half>
+void adam_dense_half(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+  const auto& kernels = tensor.half_slots                   ? kHalf<Half, Half, Half>
+                        : tensor.grad_dtype == tensor.dtype ? kHalf<Half, Half, float>
+                                                            : kHalf<Half, float, float>;
+  kernels[step.amsgrad][step.transform](step, tensor, begin, end);
 }
 
 // The hardware keeps too few misses of a single stream in flight: 8 KiB ahead, into L2, take a fifth off the time in
@@ -235,7 +285,7 @@ void accumulate(const TensorArgs& tensor, int64_t begin, int64_t end, bool resta
 }  // namespace
 
 extern const Kernels kernels = {
-    {adam_half<Float16>, adam_half<BFloat16>, adam_dense<float>, adam_dense<double>},
+    {adam_dense_half<Float16>, adam_dense_half<BFloat16>, adam_dense<float>, adam_dense<double>},
     {adam_all_rows<Float16>, adam_all_rows<BFloat16>, adam_all_rows<float>, adam_all_rows<double>},
     {adam_touched_rows<Float16>, adam_touched_rows<BFloat16>, adam_touched_rows<float>, adam_touched_rows<double>},
     {{sum_squares<Float16, false>, sum_squares<Float16, true>},

@@ -16,20 +16,24 @@ constexpr T kNoClip = static_cast<T>(__builtin_huge_val());
 
 // Functions that depend on fewer types than the kernels are not inlined: there would be hundreds of copies.
 
-// Sums the gradients of one touched row, `size` columns from `column` on, in order of occurrence.
+// Sums the gradients of one touched row, `size` columns from `column` on, in order of occurrence; there is at least
+// one.
 template <bool kTransform, class Grad, class T>
 __attribute__((noinline)) void sum_row(const TensorArgs& tensor, int64_t k, int64_t column, int64_t size, T clip_value,
-                                       T factor, T* sums) {
+                                       T factor, T* __restrict sums) {
   const Rows& rows = *tensor.rows;
-  for (int64_t i = 0; i < size; ++i) sums[i] = T(0);
-  for (int64_t at = rows.starts[k]; at < rows.starts[k + 1]; ++at) {
-    const Grad* __restrict grad = static_cast<const Grad*>(tensor.grad) + rows.order[at] * rows.width + column;
+  const auto value = [&](const Grad* grad, int64_t i) {
+    const T g = load(grad[i]);
+    return kTransform ? transform_gradient(g, clip_value, factor) : g;
+  };
+  const Grad* grads = static_cast<const Grad*>(tensor.grad) + column;
+  const Grad* __restrict first = grads + rows.order[rows.starts[k]] * rows.width;
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-      T g = load(grad[i]);
-      if constexpr (kTransform) g = transform_gradient(g, clip_value, factor);
-      sums[i] += g;
-    }
+  for (int64_t i = 0; i < size; ++i) sums[i] = T(0) + value(first, i);
+  for (int64_t at = rows.starts[k] + 1; at < rows.starts[k + 1]; ++at) {
+    const Grad* __restrict grad = grads + rows.order[at] * rows.width;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) sums[i] += value(grad, i);
   }
 }
 
@@ -46,12 +50,12 @@ SumRow<T> sum_row_for(const StepArgs& step, const TensorArgs& tensor) {
 }
 
 template <bool kAmsgrad, bool kTouched, class T>
-FASTADAM_INLINE void update_rows(const Streams<T>& streams, int64_t at, int64_t size, const T* sums, T keep,
+FASTADAM_INLINE void update_rows(const Streams<T>& streams, int64_t size, const T* sums, T keep,
                                  const StepScalars<T>& s) {
-  T* __restrict var = streams.var + at;
-  T* __restrict m = streams.m + at;
-  T* __restrict v = streams.v + at;
-  T* __restrict vhat = kAmsgrad ? streams.vhat + at : nullptr;
+  T* __restrict var = streams.var;
+  T* __restrict m = streams.m;
+  T* __restrict v = streams.v;
+  T* __restrict vhat = streams.vhat;
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     T var_i = var[i];
@@ -67,40 +71,32 @@ FASTADAM_INLINE void update_rows(const Streams<T>& streams, int64_t at, int64_t 
 }
 
 // Some columns of a touched row.
-template <bool kAmsgrad, class T>
-__attribute__((noinline)) void touch_row(const Streams<T>& streams, int64_t size, const T* sums, T keep,
+template <bool kAmsgrad, class Storage, class T>
+__attribute__((noinline)) void touch_row(const TensorArgs& tensor, int64_t at, int64_t size, const T* sums, T keep,
                                          const StepScalars<T>& s) {
-  update_rows<kAmsgrad, true>(streams, 0, size, sums, keep, s);
-}
-
-// Rows that are not touched, side by side.
-template <bool kAmsgrad, class T>
-__attribute__((noinline)) void rest_rows(const Streams<T>& streams, int64_t size, T keep, const StepScalars<T>& s,
-                                         bool prefetch) {
-  int64_t at = 0;
-  for (; prefetch && at + kBlock <= size; at += kBlock) {
-    prefetch_block<kAmsgrad>(streams, at);
-    update_rows<kAmsgrad, false>(streams, at, kBlock, static_cast<const T*>(nullptr), keep, s);
-  }
-  update_rows<kAmsgrad, false>(streams, at, size - at, static_cast<const T*>(nullptr), keep, s);
+  in_compute_type(static_cast<Storage*>(tensor.var) + at, size, [&](T* var, int64_t from, int64_t count) {
+    update_rows<kAmsgrad, true>(streams_of<kAmsgrad>(tensor, at + from, var), count, sums + from, keep, s);
+  });
 }
 
 // Elements [at, end) of the table, in no row that is touched.
-template <class Storage, class T>
-FASTADAM_INLINE void rest(const StepArgs& step, const TensorArgs& tensor, int64_t at, int64_t end, T keep,
-                          const StepScalars<T>& s) {
-  const auto rest_for = step.amsgrad ? rest_rows<true, T> : rest_rows<false, T>;
-  const int64_t most = sizeof(Storage) == 2 ? kColumns : end - at;
-  for (; at < end; at += most) {
-    const int64_t size = most < end - at ? most : end - at;
-    Storage* var = static_cast<Storage*>(tensor.var) + at;
-    if constexpr (sizeof(Storage) == 2) {
-      for (int64_t i = 0; step.prefetch && i < size; i += kBlock) prefetch_block(var + i);
-    }
-    with_compute_type(var, size, [&](T* values) {
-      rest_for(streams_of<T>(tensor, at, values, nullptr), size, keep, s, step.prefetch);
-    });
+template <bool kAmsgrad, class Storage, class T>
+__attribute__((noinline)) void rest_rows(const TensorArgs& tensor, int64_t at, int64_t end, T keep,
+                                         const StepScalars<T>& s, bool prefetch) {
+  Storage* var = static_cast<Storage*>(tensor.var);
+  const T* m = static_cast<const T*>(tensor.m);
+  const T* v = static_cast<const T*>(tensor.v);
+  const T* vhat = static_cast<const T*>(tensor.vhat);
+  const auto update = [&](T* values, int64_t from, int64_t count) {
+    const Streams<T> streams = streams_of<kAmsgrad>(tensor, at + from, values);
+    update_rows<kAmsgrad, false>(streams, count, static_cast<const T*>(nullptr), keep, s);
+  };
+  for (; prefetch && at + kBlock <= end; at += kBlock) {
+    prefetch_block(sizeof(T), var + at, m + at, v + at);
+    if constexpr (kAmsgrad) prefetch_block(sizeof(T), vhat + at);
+    block_in_compute_type(var + at, [&](T* values) { update(values, 0, kBlock); });
   }
+  in_compute_type(var + at, end - at, update);
 }
 
 // Fetches the row that comes a few rows after row k: they lie anywhere in the table.
@@ -113,12 +109,11 @@ FASTADAM_INLINE void prefetch_row(const TensorArgs& tensor, int64_t k) {
   if (k + kAhead >= rows.count) return;
   const int64_t row = rows.rows[k + kAhead] * rows.width;
   const int64_t size = rows.width < kColumns ? rows.width : kColumns;
-  const Streams<T> streams = streams_of<T>(tensor, row, nullptr, nullptr);
-  for (int64_t i = 0; i < size; i += kStep) {
-    __builtin_prefetch(static_cast<Storage*>(tensor.var) + row + i, 1);
-    __builtin_prefetch(streams.m + i, 1);
-    __builtin_prefetch(streams.v + i, 1);
-    if (streams.vhat != nullptr) __builtin_prefetch(streams.vhat + i, 1);
+  for (int64_t i = row; i < row + size; i += kStep) {
+    __builtin_prefetch(static_cast<Storage*>(tensor.var) + i, 1);
+    __builtin_prefetch(static_cast<T*>(tensor.m) + i, 1);
+    __builtin_prefetch(static_cast<T*>(tensor.v) + i, 1);
+    if (tensor.vhat != nullptr) __builtin_prefetch(static_cast<T*>(tensor.vhat) + i, 1);
   }
   if (tensor.grad == nullptr) return;
   const int64_t item = size_of(tensor.grad_dtype);
@@ -141,7 +136,8 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
   const T keep = tensor.decays ? s.keep : T(1);
   const Rows& rows = *tensor.rows;
   const SumRow<T> sum = sum_row_for<Storage, T>(step, tensor);
-  const auto touch = step.amsgrad ? touch_row<true, T> : touch_row<false, T>;
+  const auto touch = step.amsgrad ? touch_row<true, Storage, T> : touch_row<false, Storage, T>;
+  const auto rest = step.amsgrad ? rest_rows<true, Storage, T> : rest_rows<false, Storage, T>;
   T sums[kColumns];
   int64_t k = first_row_from(rows, begin / rows.width);
   for (int64_t at = begin; at < end;) {
@@ -149,15 +145,14 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
     if (k == rows.count || rows.rows[k] != at / rows.width) {
       const int64_t next = k < rows.count ? rows.rows[k] * rows.width : end;
       const int64_t stop = next < end ? next : end;
-      rest<Storage>(step, tensor, at, stop, keep, s);
+      rest(tensor, at, stop, keep, s, step.prefetch);
       at = stop;
       continue;
     }
     if (column == 0) prefetch_row<Storage>(tensor, k);
     const int64_t size = columns_from(column, rows.width, at, end);
     sum(tensor, k, column, size, s.clip_value, factor, sums);
-    with_compute_type(static_cast<Storage*>(tensor.var) + at, size,
-                      [&](T* var) { touch(streams_of<T>(tensor, at, var, nullptr), size, sums, keep, s); });
+    touch(tensor, at, size, sums, keep, s);
     at += size;
     if (column + size == rows.width) ++k;
   }
@@ -234,25 +229,30 @@ FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& ro
 }
 
 // All of them at once.
-template <bool kAmsgrad, class T>
-__attribute__((noinline)) void jump_row(const ClosedForm& form, const Streams<T>& streams, int64_t size,
+template <bool kAmsgrad, class Storage, class T>
+__attribute__((noinline)) void jump_row(const ClosedForm& form, const TensorArgs& tensor, int64_t at, int64_t size,
                                         const StepScalars<T>& s) {
-  T* __restrict var = streams.var;
-  T* __restrict m = streams.m;
-  T* __restrict v = streams.v;
-  T* __restrict vhat = kAmsgrad ? streams.vhat : nullptr;
+  in_compute_type(static_cast<Storage*>(tensor.var) + at, size, [&](T* values, int64_t from, int64_t count) {
+    const Streams<T> streams = streams_of<kAmsgrad>(tensor, at + from, values);
+    T* __restrict var = streams.var;
+    T* __restrict m = streams.m;
+    T* __restrict v = streams.v;
+    T* __restrict vhat = streams.vhat;
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    T vhat_i = kAmsgrad ? vhat[i] : T(0);
-    adam_jump<kAmsgrad>(var[i], m[i], v[i], vhat_i, form, s.beta_2, s.epsilon);
-    if constexpr (kAmsgrad) vhat[i] = vhat_i;
-  }
+    for (int64_t i = 0; i < count; ++i) {
+      T vhat_i = kAmsgrad ? vhat[i] : T(0);
+      adam_jump<kAmsgrad>(var[i], m[i], v[i], vhat_i, form, s.beta_2, s.epsilon);
+      if constexpr (kAmsgrad) vhat[i] = vhat_i;
+    }
+  });
 }
 
 // Some columns of a row get the steps [from, now), one after the other.
 template <bool kAmsgrad, class Storage, class T>
-__attribute__((noinline)) void replay_row(const StaleRows& stale, int64_t from, Storage* var, const Streams<T>& slots,
-                                          int64_t size, const StepScalars<T>& s) {
+__attribute__((noinline)) void replay_row(const TensorArgs& tensor, int64_t from, int64_t at, int64_t size,
+                                          const StepScalars<T>& s) {
+  Storage* var = static_cast<Storage*>(tensor.var) + at;
+  const Streams<T> slots = streams_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
   RowPart<T> row;
   for (int64_t i = 0; i < size; ++i) {
     row.var[i] = load(var[i]);
@@ -260,7 +260,7 @@ __attribute__((noinline)) void replay_row(const StaleRows& stale, int64_t from, 
     row.v[i] = slots.v[i];
     row.vhat[i] = kAmsgrad ? slots.vhat[i] : T(0);
   }
-  replay<kAmsgrad, Storage>(stale, from, row, size, s);
+  replay<kAmsgrad, Storage>(*tensor.stale, from, row, size, s);
   for (int64_t i = 0; i < size; ++i) {
     var[i] = store<Storage>(row.var[i]);
     slots.m[i] = row.m[i];
@@ -270,20 +270,15 @@ __attribute__((noinline)) void replay_row(const StaleRows& stale, int64_t from, 
 }
 
 template <class Storage, class T>
-FASTADAM_INLINE void catch_up_row(const StepArgs& step, const TensorArgs& tensor, int64_t from, int64_t at,
-                                  int64_t size, const StepScalars<T>& s) {
+FASTADAM_INLINE void catch_up_row(bool amsgrad, const TensorArgs& tensor, int64_t from, int64_t at, int64_t size,
+                                  const StepScalars<T>& s) {
   const StaleRows& stale = *tensor.stale;
-  Storage* var = static_cast<Storage*>(tensor.var) + at;
   if (stale.forms != nullptr && stale.now - from > kShortGap) {
     const ClosedForm& form = stale.forms[stale.places[from]];
-    const auto jump = step.amsgrad ? jump_row<true, T> : jump_row<false, T>;
-    if (form.exists) {
-      return with_compute_type(var, size,
-                               [&](T* values) { jump(form, streams_of<T>(tensor, at, values, nullptr), size, s); });
-    }
+    const auto jump = amsgrad ? jump_row<true, Storage, T> : jump_row<false, Storage, T>;
+    if (form.exists) return jump(form, tensor, at, size, s);
   }
-  const auto replay = step.amsgrad ? replay_row<true, Storage, T> : replay_row<false, Storage, T>;
-  replay(stale, from, var, streams_of<T>(tensor, at, nullptr, nullptr), size, s);
+  (amsgrad ? replay_row<true, Storage, T> : replay_row<false, Storage, T>)(tensor, from, at, size, s);
 }
 
 // Rows that are touched, laid one after the other; of a stale table the steps they missed come first.
@@ -296,7 +291,7 @@ void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t b
   const StaleRows* stale = tensor.stale;
   const int64_t width = stale != nullptr ? stale->width : tensor.rows->width;
   const SumRow<T> sum = sum_row_for<Storage, T>(step, tensor);
-  const auto touch = step.amsgrad ? touch_row<true, T> : touch_row<false, T>;
+  const auto touch = step.amsgrad ? touch_row<true, Storage, T> : touch_row<false, Storage, T>;
   T sums[kColumns];
   for (int64_t at = begin; at < end;) {
     const int64_t k = at / width;
@@ -305,12 +300,11 @@ void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t b
     const int64_t place = (tensor.rows == nullptr ? k : tensor.rows->rows[k]) * width + column;
     if (column == 0 && tensor.rows != nullptr) prefetch_row<Storage>(tensor, k);
     if (stale != nullptr && stale->from[k] != stale->now) {
-      catch_up_row<Storage>(step, tensor, stale->from[k], place, size, s);
+      catch_up_row<Storage>(step.amsgrad, tensor, stale->from[k], place, size, s);
     }
     if (tensor.grad != nullptr) {
       sum(tensor, k, column, size, s.clip_value, factor, sums);
-      with_compute_type(static_cast<Storage*>(tensor.var) + place, size,
-                        [&](T* var) { touch(streams_of<T>(tensor, place, var, nullptr), size, sums, keep, s); });
+      touch(tensor, place, size, sums, keep, s);
     }
     at += size;
   }

@@ -14,15 +14,15 @@
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
-template <bool kAmsgrad, int kTransform, class Storage, class Grad, class T>
-FASTADAM_INLINE void update_elements(const Streams<Storage, Grad>& streams, int64_t at, int64_t size,
-                                     const StepScalars<T>& s, T factor, T keep) {
+template <bool kAmsgrad, int kTransform, class T>
+FASTADAM_INLINE void update_elements(const Streams<T>& streams, int64_t size, const StepScalars<T>& s, T factor,
+                                     T keep) {
   // The binding has proved that nothing written here overlaps anything else read here.
-  Storage* __restrict var = streams.var + at;
-  const Grad* __restrict grad = streams.grad + at;
-  T* __restrict m = streams.m + at;
-  T* __restrict v = streams.v + at;
-  T* __restrict vhat = kAmsgrad ? streams.vhat + at : nullptr;
+  T* __restrict var = streams.var;
+  const T* __restrict grad = streams.grad;
+  T* __restrict m = streams.m;
+  T* __restrict v = streams.v;
+  T* __restrict vhat = streams.vhat;
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     T g = grad[i];
@@ -40,65 +40,145 @@ FASTADAM_INLINE void update_elements(const Streams<Storage, Grad>& streams, int6
   }
 }
 
-// The same for a half type, converted around it: a loop over elements of two and of four bytes is vectorised badly, and
-// float16 has instructions for it.
-template <bool kAmsgrad, int kTransform, class Storage, class Grad, class Slot>
-FASTADAM_INLINE void update_half(const Streams<Storage, Grad, Slot>& streams, int64_t at, int64_t size,
-                                 const StepScalars<float>& s, float factor, float keep) {
-  float room[5][kBlock];
-  convert(streams.var + at, room[0], size);
-  const float* grad = floats_of(streams.grad + at, room[1], size);
-  float* m = floats_of(streams.m + at, room[2], size);
-  float* v = floats_of(streams.v + at, room[3], size);
-  float* vhat = kAmsgrad ? floats_of(streams.vhat + at, room[4], size) : nullptr;
-  update_elements<kAmsgrad, kTransform>(Streams<float, float>{room[0], grad, m, v, vhat}, 0, size, s, factor, keep);
-  convert(room[0], streams.var + at, size);
-  put_floats(m, streams.m + at, size);
-  put_floats(v, streams.v + at, size);
-  if constexpr (kAmsgrad) put_floats(vhat, streams.vhat + at, size);
+// Any number of elements. Pointers of their own, which go in registers: a list may have a thousand small tensors.
+template <class T>
+using UpdateRange = void (*)(T* var, const T* grad, T* m, T* v, T* vhat, int64_t size, const StepScalars<T>& scalars,
+                             T factor, T keep, bool prefetch);
+
+template <bool kAmsgrad, int kTransform, class T>
+void update_range(T* var, const T* grad, T* m, T* v, T* vhat, int64_t size, const StepScalars<T>& scalars, T factor,
+                  T keep, bool prefetch) {
+  const StepScalars<T> s = scalars;
+  int64_t at = 0;
+  for (; prefetch && at + kBlock <= size; at += kBlock) {
+    prefetch_block(sizeof(T), var + at, grad + at, m + at, v + at);
+    if constexpr (kAmsgrad) prefetch_block(sizeof(T), vhat + at);
+    update_elements<kAmsgrad, kTransform>(
+        Streams<T>{var + at, grad + at, m + at, v + at, kAmsgrad ? vhat + at : nullptr}, kBlock, s, factor, keep);
+  }
+  update_elements<kAmsgrad, kTransform>(Streams<T>{var + at, grad + at, m + at, v + at, kAmsgrad ? vhat + at : nullptr},
+                                        size - at, s, factor, keep);
 }
 
-// Any number of elements. Not inlined: every kernel would have it three times.
-template <bool kAmsgrad, int kTransform, class Storage, class Grad, class Slot, class T>
-__attribute__((noinline)) void update_range(const Streams<Storage, Grad, Slot>& streams, int64_t at, int64_t size,
-                                            const StepScalars<T> s, T factor, T keep) {
-  if constexpr (sizeof(Storage) != 2) {
-    update_elements<kAmsgrad, kTransform>(streams, at, size, s, factor, keep);
-  } else {
-    const int64_t end = at + size;
-    for (; at + kBlock <= end; at += kBlock) update_half<kAmsgrad, kTransform>(streams, at, kBlock, s, factor, keep);
-    if (at < end) update_half<kAmsgrad, kTransform>(streams, at, end - at, s, factor, keep);
-  }
+// One loop for each combination, which the half types share.
+template <class T>
+UpdateRange<T> update_for(const StepArgs& step) {
+  static constexpr UpdateRange<T> kUpdates[2][kTransformCount] = {
+      {update_range<false, kAsItIs, T>, update_range<false, kClipAndFactor, T>, update_range<false, kAndL2, T>},
+      {update_range<true, kAsItIs, T>, update_range<true, kClipAndFactor, T>, update_range<true, kAndL2, T>}};
+  return kUpdates[step.amsgrad][step.transform];
 }
 
 // From so many elements on it pays to begin at a cache line: no vector of the variable, and of what is placed like it,
 // then lies across two.
 constexpr int64_t kLong = 512;
 
-template <class Storage, class Grad, class Slot, bool kAmsgrad, int kTransform>
+// Elements before the first cache line of a long variable; 0 of a short one.
+template <class Storage>
+FASTADAM_INLINE int64_t elements_to_begin(const Storage* var, int64_t size) {
+  return size < kLong ? 0 : elements_to_line(reinterpret_cast<uintptr_t>(var), sizeof(Storage));
+}
+
+template <class T>
 void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
-  using T = Compute<Storage>;
-  const StepScalars<T> s = scalars_of<T>(step);
+  const StepScalars<T>& s = scalars_of<T>(step);
   const T factor = static_cast<T>(factor_of(step, tensor));
   const T keep = tensor.decays ? s.keep : T(1);
-  const auto streams = streams_of<Storage, Grad, Slot>(tensor, begin);
-  const int64_t size = end - begin;
-  int64_t at = 0;
-  if (size >= kLong) {
-    at = elements_to_line(reinterpret_cast<uintptr_t>(streams.var), sizeof(Storage));
-    update_range<kAmsgrad, kTransform>(streams, 0, at, s, factor, keep);
+  const UpdateRange<T> update = update_for<T>(step);
+  const auto some = [&](int64_t at, int64_t size, bool prefetch) {
+    T* vhat = tensor.vhat == nullptr ? nullptr : static_cast<T*>(tensor.vhat) + at;
+    update(static_cast<T*>(tensor.var) + at, static_cast<const T*>(tensor.grad) + at, static_cast<T*>(tensor.m) + at,
+           static_cast<T*>(tensor.v) + at, vhat, size, s, factor, keep, prefetch);
+  };
+  const int64_t first = elements_to_begin(static_cast<const T*>(tensor.var) + begin, end - begin);
+  if (first > 0) some(begin, first, false);
+  some(begin + first, end - begin - first, step.prefetch);
+}
+
+// kBlock elements as floats: themselves, or a copy in `room`, which put_floats() rounds back.
+FASTADAM_INLINE float* floats_of(float* from, float* /*room*/) { return from; }
+FASTADAM_INLINE const float* floats_of(const float* from, float* /*room*/) { return from; }
+template <class Half>
+FASTADAM_INLINE float* floats_of(const Half* from, float* room) {
+  convert_here(from, room, kBlock);
+  return room;
+}
+FASTADAM_INLINE void put_floats(const float* /*from*/, float* /*to*/) {}
+template <class Half>
+FASTADAM_INLINE void put_floats(const float* from, Half* to) {
+  convert_here(from, to, kBlock);
+}
+
+// kBlock elements of a half type, converted around the arithmetic.
+template <bool kAmsgrad, int kTransform, class Half, class Grad, class Slot>
+FASTADAM_INLINE void update_half(Half* var, const Grad* grad, Slot* m, Slot* v, Slot* vhat, const StepScalars<float>& s,
+                                 float factor, float keep) {
+  float room[5][kBlock];
+  convert_here(var, room[0], kBlock);
+  const Streams<float> floats{room[0], floats_of(grad, room[1]), floats_of(m, room[2]), floats_of(v, room[3]),
+                              kAmsgrad ? floats_of(vhat, room[4]) : nullptr};
+  update_elements<kAmsgrad, kTransform>(floats, kBlock, s, factor, keep);
+  convert_here(room[0], var, kBlock);
+  put_floats(floats.m, m);
+  put_floats(floats.v, v);
+  if constexpr (kAmsgrad) put_floats(floats.vhat, vhat);
+}
+
+// Fewer than kBlock elements from `at` on, whatever the types of gradient and slots: by the loop of float.
+template <class Half>
+__attribute__((noinline)) void update_part(const StepArgs& step, const TensorArgs& tensor, int64_t at, int64_t size,
+                                           float factor, float keep) {
+  float room[5][kBlock];
+  const auto read = [&](const void* stream, bool is_half, int i) {
+    if (is_half) convert(static_cast<const Half*>(stream) + at, room[i], size);
+    return is_half ? room[i] : static_cast<float*>(const_cast<void*>(stream)) + at;
+  };
+  void* const slots[] = {tensor.m, tensor.v, tensor.vhat};
+  const int slot_count = step.amsgrad ? 3 : 2;
+  float* values[3] = {};
+  for (int i = 0; i < slot_count; ++i) values[i] = read(slots[i], tensor.half_slots, 2 + i);
+  const float* grad = read(tensor.grad, tensor.grad_dtype == tensor.dtype, 1);
+  update_for<float>(step)(read(tensor.var, true, 0), grad, values[0], values[1], values[2], size, step.scalars_f32,
+                          factor, keep, false);
+  convert(room[0], static_cast<Half*>(tensor.var) + at, size);
+  for (int i = 0; i < slot_count && tensor.half_slots; ++i) convert(values[i], static_cast<Half*>(slots[i]) + at, size);
+}
+
+template <class Half, class Grad, class Slot, bool kAmsgrad, int kTransform>
+void adam_half(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+  const StepScalars<float> s = step.scalars_f32;
+  const auto factor = static_cast<float>(factor_of(step, tensor));
+  const float keep = tensor.decays ? s.keep : 1.0f;
+  Half* var = static_cast<Half*>(tensor.var);
+  const Grad* grad = static_cast<const Grad*>(tensor.grad);
+  Slot* m = static_cast<Slot*>(tensor.m);
+  Slot* v = static_cast<Slot*>(tensor.v);
+  Slot* vhat = static_cast<Slot*>(tensor.vhat);
+  int64_t at = begin + elements_to_begin(var + begin, end - begin);
+  if (at > begin) update_part<Half>(step, tensor, begin, at - begin, factor, keep);
+  for (; at + kBlock <= end; at += kBlock) {
+    if (step.prefetch) prefetch_block(sizeof(float), var + at, grad + at, m + at, v + at);
+    if (kAmsgrad && step.prefetch) prefetch_block(sizeof(float), vhat + at);
+    update_half<kAmsgrad, kTransform>(var + at, grad + at, m + at, v + at, kAmsgrad ? vhat + at : nullptr, s, factor,
+                                      keep);
   }
-  if (step.prefetch) {
-    for (; at + kBlock <= size; at += kBlock) {
-      prefetch_block<kAmsgrad, true>(streams, at);
-      if constexpr (sizeof(Storage) == 2) {
-        update_half<kAmsgrad, kTransform>(streams, at, kBlock, s, factor, keep);
-      } else {
-        update_elements<kAmsgrad, kTransform>(streams, at, kBlock, s, factor, keep);
-      }
-    }
-  }
-  update_range<kAmsgrad, kTransform>(streams, at, size - at, s, factor, keep);
+  if (at < end) update_part<Half>(step, tensor, at, end - at, factor, keep);
+}
+
+template <class Half, class Grad, class Slot>
+constexpr UpdateKernel kHalf[2][kTransformCount] = {
+    {adam_half<Half, Grad, Slot, false, kAsItIs>, adam_half<Half, Grad, Slot, false, kClipAndFactor>,
+     adam_half<Half, Grad, Slot, false, kAndL2>},
+    {adam_half<Half, Grad, Slot, true, kAsItIs>, adam_half<Half, Grad, Slot, true, kClipAndFactor>,
+     adam_half<Half, Grad, Slot, true, kAndL2>}};
+
+// A half type, with gradients and slots of its own type or of float.
+template <class Half>
+void adam_dense_half(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+  const auto& kernels = tensor.half_slots                   ? kHalf<Half, Half, Half>
+                        : tensor.grad_dtype == tensor.dtype ? kHalf<Half, Half, float>
+                                                            : kHalf<Half, float, float>;
+  kernels[step.amsgrad][step.transform](step, tensor, begin, end);
 }
 
 // The hardware keeps too few misses of a single stream in flight: 8 KiB ahead, into L2, take a fifth off the time in
@@ -186,9 +266,9 @@ void sum_rows(const TensorArgs& tensor, int64_t begin, int64_t end, void* sums) 
   }
 }
 
-template <class Storage, class Grad = Storage>
+template <class Grad>
 void accumulate(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart) {
-  using T = Compute<Storage>;
+  using T = Compute<Grad>;
   if (tensor.rows != nullptr) return accumulate_rows<Grad, T>(tensor, begin, end, restart);
   const T factor = static_cast<T>(tensor.grad_factor);
   const Grad* __restrict grad = static_cast<const Grad*>(tensor.grad) + begin;
@@ -202,40 +282,18 @@ void accumulate(const TensorArgs& tensor, int64_t begin, int64_t end, bool resta
   }
 }
 
-template <class Storage, class Grad = Storage, class Slot = Compute<Storage>>
-constexpr DenseKernels dense_kernels = {
-    {{adam_dense<Storage, Grad, Slot, false, kAsItIs>, adam_dense<Storage, Grad, Slot, false, kClipAndFactor>,
-      adam_dense<Storage, Grad, Slot, false, kAndL2>},
-     {adam_dense<Storage, Grad, Slot, true, kAsItIs>, adam_dense<Storage, Grad, Slot, true, kClipAndFactor>,
-      adam_dense<Storage, Grad, Slot, true, kAndL2>}}};
-
-template <class Storage, class Grad = Storage>
-constexpr UpdateKernels all_rows_kernels = {
-    {{adam_all_rows<Storage, Grad, false, false>, adam_all_rows<Storage, Grad, false, true>},
-     {adam_all_rows<Storage, Grad, true, false>, adam_all_rows<Storage, Grad, true, true>}}};
-
-template <class Storage, class Grad = Storage>
-constexpr UpdateKernels touched_rows_kernels = {
-    {{adam_touched_rows<Storage, Grad, false, false>, adam_touched_rows<Storage, Grad, false, true>},
-     {adam_touched_rows<Storage, Grad, true, false>, adam_touched_rows<Storage, Grad, true, true>}}};
-
 }  // namespace
 
 extern const Kernels kernels = {
-    {dense_kernels<Float16>, dense_kernels<BFloat16>, dense_kernels<float>, dense_kernels<double>,
-     dense_kernels<Float16, float>, dense_kernels<BFloat16, float>, dense_kernels<Float16, Float16, Float16>,
-     dense_kernels<BFloat16, BFloat16, BFloat16>},
-    {all_rows_kernels<Float16>, all_rows_kernels<BFloat16>, all_rows_kernels<float>, all_rows_kernels<double>,
-     all_rows_kernels<Float16, float>, all_rows_kernels<BFloat16, float>},
-    {touched_rows_kernels<Float16>, touched_rows_kernels<BFloat16>, touched_rows_kernels<float>,
-     touched_rows_kernels<double>, touched_rows_kernels<Float16, float>, touched_rows_kernels<BFloat16, float>},
+    {adam_dense_half<Float16>, adam_dense_half<BFloat16>, adam_dense<float>, adam_dense<double>},
+    {adam_all_rows<Float16>, adam_all_rows<BFloat16>, adam_all_rows<float>, adam_all_rows<double>},
+    {adam_touched_rows<Float16>, adam_touched_rows<BFloat16>, adam_touched_rows<float>, adam_touched_rows<double>},
     {{sum_squares<Float16, false>, sum_squares<Float16, true>},
      {sum_squares<BFloat16, false>, sum_squares<BFloat16, true>},
      {sum_squares<float, false>, sum_squares<float, true>},
      {sum_squares<double, false>, sum_squares<double, true>}},
     {average<Float16>, average<BFloat16>, average<float>, average<double>},
-    {accumulate<Float16>, accumulate<BFloat16>, accumulate<float>, accumulate<double>, accumulate<Float16, float>,
-     accumulate<BFloat16, float>},
+    {accumulate<Float16>, accumulate<BFloat16>, accumulate<float>, accumulate<double>},
     {sum_rows<Float16>, sum_rows<BFloat16>, sum_rows<float>, sum_rows<double>}};
 
 }  // namespace fastadam::cpu::FASTADAM_ISA

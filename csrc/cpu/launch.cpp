@@ -62,12 +62,9 @@ struct StepTask {
   int64_t blocks;
 
   UpdateKernel kernel_for(const TensorArgs& tensor) const {
-    if (tensor.rows == nullptr && tensor.stale == nullptr) {
-      return kernels->dense[dense_pair_of(tensor)].of[step.amsgrad][step.transform];
-    }
-    const bool only_touched = tensor.stale != nullptr || step.lazy;
-    const UpdateKernels* rows = only_touched ? kernels->touched_rows : kernels->all_rows;
-    return rows[pair_of(tensor)].of[step.amsgrad][step.transform];
+    const auto dtype = static_cast<int>(tensor.dtype);
+    if (tensor.rows == nullptr && tensor.stale == nullptr) return kernels->dense[dtype];
+    return tensor.stale != nullptr || step.lazy ? kernels->touched_rows[dtype] : kernels->all_rows[dtype];
   }
 
   void run_block(int64_t block) const {
@@ -95,7 +92,8 @@ struct AccumulateTask {
       const TensorArgs* tensors = args.chains.tensors;
       const int64_t head = args.chains.heads[k];
       for (int64_t t = head; t >= 0; t = tensors[t].next) {
-        kernels->accumulate[pair_of(tensors[t])](tensors[t], begin, end, args.restart && t == head);
+        const AccumulateKernel accumulate = kernels->accumulate[static_cast<int>(tensors[t].grad_dtype)];
+        accumulate(tensors[t], begin, end, args.restart && t == head);
       }
     });
   }

@@ -11,46 +11,59 @@
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
-// Columns of a row whose gradient is summed before they are updated.
-constexpr int64_t kColumns = 128;
-
 template <class T>
 constexpr T kNoClip = static_cast<T>(__builtin_huge_val());
 
 // Functions that depend on fewer types than the kernels are not inlined: there would be hundreds of copies.
 
-// Sums the gradients of one touched row, `size` columns from `column` on, in order of occurrence.
+// Sums the gradients of one touched row, `size` columns from `column` on, in order of occurrence; there is at least
+// one.
 template <bool kTransform, class Grad, class T>
 __attribute__((noinline)) void sum_row(const TensorArgs& tensor, int64_t k, int64_t column, int64_t size, T clip_value,
-                                       T factor, T* sums) {
+                                       T factor, T* __restrict sums) {
   const Rows& rows = *tensor.rows;
-  for (int64_t i = 0; i < size; ++i) sums[i] = T(0);
-  for (int64_t at = rows.starts[k]; at < rows.starts[k + 1]; ++at) {
-    const Grad* __restrict grad = static_cast<const Grad*>(tensor.grad) + rows.order[at] * rows.width + column;
+  const auto value = [&](const Grad* grad, int64_t i) {
+    const T g = load(grad[i]);
+    return kTransform ? transform_gradient(g, clip_value, factor) : g;
+  };
+  const Grad* grads = static_cast<const Grad*>(tensor.grad) + column;
+  const Grad* __restrict first = grads + rows.order[rows.starts[k]] * rows.width;
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-      T g = load(grad[i]);
-      if constexpr (kTransform) g = transform_gradient(g, clip_value, factor);
-      sums[i] += g;
-    }
+  for (int64_t i = 0; i < size; ++i) sums[i] = T(0) + value(first, i);
+  for (int64_t at = rows.starts[k] + 1; at < rows.starts[k + 1]; ++at) {
+    const Grad* __restrict grad = grads + rows.order[at] * rows.width;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) sums[i] += value(grad, i);
   }
 }
 
-template <bool kAmsgrad, bool kTouched, class Storage, class T>
-FASTADAM_INLINE void update_rows(const Streams<Storage, T>& streams, int64_t at, int64_t size, const T* sums, T keep,
+// How the gradients of a row are summed: by the dtype of the gradient, and whether it is transformed.
+template <class T>
+using SumRow = void (*)(const TensorArgs& tensor, int64_t k, int64_t column, int64_t size, T clip_value, T factor,
+                        T* sums);
+
+template <class Storage, class T>
+SumRow<T> sum_row_for(const StepArgs& step, const TensorArgs& tensor) {
+  static constexpr SumRow<T> kSums[2][2] = {{sum_row<false, Storage, T>, sum_row<true, Storage, T>},
+                                            {sum_row<false, T, T>, sum_row<true, T, T>}};
+  return kSums[tensor.grad_dtype != tensor.dtype][step.transform != kAsItIs];
+}
+
+template <bool kAmsgrad, bool kTouched, class T>
+FASTADAM_INLINE void update_rows(const Streams<T>& streams, int64_t size, const T* sums, T keep,
                                  const StepScalars<T>& s) {
-  Storage* __restrict var = streams.var + at;
-  T* __restrict m = streams.m + at;
-  T* __restrict v = streams.v + at;
-  T* __restrict vhat = kAmsgrad ? streams.vhat + at : nullptr;
+  T* __restrict var = streams.var;
+  T* __restrict m = streams.m;
+  T* __restrict v = streams.v;
+  T* __restrict vhat = streams.vhat;
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
-    T var_i = load(var[i]);
+    T var_i = var[i];
     T m_i = m[i];
     T v_i = v[i];
     T vhat_i = kAmsgrad ? vhat[i] : T(0);
     adam_update_row<kAmsgrad, kTouched>(var_i, kTouched ? sums[i] : T(0), m_i, v_i, vhat_i, keep, s);
-    var[i] = store<Storage>(var_i);
+    var[i] = var_i;
     m[i] = m_i;
     v[i] = v_i;
     if constexpr (kAmsgrad) vhat[i] = vhat_i;
@@ -59,40 +72,53 @@ FASTADAM_INLINE void update_rows(const Streams<Storage, T>& streams, int64_t at,
 
 // Some columns of a touched row.
 template <bool kAmsgrad, class Storage, class T>
-__attribute__((noinline)) void touch_row(const Streams<Storage, T>& streams, int64_t at, int64_t size, const T* sums,
-                                         T keep, const StepScalars<T>& s) {
-  update_rows<kAmsgrad, true>(streams, at, size, sums, keep, s);
+__attribute__((noinline)) void touch_row(const TensorArgs& tensor, int64_t at, int64_t size, const T* sums, T keep,
+                                         const StepScalars<T>& s) {
+  in_compute_type(static_cast<Storage*>(tensor.var) + at, size, [&](T* var, int64_t from, int64_t count) {
+    update_rows<kAmsgrad, true>(streams_of<kAmsgrad>(tensor, at + from, var), count, sums + from, keep, s);
+  });
 }
 
-// Rows that are not touched, side by side.
+// Elements [at, end) of the table, in no row that is touched.
 template <bool kAmsgrad, class Storage, class T>
-__attribute__((noinline)) void rest_rows(const Streams<Storage, T>& streams, int64_t at, int64_t end, T keep,
+__attribute__((noinline)) void rest_rows(const TensorArgs& tensor, int64_t at, int64_t end, T keep,
                                          const StepScalars<T>& s, bool prefetch) {
+  Storage* var = static_cast<Storage*>(tensor.var);
+  const T* m = static_cast<const T*>(tensor.m);
+  const T* v = static_cast<const T*>(tensor.v);
+  const T* vhat = static_cast<const T*>(tensor.vhat);
+  const auto update = [&](T* values, int64_t from, int64_t count) {
+    const Streams<T> streams = streams_of<kAmsgrad>(tensor, at + from, values);
+    update_rows<kAmsgrad, false>(streams, count, static_cast<const T*>(nullptr), keep, s);
+  };
   for (; prefetch && at + kBlock <= end; at += kBlock) {
-    prefetch_block<kAmsgrad, false>(streams, at);
-    update_rows<kAmsgrad, false>(streams, at, kBlock, static_cast<const T*>(nullptr), keep, s);
+    prefetch_block(sizeof(T), var + at, m + at, v + at);
+    if constexpr (kAmsgrad) prefetch_block(sizeof(T), vhat + at);
+    block_in_compute_type(var + at, [&](T* values) { update(values, 0, kBlock); });
   }
-  update_rows<kAmsgrad, false>(streams, at, end - at, static_cast<const T*>(nullptr), keep, s);
+  in_compute_type(var + at, end - at, update);
 }
 
 // Fetches the row that comes a few rows after row k: they lie anywhere in the table.
-template <bool kAmsgrad, class Grad, class Storage, class T>
-FASTADAM_INLINE void prefetch_row(const Streams<Storage, T>& streams, const TensorArgs& tensor, int64_t k) {
+template <class Storage>
+FASTADAM_INLINE void prefetch_row(const TensorArgs& tensor, int64_t k) {
+  using T = Compute<Storage>;
   constexpr int64_t kAhead = 4;
   constexpr auto kStep = static_cast<int64_t>(64 / sizeof(T));
   const Rows& rows = *tensor.rows;
   if (k + kAhead >= rows.count) return;
   const int64_t row = rows.rows[k + kAhead] * rows.width;
   const int64_t size = rows.width < kColumns ? rows.width : kColumns;
-  for (int64_t i = 0; i < size; i += kStep) {
-    __builtin_prefetch(streams.var + row + i, 1);
-    __builtin_prefetch(streams.m + row + i, 1);
-    __builtin_prefetch(streams.v + row + i, 1);
-    if constexpr (kAmsgrad) __builtin_prefetch(streams.vhat + row + i, 1);
+  for (int64_t i = row; i < row + size; i += kStep) {
+    __builtin_prefetch(static_cast<Storage*>(tensor.var) + i, 1);
+    __builtin_prefetch(static_cast<T*>(tensor.m) + i, 1);
+    __builtin_prefetch(static_cast<T*>(tensor.v) + i, 1);
+    if (tensor.vhat != nullptr) __builtin_prefetch(static_cast<T*>(tensor.vhat) + i, 1);
   }
   if (tensor.grad == nullptr) return;
-  const Grad* grad = static_cast<const Grad*>(tensor.grad) + rows.order[rows.starts[k + kAhead]] * rows.width;
-  for (int64_t i = 0; i < size; i += kStep) __builtin_prefetch(grad + i);
+  const int64_t item = size_of(tensor.grad_dtype);
+  const char* grad = static_cast<const char*>(tensor.grad) + rows.order[rows.starts[k + kAhead]] * rows.width * item;
+  for (int64_t i = 0; i < size; i += kStep) __builtin_prefetch(grad + i * item);
 }
 
 // Columns from `column` on of a row that are in [at, end), as many as are done at a time.
@@ -102,14 +128,16 @@ FASTADAM_INLINE int64_t columns_from(int64_t column, int64_t width, int64_t at, 
 }
 
 // Elements [begin, end) of the table, every row of which moves.
-template <class Storage, class Grad, bool kAmsgrad, bool kTransform>
+template <class Storage>
 void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
   const StepScalars<T> s = scalars_of<T>(step);
   const T factor = static_cast<T>(factor_of(step, tensor));
   const T keep = tensor.decays ? s.keep : T(1);
   const Rows& rows = *tensor.rows;
-  const Streams<Storage, T> streams = streams_of<Storage, T>(tensor, 0);
+  const SumRow<T> sum = sum_row_for<Storage, T>(step, tensor);
+  const auto touch = step.amsgrad ? touch_row<true, Storage, T> : touch_row<false, Storage, T>;
+  const auto rest = step.amsgrad ? rest_rows<true, Storage, T> : rest_rows<false, Storage, T>;
   T sums[kColumns];
   int64_t k = first_row_from(rows, begin / rows.width);
   for (int64_t at = begin; at < end;) {
@@ -117,14 +145,14 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
     if (k == rows.count || rows.rows[k] != at / rows.width) {
       const int64_t next = k < rows.count ? rows.rows[k] * rows.width : end;
       const int64_t stop = next < end ? next : end;
-      rest_rows<kAmsgrad>(streams, at, stop, keep, s, step.prefetch);
+      rest(tensor, at, stop, keep, s, step.prefetch);
       at = stop;
       continue;
     }
-    if (column == 0) prefetch_row<kAmsgrad, Grad>(streams, tensor, k);
+    if (column == 0) prefetch_row<Storage>(tensor, k);
     const int64_t size = columns_from(column, rows.width, at, end);
-    sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, factor, sums);
-    touch_row<kAmsgrad>(streams, at, size, sums, keep, s);
+    sum(tensor, k, column, size, s.clip_value, factor, sums);
+    touch(tensor, at, size, sums, keep, s);
     at += size;
     if (column + size == rows.width) ++k;
   }
@@ -132,7 +160,7 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
 
 // Multiplies `times` times: as many roundings as the steps had.
 template <class T>
-FASTADAM_INLINE void decay_often(T* values, int64_t size, T factor, int64_t times) {
+__attribute__((noinline)) void decay_often(T* values, int64_t size, T factor, int64_t times) {
   constexpr int64_t kGroup = 32;  // in registers
   for (int64_t at = 0; at < size; at += kGroup) {
     const int64_t count = size - at < kGroup ? size - at : kGroup;
@@ -195,54 +223,66 @@ FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& ro
     }
     if (stale.may_stop && at_rest<kAmsgrad, Storage>(row, size, peak, s.epsilon)) break;
   }
+  if (step == stale.now) return;
   decay_often(row.m, size, s.beta_1, stale.now - step);
   decay_often(row.v, size, s.beta_2, stale.now - step);
 }
 
 // All of them at once.
 template <bool kAmsgrad, class Storage, class T>
-__attribute__((noinline)) void jump_row(const ClosedForm& form, const Streams<Storage, T>& streams, int64_t at,
-                                        int64_t size, const StepScalars<T>& s) {
-  Storage* __restrict var = streams.var + at;
-  T* __restrict m = streams.m + at;
-  T* __restrict v = streams.v + at;
-  T* __restrict vhat = kAmsgrad ? streams.vhat + at : nullptr;
+__attribute__((noinline)) void jump_row(const ClosedForm& form, const TensorArgs& tensor, int64_t at, int64_t size,
+                                        const StepScalars<T>& s) {
+  in_compute_type(static_cast<Storage*>(tensor.var) + at, size, [&](T* values, int64_t from, int64_t count) {
+    const Streams<T> streams = streams_of<kAmsgrad>(tensor, at + from, values);
+    T* __restrict var = streams.var;
+    T* __restrict m = streams.m;
+    T* __restrict v = streams.v;
+    T* __restrict vhat = streams.vhat;
 #pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      T vhat_i = kAmsgrad ? vhat[i] : T(0);
+      adam_jump<kAmsgrad>(var[i], m[i], v[i], vhat_i, form, s.beta_2, s.epsilon);
+      if constexpr (kAmsgrad) vhat[i] = vhat_i;
+    }
+  });
+}
+
+// Some columns of a row get the steps [from, now), one after the other.
+template <bool kAmsgrad, class Storage, class T>
+__attribute__((noinline)) void replay_row(const TensorArgs& tensor, int64_t from, int64_t at, int64_t size,
+                                          const StepScalars<T>& s) {
+  Storage* var = static_cast<Storage*>(tensor.var) + at;
+  const Streams<T> slots = streams_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
+  RowPart<T> row;
   for (int64_t i = 0; i < size; ++i) {
-    T var_i = load(var[i]);
-    T vhat_i = kAmsgrad ? vhat[i] : T(0);
-    adam_jump<kAmsgrad>(var_i, m[i], v[i], vhat_i, form, s.beta_2, s.epsilon);
-    var[i] = store<Storage>(var_i);
-    if constexpr (kAmsgrad) vhat[i] = vhat_i;
+    row.var[i] = load(var[i]);
+    row.m[i] = slots.m[i];
+    row.v[i] = slots.v[i];
+    row.vhat[i] = kAmsgrad ? slots.vhat[i] : T(0);
+  }
+  replay<kAmsgrad, Storage>(*tensor.stale, from, row, size, s);
+  for (int64_t i = 0; i < size; ++i) {
+    var[i] = store<Storage>(row.var[i]);
+    slots.m[i] = row.m[i];
+    slots.v[i] = row.v[i];
+    if constexpr (kAmsgrad) slots.vhat[i] = row.vhat[i];
   }
 }
 
-template <bool kAmsgrad, class Storage, class T>
-__attribute__((noinline)) void catch_up_row(const StaleRows& stale, int64_t from, const Streams<Storage, T>& streams,
-                                            int64_t at, int64_t size, const StepScalars<T>& s) {
-  if (from == stale.now) return;
+template <class Storage, class T>
+FASTADAM_INLINE void catch_up_row(bool amsgrad, const TensorArgs& tensor, int64_t from, int64_t at, int64_t size,
+                                  const StepScalars<T>& s) {
+  const StaleRows& stale = *tensor.stale;
   if (stale.forms != nullptr && stale.now - from > kShortGap) {
     const ClosedForm& form = stale.forms[stale.places[from]];
-    if (form.exists) return jump_row<kAmsgrad>(form, streams, at, size, s);
+    const auto jump = amsgrad ? jump_row<true, Storage, T> : jump_row<false, Storage, T>;
+    if (form.exists) return jump(form, tensor, at, size, s);
   }
-  RowPart<T> row;
-  for (int64_t i = 0; i < size; ++i) {
-    row.var[i] = load(streams.var[at + i]);
-    row.m[i] = streams.m[at + i];
-    row.v[i] = streams.v[at + i];
-    row.vhat[i] = kAmsgrad ? streams.vhat[at + i] : T(0);
-  }
-  replay<kAmsgrad, Storage>(stale, from, row, size, s);
-  for (int64_t i = 0; i < size; ++i) {
-    streams.var[at + i] = store<Storage>(row.var[i]);
-    streams.m[at + i] = row.m[i];
-    streams.v[at + i] = row.v[i];
-    if constexpr (kAmsgrad) streams.vhat[at + i] = row.vhat[i];
-  }
+  (amsgrad ? replay_row<true, Storage, T> : replay_row<false, Storage, T>)(tensor, from, at, size, s);
 }
 
 // Rows that are touched, laid one after the other; of a stale table the steps they missed come first.
-template <class Storage, class Grad, bool kAmsgrad, bool kTransform>
+template <class Storage>
 void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
   const StepScalars<T> s = scalars_of<T>(step);
@@ -250,18 +290,21 @@ void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t b
   const T keep = tensor.decays ? s.keep : T(1);
   const StaleRows* stale = tensor.stale;
   const int64_t width = stale != nullptr ? stale->width : tensor.rows->width;
-  const Streams<Storage, T> streams = streams_of<Storage, T>(tensor, 0);
+  const SumRow<T> sum = sum_row_for<Storage, T>(step, tensor);
+  const auto touch = step.amsgrad ? touch_row<true, Storage, T> : touch_row<false, Storage, T>;
   T sums[kColumns];
   for (int64_t at = begin; at < end;) {
     const int64_t k = at / width;
     const int64_t column = at % width;
     const int64_t size = columns_from(column, width, at, end);
     const int64_t place = (tensor.rows == nullptr ? k : tensor.rows->rows[k]) * width + column;
-    if (column == 0 && tensor.rows != nullptr) prefetch_row<kAmsgrad, Grad>(streams, tensor, k);
-    if (stale != nullptr) catch_up_row<kAmsgrad>(*stale, stale->from[k], streams, place, size, s);
+    if (column == 0 && tensor.rows != nullptr) prefetch_row<Storage>(tensor, k);
+    if (stale != nullptr && stale->from[k] != stale->now) {
+      catch_up_row<Storage>(step.amsgrad, tensor, stale->from[k], place, size, s);
+    }
     if (tensor.grad != nullptr) {
-      sum_row<kTransform, Grad>(tensor, k, column, size, s.clip_value, factor, sums);
-      touch_row<kAmsgrad>(streams, place, size, sums, keep, s);
+      sum(tensor, k, column, size, s.clip_value, factor, sums);
+      touch(tensor, place, size, sums, keep, s);
     }
     at += size;
   }

@@ -7,8 +7,6 @@
 #include <immintrin.h>
 #endif
 
-#include <type_traits>
-
 #include "../core/step_args.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
@@ -28,38 +26,34 @@ FASTADAM_INLINE double factor_of(const StepArgs& step, const TensorArgs& tensor)
   return step.factors == nullptr ? tensor.grad_factor : step.factors[&tensor - step.chains.tensors];
 }
 
-// The streams of one variable, from one element on.
-template <class Storage, class Grad, class Slot = Compute<Storage>>
+// The streams of one variable in its compute type, from one element on.
+template <class T>
 struct Streams {
-  Storage* var;
-  const Grad* grad;
-  Slot* m;
-  Slot* v;
-  Slot* vhat;  // null without AMSGrad
+  T* var;
+  const T* grad;  // null for rows
+  T* m;
+  T* v;
+  T* vhat;  // null without AMSGrad
 };
 
-template <class Storage, class Grad, class Slot = Compute<Storage>>
-Streams<Storage, Grad, Slot> streams_of(const TensorArgs& tensor, int64_t begin) {
-  return {static_cast<Storage*>(tensor.var) + begin, static_cast<const Grad*>(tensor.grad) + begin,
-          static_cast<Slot*>(tensor.m) + begin, static_cast<Slot*>(tensor.v) + begin,
-          tensor.vhat == nullptr ? nullptr : static_cast<Slot*>(tensor.vhat) + begin};
+// Of a row from element `at` of the table on; the variable lies at `var`, perhaps converted.
+template <bool kAmsgrad, class T>
+FASTADAM_INLINE Streams<T> streams_of(const TensorArgs& tensor, int64_t at, T* var) {
+  return {var, nullptr, static_cast<T*>(tensor.m) + at, static_cast<T*>(tensor.v) + at,
+          kAmsgrad ? static_cast<T*>(tensor.vhat) + at : nullptr};
 }
 
-// In elements. Fetching 1 KiB ahead gains 5 % in DRAM and costs 8 % in cache (bench/README.md).
+// Columns of a row that are summed before they are updated.
+constexpr int64_t kColumns = 128;
+
+// Elements between two prefetches. Fetching 1 KiB ahead gains 5 % in DRAM and costs 8 % in cache (bench/README.md); the
+// streams of a half type keep pace with those of float.
 constexpr int64_t kBlock = 32;
 
-template <bool kAmsgrad, bool kGrad, class Storage, class Grad, class Slot>
-FASTADAM_INLINE void prefetch_block(const Streams<Storage, Grad, Slot>& streams, int64_t at) {
-  constexpr int64_t kAheadBytes = 1024;
-  constexpr auto kStep = static_cast<int64_t>(64 / sizeof(Compute<Storage>));
-  for (int64_t i = at; i < at + kBlock; i += kStep) {
-    const int64_t ahead = i + kAheadBytes / static_cast<int64_t>(sizeof(Compute<Storage>));
-    __builtin_prefetch(streams.var + ahead);
-    if constexpr (kGrad) __builtin_prefetch(streams.grad + ahead);
-    __builtin_prefetch(streams.m + ahead);
-    __builtin_prefetch(streams.v + ahead);
-    if constexpr (kAmsgrad) __builtin_prefetch(streams.vhat + ahead);
-  }
+template <class... Streams>
+FASTADAM_INLINE void prefetch_block(int64_t item_size, const Streams*... streams) {
+  const int64_t ahead = 1024 / item_size;
+  for (int64_t i = ahead; i < ahead + kBlock; i += 64 / item_size) (__builtin_prefetch(streams + i), ...);
 }
 
 // How many elements from the first on are converted by instructions of their own.
@@ -68,7 +62,51 @@ FASTADAM_INLINE int64_t convert_fast(const From* /*from*/, To* /*to*/, int64_t /
   return 0;
 }
 
-#if defined(__F16C__)
+#if defined(__AVX512F__)
+// Masked, by all ones: GCC 12 warns of what its unmasked intrinsics leave undefined.
+constexpr __mmask16 kAll = 0xffff;
+
+// They round as store() does, and no mode for denormals touches those of float16.
+FASTADAM_INLINE int64_t convert_fast(const Float16* from, float* to, int64_t size) {
+  for (int64_t i = 0; i + 16 <= size; i += 16) {
+    _mm512_storeu_ps(to + i,
+                     _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+  }
+  return size / 16 * 16;
+}
+
+FASTADAM_INLINE int64_t convert_fast(const float* from, Float16* to, int64_t size) {
+  for (int64_t i = 0; i + 16 <= size; i += 16) {
+    const __m256i bits = _mm512_maskz_cvtps_ph(kAll, _mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), bits);
+  }
+  return size / 16 * 16;
+}
+
+// load() and store(), which compilers vectorise by way of elements of two bytes.
+FASTADAM_INLINE int64_t convert_fast(const BFloat16* from, float* to, int64_t size) {
+  for (int64_t i = 0; i + 16 <= size; i += 16) {
+    const __m512i wide =
+        _mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+    _mm512_storeu_ps(to + i, _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, wide, 16)));
+  }
+  return size / 16 * 16;
+}
+
+FASTADAM_INLINE int64_t convert_fast(const float* from, BFloat16* to, int64_t size) {
+  for (int64_t i = 0; i + 16 <= size; i += 16) {
+    const __m512 values = _mm512_loadu_ps(from + i);
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i high = _mm512_maskz_srli_epi32(kAll, bits, 16);
+    const __m512i half = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_maskz_srli_epi32(kAll, _mm512_add_epi32(bits, half), 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    const __m512i result = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_maskz_cvtepi32_epi16(kAll, result));
+  }
+  return size / 16 * 16;
+}
+#elif defined(__F16C__)
 // They round as store() does, and no mode for denormals touches those of float16.
 FASTADAM_INLINE int64_t convert_fast(const Float16* from, float* to, int64_t size) {
   for (int64_t i = 0; i + 8 <= size; i += 8) {
@@ -86,7 +124,7 @@ FASTADAM_INLINE int64_t convert_fast(const float* from, Float16* to, int64_t siz
 }
 #endif
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 // load() and store(), which compilers vectorise by way of elements of two bytes.
 FASTADAM_INLINE int64_t convert_fast(const BFloat16* from, float* to, int64_t size) {
   for (int64_t i = 0; i + 8 <= size; i += 8) {
@@ -116,35 +154,54 @@ FASTADAM_INLINE int64_t convert_fast(const float* from, BFloat16* to, int64_t si
 }
 #endif
 
-template <class Storage>
-FASTADAM_INLINE void convert(const Storage* __restrict from, float* __restrict to, int64_t size) {
+template <class Half>
+FASTADAM_INLINE void convert_here(const Half* __restrict from, float* __restrict to, int64_t size) {
 #pragma omp simd
   for (int64_t i = convert_fast(from, to, size); i < size; ++i) to[i] = load(from[i]);
 }
 
-template <class Storage>
-FASTADAM_INLINE void convert(const float* __restrict from, Storage* __restrict to, int64_t size) {
+template <class Half>
+FASTADAM_INLINE void convert_here(const float* __restrict from, Half* __restrict to, int64_t size) {
 #pragma omp simd
-  for (int64_t i = convert_fast(from, to, size); i < size; ++i) to[i] = store<Storage>(from[i]);
+  for (int64_t i = convert_fast(from, to, size); i < size; ++i) to[i] = store<Half>(from[i]);
 }
 
-// A block as float: itself, or converted into `room`.
-template <class Float>
-FASTADAM_INLINE std::enable_if_t<sizeof(Float) == 4, Float*> floats_of(Float* from, float* /*room*/, int64_t /*size*/) {
-  return from;
-}
-template <class Storage>
-FASTADAM_INLINE std::enable_if_t<sizeof(Storage) == 2, float*> floats_of(const Storage* from, float* room,
-                                                                         int64_t size) {
-  convert(from, room, size);
-  return room;
+// The same where it is not worth a copy in every kernel.
+template <class From, class To>
+__attribute__((noinline)) void convert(const From* from, To* to, int64_t size) {
+  convert_here(from, to, size);
 }
 
-// Puts back what floats_of() converted.
-FASTADAM_INLINE void put_floats(const float* /*from*/, float* /*to*/, int64_t /*size*/) {}
-template <class Storage>
-FASTADAM_INLINE void put_floats(const float* from, Storage* to, int64_t size) {
-  convert(from, to, size);
+// work(var) with kBlock elements in their compute type: themselves, or a copy that is rounded back. A loop over
+// elements of two and of four bytes is vectorised badly, and float16 has instructions for its conversion.
+template <class Storage, class Work>
+FASTADAM_INLINE void block_in_compute_type(Storage* var, Work work) {
+  if constexpr (sizeof(Storage) != 2) {
+    work(var);
+  } else {
+    float copy[kBlock];
+    convert_here(var, copy, kBlock);
+    work(copy);
+    convert_here(copy, var, kBlock);
+  }
+}
+
+// work(var, from, count) for `size` elements, all at once, or of a half type from block to block.
+template <class Storage, class Work>
+FASTADAM_INLINE void in_compute_type(Storage* var, int64_t size, Work work) {
+  if constexpr (sizeof(Storage) != 2) {
+    work(var, int64_t{0}, size);
+  } else {
+    int64_t from = 0;
+    for (; from + kBlock <= size; from += kBlock) {
+      block_in_compute_type(var + from, [&](float* values) { work(values, from, kBlock); });
+    }
+    if (from == size) return;
+    float copy[kBlock];
+    convert(var + from, copy, size - from);
+    work(copy, from, size - from);
+    convert(copy, var + from, size - from);
+  }
 }
 
 }  // namespace

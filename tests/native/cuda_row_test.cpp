@@ -155,8 +155,8 @@ void check_jumps(DType dtype, bool amsgrad, Claims& claims) {
   tensor.stale = &stale;
   {
     const cpu::FlushDenormals flush;
-    const cpu::UpdateKernels& kernels = cpu::current_isa().kernels->touched_rows[static_cast<int>(dtype)];
-    kernels.of[amsgrad][0](step_of(0, amsgrad, false), tensor, 0, tensor.size);
+    const auto kernel = cpu::current_isa().kernels->touched_rows[static_cast<int>(dtype)];
+    kernel(step_of(0, amsgrad, false), tensor, 0, tensor.size);
   }
   tensor = table.args(0, amsgrad);
   tensor.grad = nullptr;

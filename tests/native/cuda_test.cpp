@@ -76,7 +76,7 @@ struct List {
 
   explicit List(int64_t offset, bool amsgrad) {
     for (size_t k = 0; k < 60; ++k) {
-      const DensePair pair = dense_pair(static_cast<int>(k % cpu::kDensePairCount));
+      const DensePair pair = dense_pair(static_cast<int>(k % kDensePairCount));
       const Variable initial(pair.dtype, kListSizes[k / 6], pair.grad_dtype, pair.slot_dtype);
       variables.emplace_back(initial, k % 7 == 0 ? offset : 0);
       averages.emplace_back(state_dtype(pair.dtype), initial.size);

@@ -247,8 +247,7 @@ void check_kernels() {
         tensor.grad = nullptr;
         tensor.stale = &stale;
         const cpu::FlushDenormals flush;
-        isa.kernels->touched_rows[static_cast<int>(dtype)].of[amsgrad][0](step_of(0, amsgrad, false), tensor, 0,
-                                                                          table.size);
+        isa.kernels->touched_rows[static_cast<int>(dtype)](step_of(0, amsgrad, false), tensor, 0, table.size);
         claims.note(isa.name + std::string(": a row jumps as in the scalar loop"), table == expected);
       });
     }

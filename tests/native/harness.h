@@ -31,7 +31,7 @@ inline void report(bool ok, const std::string& claim) {
   failures += ok ? 0 : 1;
 }
 
-// The dtypes of variable and gradient, in the order of cpu::pair_of.
+// The dtypes of variable and gradient: the dtypes, then the half types with gradients of their state dtype.
 struct Pair {
   DType dtype;
   DType grad_dtype;
@@ -41,11 +41,13 @@ struct Pair {
     return grad_dtype == dtype ? variable : variable + " with float32 gradients";
   }
 };
-constexpr Pair kPairs[cpu::kPairCount] = {{FASTADAM_FLOAT16, FASTADAM_FLOAT16}, {FASTADAM_BFLOAT16, FASTADAM_BFLOAT16},
-                                          {FASTADAM_FLOAT32, FASTADAM_FLOAT32}, {FASTADAM_FLOAT64, FASTADAM_FLOAT64},
-                                          {FASTADAM_FLOAT16, FASTADAM_FLOAT32}, {FASTADAM_BFLOAT16, FASTADAM_FLOAT32}};
+constexpr int kPairCount = kDTypeCount + 2;
+constexpr Pair kPairs[kPairCount] = {{FASTADAM_FLOAT16, FASTADAM_FLOAT16}, {FASTADAM_BFLOAT16, FASTADAM_BFLOAT16},
+                                     {FASTADAM_FLOAT32, FASTADAM_FLOAT32}, {FASTADAM_FLOAT64, FASTADAM_FLOAT64},
+                                     {FASTADAM_FLOAT16, FASTADAM_FLOAT32}, {FASTADAM_BFLOAT16, FASTADAM_FLOAT32}};
 
-// Those that dense gradients have, in the order of cpu::dense_pair_of: with the dtype of the slots.
+// Those that dense gradients have, with the dtype of the slots: these, then the half types with slots of their own.
+constexpr int kDensePairCount = kPairCount + 2;
 struct DensePair : Pair {
   DType slot_dtype;
 
@@ -54,8 +56,8 @@ struct DensePair : Pair {
   }
 };
 inline DensePair dense_pair(int i) {
-  const Pair& pair = kPairs[i % cpu::kPairCount];
-  return {pair, i < cpu::kPairCount ? state_dtype(pair.dtype) : pair.dtype};
+  const Pair& pair = kPairs[i % kPairCount];
+  return {pair, i < kPairCount ? state_dtype(pair.dtype) : pair.dtype};
 }
 
 inline StepArgs step_of(int t, bool amsgrad, int transform) {

@@ -33,7 +33,7 @@ void run(const TensorArgs* tensors, int64_t variables, int t, bool amsgrad, int 
 void check_kernels() {
   Digests digests(kDigest);
   Claims claims;
-  for (int mode = 0; mode < cpu::kDensePairCount * 2 * kTransformCount; ++mode) {
+  for (int mode = 0; mode < kDensePairCount * 2 * kTransformCount; ++mode) {
     const int place = mode / (2 * kTransformCount);
     const DensePair pair = dense_pair(place);
     const bool amsgrad = mode / kTransformCount % 2 != 0;
@@ -55,7 +55,7 @@ void check_kernels() {
             const cpu::FlushDenormals flush;
             StepArgs step = step_of(t, amsgrad, transform);
             step.prefetch = true;
-            isa.kernels->dense[place].of[amsgrad][transform](step, prefetching.args(t, amsgrad), 0, size);
+            isa.kernels->dense[static_cast<int>(pair.dtype)](step, prefetching.args(t, amsgrad), 0, size);
           }
           claims.note(isa.name + (" " + pair.name()) + " gives the bits of the scalar loop",
                       plain == expected && prefetching == expected);

@@ -35,7 +35,7 @@ void check_slices(const Pair& pair, int64_t width, bool amsgrad, bool transform,
     expect_slices(args(expected, values, t, {}), kIndices[t], width, t, transform, lazy);
   }
   for_each_isa([&](const cpu::Isa& isa) {
-    const cpu::UpdateKernels* kernels = lazy ? isa.kernels->touched_rows : isa.kernels->all_rows;
+    const cpu::UpdateKernel* kernels = lazy ? isa.kernels->touched_rows : isa.kernels->all_rows;
     for (int variant = 0; variant < 8; ++variant) {
       const int64_t offset = variant % 2 * 3;
       const int64_t piece = variant / 2 % 2 == 0 ? initial.size : width * 2 / 3 + 2;
@@ -48,8 +48,7 @@ void check_slices(const Pair& pair, int64_t width, bool amsgrad, bool transform,
         step.prefetch = variant / 4 != 0;
         step.lazy = lazy;
         const int64_t total = lazy ? rows.count * width : table.size;
-        const auto kernel = kernels[&pair - kPairs].of[amsgrad][transform];
-        run_pieces(kernel, step, args(table, grads, t, rows), total, piece);
+        run_pieces(kernels[static_cast<int>(pair.dtype)], step, args(table, grads, t, rows), total, piece);
       }
       const std::string rule = lazy ? ", rows that are touched" : ", all rows";
       claims.note(isa.name + rule + ": " + pair.name() + " gives the bits of the scalar loop", table == expected);
@@ -96,7 +95,7 @@ void check_stale(const Pair& pair, int64_t width, bool amsgrad, bool transform, 
         const Variable table(initial, offset);
         const Array grads(values, offset);
         const TensorArgs tensor = args(table, grads);
-        const auto kernel = isa.kernels->touched_rows[&pair - kPairs].of[amsgrad][transform];
+        const auto kernel = isa.kernels->touched_rows[static_cast<int>(pair.dtype)];
         run_pieces(kernel, step_of(t, amsgrad, transform), tensor, rows.count * width, piece);
         const std::string rule = may_stop ? ", rows that wait and may rest: " : ", rows that wait: ";
         claims.note(isa.name + rule + pair.name() + " gives the bits of the dense steps", table == expected);
@@ -145,7 +144,7 @@ void catch_up(const Variable& table, const std::vector<float>& rates, bool may_s
   TensorArgs tensor = table.args(0, false);
   tensor.grad = nullptr;
   tensor.stale = &stale;
-  const auto kernel = cpu::current_isa().kernels->touched_rows[static_cast<int>(FASTADAM_FLOAT32)].of[0][0];
+  const auto kernel = cpu::current_isa().kernels->touched_rows[static_cast<int>(FASTADAM_FLOAT32)];
   run_pieces(kernel, step_of(0, false, false), tensor, table.size, table.size);
 }
 

@@ -78,7 +78,7 @@ void check_accumulate(const Pair& pair, int64_t width, bool dense, bool restart,
           const TensorArgs tensor = sum.args(t, dense ? nullptr : &rows);
           const cpu::FlushDenormals flush;
           for_each_cut(sum.size, piece, [&](int64_t begin, int64_t end) {
-            isa.kernels->accumulate[cpu::pair_of(tensor)](tensor, begin, end, restart && t % 3 == 0);
+            isa.kernels->accumulate[static_cast<int>(tensor.grad_dtype)](tensor, begin, end, restart && t % 3 == 0);
           });
         }
         const std::string what = dense ? " adds up " : " adds up rows of ";

@@ -3,6 +3,4 @@
 #include "jax_module.h"
 #include "jax_on_device.h"
 
-PYBIND11_MODULE(_jax_cuda, m, pybind11::mod_gil_not_used()) {
-  fastadam::bind::define_handlers<fastadam::bind::OnDevice>(m);
-}
+PyMODINIT_FUNC PyInit__jax_cuda() { return fastadam::bind::make_module<fastadam::bind::OnDevice>("_jax_cuda"); }

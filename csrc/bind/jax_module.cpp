@@ -4,4 +4,4 @@
 
 #include "jax_on_host.h"
 
-PYBIND11_MODULE(_jax, m, pybind11::mod_gil_not_used()) { fastadam::bind::define_handlers<fastadam::bind::OnHost>(m); }
+PyMODINIT_FUNC PyInit__jax() { return fastadam::bind::make_module<fastadam::bind::OnHost>("_jax"); }

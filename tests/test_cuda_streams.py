@@ -241,5 +241,5 @@ def test_a_build_without_cuda_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastadam._cuda", None)
     monkeypatch.delattr(fastadam, "_cuda", raising=False)
     assert not fastadam.cuda.is_available()
-    with pytest.raises(RuntimeError, match="this build has no CUDA kernels"):
+    with pytest.raises(RuntimeError, match="the CUDA kernels are not built: "):
         fastadam.cuda.array([1.0])

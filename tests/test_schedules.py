@@ -182,6 +182,7 @@ def pyplot(monkeypatch):
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
+    plt.close("all")  # of examples that ran before
     yield plt
     plt.close("all")
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy.typing as npt
-
 from fastadam import _cpu
 
 architectures: str

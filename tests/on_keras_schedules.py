@@ -176,9 +176,35 @@ def test_from_optimizer_of_one_that_has_not_stepped():
 
 
 def test_from_optimizer_refuses_other_optimizers():
+    for other in (keras.optimizers.SGD(), keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()), "adam"):
+        with pytest.raises(TypeError, match=r"^optimizer: \w+, expected a keras.optimizers.Adam or AdamW"):
+            fastadam.keras.Adam.from_optimizer(other)
+    with pytest.raises(ValueError, match=r"^optimizer: has no weight_decay, expected fastadam.keras.Adam"):
+        fastadam.keras.AdamW.from_optimizer(keras.optimizers.Adam())
+
+
+def rate_of_mine():
+    return 0.25
+
+
+def test_from_optimizer_takes_subclasses_and_rates_as_they_are():
     class Mine(keras.optimizers.Adam):
         pass
 
-    for other in (keras.optimizers.SGD(), Mine(), keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()), "adam"):
-        with pytest.raises(TypeError, match=r"^optimizer: \w+, expected a keras.optimizers.Adam or AdamW$"):
-            fastadam.keras.Adam.from_optimizer(other)
+    class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.25
+
+        def get_config(self):
+            return {}
+
+    assert float(fastadam.keras.Adam.from_optimizer(Mine(0.25)).learning_rate) == 0.25
+    for rate in (rate_of_mine, lambda: 0.25, Schedule()):
+        own = fastadam.keras.Adam.from_optimizer(keras.optimizers.Adam(rate))
+        assert float(own.learning_rate) == 0.25
+
+
+def test_rates_that_need_arguments_are_refused_at_construction():
+    for rate in (fastadam.schedules.CosineDecay, lambda step: 0.1):
+        with pytest.raises(TypeError, match=r"^learning_rate: "):
+            fastadam.keras.Adam(rate)

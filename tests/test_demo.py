@@ -169,10 +169,10 @@ def test_the_console_script_is_this_program_under_its_own_name(monkeypatch, caps
 
 
 def test_control_c_ends_the_demo_with_one_line(tmp_path):
-    command = [sys.executable, "-m", "fastadam", "demo", "--curve", str(tmp_path / "x.png")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore it
-    with subprocess.Popen(command, **pipes, preexec_fn=listens) as process:
+    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # which background jobs ignore
+    code = f"{listens}; from fastadam.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "demo", "--curve", str(tmp_path / "x.png")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         read = ""
         while "training:" not in read:
             read += process.stderr.read(1)

@@ -44,9 +44,34 @@ def test_variables_that_are_replaced_before_each_step_are_warned_of_once(kind, s
     assert text.startswith("variable 'w': " if kind == "Variable" else "grads_and_vars[0]: ")
 
 
-def test_the_third_array_is_warned_of_though_the_second_is_kept_for_comparison():
+def layer_by_layer(optimizer):
+    layers = [ones(3), ones(3)]
+    for _ in range(4):
+        for i, layer in enumerate(layers):
+            layers[i] = layer * F32(0.9)
+            step_by_half(optimizer, layers[i])
+
+
+def every_second_step(optimizer):
+    w = ones(3)
+    for step in range(8):
+        w = np.clip(w, -1, 1) if step % 2 else w
+        step_by_half(optimizer, w)
+
+
+def one_optimizer_for_many_models(optimizer):
+    for _ in range(5):
+        another_model_once(optimizer)
+
+
+@pytest.mark.parametrize("use", [layer_by_layer, every_second_step, one_optimizer_for_many_models])
+def test_other_loops_that_leave_arrays_behind_are_warned_of(use):
+    warned(lambda: use(fastadam.Adam(0.1)), "new array.*in place.*a new optimizer for a new model")
+
+
+def test_the_fourth_array_is_warned_of_if_the_one_before_is_kept_for_comparison():
     optimizer, w = fastadam.Adam(0.1), ones(3)
-    for _ in range(2):
+    for _ in range(3):
         before, w = w, w * F32(0.9)
         step_by_half(optimizer, w)
     before, w = w, w * F32(0.9)
@@ -147,11 +172,6 @@ def another_model_once(optimizer):
             step_by_half(optimizer, *model)
 
 
-def several_models_of_several_steps(optimizer):
-    for _ in range(5):
-        another_model_once(optimizer)
-
-
 def new_shapes(optimizer):
     for n in range(1, 7):
         step_by_half(optimizer, ones(n))
@@ -182,7 +202,6 @@ LEGITIMATE = [
     growing,
     unfreezing,
     another_model_once,
-    several_models_of_several_steps,
     new_shapes,
     restored,
     one_by_one_while_others_are_kept,

@@ -58,6 +58,7 @@ def test_a_variable_given_twice_is_updated_twice_with_the_same_t():
 
 
 @pytest.mark.filterwarnings("ignore:.*a new array in each of the last steps")
+@pytest.mark.filterwarnings("ignore:.*a new array")
 def test_the_optimizer_keeps_its_variables_alive_so_that_no_address_is_reused():
     optimizer = fastadam.Adam(0.1)
     for i in range(50):

@@ -111,8 +111,19 @@ def test_a_type_checker_finds_mistakes_and_nothing_else(tool, tmp_path):
 def test_types_are_complete_and_of_public_names_only():
     pytest.importorskip("pyright")
     need("torch", "jax", "keras")  # base classes of an adapter whose framework is absent have no types
-    command = [sys.executable, "-m", "pyright", "--verifytypes", "fastadam", "--ignoreexternal", "--outputjson"]
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command = [
+        sys.executable,
+        "-m",
+        "pyright",
+        "--pythonpath",
+        sys.executable,
+        "--verifytypes",
+        "fastadam",
+        "--ignoreexternal",
+        "--outputjson",
+    ]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # whose `python` has torch
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PATH": path}
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
     report = json.loads(output)["typeCompleteness"]
     incomplete = [symbol["name"] for symbol in report["symbols"] if not symbol["isTypeKnown"]]

@@ -9,7 +9,8 @@ else() # threads share the elements in the same way whatever the ISA: one is eno
 endif()
 
 set(isas ${known_isas})
-if(FASTADAM_ISAS STREQUAL "AUTO")
+string(TOLOWER "${FASTADAM_ISAS}" asked_for)
+if(asked_for STREQUAL "auto" OR asked_for STREQUAL "")
   list(LENGTH known_isas count)
   if(count GREATER 1 AND NOT CMAKE_CROSSCOMPILING)
     try_run(ran compiled ${CMAKE_CURRENT_BINARY_DIR}/widest_isa ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/widest_isa.cpp
@@ -21,7 +22,7 @@ if(FASTADAM_ISAS STREQUAL "AUTO")
       list(SUBLIST known_isas 0 ${count} isas)
     endif()
   endif()
-elseif(NOT FASTADAM_ISAS STREQUAL "all")
+elseif(NOT asked_for STREQUAL "all")
   foreach(isa ${FASTADAM_ISAS})
     if(NOT isa IN_LIST known_isas AND NOT FASTADAM_SANITIZE STREQUAL "thread")
       message(FATAL_ERROR "FASTADAM_ISAS: '${isa}', expected AUTO, all, or a list of ${known_isas}")

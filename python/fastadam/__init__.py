@@ -15,6 +15,7 @@ from fastadam import cuda, exchange, reference, schedules
 from fastadam._core.adamw import AdamW
 from fastadam._core.backend import _cpu
 from fastadam._core.clipping import global_norm
+from fastadam._core.frameworks import can_load
 from fastadam._core.info import current_isa, get_num_threads, isas, set_isa, set_num_threads, show_config
 from fastadam._core.loss_scale import LossScaleOptimizer
 from fastadam._core.minimize import set_gradient_provider
@@ -65,4 +66,5 @@ publish(globals())
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    """Public names, adapters among them once they are loaded or can be."""
+    return sorted([*__all__, *(name for name in ("jax", "keras", "torch") if can_load(name))])

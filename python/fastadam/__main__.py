@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _Parser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=__version__)
     for option, (text, what) in _PATHS.items():
-        parser.add_argument(option, action="version", version=text, help=f"print {what}")
+        parser.add_argument(option, dest="paths", action="append_const", const=text, help=f"print {what}")
     commands = parser.add_subparsers(dest="command")
     what = "train a small NumPy network on handwritten digits, beside Adam in plain NumPy"
     demo = commands.add_parser("demo", help=what, description=what)
@@ -53,6 +53,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     demo.add_argument("--steps", type=int, metavar="N", help=f"with --embedding: default {embedding.STEPS}")
     chosen = parser.parse_args(arguments)
+    if chosen.paths:
+        if chosen.command is not None:
+            parser.error("options that print a path go without a command")
+        print(" ".join(chosen.paths))
+        return
     if chosen.command is None:
         show_config()
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from fastadam._core.keywords import suggests_keywords
+from fastadam._core.keywords import ELSEWHERE, suggests_keywords
 from fastadam._core.optimizer import Adam
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class AdamW(Adam):
     array([1.9])
     """
 
-    @suggests_keywords("optimizer")
+    @suggests_keywords("optimizer", ELSEWHERE)
     def __init__(
         self,
         learning_rate: LearningRate = 0.001,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 from fastadam._core.backend import _cpu
@@ -18,15 +19,13 @@ def cuda_module() -> ModuleType:
     reason = why_not()
     if reason is not None:
         raise RuntimeError(f"fastadam: no array on a GPU can be updated here: {reason}")
-    from fastadam import _cuda
-
-    return _cuda
+    return importlib.import_module("fastadam._cuda")
 
 
 def why_not() -> str | None:
     """Why CUDA cannot be used; None if it can."""
     try:
-        from fastadam import _cuda
+        _cuda = importlib.import_module("fastadam._cuda")
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error)
         if not missing:

@@ -207,7 +207,8 @@ def html_table(title: str, rows: Iterable[tuple[str, Any]], below: str = "") -> 
         f"{html.escape(value if isinstance(value, str) else _text(value))}</td></tr>"
         for name, value in rows
     )
-    return f"<div><strong>{html.escape(title)}</strong><table>{''.join(cells)}</table>{below}</div>"
+    table = "".join(cells)
+    return f"<div><strong>{html.escape(title)}</strong>{f'<table>{table}</table>' if table else ''}{below}</div>"
 
 
 def preformatted(text: str) -> str:

@@ -92,15 +92,25 @@ class Extras:
     def _excludes(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.excluded_names) if name else False
 
+    @property
+    def excludes(self) -> bool:
+        """Whether something is excluded from weight decay."""
+        return bool(self.excluded_names or self.excluded_keys)
+
     def missing(self, names: Iterable[str], met: Set[Key] | None) -> list[str]:
-        """What excludes none of the variables with these names and this memory (None: not known yet)."""
+        """All that was named, if none of it excludes a variable of these names and this memory (None: not known yet).
+
+        Lists of usual patterns, of which some match, are common: they are no mistake.
+        """
         patterns = [
             f"var_names[{i}] {pattern!r}"
             for i, pattern in enumerate(self.excluded_names)
             if not any(re.search(pattern, name) for name in names)
         ]
         listed = enumerate(map(key_of, self.kept_alive))
-        return patterns + [f"var_list[{i}]" for i, key in listed if met is not None and key not in met]
+        absent = [f"var_list[{i}]" for i, key in listed if met is not None and key not in met]
+        is_complete = len(patterns) + len(absent) == len(self.excluded_names) + len(self.kept_alive)
+        return patterns + absent if is_complete else []
 
     def config(self) -> dict[str, Any]:
         """The options that are not at their default."""
@@ -142,6 +152,8 @@ class Extra(Generic[Value]):
 def excluded(var_list: Iterable[VariableLike] | None, var_names: Iterable[str] | None) -> dict[str, Any]:
     """Fields of Extras for ``exclude_from_weight_decay``."""
     variables = [] if var_list is None else check_list("var_list", var_list)
+    if any(isinstance(variable, str) for variable in variables):
+        raise TypeError(f"var_list: {variables!r:.60}, expected variables; patterns of names go to var_names=[...]")
     names = [] if var_names is None else check_list("var_names", var_names)
     if isinstance(var_names, str):
         raise TypeError(f"var_names: {var_names!r}, expected a list of patterns")

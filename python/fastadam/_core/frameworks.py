@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import os
 import sys
 from collections.abc import Iterator, Mapping, ValuesView
 from typing import Any
 
 __all__ = [
     "NamedInKeras",
+    "can_load",
     "first_of",
     "framework_of",
     "hint_for_variable",
@@ -47,6 +49,16 @@ def missing(what: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
     return ModuleNotFoundError(f"{what} needs {_NAMES[error.name]}: pip install {error.name}", name=error.name)
 
 
+def can_load(adapter: str) -> bool:
+    """Whether ``fastadam.<adapter>`` is loaded, or its framework is there; Keras also needs the choice of a backend."""
+    if f"fastadam.{adapter}" in sys.modules:
+        return True
+    backend = os.environ.get("KERAS_BACKEND", "")
+    return importlib.util.find_spec(adapter) is not None and (
+        adapter != "keras" or backend in ("torch", "jax", "numpy")
+    )
+
+
 def require(package: str, what: str) -> Any:
     """The package, imported, or ModuleNotFoundError that says what needs it and how to install it."""
     try:
@@ -81,8 +93,8 @@ def _kind_of_parameters(value: Any) -> str | None:
         return _MODULES.get(module.partition(".")[0], "torch" if "torch" in sys.modules else None)
     inside = isinstance(value, _CONTAINERS)
     value = first_of(value)
-    shape = getattr(value, "shape", None)
-    is_vector = shape is not None and (inside or len(shape) > 0)  # a single number can be a rate
+    shape: Any = getattr(value, "shape", None)
+    is_vector = hasattr(type(shape), "__len__") and (inside or len(shape) > 0)  # a single number can be a rate
     is_model = any(hasattr(type(value), name) for name in ("trainable_variables", "named_parameters"))
     framework = framework_of(value)
     if framework is not None:

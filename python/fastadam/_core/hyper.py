@@ -16,7 +16,7 @@ from fastadam.schedules._foreign import adopt
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CLIP_NAMES", "Clip", "Hyper", "StepHyper", "check_rate"]
+__all__ = ["CLIP_NAMES", "Clip", "Hyper", "StepHyper", "check_callable", "check_rate"]
 
 Read = TypeVar("Read")
 Written = TypeVar("Written")
@@ -32,7 +32,7 @@ def check_rate(name: str, value: Any) -> Any:
     return check_number(name, value)
 
 
-def _check_callable(name: str, value: Any) -> Callable[..., float]:
+def check_callable(name: str, value: Any) -> Callable[..., float]:
     """A function without arguments or a schedule; what has no signature to read is taken as it is."""
     found: Callable[..., float] = value
     if isinstance(value, LearningRateSchedule):
@@ -91,7 +91,7 @@ class Hyper(Generic[Read, Written]):
             raise TypeError(f"{self._name}: {type(value).__name__}, expected a number (learning_rate takes schedules)")
         if callable(number):
             refuse_parameters(self._name, number)  # models can be called
-        check = _check_callable if callable(number) else self._check
+        check = check_callable if callable(number) else self._check
         optimizer._hyper[self._name] = check(self._name, number)
 
 

@@ -8,20 +8,38 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-__all__ = ["suggests_keywords"]
+__all__ = ["ELSEWHERE", "suggests_keywords", "synonyms"]
 
 _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 # Names of one thing in Keras, TensorFlow, PyTorch, optax and papers; a suggestion is the first that a function has.
 _SYNONYMS = (
-    ("learning_rate", "lr", "lr_schedule", "learning_rate_schedule", "schedule", "scheduler", "step_size", "eta"),
+    (
+        "learning_rate",
+        "lr",
+        "lr_schedule",
+        "learning_rate_schedule",
+        "schedule",
+        "scheduler",
+        "lr_scheduler",
+        "step_size",
+        "eta",
+    ),
     ("initial_learning_rate", "learning_rate", "lr", "initial_lr", "base_lr", "init_value", "start_lr"),
     ("beta_1", "b1", "betas", "beta1", "momentum"),
     ("beta_2", "b2", "betas", "beta2", "rho"),
     ("epsilon", "eps", "epsilon_hat"),
     ("clipnorm", "clip_norm", "grad_clip_norm", "clip_grad_norm"),
     ("clipvalue", "clip_value", "grad_clip_value", "clip_grad_value"),
-    ("global_clipnorm", "global_clip_norm", "clip_global_norm", "clip_by_global_norm", "max_norm", "max_grad_norm"),
+    (
+        "global_clipnorm",
+        "global_clip_norm",
+        "clip_global_norm",
+        "clip_by_global_norm",
+        "max_norm",
+        "max_grad_norm",
+        "grad_clip",
+    ),
     ("weight_decay", "weight_decay_rate", "wd", "l2"),
     ("use_ema", "ema"),
     ("ema_momentum", "ema_decay", "ema_rate"),
@@ -49,6 +67,10 @@ _SYNONYMS = (
     ("value", "initial_value", "data"),
     ("dense_shape", "shape"),
     ("axes", "ax"),
+)
+# Options of PyTorch's optimizers, for which the one of NumPy arrays has no name.
+ELSEWHERE = dict.fromkeys(
+    ("params", "fused", "foreach", "maximize", "capturable", "differentiable"), "fastadam.torch.Adam has it"
 )
 _NOTES = {
     ("eps", "epsilon"): " It is added before the bias correction, PyTorch's eps after it.",
@@ -93,12 +115,18 @@ def suggests_keywords(
     return decorate
 
 
+def synonyms(name: str, names: Sequence[str]) -> list[str]:
+    """What is called ``name`` elsewhere, by its names among these."""
+    present = [next((known for known in group if known in names), None) for group in _SYNONYMS if name in group]
+    return list(dict.fromkeys(known for known in present if known))
+
+
 def _hint(keyword: str, names: Sequence[str], elsewhere: Mapping[str, str]) -> str:
-    groups = [group for group in _SYNONYMS if keyword in group]
-    present = [next((name for name in group if name in names), None) for group in groups]
-    meant = list(dict.fromkeys(name for name in present if name))
+    meant = synonyms(keyword, names)
     if not meant:
-        for group in groups:
+        if keyword in elsewhere:
+            return f"; {elsewhere[keyword]}"
+        for group in (group for group in _SYNONYMS if keyword in group):
             if group[0] in elsewhere:
                 return f"; {elsewhere[group[0]]}"
         meant = difflib.get_close_matches(keyword, names, n=1, cutoff=0.7)

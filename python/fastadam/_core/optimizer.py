@@ -21,7 +21,7 @@ from fastadam._core.display import adam_settings, call_text, html_or_none, html_
 from fastadam._core.extras import Extra, Extras, excluded, overwrite
 from fastadam._core.frameworks import NamedInKeras, refuse_parameters
 from fastadam._core.hyper import CLIP_NAMES, Clip, Hyper, StepHyper, check_rate
-from fastadam._core.keywords import suggests_keywords
+from fastadam._core.keywords import ELSEWHERE, suggests_keywords
 from fastadam._core.minimize import Minimizer
 from fastadam._core.placement import on_gpu, to_host
 from fastadam._core.slots import ACCUMULATOR
@@ -124,7 +124,7 @@ class Adam(Stepper, Minimizer, NamedInKeras):
     gradient_accumulation_steps: Extra[int | None] = Extra(fixed=True)  # `weights[0]` counts in its units
     clip_after_dedupe: Extra[bool] = Extra()
 
-    @suggests_keywords("optimizer")
+    @suggests_keywords("optimizer", ELSEWHERE)
     def __init__(
         self,
         learning_rate: LearningRate = 0.001,
@@ -240,10 +240,10 @@ class Adam(Stepper, Minimizer, NamedInKeras):
             var_list: Variables, found by their memory.
             var_names: Patterns searched in the names of :class:`fastadam.Variable` (``re.search``).
 
-        What names no variable gives a warning, once variables come that have come before: until then others may follow.
+        If nothing of it names a variable, there is a warning once variables come that have come before.
         """
         self._extras = dataclasses.replace(self._extras, **excluded(var_list, var_names))
-        self._now.checks_exclusions = bool(self._extras.excluded_names or self._extras.excluded_keys)
+        self._now.checks_exclusions = self._extras.excludes
 
     @property
     def _loss_scale(self) -> float | None:

@@ -25,3 +25,14 @@ def publish(namespace: Mapping[str, Any]) -> None:
             function = getattr(member, "__func__", member)
             if inspect.isfunction(function):
                 function.__module__ = module
+        for base in value.__mro__[1:] if isinstance(value, type) else ():
+            if base.__module__.startswith("fastadam._core."):
+                _forget_class(base)
+
+
+def _forget_class(base: type) -> None:
+    """Have errors about arguments name a method alone, not the private class that defines it for several."""
+    for name, member in vars(base).items():
+        function = getattr(member, "__func__", member)
+        if inspect.isfunction(function) and name[0] != "_":
+            function.__qualname__ = name

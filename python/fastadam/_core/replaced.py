@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastadam._core.backend import _cpu
-from fastadam._core.plans import Plans, StepPlan
+from fastadam._core.plans import Plans
 from fastadam._core.slots import Key, key_of
 from fastadam._core.warning import warn
 
@@ -20,34 +21,31 @@ __all__ = ["Replacements"]
 
 @dataclass(frozen=True)
 class _Met:
-    """A variable of one step, and the ones in whose place it came."""
+    """A variable when the optimizer first met it."""
 
+    key: Key
     buffer: _cpu.Buffer
     given: weakref.ref[Any] | None  # the caller's object, which need not be what the buffer keeps alive
-    before: tuple[_Met, ...] = ()
+    meeting: int
 
 
 class Replacements:
     """Warns once of ``w = w * 0.999`` between steps, in the step that meets the third array.
 
-    A new array replaces a variable if it comes at the same place of the list, in the same shape and dtype, in the very
-    next step, which does not contain that variable. This alone would also describe layers that are stepped one by one,
-    or models that take turns. So two replacements in a row are needed, and the first of the three arrays must be one
-    that nobody but the optimizer refers to: it cannot come back. Only steps with a new variable are looked at.
+    A new array is a replacement if the optimizer keeps arrays of its shape and dtype that nobody else refers to: they
+    cannot come back. Two of them, met in two different calls, are needed: the layers of one model that was dropped are
+    none. Only calls with a new variable are looked at, and of each kind the last 64 variables.
     """
 
     def __init__(self) -> None:
         self._has_warned = False
-        self._calls = -1
-        self._last: dict[int, _Met] = {}
+        self._meetings = 0
+        self._met: dict[tuple[Any, ...], deque[_Met]] = {}
 
-    def look(
-        self, calls: int, given: Mapping[int, Any], buffers: Sequence[_cpu.Buffer], new: set[Key], plans: Plans
-    ) -> None:
-        """Before a step that no plan was found for.
+    def look(self, given: Mapping[int, Any], buffers: Sequence[_cpu.Buffer], new: set[Key], plans: Plans) -> None:
+        """Before a step with variables that no plan was found for.
 
         Args:
-            calls: Count of steps before this one.
             given: The caller's variables by their places.
             buffers: The same as buffers.
             new: Those that the optimizer has not met.
@@ -55,40 +53,39 @@ class Replacements:
         """
         if self._has_warned or not new:
             return
-        # A step that a dynamic loss scale left out is not counted.
-        before = self._last if self._calls in (calls - 1, calls) else _of_plan(plans.last)
-        present = set(map(key_of, buffers))
-        met: dict[int, _Met] = {}
+        self._meetings += 1
+        references = _references_of(plans)
         for (place, variable), buffer in zip(given.items(), buffers, strict=True):
-            old = before.get(place) if key_of(buffer) in new else None
-            is_replaced = old is not None and _is_like(old.buffer, buffer) and key_of(old.buffer) not in present
-            chain = (*old.before[-1:], replace(old, before=())) if old is not None and is_replaced else ()
-            met[place] = _Met(buffer, _reference(variable), chain)
-            if len(chain) == 2 and _is_abandoned(chain[0], variable, plans):
+            key = key_of(buffer)
+            if key not in new:
+                continue
+            alike = self._met.setdefault((buffer.shape, buffer.dtype, buffer.device), deque(maxlen=64))
+            gone = {met.meeting for met in alike if met.key != key and _is_abandoned(met, variable, references)}
+            if len(gone - {self._meetings}) > 1:
                 self._warn(buffer, place)
                 return
-        self._calls, self._last = calls, met
+            alike.append(_Met(key, buffer, _reference(variable), self._meetings))
 
     def _warn(self, buffer: _cpu.Buffer, place: int) -> None:
         self._has_warned = True
-        self._last = {}
+        self._met = {}
         label = f"grads_and_vars[{place}]" if buffer.label.startswith("vars[") else buffer.label
         warn(
-            f"{label}: a new array in each of the last steps. Each new array starts with moments of zero, and the "
-            "optimizer keeps those of the old ones. Change a variable in place between steps: `w *= 0.999` instead of "
-            "`w = w * 0.999`, `np.clip(w, low, high, out=w)`, `w[...] = new`. (Or the pair is swapped, expected "
-            "(gradient, variable).)"
+            f"{label}: a new array, like others that the optimizer has updated and that are gone. Each new array "
+            "starts with moments of zero, and the optimizer keeps those of the old ones. Change a variable in place "
+            "between steps: `w *= 0.999` instead of `w = w * 0.999`, `np.clip(w, low, high, out=w)`, `w[...] = new`, "
+            "and make a new optimizer for a new model. (Or the pair is swapped, expected (gradient, variable).)"
         )
 
 
-def _of_plan(plan: StepPlan | None) -> dict[int, _Met]:
-    """The variables of a step that has been made before."""
-    pairs = () if plan is None else zip(plan.positions, plan.buffers, strict=True)
-    return {place: _Met(buffer, None) for place, buffer in pairs}
-
-
-def _is_like(old: _cpu.Buffer, new: _cpu.Buffer) -> bool:
-    return (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+def _references_of(plans: Plans) -> dict[int, tuple[set[int], int]]:
+    """By an array: the Buffers of plans that refer to it, and how many native plans have a copy of one."""
+    found: dict[int, tuple[set[int], int]] = {}
+    for plan in plans:
+        for buffer in plan.buffers:
+            known, count = found.get(id(buffer.source), (set(), 0))
+            found[id(buffer.source)] = (known | {id(buffer)}, count + 1)
+    return found
 
 
 def _reference(variable: Any) -> weakref.ref[Any] | None:
@@ -100,17 +97,16 @@ def _reference(variable: Any) -> weakref.ref[Any] | None:
         return None
 
 
-def _is_abandoned(met: _Met, now: Any, plans: Plans) -> bool:
-    """Whether the caller can no longer reach the memory of a variable that ``now`` has replaced."""
+def _is_abandoned(met: _Met, now: Any, references: Mapping[int, tuple[set[int], int]]) -> bool:
+    """Whether the caller can no longer reach the memory of a variable."""
     source = met.buffer.source
     if not isinstance(source, np.ndarray):  # kept alive by other means than the caller's object
         owner = met.given and met.given()
         return met.given is not None and (owner is None or owner is now)  # `p.data = ...` in PyTorch
     # Each Buffer refers to its array, and each native plan has copies of its Buffers.
-    known = [b for plan in plans for b in plan.buffers if b.source is source]
-    own = len({id(b) for b in [met.buffer, *known]}) + len(known)
+    buffers, copies = references.get(id(source), (set(), 0))
     probe = object()  # to which one name refers, as `source` does
-    if sys.getrefcount(source) - sys.getrefcount(probe) > own:
+    if sys.getrefcount(source) - sys.getrefcount(probe) > len(buffers | {id(met.buffer)}) + copies:
         return False
     base = source.base
     if base is None:

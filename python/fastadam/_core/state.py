@@ -135,6 +135,7 @@ class OptimizerState(Strict, DeviceState):
                 raise ValueError(
                     f"You called `set_weights(weights)` on optimizer {self.name} with a weight list of length "
                     f"{len(given)}, but the optimizer was expecting {len(current)} weights."
+                    + ("" if self._slots.entries else " It has no variables yet: call build(var_list) first.")
                 )
             iterations = check_iterations("weights[0]", given[0])
             self._raise_late(wait=True)
@@ -260,6 +261,7 @@ class OptimizerState(Strict, DeviceState):
     def _restore(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
+        self._now.checks_exclusions = self.__dict__["_extras"].excludes
 
     def add_weight(
         self,

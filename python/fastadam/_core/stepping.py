@@ -146,11 +146,11 @@ class Stepper(DeferredTables):
         met = {key_of(entry.buffer) for entry in self._slots.entries if entry.buffer}
         met.update(map(key_of, buffers_of(variables, range(len(variables)))))
         if missing := self._extras.missing(names, met if not self._slots.waiting() else None):
-            what = ", ".join(missing)
-            hint = (
-                f"named {sorted(names)!s:.200}" if names else "without names: wrap them, fastadam.Variable(w, name=...)"
-            )
-            warn(f"exclude_from_weight_decay: {what} excludes none of the variables so far, which are {hint}")
+            hint = ""
+            if self._extras.excluded_names:
+                unnamed = "without names: wrap them, fastadam.Variable(w, name=...)"
+                hint = ", which are " + (f"named {sorted(names)!s:.200}" if names else unnamed)
+            warn(f"exclude_from_weight_decay: {', '.join(missing)} excludes none of the variables so far{hint}")
 
     def _make_plan(self, pairs: list[Any], hyper: StepHyper, scale: float) -> tuple[StepPlan, list[Any]]:
         """A plan for variables not seen before, and gradients as far as they had to be converted to check the step."""
@@ -174,7 +174,7 @@ class Stepper(DeferredTables):
         native.check_numbers(hyper._replace(gradient_scale=scale), [])  # that of accumulated gradients is another one
         given = {i: unwrap(pairs[i][1]) for i in positions}
         new = {slot_key for slot_key, _ in prepared.created if not self._slots.knows(slot_key)}
-        self._replacements.look(int(self._iterations), given, buffers, new, self._plans)
+        self._replacements.look(given, buffers, new, self._plans)
         prepared.commit()  # slots are made once the whole step has been found good
         plan = StepPlan(native, key._replace(version=self._slots.version), buffers, positions, decays, tables)
         for buffer, table in zip(buffers, tables, strict=True):

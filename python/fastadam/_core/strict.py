@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from fastadam._core.keywords import synonyms
+
 __all__ = ["Strict", "class_only", "is_own", "settable", "suggestion", "unknown_attribute"]
 
 if TYPE_CHECKING:
@@ -74,5 +76,6 @@ def unknown_attribute(instance: Any, name: str, names: Iterable[str]) -> str:
 
 def suggestion(name: str, names: Iterable[str]) -> str:
     """``; did you mean ...?``, if one of the names is like this one."""
-    found = difflib.get_close_matches(name, [other for other in names if other[0] != "_"], n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    public = [other for other in names if other[0] != "_"]
+    found = synonyms(name, public) or difflib.get_close_matches(name, public, n=1)
+    return f"; did you mean {' and '.join(map(repr, found))}?" if found else ""

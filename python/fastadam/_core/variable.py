@@ -107,7 +107,7 @@ class Variable:
                     f"{name}: of a Variable is that of its memory, which stays; expected assign(new), or to write "
                     "value[...] = new"
                 )
-            if name not in Variable.__slots__ and not hasattr(self, "__dict__"):
+            if not hasattr(type(self), name) and not hasattr(self, "__dict__"):
                 raise AttributeError(unknown_attribute(self, name, ("name", "value")))
             super().__setattr__(name, new)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ def check_picture(path: Path | None) -> Path | None:
         if path is not None:
             raise PictureError(f"{path}: matplotlib is not installed, which draws it (pip install matplotlib)")
         return None
-    place = DEFAULT_PICTURE if path is None else path
+    place = path if path is not None else _default_place()
     known = sorted(figure().canvas.get_supported_filetypes())
     if place.is_dir():
         raise PictureError(f"{place}: a directory, expected a file such as {place / DEFAULT_PICTURE}")
@@ -81,6 +83,12 @@ def check_picture(path: Path | None) -> Path | None:
     except OSError as error:
         raise PictureError(f"{place}: cannot be written ({error.strerror})") from None
     return place.resolve()
+
+
+def _default_place() -> Path:
+    """In the working directory, or with temporary files where that cannot be written to."""
+    here = DEFAULT_PICTURE if os.access(os.curdir, os.W_OK) else Path(tempfile.gettempdir()) / DEFAULT_PICTURE
+    return here if not here.is_dir() else Path(tempfile.mkdtemp()) / DEFAULT_PICTURE
 
 
 def figure(width: float = 9.0, height: float = 3.6) -> Any:

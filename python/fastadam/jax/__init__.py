@@ -26,8 +26,8 @@ try:
     from fastadam.jax._operation import register
     from fastadam.jax._steps import fused_update, init, sparse_update, step_arrays
     from fastadam.jax._transformations import adam, adamw, scale_by_adam
-except ModuleNotFoundError as error:
-    raise missing("fastadam.jax", error) from None
+except ModuleNotFoundError as _error:
+    raise missing("fastadam.jax", _error) from None
 
 __all__ = [
     "AmsgradState",

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastadam._core import checks
 from fastadam._core.warning import warn
+from fastadam.schedules import LearningRateSchedule
 
 Scalar: TypeAlias = "float | np.floating[Any] | jax.Array"
 Rate: TypeAlias = "Scalar | Callable[[jax.Array], Any]"  # a schedule is given the count before the step
@@ -126,6 +127,11 @@ def check_count(name: str, value: Any, least: int = 1) -> jax.Array:
 
 def rate_of(learning_rate: Any, state: Any) -> Any:
     """A learning rate, or that of a schedule at the count before this step, as optax asks it."""
+    if isinstance(learning_rate, LearningRateSchedule) and isinstance(state.count, jax.core.Tracer):
+        raise TypeError(
+            f"learning_rate: {type(learning_rate).__name__} of fastadam.schedules under jit, expected a number or a "
+            "schedule of JAX functions, such as optax.cosine_decay_schedule"
+        )
     return check_scalar("learning_rate", learning_rate(state.count) if callable(learning_rate) else learning_rate)
 
 

@@ -16,8 +16,8 @@ try:
 
     check_version(_keras)
     from fastadam.keras._optimizer import Adam, AdamW
-except ModuleNotFoundError as error:
-    raise missing("fastadam.keras", error) from None
+except ModuleNotFoundError as _error:
+    raise missing("fastadam.keras", _error) from None
 
 __all__ = ["Adam", "AdamW"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -137,10 +138,19 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         >>> int(fastadam.keras.Adam.from_optimizer(theirs).iterations.value)
         1
         """
-        is_adam = isinstance(optimizer, keras.optimizers.Adam)
-        if not is_adam or type(optimizer).__module__.partition(".")[0] not in ("fastadam", "keras"):
-            raise TypeError(f"optimizer: {type(optimizer).__name__}, expected a keras.optimizers.Adam or AdamW")
-        own: Self = cls.from_config(optimizer.get_config())
+        if not isinstance(optimizer, keras.optimizers.Adam):
+            inner = hasattr(optimizer, "inner_optimizer")
+            hint = "; a fastadam.keras.Adam of its inner_optimizer can be scaled again" if inner else ""
+            kind = type(optimizer).__name__
+            raise TypeError(f"optimizer: {kind}, expected a keras.optimizers.Adam or AdamW{hint}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a lambda is hard to save, which happens to none here
+            config = optimizer.get_config()
+        if issubclass(cls, AdamW) and config.get("weight_decay") is None:
+            raise ValueError("optimizer: has no weight_decay, expected fastadam.keras.Adam.from_optimizer(optimizer)")
+        if not isinstance(optimizer._learning_rate, keras.Variable):
+            config["learning_rate"] = optimizer._learning_rate  # as it is: no class is looked up
+        own: Self = cls(**config)
         for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
             if hasattr(optimizer, name):
                 setattr(own, name, getattr(optimizer, name))

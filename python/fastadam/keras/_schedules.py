@@ -9,6 +9,7 @@ import numpy as np
 
 from fastadam import schedules
 from fastadam._core.frameworks import refuse_parameters
+from fastadam._core.hyper import check_callable
 from fastadam.keras._backend import outside_of_graphs
 
 __all__ = ["Schedule", "as_keras_rate"]
@@ -21,11 +22,13 @@ def as_keras_rate(rate: Any) -> Any:
     """A learning rate as Keras takes it: for a schedule of fastadam its namesake in Keras, or one that calls it.
 
     Raises:
-        TypeError: A model or its parameters.
+        TypeError: A model or its parameters, a class, a function with arguments.
     """
     if not isinstance(rate, schedules.LearningRateSchedule):
         if not isinstance(rate, (float, keras.optimizers.schedules.LearningRateSchedule)):
             refuse_parameters("learning_rate", rate)
+            if callable(rate):
+                check_callable("learning_rate", rate)
         return rate
     name = type(rate).__name__
     namesake = getattr(keras.optimizers.schedules, name, None)

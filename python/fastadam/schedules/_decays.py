@@ -55,7 +55,10 @@ class LearningRateSchedule:
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        raise NotImplementedError("Learning rate schedule must override get_config")
+        raise NotImplementedError(
+            f"{type(self).__name__}: Learning rate schedule must override get_config, which saving and copying its "
+            "configuration needs: return the arguments of its constructor in a dict"
+        )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LearningRateSchedule:

@@ -11,8 +11,8 @@ from fastadam._core.public import publish
 
 try:
     from fastadam.torch._optimizer import Adam, AdamW
-except ModuleNotFoundError as error:
-    raise missing("fastadam.torch", error) from None
+except ModuleNotFoundError as _error:
+    raise missing("fastadam.torch", _error) from None
 
 __all__ = ["Adam", "AdamW"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers as numbers_abc
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "OfGroups",
     "check_flags",
     "check_ids",
+    "check_kinds",
     "check_module",
     "check_numbers",
     "check_options",
@@ -80,6 +82,22 @@ def check_tensor(name: str, value: Any, *, foreach: bool, capturable: bool) -> N
         raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
     if value.numel() != 1:
         raise ValueError(f"Tensor {name} must be 1-element")
+
+
+def check_kinds(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """Numbers, before they are compared."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas: {betas!r:.60}, expected a pair of numbers")
+    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "betas[0]": betas[0], "betas[1]": betas[1]}
+    for name, value in numbers.items():
+        if not isinstance(value, (numbers_abc.Real, Tensor)):
+            is_schedule = name == "lr" and callable(value)
+            how = (
+                "; torch.optim.lr_scheduler.LambdaLR(optimizer, function) changes it after each step"
+                if is_schedule
+                else ""
+            )
+            raise TypeError(f"{name}: {type(value).__name__}, expected a number{how}")
 
 
 def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:

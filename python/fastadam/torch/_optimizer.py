@@ -14,6 +14,7 @@ from fastadam._core.slices import check_sparse_update
 from fastadam.torch._checks import (
     OfGroups,
     check_ids,
+    check_kinds,
     check_module,
     check_numbers,
     check_options,
@@ -107,13 +108,13 @@ class Adam(Stepper, NamedInKeras):
     ...     assert torch.allclose(weight, torch.full((2,), 0.9))
     """
 
-    lr = OfGroups("lr")
-    learning_rate = OfGroups("lr")
-    betas = OfGroups("betas")
-    eps = OfGroups("eps")
-    weight_decay = OfGroups("weight_decay")
-    amsgrad = OfGroups("amsgrad")
-    maximize = OfGroups("maximize")
+    lr: OfGroups = OfGroups("lr")
+    learning_rate: OfGroups = OfGroups("lr")
+    betas: OfGroups = OfGroups("betas")
+    eps: OfGroups = OfGroups("eps")
+    weight_decay: OfGroups = OfGroups("weight_decay")
+    amsgrad: OfGroups = OfGroups("amsgrad")
+    maximize: OfGroups = OfGroups("maximize")
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
 
     @suggests_keywords("optimizer", _ELSEWHERE)
@@ -141,6 +142,7 @@ class Adam(Stepper, NamedInKeras):
         self._moments_dtype = moments_dtype
         self._readers: list[Reader] = []  # of attached modules
         self._reset()
+        check_kinds(lr, betas, eps, weight_decay)
         tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
         for name, value in tensors.items():
             check_tensor(name, value, foreach=bool(foreach), capturable=capturable)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -13,14 +16,54 @@ import pytest
 from fastadam._core.backend import _cpu
 from helpers import run_python
 
+ROOT = Path(__file__).parents[1]
+# Of this kind of machine, from the plainest to the widest.
+KNOWN = {"x86_64": ["baseline", "avx2", "avx512"], "aarch64": ["neon"], "arm64": ["neon"]}.get(
+    platform.machine(), ["baseline"]
+)
+
 
 def test_isas_of_this_machine():
     compiled = [name for name, _ in _cpu.compiled_isas()]
-    expected = {"x86_64": ["baseline", "avx2", "avx512"], "aarch64": ["neon"], "arm64": ["neon"]}
-    assert compiled == expected.get(platform.machine(), ["baseline"])
-    assert fastadam.isas()[0] == compiled[0]
+    assert compiled == [name for name in KNOWN if name in compiled]  # FASTADAM_ISAS may have left some out
+    assert fastadam.isas()[0] == compiled[0] == KNOWN[0]
     assert set(fastadam.isas()) <= set(compiled)
     assert fastadam.current_isa() in fastadam.isas()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wanted", "built"),
+    [("all", KNOWN), (KNOWN[0], KNOWN[:1]), (KNOWN[-1], sorted({KNOWN[0], KNOWN[-1]}, key=KNOWN.index))],
+)
+def test_a_build_has_the_isas_that_it_was_asked_for(wanted, built, tmp_path):
+    assert configured_isas(tmp_path, wanted) == built
+
+
+@pytest.mark.slow
+def test_a_build_has_the_isas_of_this_cpu_unless_asked_for_others(tmp_path):
+    isas = configured_isas(tmp_path, "AUTO")
+    assert isas == KNOWN[: len(isas)]
+    assert set(fastadam.isas()) <= set(isas)
+
+
+@pytest.mark.slow
+def test_a_build_refuses_an_unknown_isa(tmp_path):
+    done = configure(tmp_path, "avx9000")
+    assert done.returncode != 0
+    assert "FASTADAM_ISAS: 'avx9000', expected AUTO, all" in done.stderr
+
+
+def configured_isas(folder, wanted):
+    done = configure(folder, wanted)
+    assert done.returncode == 0, done.stderr
+    return re.search(r"fastadam: kernels for (\S+) ", done.stdout)[1].split(";")
+
+
+def configure(folder, isas):
+    command = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DFASTADAM_PYTHON=OFF", f"-DFASTADAM_ISAS={isas}"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
 
 
 def test_the_widest_isa_is_the_default():

@@ -92,7 +92,7 @@ def show_config() -> None:
         "isas": compiled,
         "isa in use": current_isa(),
         "threads": str(get_num_threads()),
-        "cuda": why_not() or "available",
+        "cuda": why_not() or f"available, built by {_cpu.cuda_build}",
     }
     for label, value in rows.items():
         print(f"{label:<12}{value}")

@@ -1,0 +1,118 @@
+"""Native plans of the arrays that Keras's variables hold, on its torch and NumPy backends."""
+
+from __future__ import annotations
+
+import functools
+from operator import is_
+from typing import Any
+
+import numpy as np
+from keras.src.backend import in_stateless_scope
+
+from fastadam._core.backend import _cpu
+from fastadam._core.cuda_module import cuda_module
+from fastadam._core.hyper import StepHyper
+from fastadam._core.ops import run_step
+from fastadam._core.placement import native_for
+
+__all__ = ["Plan", "Plans", "plan_of_nothing"]
+
+
+class Plans:
+    """A plan of each set of variables that are stepped together."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, int], Plan] = {}
+
+    def of(self, held: list[list[Any]], names: list[str]) -> Plan:
+        """``held``: variables, then the slots of each name."""
+        values = [variable.value for variables in held for variable in variables]
+        key = id(held[0][0]), len(held[0])
+        plan = self._made.get(key)
+        if plan is None or not plan.fits(values):
+            plan = self._made[key] = Plan(held, names, values)
+        return plan
+
+
+class Plan:
+    """A native plan of the arrays that Keras's variables hold. A cache: :meth:`fits` says whether they are the same."""
+
+    def __init__(self, held: list[list[Any]], names: list[str], values: list[Any]) -> None:
+        """``values``: what ``held`` holds, in this order."""
+        self._values = values
+        self._copies: list[tuple[Any, Any]] = []  # Keras variables whose value cannot be written, and a copy that can
+        self._tensors: list[Any] = []  # of torch, written in place
+        keras_variables = [variable for variables in held for variable in variables]
+        arrays = list(map(self._writable, keras_variables, values))
+        count = len(held[0])
+        self._positions = list(range(count))
+        native = native_for(arrays[:1])
+        self._buffers = [
+            native.Buffer(array, f"variable '{variable.path}'")
+            for variable, array in zip(held[0], arrays[:count], strict=True)
+        ]
+        self._names, self._count = names, count
+        slots = {name: arrays[i * count : (i + 1) * count] for i, name in enumerate(names, start=1)}
+        device = self._buffers[0].device
+        context = cuda_module().Context(device) if device >= 0 else None
+        self._native = native.Plan(
+            self._buffers, slots, [False] * count, self._positions, False, [None] * count, context
+        )
+
+    def fits(self, values: list[Any]) -> bool:
+        """Whether these are the values that the plan was made for, where they were."""
+        if self._copies or len(values) != len(self._values) or not all(map(is_, values, self._values)):
+            return False
+        variables, *slots = (values[i : i + self._count] for i in range(0, len(values), self._count))
+        return bool(self._native.holds(variables, dict(zip(self._names, slots, strict=True))))
+
+    def step(self, grads: list[Any], hyper: StepHyper) -> None:
+        gradients = list(map(_apart, grads, self._values))
+        run_step(self._native.step, gradients, self._buffers, self._positions, hyper, [], None)
+        for variable, copy in self._copies:
+            variable.assign(copy)
+        if self._tensors:
+            import torch
+
+            torch.autograd.graph.increment_version(self._tensors)
+
+    def _writable(self, variable: Any, value: Any) -> Any:
+        """The array itself, unless it is another's, who must not see it change, or does not lie as kernels write it."""
+        if isinstance(value, np.ndarray):  # Keras makes zeros of float32 for variables of every dtype
+            lies_well = value.flags.c_contiguous and value.flags.writeable and value.dtype.name == variable.dtype
+        else:
+            value = value.detach()  # shares the version counter
+            lies_well = value.is_contiguous()
+        if lies_well and not in_stateless_scope():
+            if not isinstance(value, np.ndarray):
+                self._tensors.append(value)
+            return value
+        is_array = isinstance(value, np.ndarray)
+        copy = np.array(value, variable.dtype, order="C") if is_array else _contiguous_copy(value)
+        self._copies.append((variable, copy))
+        return copy
+
+
+@functools.cache
+def plan_of_nothing(dtype: str) -> Any:
+    """For the checks of numbers that a plan has."""
+    empty = np.empty(0, dtype)
+    slots = {"m": [empty], "v": [empty]}
+    return _cpu.Plan([_cpu.Buffer(empty, "nothing")], slots, [False], [0], False, [None], None)
+
+
+def _contiguous_copy(tensor: Any) -> Any:
+    import torch
+
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _apart(gradient: Any, value: Any) -> Any:
+    """A gradient that can be read while ``value`` is written, of torch in its dtype and contiguous."""
+    if isinstance(value, np.ndarray):
+        return gradient.copy() if np.may_share_memory(gradient, value) else gradient
+    if gradient.requires_grad or gradient.is_sparse:  # Keras's rule moves every row
+        gradient = gradient.detach().to_dense()
+    if gradient.dtype != value.dtype or not gradient.is_contiguous() or gradient.is_neg():
+        gradient = gradient.resolve_neg().to(value.dtype).contiguous()
+    return gradient.clone() if gradient.data_ptr() == value.data_ptr() else gradient

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html.parser
 import importlib.util
+import inspect
 import re
 import tracemalloc
 
@@ -375,3 +376,9 @@ def test_with_accumulation_a_schedule_sees_the_calls():
 def test_current_learning_rate_refuses_what_the_step_refuses(rate, error, message):
     with pytest.raises(error, match=message):
         _ = fastadam.Adam(rate).current_learning_rate
+
+
+def test_the_defaults_that_are_not_shown_are_those_of_the_constructor():
+    parameters = inspect.signature(fastadam.Adam).parameters
+    defaults = {name: p.default for name, p in parameters.items() if name not in ("learning_rate", "lr", "name")}
+    assert defaults == display._ADAM_DEFAULTS

@@ -14,8 +14,8 @@ F32 = np.float32
 
 BAD = {
     "too large": (lambda: IndexedSlices(np.ones((2, 5), F32), [3, 60]), ValueError,
-                  "grads[1].indices[1]: 60 is no row of vars[1], expected 0 <= index < 60"),
-    "negative": (lambda: IndexedSlices(np.ones((2, 5), F32), [-1, 0]), ValueError, "grads[1].indices[0]: -1 is no row of vars[1]"),
+                  "grads[1].indices[1]: 60 is not a row of vars[1], expected 0 <= index < 60"),
+    "negative": (lambda: IndexedSlices(np.ones((2, 5), F32), [-1, 0]), ValueError, "grads[1].indices[0]: -1 is not a row of vars[1]"),
     "row shape": (lambda: IndexedSlices(np.ones((2, 4), F32), [1, 2]), ValueError,
                   "grads[1].values: shape (2, 4), expected (2, 5), a row of vars[1] for each index"),
     "count": (lambda: IndexedSlices(np.ones((3, 5), F32), [1, 2]), ValueError, "grads[1].values: shape (3, 5), expected (2, 5)"),
@@ -68,7 +68,7 @@ def test_a_step_refused_for_an_index_makes_no_slot(amsgrad_later):
         optimizer.apply_gradients([(IndexedSlices(np.ones((1, 2), F32), [1]), table)])
         optimizer.amsgrad = True
     before = len(optimizer.weights)
-    with pytest.raises(ValueError, match=r"indices\[0\]: 5 is no row of"):
+    with pytest.raises(ValueError, match=r"indices\[0\]: 5 is not a row of"):
         optimizer.apply_gradients([(IndexedSlices(np.ones((1, 2), F32), [5]), table)])
     assert len(optimizer.weights) == before
 

@@ -112,7 +112,7 @@ def assert_output_of_the_cpp_program(output):
         ("1", "heads: expected to lead to every tensor once"),
         ("1", "tensors[0].next: 1 with rows, expected -1 if only the rows move that a gradient names"),
         ("1", "offsets: expected null without heads"),
-        ("1", "indices[0]: 4 is no row, expected 0 <= index < 4"),
+        ("1", "indices[0]: 4 is not a row, expected 0 <= index < 4"),
     ]
 
 

@@ -199,14 +199,14 @@ def test_an_index_that_is_no_row_is_told_once_and_steps_go_on_after_it(twins):
     pair.device.tensors[1].rows = pair.sort_on_device(1, np.array([3, 10, -1]), 10)
     assert pair.device_step(hyper_of(2)) == OK  # only the device knows yet
     assert pair.wait() == (INVALID, 1)
-    assert pair.error() == "indices[1] of tensors[1]: 10 is no row, expected 0 <= index < 10"
+    assert pair.error() == "indices[1] of tensors[1]: 10 is not a row, expected 0 <= index < 10"
     pair.check()
     pair.device.tensors[1].rows = pair.sort_on_device(1, np.array([3, 3, 10]), 10)
     assert pair.device_step(hyper_of(2)) == OK
     pair.gpu.get(pair.device.arrays[0]["var"])  # waits
     for _ in range(2):
         assert pair.device_step(hyper_of(3)) == INVALID
-        assert "indices[2] of tensors[1]: 10 is no row" in pair.error()
+        assert "indices[2] of tensors[1]: 10 is not a row" in pair.error()
     assert pair.wait() == (INVALID, 1)
     pair.sort(1, np.array([1, 3, 9]), 10)
     assert pair.step(hyper_of(2)) == OK

@@ -21,7 +21,7 @@ def test_ids_of_a_lagging_table_that_are_no_rows_are_found_later(gpu, mode):
     tables.device.gather(tables.twin, gpu.array(np.array([1, 40])))
     for context in tables.device._contexts.values():
         context.wait()
-    with pytest.raises(ValueError, match=r"ids.*40 .*is no row"):
+    with pytest.raises(ValueError, match=r"ids.*40 .*is not a row"):
         tables.device.gather(tables.twin, [1])
     assert int(tables.device.iterations) == 3
     tables.step([5])
@@ -33,7 +33,7 @@ def test_ids_on_a_gpu_that_are_no_rows_give_zeros_and_an_error_later(gpu):
     found = tables.device.gather(tables.twin, gpu.array(np.array([1, 40])))
     assert same(gpu.get(found)[0], tables.table[1])
     assert not gpu.get(found)[1].any()
-    with pytest.raises(ValueError, match="ids: 40 at place 1 of an earlier gather is no row"):
+    with pytest.raises(ValueError, match="ids: 40 at place 1 of an earlier gather is not a row"):
         tables.device.gather(tables.twin, [1])
 
 
@@ -53,10 +53,10 @@ def test_an_index_that_is_no_row_undoes_its_step_and_those_after_it(gpu, mode, b
             message = str(error)
             break
     else:
-        with pytest.raises(ValueError, match="is no row") as caught:
+        with pytest.raises(ValueError, match="is not a row") as caught:
             tables.device.get_weights()
         message = str(caught.value)
-    assert message.startswith(f"grads[0].indices[1]: {bad} is no row of vars[0], expected 0 <= index < 40")
+    assert message.startswith(f"grads[0].indices[1]: {bad} is not a row of vars[0], expected 0 <= index < 40")
     assert "after iteration 2" in message
     assert int(tables.device.iterations) == 2
     tables.step([3, 1])
@@ -83,7 +83,7 @@ def test_a_change_comes_after_the_error_of_a_bad_step(gpu, change):
     for ids in ([1, 2], [3], [4]):
         tables.step(ids)
     bad_step(tables)
-    with pytest.raises(ValueError, match="40 is no row"):
+    with pytest.raises(ValueError, match="40 is not a row"):
         CHANGES[change](tables.device)
     tables.step([1])
     tables.check()
@@ -96,7 +96,7 @@ def test_other_betas_after_a_bad_step(gpu):
     bad_step(tables)
     tables.host.beta_1 = tables.device.beta_1 = 0.5
     slices = fastadam.IndexedSlices(gpu.array(tables.values(1)), gpu.array(np.array([1])))
-    with pytest.raises(ValueError, match="40 is no row"):
+    with pytest.raises(ValueError, match="40 is not a row"):
         tables.device.apply_gradients([(slices, tables.twin)])
     tables.step([1])
     tables.check()
@@ -110,7 +110,7 @@ def test_a_bad_step_after_the_count_was_set_back(gpu):
     tables.step([1])
     tables.step([2])
     bad_step(tables)
-    with pytest.raises(ValueError, match="40 is no row"):
+    with pytest.raises(ValueError, match="40 is not a row"):
         tables.device.get_weights()
     tables.step([3])
     tables.check()
@@ -120,10 +120,10 @@ def test_a_bad_index_while_gradients_accumulate(gpu):
     tables = Tables(gpu, "dense", gradient_accumulation_steps=2)
     tables.step([1])
     tables.step([2])
-    with pytest.raises(ValueError, match="40 is no row"):
+    with pytest.raises(ValueError, match="40 is not a row"):
         bad_step(tables)
     tables.step([3])
-    with pytest.raises(ValueError, match="40 is no row"):
+    with pytest.raises(ValueError, match="40 is not a row"):
         bad_step(tables)
     tables.step([4])
     tables.check()
@@ -134,7 +134,7 @@ def test_steps_on_the_host_come_after_the_error_of_a_bad_step(gpu):
     tables.step([1])
     bad_step(tables)
     w = np.ones(3, F32)
-    with pytest.raises(ValueError, match="40 is no row"):
+    with pytest.raises(ValueError, match="40 is not a row"):
         tables.device.apply_gradients([(np.ones(3, F32), w)])
     assert (w == 1).all()
     tables.check()

@@ -127,7 +127,7 @@ def test_t_after_a_bad_index_is_that_of_the_last_good_step(gpu):
     for row in (30, 4, 5):
         plan.step(gradients_for(gpu.native, [(values, np.array([3, row]))], gpu.array), HYPER, [], np.zeros((), int))
     context.wait()
-    assert context.take_failure()[1] == "grads[0].indices[1]: 30 is no row of variables[0], expected 0 <= index < 30"
+    assert context.take_failure()[1] == "grads[0].indices[1]: 30 is not a row of variables[0], expected 0 <= index < 30"
     plans.check()
     plans.step([(values, np.array([5, 4]))], HYPER, scale=2.0, counts=True)
     plans.check()

@@ -97,7 +97,7 @@ def test_a_bad_step_on_one_gpu_is_raised_before_a_step_on_another(fake_gpu):
     slices = fastadam.IndexedSlices(ones(fake_gpu, 1, 2), fake_gpu.array(np.array([5])))
     optimizer.apply_gradients([(slices, table)])
     before = w.get()
-    with pytest.raises(ValueError, match="5 is no row"):
+    with pytest.raises(ValueError, match="5 is not a row"):
         optimizer.apply_gradients([(gradient, w)])
     assert np.array_equal(w.get(), before)
     assert int(optimizer.iterations) == 1

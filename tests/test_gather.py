@@ -140,8 +140,8 @@ def test_outside_of_a_loss_rows_are_a_copy():
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
-        ([10], ValueError, "ids: 10 is no row of variable 'table', expected 0 <= id < 10"),
-        ([[3, -1]], ValueError, "ids: -1 is no row of variable 'table'"),
+        ([10], ValueError, "ids: 10 is not a row of variable 'table', expected 0 <= id < 10"),
+        ([[3, -1]], ValueError, "ids: -1 is not a row of variable 'table'"),
         ([1.0], TypeError, "ids: dtype float64, expected integers"),
         ([True], TypeError, "ids: dtype bool, expected integers"),
     ],

@@ -100,7 +100,7 @@ def test_rows_on_a_gpu_have_the_bits_of_the_cpu(mode):
         for i in range(5):
             ids = jnp.array([3, 99, 3, i])
             table, state = step(table, jax.device_put(ids, device), table[ids], state)
-        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=r"indices\[1\]: 100 is no row"):
+        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=r"indices\[1\]: 100 is not a row"):
             jax.block_until_ready(step(table + 0, jax.device_put(ids.at[1].set(100), device), table[ids], state))
         results.append(np.asarray(table))
     assert results[0].tobytes() == results[1].tobytes()

@@ -89,7 +89,7 @@ def test_a_sharded_table_takes_its_own_rows(mode):
         try:
             jax.block_until_ready(jax.jit(step)(sharded, bad, rows, fj.init(sharded)))
         except jax.errors.JaxRuntimeError as error:
-            assert "indices[1]: 64 is no row, expected 0 <= index < 64" in str(error), error
+            assert "indices[1]: 64 is not a row, expected 0 <= index < 64" in str(error), error
             print("refused")
     """) == ["refused"]
 

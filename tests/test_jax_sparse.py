@@ -105,7 +105,7 @@ def test_an_id_that_is_no_row_is_an_error_that_names_it(bad):
     table = jnp.ones((10, 2))
     step = jax.jit(functools.partial(fj.sparse_update, learning_rate=0.1, mode="lazy"))
     given = np.array(table)
-    message = rf"fastadam: indices\[1\]: {bad} is no row, expected 0 <= index < 10"
+    message = rf"fastadam: indices\[1\]: {bad} is not a row, expected 0 <= index < 10"
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(step(table, jnp.array([3, bad]), jnp.ones((2, 2)), fj.init(table)))
     np.testing.assert_array_equal(bits(np.asarray(table)), bits(given))

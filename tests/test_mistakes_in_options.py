@@ -25,7 +25,7 @@ def test_a_loss_that_is_summed_is_warned_of_once(provider, method, shape):
         for _ in range(2):
             getattr(optimizer, method)(lambda: w.value * w.value, [w], gradient=provider.name)
 
-    warned(twice, re.escape(f"loss: returned an array of shape {shape}, of which the sum is minimized"))
+    warned(twice, re.escape(f"loss: returned an array of shape {shape}, whose sum is minimized"))
 
 
 @pytest.mark.usefixtures("no_warning")

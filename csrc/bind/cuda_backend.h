@@ -34,7 +34,7 @@ struct CudaContext {
     if (!failure) return std::nullopt;
     const IndexSource& source = sources.at(static_cast<size_t>(failure->source));
     return std::make_pair(failure->call, source.indices + "[" + std::to_string(failure->position) + "]: " +
-                                             std::to_string(failure->index) + " is no row of " + source.variable +
+                                             std::to_string(failure->index) + " is not a row of " + source.variable +
                                              ", expected 0 <= index < " + std::to_string(source.row_count));
   }
 

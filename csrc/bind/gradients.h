@@ -73,13 +73,13 @@ class Gradients {
     for (size_t i = 0; i < variables_.size(); ++i) {
       if (variables_.tensors()[i].rows == nullptr || sort(i)) continue;
       throw py::value_error(label(i)() + ".indices[" + std::to_string(indexes_[i]->bad()) +
-                            "]: " + std::to_string(indexes_[i]->bad_index()) + " is no row of " + variables_[i].label +
-                            ", expected 0 <= index < " + std::to_string(variables_[i].shape[0]));
+                            "]: " + std::to_string(indexes_[i]->bad_index()) + " is not a row of " +
+                            variables_[i].label + ", expected 0 <= index < " + std::to_string(variables_[i].shape[0]));
     }
   }
 
   // Replaces the values of IndexedSlices by the sums of repeated rows, unless the values are these sums already;
-  // `ascending`: also in the order of the rows. Raises if there is no memory.
+  // `ascending`: the sums are also ordered by row. Throws std::bad_alloc.
   void sum_rows(bool ascending) {
     std::vector<TensorArgs>& tensors = variables_.tensors();
     std::vector<void*> sums(tensors.size());

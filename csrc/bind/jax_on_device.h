@@ -168,7 +168,7 @@ class OnDevice {
     for (size_t i = 0; i < found.size(); ++i) {
       if (found[i] >= 0 && found[i] < row_count) continue;
       throw std::invalid_argument("indices[" + std::to_string(i) + "]: " + std::to_string(found[i]) +
-                                  " is no row, expected 0 <= index < " + std::to_string(row_count));
+                                  " is not a row, expected 0 <= index < " + std::to_string(row_count));
     }
     return found;
   }

@@ -111,7 +111,7 @@ fastadam_status fastadam_sort_rows(const void* indices, bool is_int64, int64_t c
     if (bad != nullptr) *bad = args.bad;
     if (args.bad >= 0) {
       throw std::invalid_argument("indices[" + std::to_string(args.bad) + "]: " + std::to_string(args.keys[args.bad]) +
-                                  " is no row, expected 0 <= index < " + std::to_string(row_count));
+                                  " is not a row, expected 0 <= index < " + std::to_string(row_count));
     }
     *rows = {args.keys, args.spare_keys, args.order, args.unique, width};
     return fastadam_status{FASTADAM_OK};

@@ -186,7 +186,7 @@ struct fastadam_cuda_plan {
 
   std::string failure_text() const {
     return "indices[" + std::to_string(failure_->position) + "] of tensors[" + std::to_string(failure_->source) +
-           "]: " + std::to_string(failure_->index) + " is no row, expected 0 <= index < " +
+           "]: " + std::to_string(failure_->index) + " is not a row, expected 0 <= index < " +
            std::to_string(sorted_[static_cast<size_t>(failure_->source)].row_count);
   }
 

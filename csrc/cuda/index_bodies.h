@@ -32,7 +32,7 @@ constexpr int kIndexThreads = 256;
 
 FASTADAM_INLINE int64_t index_grid(int64_t count) { return (count + kIndexThreads - 1) / kIndexThreads; }
 
-// Copies the indices, numbers them, and finds the first that is no row.
+// Copies the indices, numbers them, and finds the first that is not a row.
 struct ReadIndices {
   static constexpr int kThreads = kIndexThreads;
   using Shared = NoShared;
@@ -70,7 +70,7 @@ struct MarkRows {
   }
 };
 
-// Lists the rows and their starts. An index that is no row fails this step and those after it.
+// Lists the rows and their starts. An index that is not a row fails this step and those after it.
 struct ListRows {
   static constexpr int kThreads = kIndexThreads;
   using Shared = NoShared;

@@ -95,7 +95,7 @@ class FASTADAM_API SortedRows {
   SortedRows(const SortedRows&) = delete;
   SortedRows& operator=(const SortedRows&) = delete;
 
-  // `indices` on the device. One that is no row is reported as of `source` (Context::take_failure).
+  // `indices` on the device. One that is not a row is reported as of `source` (Context::take_failure).
   void sort(const void* indices, bool is_int64, int64_t count, int64_t row_count, int64_t width, int64_t source,
             Context& context);
   const DeviceRows& rows() const;
@@ -129,7 +129,7 @@ class FASTADAM_API DeviceHistory {
   std::unique_ptr<Memory> memory_;
 };
 
-// Rows of a table by ids on the device; an id that is no row gives zeros and is reported by the next call.
+// Rows of a table by ids on the device; an id that is not a row gives zeros and is reported by the next call.
 class FASTADAM_API Gather {
  public:
   Gather();

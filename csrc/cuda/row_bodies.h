@@ -236,7 +236,7 @@ struct AccumulateRows {
   }
 };
 
-// Rows of a table, one for each id; zeros, and a report, for an id that is no row. Items of the size of Word.
+// Rows of a table, one for each id; zeros, and a report, for an id that is not a row. Items of the size of Word.
 template <class Word>
 struct GatherRows {
   static constexpr int kThreads = kRowThreads;

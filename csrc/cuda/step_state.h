@@ -9,7 +9,7 @@ namespace fastadam::cuda {
 // Every launch of a step reads it; none writes to variables or slots once `skip` is set.
 struct StepState {
   int64_t step;    // t of the last step that was made, or of the one that is being made
-  bool failed;     // an index was found that is no row: nothing moves any more until the host has raised it
+  bool failed;     // an invalid row index was found: no step moves anything until the host has raised the error
   bool told;       // and the host has been told
   bool skip;       // nothing of this step is written
   double unscale;  // multiplies the factors of its gradients: 1 / grad_scale, where that lies on the device
@@ -28,7 +28,7 @@ FASTADAM_INLINE const StepScalars<T>& scalars_of(const StepState& state) {
 
 // What the device tells the host, in memory of the host that the device can write to.
 struct Report {
-  int64_t failed;  // 1: an index is no row
+  int64_t failed;  // 1: an index is not a row
   int64_t call;    // what the caller's counter was before the step that met it
   int64_t source;  // of the indices, as the host calls it
   int64_t position;

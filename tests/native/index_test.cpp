@@ -99,7 +99,7 @@ void check_orders() {
   cpu::set_num_threads(0);
 }
 
-// The first that is no row, in whichever block it lies.
+// The first that is not a row, in whichever block it lies.
 void check_bad() {
   bool found = true;
   for (const int threads : {1, 3}) {
@@ -120,7 +120,7 @@ void check_bad() {
   }
   found = found && Sorting<int64_t>({0}, 0).args.bad == 0 && Sorting<int64_t>({}, 0).args.bad == -1;
   cpu::set_num_threads(0);
-  report(found, "index_rows says which index is the first that is no row");
+  report(found, "index_rows says which index is the first that is not a row");
 }
 
 void check_places() {

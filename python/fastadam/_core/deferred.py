@@ -78,7 +78,7 @@ class DeferredTables(OptimizerState):
 
         Raises:
             TypeError: Indices that are no integers.
-            ValueError: An index that is no row; ``out`` of another shape.
+            ValueError: An index that is not a row; ``out`` of another shape.
 
         >>> import numpy as np, fastadam
         >>> table = np.ones((1000, 2), np.float32)
@@ -117,7 +117,7 @@ class DeferredTables(OptimizerState):
         found = gatherer.take_failure()
         self._raise_late()
         if found:
-            raise ValueError(f"ids: {found[1]} at place {found[0]} of an earlier gather is no row, which gave zeros")
+            raise ValueError(f"ids: {found[1]} at place {found[0]} of an earlier gather is not a row, which gave zeros")
         if not on_gpu(indices):
             host = np.ascontiguousarray(check_ids(indices, buffer.shape, buffer.label))
             indices = zeros_beside(buffer, host.dtype.name, host.shape)

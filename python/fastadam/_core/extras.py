@@ -100,7 +100,7 @@ class Extras:
     def missing(self, names: Iterable[str], met: Set[Key] | None) -> list[str]:
         """All that was named, if none of it excludes a variable of these names and this memory (None: not known yet).
 
-        Lists of usual patterns, of which some match, are common: they are no mistake.
+        A list of usual patterns often matches in part; that is fine.
         """
         patterns = [
             f"var_names[{i}] {pattern!r}"

@@ -209,7 +209,7 @@ def _differentiate(
     if upstream is None and math.prod(shapes[-1]) > 1 and "loss" not in optimizer._now.told:
         optimizer._now.told.add("loss")
         warn(
-            f"loss: returned an array of shape {shapes[-1]}, of which the sum is minimized, as in "
+            f"loss: returned an array of shape {shapes[-1]}, whose sum is minimized, as in "
             "TensorFlow; return .sum() or .mean() of it, or give grad_loss"
         )
     variables = targets.resolve()

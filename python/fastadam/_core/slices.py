@@ -112,7 +112,7 @@ def check_ids(ids: ArrayLike, shape: tuple[int, ...], label: str) -> npt.NDArray
         raise ValueError(f"ids: {label} has shape (), expected at least one axis")
     bad = rows[(rows < 0) | (rows >= shape[0])]
     if bad.size:
-        raise ValueError(f"ids: {bad.flat[0]} is no row of {label}, expected 0 <= id < {shape[0]}")
+        raise ValueError(f"ids: {bad.flat[0]} is not a row of {label}, expected 0 <= id < {shape[0]}")
     return rows
 
 

@@ -133,7 +133,7 @@ class Variable:
 
         Raises:
             TypeError: Ids that are no integers.
-            ValueError: An id that is no row, or a variable without rows.
+            ValueError: An id that is not a row, or a variable without rows.
 
         >>> import fastadam
         >>> table = fastadam.Variable([[1.0, 2.0], [3.0, 4.0]], name="table")

@@ -165,8 +165,8 @@ def sparse_update(
     r"""One step of a table with gradients of some of its rows; those of one row are summed first.
 
     The gradient of the table, which JAX makes of a lookup, need not be: differentiate by the rows that were looked up.
-    A table that is sharded by rows takes of all ids its own. Unlike ``.at[]``, which drops them, an id that is no row
-    is an error; so is a negative one.
+    Each shard of a table that is sharded by rows uses its own ids. An invalid id, negative ids included,
+    is an error, where ``.at[]`` drops it.
 
     Args:
         table: An array with rows along its first axis.
@@ -190,7 +190,7 @@ def sparse_update(
         TypeError: A dtype, or a number that is none.
         ValueError: A shape, a mode, or a number out of range.
         NotImplementedError: When it compiles, in a message of XLA: in a ``shard_map`` along some axes of a mesh alone.
-        jax.errors.JaxRuntimeError: When it runs, or another ValueError: an id that is no row, which it names.
+        jax.errors.JaxRuntimeError: When it runs, or another ValueError: an id that is not a row, which it names.
 
     >>> import jax.numpy as jnp, fastadam.jax
     >>> table, ids, rows = jnp.ones((3, 2)), jnp.array([2, 0, 2]), jnp.ones((3, 2))

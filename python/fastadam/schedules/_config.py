@@ -65,7 +65,7 @@ def plot(schedule: Callable[[Any], Any], steps: int, axes: Any = None) -> Any:
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: ``schedule`` cannot be called, or is a class; ``steps`` is no integer.
+        TypeError: ``schedule`` cannot be called, or is a class; ``steps`` is not an integer.
         ValueError: ``steps`` is under 1.
 
     >>> import fastadam

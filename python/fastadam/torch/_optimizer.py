@@ -226,7 +226,7 @@ class Adam(Stepper, NamedInKeras):
 
         Raises:
             TypeError: ``ids`` are no integers.
-            ValueError: An id that is no row.
+            ValueError: An id that is not a row.
         """
         rows = check_ids(param, ids)
         with self._lock:

@@ -45,8 +45,8 @@ class Table:
 
     def catch_up(self, ids: Any = None) -> None:
         """Make the steps that the rows missed: those that ``ids`` name, or all."""
-        if self.history.waits:
-            self.require_untouched()
+        self.history.is_read = True
+        self.require_untouched()
         slots = {name: self.state[key] for name, key in SLOTS.items() if key in self.state}
         if self.history.catch_up(_cpu.Buffer(self.param, self.label), slots, ids):
             increment_version([self.param, *slots.values()])

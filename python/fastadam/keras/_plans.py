@@ -7,7 +7,7 @@ from operator import is_
 from typing import Any
 
 import numpy as np
-from keras.src.backend import in_stateless_scope
+from keras.src.backend import get_autocast_scope, in_stateless_scope
 
 from fastadam._core.backend import _cpu
 from fastadam._core.cuda_module import cuda_module
@@ -25,7 +25,7 @@ class KerasPlans:
 
     def of(self, held: list[list[Any]], names: list[str]) -> KerasPlan:
         """``held``: variables, then the slots of each name."""
-        values = [variable.value for variables in held for variable in variables]
+        values = values_of([variable for variables in held for variable in variables])
         key = id(held[0][0]), len(held[0])
         plan = self._cache.get(key)
         if plan is None or not plan.fits(values):
@@ -86,6 +86,14 @@ class KerasPlan:
         copy = np.array(value, variable.dtype, order="C") if is_array else _contiguous_copy(value)
         self._copies.append((variable, copy))
         return copy
+
+
+def values_of(variables: list[Any]) -> list[Any]:
+    """What Keras's variables hold; ``value`` looks for scopes that would replace it, here once for all."""
+    first, kind = variables[0], type(variables[0])
+    if in_stateless_scope() or get_autocast_scope() is not None or first.value is not first._value:
+        return [variable.value for variable in variables]
+    return [v._value if type(v) is kind and v._value is not None else v.value for v in variables]
 
 
 @functools.cache

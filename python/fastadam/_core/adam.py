@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastadam._core.attributes import Clip, Extra, Hyper
+from fastadam._core.buffers import buffers_of
 from fastadam._core.checks import check_beta, check_bool, check_count, check_epsilon, check_list, check_non_negative
 from fastadam._core.display import adam_settings, call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.extras import Extras, excluded, overwrite
 from fastadam._core.frameworks import named_in_keras, refuse_parameters
-from fastadam._core.hyper import check_rate
+from fastadam._core.hyperparameters import Clip, Extra, Hyper, check_rate
 from fastadam._core.keywords import ELSEWHERE, suggests_keywords
 from fastadam._core.optimizer import Optimizer
 from fastadam._core.pairs import check_pairs_list
@@ -21,7 +21,6 @@ from fastadam._core.placement import on_gpu, to_host
 from fastadam._core.slices import check_sparse_update
 from fastadam._core.step import rate_after
 from fastadam._core.strict import class_only, strict
-from fastadam._core.variable import buffers_of
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
 from fastadam.schedules._foreign import adopt
 

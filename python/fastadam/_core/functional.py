@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fastadam._core.buffers import buffers_of, unwrap
 from fastadam._core.checks import (
     check_beta,
     check_clip,
@@ -20,7 +21,6 @@ from fastadam._core.cuda_module import cuda_module
 from fastadam._core.keywords import suggests_keywords
 from fastadam._core.plan import Plan, StepHyper
 from fastadam._core.slices import DEFERRED, check_sparse_update
-from fastadam._core.variable import buffers_of, unwrap
 
 if TYPE_CHECKING:
     from fastadam._core.types import Array, Gradient, VariableLike

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastadam import schedules
 from fastadam._core.frameworks import refuse_parameters
-from fastadam._core.hyper import check_callable
+from fastadam._core.hyperparameters import check_callable
 from fastadam.keras._backend import outside_of_graphs
 
 __all__ = ["Schedule", "as_keras_rate"]

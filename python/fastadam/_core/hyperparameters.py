@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
@@ -11,14 +10,14 @@ from fastadam._core.frameworks import refuse_parameters
 from fastadam._core.parts import parts_of
 from fastadam._core.placement import on_gpu
 from fastadam.schedules import LearningRateSchedule
-from fastadam.schedules._foreign import adopt
+from fastadam.schedules._foreign import adopt, check_callable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from fastadam._core.types import AnyArray, AnyOptimizer
 
-__all__ = ["Clip", "Extra", "Hyper", "check_callable", "check_rate"]
+__all__ = ["Clip", "Extra", "Hyper", "check_rate"]
 
 Read = TypeVar("Read")
 Written = TypeVar("Written")
@@ -32,34 +31,6 @@ def check_rate(name: str, value: AnyArray) -> AnyArray:
     if not isinstance(value, float):
         refuse_parameters(name, value)
     return check_number(name, value)
-
-
-def check_callable(name: str, value: Callable[..., float]) -> Callable[..., float]:
-    """A function without arguments, or a schedule; a callable without a readable signature is taken as it is."""
-    if isinstance(value, LearningRateSchedule):
-        return value
-    if isinstance(value, type):
-        takes = ", a schedule" if name == "learning_rate" else ""
-        raise TypeError(
-            f"{name}: the class {value.__name__}, expected a number{takes} or a function without arguments; "
-            f"an instance would be {value.__name__}(...)"
-        )
-    try:
-        signature = inspect.signature(value)
-    except (TypeError, ValueError):
-        return value
-    try:
-        signature.bind()
-    except TypeError:
-        how = (
-            "a function of the step is a schedule: subclass fastadam.schedules.LearningRateSchedule and define __call__"
-            if name == "learning_rate"
-            else "only learning_rate takes schedules"
-        )
-        raise TypeError(
-            f"{name}: a callable with the arguments {signature}, expected one without, which reads what it needs; {how}"
-        ) from None
-    return value
 
 
 class Hyper(Generic[Read, Written]):

@@ -1,4 +1,4 @@
-"""The types that public signatures name."""
+"""The types that signatures name: first what users see, then names for what has no better type than ``Any``."""
 
 from __future__ import annotations
 
@@ -14,21 +14,33 @@ if TYPE_CHECKING:
     from fastadam.schedules import LearningRateSchedule
 
 __all__ = [
+    "AnyArray",
     "Array",
     "ArrayLike",
+    "Config",
+    "Foreign",
     "Gradient",
+    "HostArray",
     "Hyperparameter",
     "LearningRate",
     "Provider",
     "SparseUpdate",
+    "Tree",
     "VariableLike",
     "VariableTree",
 ]
 
+# Each of these stands for Any where only the library that an object comes from knows more.
+AnyArray: TypeAlias = Any  # an array or a number, of NumPy, CuPy, PyTorch or JAX
+Foreign: TypeAlias = Any  # another kind of object of another library, used by its attributes
+Tree: TypeAlias = Any  # lists, tuples and dicts of arrays, nested
+HostArray: TypeAlias = npt.NDArray[Any]  # a NumPy array of any dtype
+Config: TypeAlias = dict[str, Any]  # plain JSON values
+
 SparseUpdate: TypeAlias = Literal["dense", "deferred", "deferred_fast", "lazy"]
 
 Hyperparameter: TypeAlias = "float | Callable[[], SupportsFloat]"
-# An array: one number on a GPU.
+# The array is a single number, on a GPU for example.
 LearningRate: TypeAlias = "Hyperparameter | LearningRateSchedule | KerasSchedule | TorchScheduler | Array"
 
 Provider: TypeAlias = "Literal['autograd', 'jax', 'torch'] | Callable[[Loss, list[Any]], Sequence[Any]]"
@@ -37,17 +49,17 @@ Provider: TypeAlias = "Literal['autograd', 'jax', 'torch'] | Callable[[Loss, lis
 class KerasSchedule(Protocol):
     """A schedule of Keras or TensorFlow."""
 
-    def __call__(self, step: Any) -> Any:
+    def __call__(self, step: AnyArray) -> AnyArray:
         """The rate at a step."""
 
-    def get_config(self) -> dict[str, Any]:
-        """What it was made with."""
+    def get_config(self) -> Config:
+        """The constructor's arguments."""
 
 
 class TorchScheduler(Protocol):
     """A scheduler of PyTorch."""
 
-    optimizer: Any
+    optimizer: Foreign
 
     def get_last_lr(self) -> list[Any]:
         """The rates of the parameter groups."""
@@ -56,18 +68,19 @@ class TorchScheduler(Protocol):
 class SupportsDLPack(Protocol):
     """An array of PyTorch, JAX, CuPy and others."""
 
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+    @property
+    def __dlpack__(self) -> Callable[..., object]: ...
 
 
 class SupportsArrayInterface(Protocol):
-    """Memory of the host as NumPy describes it."""
+    """Host memory, described as NumPy does."""
 
     @property
     def __array_interface__(self) -> dict[str, Any]: ...
 
 
 class SupportsCudaArrayInterface(Protocol):
-    """Memory of a GPU as Numba describes it."""
+    """GPU memory, described as Numba does."""
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]: ...
@@ -76,12 +89,13 @@ class SupportsCudaArrayInterface(Protocol):
 class SparseMatrix(Protocol):
     """A sparse matrix or array of SciPy."""
 
-    def tocsr(self, *args: Any, **kwargs: Any) -> Any:
-        """The same by rows."""
+    @property
+    def tocsr(self) -> Callable[..., Foreign]:
+        """A method that returns the same matrix by rows."""
 
 
-Array: TypeAlias = "npt.NDArray[Any] | SupportsDLPack | SupportsArrayInterface | SupportsCudaArrayInterface"
+Array: TypeAlias = "HostArray | SupportsDLPack | SupportsArrayInterface | SupportsCudaArrayInterface"
 ArrayLike: TypeAlias = "npt.ArrayLike | Array"  # nested lists of numbers, too
 VariableLike: TypeAlias = "Variable | Array"
-VariableTree: TypeAlias = "VariableLike | Iterable[Any] | Callable[[], Any]"  # lists and dicts in each other
+VariableTree: TypeAlias = "VariableLike | Iterable[Any] | Callable[[], Any]"  # nested lists and dicts
 Gradient: TypeAlias = "ArrayLike | IndexedSlices | SparseMatrix"

@@ -68,7 +68,7 @@ def test_a_function_of_the_user():
     [
         ({"gradient": lambda *_: np.ones(2)}, TypeError, "gradient: returned ndarray, expected a list"),
         ({"gradient": lambda *_: []}, ValueError, "gradient: returned 0 gradients, expected 1"),
-        ({"gradient": lambda *_: [1], "grad_loss": 1.0}, ValueError, "grad_loss: given with a function"),
+        ({"gradient": lambda *_: [1], "grad_loss": 1.0}, ValueError, "grad_loss: passed with a function"),
         ({"gradient": 3}, TypeError, "gradient: int, expected the name of a provider or a function"),
         ({"gradient": "tensorflow"}, ValueError, "gradient: 'tensorflow', expected one of 'autograd', 'jax', 'torch'"),
         ({}, ValueError, "gradient: None, expected where to get gradients from: `gradient=` or fastadam.set_gradient_"),

@@ -245,5 +245,5 @@ def test_a_cut_file_is_not_taken_for_another_format(tmp_path):
     step_by_half(optimizer, w)
     optimizer.save(tmp_path / "state")
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:-5])
-    with pytest.raises(ValueError, match="state: not a whole safetensors file"):
+    with pytest.raises(ValueError, match="state: not a complete safetensors file"):
         fastadam.Adam.load(tmp_path / "state", [w])

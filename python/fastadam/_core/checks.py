@@ -93,7 +93,7 @@ def check_list(name: str, values: object, expected: str = "a list") -> list[Any]
     if isinstance(values, np.ndarray) and values.dtype.kind != "O":  # whose rows would become the items
         raise TypeError(f"{name}: one {type(values).__name__}, expected {expected}")
     try:
-        items = list(values)  # type: ignore[call-overload]  # raises if it is not iterable
+        items: list[Any] = list(values)  # type: ignore[call-overload]  # raises if it is not iterable
     except TypeError:
         raise TypeError(f"{name}: {type(values).__name__}, expected {expected}") from None
     if not items and isinstance(values, Iterator):

@@ -110,7 +110,8 @@ def _text(value: AnyArray) -> str:
         return name_of(value)
     if inspect.isroutine(value):
         return str(value.__name__)
-    if type(value).__repr__ is object.__repr__:  # which shows only an address
+    method: object = type(value).__repr__
+    if method is object.__repr__:  # which shows only an address
         config = _config_of(value)
         return f"<{name_of(type(value))} object>" if config is None else call_text(type(value), config.items())
     text = _short.repr(value) if isinstance(value, (str, list, tuple, dict)) else repr(value)
@@ -165,8 +166,8 @@ def adam_settings(optimizer: object) -> Settings:
             settings.append((name, value))
     own = [name for name in _parameters(type(optimizer)) if name not in (*_ADAM_DEFAULTS, "learning_rate", "name")]
     settings += _kept(state, own, _parameters(type(optimizer)))
-    if (name := state.get("name")) not in (None, *(cls.__name__ for cls in type(optimizer).__mro__)):
-        settings.append(("name", name))
+    if (own_name := state.get("name")) not in (None, *(cls.__name__ for cls in type(optimizer).__mro__)):
+        settings.append(("name", own_name))
     return settings
 
 

@@ -15,6 +15,7 @@ def publish(namespace: Mapping[str, object]) -> None:
     doctest also looks for a class and its methods in the module that they name.
     """
     module, names = namespace["__name__"], namespace["__all__"]
+    assert isinstance(module, str)
     assert isinstance(names, list)
     for name in names:
         value = namespace.get(name)  # None if the name is loaded later

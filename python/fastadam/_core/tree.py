@@ -36,11 +36,9 @@ def flatten(tree: Tree, label: str, *, as_jax: bool = False) -> Iterator[tuple[s
 
 
 def _keys(tree: Mapping[Key, Tree], label: str, as_jax: bool) -> list[Key]:
-    keys = list(tree)
     if as_jax and isinstance(tree, OrderedDict):
-        return keys
+        return list(tree)
     try:
-        keys.sort()  # type: ignore[call-overload]  # keys without an order raise
+        return sorted(tree)  # type: ignore[type-var]  # raises if the keys have no order
     except TypeError as error:
         raise TypeError(f"{label}: a dict whose keys cannot be sorted ({error})") from None
-    return keys

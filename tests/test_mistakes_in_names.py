@@ -236,7 +236,9 @@ FORMATS = {
 @pytest.mark.parametrize(("text", "write"), [(text, write) for text, all_ in FORMATS.items() for write in all_])
 def test_a_file_of_another_format_is_called_by_its_name(text, write, tmp_path):
     write(tmp_path / "file")
-    with pytest.raises(ValueError, match=f"file: a file of another format, {text}.*, expected one that `save` wrote"):
+    with pytest.raises(
+        ValueError, match=f"file: a file of another format, {text}.*, expected a file that `save` wrote"
+    ):
         fastadam.Adam.load(tmp_path / "file", [])
 
 

@@ -335,7 +335,7 @@ class CosineDecayRestarts(_Schedule):
         """The number of restarts before a step, which is in units of the first period."""
         if self.t_mul == 1:
             return np.floor(periods)
-        guess = np.floor(np.log1p(periods * (self.t_mul - 1)) / np.log(self.t_mul))
+        guess: Steps = np.floor(np.log1p(periods * (self.t_mul - 1)) / np.log(self.t_mul))
         guess = np.where(self._start(guess) > periods, guess - 1, guess)
         return np.where(self._start(guess + 1) <= periods, guess + 1, guess)
 

@@ -21,7 +21,7 @@ def test_what_the_kernels_have_not_is_refused():
         fj.adam(0.1, mu_dtype="bfloat16").init({"w": jnp.ones(3)})
     with pytest.raises(TypeError, match="amsgrad: 'no', expected True or False"):
         fj.init(jnp.ones(3), amsgrad="no")
-    with pytest.raises(TypeError, match="ScaleByAmsgradState, whose nu_max is of bias-corrected moments"):
+    with pytest.raises(TypeError, match="ScaleByAmsgradState, with the maximum of bias-corrected moments"):
         fj.fused_update(jnp.ones(3), jnp.ones(3), optax.scale_by_amsgrad().init(jnp.ones(3)), learning_rate=0.1)
 
 

@@ -81,7 +81,9 @@ class Minimizer:
     ) -> np.int64 | None:
         r"""Make one step down the gradient of a loss.
 
-        .. math:: g = \sum_i u_i \, \partial loss_i / \partial \theta, \quad u = grad\_loss \text{ or } 1
+        .. math:: g = \sum_i u_i \frac{\partial L_i}{\partial \theta}
+
+        L is the loss; u is ``grad_loss``, by default 1.
 
         The loss reads ``value`` of its variables (or uses the :class:`fastadam.Variable` itself). Inside the loss this
         is an array of the provider, in the variable's dtype: use the functions of ``autograd.numpy``, ``jax.numpy`` or

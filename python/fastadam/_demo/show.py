@@ -70,7 +70,7 @@ def check_picture(path: Path | None) -> Path | None:
     """
     if not _has_matplotlib():
         if path is not None:
-            raise PictureError(f"{path}: the picture needs matplotlib, which is not installed (pip install matplotlib)")
+            raise PictureError(f"{path}: matplotlib is not installed (pip install matplotlib)")
         return None
     place = path if path is not None else _default_place()
     file_types = sorted(figure().canvas.get_supported_filetypes())

@@ -134,9 +134,9 @@ class _DecayOfQuotient(_Schedule):
 class ExponentialDecay(_DecayOfQuotient):
     r"""Exponential decay.
 
-    .. math:: \eta_0 \, r^{s / d}, \quad r = decay\_rate
+    .. math:: \eta_0 \, r^{s / d}
 
-    With ``staircase`` the quotient s / d is rounded down.
+    r is ``decay_rate``. With ``staircase`` the quotient s / d is rounded down.
 
     Raises:
         ValueError: ``decay_steps`` is not positive or ``decay_rate`` is negative.
@@ -156,9 +156,9 @@ class ExponentialDecay(_DecayOfQuotient):
 class InverseTimeDecay(_DecayOfQuotient):
     r"""Decay with the inverse of the step.
 
-    .. math:: \frac{\eta_0}{1 + r s / d}, \quad r = decay\_rate
+    .. math:: \frac{\eta_0}{1 + r s / d}
 
-    With ``staircase`` the quotient s / d is rounded down.
+    r is ``decay_rate``. With ``staircase`` the quotient s / d is rounded down.
 
     Raises:
         ValueError: ``decay_steps`` is not positive or ``decay_rate`` is negative.
@@ -294,10 +294,10 @@ class CosineDecay(_Schedule):
 class CosineDecayRestarts(_Schedule):
     r"""Cosine decay with warm restarts (Loshchilov and Hutter, arXiv:1608.03983).
 
-    .. math:: \eta_0 ((1 - \alpha) m^i (1 + \cos(\pi q)) / 2 + \alpha), \quad m = m\_mul
+    .. math:: \eta_0 ((1 - \alpha) m^i (1 + \cos(\pi q)) / 2 + \alpha)
 
-    Period i lasts ``first_decay_steps * t_mul**i`` steps, and q is the completed fraction of it. Every restart has the
-    full rate; TensorFlow's float32 logarithm misses some restarts and gives 0 there.
+    Period i lasts ``first_decay_steps * t_mul**i`` steps, q is the completed fraction of it, and m is ``m_mul``. Every
+    restart has the full rate; TensorFlow's float32 logarithm misses some restarts and gives 0 there.
 
     Raises:
         ValueError: ``first_decay_steps`` is not positive, ``t_mul`` is under 1 or ``m_mul`` is negative.

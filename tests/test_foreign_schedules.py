@@ -77,7 +77,7 @@ def test_a_scheduler_of_several_groups_is_refused():
     scheduler = scheduler_of(torch, "StepLR", 1)
     optimizer.learning_rate = scheduler
     scheduler.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
-    with pytest.raises(ValueError, match="^learning_rate: StepLR of 2 parameter groups"):
+    with pytest.raises(ValueError, match="^learning_rate: StepLR with 2 parameter groups"):
         step_of(optimizer, np.zeros(W, F32))
     assert optimizer.iterations == 0
 

@@ -51,6 +51,6 @@ if not TYPE_CHECKING:  # or every name would have a type
 
     def __getattr__(name: str) -> NoReturn:
         hint = (
-            f"; it has the functions {name.lower()}, as in optax, and fused_update" if name in ("Adam", "AdamW") else ""
+            f"; it has the functions {name.lower()} (as in optax) and fused_update" if name in ("Adam", "AdamW") else ""
         )
         raise AttributeError(f"module 'fastadam.jax' has no attribute {name!r}{hint}")

@@ -2,6 +2,10 @@
 
 The adapters `fastadam.torch`, `fastadam.jax` and `fastadam.keras` load when you first use them.
 
+In signatures, ``Array`` is an array of any library, ``VariableLike`` a :class:`Variable` or a writable array,
+``Gradient`` an array, nested list, :class:`IndexedSlices` or sparse matrix of SciPy, ``Hyperparameter`` a number or a
+function without arguments, ``LearningRate`` one of these or a schedule, and ``Tree`` nested lists, tuples and dicts.
+
 >>> import numpy as np, fastadam
 >>> w = np.zeros(3, np.float32)
 >>> opt = fastadam.Adam(learning_rate=0.01)

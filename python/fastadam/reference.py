@@ -14,9 +14,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-_Array = npt.NDArray[np.float64]
-
-
 @suggests_keywords()
 def adam_step(
     var: npt.ArrayLike,
@@ -34,7 +31,7 @@ def adam_step(
     clipvalue: float | None = None,
     grad_factor: float = 1.0,
     weight_decay: float = 0.0,
-) -> tuple[_Array, _Array, _Array, _Array | None]:
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
     r"""One Adam step in float64, which returns new arrays ``(var, m, v, vhat)`` and changes nothing in place.
 
     .. math::

@@ -53,8 +53,8 @@ def to_keras_weights(optimizer: Adam, variables: Iterable[VariableLike]) -> list
 def from_keras_weights(optimizer: Adam, weights: Iterable[ArrayLike], variables: Iterable[VariableLike]) -> None:
     """Set the state of these variables from ``get_weights`` of a tf.keras legacy Adam.
 
-    The list does not hold hyperparameters: make the optimizer with those of TensorFlow's, ``amsgrad`` included. Then
-    the steps that follow have TensorFlow's bits. The placeholders in a Keras 1 list are ignored.
+    The list does not hold hyperparameters: make the optimizer with the same ones, ``amsgrad`` included. Then the
+    steps that follow have TensorFlow's bits. The placeholders in a Keras 1 list are ignored.
 
     Args:
         optimizer: The optimizer to change.

@@ -18,7 +18,7 @@ F32 = np.float32
         ({"amsgrad": 1}, TypeError, "amsgrad: 1, expected True or False"),
         ({"name": 5}, TypeError, "name: 5, expected a string"),
         ({"decay": None}, TypeError, "decay: None, expected a number"),
-        ({"learning_rate": 10**400}, ValueError, "learning_rate: int beyond every float, expected a finite number"),
+        ({"learning_rate": 10**400}, ValueError, "learning_rate: int too large for a float, expected a finite number"),
         ({"clipvalue": -1.0}, ValueError, "Expected clipvalue >= 0, received: -1.0"),
         ({"global_clipnorm": -1.0}, ValueError, "Expected global_clipnorm >= 0, received: -1.0"),
         ({"decay": -0.1}, ValueError, "Expected decay >= 0, received: -0.1"),

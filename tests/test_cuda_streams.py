@@ -220,7 +220,7 @@ def test_without_a_driver_or_a_gpu_every_use_says_so(fake_gpu, count, error, rea
         lambda: fastadam.Variable(w),
         lambda: fastadam.Adam().gather(w, [0]),
     ):
-        with pytest.raises(RuntimeError, match=f"no array on a GPU can be updated here: .*{reason}"):
+        with pytest.raises(RuntimeError, match=f"arrays on a GPU cannot be updated here: .*{reason}"):
             use()
     fastadam.show_config()
     assert reason in capsys.readouterr().out

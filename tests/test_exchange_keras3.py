@@ -213,7 +213,7 @@ def test_another_layout_is_refused(golden):
     refused(optimizer, variables[::-1], weights, ValueError, re.escape("m[0]: float32 (3, 5), expected floats ()"))
     refused(optimizer, [variables[0]] * 3, weights, ValueError, re.escape("variables[1]: the same as variables[0]"))
     gap = {"0": weights["0"], "2": weights["1"]}
-    refused(optimizer, variables, gap, ValueError, re.escape("keys ['0', '2'], expected '0', '1', ... without a gap"))
+    refused(optimizer, variables, gap, ValueError, re.escape("keys ['0', '2'], expected '0', '1', ... without gaps"))
     refused(optimizer, variables, {"m": 1}, ValueError, "key 'm', expected '0', '1'")
     refused(optimizer, variables, 3, TypeError, "weights: int, expected a list")
 
@@ -226,7 +226,7 @@ def test_numbers_that_are_none_are_refused(golden):
         (1, np.nan, "weights\\[1\\]: nan"),
         (1, np.zeros(3), "weights\\[1\\]"),
         (7, np.zeros((), np.int32), "v\\[2\\]: int32"),
-        (3, np.full((3, 5), 1e300), "v\\[0\\]: numbers that float32 cannot hold"),
+        (3, np.full((3, 5), 1e300), "v\\[0\\]: numbers too large for float32"),
     ):
         changed = [*weights[:at], wrong, *weights[at + 1 :]]
         refused(optimizer_like(PLAIN), variables, changed, (ValueError, TypeError), match)

@@ -175,7 +175,7 @@ def test_what_optax_has_no_place_for_is_refused(optax):
     w = np.ones(2, F32)
     optimizer = fastadam.Adam(use_ema=True)
     optimizer.build([w])
-    with pytest.raises(ValueError, match="use_ema=True, expected False: a state of optax has no place"):
+    with pytest.raises(ValueError, match="use_ema=True, expected False: a state of optax cannot hold"):
         exchange.to_optax_state(optimizer, [w])
     optimizer = fastadam.Adam(amsgrad=True)
     optimizer.build([w])

@@ -71,13 +71,13 @@ def test_a_scheduler_is_saved_and_copied_as_its_rate(tmp_path):
 def test_a_scheduler_of_several_groups_is_refused():
     torch = pytest.importorskip("torch")
     optimizer = fastadam.Adam(0.25)
-    with pytest.raises(ValueError, match="^learning_rate: StepLR of 2 parameter groups, expected one group$"):
+    with pytest.raises(ValueError, match="^learning_rate: StepLR with 2 parameter groups, expected one group$"):
         optimizer.learning_rate = scheduler_of(torch, "StepLR", 1, groups=2)
     assert optimizer.learning_rate == 0.25
     scheduler = scheduler_of(torch, "StepLR", 1)
     optimizer.learning_rate = scheduler
     scheduler.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
-    with pytest.raises(ValueError, match="^learning_rate: StepLR of 2 parameter groups"):
+    with pytest.raises(ValueError, match="^learning_rate: StepLR with 2 parameter groups"):
         step_of(optimizer, np.zeros(W, F32))
     assert optimizer.iterations == 0
 

@@ -148,6 +148,6 @@ def test_files_of_others_are_refused(small):
     safetensors.numpy.save_file({"w": np.ones(3)}, path)
     refuses(path, variables, "no metadata 'fastadam', expected a file that fastadam saved")
     path.write_bytes(b"\xff" * 100)
-    refuses(path, variables, "not a whole safetensors file")
+    refuses(path, variables, "not a complete safetensors file")
     with pytest.raises(OSError, match=re.escape(str(path.parent))):
         fastadam.Adam.load(path.parent, variables)

@@ -15,13 +15,13 @@ import fastadam.jax as fj  # noqa: E402  after importorskip
 def test_what_the_kernels_have_not_is_refused():
     for option, found in (("eps_root", "1e-08, expected 0"), ("nesterov", "True, expected False")):
         for kind in (fj.adam, fj.adamw):
-            with pytest.raises(ValueError, match=f"{option}: {found}: the kernels have none"):
+            with pytest.raises(ValueError, match=f"{option}: {found}: the kernels do not have it"):
                 kind(0.1, **{option: 1e-8 if option == "eps_root" else True})
     with pytest.raises(TypeError, match=r"mu_dtype: bfloat16, expected None or float32 like params\['w'\]"):
         fj.adam(0.1, mu_dtype="bfloat16").init({"w": jnp.ones(3)})
     with pytest.raises(TypeError, match="amsgrad: 'no', expected True or False"):
         fj.init(jnp.ones(3), amsgrad="no")
-    with pytest.raises(TypeError, match="ScaleByAmsgradState, whose nu_max is of bias-corrected moments"):
+    with pytest.raises(TypeError, match="ScaleByAmsgradState, with the maximum of bias-corrected moments"):
         fj.fused_update(jnp.ones(3), jnp.ones(3), optax.scale_by_amsgrad().init(jnp.ones(3)), learning_rate=0.1)
 
 

@@ -172,7 +172,7 @@ def test_shard_map_along_some_axes_alone():
         try:
             mapped(lambda w, g: fj.sparse_update(w, ids, g[:1], fj.init(w), learning_rate=0.1)[0])
         except jax.errors.JaxRuntimeError as error:
-            assert "not manual along all axes of its mesh" in str(error), error
+            assert "in a shard_map along some axes of a mesh, expected all axes" in str(error), error
             print("refused")
     """) == ["refused"]
 

@@ -148,7 +148,7 @@ def test_a_captured_buffer_is_detected(provider):
         lambda: provider(array).sum() * other.value.sum(),
         lambda: provider(w.numpy()).sum(),
     ):
-        with pytest.raises(ValueError, match=r"\['w'\]\. The loss depends on none of them; inside it read"):
+        with pytest.raises(ValueError, match=r"\['w'\]\. The loss depends on none of them; inside the loss read"):
             fastadam.Adam().minimize(loss, w, gradient=provider.name)
     assert (array == 1).all()
 

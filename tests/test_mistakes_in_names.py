@@ -236,7 +236,9 @@ FORMATS = {
 @pytest.mark.parametrize(("text", "write"), [(text, write) for text, all_ in FORMATS.items() for write in all_])
 def test_a_file_of_another_format_is_called_by_its_name(text, write, tmp_path):
     write(tmp_path / "file")
-    with pytest.raises(ValueError, match=f"file: a file of another format, {text}.*, expected one that `save` wrote"):
+    with pytest.raises(
+        ValueError, match=f"file: a file of another format, {text}.*, expected a file that `save` wrote"
+    ):
         fastadam.Adam.load(tmp_path / "file", [])
 
 
@@ -245,5 +247,5 @@ def test_a_cut_file_is_not_taken_for_another_format(tmp_path):
     step_by_half(optimizer, w)
     optimizer.save(tmp_path / "state")
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:-5])
-    with pytest.raises(ValueError, match="state: not a whole safetensors file"):
+    with pytest.raises(ValueError, match="state: not a complete safetensors file"):
         fastadam.Adam.load(tmp_path / "state", [w])

@@ -1,4 +1,10 @@
-"""fastadam: the Adam optimizer as a native library, in place on NumPy buffers, with TensorFlow's bits.
+"""fastadam: the Adam optimizer as a native library that updates arrays in place, with TensorFlow's bits.
+
+The adapters `fastadam.torch`, `fastadam.jax` and `fastadam.keras` load when you first use them.
+
+In signatures, ``Array`` is an array of any library, ``VariableLike`` a :class:`Variable` or a writable array,
+``Gradient`` an array, nested list, :class:`IndexedSlices` or sparse matrix of SciPy, ``Hyperparameter`` a number or a
+function without arguments, ``LearningRate`` one of these or a schedule, and ``Tree`` nested lists, tuples and dicts.
 
 >>> import numpy as np, fastadam
 >>> w = np.zeros(3, np.float32)
@@ -9,7 +15,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from fastadam import cuda, exchange, reference, schedules
 from fastadam._core.adam import Adam
@@ -31,8 +38,8 @@ if TYPE_CHECKING:
     from fastadam import torch as torch
 else:  # not for type checkers, for which every name would exist
 
-    def __getattr__(name: str) -> Any:
-        """The adapters, each imported with its framework when it is first used."""
+    def __getattr__(name: str) -> ModuleType:
+        """Import an adapter, with its framework, when it is first used."""
         if name in ("jax", "keras", "torch"):
             return importlib.import_module(f"fastadam.{name}")
         raise AttributeError(f"module 'fastadam' has no attribute {name!r}")
@@ -66,5 +73,5 @@ publish(globals())
 
 
 def __dir__() -> list[str]:
-    """Public names, adapters among them once they are loaded or can be."""
+    """The public names, and the adapters that are loaded or can be."""
     return sorted([*__all__, *(name for name in ("jax", "keras", "torch") if can_load(name))])

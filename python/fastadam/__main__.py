@@ -1,4 +1,4 @@
-"""``python -m fastadam``, or ``fastadam``: what a bug report needs. With ``demo``: train something and see how fast.
+"""``python -m fastadam``, or ``fastadam``: print the facts for a bug report. With ``demo``: train a small model.
 
 For C and C++ programs: ``cc program.c $(python -m fastadam --include) $(python -m fastadam --libs)``.
 """
@@ -17,7 +17,7 @@ from fastadam._demo.show import DEFAULT_PICTURE, PictureError, check_picture
 
 _PACKAGE = Path(_cpu.__file__ or "").parent
 _LIBRARY = _PACKAGE / "lib"
-# What a build of a C or C++ program asks for.
+# Options that print a path, for the build of C and C++ programs.
 _PATHS = {
     "--include": (f"-I{_PACKAGE / 'include'}", "compiler flags for fastadam.h"),
     "--libs": (f"-L{_LIBRARY} -lfastadam -Wl,-rpath,{_LIBRARY}", "linker flags"),
@@ -28,13 +28,13 @@ _PATHS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Of the program and of each command: what it does not know is refused with its own usage."""
+    """The parser of the program and of each command: each refuses unknown arguments with its own usage."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        chosen, unknown = super().parse_known_args(args, namespace)
+        options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return chosen, unknown
+        return options, unknown
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,37 +52,37 @@ def main(arguments: list[str] | None = None) -> None:
         "--embedding", action="store_true", help="train a text classifier instead, with a deferred and a dense table"
     )
     demo.add_argument("--steps", type=int, metavar="N", help=f"with --embedding: default {embedding.STEPS}")
-    chosen = parser.parse_args(arguments)
-    if chosen.paths:
-        if chosen.command is not None:
-            parser.error("options that print a path go without a command")
-        print(" ".join(chosen.paths))
+    options = parser.parse_args(arguments)
+    if options.paths:
+        if options.command is not None:
+            parser.error("options that print a path cannot be used with a command")
+        print(" ".join(options.paths))
         return
-    if chosen.command is None:
+    if options.command is None:
         show_config()
         return
     try:
-        _run_demo(demo, chosen)
+        _run_demo(demo, options)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def _run_demo(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
-    if chosen.steps is not None and not (chosen.embedding and chosen.steps > 0):
-        parser.error(f"--steps {chosen.steps}: expected a positive number, with --embedding")
+def _run_demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.steps is not None and not (options.embedding and options.steps > 0):
+        parser.error(f"--steps {options.steps}: expected a positive number, with --embedding")
     try:
-        picture = check_picture(chosen.curve)
+        picture = check_picture(options.curve)
     except PictureError as error:
         parser.error(f"--curve {error}")
-    if not chosen.embedding:
+    if not options.embedding:
         digits.main(picture)
         return
     try:
         corpus = embedding.load_corpus()
     except FileNotFoundError as error:
         parser.error(f"--embedding {error}")
-    embedding.main(corpus, picture, chosen.steps or embedding.STEPS)
+    embedding.main(corpus, picture, options.steps or embedding.STEPS)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Arrays on NVIDIA GPUs: whether they can be updated here, and a plain array for code without an array library."""
+"""NVIDIA GPUs: whether arrays on one can be updated, and a simple array type for code without an array library."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.cuda_module import cuda_module, why_not
 from fastadam._core.keywords import suggests_keywords
+from fastadam._core.types import AnyArray
 
 __all__ = ["array", "is_available"]
 
@@ -18,7 +17,9 @@ def __dir__() -> list[str]:
 
 
 def is_available() -> bool:
-    """True if this build holds the CUDA kernels and a GPU can run them.
+    """True if this build has the CUDA kernels and a GPU can run them.
+
+    :func:`fastadam.show_config` prints what is missing.
 
     >>> import fastadam
     >>> isinstance(fastadam.cuda.is_available(), bool)
@@ -28,18 +29,19 @@ def is_available() -> bool:
 
 
 @suggests_keywords()
-def array(values: npt.ArrayLike, device: int = 0) -> Any:
-    """A copy of an array of the host in memory of a GPU, in C order, without any library.
+def array(values: npt.ArrayLike, device: int = 0) -> AnyArray:
+    """Copy a host array to a GPU, in C order, without an array library.
 
-    It has ``shape``, ``dtype``, ``device``, ``get()``, which copies it back to NumPy, and ``__cuda_array_interface__``,
-    which CuPy (``cupy.asarray``), Numba and others read in place. With CuPy or PyTorch use their arrays.
+    The result has ``shape``, ``dtype``, ``device``, ``get()``, which copies it to NumPy, and
+    ``__cuda_array_interface__``, through which CuPy (``cupy.asarray``), Numba and others use it in place. If you have
+    CuPy or PyTorch, use their arrays instead.
 
     Args:
-        values: float16, float32, float64, int32 or int64 numbers; other floats become float32.
+        values: float16, float32, float64, int32 or int64 numbers. Other integers become int64, other types float32.
         device: Number of the GPU.
 
     Raises:
-        RuntimeError: There is no GPU, or no CUDA kernels in this build.
+        RuntimeError: There is no GPU, or this build has no CUDA kernels.
 
     >>> import fastadam
     >>> if fastadam.cuda.is_available():
@@ -49,6 +51,6 @@ def array(values: npt.ArrayLike, device: int = 0) -> Any:
     if host.dtype not in (np.float16, np.float32, np.float64, np.int32, np.int64):
         host = host.astype(np.int64 if host.dtype.kind in "iu" else np.float32)
     native = cuda_module()
-    made = native.DeviceArray(list(host.shape), host.dtype.name, "C", device, 0)
-    native.assign(made, np.ascontiguousarray(host).reshape(host.shape))
-    return made
+    copy = native.DeviceArray(list(host.shape), host.dtype.name, "C", device, 0)
+    native.assign(copy, np.ascontiguousarray(host).reshape(host.shape))
+    return copy

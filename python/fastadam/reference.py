@@ -1,4 +1,4 @@
-"""One Adam step in plain NumPy float64: the definition of correct, written to be read beside the paper."""
+"""One Adam step in plain NumPy float64: the definition of a correct step, to be read beside the paper."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ __all__ = ["adam_step"]
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-_Array = npt.NDArray[np.float64]
 
 
 @suggests_keywords()
@@ -34,8 +31,18 @@ def adam_step(
     clipvalue: float | None = None,
     grad_factor: float = 1.0,
     weight_decay: float = 0.0,
-) -> tuple[_Array, _Array, _Array, _Array | None]:
-    """Return new float64 ``(var, m, v, vhat)``; the arguments of :func:`fastadam.adam_step`, nothing in place.
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
+    r"""One Adam step in float64, which returns new arrays ``(var, m, v, vhat)`` and changes nothing in place.
+
+    .. math::
+        \alpha_t = \eta_t \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}, \quad
+        m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
+        \theta \leftarrow \theta (1 - \lambda \eta_t) - \frac{\alpha_t m}{\sqrt{v} + \hat\epsilon}
+
+    The arguments are the same as for :func:`fastadam.adam_step`. With ``vhat``, the maximum of the second moments takes
+    the place of v in the update (AMSGrad).
+
+    Source: Kingma and Ba, "Adam" (arXiv:1412.6980), section 2, last paragraph.
 
     >>> import numpy as np, fastadam
     >>> var, m, v, vhat = fastadam.reference.adam_step([1.0], [0.5], [0.0], [0.0], step=1, learning_rate=0.1)
@@ -53,6 +60,6 @@ def adam_step(
     second_moment = v
     if vhat is not None:
         old = np.asarray(vhat, dtype=np.float64)
-        second_moment = vhat = np.where(v > old, v, old)  # against a NaN the old maximum stays, as in TF
+        second_moment = vhat = np.where(v > old, v, old)  # where v is NaN, the old maximum stays, as in TensorFlow
     theta = theta * (1 - weight_decay * rate) - m * alpha_t / (np.sqrt(second_moment) + epsilon)
     return theta, m, v, vhat

@@ -1,4 +1,4 @@
-"""``fastadam.AdamW``: Adam whose weights decay unless it is told otherwise."""
+"""``fastadam.AdamW``: Adam with weight decay by default."""
 
 from __future__ import annotations
 
@@ -14,31 +14,38 @@ __all__ = ["AdamW"]
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), with Keras 3's arguments.
+    r"""Adam with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), with Keras 3's arguments.
 
-    The decay is multiplied by the learning rate, as in Keras and PyTorch and unlike the paper.
+    .. math:: \theta \leftarrow \theta (1 - \lambda \eta), \quad \text{then the update of Adam}
+
+    The weight decay :math:`\lambda` is multiplied by the learning rate :math:`\eta`, as in Keras and PyTorch and unlike
+    in the paper. Shapes, dtypes and errors are the same as for :class:`Adam`.
 
     Args:
-        learning_rate: As in :class:`Adam`.
-        weight_decay: A variable with a gradient shrinks by ``weight_decay * learning_rate`` before the update.
-        beta_1: As in :class:`Adam`, like all that follow.
+        learning_rate: As for :class:`Adam`.
+        weight_decay: Each variable with a gradient is multiplied by ``1 - weight_decay * learning_rate`` before the
+            update.
+        beta_1: Decay rate of the first moment.
         beta_2: Decay rate of the second moment.
-        epsilon: Added to the square root.
+        epsilon: Added to the square root of the second moment.
         amsgrad: Use the maximum of the second moments.
         name: Name of the optimizer.
         clipnorm: Scale each gradient down to this norm.
-        clipvalue: Clip the elements of gradients.
-        global_clipnorm: Scale all gradients down to this norm of all together.
+        clipvalue: Clip the elements of gradients to this absolute value.
+        global_clipnorm: Scale the gradients down so that the norm over all of them is at most this.
         lr: Another name of ``learning_rate``.
         decay: The learning rate is divided by ``1 + decay * iterations``.
         use_ema: Keep a moving average of each variable.
         ema_momentum: Decay rate of the averages.
-        ema_overwrite_frequency: Overwrite the variables with their averages every so many steps.
+        ema_overwrite_frequency: Number of steps after which the averages overwrite the variables.
         loss_scale_factor: Divide the gradients by this number.
-        gradient_accumulation_steps: Update the variables in every such call only.
-        sparse_update: How :class:`fastadam.IndexedSlices` are applied.
-        max_staleness: The most steps that a row of a deferred table waits.
-        clip_after_dedupe: Clip the summed rows of IndexedSlices.
+        gradient_accumulation_steps: Number of calls whose mean gradient makes one step.
+        sparse_update: How :class:`fastadam.IndexedSlices` are applied: "dense", "deferred", "deferred_fast" or "lazy".
+        max_staleness: Maximum number of steps that a row of a deferred table waits.
+        clip_after_dedupe: Clip IndexedSlices after repeated rows are summed, not before.
+
+    Raises:
+        ValueError: ``weight_decay`` is None; and all that :class:`Adam` raises.
 
     >>> import numpy as np, fastadam
     >>> w = np.array([2.0])

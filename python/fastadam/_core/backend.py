@@ -1,4 +1,4 @@
-"""The compiled extension, and the settings it takes from the environment when it is first imported."""
+"""The compiled extension, and the environment variables that are read when it is first imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["_cpu", "parse_thread_count"]
 
 
 def parse_thread_count(count: object, name: str) -> int:
-    """An int >= 1 from a number or a text, or a ValueError that names the argument."""
+    """An int >= 1 from an integer or a string; the ValueError names the argument."""
     try:
         threads = int(count) if isinstance(count, str) else count.__index__()  # type: ignore[attr-defined]
     except (ValueError, AttributeError):
@@ -39,7 +39,7 @@ def _read_environment() -> None:
     if threads:
         _cpu.set_num_threads(parse_thread_count(threads, "environment variable FASTADAM_NUM_THREADS"))
     elif openmp_threads := os.environ.get("OMP_NUM_THREADS"):
-        # A list such as "4,2" is for nested regions: the first number counts. Not ours to complain about.
+        # In a list such as "4,2" for nested regions the first number counts. OpenMP reports invalid values itself.
         with contextlib.suppress(ValueError):
             _cpu.set_num_threads(parse_thread_count(openmp_threads.split(",")[0], "OMP_NUM_THREADS"))
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fastadam._core.types import AnyArray
+
 __all__ = [
     "check_beta",
     "check_bool",
@@ -25,8 +27,8 @@ __all__ = [
 DEFAULT_EPSILON = 1e-7
 
 
-def check_number(name: str, value: Any) -> float:
-    """A finite float from any real scalar, 0-d array included; int means float."""
+def check_number(name: str, value: AnyArray) -> float:
+    """A finite float from any real scalar or 0-d array; an int becomes a float."""
     if isinstance(value, (bool, np.bool_, str, bytes)) or value is None or np.ndim(value) != 0:
         raise TypeError(f"{name}: {value!r}, expected a number")
     try:
@@ -34,50 +36,50 @@ def check_number(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         raise TypeError(f"{name}: {type(value).__name__}, expected a number") from None
     except OverflowError:
-        raise ValueError(f"{name}: {type(value).__name__} beyond every float, expected a finite number") from None
+        raise ValueError(f"{name}: {type(value).__name__} too large for a float, expected a finite number") from None
     if not math.isfinite(number):
         raise ValueError(f"{name}: {number}, expected a finite number")
     return number
 
 
-def check_non_negative(name: str, value: Any) -> float:
-    """A finite float >= 0; the text is TF's."""
+def check_non_negative(name: str, value: AnyArray) -> float:
+    """A finite float >= 0. The error text is TensorFlow's."""
     number = check_number(name, value)
     if number < 0:
         raise ValueError(f"Expected {name} >= 0, received: {value}")
     return number
 
 
-def check_beta(name: str, value: Any) -> float:
-    """A decay rate in [0, 1): at 1 the bias correction divides by zero and every variable becomes NaN."""
+def check_beta(name: str, value: AnyArray) -> float:
+    """A decay rate in [0, 1). At 1 the bias correction would divide by zero and make every variable NaN."""
     number = check_number(name, value)
     if not 0.0 <= number < 1.0:
         raise ValueError(f"{name}: {number}, expected 0 <= {name} < 1")
     return number
 
 
-def check_epsilon(value: Any) -> float:
-    """``epsilon >= 0``; None and 0 mean 1e-7, as in TF."""
+def check_epsilon(value: AnyArray) -> float:
+    """``epsilon >= 0``; None and 0 mean 1e-7, as in TensorFlow."""
     return (0.0 if value is None else check_non_negative("epsilon", value)) or DEFAULT_EPSILON
 
 
-def check_bool(name: str, value: Any) -> bool:
-    """True or False, NumPy's included."""
+def check_bool(name: str, value: object) -> bool:
+    """True or False, of Python or NumPy."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: {value!r}, expected True or False")
     return bool(value)
 
 
-def check_iterations(name: str, value: Any) -> int:
-    """A whole number of steps, from 0, that can be counted on from."""
+def check_iterations(name: str, value: AnyArray) -> int:
+    """A whole number of steps, at least 0, to which one more can be added."""
     number = check_non_negative(name, value)
     if number != int(number) or int(value) >= 2**63 - 1:
         raise ValueError(f"{name}: {value}, expected a whole number of steps below 2**63 - 1")
     return int(value)
 
 
-def check_count(name: str, value: Any) -> int:
-    """An integer of at least 1; True, 2.0 and the like are none."""
+def check_count(name: str, value: object) -> int:
+    """An integer of at least 1; True and 2.0 are refused."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: {value!r}, expected an integer of at least 1")
     count = int(value.__index__())
@@ -86,29 +88,29 @@ def check_count(name: str, value: Any) -> int:
     return count
 
 
-def check_list(name: str, values: Any, expected: str = "a list") -> list[Any]:
-    """The items of any iterable; of an iterator at least one, for an exhausted one looks like an empty list."""
-    if isinstance(values, np.ndarray) and values.dtype.kind != "O":  # its rows would be taken for the items
+def check_list(name: str, values: object, expected: str = "a list") -> list[Any]:
+    """The items of an iterable. An iterator must yield one, since an exhausted one looks like an empty list."""
+    if isinstance(values, np.ndarray) and values.dtype.kind != "O":  # whose rows would become the items
         raise TypeError(f"{name}: one {type(values).__name__}, expected {expected}")
     try:
-        items = list(values)
+        items: list[Any] = list(values)  # type: ignore[call-overload]  # raises if it is not iterable
     except TypeError:
         raise TypeError(f"{name}: {type(values).__name__}, expected {expected}") from None
     if not items and isinstance(values, Iterator):
         raise ValueError(
             f"{name}: {type(values).__name__}, an iterator that yielded nothing (was it used before?), expected "
-            f"{expected}; an empty list, if nothing is meant"
+            f"{expected}; pass an empty list to mean nothing"
         )
     return items
 
 
-def check_clip(name: str, value: Any) -> float:
-    """A bound >= 0; None means none."""
+def check_clip(name: str, value: AnyArray) -> float:
+    """A bound >= 0; None means infinity."""
     return math.inf if value is None else check_non_negative(name, value)
 
 
 def check_one_norm(clipnorm: float | None, global_clipnorm: float | None) -> None:
-    """Refuse both norms at once; the text is TF's."""
+    """Refuse both norms at once. The error text is TensorFlow's."""
     if clipnorm is not None and global_clipnorm is not None:
         raise ValueError(
             "Cannot accept both `clipnorm` and `global_clipnorm`, "

@@ -1,4 +1,4 @@
-"""The extension module of the CUDA kernels, which this build may lack and this machine may have no GPU for."""
+"""The extension module with the CUDA kernels, if this build has it and the machine has a GPU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["cuda_module", "why_not"]
 
 
 def cuda_module() -> ModuleType:
-    """The extension module, once it is known that a GPU can be used; imported when the first array on one comes.
+    """Import the extension module, when the first array on a GPU appears.
 
     Raises:
-        RuntimeError: One sentence that says what is missing.
+        RuntimeError: No GPU can be used; the message says what is missing.
     """
     reason = why_not()
     if reason is not None:
-        raise RuntimeError(f"fastadam: no array on a GPU can be updated here: {reason}")
+        raise RuntimeError(f"fastadam: arrays on a GPU cannot be updated here: {reason}")
     return importlib.import_module("fastadam._cuda")
 
 

@@ -1,7 +1,7 @@
-"""How objects show themselves: in a terminal as the code that makes them, in a notebook as a small table.
+"""Text of objects: in a terminal the code that makes them, in a notebook a small table.
 
-Nothing here raises, calls what a user gave as a hyperparameter, brings rows of a table up to date, waits for a GPU, or
-reads more of a long array than its corners.
+Nothing here raises, calls a user's hyperparameter functions, brings rows of a table up to date or waits for a GPU. Of
+a long array only the corners are read.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import inspect
 import itertools
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fastadam._core.placement import on_gpu
+from fastadam._core.types import AnyArray
 
 __all__ = [
     "adam_settings",
@@ -31,10 +32,11 @@ __all__ = [
     "schedule_settings",
 ]
 
-Settings = list[tuple[str, Any]]
-_LONGEST_ARRAY = 1000  # elements that are all shown, as NumPy does by default
-# Adam's arguments in the order in which they are shown, where they are not at these defaults.
-_ADAM_DEFAULTS: dict[str, Any] = {
+Settings = list[tuple[str, object]]
+Shown = TypeVar("Shown")
+_LONGEST_ARRAY = 1000  # elements; longer arrays are abbreviated, as NumPy does by default
+# Adam's arguments in the order in which they are shown if they differ from these defaults.
+_ADAM_DEFAULTS: dict[str, object] = {
     "weight_decay": None,
     "beta_1": 0.9,
     "beta_2": 0.999,
@@ -59,11 +61,11 @@ _short.maxlist = _short.maxtuple = _short.maxdict = 8
 _short.maxstring = _short.maxother = 80
 
 
-def never_raises(method: Callable[[Any], str]) -> Callable[[Any], str]:
-    """A ``__repr__`` that falls back to the name of the class, for an object that is not whole."""
+def never_raises(method: Callable[[Shown], str]) -> Callable[[Shown], str]:
+    """Decorate ``__repr__`` to fall back to the name of the class, for an object that is only partly made."""
 
     @functools.wraps(method)
-    def shown(self: Any) -> str:
+    def shown(self: Shown) -> str:
         try:
             return method(self)
         except Exception:
@@ -72,11 +74,11 @@ def never_raises(method: Callable[[Any], str]) -> Callable[[Any], str]:
     return shown
 
 
-def html_or_none(method: Callable[[Any], str]) -> Callable[[Any], str | None]:
-    """A ``_repr_html_`` that leaves it to ``__repr__`` where it fails."""
+def html_or_none(method: Callable[[Shown], str]) -> Callable[[Shown], str | None]:
+    """Decorate ``_repr_html_`` to return None if it fails, so that notebooks show ``__repr__``."""
 
     @functools.wraps(method)
-    def shown(self: Any) -> str | None:
+    def shown(self: Shown) -> str | None:
         try:
             return method(self)
         except Exception:
@@ -86,21 +88,21 @@ def html_or_none(method: Callable[[Any], str]) -> Callable[[Any], str | None]:
 
 
 def name_of(cls: type) -> str:
-    """How a class is written after ``import fastadam``; one of a user by its own name."""
+    """The name of a class as written after ``import fastadam``; a user's class has its own name."""
     parts = cls.__module__.split(".")
     if parts[0] != "fastadam":
         return cls.__name__
     return ".".join([*itertools.takewhile(lambda part: not part.startswith("_"), parts), cls.__name__])
 
 
-def call_text(cls: type, settings: Iterable[tuple[str, Any]]) -> str:
+def call_text(cls: type, settings: Iterable[tuple[str, object]]) -> str:
     """``Class(name=value, ...)``; a setting without a name is positional."""
     arguments = (f"{name}={_text(value)}" if name else _text(value) for name, value in settings)
     return f"{name_of(cls)}({', '.join(arguments)})"
 
 
-def _text(value: Any) -> str:
-    """One setting, short, and as code where there is any."""
+def _text(value: AnyArray) -> str:
+    """A short text of one setting, as code if possible."""
     value = value.item() if isinstance(value, np.generic) else value
     if on_gpu(value) or hasattr(value, "__array_interface__"):
         return array_text(value, longest=8)
@@ -108,15 +110,15 @@ def _text(value: Any) -> str:
         return name_of(value)
     if inspect.isroutine(value):
         return str(value.__name__)
-    method: Any = type(value).__repr__
-    if method is object.__repr__:  # with nothing but an address to show
+    method: object = type(value).__repr__
+    if method is object.__repr__:  # which shows only an address
         config = _config_of(value)
         return f"<{name_of(type(value))} object>" if config is None else call_text(type(value), config.items())
     text = _short.repr(value) if isinstance(value, (str, list, tuple, dict)) else repr(value)
     return text if len(text) <= 400 else f"{text[:397]}..."
 
 
-def _config_of(value: Any) -> Mapping[str, Any] | None:
+def _config_of(value: AnyArray) -> Mapping[str, Any] | None:
     try:
         config = value.get_config()
     except Exception:
@@ -124,20 +126,20 @@ def _config_of(value: Any) -> Mapping[str, Any] | None:
     return config if isinstance(config, Mapping) else None
 
 
-def array_text(array: Any, indent: int = 0, longest: int = _LONGEST_ARRAY) -> str:
-    """``array([...], dtype=...)`` as NumPy has it, with its shape where that cannot be seen.
+def array_text(array: AnyArray, indent: int = 0, longest: int = _LONGEST_ARRAY) -> str:
+    """``array([...], dtype=...)`` as NumPy writes it, with the shape if the elements do not show it.
 
     Args:
-        array: Of NumPy, or anything else, whose values are not read.
-        indent: Of the line that it starts in, for the lines after.
-        longest: The most elements that are all shown.
+        array: A NumPy array. The values of other arrays are not read.
+        indent: Columns by which the lines after the first are indented.
+        longest: Arrays with more elements are abbreviated.
     """
     if not isinstance(array, np.ndarray):
         if isinstance(array, (list, tuple)):
             return _short.repr(array)
         shape, dtype = tuple(array.shape), str(array.dtype).removeprefix("torch.")
         return f"<{type(array).__name__} of shape {shape}, {dtype}{', on a GPU' if on_gpu(array) else ''}>"
-    plain = array.view(np.ndarray)  # a memmap would be called so
+    plain = array.view(np.ndarray)  # or the text would begin with "memmap"
     longest = min(longest, int(np.get_printoptions()["threshold"]))
     prefix = " " * indent + "array("
     values = np.array2string(plain, separator=", ", prefix=prefix, suffix=",", threshold=longest)
@@ -148,11 +150,11 @@ def array_text(array: Any, indent: int = 0, longest: int = _LONGEST_ARRAY) -> st
     return f"array({values},{' ' if fits else chr(10) + ' ' * len(prefix)}{end}"
 
 
-def adam_settings(optimizer: Any) -> Settings:
-    """The rate, and what is not at Adam's defaults, of an Adam; then what a subclass has of its own.
+def adam_settings(optimizer: object) -> Settings:
+    """The learning rate of an Adam, its options that are not at their defaults, then those of a subclass.
 
-    The latter are arguments of its constructor that it keeps as attributes of the same name, with a ``_`` or without.
-    Read from where they are kept: callables are shown, not called.
+    A subclass's options are the arguments of its constructor that it keeps in attributes of the same name, with or
+    without a ``_``. Attributes are read, not computed: callables are shown, not called.
     """
     state = vars(optimizer)
     options = getattr(state.get("_parts"), "options", None)  # None while it is being made
@@ -164,13 +166,13 @@ def adam_settings(optimizer: Any) -> Settings:
             settings.append((name, value))
     own = [name for name in _parameters(type(optimizer)) if name not in (*_ADAM_DEFAULTS, "learning_rate", "name")]
     settings += _kept(state, own, _parameters(type(optimizer)))
-    if (name := state.get("name")) not in (None, *(cls.__name__ for cls in type(optimizer).__mro__)):
-        settings.append(("name", name))
+    if (own_name := state.get("name")) not in (None, *(cls.__name__ for cls in type(optimizer).__mro__)):
+        settings.append(("name", own_name))
     return settings
 
 
-def schedule_settings(schedule: Any) -> Settings:
-    """The constructor's arguments of a schedule that are not at their defaults, from ``get_config`` or attributes."""
+def schedule_settings(schedule: object) -> Settings:
+    """The constructor's arguments that are not at their defaults, from ``get_config`` or attributes."""
     parameters, config = _parameters(type(schedule)), _config_of(schedule)
     if config is None:
         return _kept(vars(schedule), list(parameters), parameters)
@@ -178,29 +180,30 @@ def schedule_settings(schedule: Any) -> Settings:
     return [(name, value) for name, value in config.items() if not _same(value, parameters.get(name, missing))]
 
 
-def _parameters(cls: type) -> dict[str, Any]:
-    """The arguments of the constructors of a class and its bases, and their defaults."""
+def _parameters(cls: type) -> dict[str, object]:
+    """The arguments of the constructors of a class and its bases, with their defaults."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, object] = {}
     for init in (vars(owner)["__init__"] for owner in cls.__mro__ if inspect.isfunction(vars(owner).get("__init__"))):
-        for found in list(inspect.signature(init).parameters.values())[1:]:
-            if found.kind not in kinds:
-                defaults.setdefault(found.name, found.default)
+        for parameter in list(inspect.signature(init).parameters.values())[1:]:
+            if parameter.kind not in kinds:
+                defaults.setdefault(parameter.name, parameter.default)
     return defaults
 
 
-def _kept(state: Mapping[str, Any], names: Sequence[str], defaults: Mapping[str, Any]) -> Settings:
-    found = [(name, key) for name in names for key in (name, f"_{name}") if key in state]
-    return [(name, state[key]) for name, key in found if not _same(state[key], defaults[name])]
+def _kept(state: Mapping[str, object], names: Sequence[str], defaults: Mapping[str, object]) -> Settings:
+    """The arguments of these names that an object keeps in attributes, if they are not at their defaults."""
+    pairs = [(name, key) for name in names for key in (name, f"_{name}") if key in state]
+    return [(name, state[key]) for name, key in pairs if not _same(state[key], defaults[name])]
 
 
-def _same(value: Any, default: Any) -> bool:
+def _same(value: object, default: object) -> bool:
     plain = (bool, int, float, str)
     return value is default or (isinstance(value, plain) and isinstance(default, plain) and value == default)
 
 
-def html_table(title: str, rows: Iterable[tuple[str, Any]], below: str = "") -> str:
-    """A title, names and values as text; ``below`` is HTML already."""
+def html_table(title: str, rows: Iterable[tuple[str, object]], below: str = "") -> str:
+    """A table of names and values under a title; ``below`` is HTML to add at the end."""
     left = ' style="text-align:left"'
     cells = (
         f"<tr><th{left}>{html.escape(name)}</th><td{left}>"
@@ -212,12 +215,12 @@ def html_table(title: str, rows: Iterable[tuple[str, Any]], below: str = "") -> 
 
 
 def preformatted(text: str) -> str:
-    """HTML of a text whose lines stay as they are."""
+    """HTML that keeps the line breaks of a text."""
     return f"<pre>{html.escape(text)}</pre>"
 
 
 def polyline(values: Sequence[float], width: int = 180, height: int = 40) -> str:
-    """A curve without axes, as SVG; from the least value at the bottom, or 0, to the largest at the top."""
+    """A curve without axes, as SVG. The bottom is the least value or 0, the top the largest value or 0."""
     heights = np.asarray(values, np.float64)
     if len(heights) < 2 or not np.isfinite(heights).all():
         return ""

@@ -1,12 +1,15 @@
-"""Other frameworks: their objects, recognised without importing anything; what to use for them; what to install."""
+"""Other frameworks: recognise their objects without importing anything; say what to use for them or to install."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping, ValuesView
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sized, ValuesView
+from types import ModuleType
+from typing import TypeVar
+
+from fastadam._core.types import Tree
 
 __all__ = [
     "can_load",
@@ -30,7 +33,7 @@ _NAMES = {
     "safetensors": "safetensors",
     "torch": "PyTorch",
 }
-# Top-level modules. Keras comes first: with its torch backend a layer is a torch.nn.Module, too.
+# By top-level module. Keras comes first: with its torch backend, a layer is also a torch.nn.Module.
 _MODULES = {"keras": "keras", "tf_keras": "keras", "tensorflow": "tensorflow", "torch": "torch"}
 _MODULES |= {"jax": "jax", "jaxlib": "jax"}
 _CONTAINERS = (Mapping, ValuesView, list, tuple)
@@ -45,14 +48,14 @@ _HINTS = {
 
 
 def missing(what: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
-    """The sentence that says what to install; the error itself if another module is missing."""
+    """An error that says what to install; the error itself if another module is missing."""
     if error.name not in _NAMES:
         return error
     return ModuleNotFoundError(f"{what} needs {_NAMES[error.name]}: pip install {error.name}", name=error.name)
 
 
 def can_load(adapter: str) -> bool:
-    """Whether ``fastadam.<adapter>`` is loaded, or its framework is there; Keras also needs the choice of a backend."""
+    """Whether ``fastadam.<adapter>`` is loaded or its framework installed; for Keras also whether a backend is set."""
     if f"fastadam.{adapter}" in sys.modules:
         return True
     backend = os.environ.get("KERAS_BACKEND", "")
@@ -61,42 +64,42 @@ def can_load(adapter: str) -> bool:
     )
 
 
-def require(package: str, what: str) -> Any:
-    """The package, imported, or ModuleNotFoundError that says what needs it and how to install it."""
+def require(package: str, what: str) -> ModuleType:
+    """Import a package; the ModuleNotFoundError says what needs it and how to install it."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise missing(what, error) from None
 
 
-def framework_of(value: Any) -> str | None:
-    """The framework of an object's class or of one of its bases: "keras", "tensorflow", "torch" or "jax"."""
+def framework_of(value: object) -> str | None:
+    """The framework that defines an object's class or a base of it: "keras", "tensorflow", "torch" or "jax"."""
     tops = {base.__module__.partition(".")[0] for base in type(value).__mro__}
     return next((name for module, name in _MODULES.items() if module in tops), None)
 
 
-def hint_for_variable(value: Any) -> str | None:
-    """What to use for a variable that fastadam.Adam cannot update because of its framework."""
+def hint_for_variable(value: object) -> str | None:
+    """What to use for a variable of a framework whose arrays fastadam.Adam cannot update."""
     framework = framework_of(value)
     return None if framework in (None, "torch") else _HINTS[framework]
 
 
-def refuse_parameters(name: str, value: Any) -> None:
-    """Refuse a model, or what it has to train, in the place of a learning rate: torch's optimizers take it first."""
+def refuse_parameters(name: str, value: object) -> None:
+    """Refuse a model or its parameters as a learning rate: PyTorch's optimizers take parameters first."""
     kind = _kind_of_parameters(value)
     if kind is not None:
         raise TypeError(f"{name}: {type(value).__name__}, expected a number or a schedule; {_HINTS[kind]}")
 
 
-def _kind_of_parameters(value: Any) -> str | None:
+def _kind_of_parameters(value: object) -> str | None:
     if isinstance(value, Iterator):  # looking at its items would use them up
         frame = getattr(value, "gi_frame", None)
         module = str(frame.f_globals.get("__name__")) if frame is not None else ""
         return _MODULES.get(module.partition(".")[0], "torch" if "torch" in sys.modules else None)
     inside = isinstance(value, _CONTAINERS)
     value = first_of(value)
-    shape: Any = getattr(value, "shape", None)
-    is_vector = hasattr(type(shape), "__len__") and (inside or len(shape) > 0)  # a single number can be a rate
+    shape = getattr(value, "shape", None)
+    is_vector = isinstance(shape, Sized) and (inside or len(shape) > 0)  # a single number can be a rate
     is_model = any(hasattr(type(value), name) for name in ("trainable_variables", "named_parameters"))
     framework = framework_of(value)
     if framework is not None:
@@ -104,8 +107,8 @@ def _kind_of_parameters(value: Any) -> str | None:
     return "arrays" if is_vector and is_array(value) else None
 
 
-def first_of(value: Any) -> Any:
-    """The first variable in lists, dicts of variables and parameter groups; anything else as it is."""
+def first_of(value: Tree) -> Tree:
+    """The first variable in nested lists, dicts and parameter groups; any other value itself."""
     while isinstance(value, _CONTAINERS) and len(value) > 0:
         if isinstance(value, Mapping):
             value = value["params"] if "params" in value else value.values()
@@ -114,13 +117,13 @@ def first_of(value: Any) -> Any:
     return value
 
 
-def is_array(value: Any) -> bool:
-    """Whether it is an array of NumPy or a fastadam.Variable."""
+def is_array(value: object) -> bool:
+    """Whether a value is a NumPy array or a fastadam.Variable."""
     return hasattr(value, "shape") and type(value).__module__.partition(".")[0] in ("fastadam", "numpy")
 
 
 def named_in_keras(cls: type[Cls]) -> type[Cls]:
-    """An optimizer of another kind than Keras's: ``model.compile`` refuses it with a text that has it in it."""
+    """For optimizers that are not Keras's: the error of ``model.compile``, which formats them, gains a hint."""
 
     def __format__(self: Cls, spec: str) -> str:  # noqa: N807
         text = object.__format__(self, spec)

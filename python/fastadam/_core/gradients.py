@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
 from fastadam._core.placement import on_gpu, to_host
-from fastadam._core.types import AnyArray, AnyDType, ArrayLike
+from fastadam._core.types import AnyArray, ArrayLike, HostArray
 
 __all__ = ["as_float_array", "bfloat16_to_float32", "convert_gradient", "convert_values", "float32_to_bfloat16"]
 
@@ -27,7 +27,7 @@ def float32_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint1
     return np.asarray(np.where(np.isnan(values), quiet_nan, rounded), np.uint16)
 
 
-def as_float_array(values: ArrayLike, label: str) -> npt.NDArray[AnyDType]:
+def as_float_array(values: ArrayLike, label: str) -> HostArray:
     """Any array or nested list of real numbers as a NumPy array; bfloat16 without ml_dtypes becomes float32.
 
     Raises:
@@ -53,7 +53,7 @@ def convert_gradient(gradient: ArrayLike, variable: _cpu.Buffer, label: str) -> 
     return convert_values(as_float_array(gradient, label), variable.dtype, variable.order)
 
 
-def convert_values(values: npt.NDArray[AnyDType], dtype: str, order: str = "C") -> AnyArray:
+def convert_values(values: HostArray, dtype: str, order: str = "C") -> AnyArray:
     """Real numbers in one of the four dtypes: an array, or a buffer of bfloat16."""
     layout: Literal["C", "F"] = "C" if order == "C" else "F"
     with np.errstate(under="ignore"):  # the kernels flush denormals anyway
@@ -62,7 +62,7 @@ def convert_values(values: npt.NDArray[AnyDType], dtype: str, order: str = "C") 
         return np.array(values, dtype=dtype, order=layout)
 
 
-def _as_array(gradient: ArrayLike, label: str) -> npt.NDArray[AnyDType]:
+def _as_array(gradient: ArrayLike, label: str) -> HostArray:
     try:
         array = np.asarray(gradient)
     except (ValueError, TypeError) as error:

@@ -15,7 +15,7 @@ from fastadam.schedules._foreign import adopt, check_callable
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.types import AnyArray, AnyOptimizer
+    from fastadam._core.types import AnyArray, Foreign
 
 __all__ = ["Clip", "Extra", "Hyper", "check_rate"]
 
@@ -49,7 +49,7 @@ class Hyper(Generic[Read, Written]):
     def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
     @overload
     def __get__(self, optimizer: object, owner: type | None = None) -> Read: ...
-    def __get__(self, optimizer: AnyOptimizer, owner: type | None = None) -> object:
+    def __get__(self, optimizer: Foreign, owner: type | None = None) -> object:
         if optimizer is None:
             return self
         value = parts_of(optimizer).options.numbers[self._name]
@@ -57,7 +57,7 @@ class Hyper(Generic[Read, Written]):
             return value
         return self._check(self._name, value())
 
-    def __set__(self, optimizer: AnyOptimizer, value: Written) -> None:
+    def __set__(self, optimizer: Foreign, value: Written) -> None:
         number: AnyArray = adopt(value)  # a schedule of another library becomes what a step can call
         if self._name != "learning_rate" and (number is not value or isinstance(value, LearningRateSchedule)):
             raise TypeError(f"{self._name}: {type(value).__name__}, expected a number (learning_rate takes schedules)")
@@ -77,10 +77,10 @@ class Clip:
     def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
     @overload
     def __get__(self, optimizer: object, owner: type | None = None) -> float | None: ...
-    def __get__(self, optimizer: AnyOptimizer, owner: type | None = None) -> object:
+    def __get__(self, optimizer: Foreign, owner: type | None = None) -> object:
         return self if optimizer is None else parts_of(optimizer).options.clips[self._name]
 
-    def __set__(self, optimizer: AnyOptimizer, value: float | None) -> None:
+    def __set__(self, optimizer: Foreign, value: float | None) -> None:
         parts_of(optimizer).options.set_clip(
             self._name, None if value is None else check_non_negative(self._name, value)
         )
@@ -99,10 +99,10 @@ class Extra(Generic[Value]):
     def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
     @overload
     def __get__(self, optimizer: object, owner: type | None = None) -> Value: ...
-    def __get__(self, optimizer: AnyOptimizer, owner: type | None = None) -> object:
+    def __get__(self, optimizer: Foreign, owner: type | None = None) -> object:
         return self if optimizer is None else getattr(parts_of(optimizer).options.extras, self._name)
 
-    def __set__(self, optimizer: AnyOptimizer, value: Value) -> None:
+    def __set__(self, optimizer: Foreign, value: Value) -> None:
         if self._fixed:
             raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
         parts_of(optimizer).options.set_extra(self._name, value)

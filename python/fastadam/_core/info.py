@@ -1,4 +1,4 @@
-"""What this build and this machine can do, and the two process-wide settings: instruction set and threads."""
+"""What this build and machine support, and the two settings of the process: instruction set and threads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["current_isa", "get_num_threads", "isas", "set_isa", "set_num_threads
 
 
 def isas() -> list[str]:
-    """Names of the instruction sets that this build holds and this CPU runs, from the plainest to the widest.
+    """Names of the instruction sets that this build has and this CPU runs, from the baseline to the widest.
 
-    The last one is used unless :func:`set_isa` or ``FASTADAM_ISA`` says otherwise. All give the same bits.
+    The last one is the default; :func:`set_isa` or ``FASTADAM_ISA`` selects another. All give the same bits.
 
     >>> import fastadam
     >>> len(fastadam.isas()) >= 1
@@ -35,10 +35,14 @@ def current_isa() -> str:
 
 
 def set_isa(name: str) -> None:
-    """Force an instruction set for the whole process, as the environment variable ``FASTADAM_ISA`` does.
+    """Select an instruction set for the whole process, as the environment variable ``FASTADAM_ISA`` does.
+
+    Args:
+        name: One of :func:`isas`.
 
     Raises:
-        ValueError: ``name`` is not in this build, or this CPU lacks it; nothing is changed.
+        TypeError: ``name`` is not a string.
+        ValueError: This build or this CPU does not have the instruction set; the setting is unchanged.
 
     >>> import fastadam
     >>> fastadam.set_isa(fastadam.isas()[-1])
@@ -49,7 +53,7 @@ def set_isa(name: str) -> None:
 
 
 def get_num_threads() -> int:
-    """The most threads that a step may use.
+    """The maximum number of threads of a step.
 
     >>> import fastadam
     >>> fastadam.get_num_threads() >= 1
@@ -59,13 +63,14 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(count: int | None) -> None:
-    """Set the most threads that a step may use; results do not depend on it.
+    """Set the maximum number of threads of a step for the whole process. Results do not depend on it.
 
-    ``None`` returns to the default: ``FASTADAM_NUM_THREADS`` if it was set at import, else ``OMP_NUM_THREADS``,
-    else the CPUs this process may run on.
+    Args:
+        count: The number of threads. None restores the default: ``FASTADAM_NUM_THREADS`` if it was set at import,
+            else ``OMP_NUM_THREADS``, else the number of CPUs that this process may use.
 
     Raises:
-        ValueError: ``count`` is not an integer of at least 1.
+        ValueError: ``count`` is not an integer from 1 to 65536.
 
     >>> import fastadam
     >>> fastadam.set_num_threads(2)
@@ -82,7 +87,7 @@ _DEFAULT_THREADS = _cpu.requested_threads()
 
 
 def show_config() -> None:
-    """Print what a bug report needs: versions, instruction sets, threads, CUDA."""
+    """Print the facts for a bug report: versions, instruction sets, threads, CUDA."""
     compiled = ", ".join(name if usable else f"{name} (not on this CPU)" for name, usable in _cpu.compiled_isas())
     rows = {
         "fastadam": _cpu.__version__,

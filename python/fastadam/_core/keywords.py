@@ -1,4 +1,4 @@
-"""What somebody meant who gives a keyword that a function does not have."""
+"""Suggestions for keyword arguments that a function does not have."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 __all__ = ["ELSEWHERE", "suggests_keywords", "synonyms"]
 
-_Callable = TypeVar("_Callable", bound=Callable[..., Any])
+_Callable = TypeVar("_Callable", bound=Callable[..., object])
 
-# Names of one thing in Keras, TensorFlow, PyTorch, optax and papers; a suggestion is the first that a function has.
+# Each group names one argument in Keras, TensorFlow, PyTorch, optax and papers. The first that the function has is
+# suggested.
 _SYNONYMS = (
     (
         "learning_rate",
@@ -68,7 +69,7 @@ _SYNONYMS = (
     ("dense_shape", "shape"),
     ("axes", "ax"),
 )
-# Options of PyTorch's optimizers, for which the one of NumPy arrays has no name.
+# Options that only PyTorch's optimizers have.
 ELSEWHERE = dict.fromkeys(
     ("params", "fused", "foreach", "maximize", "capturable", "differentiable"), "fastadam.torch.Adam has it"
 )
@@ -81,21 +82,22 @@ _NOTES = {
 def suggests_keywords(
     called: str | None = None, elsewhere: Mapping[str, str] | None = None
 ) -> Callable[[_Callable], _Callable]:
-    """Have a function, or a class, name the keyword that was meant in its TypeError for one that it does not have.
+    """Decorate a function or class so that its TypeError for an unknown keyword suggests the right one.
 
-    A call that succeeds costs one more Python call, 0.2 us; the names are compared only once a TypeError was raised.
+    A call that succeeds costs one more Python call, 0.2 us. Names are compared only after a TypeError.
 
     Args:
-        called: What the message says the keyword was passed to; None for the name of the function or class.
-        elsewhere: What to do instead of giving an option that the function does not have, by the first of its synonyms.
+        called: What the message says the keyword was passed to; None means the name of the function or class.
+        elsewhere: What to do instead of passing an option that the function does not have. Keys are the first names of
+            the groups of synonyms.
     """
 
     def decorate(decorated: _Callable) -> _Callable:
         is_class = isinstance(decorated, type)
-        function: Callable[..., Any] = getattr(decorated, "__init__") if is_class else decorated  # noqa: B009  mypy
+        function: Callable[..., object] = getattr(decorated, "__init__") if is_class else decorated  # noqa: B009  mypy
 
         @functools.wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
+        def checked(*args: object, **kwargs: object) -> object:
             try:
                 return function(*args, **kwargs)
             except TypeError:
@@ -116,9 +118,9 @@ def suggests_keywords(
 
 
 def synonyms(name: str, names: Sequence[str]) -> list[str]:
-    """What is called ``name`` elsewhere, by its names among these."""
-    present = [next((known for known in group if known in names), None) for group in _SYNONYMS if name in group]
-    return list(dict.fromkeys(known for known in present if known))
+    """Those of ``names`` that other libraries call ``name``."""
+    matches = [next((synonym for synonym in group if synonym in names), None) for group in _SYNONYMS if name in group]
+    return list(dict.fromkeys(match for match in matches if match))
 
 
 def _hint(keyword: str, names: Sequence[str], elsewhere: Mapping[str, str]) -> str:

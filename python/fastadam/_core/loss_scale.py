@@ -24,28 +24,32 @@ from fastadam._core.strict import class_only, is_own, settable, unknown_attribut
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.types import Gradient, VariableLike
+    from fastadam._core.types import AnyArray, Config, Gradient, HostArray, VariableLike
+    from fastadam._core.variable import Variable
 
 __all__ = ["LossScaleOptimizer"]
 
 
 @named_in_keras
 class LossScaleOptimizer(Minimizer):
-    r"""An optimizer whose loss is multiplied by a scale that follows what the gradients can bear.
+    r"""Dynamic loss scaling for an optimizer: the loss is multiplied by a scale that adapts to the gradients.
 
-    The gradients of ``scale_loss(loss)`` are divided by the scale. If any element of any gradient is not finite, the
-    step is left out whole, iterations included, and the scale is halved; after ``dynamic_growth_steps`` good steps in
-    a row it is doubled. The scale stays within [1, 2**126]; Keras 3 lets it fall to 0. The
-    gradients are checked as they come, before they are clipped, in one read with the norm.
+    ``apply_gradients`` divides the gradients of ``scale_loss(loss)`` by the scale. If any element of any gradient is
+    not finite, it skips the whole step, does not count it in ``iterations``, and halves the scale. After
+    ``dynamic_growth_steps`` good steps in a row the scale is doubled. The scale stays within [1, 2**126]; in Keras 3 it
+    can fall to 0. Gradients are checked before they are clipped, in the same pass that computes their norm.
+
+    Attributes of the inner optimizer (``iterations``, ``learning_rate``, ``get_slot`` ...) can be used on this one.
 
     Args:
-        inner_optimizer: An :class:`Adam` without a ``loss_scale_factor`` of its own.
-        initial_scale: The first scale; of a power of two the scaling changes no bit.
-        dynamic_growth_steps: Good steps before the scale is doubled.
+        inner_optimizer: An :class:`Adam` without a ``loss_scale_factor``.
+        initial_scale: The first scale. Scaling by a power of two does not change results.
+        dynamic_growth_steps: Number of good steps after which the scale is doubled.
 
     Raises:
-        TypeError: ``inner_optimizer`` is no Adam.
-        ValueError: It has a ``loss_scale_factor``; a scale outside [1, 2**126].
+        TypeError: ``inner_optimizer`` is not an Adam, or a number has the wrong type.
+        ValueError: ``inner_optimizer`` has a ``loss_scale_factor``; a scale is outside [1, 2**126];
+            ``dynamic_growth_steps`` is under 1.
 
     Source: https://keras.io/api/optimizers/loss_scale_optimizer/; Micikevicius et al., "Mixed Precision Training"
     (arXiv:1710.03740).
@@ -74,19 +78,19 @@ class LossScaleOptimizer(Minimizer):
         self.step_counter = 0
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the inner optimizer's: ``iterations``, ``learning_rate``, ``get_slot`` ..."""
+        """All other attributes are the inner optimizer's: ``iterations``, ``learning_rate``, ``get_slot`` ..."""
         if name == "inner_optimizer" or name.startswith("_"):
             raise AttributeError(name)
         try:
             return getattr(self.inner_optimizer, name)
         except AttributeError as error:
             if hasattr(type(self.inner_optimizer), name):
-                raise  # by a property
+                raise  # from a property
             names = [*dir(type(self)), *_CHECKS, *dir(self.inner_optimizer)]
             raise AttributeError(unknown_attribute(self, name, names)) from error
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a hyperparameter of the inner optimizer, or an attribute of this one."""
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute of this optimizer or a hyperparameter of the inner one."""
         inner = self.__dict__.get("inner_optimizer")
         if name in _CHECKS:
             super().__setattr__(name, _CHECKS[name](name, value))
@@ -101,7 +105,7 @@ class LossScaleOptimizer(Minimizer):
 
     @never_raises
     def __repr__(self) -> str:
-        """The constructor's call, with what is not at its default."""
+        """The constructor's call with all arguments that are not at their defaults."""
         defaults = {"initial_scale": 2.0**15, "dynamic_growth_steps": 2000}
         changed = [(name, getattr(self, name)) for name in defaults if getattr(self, name) != defaults[name]]
         return call_text(type(self), [("", vars(self)["inner_optimizer"]), *changed])
@@ -113,11 +117,11 @@ class LossScaleOptimizer(Minimizer):
 
     @property
     def current_learning_rate(self) -> float:
-        """As of :class:`Adam`."""
+        """The learning rate of the next step, as in :class:`Adam`."""
         return self.inner_optimizer.current_learning_rate
 
-    def scale_loss(self, loss: Any) -> Any:
-        """``loss * dynamic_scale``, whose gradients ``apply_gradients`` divides by the scale again."""
+    def scale_loss(self, loss: AnyArray) -> AnyArray:
+        """Return ``loss * dynamic_scale``. ``apply_gradients`` takes the gradients of this."""
         return loss * self.dynamic_scale
 
     def apply_gradients(
@@ -126,12 +130,12 @@ class LossScaleOptimizer(Minimizer):
         name: str | None = None,
         experimental_aggregate_gradients: bool = True,
     ) -> np.int64 | None:
-        """Make the step if all gradients of the scaled loss are finite; then adjust the scale.
+        """Make a step if all gradients of the scaled loss are finite, then adjust the scale.
 
-        The arguments and errors are those of :meth:`Adam.apply_gradients`.
+        The arguments and errors are the same as for :meth:`Adam.apply_gradients`.
 
         Returns:
-            ``iterations``, which is as before if the step was left out; None for an empty list.
+            ``iterations``, unchanged if the step was skipped; None for an empty list.
         """
         inner = self.inner_optimizer
         with parts_of(inner).runtime.lock:
@@ -151,7 +155,7 @@ class LossScaleOptimizer(Minimizer):
             doubled = self.dynamic_scale * 2
             self.dynamic_scale, self.step_counter = doubled if doubled <= _LARGEST else self.dynamic_scale, 0
 
-    def _refresh(self, variable: Any, ids: Any) -> None:
+    def _refresh(self, variable: Variable | None, ids: HostArray | None) -> None:
         self.inner_optimizer._refresh(variable, ids)
 
     @property
@@ -162,8 +166,8 @@ class LossScaleOptimizer(Minimizer):
     def _loss_scale(self) -> float:
         return self.dynamic_scale
 
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments as plain JSON values, the inner optimizer's among them."""
+    def get_config(self) -> Config:
+        """The constructor's arguments as plain JSON values, including those of the inner optimizer."""
         inner = {"class_name": type(self.inner_optimizer).__name__, "config": self.inner_optimizer.get_config()}
         return {
             "inner_optimizer": inner,
@@ -173,7 +177,7 @@ class LossScaleOptimizer(Minimizer):
 
     @class_only
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
-        """An optimizer from ``get_config``; ``config`` is not modified."""
+        """Make an optimizer from the result of ``get_config``; ``config`` is not modified."""
         arguments = dict(config)
         inner = arguments.pop("inner_optimizer", None)
         if not isinstance(inner, Mapping) or not {"class_name", "config"} <= set(inner):
@@ -184,7 +188,7 @@ class LossScaleOptimizer(Minimizer):
         return cls(classes[inner["class_name"]].from_config(inner["config"], custom_objects), **arguments)
 
     def save(self, path: str | os.PathLike[str], variables: Iterable[VariableLike] | None = None) -> None:
-        """As :meth:`Adam.save`, with the scale and the count of good steps."""
+        """Save the optimizer as :meth:`Adam.save` does, with the scale and the number of good steps."""
         with parts_of(self.inner_optimizer).runtime.lock:
             state = {name: getattr(self, name) for name in _SAVED}
             serialization.save(self.inner_optimizer, path, variables, state)
@@ -196,9 +200,9 @@ class LossScaleOptimizer(Minimizer):
         variables: Iterable[VariableLike],
         custom_objects: Mapping[str, Any] | None = None,
     ) -> Self:
-        """An optimizer from ``save``, as :meth:`Adam.load`; ``custom_objects`` may hold a class of Adam, too."""
-        others = [found for found in (custom_objects or {}).values() if isinstance(found, type)]
-        classes: list[type[Adam]] = [Adam, AdamW, *(found for found in others if issubclass(found, Adam))]
+        """Load what :meth:`save` wrote, as :meth:`Adam.load` does; ``custom_objects`` may hold a subclass of Adam."""
+        others = [entry for entry in (custom_objects or {}).values() if isinstance(entry, type)]
+        classes: list[type[Adam]] = [Adam, AdamW, *(entry for entry in others if issubclass(entry, Adam))]
         inner, state = serialization.load(classes, path, variables, custom_objects)
         try:
             if not isinstance(state, dict) or set(state) != set(_SAVED):
@@ -211,30 +215,30 @@ class LossScaleOptimizer(Minimizer):
         return optimizer
 
 
-_LARGEST = 2.0**126  # the inverse is the smallest normal float32
+_LARGEST = 2.0**126  # its inverse is the smallest normal float32
 _SAVED = ("initial_scale", "dynamic_growth_steps", "dynamic_scale", "step_counter")
 
 
 def _require_no_factor(inner_optimizer: Adam) -> None:
     if inner_optimizer.loss_scale_factor is not None:
-        raise ValueError("inner_optimizer: has a loss_scale_factor, expected None beside a dynamic scale")
+        raise ValueError("inner_optimizer: has a loss_scale_factor, expected None: the scale is dynamic")
 
 
-def _check_scale(name: str, value: Any) -> float:
+def _check_scale(name: str, value: AnyArray) -> float:
     scale = check_number(name, value)
     if not 1 <= scale <= _LARGEST:
         raise ValueError(f"{name}: {scale}, expected 1 <= {name} <= {_LARGEST}")
     return scale
 
 
-def _check_inner(name: str, value: Any) -> Adam:
+def _check_inner(name: str, value: object) -> Adam:
     if not isinstance(value, Adam):
         raise TypeError(f"{name}: {type(value).__name__}, expected a fastadam.Adam")
     _require_no_factor(value)
     return value
 
 
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+_CHECKS: dict[str, Callable[[str, AnyArray], object]] = {
     "inner_optimizer": _check_inner,
     "initial_scale": _check_scale,
     "dynamic_scale": _check_scale,

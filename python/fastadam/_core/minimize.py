@@ -1,10 +1,10 @@
-"""``minimize``, ``get_gradients`` and ``get_updates`` of tf.keras, with gradients from a provider of your choice."""
+"""``minimize``, ``get_gradients`` and ``get_updates`` of tf.keras, with gradients from the provider that users name."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from fastadam._core.autodiff import Loss, check_provider, installed, run_and_dif
 from fastadam._core.checks import check_list
 from fastadam._core.gradients import as_float_array
 from fastadam._core.tree import flatten
+from fastadam._core.types import AnyArray, HostArray, Tree
 from fastadam._core.variable import Variable, reading
 from fastadam._core.warning import warn
 
@@ -24,16 +25,18 @@ _default: Provider | None = None
 
 
 def set_gradient_provider(provider: Provider | None) -> None:
-    """Choose where ``minimize`` and ``get_gradients`` get gradients from, unless their ``gradient`` says otherwise.
+    """Set the default provider of gradients for ``minimize``, ``get_gradients`` and ``get_updates``.
+
+    The argument ``gradient`` of these methods takes precedence.
 
     Args:
         provider: "autograd" (HIPS autograd), "jax" or "torch"; or a function ``gradient(loss, variables)`` that
-            returns a list with a gradient or None for each variable; None for no default, as at the start.
+            returns a list with a gradient or None for each variable. None, the initial setting, means no default.
 
     Raises:
-        TypeError: Neither a name nor a function.
-        ValueError: An unknown name.
-        ModuleNotFoundError: A provider that is not installed; the message says which are.
+        TypeError: ``provider`` is neither a name nor a function.
+        ValueError: The name is unknown.
+        ModuleNotFoundError: The provider is not installed; the message says which ones are.
 
     >>> import fastadam
     >>> fastadam.set_gradient_provider(lambda loss, variables: [2 * v.value for v in variables])
@@ -48,7 +51,7 @@ def set_gradient_provider(provider: Provider | None) -> None:
 
 
 class Minimizer:
-    """Steps on a loss instead of gradients, for a class that has ``apply_gradients``."""
+    """Methods that take a loss instead of gradients, for a class with ``apply_gradients``."""
 
     apply_gradients: Callable[..., np.int64 | None]
 
@@ -59,11 +62,16 @@ class Minimizer:
 
     @property
     def _loss_scale(self) -> float | None:
-        """What ``apply_gradients`` divides the gradients by: the loss is multiplied by it."""
+        """The loss is multiplied by this number; ``apply_gradients`` divides the gradients by it."""
         return None
 
-    def _refresh(self, variable: Any, ids: Any) -> None:
-        """Bring rows of a variable (None: of every one), or all for None, up to date before a loss reads them."""
+    def _refresh(self, variable: Variable | None, ids: HostArray | None) -> None:
+        """Bring rows up to date before a loss reads them.
+
+        Args:
+            variable: The table; None means every table.
+            ids: The rows; None means all.
+        """
 
     def minimize(
         self,
@@ -76,41 +84,41 @@ class Minimizer:
     ) -> np.int64 | None:
         r"""Make one step down the gradient of a loss.
 
-        .. math:: g = \sum_i u_i \, \partial loss_i / \partial \theta, \quad u = grad\_loss \text{ or } 1
+        .. math:: g = \sum_i u_i \frac{\partial L_i}{\partial \theta}
 
-        The loss reads its variables by ``value`` (or uses the :class:`fastadam.Variable` itself), which inside it is
-        an array of the provider, in the variable's dtype: use the functions of ``autograd.numpy``, ``jax.numpy`` or
-        ``torch`` there. What the loss reads by other ways (the array a Variable was made from, ``numpy()``, a thread
-        that it starts) is a constant.
+        L is the loss; u is ``grad_loss``, by default 1.
 
-        "jax" runs the loss twice in every call: first under ``jax.eval_shape``, to learn what it reads, where ``value``
-        has a shape but no numbers, so that Python cannot branch on it; then for the gradient. Both runs must read the
-        same variables and rows: draw batches outside of the loss. Double precision is on meanwhile if a variable is
-        float64. To a function under ``jax.jit`` pass ``value`` as an argument.
+        The loss reads ``value`` of its variables (or uses the :class:`fastadam.Variable` itself). Inside the loss this
+        is an array of the provider, in the variable's dtype: use the functions of ``autograd.numpy``, ``jax.numpy`` or
+        ``torch`` on it. Anything that the loss reads in other ways is a constant: the array that a Variable was made
+        from, ``numpy()``, and reads in threads that the loss starts.
+
+        "jax" runs the loss twice in every call. The first run, under ``jax.eval_shape``, finds out what the loss reads;
+        there ``value`` has a shape but no numbers, so Python cannot branch on it. The second run gives the gradient.
+        Both runs must read the same variables and rows: draw batches outside of the loss. JAX computes in float64
+        during the call if a variable is float64. Pass ``value`` as an argument to functions under ``jax.jit``.
 
         Args:
-            loss: Function without arguments that returns a float array. Of more than one element the sum is meant,
-                with a warning unless ``grad_loss`` is given.
+            loss: Function without arguments that returns a float array. If it has more than one element, the sum is
+                minimized, with a warning unless ``grad_loss`` is given. A loss scale of the optimizer is applied to it.
             var_list: Variables: a list, a nested structure (dicts in the order of their sorted keys), a single one,
-                or a function without arguments, called after the loss has run; for that, a function as ``gradient``
-                runs the loss once more. Only a function as ``gradient`` can do with plain arrays.
+                or a function without arguments, which is called after the loss has run (if ``gradient`` is a function,
+                the loss runs once more for this). Plain arrays are accepted only if ``gradient`` is a function.
             grad_loss: The upstream gradient, in the shape of the loss.
             name: Passed to ``apply_gradients``.
             gradient: "autograd", "jax", "torch", or a function ``gradient(loss, variables)`` that returns a list with
-                a gradient or None for each variable; the default is that of :func:`fastadam.set_gradient_provider`.
-
-        A loss scale of the optimizer is applied to the loss.
+                a gradient or None for each variable. The default is set by :func:`fastadam.set_gradient_provider`.
 
         Returns:
-            What ``apply_gradients`` does: ``iterations`` after the step, None for an empty ``var_list``.
+            The result of ``apply_gradients``: ``iterations`` after the step, None for an empty ``var_list``.
 
         Raises:
-            TypeError: ``loss`` is no function or returned no float array; ``var_list`` holds something else than
-                Variables; ``gradient`` is neither a name nor a function.
-            ValueError: No provider was chosen, or an unknown one; ``grad_loss`` has another shape than the loss; the
-                loss depends on none of the variables; ``var_list`` is an iterator that yields nothing.
+            TypeError: ``loss`` is not a function or did not return a float array; ``var_list`` holds something other
+                than Variables; ``gradient`` is neither a name nor a function.
+            ValueError: No provider is set, or its name is unknown; ``grad_loss`` does not have the shape of the loss;
+                the loss depends on none of the variables; ``var_list`` is an iterator that yields nothing.
             ModuleNotFoundError: The provider is not installed.
-            Exception: Whatever the loss raises. In all cases no variable has been changed.
+            Exception: Anything that the loss raises. No variable has changed in any of these cases.
 
         Source: https://www.tensorflow.org/api_docs/python/tf/keras/optimizers/Adam, ``minimize``.
 
@@ -127,14 +135,15 @@ class Minimizer:
 
     def get_gradients(
         self, loss: Loss, params: VariableTree, *, grad_loss: ArrayLike | None = None, gradient: Provider | None = None
-    ) -> list[Any]:
-        """The gradients of a loss, not clipped; the arguments are those of :meth:`minimize`.
+    ) -> list[AnyArray]:
+        """The gradients of a loss, without clipping. The arguments are the same as for :meth:`minimize`.
 
         Returns:
-            One array for each variable, in its dtype; not to be written to, for two may be the same array.
+            One array for each variable, in its dtype. Do not write to them: two may be the same array.
 
         Raises:
-            ValueError: The loss does not depend on one of the variables; and all that :meth:`minimize` raises.
+            ValueError: The loss does not depend on one of the variables.
+            Exception: All that :meth:`minimize` raises.
 
         >>> import fastadam
         >>> w = fastadam.Variable([1.0, -2.0])
@@ -147,7 +156,7 @@ class Minimizer:
     def get_updates(
         self, loss: Loss, params: VariableTree, *, grad_loss: ArrayLike | None = None, gradient: Provider | None = None
     ) -> list[np.int64 | None]:
-        """:meth:`get_gradients`, then ``apply_gradients``, whose result is the only item of the list.
+        """Call :meth:`get_gradients`, then ``apply_gradients``; the list holds the result of the latter.
 
         >>> import fastadam
         >>> w = fastadam.Variable([1.0, -2.0])
@@ -162,14 +171,14 @@ class Minimizer:
 def _all_gradients(
     optimizer: Minimizer,
     loss: Loss,
-    params: Any,
-    grad_loss: Any,
+    params: Tree,
+    grad_loss: ArrayLike | None,
     gradient: Provider | None,
     scale: float | None = None,
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[list[AnyArray], list[AnyArray]]:
     gradients, variables = _differentiate(optimizer, loss, params, grad_loss, gradient, "params", scale)
-    for i, (found, variable) in enumerate(zip(gradients, variables, strict=True)):
-        if found is None:
+    for i, (value, variable) in enumerate(zip(gradients, variables, strict=True)):
+        if value is None:
             name = getattr(variable, "name", None) or f"params[{i}]"
             raise ValueError(
                 f"Variable {name} has `None` for gradient. Please make sure that all of your ops have "
@@ -180,35 +189,35 @@ def _all_gradients(
 
 def _differentiate(
     optimizer: Minimizer,
-    loss: Any,
-    var_list: Any,
-    grad_loss: Any,
+    loss: Loss,
+    var_list: Tree,
+    grad_loss: ArrayLike | None,
     gradient: Provider | None,
     argument: str,
     scale: float | None,
-) -> tuple[list[Any], list[Any]]:
-    """Gradients of the loss times ``scale``, and variables, flat."""
+) -> tuple[list[AnyArray], list[AnyArray]]:
+    """A flat list of the gradients of ``scale`` times the loss, and one of the variables."""
     if not callable(loss):
         raise TypeError(f"loss: {type(loss).__name__}, expected a function without arguments")
-    chosen = _chosen(gradient)
-    if not isinstance(chosen, str):
+    provider = _provider_of(gradient)
+    if not isinstance(provider, str):
         if scale is not None:
             raise ValueError(
-                "gradient: a function, which a loss scale cannot reach; expected the name of a provider, or gradients "
-                "of scale_loss(loss) given to apply_gradients"
+                "gradient: a function, to which a loss scale does not apply; expected the name of a provider, or "
+                "gradients of scale_loss(loss) passed to apply_gradients"
             )
         optimizer._refresh(None, None)
-        return _from_function(chosen, loss, var_list, grad_loss, argument)
+        return _from_function(provider, loss, var_list, grad_loss, argument)
     upstream = None if grad_loss is None else as_float_array(grad_loss, "grad_loss")
     targets = _Targets(var_list, argument)
     shapes: list[tuple[int, ...]] = []
 
-    def scaled() -> Any:
+    def scaled() -> AnyArray:
         value = loss()
         shapes.append(tuple(getattr(value, "shape", ())))
         return value if scale is None else value * scale
 
-    gradients = run_and_differentiate(chosen, scaled, targets.known, targets.resolve, upstream, optimizer._refresh)
+    gradients = run_and_differentiate(provider, scaled, targets.flat, targets.resolve, upstream, optimizer._refresh)
     if upstream is None and math.prod(shapes[-1]) > 1 and "loss" not in optimizer._told:
         optimizer._told.add("loss")
         warn(
@@ -216,48 +225,49 @@ def _differentiate(
             "TensorFlow; return .sum() or .mean() of it, or give grad_loss"
         )
     variables = targets.resolve()
-    if variables and all(found is None for found in gradients):
+    if variables and all(value is None for value in gradients):
         names = [variable.name or f"{argument}[{i}]" for i, variable in enumerate(variables)]
         raise ValueError(
-            f"No gradients provided for any variable: {names}. The loss depends on none of them; inside it read a "
-            "Variable by its `value`, not the array that it was made from, which is a constant"
+            f"No gradients provided for any variable: {names}. The loss depends on none of them; inside the loss read "
+            "`value` of a Variable, not the array that it was made from, which is a constant"
         )
     return gradients, list(variables)
 
 
 class _Targets:
-    """The Variables of ``var_list``; a function is called once, after the loss has run."""
+    """The Variables of ``var_list``. A function is called once, after the loss has run; until then ``flat`` is None."""
 
-    def __init__(self, var_list: Any, argument: str) -> None:
+    def __init__(self, var_list: Tree, argument: str) -> None:
         self._var_list, self._argument = var_list, argument
-        self.known = None if callable(var_list) else self._flat(var_list)
+        self.flat = None if callable(var_list) else self._flatten(var_list)
 
     def resolve(self) -> list[Variable]:
-        if self.known is None:
-            self.known = self._flat(self._var_list())
-        return self.known
+        if self.flat is None:
+            self.flat = self._flatten(self._var_list())
+        return self.flat
 
-    def _flat(self, tree: Any) -> list[Variable]:
+    def _flatten(self, tree: Tree) -> list[Variable]:
         leaves = _leaves(tree, self._argument)
         for label, leaf in leaves:
             if not isinstance(leaf, Variable):
                 raise TypeError(
                     f"{label}: {type(leaf).__name__}, expected a fastadam.Variable: a provider cannot trace other "
-                    "arrays; wrap it, fastadam.Variable(array) shares its memory, and read `value` in the loss"
+                    "arrays; wrap the array in fastadam.Variable(array), which shares its memory, and read `value` in "
+                    "the loss"
                 )
         return [leaf for _, leaf in leaves]
 
 
-def _leaves(tree: Any, argument: str) -> list[tuple[str, Any]]:
+def _leaves(tree: Tree, argument: str) -> list[tuple[str, AnyArray]]:
     return list(flatten(check_list(argument, tree) if isinstance(tree, Iterator) else tree, argument))
 
 
 def _from_function(
-    function: Callable[..., Any], loss: Loss, var_list: Any, grad_loss: Any, argument: str
-) -> tuple[list[Any], list[Any]]:
+    function: Callable[..., object], loss: Loss, var_list: Tree, grad_loss: ArrayLike | None, argument: str
+) -> tuple[list[AnyArray], list[AnyArray]]:
     if grad_loss is not None:
-        raise ValueError("grad_loss: given with a function as `gradient`, which has to multiply by it itself")
-    with reading(None):  # in a loss that is being traced, too, the function gets the arrays themselves
+        raise ValueError("grad_loss: passed with a function as `gradient`, expected None: multiply in the function")
+    with reading(None):  # the function reads plain arrays, even while an outer loss is being traced
         if callable(var_list):
             loss()
             var_list = var_list()
@@ -270,7 +280,7 @@ def _from_function(
     return list(gradients), variables
 
 
-def _chosen(gradient: Provider | None) -> Provider:
+def _provider_of(gradient: Provider | None) -> Provider:
     if gradient is not None:
         return _check_gradient(gradient, "gradient")
     if _default is None:
@@ -281,9 +291,9 @@ def _chosen(gradient: Provider | None) -> Provider:
     return _check_gradient(_default, "gradient")
 
 
-def _check_gradient(gradient: Any, label: str) -> Provider:
+def _check_gradient(gradient: Provider, label: str) -> Provider:
     if isinstance(gradient, str):
         check_provider(gradient, label)
     elif not callable(gradient):
         raise TypeError(f"{label}: {type(gradient).__name__}, expected the name of a provider or a function")
-    return gradient  # type: ignore[no-any-return]
+    return gradient

@@ -10,7 +10,7 @@ from fastadam._core.state import State
 from fastadam._core.tables import Tables
 
 if TYPE_CHECKING:
-    from fastadam._core.types import AnyOptimizer
+    from fastadam._core.types import Foreign
 
 __all__ = ["Parts", "parts_of"]
 
@@ -31,7 +31,7 @@ class Parts(NamedTuple):
         return cls(options, state, runtime, Tables(options, state, runtime))
 
 
-def parts_of(optimizer: AnyOptimizer) -> Parts:
+def parts_of(optimizer: Foreign) -> Parts:
     """The parts of an :class:`fastadam.Adam`, for the modules of this package."""
     parts: Parts = optimizer._parts
     return parts

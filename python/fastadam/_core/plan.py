@@ -13,7 +13,7 @@ from fastadam._core.backend import _cpu
 from fastadam._core.gradients import convert_gradient
 from fastadam._core.placement import native_of
 from fastadam._core.slices import convert_slices, is_slices, native_gradient
-from fastadam._core.types import AnyArray, AnyGradient, NativeHistory, NativeObject
+from fastadam._core.types import AnyArray, AnyGradient, Foreign, NativeHistory
 from fastadam._core.variable import Variable
 
 __all__ = ["BoundedCache", "Plan", "StepHyper"]
@@ -203,12 +203,12 @@ class Plan:
         self, rate: AnyArray | None, grad_scale: AnyArray = None, found_inf: AnyArray = None, counts: bool = False
     ) -> None:
         """Numbers of the steps from here on that the GPU reads: csrc/bind/_cuda.pyi."""
-        native: NativeObject = self._native
+        native: Foreign = self._native
         native.set_device_numbers(rate, grad_scale, found_inf, counts)
 
     def can_count(self, hyper: StepHyper) -> bool:
         """Whether the GPU can count steps, or read a rate, with these betas; not to be asked in a capture."""
-        native: NativeObject = self._native
+        native: Foreign = self._native
         return bool(native.can_count(hyper))
 
 

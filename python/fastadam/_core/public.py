@@ -1,23 +1,24 @@
-"""What makes a public module the home of its public names, wherever they are defined."""
+"""Public names report the public module they belong to, not the private file that defines them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 __all__ = ["publish"]
 
 
-def publish(namespace: Mapping[str, Any]) -> None:
-    """Have the classes and functions of ``__all__`` say that they are of the module with these globals.
+def publish(namespace: Mapping[str, object]) -> None:
+    """Set ``__module__`` of the classes and functions in ``__all__`` to the module that has these globals.
 
-    Tracebacks, pickles, ``help()`` and documentation then say ``fastadam.Adam``, not where the class is written.
-    doctest, too, takes a class and its methods to be of the module that they name.
+    Tracebacks, pickles, ``help()`` and documentation then say ``fastadam.Adam`` instead of the private module.
+    doctest also looks for a class and its methods in the module that they name.
     """
-    module = namespace["__name__"]
-    for name in namespace["__all__"]:
-        value = namespace.get(name)  # a name may be loaded later
+    module, names = namespace["__name__"], namespace["__all__"]
+    assert isinstance(module, str)
+    assert isinstance(names, list)
+    for name in names:
+        value = namespace.get(name)  # None if the name is loaded later
         if inspect.ismodule(value) or not hasattr(value, "__module__"):
             continue
         value.__module__ = module
@@ -31,7 +32,7 @@ def publish(namespace: Mapping[str, Any]) -> None:
 
 
 def _forget_class(base: type) -> None:
-    """Have errors about arguments name a method alone, not the private class that defines it for several."""
+    """Make errors about arguments name only the method, not the private base class that defines it."""
     for name, member in vars(base).items():
         function = getattr(member, "__func__", member)
         if inspect.isfunction(function) and name[0] != "_":

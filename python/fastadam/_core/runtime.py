@@ -17,7 +17,7 @@ from fastadam._core.cuda_module import cuda_module
 from fastadam._core.history import History
 from fastadam._core.plan import BoundedCache, Plan, StepHyper
 from fastadam._core.replaced import Replacements
-from fastadam._core.types import AnyGradient, NativeObject
+from fastadam._core.types import AnyGradient, Foreign
 
 __all__ = ["PlanVersion", "Runtime", "StepPlan", "late_error"]
 
@@ -59,8 +59,8 @@ class Runtime:
         self.last: StepPlan | None = None  # the plan of the last step
         self.repeats = False  # the last step can be made again: Plan.step_again
         self._plans: BoundedCache[tuple[int, int], StepPlan] = BoundedCache()
-        self.contexts: dict[int, NativeObject] = {}
-        self._gatherers: dict[int, NativeObject] = {}
+        self.contexts: dict[int, Foreign] = {}
+        self._gatherers: dict[int, Foreign] = {}
         _live.add(self)
 
     # ---- plans -----------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class Runtime:
         last = -1 if self.last is None else self.last.plan.device
         return len(self.contexts) > 1 or (device >= 0) != (last >= 0)
 
-    def context_of(self, buffer: _cpu.Buffer) -> NativeObject:
+    def context_of(self, buffer: _cpu.Buffer) -> Foreign:
         """What the plans of this optimizer share on the device of a variable; None for the host."""
         if buffer.device < 0:
             return None
@@ -116,7 +116,7 @@ class Runtime:
             self.contexts[buffer.device] = cuda_module().Context(buffer.device)
         return self.contexts[buffer.device]
 
-    def gatherer_of(self, buffer: _cpu.Buffer) -> NativeObject:
+    def gatherer_of(self, buffer: _cpu.Buffer) -> Foreign:
         """What reads rows of tables on the GPU of a variable."""
         if buffer.device not in self._gatherers:
             self._gatherers[buffer.device] = cuda_module().Gather(buffer.device)

@@ -1,4 +1,4 @@
-"""Optimizers in safetensors files, written so that a killed or failed save leaves the old file whole."""
+"""Saved optimizers: safetensors files that are replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import secrets
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
 from fastadam._core.buffers import buffers_of, key_of
@@ -22,9 +22,10 @@ from fastadam._core.frameworks import require
 from fastadam._core.parts import parts_of
 from fastadam._core.placement import copy_beside, to_host
 from fastadam._core.slots import Entry, SlotStore, Spec
+from fastadam._core.types import AnyArray, Config, Foreign, HostArray
 
 if TYPE_CHECKING:
-    from fastadam._core.types import AnyOptimizer
+    from fastadam._core.types import Foreign
 
 __all__ = ["load", "save"]
 
@@ -35,23 +36,23 @@ Optimizer = TypeVar("Optimizer", bound="Saved")
 
 
 def save(
-    optimizer: AnyOptimizer,
+    optimizer: Foreign,
     path: str | os.PathLike[str],
-    variables: Iterable[Any] | None = None,
-    loss_scale: dict[str, Any] | None = None,
+    variables: Iterable[AnyArray] | None = None,
+    loss_scale: Config | None = None,
 ) -> None:
-    """See ``Adam.save``; ``loss_scale`` is what a LossScaleOptimizer adds."""
+    """Save as described at ``Adam.save``; ``loss_scale`` is the state of a LossScaleOptimizer."""
     target = Path(os.fsdecode(path))
     if target.suffix.lower() in _OTHER_SUFFIXES:
         raise ValueError(
-            f"path: '{target}' with the suffix of another format, expected {target.stem}.safetensors: the file is a "
-            "safetensors one"
+            f"path: '{target}' has the suffix of another format, expected {target.stem}.safetensors: the file would be "
+            "in safetensors format"
         )
-    chosen = None if variables is None else check_list("variables", variables)
+    selection = None if variables is None else check_list("variables", variables)
     _, _, runtime, tables = parts_of(optimizer)
     with runtime.lock:
         tables.settle()
-        tensors, header = _contents(optimizer, chosen)
+        tensors, header = _contents(optimizer, selection)
         header["loss_scale"] = loss_scale
         try:
             text = json.dumps(header, allow_nan=False)
@@ -60,10 +61,10 @@ def save(
         _replace_whole(target, [_safetensors_header(tensors, text), *(_memory(a) for a in tensors.values())])
 
 
-def _safetensors_header(tensors: dict[str, npt.NDArray[Any]], text: str) -> bytes:
-    """The library's own ``save_file`` copies all tensors first, and leaves temporary files of its own."""
+def _safetensors_header(tensors: dict[str, HostArray], text: str) -> bytes:
+    """The header of the file. The library's own ``save_file`` would copy all tensors and leave temporary files."""
     metadata = {"fastadam": text, "fastadam_crc32": str(zlib.crc32(text.encode()))}
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: Config = {"__metadata__": metadata}
     end = 0
     for name, array in tensors.items():
         begin, end = end, end + array.nbytes
@@ -73,10 +74,10 @@ def _safetensors_header(tensors: dict[str, npt.NDArray[Any]], text: str) -> byte
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _contents(optimizer: Any, chosen: list[Any] | None) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+def _contents(optimizer: Foreign, selection: list[AnyArray] | None) -> tuple[dict[str, HostArray], Config]:
     options, state, _, _ = parts_of(optimizer)
     store = state.slots
-    entries = store.entries if chosen is None else _entries_of(store, chosen)
+    entries = store.entries if selection is None else _entries_of(store, selection)
     places = {at: f"{i}/{name}" for i, entry in enumerate(entries) for name, at in entry.slots.items()}
     slots = {places[at]: np.asarray(to_host(store.arrays[at]), order="C") for at in sorted(places)}
     tensors = {_ITERATIONS: np.array(state.calls), **slots}
@@ -92,21 +93,21 @@ def _contents(optimizer: Any, chosen: list[Any] | None) -> tuple[dict[str, npt.N
     return tensors, header
 
 
-def _crc32(array: npt.NDArray[Any]) -> int:
+def _crc32(array: HostArray) -> int:
     return zlib.crc32(_memory(array))
 
 
-def _memory(array: npt.NDArray[Any]) -> memoryview:
+def _memory(array: HostArray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _entries_of(store: SlotStore, variables: list[Any]) -> list[Entry]:
+def _entries_of(store: SlotStore, variables: list[AnyArray]) -> list[Entry]:
     entries: list[Entry] = []
     for i, buffer in enumerate(buffers_of(variables, range(len(variables)))):
         entry = store.entry_of(buffer)
         if entry is None:
             raise ValueError(
-                f"variables[{i}]: not a variable of this optimizer, which has slots for those of its steps"
+                f"variables[{i}]: not a variable of this optimizer, expected one that a step or build() has used"
             )
         if entry in entries:
             raise ValueError(f"variables[{i}]: the same as variables[{entries.index(entry)}], expected it once")
@@ -114,23 +115,26 @@ def _entries_of(store: SlotStore, variables: list[Any]) -> list[Entry]:
     return entries
 
 
-def _excluded(extras: Extras, entries: list[Entry]) -> dict[str, Any]:
-    """What ``exclude_from_weight_decay`` named: the configuration does not have it."""
-    known = [entry.buffer and key_of(entry.buffer) for entry in entries]
-    if None in known and not extras.excluded_keys <= set(known):
-        raise ValueError("exclude_from_weight_decay: var_list has a variable not met since the restore; build it first")
-    indices = [i for i, key in enumerate(known) if key in extras.excluded_keys]
+def _excluded(extras: Extras, entries: list[Entry]) -> Config:
+    """The variables and names given to ``exclude_from_weight_decay``, which are not part of the configuration."""
+    keys = [entry.buffer and key_of(entry.buffer) for entry in entries]
+    if None in keys and not extras.excluded_keys <= set(keys):
+        raise ValueError(
+            "exclude_from_weight_decay: var_list has a variable that was not used since the optimizer was restored, "
+            "expected build() with all variables first"
+        )
+    indices = [i for i, key in enumerate(keys) if key in extras.excluded_keys]
     return {"names": list(extras.excluded_names), "variables": indices}
 
 
 def _replace_whole(target: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Under another name, to the disk, then renamed: at every moment ``target`` is the old file or the new one."""
+    """Write a temporary file, sync it to the disk and rename it: ``target`` is always the old file or the new one."""
     temporary = target.parent / f".fastadam-{secrets.token_hex(8)}.tmp"
     try:
         with temporary.open("xb", buffering=0) as file:
             for part in parts:
                 rest = memoryview(part)
-                while rest:  # a write may be short: a full disk, or more than 2 GiB
+                while rest:  # a write may be short: the disk is full, or more than 2 GiB are left
                     rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         os.replace(temporary, target)  # noqa: PTH105
@@ -154,29 +158,33 @@ def _sync_directory(path: Path) -> None:
 def load(
     classes: Sequence[type[Optimizer]],
     path: str | os.PathLike[str],
-    variables: Iterable[Any],
+    variables: Iterable[AnyArray],
     custom_objects: Mapping[str, Any] | None = None,
-) -> tuple[Optimizer, dict[str, Any] | None]:
-    """See ``Adam.load``: an optimizer of one of the classes, and what a LossScaleOptimizer added."""
+) -> tuple[Optimizer, Config | None]:
+    """Load as described at ``Adam.load``.
+
+    Returns:
+        An optimizer of one of the classes, and the state of a LossScaleOptimizer if the file has one.
+    """
     name = os.fsdecode(path)
-    given = check_list("variables", variables)
-    buffers = buffers_of(given, range(len(given)))
+    variables = check_list("variables", variables)
+    buffers = buffers_of(variables, range(len(variables)))
     safetensors = _safetensors()
-    Path(name).open("rb").close()  # a missing file is an OSError that names it, not an invalid one
+    Path(name).open("rb").close()  # a missing file raises the usual OSError
     try:
         with safetensors.safe_open(name, framework="numpy") as file:
             reader = _Reader(name, file)
-            return reader.read(classes, given, buffers, custom_objects), reader.loss_scale()
+            return reader.read(classes, variables, buffers, custom_objects), reader.loss_scale()
     except safetensors.SafetensorError as error:
-        found = _format_of(name) or f"not a whole safetensors file ({error})"
-        raise ValueError(f"{name}: {found}, expected one that `save` wrote") from error
+        actual = _format_of(name) or f"not a complete safetensors file ({error})"
+        raise ValueError(f"{name}: {actual}, expected a file that `save` wrote") from error
 
 
 def _format_of(path: str) -> str | None:
-    """What a file of another format is, as far as its first bytes say so."""
+    """A phrase that names the format of a file that is not in safetensors format, if its first bytes show it."""
     with Path(path).open("rb") as file:
         begin = file.read(8)
-    if begin[2:] == bytes(6):  # of safetensors, whose first eight bytes are the size of a header
+    if begin[2:] == bytes(6):  # a safetensors file begins with the size of its header in eight bytes
         return None
     for magic, name in _MAGIC.items():
         if begin.startswith(magic):
@@ -192,9 +200,9 @@ class Saved(Protocol):
 
 
 class _Reader:
-    """A file whose every part is checked against the variables before an optimizer is made of it."""
+    """Reads a file. Every part is checked against the variables before the optimizer is returned."""
 
-    def __init__(self, path: str, file: Any) -> None:
+    def __init__(self, path: str, file: Foreign) -> None:
         self._path = path
         self._file = file
         self._header = self._read_header()
@@ -203,7 +211,7 @@ class _Reader:
     def read(
         self,
         classes: Sequence[type[Optimizer]],
-        variables: list[Any],
+        variables: list[AnyArray],
         buffers: list[_cpu.Buffer],
         custom_objects: Mapping[str, Any] | None,
     ) -> Optimizer:
@@ -221,42 +229,45 @@ class _Reader:
             optimizer.build(variables)
         except ValueError as error:
             self._fail(str(error), "the variables it was saved with")
-        self._require(not state.slots.waiting(), "as many variables as given, of which two are one", "others")
+        self._require(not state.slots.waiting(), "the same variable is given twice", "each variable once")
         self._exclude(optimizer, variables)
         return optimizer
 
-    def loss_scale(self) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = self._header.get("loss_scale")  # files of version 0.1 have none
-        return found
+    def loss_scale(self) -> Config | None:
+        state: Config | None = self._header.get("loss_scale")  # absent from files of version 0.1
+        return state
 
-    def _set_accumulating(self, optimizer: Any) -> None:
-        places = self._header.get("accumulating", [])  # files of version 0.1 have none
+    def _set_accumulating(self, optimizer: Foreign) -> None:
+        places = self._header.get("accumulating", [])  # absent from files of version 0.1
         options, state, _, _ = parts_of(optimizer)
         entries = dict(enumerate(state.entries))
         good = isinstance(places, list) and all(type(i) is int and i in entries for i in places)
-        self._require(good, f"'accumulating' {places!r:.60}", "places of variables")
+        self._require(good, f"'accumulating' {places!r:.60}", "indices of variables")
         state.restart_accumulation([entries[i] for i in places], options.calls_per_step)
 
-    def _exclude(self, optimizer: Any, variables: list[Any]) -> None:
+    def _exclude(self, optimizer: Any, variables: list[AnyArray]) -> None:
         excluded = self._header["excluded"]
         try:
             for name in excluded["names"]:
                 re.compile(name)
-            chosen = [dict(enumerate(variables))[i] for i in excluded["variables"]]
-            optimizer.exclude_from_weight_decay(chosen, excluded["names"])
+            var_list = [dict(enumerate(variables))[i] for i in excluded["variables"]]
+            optimizer.exclude_from_weight_decay(var_list, excluded["names"])
         except (TypeError, ValueError, LookupError, re.error) as error:
-            self._fail(f"'excluded' {excluded!r:.60} ({error!r})", "patterns and places of variables")
+            self._fail(f"'excluded' {excluded!r:.60} ({error!r})", "patterns and indices of variables")
 
-    def _read_header(self) -> dict[str, Any]:
-        text: Any = (self._file.metadata() or {}).get("fastadam")
-        self._require(text is not None, "no metadata 'fastadam'", "a file that fastadam saved")
+    def _read_header(self) -> Config:
+        text = (self._file.metadata() or {}).get("fastadam")
+        if text is None:
+            self._fail("no metadata 'fastadam'", "a file that fastadam saved")
         checksum = self._file.metadata().get("fastadam_crc32")
-        self._require(checksum == str(zlib.crc32(text.encode())), "metadata of another checksum", "it as it was saved")
+        self._require(
+            checksum == str(zlib.crc32(text.encode())), "damaged: the metadata's checksum differs", "the saved one"
+        )
         try:
             header = json.loads(text)
         except (ValueError, RecursionError) as error:
             self._fail(f"metadata that is not JSON ({error})", "a file that fastadam saved")
-        self._require(isinstance(header, dict), "metadata that is no object", "a file that fastadam saved")
+        self._require(isinstance(header, dict), "metadata that is not an object", "a file that fastadam saved")
         version = header.get("version")
         self._require(type(version) is int and version == _VERSION, f"format version {version!r}", str(_VERSION))
         for key, kind in _HEADER.items():
@@ -264,18 +275,17 @@ class _Reader:
         return dict(header)
 
     def _read_checksums(self) -> dict[str, int]:
-        """The tensors in the order of ``weights``, all that the file has."""
-        listed, found = self._header["weights"], sorted(self._file.keys())
+        """The checksums of all tensors in the file, in the order of ``weights``."""
+        listed, keys = self._header["weights"], sorted(self._file.keys())
         good = all(isinstance(item, list) and [type(part) for part in item] == [str, int] for item in listed)
-        good = good and sorted(key for key, _ in listed) == found and listed[:1] != [] and listed[0][0] == _ITERATIONS
-        self._require(good, f"tensors {found!s:.80}", f"{listed!s:.80}")
+        good = good and sorted(key for key, _ in listed) == keys and listed[:1] != [] and listed[0][0] == _ITERATIONS
+        self._require(good, f"tensors {keys!s:.80}", f"{listed!s:.80}")
         return dict(listed)
 
-    def _tensor(self, key: str) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = self._file.get_tensor(key)
-        self._require(
-            _crc32(array) == self._checksums[key], f"tensor '{key}' of another checksum", "it as it was saved"
-        )
+    def _tensor(self, key: str) -> HostArray:
+        array: HostArray = self._file.get_tensor(key)
+        is_intact = _crc32(array) == self._checksums[key]
+        self._require(is_intact, f"damaged: the checksum of tensor '{key}' differs", "the saved one")
         return array
 
     def _match(self, buffers: list[_cpu.Buffer]) -> list[Spec]:
@@ -287,9 +297,10 @@ class _Reader:
             )
         return specs
 
-    def _spec(self, i: int, record: Any) -> Spec:
-        good = isinstance(record, dict) and set(record) == set(Spec._fields)
-        good = good and isinstance(record["shape"], list) and all(type(n) is int for n in record["shape"])
+    def _spec(self, i: int, record: object) -> Spec:
+        if not isinstance(record, dict) or set(record) != set(Spec._fields):
+            self._fail(f"variable {i} {record!r:.60}", "its shape, dtype, order and name")
+        good = isinstance(record["shape"], list) and all(type(n) is int for n in record["shape"])
         good = good and isinstance(record["dtype"], str) and record["order"] in ("C", "F")
         good = good and isinstance(record["name"], (str, type(None)))
         self._require(good, f"variable {i} {record!r:.60}", "its shape, dtype, order and name")
@@ -299,8 +310,8 @@ class _Reader:
         make: Any = cls
         try:
             optimizer: Optimizer = make.from_config(self._header["config"], custom_objects)
-        except Exception as error:  # of a class in custom_objects, too
-            raise ValueError(f"{self._path}: config that {cls.__name__} refuses ({error})") from error
+        except Exception as error:  # anything that a class in custom_objects raises, too
+            raise ValueError(f"{self._path}: {cls.__name__} refuses its config ({error})") from error
         return optimizer
 
     def _iterations(self) -> int:
@@ -308,23 +319,24 @@ class _Reader:
         try:
             return check_iterations(_ITERATIONS, self._tensor(_ITERATIONS))
         except ValueError as error:
-            self._fail(str(error), "a count of steps")
+            self._fail(str(error), "a number of steps")
 
     def _fill(self, store: SlotStore, specs: list[Spec], buffers: list[_cpu.Buffer]) -> None:
-        """Lay every tensor out for its variable, one at a time, in the order of ``weights``."""
+        """Copy every tensor into the layout of its variable, one at a time, in the order of ``weights``."""
         keys = list(self._checksums)
         slots: list[dict[str, int]] = [{} for _ in specs]
-        homes = {key: self._home(key, slots) for key in keys[1:]}
-        for key, (i, _) in homes.items():
+        owners = {key: self._owner(key, slots) for key in keys[1:]}
+        for key, (i, _) in owners.items():
             self._check_tensor(key, specs[i].shape, _DTYPES[buffers[i].state_dtype])
-        for at, (key, (i, name)) in enumerate(homes.items()):
+        for at, (key, (i, name)) in enumerate(owners.items()):
             slots[i][name] = at
             store.arrays.append(copy_beside(self._tensor(key), buffers[i]))
-        store.names = list(dict.fromkeys(name for _, name in homes.values()))
+        store.names = list(dict.fromkeys(name for _, name in owners.values()))
         for spec, places in zip(specs, slots, strict=True):
             store.add_waiting(Entry(spec, places))
 
-    def _home(self, key: str, slots: list[dict[str, int]]) -> tuple[int, str]:
+    def _owner(self, key: str, slots: list[dict[str, int]]) -> tuple[int, str]:
+        """The index of the variable that a tensor belongs to, and the name of the slot."""
         index, slash, name = key.partition("/")
         good = index.isascii() and index.isdigit() and len(index) < 10 and bool(slash and name)
         good = good and str(int(index)) == index and int(index) < len(slots)
@@ -332,16 +344,17 @@ class _Reader:
         return int(index), name
 
     def _check_tensor(self, key: str, shape: tuple[int, ...], dtype: str) -> None:
-        lies = self._file.get_slice(key)
-        found = (tuple(lies.get_shape()), lies.get_dtype())
-        self._require(found == (shape, dtype), f"tensor '{key}' {found[1]} {found[0]}", f"{dtype} {shape}")
+        tensor = self._file.get_slice(key)
+        actual_shape, actual_dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+        good = (actual_shape, actual_dtype) == (shape, dtype)
+        self._require(good, f"tensor '{key}' {actual_dtype} {actual_shape}", f"{dtype} {shape}")
 
-    def _require(self, condition: bool, found: str, expected: str) -> None:
+    def _require(self, condition: bool, actual: str, expected: str) -> None:
         if not condition:
-            self._fail(found, expected)
+            self._fail(actual, expected)
 
-    def _fail(self, found: str, expected: str) -> NoReturn:
-        raise ValueError(f"{self._path}: {found}, expected {expected}")
+    def _fail(self, actual: str, expected: str) -> NoReturn:
+        raise ValueError(f"{self._path}: {actual}, expected {expected}")
 
 
 _OTHER_SUFFIXES = (
@@ -353,7 +366,7 @@ _OTHER_SUFFIXES = (
     *(".zip", ".gz", ".tar"),
 )
 _MAGIC = {
-    b"PK\x03\x04": "a zip archive (of NumPy, PyTorch or Keras: .npz, .pt, .keras)",
+    b"PK\x03\x04": "a zip archive (.npz of NumPy, .pt of PyTorch, .keras of Keras)",
     b"\x93NUMPY": "a NumPy array (.npy)",
     b"\x89HDF\r\n\x1a\n": "HDF5 (.h5)",
     **{bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)},
@@ -363,7 +376,7 @@ _MAGIC = {
 _HEADER: dict[str, type] = {"optimizer": str, "config": dict, "variables": list, "weights": list, "excluded": dict}
 
 
-def _safetensors() -> Any:
+def _safetensors() -> ModuleType:
     require("safetensors", "loading a saved optimizer")
     import safetensors.numpy
 

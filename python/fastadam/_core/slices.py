@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
 from fastadam._core.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
@@ -15,7 +14,7 @@ from fastadam._core.keywords import suggests_keywords
 from fastadam._core.placement import native_of, on_gpu
 
 if TYPE_CHECKING:
-    from fastadam._core.types import AnyArray, AnyDType, AnyGradient, ArrayLike, SparseUpdate
+    from fastadam._core.types import AnyArray, AnyGradient, ArrayLike, HostArray, SparseUpdate
 
 __all__ = [
     "DEFERRED",
@@ -105,7 +104,7 @@ def check_sparse_update(value: object) -> SparseUpdate:
     return cast("SparseUpdate", str(value))
 
 
-def check_ids(ids: ArrayLike, shape: tuple[int, ...], label: str) -> npt.NDArray[np.integer]:
+def check_ids(ids: ArrayLike, shape: tuple[int, ...], label: str) -> HostArray:
     """Row indices of a variable of this shape, as int32 or int64 of any shape."""
     rows = _as_integers("ids", ids)
     if not shape:
@@ -125,7 +124,7 @@ def _as_indices(indices: ArrayLike) -> AnyArray:
     return np.require(array, requirements=["C", "A"])
 
 
-def _as_integers(name: str, values: ArrayLike) -> npt.NDArray[AnyDType]:
+def _as_integers(name: str, values: ArrayLike) -> HostArray:
     """In int32 or int64, as the kernels read them."""
     array = np.asarray(values)
     if array.size == 0 and not isinstance(values, np.ndarray):

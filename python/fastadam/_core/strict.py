@@ -1,4 +1,4 @@
-"""Wrong uses of attributes: names that an optimizer does not have, class methods called on an instance."""
+"""Refuse attributes that an optimizer does not have, and class methods called on an instance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastadam._core.keywords import synonyms
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 else:
 
     class class_only(classmethod):  # noqa: N801  a decorator
-        """A classmethod that makes an object; it raises on an instance, which the caller may expect to change."""
+        """A classmethod that makes a new object. It raises on an instance, which a caller may expect to change."""
 
-        def __get__(self, instance: Any, owner: Any = None) -> Any:
+        def __get__(self, instance: object, owner: type | None = None) -> object:
             if instance is None:
                 return super().__get__(None, owner)
             function = self.__func__
 
             @functools.wraps(function)
-            def refuse(*_: Any, **__: Any) -> Any:
+            def refuse(*_: object, **__: object) -> object:
                 first = list(inspect.signature(function).parameters)[1:]
                 required = [name for name in first if name in ("path", "variables", "config")]
                 cls = type(instance)
@@ -41,11 +41,11 @@ else:
 
 
 def strict(cls: type[Cls]) -> type[Cls]:
-    """Refuse attributes that a class does not have, on its instances and those of other classes of this package.
+    """Let instances of a class accept only the attributes that the class defines.
 
-    A mistyped hyperparameter would otherwise be an attribute that nothing reads. Names that begin with an underscore
-    are left alone; so are subclasses defined elsewhere, which keep what they want. For names that are read Python
-    itself suggests what was meant; `__getattr__` would make a step 15 % slower.
+    Otherwise a mistyped hyperparameter would become an attribute that nothing reads. Names that begin with an
+    underscore may be set, and so may any name on an instance of a user's subclass. For names that are read, Python
+    itself suggests the right one; `__getattr__` would make a step 15 % slower.
     """
 
     def __setattr__(self: Cls, name: str, value: object) -> None:  # noqa: N807
@@ -53,33 +53,33 @@ def strict(cls: type[Cls]) -> type[Cls]:
             raise AttributeError(unknown_attribute(self, name, settable(self)))
         object.__setattr__(self, name, value)
 
-    if not TYPE_CHECKING:  # type checkers would take it that every attribute exists
+    if not TYPE_CHECKING:  # or type checkers would assume that every attribute exists
         cls.__setattr__ = __setattr__
     return cls
 
 
-def is_own(instance: Any) -> bool:
-    """Whether the class is defined in fastadam."""
+def is_own(instance: object) -> bool:
+    """Whether the class of an object is defined in fastadam."""
     return type(instance).__module__.partition(".")[0] == "fastadam"
 
 
-def settable(instance: Any) -> list[str]:
-    """Public names of attributes that can be set."""
+def settable(instance: object) -> list[str]:
+    """Names of the public attributes that can be set."""
     cls = type(instance)
     return ["name", *(name for name in dir(cls) if name[0] != "_" and _has_setter(inspect.getattr_static(cls, name)))]
 
 
-def _has_setter(value: Any) -> bool:
+def _has_setter(value: object) -> bool:
     return value.fset is not None if isinstance(value, property) else hasattr(type(value), "__set__")
 
 
-def unknown_attribute(instance: Any, name: str, names: Iterable[str]) -> str:
-    """What to say of an attribute that is not there."""
+def unknown_attribute(instance: object, name: str, names: Iterable[str]) -> str:
+    """The error text for an attribute that does not exist."""
     return f"{type(instance).__name__!r} object has no attribute {name!r}{suggestion(name, names)}"
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
-    """``; did you mean ...?``, if one of the names is like this one."""
+    """``; did you mean ...?``, if one of the names is similar to this one."""
     public = [other for other in names if other[0] != "_"]
-    found = synonyms(name, public) or difflib.get_close_matches(name, public, n=1)
-    return f"; did you mean {' and '.join(map(repr, found))}?" if found else ""
+    similar = synonyms(name, public) or difflib.get_close_matches(name, public, n=1)
+    return f"; did you mean {' and '.join(map(repr, similar))}?" if similar else ""

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, ValuesView
-from typing import Any
+from typing import TypeVar
+
+from fastadam._core.types import Tree
 
 __all__ = ["flatten"]
 
+Key = TypeVar("Key")
 
-def flatten(tree: Any, label: str, *, as_jax: bool = False) -> Iterator[tuple[str, Any]]:
-    """Each leaf with its place, in TF's order: dicts by their sorted keys.
+
+def flatten(tree: Tree, label: str, *, as_jax: bool = False) -> Iterator[tuple[str, Tree]]:
+    """Each leaf with its path, in TensorFlow's order: dicts by their sorted keys.
 
     Args:
-        tree: The structure; what is no list, tuple or dict is a leaf.
-        label: What places begin with.
-        as_jax: In the order of ``jax.tree``, which differs in two things: an OrderedDict keeps its own order, and None
-            is no leaf.
+        tree: The structure; everything except lists, tuples and dicts is a leaf.
+        label: The path of the root.
+        as_jax: Use the order of ``jax.tree``, which differs in two ways: an OrderedDict keeps its own order, and None
+            is not a leaf.
 
     Raises:
-        TypeError: A dict with keys that cannot be sorted.
+        TypeError: The keys of a dict cannot be sorted.
     """
     if isinstance(tree, Mapping):
         for key in _keys(tree, label, as_jax):
@@ -31,10 +35,10 @@ def flatten(tree: Any, label: str, *, as_jax: bool = False) -> Iterator[tuple[st
         yield label, tree
 
 
-def _keys(tree: Mapping[Any, Any], label: str, as_jax: bool) -> list[Any]:
+def _keys(tree: Mapping[Key, Tree], label: str, as_jax: bool) -> list[Key]:
     if as_jax and isinstance(tree, OrderedDict):
         return list(tree)
     try:
-        return sorted(tree)
+        return sorted(tree)  # type: ignore[type-var]  # raises if the keys have no order
     except TypeError as error:
-        raise TypeError(f"{label}: a dict with keys that have no order ({error})") from None
+        raise TypeError(f"{label}: a dict whose keys cannot be sorted ({error})") from None

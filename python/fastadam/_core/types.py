@@ -1,4 +1,4 @@
-"""The types that public signatures name."""
+"""The types that signatures name: first what users see, then names for what has no better type than ``Any``."""
 
 from __future__ import annotations
 
@@ -14,21 +14,39 @@ if TYPE_CHECKING:
     from fastadam.schedules import LearningRateSchedule
 
 __all__ = [
+    "AnyArray",
+    "AnyGradient",
+    "AnyPair",
     "Array",
     "ArrayLike",
+    "Config",
+    "Foreign",
     "Gradient",
+    "HostArray",
     "Hyperparameter",
     "LearningRate",
+    "NativeHistory",
     "Provider",
     "SparseUpdate",
+    "Tree",
     "VariableLike",
     "VariableTree",
 ]
 
+# Each of these stands for Any where only the library that an object comes from knows more.
+AnyArray: TypeAlias = Any  # an array or a number, of NumPy, CuPy, PyTorch or JAX
+Foreign: TypeAlias = Any  # an object of another library or of the extension for GPUs, used by its attributes
+AnyGradient: TypeAlias = Any  # a gradient of any library, dense or sparse, or native Slices
+AnyPair: TypeAlias = Any  # an item of grads_and_vars, before it is checked
+Tree: TypeAlias = Any  # lists, tuples and dicts of arrays, nested
+HostArray: TypeAlias = npt.NDArray[Any]  # a NumPy array of any dtype
+Config: TypeAlias = dict[str, Any]  # plain JSON values
+NativeHistory: TypeAlias = tuple[Any, ...]  # StaleTable::Arrays in csrc/bind/stale.h
+
 SparseUpdate: TypeAlias = Literal["dense", "deferred", "deferred_fast", "lazy"]
 
 Hyperparameter: TypeAlias = "float | Callable[[], SupportsFloat]"
-# An array: one number on a GPU.
+# The array is a single number, on a GPU for example.
 LearningRate: TypeAlias = "Hyperparameter | LearningRateSchedule | KerasSchedule | TorchScheduler | Array"
 
 Provider: TypeAlias = "Literal['autograd', 'jax', 'torch'] | Callable[[Loss, list[Any]], Sequence[Any]]"
@@ -37,17 +55,17 @@ Provider: TypeAlias = "Literal['autograd', 'jax', 'torch'] | Callable[[Loss, lis
 class KerasSchedule(Protocol):
     """A schedule of Keras or TensorFlow."""
 
-    def __call__(self, step: Any) -> Any:
+    def __call__(self, step: AnyArray) -> AnyArray:
         """The rate at a step."""
 
-    def get_config(self) -> dict[str, Any]:
-        """What it was made with."""
+    def get_config(self) -> Config:
+        """The constructor's arguments."""
 
 
 class TorchScheduler(Protocol):
     """A scheduler of PyTorch."""
 
-    optimizer: Any
+    optimizer: Foreign
 
     def get_last_lr(self) -> list[Any]:
         """The rates of the parameter groups."""
@@ -56,18 +74,19 @@ class TorchScheduler(Protocol):
 class SupportsDLPack(Protocol):
     """An array of PyTorch, JAX, CuPy and others."""
 
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+    @property
+    def __dlpack__(self) -> Callable[..., object]: ...
 
 
 class SupportsArrayInterface(Protocol):
-    """Memory of the host as NumPy describes it."""
+    """Host memory, described as NumPy does."""
 
     @property
     def __array_interface__(self) -> dict[str, Any]: ...
 
 
 class SupportsCudaArrayInterface(Protocol):
-    """Memory of a GPU as Numba describes it."""
+    """GPU memory, described as Numba does."""
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]: ...
@@ -76,25 +95,13 @@ class SupportsCudaArrayInterface(Protocol):
 class SparseMatrix(Protocol):
     """A sparse matrix or array of SciPy."""
 
-    def tocsr(self, *args: Any, **kwargs: Any) -> Any:
-        """The same by rows."""
+    @property
+    def tocsr(self) -> Callable[..., Foreign]:
+        """A method that returns the same matrix by rows."""
 
 
-Array: TypeAlias = "npt.NDArray[Any] | SupportsDLPack | SupportsArrayInterface | SupportsCudaArrayInterface"
+Array: TypeAlias = "HostArray | SupportsDLPack | SupportsArrayInterface | SupportsCudaArrayInterface"
 ArrayLike: TypeAlias = "npt.ArrayLike | Array"  # nested lists of numbers, too
 VariableLike: TypeAlias = "Variable | Array"
-VariableTree: TypeAlias = "VariableLike | Iterable[Any] | Callable[[], Any]"  # lists and dicts in each other
+VariableTree: TypeAlias = "VariableLike | Iterable[Any] | Callable[[], Any]"  # nested lists and dicts
 Gradient: TypeAlias = "ArrayLike | IndexedSlices | SparseMatrix"
-
-# What is duck-typed inside the package: checked by the native code or by a function of its own, not by annotations.
-AnyArray: TypeAlias = Any  # an array of NumPy, CuPy, PyTorch or another library
-AnyDType: TypeAlias = Any  # a dtype of whatever library the array is of
-AnyGradient: TypeAlias = Any  # an array, IndexedSlices, a sparse matrix, or native Slices
-AnyOptimizer: TypeAlias = Any  # an optimizer of this package or of a user's subclass
-AnyPair: TypeAlias = Any  # what should be a (gradient, variable) pair
-AnyRate: TypeAlias = Any  # a number, an array, a variable or a schedule of any library
-KerasVariable: TypeAlias = Any  # keras.Variable, which is not typed
-Config: TypeAlias = dict[str, Any]  # arguments by name, plain JSON values
-Tree: TypeAlias = Any  # arrays and Variables in nested lists, tuples and dicts
-NativeObject: TypeAlias = Any  # an object of the extension fastadam._cuda
-NativeHistory: TypeAlias = tuple[Any, ...]  # StaleTable::Arrays in csrc/bind/stale.h

@@ -21,7 +21,7 @@ from fastadam._core.strict import unknown_attribute
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.types import AnyArray, AnyDType, ArrayLike, Tree
+    from fastadam._core.types import AnyArray, ArrayLike, Foreign, Tree
 
 __all__ = ["Reader", "Variable", "label_of", "reading"]
 
@@ -113,7 +113,7 @@ class Variable:
         return tuple(self._value.shape)
 
     @property
-    def dtype(self) -> AnyDType:
+    def dtype(self) -> Foreign:
         """Dtype of ``value``."""
         return self._value.dtype
 

@@ -11,7 +11,7 @@ _INNER = ("fastadam", "torch")  # PyTorch wraps the steps of its optimizers
 
 
 def warn(message: str) -> None:
-    """A UserWarning whose place is the innermost call from outside fastadam and PyTorch."""
+    """Issue a UserWarning at the innermost call from outside fastadam and PyTorch."""
     depth, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
         depth, frame = depth + 1, frame.f_back

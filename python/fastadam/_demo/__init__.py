@@ -1,1 +1,1 @@
-"""What ``python -m fastadam demo`` runs: ``digits``, ``embedding``, and ``show`` for their bars and pictures."""
+"""The demos of ``python -m fastadam demo``: ``digits`` and ``embedding``; ``show`` draws their bars and pictures."""

@@ -1,6 +1,6 @@
 """Train a small NumPy network on handwritten digits, with fastadam and a plain NumPy Adam side by side.
 
-Both get the same gradients, so that their times can be compared and they must end in the same place.
+Both get the same gradients, so their times can be compared and their results must agree.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.adam import Adam
 from fastadam._demo.show import COLOURS, figure, progress, smooth, tidy, write_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Report", "load_digits", "main", "train"]
 
@@ -68,12 +71,12 @@ class Network:
         return loss, gradients
 
     def accuracy(self, images: Array, labels: npt.NDArray[np.int64]) -> float:
-        """Share of the images that get their label."""
+        """The fraction of the images that are classified correctly."""
         return float((self.forward(images)[-1].argmax(axis=1) == labels).mean())
 
 
 class PlainAdam:
-    """What one writes with NumPy: the same equations, one array operation after the other."""
+    """Adam as one would write it in NumPy: the same equations, one array operation after another."""
 
     def __init__(self, parameters: list[Array], learning_rate: float) -> None:
         self.learning_rate, self.t = learning_rate, 0
@@ -93,9 +96,9 @@ class PlainAdam:
 
 @dataclass
 class Report:
-    """What the demo measured; times are medians, in seconds."""
+    """The results of the demo. Times are medians in seconds."""
 
-    accuracies: list[float] = field(repr=False)  # after each epoch, on the digits that were not trained on
+    accuracies: list[float] = field(repr=False)  # after each epoch, on the test digits
     plain_accuracy: float
     seconds_per_step: float
     plain_seconds_per_step: float
@@ -105,17 +108,17 @@ class Report:
 
     @property
     def accuracy(self) -> float:
-        """At the end."""
+        """The accuracy after the last epoch."""
         return self.accuracies[-1]
 
     @property
     def ratio(self) -> float:
-        """How many times as long the plain optimizer takes."""
+        """The time of the plain optimizer divided by the time of fastadam."""
         return self.plain_seconds_per_step / self.seconds_per_step
 
 
 def train(epochs: int = EPOCHS, seed: int = 0, learning_rate: float = 0.001, show_progress: bool = False) -> Report:
-    """Train, and step a plain NumPy Adam with the same gradients beside it."""
+    """Train with fastadam, and give a plain NumPy Adam the same gradients."""
     rng = np.random.default_rng(seed)
     images, labels = load_digits()
     order = rng.permutation(len(labels))
@@ -148,10 +151,10 @@ def _batches(order: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
         yield order[start : start + BATCH]
 
 
-def draw(report: Report) -> Any:
+def draw(report: Report) -> Figure:
     """The training loss of each step, and the test accuracy after each epoch."""
-    drawn = figure()
-    left, right = drawn.subplots(1, 2)
+    picture = figure()
+    left, right = picture.subplots(1, 2)
     steps = np.arange(1, len(report.losses) + 1)
     left.semilogy(steps, report.losses, color=COLOURS[2], linewidth=0.7, label="each step")
     left.semilogy(steps, smooth(report.losses, 13), color=COLOURS[0], linewidth=2, label="mean of 13 steps")
@@ -168,8 +171,8 @@ def draw(report: Report) -> Any:
         fontweight="bold",
     )
     tidy(right, title=f"Accuracy on {TEST} held-out digits", xlabel="epoch", ylabel="percent")
-    drawn.suptitle("Handwritten digits, a NumPy network trained by fastadam.Adam", fontsize="medium")
-    return drawn
+    picture.suptitle("Handwritten digits, a NumPy network trained by fastadam.Adam", fontsize="medium")
+    return picture
 
 
 def main(picture: Path | None) -> None:

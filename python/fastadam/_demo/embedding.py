@@ -1,16 +1,16 @@
 """Train a text classifier on the sources of Python's library, with its table of n-grams deferred and dense.
 
-The classifier is fastText's (Joulin et al. 2016, https://arxiv.org/abs/1607.01759), in NumPy: which module of
-the library does a function come from?
+The classifier is fastText's (Joulin et al. 2016, https://arxiv.org/abs/1607.01759), in NumPy. It predicts which module
+of the library a function comes from.
 
-- A text is the start of a function: its first ``TOKENS`` names and signs.
-- Its features are its runs of one to ``GRAMS`` tokens, hashed to the rows of one table. The table has 2^21 rows, about
-  as many as fastText's by default (``-bucket 2000000``).
-- The mean of these rows goes into a linear layer with a softmax.
+- A text is the start of a function: its first ``TOKENS`` tokens (names and punctuation).
+- Its features are its n-grams of one to ``GRAMS`` tokens, hashed to the rows of one table. The table has 2^21 rows,
+  about as many as fastText's default (``-bucket 2000000``).
+- The mean of these rows is the input of a linear layer with a softmax.
 
-A batch touches about one row in a thousand. Dense Adam moves every row in every step; deferred Adam moves the rows that
-are touched, lets the others wait, and must end in the same bits. The sources, and so all numbers, depend on the version
-of Python.
+A batch touches about one row in a thousand. Dense Adam moves every row in every step. Deferred Adam moves the touched
+rows, lets the others wait, and must end with the same bits. The sources, and therefore all results, depend on the
+version of Python.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ from fastadam._core.adam import Adam
 from fastadam._core.slices import IndexedSlices
 from fastadam._core.types import SparseUpdate
 from fastadam._demo.show import COLOURS, figure, progress, smooth, tidy, write_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "Classifier",
@@ -50,7 +53,7 @@ TOKENS = 50
 GRAMS = 2
 BUCKET_BITS = 21
 WIDTH = 16
-LEAST, MOST = 100, 800  # functions of a module: those with fewer are left out, of the others the first so many are used
+LEAST, MOST = 100, 800  # functions of a module: modules with fewer are left out; of each, at most so many are used
 TEST = 1000
 BATCH = 32
 STEPS = 500
@@ -65,7 +68,7 @@ EXAMPLES = (
 
 @dataclass
 class Features:
-    """The rows of the n-grams of some texts: those of text i are ``rows[starts[i] : starts[i + 1]]``, at least one."""
+    """The rows of the n-grams of some texts. Text i has ``rows[starts[i] : starts[i + 1]]``, at least one."""
 
     rows: Ids
     starts: Ids
@@ -74,38 +77,38 @@ class Features:
         return len(self.starts) - 1
 
     def of(self, texts: Ids) -> Features:
-        """Those of some of the texts."""
+        """The features of some of the texts."""
         parts = [self.rows[self.starts[i] : self.starts[i + 1]] for i in texts]
         return Features(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
 
 
 def hash_ngrams(texts: Sequence[str], bits: int) -> Features:
-    """Rows below ``2**bits`` of all runs of 1 to ``GRAMS`` tokens; an empty text has the row of an empty token."""
-    known: dict[str, int] = {}
+    """Rows below ``2**bits`` for all n-grams of 1 to ``GRAMS`` tokens. An empty text counts as one empty token."""
+    cache: dict[str, int] = {}
     hashes: list[int] = []
     lengths = []
     for text in texts:
         tokens = re.findall(r"[^\W\d]\w*|[^\w\s]", text)[:TOKENS] or [""]
         lengths.append(len(tokens))
-        hashes += [known.get(token) or known.setdefault(token, zlib.crc32(token.encode())) for token in tokens]
+        hashes += [cache.get(token) or cache.setdefault(token, zlib.crc32(token.encode())) for token in tokens]
     token, owner = np.array(hashes, np.uint64), np.repeat(np.arange(len(texts)), lengths)
-    found, owners = [], []
-    run = np.zeros_like(token)
+    rows, owners = [], []
+    ngram = np.zeros_like(token)
     for size in range(1, GRAMS + 1):
-        last = token[size - 1 :]  # of each run; the multiplier is 2^64 over the golden ratio
-        run = (run[: len(last)] ^ last) * np.uint64(0x9E3779B97F4A7C15)
-        run ^= run >> np.uint64(32)
+        last = token[size - 1 :]  # of each n-gram; the multiplier is 2^64 over the golden ratio
+        ngram = (ngram[: len(last)] ^ last) * np.uint64(0x9E3779B97F4A7C15)
+        ngram ^= ngram >> np.uint64(32)
         within = owner[size - 1 :] == owner[: len(last)]
-        found.append(run[within] >> np.uint64(64 - bits))
+        rows.append(ngram[within] >> np.uint64(64 - bits))
         owners.append(owner[: len(last)][within])
     order = np.argsort(np.concatenate(owners), kind="stable")
     counts = np.bincount(np.concatenate(owners), minlength=len(texts))
-    return Features(np.concatenate(found)[order].astype(np.int64), np.concatenate([[0], np.cumsum(counts)]))
+    return Features(np.concatenate(rows)[order].astype(np.int64), np.concatenate([[0], np.cumsum(counts)]))
 
 
 @dataclass
 class Corpus:
-    """Functions as features, and the module that each comes from, as a number."""
+    """The features of functions, and the index of the module that each comes from."""
 
     modules: list[str]
     features: Features
@@ -114,12 +117,12 @@ class Corpus:
 
     @property
     def largest(self) -> float:
-        """The share of the module with most functions: what a guess that is always the same gets right."""
+        """The fraction of functions in the largest module: the accuracy of a constant guess."""
         return float(np.bincount(self.labels).max() / len(self.labels))
 
 
 def read_functions(library: Path) -> dict[str, list[str]]:
-    """The sources of the functions in each public module and package of Python's library, tests left out."""
+    """The sources of the functions in each public module and package of Python's library, without tests."""
     functions: dict[str, list[str]] = {}
     for top in sorted(library.iterdir()):
         if top.name.startswith(("_", "test")) or top.name in ("site-packages", "dist-packages"):
@@ -135,20 +138,20 @@ def load_corpus(library: Path | None = None, bits: int = BUCKET_BITS) -> Corpus:
     """The functions of this Python's library.
 
     Raises:
-        FileNotFoundError: The library is not there as source files.
+        FileNotFoundError: The library's source files are not installed.
     """
     library = library or Path(sysconfig.get_path("stdlib"))
     functions = read_functions(library) if library.is_dir() else {}
-    chosen = {module: found[:MOST] for module, found in functions.items() if len(found) >= LEAST}
-    labels = np.repeat(np.arange(len(chosen)), [len(found) for found in chosen.values()])
+    modules = {module: sources[:MOST] for module, sources in functions.items() if len(sources) >= LEAST}
+    labels = np.repeat(np.arange(len(modules)), [len(sources) for sources in modules.values()])
     if len(labels) <= TEST:
         raise FileNotFoundError(f"{library}: expected the sources of Python's library, which the demo trains on")
-    texts = [text for found in chosen.values() for text in found]
-    return Corpus(list(chosen), hash_ngrams(texts, bits), labels, bits)
+    texts = [text for sources in modules.values() for text in sources]
+    return Corpus(list(modules), hash_ngrams(texts, bits), labels, bits)
 
 
 class Classifier:
-    """One vector for each row of the table, which ``optimizer`` may let lag, and a linear layer."""
+    """A table of vectors, whose rows ``optimizer`` may let wait, and a linear layer."""
 
     def __init__(self, corpus: Corpus, optimizer: Adam, rng: np.random.Generator) -> None:
         self.optimizer = optimizer
@@ -157,9 +160,9 @@ class Classifier:
         self.optimizer_seconds = 0.0
 
     def step(self, features: Features, labels: Ids) -> float:
-        """Update table and layer; the loss before it."""
+        """Update the table and the layer; return the loss before the update."""
         start = time.perf_counter()
-        vectors = self.optimizer.gather(self.table, features.rows)  # in the buffer itself rows may be behind
+        vectors = self.optimizer.gather(self.table, features.rows)  # rows of the array itself may be behind
         gathered = time.perf_counter()
         loss, gradient, head_gradient = loss_and_gradients(vectors, features.starts, self.head, labels)
         table_gradient = IndexedSlices(gradient, features.rows)
@@ -169,7 +172,7 @@ class Classifier:
         return loss
 
     def probabilities(self, features: Features) -> Array:
-        """Of every class, for every text."""
+        """The probability of every class, for every text."""
         means = _means(self.optimizer.gather(self.table, features.rows), features.starts)
         return _softmax(means @ self.head)
 
@@ -185,7 +188,7 @@ def _softmax(logits: Array) -> Array:
 
 
 def loss_and_gradients(vectors: Array, starts: Ids, head: Array, labels: Ids) -> tuple[float, Array, Array]:
-    """Mean cross entropy, and its gradients for the vectors of the n-grams and for the layer."""
+    """Mean cross entropy, and its gradients with respect to the vectors of the n-grams and to the layer."""
     means = _means(vectors, starts)
     probabilities = _softmax(means @ head)
     texts = np.arange(len(labels))
@@ -199,22 +202,22 @@ def loss_and_gradients(vectors: Array, starts: Ids, head: Array, labels: Ids) ->
 
 @dataclass
 class Report:
-    """What one mode gave; ``seconds[i]`` when step i was over, ``optimizer_seconds`` of it all in the optimizer."""
+    """The results of one mode: ``seconds[i]`` is the time at which step i ended."""
 
     model: Classifier = field(repr=False)
     losses: list[float] = field(repr=False)
     seconds: list[float] = field(repr=False)
-    optimizer_seconds: float
+    optimizer_seconds: float  # of the total time, spent in the optimizer
     accuracy: float
 
     def same_bits(self, other: Report) -> bool:
-        """Whether table and layer ended in the same bits."""
+        """Whether the tables and layers of both have the same bits."""
         ours, theirs = ((report.model.table, report.model.head) for report in (self, other))
         return all(np.array_equal(a.view(np.uint32), b.view(np.uint32)) for a, b in zip(ours, theirs, strict=True))
 
 
 def _batches(texts: Ids, rng: np.random.Generator) -> Iterator[Ids]:
-    """Some of the texts each, in a new order in every pass; without end."""
+    """Endless batches of texts, in a new order in every epoch."""
     while True:
         order = rng.permutation(texts)
         for start in range(0, len(order) - BATCH + 1, BATCH):
@@ -222,7 +225,7 @@ def _batches(texts: Ids, rng: np.random.Generator) -> Iterator[Ids]:
 
 
 def train(corpus: Corpus, mode: SparseUpdate, steps: int = STEPS, show_progress: bool = False) -> Report:
-    """Train with one kind of ``sparse_update``; everything else is the same each time."""
+    """Train with one mode of ``sparse_update``; everything else is the same for all modes."""
     rng = np.random.default_rng(0)
     order = rng.permutation(len(corpus.labels))
     test, rest = order[:TEST], order[TEST:]
@@ -232,8 +235,8 @@ def train(corpus: Corpus, mode: SparseUpdate, steps: int = STEPS, show_progress:
     losses, seconds = [], []
     begin = time.perf_counter()
     for _ in progress(range(steps), show_progress, f"{mode:8}", "step"):
-        chosen = next(batches)
-        losses.append(model.step(corpus.features.of(chosen), corpus.labels[chosen]))
+        batch = next(batches)
+        losses.append(model.step(corpus.features.of(batch), corpus.labels[batch]))
         seconds.append(time.perf_counter() - begin)
     last = time.perf_counter()
     optimizer.sync()
@@ -241,14 +244,14 @@ def train(corpus: Corpus, mode: SparseUpdate, steps: int = STEPS, show_progress:
     guesses = model.probabilities(corpus.features.of(test)).argmax(axis=1)
     accuracy = float((guesses == corpus.labels[test]).mean())
     optimizer_seconds = model.optimizer_seconds + begin + seconds[-1] - last
-    model.optimizer = Adam()  # without the moments, which take as much memory as two tables
+    model.optimizer = Adam()  # frees the moments, which take as much memory as two tables
     return Report(model, losses, seconds, optimizer_seconds, accuracy)
 
 
-def draw(deferred: Report, dense: Report) -> Any:
-    """The training loss by the clock, and the time that each optimizer took."""
-    drawn = figure()
-    left, right = drawn.subplots(1, 2, width_ratios=(3, 2))
+def draw(deferred: Report, dense: Report) -> Figure:
+    """Plot the training loss against time, and the time that each optimizer took."""
+    picture = figure()
+    left, right = picture.subplots(1, 2, width_ratios=(3, 2))
     reports = {"dense": dense, "deferred": deferred}
     colours = dict(zip(reports, COLOURS[1::-1], strict=True))
     for mode, report in reports.items():
@@ -262,12 +265,12 @@ def draw(deferred: Report, dense: Report) -> Any:
     tidy(right, title=f"Optimizer, {len(dense.losses)} steps", xlabel="seconds")
     rows = len(dense.model.table)
     title = f"{rows:,} rows for hashed n-grams: the same bits from sparse_update='deferred' and 'dense'"
-    drawn.suptitle(title, fontsize="medium")
-    return drawn
+    picture.suptitle(title, fontsize="medium")
+    return picture
 
 
 def main(corpus: Corpus, picture: Path | None, steps: int = STEPS) -> None:
-    """Train in both modes, compare, try the classifier, draw the loss to ``picture``."""
+    """Train in both modes, compare them, try the classifier, and draw the loss to ``picture``."""
     features = corpus.features
     print(f"texts              {len(features)} functions of {len(corpus.modules)} modules of Python's library")
     print(

@@ -1,6 +1,6 @@
-"""The state of other libraries' Adam, to and from this one.
+"""Convert the state of the Adam optimizers of Keras, PyTorch and optax to and from :class:`fastadam.Adam`.
 
-Whatever comes in is checked whole before anything is written: a call that raises has changed nothing.
+All of the state is checked before anything is written: a call that raises has changed nothing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The lists that ``get_weights`` of a tf.keras legacy Adam gives."""
+"""The lists that ``get_weights`` of a tf.keras legacy Adam returns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,23 +13,26 @@ from fastadam.exchange._state import assign, check_adam, copies_of_slots, moment
 
 if TYPE_CHECKING:
     from fastadam._core.adam import Adam
-    from fastadam._core.types import ArrayLike, VariableLike
+    from fastadam._core.types import AnyArray, ArrayLike, VariableLike
 
 __all__ = ["from_keras_weights", "to_keras_weights"]
 
 
 @suggests_keywords()
-def to_keras_weights(optimizer: Adam, variables: Iterable[VariableLike]) -> list[Any]:
-    """What ``get_weights`` of a tf.keras legacy Adam gives for these variables: iterations, all m, all v, all vhat.
+def to_keras_weights(optimizer: Adam, variables: Iterable[VariableLike]) -> list[AnyArray]:
+    """The list that ``get_weights`` of a tf.keras legacy Adam would return: iterations, all m, all v, all vhat.
 
-    The list holds no hyperparameters.
+    The list does not hold hyperparameters.
 
     Args:
         optimizer: The optimizer, which is not changed.
-        variables: Its variables, in the order that TensorFlow first met them in.
+        variables: Its variables, in the order in which TensorFlow first uses them.
+
+    Returns:
+        iterations as ``np.int64``, then copies of the slots in C order, float32 for half variables.
 
     Raises:
-        ValueError: A variable without these slots; moving averages, which the list has no place for.
+        ValueError: A variable does not have these slots; the optimizer has moving averages, which cannot be stored.
 
     Source: ``keras/optimizers/legacy/optimizer_v2.py`` of Keras 2.15.
 
@@ -50,8 +53,8 @@ def to_keras_weights(optimizer: Adam, variables: Iterable[VariableLike]) -> list
 def from_keras_weights(optimizer: Adam, weights: Iterable[ArrayLike], variables: Iterable[VariableLike]) -> None:
     """Set the state of these variables from ``get_weights`` of a tf.keras legacy Adam.
 
-    The list holds no hyperparameters: the optimizer has to have TensorFlow's, ``amsgrad`` too. The steps that follow
-    are then TensorFlow's to the bit. The dummies of a Keras 1 list are left out.
+    The list does not hold hyperparameters: make the optimizer with the same ones, ``amsgrad`` included. Then the
+    steps that follow have TensorFlow's bits. The placeholders in a Keras 1 list are ignored.
 
     Args:
         optimizer: The optimizer to change.
@@ -59,7 +62,8 @@ def from_keras_weights(optimizer: Adam, weights: Iterable[ArrayLike], variables:
         variables: The variables, in the order of the list.
 
     Raises:
-        ValueError: Another number of arrays, or other shapes; nothing is changed.
+        TypeError: ``optimizer`` is not an Adam.
+        ValueError: The number of arrays or a shape is wrong; nothing is changed.
 
     Source: ``keras/optimizers/legacy/optimizer_v2.py`` of Keras 2.15.
 
@@ -72,11 +76,11 @@ def from_keras_weights(optimizer: Adam, weights: Iterable[ArrayLike], variables:
     """
     check_adam(optimizer)
     names = moment_names(optimizer.amsgrad)
-    given, arrays = check_list("variables", variables), check_list("weights", weights)
-    count = len(given)
+    targets, arrays = check_list("variables", variables), check_list("weights", weights)
+    count = len(targets)
     if len(arrays) == 3 * count + 1 and len(names) == 2 and all(np.shape(a) == (1,) for a in arrays[2 * count + 1 :]):
         arrays = arrays[: 2 * count + 1]
     if len(arrays) != len(names) * count + 1:
         raise ValueError(f"weights: {len(arrays)} arrays, expected {len(names) * count + 1} for {count} variables")
     slots = {name: arrays[1 + i * count : 1 + (i + 1) * count] for i, name in enumerate(names)}
-    assign(optimizer, given, check_iterations("weights[0]", arrays[0]), slots, {})
+    assign(optimizer, targets, check_iterations("weights[0]", arrays[0]), slots, {})

@@ -6,7 +6,7 @@ import io
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from fastadam._core.extras import ACCUMULATOR
 from fastadam._core.gradients import bfloat16_to_float32
 from fastadam._core.keywords import suggests_keywords
 from fastadam._core.parts import parts_of
-from fastadam.exchange._state import Array, assign, check_adam, copies_of_slots
+from fastadam._core.types import AnyArray, Foreign, HostArray
+from fastadam.exchange._state import assign, check_adam, copies_of_slots
 
 if TYPE_CHECKING:
     from fastadam._core.adam import Adam
@@ -27,21 +28,21 @@ _VARIABLES = "optimizer/vars"
 
 
 @suggests_keywords()
-def to_keras3_variables(optimizer: Adam, variables: Iterable[VariableLike]) -> dict[str, Array]:
-    """What ``save_own_variables`` of a Keras 3 Adam or AdamW stores, for its ``load_own_variables``.
+def to_keras3_variables(optimizer: Adam, variables: Iterable[VariableLike]) -> dict[str, HostArray]:
+    """The dict that ``save_own_variables`` of a Keras 3 Adam or AdamW stores, for its ``load_own_variables``.
 
     The keys "0", "1", ... hold: iteration; the learning rate, unless it is a schedule or a callable; with ``use_ema``
-    all averages; m and v of each variable in turn; with ``amsgrad`` all vhat. No other hyperparameter is there, and
-    Keras keeps the learning rate in float32. The Keras optimizer has to be built, and to have the same options: it
-    skips a dict of another length with no more than a warning.
+    all averages; m and v of each variable in turn; with ``amsgrad`` all vhat. The dict holds no other hyperparameter,
+    and Keras keeps the learning rate in float32. The Keras optimizer must be built and have the same options: it
+    only warns and loads nothing if the dict has another length.
 
     Args:
         optimizer: The optimizer, which is not changed.
-        variables: Its variables, in the order that Keras built its optimizer with (``model.trainable_variables``).
+        variables: Its variables, in the order in which the Keras optimizer was built (``model.trainable_variables``).
 
     Raises:
-        ValueError: A variable without these slots; ``decay``, which Keras 3 does not have; more steps than its
-            counter holds.
+        ValueError: A variable does not have these slots; the optimizer uses ``decay``, which Keras 3 does not have; it
+            has made more steps than Keras's counter can hold.
 
     Source: ``keras/src/optimizers/base_optimizer.py`` and ``adam.py`` of Keras 3.
 
@@ -55,7 +56,7 @@ def to_keras3_variables(optimizer: Adam, variables: Iterable[VariableLike]) -> d
     """
     check_adam(optimizer)
     if optimizer.decay:
-        raise ValueError(f"decay: {optimizer.decay}, expected 0, for Keras 3 has none; use a schedule")
+        raise ValueError(f"decay: {optimizer.decay}, expected 0: Keras 3 does not have it; use a schedule")
     if optimizer.iterations >= 2**31:
         raise ValueError(f"iterations: {optimizer.iterations}, expected less than 2**31, which Keras's int32 holds")
     slots = copies_of_slots(optimizer, variables, parts_of(optimizer).options.slot_names)
@@ -79,10 +80,10 @@ def from_keras3_variables(
 ) -> None:
     """Set the state of these variables, and the learning rate, from the variables of a Keras 3 Adam or AdamW.
 
-    The variables do not say what they are. The optimizer has to have the Keras optimizer's options: a number as
-    ``learning_rate`` where that had one, a schedule or callable where that had one, ``amsgrad``, ``use_ema``; and its
-    betas, ``epsilon`` (the same convention) and ``weight_decay``. The steps that follow agree within rounding: Keras
-    multiplies by the double ``1 - beta``, this optimizer, as TF, by the difference of float32 numbers.
+    The arrays are not labelled. Make the optimizer with the options of the Keras optimizer: a number as
+    ``learning_rate`` if it has one, a schedule or callable if it has one, ``amsgrad``, ``use_ema``, the betas,
+    ``epsilon`` (the same convention) and ``weight_decay``. The steps that follow agree within rounding: Keras
+    multiplies by ``1 - beta`` computed in float64, fastadam and TensorFlow by a difference of float32 numbers.
 
     Gradient accumulators are refused. If the Keras optimizer has ``gradient_accumulation_steps=k``, finish the
     accumulation cycle, remove the accumulators from the list (one for each variable, before the first m), and divide
@@ -91,13 +92,14 @@ def from_keras3_variables(
 
     Args:
         optimizer: The optimizer to change.
-        weights: What ``save_own_variables`` stored or :func:`read_keras3_file` read, or the list of the values of
+        weights: The dict of ``save_own_variables`` or :func:`read_keras3_file`, or a list of the values of
             ``optimizer.variables``.
-        variables: The variables, in the order that Keras built its optimizer with (``model.trainable_variables``).
+        variables: The variables, in the order in which the Keras optimizer was built (``model.trainable_variables``).
 
     Raises:
-        ValueError: Another number of arrays than these options have, gradient accumulators among them, or other
-            shapes. Nothing is changed.
+        TypeError: ``optimizer`` is not an Adam.
+        ValueError: The number of arrays does not fit these options, because of gradient accumulators for example; a
+            shape is wrong. Nothing is changed.
 
     Source: ``keras/src/optimizers/base_optimizer.py`` and ``adam.py`` of Keras 3.
 
@@ -110,32 +112,35 @@ def from_keras3_variables(
     (7, 0.5, array([0.25, 0.25], dtype=float32))
     """
     check_adam(optimizer)
-    given, arrays = check_list("variables", variables), _listed(weights)
-    layout = _layout(optimizer, len(given))
+    targets, arrays = check_list("variables", variables), _listed(weights)
+    layout = _layout(optimizer, len(targets))
     if len(arrays) != len(layout):
-        raise ValueError(_another_number(optimizer, len(arrays), layout, len(given)))
-    parts: dict[str, list[Any]] = {part: [] for part in layout}
+        raise ValueError(_wrong_number(optimizer, len(arrays), layout, len(targets)))
+    parts: dict[str, list[AnyArray]] = {part: [] for part in layout}
     for part, array in zip(layout, arrays, strict=True):
         parts[part].append(array)
     iterations = check_iterations("weights[0]", parts.pop("iteration")[0])
     hyper = {"learning_rate": check_number("weights[1]", rate[0])} if (rate := parts.pop("learning_rate", None)) else {}
     slots = {name: parts.get(name, []) for name in parts_of(optimizer).options.slot_names if name != ACCUMULATOR}
-    assign(optimizer, given, iterations, slots, hyper)
+    assign(optimizer, targets, iterations, slots, hyper)
 
 
 @suggests_keywords()
-def read_keras3_file(path: str | os.PathLike[str]) -> dict[str, Array]:
-    """The optimizer's variables in a ``.weights.h5`` or ``.keras`` file of Keras 3, for :func:`from_keras3_variables`.
+def read_keras3_file(path: str | os.PathLike[str]) -> dict[str, HostArray]:
+    """Read the optimizer's variables from a ``.weights.h5`` or ``.keras`` file, for :func:`from_keras3_variables`.
 
-    bfloat16 variables become float32. Nothing in the file is run.
+    bfloat16 variables become float32. Code in the file is never run.
 
     Args:
-        path: What ``model.save_weights`` or ``model.save`` wrote.
+        path: A file written by ``model.save_weights`` or ``model.save``.
+
+    Returns:
+        The arrays under the keys "0", "1", ...
 
     Raises:
         ImportError: h5py is not installed.
         OSError: The file cannot be read.
-        ValueError: There is no optimizer in it, or a link out of the file.
+        ValueError: The file does not hold an optimizer, or links to another file.
 
     Source: ``keras/src/saving/saving_lib.py`` of Keras 3: group ``optimizer/vars``, datasets "0", "1", ...
 
@@ -171,12 +176,12 @@ def _weights_of(name: str) -> str | io.BytesIO:
         return io.BytesIO(archive.read("model.weights.h5"))
 
 
-def _read(group: Any, key: str) -> Array:
+def _read(group: Foreign, key: str) -> HostArray:
     dataset = group[key] if type(group.get(key, getlink=True)).__name__ == "HardLink" else None
     if dataset is None or not hasattr(dataset, "external") or dataset.external or dataset.is_virtual:
         raise ValueError(f"{_VARIABLES}/{key}: not an array in this file, expected one as Keras writes it")
     array = np.array(dataset[()])
-    is_bfloat16 = dataset.attrs.get("dtype") == "bfloat16"  # which HDF5 does not have: raw bytes
+    is_bfloat16 = dataset.attrs.get("dtype") == "bfloat16"  # raw bytes, since HDF5 does not have this type
     return bfloat16_to_float32(array.view(np.uint16)) if is_bfloat16 else array
 
 
@@ -186,12 +191,12 @@ def _index(key: str) -> int:
     return int(key)
 
 
-def _listed(weights: Mapping[str, Any] | Iterable[Any]) -> list[Any]:
+def _listed(weights: Mapping[str, ArrayLike] | Iterable[ArrayLike]) -> list[AnyArray]:
     if not isinstance(weights, Mapping):
         return check_list("weights", weights)
     keys = sorted(map(str, weights), key=_index)
     if keys != [str(i) for i in range(len(keys))]:
-        raise ValueError(f"weights: keys {keys}, expected '0', '1', ... without a gap")
+        raise ValueError(f"weights: keys {keys}, expected '0', '1', ... without gaps")
     return [weights[key] for key in keys]
 
 
@@ -200,7 +205,7 @@ def _has_constant_rate(optimizer: Adam) -> bool:
 
 
 def _layout(optimizer: Adam, count: int) -> list[str]:
-    """What each of Keras's variables is."""
+    """The kind of each of Keras's variables, in order."""
     return [
         "iteration",
         *(["learning_rate"] if _has_constant_rate(optimizer) else []),
@@ -210,17 +215,17 @@ def _layout(optimizer: Adam, count: int) -> list[str]:
     ]
 
 
-def _another_number(optimizer: Adam, found: int, layout: list[str], count: int) -> str:
+def _wrong_number(optimizer: Adam, actual: int, layout: list[str], count: int) -> str:
     parts = {part: layout.count(part) for part in layout}
     listed = ", ".join(f"{number} {part}" for part, number in parts.items())
     hint = ""
-    if found == len(layout) + count:
+    if actual == len(layout) + count:
         hint = (
             f"; if the other {count} are gradient accumulators, which cannot be imported, finish the accumulation "
             "cycle, remove them, and divide the iteration by gradient_accumulation_steps"
         )
     rate = "a number" if _has_constant_rate(optimizer) else "a schedule or callable"
     return (
-        f"weights: {found} arrays, expected {len(layout)} ({listed}) for {count} variables, learning_rate {rate}, "
+        f"weights: {actual} arrays, expected {len(layout)} ({listed}) for {count} variables, learning_rate {rate}, "
         f"amsgrad={optimizer.amsgrad}, use_ema={'average' in parts}: the options of the Keras optimizer{hint}"
     )

@@ -1,12 +1,11 @@
-"""What all exchanges share: slots taken from an optimizer, and state given to one, whole or not at all."""
+"""Copy slots out of an optimizer, and set its state, completely or not at all. All of `exchange` uses this."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from fastadam._core import placement
 from fastadam._core.backend import _cpu
@@ -15,12 +14,12 @@ from fastadam._core.checks import check_list, check_non_negative
 from fastadam._core.gradients import as_float_array
 from fastadam._core.optimizer import Optimizer
 from fastadam._core.parts import parts_of
+from fastadam._core.types import AnyArray, HostArray
 
 if TYPE_CHECKING:
     from fastadam._core.adam import Adam
 
 __all__ = [
-    "Array",
     "assign",
     "check_adam",
     "check_epsilon_here",
@@ -29,13 +28,11 @@ __all__ = [
     "require_no_average",
 ]
 
-Array = npt.NDArray[Any]
 
-
-def check_adam(optimizer: Any) -> None:
-    """Refuse a wrapper, whose inner optimizer has the state."""
+def check_adam(optimizer: object) -> None:
+    """Refuse anything but an Adam, such as a wrapper."""
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer: {type(optimizer).__name__}, expected a fastadam.Adam (of a wrapper the inner one)")
+        raise TypeError(f"optimizer: {type(optimizer).__name__}, expected a fastadam.Adam (not a wrapper of one)")
 
 
 def moment_names(amsgrad: bool) -> list[str]:
@@ -43,49 +40,51 @@ def moment_names(amsgrad: bool) -> list[str]:
     return ["m", "v", *(["vhat"] if amsgrad else [])]
 
 
-def check_epsilon_here(epsilon: Any) -> float:
-    """A value that this optimizer adds as it is; it cannot be 0."""
+def check_epsilon_here(epsilon: AnyArray) -> float:
+    """A positive epsilon, which the optimizer uses unchanged."""
     eps = check_non_negative("epsilon", epsilon)
     if eps == 0:
-        raise ValueError("epsilon: 0, expected epsilon > 0: here, as in TF, 0 means 1e-7")
+        raise ValueError("epsilon: 0, expected epsilon > 0: 0 would mean 1e-7, as in TensorFlow")
     return eps
 
 
 def require_no_average(optimizer: Adam, place: str) -> None:
-    """Refuse an optimizer whose moving averages would be lost."""
+    """Refuse an optimizer with moving averages, which would be lost."""
     if "average" in parts_of(optimizer).options.slot_names:
-        raise ValueError(f"optimizer: use_ema=True, expected False: {place} has no place for moving averages")
+        raise ValueError(f"optimizer: use_ema=True, expected False: {place} cannot hold moving averages")
 
 
-def copies_of_slots(optimizer: Adam, variables: Iterable[Any], names: Sequence[str]) -> dict[str, list[Array]]:
+def copies_of_slots(optimizer: Adam, variables: Iterable[AnyArray], names: Sequence[str]) -> dict[str, list[HostArray]]:
     """Copies in C order, by slot name.
 
     Raises:
-        ValueError: A variable without one of these slots.
+        ValueError: A variable does not have one of these slots.
     """
-    given = check_list("variables", variables)
+    variables = check_list("variables", variables)
     _, state, runtime, tables = parts_of(optimizer)
     with runtime.lock:
         tables.catch_up_all()
-        found = [state.slots.find(buffer) or {} for buffer in buffers_of(given, range(len(given)))]
-        for i, slots in enumerate(found):
+        existing = [state.slots.find(buffer) or {} for buffer in buffers_of(variables, range(len(variables)))]
+        for i, slots in enumerate(existing):
             if not set(names) <= set(slots):
                 raise ValueError(f"variables[{i}]: slots {list(slots)}, expected {list(names)}")
-        return {name: [np.array(placement.to_host(slots[name]), order="C") for slots in found] for name in names}
+        return {name: [np.array(placement.to_host(slots[name]), order="C") for slots in existing] for name in names}
 
 
 def assign(
     optimizer: Adam,
-    variables: Sequence[Any],
+    variables: Sequence[AnyArray],
     iterations: int,
-    slots: Mapping[str, Sequence[Any]],
-    hyper: Mapping[str, Any],
+    slots: Mapping[str, Sequence[AnyArray]],
+    hyper: Mapping[str, object],
 ) -> None:
-    """Set iterations, hyperparameters that were checked before, and the slots of these variables.
+    """Set iterations, hyperparameters and the slots of these variables.
+
+    The caller has checked iterations and hyperparameters. If an error is raised, nothing has changed.
 
     Raises:
-        TypeError: A variable that is none, or a slot without numbers.
-        ValueError: A slot of another shape, kind or range; a variable given twice. Nothing is changed.
+        TypeError: A variable cannot be one, or a slot does not hold numbers.
+        ValueError: A slot has the wrong shape, dtype or range; a variable is given twice.
     """
     buffers = buffers_of(variables, range(len(variables)))
     _require_distinct(buffers)
@@ -111,14 +110,14 @@ def assign(
 
 
 def _require_distinct(buffers: Sequence[_cpu.Buffer]) -> None:
-    first: dict[Any, int] = {}
+    first: dict[object, int] = {}
     for i, buffer in enumerate(buffers):
         if buffer.size and first.setdefault(key_of(buffer), i) != i:
             raise ValueError(f"variables[{i}]: the same as variables[{first[key_of(buffer)]}], expected it once")
 
 
-def _fitted(label: str, value: Any, buffer: _cpu.Buffer) -> Array:
-    """A copy that can be assigned to a slot of this variable; a copy, for it may be one of the slots."""
+def _fitted(label: str, value: AnyArray, buffer: _cpu.Buffer) -> HostArray:
+    """A copy that can be assigned to a slot of this variable: the value itself may be one of the slots."""
     array = as_float_array(value, label)
     is_float = array.dtype.kind == "f"
     if array.shape != buffer.shape or not is_float:
@@ -126,5 +125,7 @@ def _fitted(label: str, value: Any, buffer: _cpu.Buffer) -> Array:
     with np.errstate(over="ignore", under="ignore"):
         copy = np.array(array, dtype=buffer.state_dtype)
     if not np.array_equal(np.isinf(copy), np.isinf(array)):
-        raise ValueError(f"{label}: numbers that {buffer.state_dtype} cannot hold, expected those of {buffer.label}")
+        raise ValueError(
+            f"{label}: numbers too large for {buffer.state_dtype}, the dtype of the slots of {buffer.label}"
+        )
     return copy

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastadam._core.checks import check_bool, check_iterations, check_list, check_non_negative
 from fastadam._core.keywords import suggests_keywords
 from fastadam._core.slices import DEFERRED
+from fastadam._core.types import AnyArray, Config
 from fastadam.exchange._state import assign, check_adam, check_epsilon_here, copies_of_slots, moment_names
 
 if TYPE_CHECKING:
@@ -22,21 +23,22 @@ _NOT_HERE = {"maximize": False, "decoupled_weight_decay": False}
 
 @suggests_keywords()
 def to_torch_state_dict(optimizer: Adam, variables: Iterable[VariableLike], *, epsilon: float) -> dict[str, Any]:
-    r"""A ``state_dict`` that ``torch.optim.Adam.load_state_dict`` takes, of NumPy arrays turned into tensors.
+    r"""A ``state_dict`` for ``torch.optim.Adam.load_state_dict``, with the slots as CPU tensors.
 
     .. math:: \epsilon_{torch} = \hat\epsilon / \sqrt{1 - \beta_2^t}
 
-    PyTorch adds its epsilon after the bias correction, TF before it: no constant of one is the other's. The equation
-    gives what does the same at step t.
+    PyTorch adds epsilon after the bias correction, TensorFlow and fastadam before it, so no constant is the same in
+    both. The equation gives PyTorch's epsilon that has the same effect at step t.
 
     Args:
         optimizer: The optimizer, which is not changed.
         variables: Its variables, in the order of PyTorch's parameters.
-        epsilon: The value that PyTorch shall have.
+        epsilon: The value for PyTorch.
 
     Raises:
         ImportError: PyTorch is not installed.
-        ValueError: A schedule, clipping or another option that PyTorch's Adam does not have.
+        ValueError: The optimizer uses a schedule, clipping or another option that PyTorch's Adam does not have; a
+            variable does not have these slots.
 
     Source: ``torch/optim/adam.py``, ``_single_tensor_adam``.
 
@@ -45,8 +47,8 @@ def to_torch_state_dict(optimizer: Adam, variables: Iterable[VariableLike], *, e
     >>> opt = fastadam.Adam(0.1)
     >>> step = opt.apply_gradients([(np.ones(2, np.float32), w)])
     >>> if importlib.util.find_spec("torch"):
-    ...     found = fastadam.exchange.to_torch_state_dict(opt, [w], epsilon=1e-8)
-    ...     assert found["param_groups"][0]["lr"] == 0.1
+    ...     state_dict = fastadam.exchange.to_torch_state_dict(opt, [w], epsilon=1e-8)
+    ...     assert state_dict["param_groups"][0]["lr"] == 0.1
     """
     check_adam(optimizer)
     import torch
@@ -82,21 +84,22 @@ def from_torch_state_dict(
 
     .. math:: \hat\epsilon = \epsilon_{torch} \sqrt{1 - \beta_2^t}
 
-    PyTorch adds its epsilon after the bias correction, TF before it: no constant of one is the other's, and the steps
-    that follow differ from PyTorch's by that. The equation gives what does the same at step t; in the long run
-    PyTorch's own value does. AMSGrad's maximum is the same quantity in both.
+    PyTorch adds epsilon after the bias correction, fastadam and TensorFlow before it, so no constant is the same in
+    both and the steps that follow differ from PyTorch's to that extent. The equation gives the epsilon that has the
+    same effect at step t; after many steps PyTorch's own value has. The maximum of AMSGrad is the same in both.
 
-    Clipping, ``decay`` and other options of this optimizer that PyTorch's does not have stay as they are.
+    Clipping, ``decay`` and other options that PyTorch's Adam does not have keep their values.
 
     Args:
         optimizer: The optimizer to change.
-        state_dict: PyTorch's; tensors on any device, or arrays.
+        state_dict: PyTorch's state dict, with tensors on any device or arrays.
         variables: The variables, in the order of PyTorch's parameters.
         epsilon: The value for this optimizer.
 
     Raises:
-        ValueError: Several groups of different options, ``maximize``, ``weight_decay``, steps that differ between
-            parameters, or other shapes; nothing is changed.
+        TypeError: ``optimizer`` is not an Adam, or ``state_dict`` is not a state dict.
+        ValueError: Parameter groups have different options; ``maximize`` or ``weight_decay`` is used; the numbers of
+            steps differ between parameters; a shape is wrong. Nothing is changed.
 
     Source: ``torch/optim/adam.py``, ``_single_tensor_adam``.
 
@@ -105,28 +108,29 @@ def from_torch_state_dict(
     >>> moments = {"step": 1.0, "exp_avg": np.full(2, 0.1), "exp_avg_sq": np.full(2, 0.001)}
     >>> group = {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "params": [0]}
     >>> opt = fastadam.Adam()
-    >>> given = {"state": {0: moments}, "param_groups": [group]}
-    >>> fastadam.exchange.from_torch_state_dict(opt, given, [w], epsilon=1e-8 * (1 - 0.999) ** 0.5)
+    >>> state_dict = {"state": {0: moments}, "param_groups": [group]}
+    >>> fastadam.exchange.from_torch_state_dict(opt, state_dict, [w], epsilon=1e-8 * (1 - 0.999) ** 0.5)
     >>> opt.learning_rate, int(opt.iterations), opt.get_slot(w, "m")
     (0.5, 1, array([0.1, 0.1], dtype=float32))
     """
     check_adam(optimizer)
     eps = check_epsilon_here(epsilon)
-    given = check_list("variables", variables)
+    targets = check_list("variables", variables)
     group, states = _group_of(state_dict)
-    if len(states) != len(given):
-        raise ValueError(f"state_dict: {len(states)} parameters with state, expected {len(given)} like variables")
+    if len(states) != len(targets):
+        raise ValueError(f"state_dict: {len(states)} parameters with state, expected {len(targets)} like variables")
     names = moment_names(check_bool("amsgrad", group["amsgrad"]))
     missing = [_KEYS[name] for name in names if any(_KEYS[name] not in state for state in states)]
     steps = {float(state["step"]) for state in states}
     if missing or len(steps) != 1:
-        raise ValueError(f"state_dict: steps {sorted(steps)}, without {missing}; expected one step and all of {names}")
+        raise ValueError(f"state_dict: steps {sorted(steps)}, without {missing}, expected one step and all of {names}")
     hyper = _checked_hyper(group, eps)
     slots = {name: [_on_cpu(state[_KEYS[name]]) for state in states] for name in names}
-    assign(optimizer, given, check_iterations("step", steps.pop()), slots, hyper)
+    assign(optimizer, targets, check_iterations("step", steps.pop()), slots, hyper)
 
 
 def _checked_hyper(group: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
+    """The hyperparameters of a group, checked by making an Adam with them."""
     from fastadam._core.adam import Adam
 
     beta_1, beta_2 = map(float, group["betas"])
@@ -136,7 +140,7 @@ def _checked_hyper(group: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
         "beta_2": beta_2,
         "epsilon": epsilon,
     }
-    Adam(**hyper)  # refuses what no optimizer takes
+    Adam(**hyper)  # raises if one is invalid
     return {**hyper, "amsgrad": bool(group["amsgrad"])}
 
 
@@ -146,29 +150,32 @@ def _group_of(state_dict: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Ma
     groups = state_dict["param_groups"]
     options = [{key: value for key, value in group.items() if key not in ("params", "param_names")} for group in groups]
     if any(option != options[0] for option in options):
-        raise ValueError("state_dict: parameter groups of different options, expected one optimizer for each")
+        raise ValueError("state_dict: parameter groups with different options, expected one optimizer for each group")
     refused = {key: options[0][key] for key, plain in _NOT_HERE.items() if options[0].get(key, plain) != plain}
     if options[0].get("weight_decay"):
-        refused["weight_decay"] = options[0]["weight_decay"]  # PyTorch's Adam adds it to the gradient
+        refused["weight_decay"] = options[0]["weight_decay"]  # which PyTorch's Adam adds to the gradient
     if refused:
-        raise ValueError(f"state_dict: {refused}, which this Adam does not have")
+        raise ValueError(f"state_dict: {refused}, which fastadam.Adam does not have")
     places = [i for group in groups for i in group["params"]]
     if absent := [i for i in places if i not in state_dict["state"]]:
-        raise ValueError(f"state_dict: no state of parameters {absent}, expected that of every parameter")
+        raise ValueError(f"state_dict: parameters {absent} have no state, expected the state of every parameter")
     return options[0], [state_dict["state"][i] for i in places]
 
 
-def _on_cpu(tensor: Any) -> Any:
+def _on_cpu(tensor: AnyArray) -> AnyArray:
     return tensor.detach().cpu() if hasattr(tensor, "detach") else tensor
 
 
-def _plain_config(optimizer: Adam) -> dict[str, Any]:
+def _plain_config(optimizer: Adam) -> Config:
+    """The configuration, if PyTorch's Adam has all options in it."""
     config = optimizer.get_config()
-    for unused in ("max_staleness", "clip_after_dedupe"):  # without clipping
+    for unused in ("max_staleness", "clip_after_dedupe"):  # no effect without clipping
         config.pop(unused, None)
-    if config.get("sparse_update") in DEFERRED:  # the update of "dense"
+    if config.get("sparse_update") in DEFERRED:  # the same update as "dense"
         del config["sparse_update"]
     plain = ("name", "learning_rate", "decay", "beta_1", "beta_2", "epsilon", "amsgrad")
     if config["decay"] or isinstance(config["learning_rate"], dict) or not set(config) <= set(plain):
-        raise ValueError(f"optimizer: {config}, expected no schedule, decay, clipping or other option PyTorch has not")
+        raise ValueError(
+            f"optimizer: {config}, expected no schedule, decay, clipping or other option that PyTorch does not have"
+        )
     return config

@@ -1,17 +1,16 @@
-"""Adam for JAX by the native kernels: an optax transformation, a donated step in place, and a step of sparse rows.
+"""Adam for JAX with the native kernels: optax transformations, a step in donated memory, a step of sparse rows.
 
-Everything works inside ``jit``, ``scan``, ``vmap`` and ``shard_map``, and beside ``grad``; a step itself is not
-differentiated. Sharded arrays stay where they are if their gradients are sharded alike. In place means: in a jitted
-function whose arguments are donated; JAX copies what is not.
+All functions work inside ``jit``, ``scan``, ``vmap`` and ``shard_map``, and together with ``grad``, but a step itself
+cannot be differentiated. Sharded arrays stay on their devices if their gradients have the same sharding. A step works
+in place in a jitted function whose arguments are donated; JAX copies arguments that are not.
 
-On the CPU and on CUDA devices; elsewhere compilation fails with the name of the missing handler. Rates and the count
-are operands, so that other values do not compile again; what is refused of their values (a count of 0, a NaN) is an
-error of the computation, ``jax.errors.JaxRuntimeError`` or, of a function that has run before, ``ValueError``, after
-which donated arrays are gone. On a GPU the host reads them before it launches a step, which waits for the gradients.
+The functions run on CPUs and CUDA devices; on other devices compilation fails with the name of the missing handler.
+Numbers such as the learning rate and the count are operands, so new values do not cause compilation. Invalid values (a
+count of 0, a NaN) raise an error when the computation runs: ``jax.errors.JaxRuntimeError``, or ``ValueError`` if the
+function has run before. Donated arrays are then lost. On a GPU the host waits for these numbers before it launches a
+step, and so for the gradients.
 
-A compiled step that another process loads (``serialize_executable``) needs :func:`register` there first.
-
-JAX differentiates, batches and shards by rules; those of a step are in ``operation.py``.
+A process that loads a compiled step (``serialize_executable``) must call :func:`register` first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The native step as an operation of JAX: how it is called, batched, partitioned, and refused to ``grad``."""
+"""The native step as an operation of JAX: how it is called, batched, sharded, and refused under ``grad``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,33 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fastadam import _jax
 
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
 __all__ = ["DenseStep", "SparseStep", "has_cuda", "operation"]
 
 Operation = Callable[..., tuple[jax.Array, ...]]
-Axes = tuple[Any, ...]
+T = TypeVar("T")
+Axes = tuple[Any, ...]  # of a PartitionSpec: None, an axis of the mesh, or a tuple of these
+
+
+class Sharded(Protocol):
+    """The shape and sharding of an operand or result, as JAX describes them to a partitioner."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def sharding(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseStep:
-    """Operands: numbers, count; gradients, parameters, m, v and with ``amsgrad`` vhat of every leaf, in this order.
+    """A step of dense gradients.
 
-    Results: the operands from the parameters on. ``from_zero``: there are no parameters among the operands; those of
-    the results are the step itself, of the dtype of the gradients. Under ``vmap`` all have ``batch_rank`` leading axes.
+    The operands are numbers and count, then all gradients, all parameters, all m, all v, and with ``amsgrad`` all vhat.
+    The results are new parameters, m, v and vhat. With ``from_zero`` there are no parameters among the operands, and
+    the result for them is the step itself, in the dtype of the gradients. Under ``vmap`` every array has ``batch_rank``
+    leading axes.
     """
 
     target: ClassVar[str] = "fastadam_dense_step"
@@ -40,33 +55,37 @@ class DenseStep:
 
     @property
     def fresh(self) -> slice:
-        """The operands that the first results are like, without replacing them."""
+        """The operands whose shapes and dtypes the first results have, without replacing them."""
         return slice(2, self.first_result if self.from_zero else 2)
 
     @property
     def first_result(self) -> int:
-        """The first of the operands that results replace."""
+        """The index of the first operand that a result replaces."""
         return 2 + len(self.ranks)
 
     @property
     def operand_axes(self) -> list[list[str]]:
-        """Names of the axes of each operand: those of one name are sharded alike, where a result has it."""
+        """Names of the axes of each operand. Axes of the same name are sharded alike if a result has the name."""
         leaves = [[f"leaf{i}axis{axis}" for axis in range(rank)] for i, rank in enumerate(self.ranks)]
         return [["number", "part"], [], *leaves * (4 + self.amsgrad - self.from_zero)]
 
-    def attributes(self) -> dict[str, Any]:
-        """Of the handler."""
+    def attributes(self) -> dict[str, object]:
+        """The attributes of the handler."""
         flags = {"amsgrad": self.amsgrad, "epsilon_corrected": self.epsilon_corrected, "from_zero": self.from_zero}
         return {**flags, "decays": np.asarray(self.decays, np.int64)}
 
     def row_axes(self, spec: Axes) -> Axes:
-        """The mesh axes that the handler has to know its place along."""
+        """The axes of the mesh along which the handler must know its position."""
         return ()
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseStep:
-    """Operands: numbers, count, ids, values, and the table, m, v and with ``amsgrad`` vhat, which are the results."""
+    """A step of the rows of a table.
+
+    The operands are numbers, count, ids, values, the table, m, v, and with ``amsgrad`` vhat. The results are the table,
+    m, v and vhat.
+    """
 
     target: ClassVar[str] = "fastadam_sparse_step"
     rank: int  # of the table
@@ -80,17 +99,17 @@ class SparseStep:
 
     @property
     def operand_axes(self) -> list[list[str]]:
-        """As of DenseStep. A shard of the rows is given all the ids, and takes its own of them."""
+        """Names as for DenseStep. Each shard of the rows gets all ids and uses those of its own rows."""
         columns = [f"column{axis}" for axis in range(self.rank - 1)]
         return [["number", "part"], [], ["id"], ["id", *columns], *[["row", *columns]] * (4 if self.amsgrad else 3)]
 
-    def attributes(self) -> dict[str, Any]:
-        """Of the handler."""
+    def attributes(self) -> dict[str, object]:
+        """The attributes of the handler."""
         flags = {"amsgrad": self.amsgrad, "epsilon_corrected": self.epsilon_corrected, "lazy": self.lazy}
         return {**flags, "row_count": np.int64(self.rows)}
 
     def row_axes(self, spec: Axes) -> Axes:
-        """Those that the rows of the table are sharded by, for which the handler is given an operand each."""
+        """The axes of the mesh along which the rows are sharded. The handler gets an operand for each."""
         axes = spec[self.batch_rank]
         return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
 
@@ -100,50 +119,53 @@ Step = DenseStep | SparseStep
 
 @functools.cache
 def operation(step: Step) -> Operation:
-    """The function of the operands; each call of it is one call of the handler, on each device."""
+    """The function that makes a step. Each call of it is one call of the handler on each device."""
 
-    def refuse(primals: Any, tangents: Any) -> Any:
+    def refuse(primals: object, tangents: object) -> None:
         raise TypeError(
-            "fastadam: a step cannot be differentiated; take its operands through jax.lax.stop_gradient, "
-            "or for gradients through the optimizer use optax.adam"
+            "fastadam: a step cannot be differentiated; apply jax.lax.stop_gradient to its operands, or use "
+            "optax.adam for gradients through the optimizer"
         )
 
     update = jax.custom_jvp(_batched(step))
     update.defjvp(refuse)
 
-    def of_any(*operands: Any) -> Any:
-        return update(*_varying_alike(operands))
+    def fastadam_step(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        results: tuple[jax.Array, ...] = update(*_varying_alike(operands))
+        return results
 
-    compiled: Operation = jax.jit(of_any, inline=True)
+    compiled: Operation = jax.jit(fastadam_step, inline=True)
     return compiled
 
 
-def _varying_alike(operands: Sequence[Any]) -> Sequence[Any]:
-    """In ``shard_map``: every result may differ on all devices on which any operand does, and JAX has to know it."""
-    axes: frozenset[Any] = frozenset().union(*map(_varying_axes, operands))
+def _varying_alike(operands: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """In ``shard_map``, tell JAX that all operands may vary along every axis of the mesh along which any does."""
+    axes = frozenset[str]().union(*map(_varying_axes, operands))
     return [_vary(x, axes - _varying_axes(x)) if axes else x for x in operands]
 
 
-def _varying_axes(array: Any) -> frozenset[Any]:
-    """Axes of the mesh along which JAX takes the values to differ; where it is told depends on its version."""
+def _varying_axes(array: jax.Array) -> frozenset[str]:
+    """Axes of the mesh along which the values may differ. The attribute's name depends on the version of JAX."""
     kind = jax.typeof(array)
-    axes: frozenset[Any] = (
+    axes: frozenset[str] = (
         kind.vma if hasattr(kind, "vma") else kind.mat.varying if hasattr(kind, "mat") else frozenset()
     )
     return axes
 
 
-def _vary(array: Any, axes: frozenset[Any]) -> Any:
+def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     if not axes:
         return array
-    lax: Any = jax.lax
+    lax: Any = jax.lax  # whose names depend on the version
     return lax.pcast(array, tuple(axes), to="varying") if hasattr(lax, "pcast") else lax.pvary(array, tuple(axes))
 
 
 def _batched(step: Step) -> Operation:
-    """``vmap`` gives every operand one more leading axis; the handler makes a step for each place along these."""
+    """A step under ``vmap``: every operand gets another leading axis, and the handler makes a step for each index."""
 
-    def batch(size: int, are_batched: Sequence[bool], *operands: Any) -> Any:
+    def batch(
+        size: int, are_batched: Sequence[bool], *operands: jax.Array
+    ) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
         spread = [
             x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
             for x, is_batched in zip(operands, are_batched, strict=True)
@@ -162,12 +184,12 @@ def _next_batched(step: Step) -> Operation:
 
 
 def _partitioned(step: Step) -> Operation:
-    """On several devices each updates its own shards, with nothing sent between them."""
+    """A step on several devices: each updates its own shards, without communication."""
 
-    def on_one_device(*operands: Any) -> tuple[jax.Array, ...]:
+    def on_one_device(*operands: jax.Array) -> tuple[jax.Array, ...]:
         return _call(step, operands, {})
 
-    def partition(mesh: Any, operands: Any, results: Any) -> Any:
+    def partition(mesh: Mesh, operands: Sequence[Sharded], results: Sequence[Sharded]) -> tuple[object, ...]:
         if any(not isinstance(result.sharding, NamedSharding) for result in results):
             shardings, lengths = _whole_shardings(step, operands, results), {}
         else:
@@ -175,14 +197,14 @@ def _partitioned(step: Step) -> Operation:
             lengths = {axis: mesh.shape[axis] for axis in step.row_axes(specs[step.first_result])}
             shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
 
-        def of_shards(*shards: Any) -> tuple[jax.Array, ...]:
+        def on_each_device(*shards: jax.Array) -> tuple[jax.Array, ...]:
             return _call(step, shards, lengths)
 
-        return mesh, of_shards, tuple(_of_results(step, shardings)), tuple(shardings)
+        return mesh, on_each_device, tuple(_of_results(step, shardings)), tuple(shardings)
 
-    def infer(mesh: Any, operands: Any, results: Any) -> Any:
-        none = NamedSharding(mesh, PartitionSpec())
-        return tuple(none if x.sharding is None else x.sharding for x in _of_results(step, operands))
+    def infer(mesh: Mesh, operands: Sequence[Sharded], results: Sequence[Sharded]) -> tuple[NamedSharding, ...]:
+        unsharded = NamedSharding(mesh, PartitionSpec())
+        return tuple(unsharded if x.sharding is None else x.sharding for x in _of_results(step, operands))
 
     function = custom_partitioning(on_one_device)
     function.def_partition(
@@ -202,38 +224,38 @@ def _rule(step: Step) -> str:
     return f"{', '.join(axes)} -> {', '.join(_of_results(step, axes))}"
 
 
-def _of_results(step: Step, of_operands: Sequence[Any]) -> list[Any]:
-    """What the results have in common with operands."""
+def _of_results(step: Step, of_operands: Sequence[T]) -> list[T]:
+    """A property of each result, from the same property of each operand."""
     return [*of_operands[step.fresh], *of_operands[step.first_result :]]
 
 
-def _spec_of(array: Any) -> Axes:
+def _spec_of(array: Sharded) -> Axes:
     spec = tuple(array.sharding.spec)
     return spec + (None,) * (len(array.shape) - len(spec))
 
 
 def _specs(step: Step, results: Sequence[Axes]) -> list[Axes]:
-    """Of every operand: an axis is sharded as in the last result that has it, among them the moments of each leaf."""
+    """The specs of all operands: each axis is sharded as in the last result with an axis of that name."""
     axes = _all_axes(step)
-    found: dict[str, Any] = {}
+    by_name: dict[str, object] = {}
     for names, spec in zip(_of_results(step, axes), results, strict=True):
-        found.update(zip(names, spec, strict=True))
-    return [tuple(found.get(name) for name in names) for names in axes]
+        by_name.update(zip(names, spec, strict=True))
+    return [tuple(by_name.get(name) for name in names) for names in axes]
 
 
-def _whole_shardings(step: Step, operands: Sequence[Any], results: Sequence[Any]) -> list[Any]:
-    """Of every operand, where they have no axes to name: in a ``shard_map`` that is manual along some axes alone."""
+def _whole_shardings(step: Step, operands: Sequence[Sharded], results: Sequence[Sharded]) -> list[Any]:
+    """The shardings of all operands if they have no named axes: ``shard_map`` is manual along only some axes."""
     if isinstance(step, SparseStep):
-        raise NotImplementedError("sparse_update in a shard_map that is not manual along all axes of its mesh")
+        raise NotImplementedError("sparse_update: in a shard_map along some axes of a mesh, expected all axes")
     of_leaves = [result.sharding for result in results[-len(step.ranks) :]]
     leaf_kinds = (len(operands) - 2) // len(step.ranks)
     return [operands[0].sharding, operands[1].sharding, *of_leaves * leaf_kinds]
 
 
-def _call(step: Step, operands: Sequence[Any], lengths: dict[str, int]) -> tuple[jax.Array, ...]:
-    """`lengths`: of the mesh axes that the rows are sharded by."""
+def _call(step: Step, operands: Sequence[jax.Array], lengths: dict[str, int]) -> tuple[jax.Array, ...]:
+    """Call the handler; `lengths` has the axes of the mesh along which the rows are sharded."""
     register()
-    # Nothing is computed of these indices here: JAX would annotate it for a partitioner that has come and gone.
+    # Do not compute with these indices here: JAX would add annotations for a partitioner that has already run.
     places = [jax.lax.axis_index(axis) for axis in lengths]
     attributes = step.attributes()
     if isinstance(step, SparseStep):
@@ -248,14 +270,14 @@ def _call(step: Step, operands: Sequence[Any], lengths: dict[str, int]) -> tuple
 
 @functools.cache
 def register() -> None:
-    """Tell JAX of the handlers, once. A step does so when it is traced; what is loaded from a file needs it before.
+    """Register the native handlers with JAX.
 
-    Not before JAX has its backends: a handler that it rejects would keep it from having any, now it is only an error.
+    A step does so when it is traced. Call this before you load a compiled step from a file. Further calls do nothing.
 
     Raises:
-        ImportError: This JAX rejects them.
+        ImportError: This version of JAX rejects the handlers.
     """
-    jax.devices()
+    jax.devices()  # first: a handler that JAX rejects would otherwise prevent it from initialising its backends
     handlers = [("cpu", _jax)]
     if has_cuda():
         handlers.append(("CUDA", importlib.import_module("fastadam._jax_cuda")))
@@ -271,7 +293,7 @@ def register() -> None:
 
 
 def has_cuda() -> bool:
-    """Whether JAX has CUDA devices, and this build of fastadam handlers for them."""
+    """Whether JAX has CUDA devices and this build of fastadam has handlers for them."""
     if importlib.util.find_spec("fastadam._jax_cuda") is None:
         return False
     try:

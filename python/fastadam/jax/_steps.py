@@ -1,9 +1,9 @@
-"""Steps in the memory of donated arrays: of trees, of a table from the gradients of rows, and of lists."""
+"""Steps in donated memory: for trees of parameters, for a table with gradients of rows, and for lists of arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fastadam._core.checks import check_bool
 from fastadam._core.frameworks import require
 from fastadam._core.keywords import suggests_keywords
+from fastadam._core.types import HostArray, Tree
 from fastadam.jax._arguments import (
     CLIPPING,
     AmsgradState,
@@ -41,21 +42,29 @@ if TYPE_CHECKING:
 
 Params = TypeVar("Params")
 State = TypeVar("State")
-_MOST_LEAVES = 64  # in one call: the time in which XLA compiles one grows with their cube, 10 s for 400
+_MOST_LEAVES = 64  # in one call: XLA's compile time grows with the cube of their number, 10 s for 400
 
 
 @overload
-def init(params: Any, *, amsgrad: Literal[False] = False) -> AdamState: ...
+def init(params: Tree, *, amsgrad: Literal[False] = False) -> AdamState: ...
 @overload
-def init(params: Any, *, amsgrad: Literal[True]) -> AmsgradState: ...
+def init(params: Tree, *, amsgrad: Literal[True]) -> AmsgradState: ...
 @overload
-def init(params: Any, *, amsgrad: bool) -> AdamState | AmsgradState: ...
+def init(params: Tree, *, amsgrad: bool) -> AdamState | AmsgradState: ...
 @suggests_keywords()
-def init(params: Any, *, amsgrad: bool = False) -> Any:
-    """Zero moments for :func:`fused_update` and :func:`sparse_update`, in float32 for half parameters.
+def init(params: Tree, *, amsgrad: bool = False) -> AdamState | AmsgradState:
+    """Make the initial state for :func:`fused_update` and :func:`sparse_update`: a count of 0 and moments of zeros.
+
+    Args:
+        params: A tree of float16, bfloat16, float32 or float64 arrays. Moments of half parameters are float32.
+        amsgrad: Make a state of AMSGrad.
 
     Returns:
-        optax's ``ScaleByAdamState``, or an :class:`AmsgradState`.
+        optax's ``ScaleByAdamState``, or an :class:`AmsgradState` with ``amsgrad``.
+
+    Raises:
+        ImportError: optax is not installed, and ``amsgrad`` is False.
+        TypeError: A parameter has another dtype.
 
     >>> import jax.numpy as jnp, fastadam.jax
     >>> fastadam.jax.init(jnp.ones(2, jnp.bfloat16), amsgrad=True)
@@ -63,23 +72,24 @@ def init(params: Any, *, amsgrad: bool = False) -> Any:
     nu_max=Array([0., 0.], dtype=float32))
     """
     check_bool("amsgrad", amsgrad)
-    labels, leaves, structure = flatten("params", params)
+    labels, leaves, structure = flatten(params)
     check_params(labels, leaves)
 
-    def zeros() -> Any:
+    def zeros() -> Tree:
         return structure.unflatten([jnp.zeros_like(x, dtype=state_dtype(x)) for x in leaves])
 
     count = jnp.zeros([], jnp.int32)
     if amsgrad:
         return AmsgradState(count, zeros(), zeros(), zeros())
     optax = require("optax", "the state of fastadam.jax (without amsgrad)")
-    return optax.ScaleByAdamState(count=count, mu=zeros(), nu=zeros())
+    state: AdamState = optax.ScaleByAdamState(count=count, mu=zeros(), nu=zeros())
+    return state
 
 
 @suggests_keywords(elsewhere=CLIPPING)
 def fused_update(
     params: Params,
-    grads: Any,
+    grads: Tree,
     state: State,
     *,
     learning_rate: Rate,
@@ -91,7 +101,7 @@ def fused_update(
     grad_factor: Scalar = 1.0,
     epsilon_corrected: bool = True,
 ) -> tuple[Params, State]:
-    r"""One step of Adam, of AMSGrad with an :class:`AmsgradState`, of all parameters, in one pass over memory.
+    r"""Make one step of Adam for all parameters, in one pass over memory; of AMSGrad with an :class:`AmsgradState`.
 
     .. math::
         m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
@@ -100,25 +110,29 @@ def fused_update(
 
     Args:
         params: A tree of float16, bfloat16, float32 or float64 arrays.
-        grads: The same tree of gradients; another float dtype is converted, for half parameters to float32 at least.
-        state: Of :func:`init`, or any named tuple with ``count``, ``mu``, ``nu`` (and ``nu_max``): of ``optax.adam``
-            the first of the chain. Moments of half parameters are float32, or of the parameters' dtype.
+        grads: The gradients in the same tree, in any float dtype. They are converted to the parameter's dtype, or to
+            float32 for half parameters with float32 moments.
+        state: The result of :func:`init`, or a named tuple with ``count``, ``mu``, ``nu`` (and ``nu_max``), such as
+            the first state in the chain of ``optax.adam``. Moments of half parameters are float32, or have the
+            parameters' dtype.
         learning_rate: A number, a scalar array, or a schedule: a function of ``state.count``.
-        b1: Decay rate of m, in [0, 1); like the following a number or a scalar array.
-        b2: Decay rate of v.
-        eps: Added to the root of the bias-corrected moment, as in optax and PyTorch.
-        weight_decay: Decoupled (AdamW).
-        mask: Which parameters decay: a tree of bools, its prefix, or a function of ``params`` that returns one.
-        grad_factor: Multiplies the gradients first: of a norm clip, or 1 / loss scale.
-        epsilon_corrected: False: ``eps`` is added to the root of the moment itself, as in TensorFlow and Keras; with
-            that a step on the CPU has the bits of :class:`fastadam.Adam`.
+        b1: Decay rate of m, in [0, 1); a number or a scalar array, like the arguments below.
+        b2: Decay rate of v, in [0, 1).
+        eps: Added to the square root of the bias-corrected moment, as in optax and PyTorch.
+        weight_decay: Decoupled weight decay (AdamW).
+        mask: Which parameters decay: a tree of bools, a prefix of one, or a function of ``params`` that returns one.
+        grad_factor: Multiplies the gradients first, for clipping by a norm or to divide by a loss scale.
+        epsilon_corrected: If False, ``eps`` is added to the square root of the moment before the bias correction, as in
+            TensorFlow and Keras. A float32 step on the CPU then has the bits of :class:`fastadam.Adam`.
 
     Returns:
-        The new parameters and the new state, in the memory of the old if these were donated.
+        The new parameters and the new state, in the memory of the old ones if they were donated.
 
     Raises:
-        TypeError: A dtype, or a number that is none.
-        ValueError: Another tree or shape, or a number out of range.
+        TypeError: A dtype or the type of a number or state is wrong.
+        ValueError: A tree or a shape is wrong, or a number is out of range.
+        jax.errors.JaxRuntimeError: The value of an array (the count, a rate) is invalid. A function that has run before
+            raises ValueError instead.
 
     Source: Kingma and Ba, "Adam" (arXiv:1412.6980), algorithm 1.
 
@@ -129,7 +143,7 @@ def fused_update(
     >>> params["w"], int(state.count)
     (Array([0.9, 2.1], dtype=float32), 1)
     """
-    labels, leaves, structure = flatten("params", params)
+    labels, leaves, structure = flatten(params)
     count = next_count(state)
     trees = {name: flatten_like(name, tree, labels, structure) for name, tree in moments_of(state).items()}
     new, *moments = step_leaves(
@@ -143,7 +157,7 @@ def fused_update(
         decays=spread_mask(mask, params, structure, weight_decay),
     )
     fields = dict(zip(trees, (structure.unflatten(arrays) for arrays in moments), strict=True))
-    return structure.unflatten(new), cast(Any, state)._replace(count=count, **fields)
+    return structure.unflatten(new), _replace(state, count=count, **fields)
 
 
 @suggests_keywords(elsewhere=CLIPPING)
@@ -162,35 +176,38 @@ def sparse_update(
     epsilon_corrected: bool = True,
     mode: Literal["dense", "lazy"] = "dense",
 ) -> tuple[jax.Array, State]:
-    r"""One step of a table with gradients of some of its rows; those of one row are summed first.
+    r"""Make one step for a table, with gradients of some of its rows. Gradients of the same row are summed first.
 
-    The gradient of the table, which JAX makes of a lookup, need not be: differentiate by the rows that were looked up.
-    Each shard of a table that is sharded by rows uses its own ids. An invalid id, negative ids included,
-    is an error, where ``.at[]`` drops it.
+    Differentiate with respect to the rows that were looked up; JAX then never makes a gradient of the table's size. If
+    the table is sharded by rows, each shard uses the ids of its own rows. An invalid id, negative ids included, is an
+    error; JAX's own ``.at[]`` would ignore it.
 
     Args:
-        table: An array with rows along its first axis.
+        table: A float16, bfloat16, float32 or float64 array with rows along its first axis.
         ids: Integers of any shape, ``0 <= id < len(table)``.
-        grads: An array of shape ``ids.shape + table.shape[1:]``.
-        state: ``init(table)``; moments of half tables are float32.
-        learning_rate: As of :func:`fused_update`, like the following.
+        grads: A float array of shape ``ids.shape + table.shape[1:]``.
+        state: ``init(table)``. Moments of half tables are float32.
+        learning_rate: As for :func:`fused_update`, like the arguments below.
         b1: Decay rate of m.
         b2: Decay rate of v.
-        eps: Epsilon.
-        weight_decay: Decoupled, of the rows that move.
+        eps: Added to the square root of the second moment.
+        weight_decay: Decoupled weight decay, of the rows that move.
         grad_factor: Multiplies the gradients.
-        epsilon_corrected: As of :func:`fused_update`.
-        mode: "dense": every row moves, as if the other gradients were zero (TensorFlow's rule). "lazy": only the rows
-            that are named, and their moments decay by this step alone (``torch.optim.SparseAdam``).
+        epsilon_corrected: As for :func:`fused_update`.
+        mode: With "dense" every row moves, as if the other gradients were zero (TensorFlow's rule). With "lazy" only
+            the rows in ``ids`` move, and only their moments decay, once per step they occur in
+            (``torch.optim.SparseAdam``).
 
     Returns:
-        The new table and state.
+        The new table and the new state.
 
     Raises:
-        TypeError: A dtype, or a number that is none.
-        ValueError: A shape, a mode, or a number out of range.
-        NotImplementedError: When it compiles, in a message of XLA: in a ``shard_map`` along some axes of a mesh alone.
-        jax.errors.JaxRuntimeError: When it runs, or another ValueError: an id that is not a row, which it names.
+        TypeError: A dtype or the type of a number or state is wrong.
+        ValueError: A shape or the mode is wrong, or a number is out of range.
+        NotImplementedError: Raised in a message of XLA at compile time if ``shard_map`` is manual along only some axes
+            of a mesh.
+        jax.errors.JaxRuntimeError: An id is not a row; the message names it. A function that has run before raises
+            ValueError instead.
 
     >>> import jax.numpy as jnp, fastadam.jax
     >>> table, ids, rows = jnp.ones((3, 2)), jnp.array([2, 0, 2]), jnp.ones((3, 2))
@@ -223,7 +240,13 @@ def sparse_update(
     )
     rows = convert_gradient("grads", grads, table).reshape(ids.size, *table.shape[1:])
     new, *rest = operation(step)(numbers, count, ids.reshape(-1), rows, table, *moments.values())
-    return new, cast(Any, state)._replace(count=count, **dict(zip(moments, rest, strict=True)))
+    return new, _replace(state, count=count, **dict(zip(moments, rest, strict=True)))
+
+
+def _replace(state: State, **fields: Tree) -> State:
+    """A named tuple with new values of these fields."""
+    new: State = state._replace(**fields)  # type: ignore[attr-defined]
+    return new
 
 
 @suggests_keywords(elsewhere=CLIPPING)
@@ -244,7 +267,7 @@ def step_arrays(
     grad_factor: Scalar = 1.0,
     decays: Sequence[bool] | None = None,
 ) -> tuple[Arrays, Arrays, Arrays, Arrays | None]:
-    """:func:`fused_update` of lists, with Keras's names and defaults, for those who keep the moments elsewhere.
+    """:func:`fused_update` for lists of arrays, with Keras's names and defaults and without a state object.
 
     Args:
         params: Arrays.
@@ -253,17 +276,21 @@ def step_arrays(
         v: Their second moments.
         vhat: Maxima of v, for AMSGrad.
         step: The count t of this step, from 1: an int or an int32 scalar array.
-        learning_rate: A number or a scalar array, like the following.
+        learning_rate: A number or a scalar array, like the arguments below.
         beta_1: Decay rate of m.
         beta_2: Decay rate of v.
-        epsilon: Added to the root of v; of the bias-corrected v with ``epsilon_corrected``.
-        epsilon_corrected: PyTorch's and optax's epsilon.
-        weight_decay: Decoupled.
+        epsilon: Added to the square root of v before the bias correction.
+        epsilon_corrected: Add epsilon after the bias correction, as PyTorch and optax do.
+        weight_decay: Decoupled weight decay.
         grad_factor: Multiplies the gradients.
-        decays: Whether weight decay applies, for each array; None: to all.
+        decays: For each array, whether weight decay applies to it. None means that it applies to all.
 
     Returns:
-        New ``params``, ``m``, ``v`` and ``vhat``, which is None if it was.
+        New ``params``, ``m``, ``v`` and ``vhat``. The last is None if ``vhat`` is None.
+
+    Raises:
+        TypeError: A dtype or the type of a number is wrong.
+        ValueError: The length of a list or a shape is wrong, or a number is out of range.
 
     >>> import jax.numpy as jnp, fastadam.jax
     >>> w, g, zero = jnp.array([1.0]), jnp.array([0.5]), jnp.zeros(1)
@@ -305,12 +332,16 @@ def step_leaves(
     grads: Arrays,
     moments: dict[str, Arrays],
     *,
-    count: Any,
-    numbers: Any,
+    count: jax.Array,
+    numbers: HostArray | jax.Array,
     epsilon_corrected: bool,
     decays: Sequence[bool],
 ) -> list[Arrays]:
-    """New parameters, or steps without parameters, and moments: all checked first, then stepped in a few calls."""
+    """Check all arrays, then make the step in a few native calls.
+
+    Returns:
+        New parameters (the steps themselves if ``params`` is None), then each of the moments.
+    """
     name, leaves = ("updates", grads) if params is None else ("params", params)
     check_params(labels, leaves, name)
     converted = []
@@ -331,7 +362,7 @@ def step_leaves(
             decays=tuple(decays[part]),
             from_zero=params is None,
         )
-        made = operation(step)(numbers, count, *converted[part], *(x for arrays in replaced for x in arrays[part]))
+        new = operation(step)(numbers, count, *converted[part], *(x for arrays in replaced for x in arrays[part]))
         for k, arrays in enumerate(results):
-            arrays += made[k * len(step.ranks) : (k + 1) * len(step.ranks)]
+            arrays += new[k * len(step.ranks) : (k + 1) * len(step.ranks)]
     return results

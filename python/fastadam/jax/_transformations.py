@@ -1,8 +1,8 @@
-"""optax's transformations and chains, with its states, by the native kernels."""
+"""optax's transformations with the native kernels, in the same chains and with the same states."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from fastadam._core.checks import check_bool
 from fastadam._core.frameworks import require
 from fastadam._core.keywords import suggests_keywords
+from fastadam._core.types import Tree
 from fastadam.jax._arguments import (
     CLIPPING,
     check_params,
@@ -40,32 +41,36 @@ def scale_by_adam(
     *,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:
-    r"""``optax.scale_by_adam`` by the native kernels, with its state and its arguments.
+    r"""``optax.scale_by_adam`` with the native kernels, the same state and the same arguments.
 
     .. math:: u = \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    The kernel makes a step of rate -1 from zero, which is u. What follows in a chain, and ``optax.apply_updates``, XLA
-    makes into another pass over memory of the size of the parameters, which optax's own does without: this is for
-    states and chains of optax with the arithmetic of fastadam; what is fast is :func:`fused_update`.
+    The kernel computes u as a step of rate -1 from zero. XLA makes another pass over memory for the rest of a chain and
+    for ``optax.apply_updates``, which it fuses with optax's own transformation. Use this function for fastadam's
+    arithmetic with optax's states and chains; for speed use :func:`fused_update`.
 
-    Float32 directions differ from optax's by up to 0.7e-5 of their size (with a ``b2`` of 0.999): it rounds
-    :math:`1 - \beta^t` to float32, here they come from doubles. The second moment is summed as in TensorFlow: a
-    gradient whose square overflows makes it infinite and in the next step NaN, where optax's stays infinite.
+    Float32 updates differ from optax's by up to 0.7e-5 of their size (with a ``b2`` of 0.999): optax rounds
+    :math:`1 - \beta^t` to float32, fastadam computes it in float64. The second moment is updated as in TensorFlow: if
+    the square of a gradient overflows, the moment becomes infinite and in the next step NaN; optax's stays infinite.
 
     Args:
-        b1: Decay rate of m.
-        b2: Decay rate of v.
-        eps: Added to the root of the bias-corrected moment.
-        eps_root: 0, there to be passed on; the kernels have none. One that is not known before the computation, as
-            under ``optax.inject_hyperparams``, and not 0 makes ``eps`` NaN, which the step refuses.
-        mu_dtype: None or the dtype of the parameters, which the moments have in optax. The kernels keep both moments
-            in one dtype.
-        nesterov: False, likewise.
+        b1: Decay rate of m, in [0, 1).
+        b2: Decay rate of v, in [0, 1).
+        eps: Added to the square root of the bias-corrected moment.
+        eps_root: Must be 0: the kernels do not have it. If its value is known only when the computation runs, as under
+            ``optax.inject_hyperparams``, another value makes ``eps`` NaN, which the step refuses.
+        mu_dtype: Must be None or the dtype of the parameters: the kernels keep both moments in one dtype. As in optax,
+            the moments have the dtype of the parameters.
+        nesterov: Must be False: the kernels do not have it.
+
+    Returns:
+        An ``optax.GradientTransformation``. Its ``update`` converts gradients to the dtype of the moments.
 
     Raises:
         ImportError: optax is not installed.
-        TypeError: In ``init``: another ``mu_dtype``.
-        ValueError: ``nesterov``, or an ``eps_root`` that is not 0.
+        TypeError: From ``init``: ``mu_dtype`` is another dtype, or a parameter is complex or not a float array. From
+            ``update``: the state is not one of Adam.
+        ValueError: ``nesterov`` is True, or ``eps_root`` is not 0.
 
     Source: ``scale_by_adam`` in ``optax/_src/transform.py``.
 
@@ -77,11 +82,11 @@ def scale_by_adam(
     """
     optax = require("optax", "fastadam.jax.scale_by_adam")
     if check_bool("nesterov", nesterov):
-        raise ValueError("nesterov: True, expected False: the kernels have none")
+        raise ValueError("nesterov: True, expected False: the kernels do not have it")
     corrected = _without_root(eps, check_scalar("eps_root", eps_root))
 
-    def init_moments(params: Any) -> Any:
-        labels, leaves, structure = flatten("params", params)
+    def init_moments(params: Tree) -> Tree:
+        labels, leaves, structure = flatten(params)
         check_params(labels, leaves)
         for label, leaf in zip(labels, leaves, strict=True):
             if mu_dtype is not None and np.dtype(mu_dtype) != leaf.dtype:
@@ -89,19 +94,19 @@ def scale_by_adam(
         zeros = [structure.unflatten([jnp.zeros_like(x) for x in leaves]) for _ in range(2)]
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), *zeros)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
         del params
-        labels, leaves, structure = flatten("updates", updates)
+        labels, leaves, structure = flatten(updates)
         count = next_count(state)
         trees = {name: flatten_like(name, tree, labels, structure) for name, tree in moments_of(state).items()}
-        of_moments = [
+        gradients = [
             leaf.astype(mu.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
             for leaf, mu in zip(leaves, trees["mu"], strict=True)
         ]
         directions, mu, nu = step_leaves(
             labels,
             None,
-            of_moments,
+            gradients,
             trees,
             count=count,
             numbers=pack_numbers(-1.0, b1, b2, corrected, 0.0, 1.0),
@@ -114,15 +119,16 @@ def scale_by_adam(
     return optax.GradientTransformation(init_moments, update)
 
 
-def _without_root(eps: Any, eps_root: Any) -> Any:
+def _without_root(eps: Scalar, eps_root: Scalar) -> Scalar:
+    """``eps``, if ``eps_root`` is 0."""
     if isinstance(eps_root, jax.Array):
         return jnp.where(eps_root == 0, eps, jnp.nan)
     if eps_root != 0:
-        raise ValueError(f"eps_root: {eps_root}, expected 0: the kernels have none")
+        raise ValueError(f"eps_root: {eps_root}, expected 0: the kernels do not have it")
     return eps
 
 
-def _refuse_tree(learning_rate: Any) -> None:
+def _refuse_tree(learning_rate: object) -> None:
     if isinstance(learning_rate, (dict, list, tuple)):
         kind = type(learning_rate).__name__
         raise TypeError(f"learning_rate: {kind}, expected a number or a schedule; parameters go to init(params)")
@@ -139,7 +145,18 @@ def adam(
     *,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:
-    """``optax.adam`` around :func:`scale_by_adam`: the same chain of states, so that checkpoints serve both.
+    """``optax.adam`` with :func:`scale_by_adam` in place of optax's: the same chain of states and the same checkpoints.
+
+    The arguments and errors are the same as for :func:`scale_by_adam`.
+
+    Args:
+        learning_rate: A number, a scalar array or a schedule of optax.
+        b1: Decay rate of m.
+        b2: Decay rate of v.
+        eps: Added to the square root of the bias-corrected moment.
+        eps_root: Must be 0.
+        mu_dtype: Must be None or the dtype of the parameters.
+        nesterov: Must be False.
 
     >>> import importlib.util, jax.numpy as jnp, fastadam.jax
     >>> if importlib.util.find_spec("optax"):
@@ -168,7 +185,20 @@ def adamw(
     *,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:
-    """``optax.adamw`` around :func:`scale_by_adam`, with the same chain of states.
+    """``optax.adamw`` with :func:`scale_by_adam` in place of optax's, with the same chain of states.
+
+    The arguments and errors are the same as for :func:`scale_by_adam`.
+
+    Args:
+        learning_rate: A number, a scalar array or a schedule of optax.
+        b1: Decay rate of m.
+        b2: Decay rate of v.
+        eps: Added to the square root of the bias-corrected moment.
+        eps_root: Must be 0.
+        mu_dtype: Must be None or the dtype of the parameters.
+        weight_decay: Decoupled weight decay.
+        mask: Which parameters decay: a tree of bools, a prefix of one, or a function of the parameters.
+        nesterov: Must be False.
 
     >>> import importlib.util, jax.numpy as jnp, fastadam.jax
     >>> if importlib.util.find_spec("optax"):

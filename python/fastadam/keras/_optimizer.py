@@ -25,7 +25,7 @@ from fastadam.keras._schedules import as_keras_rate
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.types import AnyArray, AnyDType, AnyOptimizer, AnyRate, KerasVariable, LearningRate
+    from fastadam._core.types import AnyArray, Foreign, LearningRate
 
 __all__ = ["Adam", "AdamW"]
 
@@ -116,7 +116,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         return call_text(type(self), [("learning_rate", rate), *others])
 
     @classmethod
-    def from_optimizer(cls, optimizer: AnyOptimizer) -> Self:
+    def from_optimizer(cls, optimizer: Foreign) -> Self:
         """An optimizer with the settings and the state of a ``keras.optimizers.Adam``, which stays as it is.
 
         Raises:
@@ -152,15 +152,15 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         return own
 
     @property
-    def learning_rate(self) -> AnyRate:
+    def learning_rate(self) -> AnyArray:
         """The current rate. Set it to a number, a schedule of Keras or fastadam, or a function without arguments."""
         return self._get_current_learning_rate()
 
     @learning_rate.setter
-    def learning_rate(self, value: AnyRate) -> None:
+    def learning_rate(self, value: AnyArray) -> None:
         keras.optimizers.Adam.learning_rate.fset(self, as_keras_rate(value))
 
-    def build(self, var_list: Sequence[KerasVariable]) -> None:
+    def build(self, var_list: Sequence[Foreign]) -> None:
         """Create the moments; raises TypeError for a variable whose dtype has no kernel."""
         for variable in var_list:
             if variable.dtype not in _DTYPES and not self._overwrite_variable_with_gradient(variable):
@@ -168,7 +168,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         self._check_numbers(var_list, None)
         super().build(var_list)
 
-    def apply(self, grads: Sequence[AnyArray], trainable_variables: Sequence[KerasVariable] | None = None) -> None:
+    def apply(self, grads: Sequence[AnyArray], trainable_variables: Sequence[Foreign] | None = None) -> None:
         """Update the variables. A call that raises has changed nothing."""
         grads = [g if g is None or keras.ops.is_tensor(g) else keras.ops.convert_to_tensor(g) for g in grads]
         given = None if trainable_variables is None else list(trainable_variables)
@@ -184,7 +184,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         return (*betas, check_non_negative("epsilon", self.epsilon))
 
     @outside_of_graphs
-    def _check_numbers(self, variables: Sequence[KerasVariable], learning_rate: AnyRate) -> None:
+    def _check_numbers(self, variables: Sequence[Foreign], learning_rate: AnyArray) -> None:
         """Check before Keras decays weights; a rate that JAX does not know yet is left to the step."""
         rate = _value_of(learning_rate)
         is_known = rate is not None and not (keras.backend.backend() == "jax" and _is_traced(rate))
@@ -193,12 +193,12 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         in_single = any(variable.dtype != "float64" for variable in variables)  # which represents fewer numbers
         plan_of_nothing("float32" if in_single else "float64").check_numbers(hyper)
 
-    def update_step(self, gradient: AnyArray, variable: KerasVariable, learning_rate: AnyRate) -> None:
+    def update_step(self, gradient: AnyArray, variable: Foreign, learning_rate: AnyArray) -> None:
         """Update one variable; called for each variable only if a subclass overrides it."""
         self._update([gradient], [variable], learning_rate)
 
     def _backend_update_step(
-        self, grads: list[AnyArray], trainable_variables: list[KerasVariable], learning_rate: AnyRate
+        self, grads: list[AnyArray], trainable_variables: list[Foreign], learning_rate: AnyArray
     ) -> None:
         if type(self).update_step is Adam.update_step:
             self._update(grads, trainable_variables, learning_rate)
@@ -206,7 +206,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         for gradient, variable in zip(grads, trainable_variables, strict=True):
             self.update_step(gradient, variable, learning_rate)
 
-    def _update(self, grads: list[AnyArray], trainable_variables: list[KerasVariable], learning_rate: AnyRate) -> None:
+    def _update(self, grads: list[AnyArray], trainable_variables: list[Foreign], learning_rate: AnyArray) -> None:
         slots = {"m": self._momentums, "v": self._velocities}
         if self.amsgrad:
             slots["vhat"] = self._velocity_hats
@@ -217,7 +217,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         else:
             self._update_in_place(grads, held, list(slots), learning_rate)
 
-    def _update_by_jax(self, grads: list[AnyArray], held: list[list[KerasVariable]], learning_rate: AnyRate) -> None:
+    def _update_by_jax(self, grads: list[AnyArray], held: list[list[Foreign]], learning_rate: AnyArray) -> None:
         """An operation that returns new arrays; XLA reuses the memory of the old ones, which Keras donates."""
         from fastadam import jax
 
@@ -243,7 +243,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
 
     @outside_of_graphs
     def _update_in_place(
-        self, grads: list[AnyArray], held: list[list[KerasVariable]], names: list[str], learning_rate: AnyRate
+        self, grads: list[AnyArray], held: list[list[Foreign]], names: list[str], learning_rate: AnyArray
     ) -> None:
         step = int(_value_of(self.iterations)) + 1
         hyper = StepHyper(step, check_number("learning_rate", _value_of(learning_rate)), *self._numbers())
@@ -306,13 +306,13 @@ class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
         )
 
 
-def _is_traced(value: AnyRate) -> bool:
+def _is_traced(value: AnyArray) -> bool:
     import jax
 
     return isinstance(value, jax.core.Tracer)
 
 
-def _check_gradients(grads: list[AnyArray], variables: Sequence[KerasVariable]) -> None:
+def _check_gradients(grads: list[AnyArray], variables: Sequence[Foreign]) -> None:
     if len(grads) != len(variables):
         raise ValueError(f"grads: {len(grads)} gradients, expected {len(variables)}, one for each variable")
     met: set[int] = set()
@@ -327,9 +327,9 @@ def _check_gradients(grads: list[AnyArray], variables: Sequence[KerasVariable]) 
             raise TypeError(f"grads[{i}]: {gradient.dtype}, expected {variable.dtype} like variable '{variable.path}'")
 
 
-def _is_complex(dtype: AnyDType) -> bool:
+def _is_complex(dtype: Foreign) -> bool:
     return bool(getattr(dtype, "is_complex", False)) or getattr(dtype, "kind", "") == "c"  # torch; NumPy and JAX
 
 
-def _value_of(number: AnyRate) -> AnyRate:
+def _value_of(number: AnyArray) -> AnyArray:
     return number.value if isinstance(number, keras.Variable) else number

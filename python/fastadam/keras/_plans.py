@@ -15,7 +15,7 @@ from fastadam._core.placement import native_for
 from fastadam._core.plan import BoundedCache, Plan, StepHyper
 
 if TYPE_CHECKING:
-    from fastadam._core.types import AnyArray, KerasVariable
+    from fastadam._core.types import AnyArray, Foreign
 
 __all__ = ["KerasPlans", "plan_of_nothing"]
 
@@ -26,7 +26,7 @@ class KerasPlans:
     def __init__(self) -> None:
         self._cache: BoundedCache[tuple[int, int], KerasPlan] = BoundedCache()
 
-    def of(self, held: list[list[KerasVariable]], names: list[str]) -> KerasPlan:
+    def of(self, held: list[list[Foreign]], names: list[str]) -> KerasPlan:
         """``held``: variables, then the slots of each name."""
         values = values_of([variable for variables in held for variable in variables])
         key = id(held[0][0]), len(held[0])
@@ -40,10 +40,10 @@ class KerasPlans:
 class KerasPlan:
     """A plan for the arrays that Keras's variables hold; :meth:`fits` says whether they still hold these."""
 
-    def __init__(self, held: list[list[KerasVariable]], names: list[str], values: list[AnyArray]) -> None:
+    def __init__(self, held: list[list[Foreign]], names: list[str], values: list[AnyArray]) -> None:
         """``held``: variables, then the slots of each name; ``values``: the arrays in them, in one list."""
         self._values = values
-        self._copies: list[tuple[KerasVariable, AnyArray]] = []  # variables whose value cannot be written in place
+        self._copies: list[tuple[Foreign, AnyArray]] = []  # variables whose value cannot be written in place
         self._tensors: list[AnyArray] = []  # of PyTorch, written in place
         keras_variables = [variable for variables in held for variable in variables]
         arrays = list(map(self._writable, keras_variables, values))
@@ -75,7 +75,7 @@ class KerasPlan:
 
             torch.autograd.graph.increment_version(self._tensors)
 
-    def _writable(self, variable: KerasVariable, value: AnyArray) -> AnyArray:
+    def _writable(self, variable: Foreign, value: AnyArray) -> AnyArray:
         """The array itself, or a copy if others must not see it change or the kernels cannot write to it."""
         if isinstance(value, np.ndarray):  # Keras makes zeros of float32 for variables of every dtype
             is_writable = value.flags.c_contiguous and value.flags.writeable and value.dtype.name == variable.dtype
@@ -92,7 +92,7 @@ class KerasPlan:
         return copy
 
 
-def values_of(variables: list[KerasVariable]) -> list[AnyArray]:
+def values_of(variables: list[Foreign]) -> list[AnyArray]:
     """The ``value`` of each variable; Keras looks for scopes each time it is read, this function once."""
     first, kind = variables[0], type(variables[0])
     if in_stateless_scope() or get_autocast_scope() is not None or first.value is not first._value:

@@ -13,7 +13,7 @@ from fastadam.keras._backend import outside_of_graphs
 from fastadam.schedules._foreign import check_callable
 
 if TYPE_CHECKING:
-    from fastadam._core.types import AnyRate, Config
+    from fastadam._core.types import AnyArray, Config
 
 __all__ = ["Schedule", "as_keras_rate"]
 
@@ -21,7 +21,7 @@ __all__ = ["Schedule", "as_keras_rate"]
 keras.saving.register_keras_serializable(package="fastadam")(schedules.LinearCosineDecay)
 
 
-def as_keras_rate(rate: AnyRate) -> AnyRate:
+def as_keras_rate(rate: AnyArray) -> AnyArray:
     """A learning rate as Keras takes it: a schedule of fastadam becomes Keras's of the same name, or one that calls it.
 
     Raises:
@@ -50,10 +50,10 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore
     A class of your own needs ``get_config`` and ``register_keras_serializable`` to be loaded from a file.
     """
 
-    def __init__(self, schedule: AnyRate) -> None:
+    def __init__(self, schedule: AnyArray) -> None:
         self.schedule = schedule
 
-    def __call__(self, step: AnyRate) -> AnyRate:
+    def __call__(self, step: AnyArray) -> AnyArray:
         step = step.value if isinstance(step, keras.Variable) else step
         if keras.backend.backend() != "jax":
             return self._rate(step)
@@ -62,7 +62,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore
         return jax.pure_callback(self._rate, jax.ShapeDtypeStruct((), np.float32), step)
 
     @outside_of_graphs
-    def _rate(self, step: AnyRate) -> AnyRate:
+    def _rate(self, step: AnyArray) -> AnyArray:
         return np.float32(self.schedule(int(step)))
 
     def get_config(self) -> Config:

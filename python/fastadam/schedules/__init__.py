@@ -1,7 +1,10 @@
-"""Learning rate schedules: functions of the step, in double, for one step or an array of steps.
+r"""Learning rate schedules: functions of the step, computed in float64, for one step or an array of steps.
 
-Each is a frozen record whose fields are the arguments of its Keras namesake. A schedule serves as ``learning_rate`` of
-:class:`fastadam.Adam`, which calls it with ``iterations`` and rounds the result once to the variable's dtype.
+Each schedule is a frozen dataclass whose fields are the arguments of the Keras schedule of the same name. Pass one as
+``learning_rate`` to :class:`fastadam.Adam`, which calls it with ``iterations`` and rounds the result once to the
+variable's dtype.
+
+In the equations s is the step, d ``decay_steps`` and :math:`\eta_0` ``initial_learning_rate``.
 
 Source: https://www.tensorflow.org/api_docs/python/tf/keras/optimizers/schedules.
 """

@@ -1,42 +1,47 @@
-"""Schedules as plain JSON and back, and as a picture."""
+"""Convert schedules to plain JSON and back; plot them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastadam._core.checks import check_count
 from fastadam._core.keywords import suggests_keywords
+from fastadam._core.types import AnyArray, Config
 from fastadam.schedules import _decays
 from fastadam.schedules._decays import LearningRateSchedule
 from fastadam.schedules._foreign import KerasSchedule
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 __all__ = ["deserialize", "plot", "serialize"]
 
 
-def serialize(learning_rate_schedule: LearningRateSchedule) -> dict[str, Any]:
-    """``{"class_name": ..., "config": ...}``, TF 2.x's form, plain JSON.
+def serialize(learning_rate_schedule: LearningRateSchedule) -> Config:
+    """Convert a schedule to ``{"class_name": ..., "config": ...}``: plain JSON in the form of TF 2.x.
 
     >>> import fastadam
     >>> fastadam.schedules.serialize(fastadam.schedules.CosineDecay(0.1, 100))["class_name"]
     'CosineDecay'
     """
-    own: Any = learning_rate_schedule
-    if isinstance(own, KerasSchedule):
-        own = own.schedule
-    return {"class_name": type(own).__name__, "config": own.get_config()}
+    schedule = learning_rate_schedule
+    if isinstance(schedule, KerasSchedule):
+        schedule = schedule.schedule
+    return {"class_name": type(schedule).__name__, "config": schedule.get_config()}
 
 
 def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Any:
-    """A schedule from ``serialize`` of TF 2.x, Keras 3 or this module; ``config`` is not modified.
+    """Make a schedule from the result of ``serialize`` of TF 2.x, Keras 3 or this module.
 
     Args:
-        config: ``{"class_name", "config"}``; other keys, which Keras 3 adds, are left aside.
-        custom_objects: Classes of your own by name.
+        config: ``{"class_name": ..., "config": ...}``, which is not modified. Other keys, which Keras 3 adds, are
+            ignored.
+        custom_objects: Your own classes by name.
 
     Raises:
-        ValueError: Not such a dict, or a class that is not known.
+        ValueError: ``config`` is not such a dict, or the class is unknown.
 
     >>> import fastadam
     >>> config = {"initial_learning_rate": 0.1, "decay_steps": 100}
@@ -46,26 +51,29 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
     if not isinstance(config, Mapping) or not isinstance(config.get("config"), Mapping) or "class_name" not in config:
         raise ValueError(f"Improper config format: {config!r}, expected a dict with 'class_name' and 'config'")
     name = config["class_name"]
-    known = {key: getattr(_decays, key) for key in _decays.__all__ if key.endswith(("Decay", "Restarts"))}
-    classes = {**known, **(custom_objects or {})}
+    own = {key: getattr(_decays, key) for key in _decays.__all__ if key.endswith(("Decay", "Restarts"))}
+    classes = {**own, **(custom_objects or {})}
     if name not in classes:
         raise ValueError(f"Unknown decay: {name}, expected one of {sorted(classes)} or a name in custom_objects")
     return classes[name].from_config(dict(config["config"]))
 
 
 @suggests_keywords()
-def plot(schedule: Callable[[Any], Any], steps: int, axes: Any = None) -> Any:
-    """Draw the learning rates of the first ``steps`` steps with matplotlib; returns the axes.
+def plot(schedule: Callable[[Any], AnyArray], steps: int, axes: Axes | None = None) -> Axes:
+    """Plot the learning rates of the first ``steps`` steps with matplotlib.
 
     Args:
-        schedule: A schedule, of Keras too, or any function of the step; it is called step by step.
-        steps: How many steps.
-        axes: Matplotlib axes to draw on. None: the current ones of pyplot, so that ``plt.show()`` and notebooks show
-            them; a second call draws beside the first.
+        schedule: A schedule of fastadam or Keras, or any function of the step. It is called for each step.
+        steps: Number of steps.
+        axes: Matplotlib axes to draw on. None means pyplot's current axes, so that ``plt.show()`` and notebooks show
+            them; a second call adds a curve to the same axes.
+
+    Returns:
+        The axes.
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: ``schedule`` cannot be called, or is a class; ``steps`` is not an integer.
+        TypeError: ``schedule`` is not callable, or is a class; ``steps`` is not an integer.
         ValueError: ``steps`` is under 1.
 
     >>> import fastadam
@@ -75,8 +83,8 @@ def plot(schedule: Callable[[Any], Any], steps: int, axes: Any = None) -> Any:
     ('step', 'learning rate')
     """
     if not callable(schedule) or isinstance(schedule, type):
-        found = f"the class {schedule.__name__}" if isinstance(schedule, type) else repr(schedule)
-        raise TypeError(f"schedule: {found}, expected a schedule or a function of the step")
+        actual = f"the class {schedule.__name__}" if isinstance(schedule, type) else repr(schedule)
+        raise TypeError(f"schedule: {actual}, expected a schedule or a function of the step")
     count = check_count("steps", steps)
     rates = [float(schedule(step)) for step in range(count)]
     if axes is None:

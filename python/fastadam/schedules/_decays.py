@@ -1,4 +1,4 @@
-"""The schedules themselves."""
+"""The schedule classes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from fastadam._core.display import (
     schedule_settings,
 )
 from fastadam._core.keywords import suggests_keywords
+from fastadam._core.types import AnyArray, Config
 
 __all__ = [
     "CosineDecay",
@@ -36,10 +37,11 @@ __all__ = [
 ]
 
 Steps = npt.NDArray[np.float64]
+Rates = npt.NDArray[np.float64]
 
 
 class LearningRateSchedule:
-    """Base of all schedules: override ``__call__(step)``, and ``get_config`` to be saved.
+    """The base of all schedules. Override ``__call__(step)``, and ``get_config`` if you save the optimizer.
 
     >>> import fastadam
     >>> class Warmup(fastadam.schedules.LearningRateSchedule):
@@ -49,25 +51,25 @@ class LearningRateSchedule:
     0.05
     """
 
-    def __call__(self, step: Any) -> Any:
-        """The rate at ``step``, the count of steps made before."""
+    def __call__(self, step: AnyArray) -> AnyArray:
+        """The learning rate at ``step``, the number of steps made before this one."""
         raise NotImplementedError("Learning rate schedule must override __call__")
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The constructor's arguments as plain JSON values."""
         raise NotImplementedError(
-            f"{type(self).__name__}: Learning rate schedule must override get_config, which saving and copying its "
-            "configuration needs: return the arguments of its constructor in a dict"
+            f"{type(self).__name__}: Learning rate schedule must override get_config, which is called to save it or to "
+            "copy its configuration: return the arguments of its constructor in a dict"
         )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LearningRateSchedule:
-        """A schedule from ``get_config``."""
+        """Make a schedule from the result of ``get_config``."""
         return cls(**config)
 
     @never_raises
     def __repr__(self) -> str:
-        """The constructor's call with what is not at its default, from ``get_config`` or attributes of its name."""
+        """The constructor's call with all arguments that are not at their defaults."""
         return call_text(type(self), schedule_settings(self))
 
     @html_or_none
@@ -76,24 +78,23 @@ class LearningRateSchedule:
 
 
 class _Schedule(LearningRateSchedule, abc.ABC):
-    """A schedule of this module: a dataclass with a vectorised ``_rates``."""
+    """The base of the schedules in this module: dataclasses with a vectorised ``_rates``."""
 
-    def __call__(self, step: npt.ArrayLike) -> Any:
+    def __call__(self, step: npt.ArrayLike) -> AnyArray:
         steps = np.asarray(step, dtype=np.float64)
         rates = np.asarray(self._rates(steps), dtype=np.float64)
         return float(rates) if steps.ndim == 0 else np.broadcast_to(rates, steps.shape).copy()
 
     @abc.abstractmethod
-    def _rates(self, steps: Steps) -> Any: ...
+    def _rates(self, steps: Steps) -> Rates: ...
 
-    def get_config(self) -> dict[str, Any]:
-        # Every subclass is a dataclass.
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        return {field.name: _plain(getattr(self, field.name)) for field in fields}
+    def get_config(self) -> Config:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass is a dataclass
+        return {field.name: plain(getattr(self, field.name)) for field in fields}
 
     @html_or_none
     def _repr_html_(self) -> str:
-        """With a curve of the rates, a little beyond the last of its steps."""
+        """A table with a curve of the rates that extends a little beyond the last step."""
         config = self.get_config()
         lengths = [value for name, value in config.items() if name.endswith("steps") and value]
         end = 1.25 * (sum(lengths) or max(config.get("boundaries") or [1]))
@@ -110,7 +111,7 @@ class _Schedule(LearningRateSchedule, abc.ABC):
 
 @dataclass(frozen=True, repr=False)
 class _DecayOfQuotient(_Schedule):
-    """A rate that decays with ``step / decay_steps``, floored if ``staircase``."""
+    """The base of rates that decay with ``step / decay_steps``, rounded down if ``staircase``."""
 
     initial_learning_rate: float
     decay_steps: float
@@ -131,7 +132,11 @@ class _DecayOfQuotient(_Schedule):
 @suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class ExponentialDecay(_DecayOfQuotient):
-    r"""``initial_learning_rate * decay_rate ** (step / decay_steps)``; with ``staircase`` the quotient is floored.
+    r"""Exponential decay.
+
+    .. math:: \eta_0 \, r^{s / d}
+
+    r is ``decay_rate``. With ``staircase`` the quotient s / d is rounded down.
 
     Raises:
         ValueError: ``decay_steps`` is not positive or ``decay_rate`` is negative.
@@ -142,14 +147,18 @@ class ExponentialDecay(_DecayOfQuotient):
     [0.1, 0.05, 0.025]
     """
 
-    def _rates(self, steps: Steps) -> Any:
+    def _rates(self, steps: Steps) -> Rates:
         return self.initial_learning_rate * self.decay_rate ** self._quotient(steps)
 
 
 @suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class InverseTimeDecay(_DecayOfQuotient):
-    r"""``initial_learning_rate / (1 + decay_rate * step / decay_steps)``; with ``staircase`` the quotient is floored.
+    r"""Decay with the inverse of the step.
+
+    .. math:: \frac{\eta_0}{1 + r s / d}
+
+    r is ``decay_rate``. With ``staircase`` the quotient s / d is rounded down.
 
     Raises:
         ValueError: ``decay_steps`` is not positive or ``decay_rate`` is negative.
@@ -159,17 +168,18 @@ class InverseTimeDecay(_DecayOfQuotient):
     0.05
     """
 
-    def _rates(self, steps: Steps) -> Any:
+    def _rates(self, steps: Steps) -> Rates:
         return self.initial_learning_rate / (1 + self.decay_rate * self._quotient(steps))
 
 
 @suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class PiecewiseConstantDecay(_Schedule):
-    """``values[i]`` for ``boundaries[i-1] < step <= boundaries[i]``: the boundary itself has the earlier value.
+    """A constant rate between boundaries: ``values[i]`` for ``boundaries[i-1] < step <= boundaries[i]``.
 
     Raises:
-        ValueError: Not one value more than boundaries, or boundaries that decrease.
+        TypeError: ``boundaries`` or ``values`` is not a list of numbers.
+        ValueError: ``values`` does not have one number more than ``boundaries``, or the boundaries decrease.
 
     >>> import fastadam
     >>> fastadam.schedules.PiecewiseConstantDecay([100, 200], [0.1, 0.01, 0.001])([0, 100, 101, 201]).tolist()
@@ -190,7 +200,7 @@ class PiecewiseConstantDecay(_Schedule):
         if any(later < earlier for earlier, later in pairwise(boundaries)):
             raise ValueError(f"boundaries: {boundaries}, expected numbers that do not decrease")
 
-    def _rates(self, steps: Steps) -> Any:
+    def _rates(self, steps: Steps) -> Rates:
         boundaries, values = np.asarray(self.boundaries, np.float64), np.asarray(self.values, np.float64)
         return values[np.searchsorted(boundaries, steps, side="left")]
 
@@ -198,11 +208,12 @@ class PiecewiseConstantDecay(_Schedule):
 @suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class PolynomialDecay(_Schedule):
-    r"""From ``initial_learning_rate`` to ``end_learning_rate`` in ``decay_steps``, then constant or in cycles.
+    r"""Polynomial decay from ``initial_learning_rate`` to ``end_learning_rate`` in ``decay_steps``.
 
     .. math:: (\eta_0 - \eta_{end}) (1 - \min(s, d) / d)^{power} + \eta_{end}
 
-    With ``cycle`` d is the next multiple of ``decay_steps``; that multiple itself still ends its cycle.
+    After ``decay_steps`` the rate is constant. With ``cycle`` d is instead the smallest multiple of ``decay_steps``
+    that is at least s (and at least ``decay_steps``).
 
     Raises:
         ValueError: ``decay_steps`` is not positive or ``power`` is negative.
@@ -225,8 +236,8 @@ class PolynomialDecay(_Schedule):
         self._require("decay_steps", above=0)
         self._require("power", least=0)
 
-    def _rates(self, steps: Steps) -> Any:
-        decay_steps: Any = self.decay_steps
+    def _rates(self, steps: Steps) -> Rates:
+        decay_steps = np.asarray(self.decay_steps, np.float64)
         if self.cycle:
             decay_steps = decay_steps * np.maximum(1, np.ceil(steps / decay_steps))
         remaining = 1 - np.minimum(steps, decay_steps) / decay_steps
@@ -236,12 +247,12 @@ class PolynomialDecay(_Schedule):
 @suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class CosineDecay(_Schedule):
-    r"""Half a cosine from ``initial_learning_rate`` to ``alpha`` times it; before it a linear warm-up, if asked for.
+    r"""Cosine decay from ``initial_learning_rate`` to ``alpha`` times it, with an optional linear warm-up.
 
     .. math:: \eta_0 ((1 - \alpha) (1 + \cos(\pi \min(s, d) / d)) / 2 + \alpha)
 
-    With ``warmup_target`` the rate rises in ``warmup_steps`` from ``initial_learning_rate`` to the target, and the
-    cosine starts there: its :math:`\eta_0` is the target.
+    With ``warmup_target`` the rate first rises from ``initial_learning_rate`` to the target in ``warmup_steps``. The
+    cosine follows, with s counted from its start and the target as :math:`\eta_0`.
 
     Raises:
         ValueError: ``decay_steps`` is not positive or ``warmup_steps`` is negative.
@@ -266,14 +277,14 @@ class CosineDecay(_Schedule):
         if self.warmup_target is not None:
             self._require("warmup_target")
 
-    def _rates(self, steps: Steps) -> Any:
+    def _rates(self, steps: Steps) -> Rates:
         if self.warmup_target is None:
             return self.initial_learning_rate * self._cosine(steps)
         after = self.warmup_target * self._cosine(np.maximum(steps - self.warmup_steps, 0))
         rise = (self.warmup_target - self.initial_learning_rate) * steps / (self.warmup_steps or 1)
         return np.where(steps < self.warmup_steps, self.initial_learning_rate + rise, after)
 
-    def _cosine(self, steps: Steps) -> Any:
+    def _cosine(self, steps: Steps) -> Rates:
         completed = np.minimum(steps, self.decay_steps) / self.decay_steps
         return (1 - self.alpha) * 0.5 * (1 + np.cos(np.pi * completed)) + self.alpha
 
@@ -283,9 +294,10 @@ class CosineDecay(_Schedule):
 class CosineDecayRestarts(_Schedule):
     r"""Cosine decay with warm restarts (Loshchilov and Hutter, arXiv:1608.03983).
 
-    Period i lasts ``first_decay_steps * t_mul**i`` steps, starts at ``initial_learning_rate * m_mul**i`` and decays by
-    half a cosine towards ``alpha`` times ``initial_learning_rate``. The step of a restart has the full rate: TF's
-    float32 logarithm misses some of them and gives 0 there.
+    .. math:: \eta_0 ((1 - \alpha) m^i (1 + \cos(\pi q)) / 2 + \alpha)
+
+    Period i lasts ``first_decay_steps * t_mul**i`` steps, q is the completed fraction of it, and m is ``m_mul``. Every
+    restart has the full rate; TensorFlow's float32 logarithm misses some restarts and gives 0 there.
 
     Raises:
         ValueError: ``first_decay_steps`` is not positive, ``t_mul`` is under 1 or ``m_mul`` is negative.
@@ -308,21 +320,22 @@ class CosineDecayRestarts(_Schedule):
         self._require("t_mul", least=1)
         self._require("m_mul", least=0)
 
-    def _rates(self, steps: Steps) -> Any:
+    def _rates(self, steps: Steps) -> Rates:
         periods = steps / self.first_decay_steps
         restart = self._restart(periods)
         completed = (periods - self._start(restart)) / self.t_mul**restart
         cosine = 0.5 * self.m_mul**restart * (1 + np.cos(np.pi * completed))
-        return self.initial_learning_rate * ((1 - self.alpha) * cosine + self.alpha)
+        return np.asarray(self.initial_learning_rate * ((1 - self.alpha) * cosine + self.alpha))
 
-    def _start(self, restart: Steps) -> Any:
-        """Where a period starts, in units of the first period: the sum of the lengths before it."""
-        return restart if self.t_mul == 1 else (self.t_mul**restart - 1) / (self.t_mul - 1)
+    def _start(self, restart: Steps) -> Steps:
+        """The start of a period, in units of the first period: the sum of the lengths before it."""
+        return restart if self.t_mul == 1 else np.asarray((self.t_mul**restart - 1) / (self.t_mul - 1))
 
-    def _restart(self, periods: Steps) -> Any:
+    def _restart(self, periods: Steps) -> Steps:
+        """The number of restarts before a step, which is in units of the first period."""
         if self.t_mul == 1:
             return np.floor(periods)
-        guess = np.floor(np.log1p(periods * (self.t_mul - 1)) / np.log(self.t_mul))
+        guess: Steps = np.floor(np.log1p(periods * (self.t_mul - 1)) / np.log(self.t_mul))
         guess = np.where(self._start(guess) > periods, guess - 1, guess)
         return np.where(self._start(guess + 1) <= periods, guess + 1, guess)
 
@@ -330,9 +343,11 @@ class CosineDecayRestarts(_Schedule):
 @suggests_keywords()
 @dataclass(frozen=True, repr=False)
 class LinearCosineDecay(_Schedule):
-    r"""A cosine of ``num_periods`` periods under a line to 0 (Bello et al., arXiv:1709.07417); TF 2.x's experimental.
+    r"""Linear decay times a cosine (Bello et al., arXiv:1709.07417), from TF 2.x's ``experimental`` module.
 
     .. math:: \eta_0 ((\alpha + 1 - q) (1 + \cos(2 \pi n q)) / 2 + \beta), \quad q = \min(s, d) / d
+
+    The cosine has n = ``num_periods`` periods.
 
     Raises:
         ValueError: ``decay_steps`` is not positive.
@@ -354,7 +369,7 @@ class LinearCosineDecay(_Schedule):
         self._require("initial_learning_rate", "num_periods", "alpha", "beta")
         self._require("decay_steps", above=0)
 
-    def _rates(self, steps: Steps) -> Any:
+    def _rates(self, steps: Steps) -> Rates:
         completed = np.minimum(steps, self.decay_steps) / self.decay_steps
         cosine = 0.5 * (1 + np.cos(2 * np.pi * self.num_periods * completed))
         return self.initial_learning_rate * ((self.alpha + 1 - completed) * cosine + self.beta)
@@ -367,7 +382,8 @@ def _numbers(schedule: object, name: str) -> list[float]:
     return [check_number(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A setting as plain JSON: numbers for scalars of NumPy and TensorFlow, lists for tuples and arrays."""
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return np.asarray(value).tolist() if hasattr(value, "shape") else value

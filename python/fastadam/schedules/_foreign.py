@@ -1,11 +1,11 @@
-"""Schedules of Keras, TensorFlow and PyTorch as learning rates. Recognised by their classes; nothing is imported."""
+"""Accept schedules of Keras, TensorFlow and PyTorch, recognised by their classes without importing anything."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
+from fastadam._core.types import AnyArray, Config, Foreign
 from fastadam.schedules import _decays
 from fastadam.schedules._decays import LearningRateSchedule
 
@@ -14,14 +14,15 @@ __all__ = ["KerasSchedule", "SchedulerRate", "adopt", "check_callable"]
 _KERAS = ("keras", "tensorflow", "tf_keras")
 
 
-def adopt(value: Any) -> Any:
-    """A schedule of Keras, TensorFlow or PyTorch in the form that an optimizer uses; anything else as it is.
+def adopt(value: Foreign) -> Foreign:
+    """Convert a schedule of Keras, TensorFlow or PyTorch to what an optimizer uses; return other values unchanged.
 
-    Keras's own classes become their namesakes here; a subclass of a user is called with the step. A torch scheduler
-    gives the rate that its optimizer has now: whoever made it steps it.
+    A schedule class of Keras becomes fastadam's class of the same name; a user's subclass is called with the step. A
+    PyTorch scheduler gives its optimizer's current rate; the user steps the scheduler.
 
     Raises:
-        ValueError: A scheduler of several groups; a schedule with an argument that its namesake refuses.
+        ValueError: A scheduler has several parameter groups, or a schedule has an argument that fastadam's class of
+            the same name refuses.
     """
     if isinstance(value, (float, int, LearningRateSchedule)):
         return value
@@ -29,7 +30,7 @@ def adopt(value: Any) -> Any:
     if any(name == "LearningRateSchedule" and module.partition(".")[0] in _KERAS for module, name in bases):
         module, name = bases[0]
         if module.partition(".")[0] in _KERAS and name in _decays.__all__:
-            config = {key: _decays._plain(given) for key, given in value.get_config().items()}  # TF's may hold tensors
+            config = {key: _decays.plain(setting) for key, setting in value.get_config().items()}  # of TF also tensors
             return getattr(_decays, name).from_config(config)
         return KerasSchedule(value)
     if any(name in ("LRScheduler", "_LRScheduler") and module == "torch.optim.lr_scheduler" for module, name in bases):
@@ -38,16 +39,16 @@ def adopt(value: Any) -> Any:
 
 
 class KerasSchedule(LearningRateSchedule):
-    """A schedule class of a user with Keras's base class; saved by its own name and configuration."""
+    """Wraps an instance of a user's subclass of Keras's base class; saved with its own name and configuration."""
 
-    def __init__(self, schedule: Any) -> None:
+    def __init__(self, schedule: Foreign) -> None:
         self.schedule = schedule
 
-    def __call__(self, step: Any) -> float:
+    def __call__(self, step: AnyArray) -> float:
         return float(self.schedule(step))
 
-    def get_config(self) -> dict[str, Any]:
-        config: dict[str, Any] = self.schedule.get_config()
+    def get_config(self) -> Config:
+        config: Config = self.schedule.get_config()
         return config
 
     def __repr__(self) -> str:
@@ -55,9 +56,9 @@ class KerasSchedule(LearningRateSchedule):
 
 
 class SchedulerRate:
-    """The present rate of a torch scheduler's optimizer, as a callable without arguments."""
+    """A callable without arguments that returns the current rate of a PyTorch scheduler's optimizer."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Foreign) -> None:
         self.scheduler = scheduler
         self()
 
@@ -65,11 +66,11 @@ class SchedulerRate:
         groups = self.scheduler.optimizer.param_groups
         if len(groups) != 1:
             kind = type(self.scheduler).__name__
-            raise ValueError(f"learning_rate: {kind} of {len(groups)} parameter groups, expected one group")
+            raise ValueError(f"learning_rate: {kind} with {len(groups)} parameter groups, expected one group")
         return float(groups[0]["lr"])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SchedulerRate:
-        return self  # a copy of the scheduler would be stepped by nobody
+    def __deepcopy__(self, memo: dict[int, object]) -> SchedulerRate:
+        return self  # nobody would step a copy of the scheduler
 
     def __repr__(self) -> str:
         return f"<{type(self.scheduler).__name__}: {self():g}>"

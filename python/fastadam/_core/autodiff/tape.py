@@ -1,23 +1,22 @@
-"""What the providers of gradients share: one run of a loss, and what it read."""
+"""The base of the providers of gradients: it runs a loss and records what the loss reads."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastadam._core.slices import IndexedSlices
+from fastadam._core.types import AnyArray, HostArray
 from fastadam._core.variable import Variable, reading
 
 __all__ = ["Gathered", "Loss", "Refresh", "Resolve", "Tape", "check_loss", "seed_of"]
 
-Loss = Callable[[], Any]
+Loss = Callable[[], AnyArray]
 Resolve = Callable[[], Sequence[Variable]]
-Refresh = Callable[[Variable, Any], None]
-Gathered = tuple[Variable, npt.NDArray[Any], Any]  # the ids, and the array that stands for the rows
+Refresh = Callable[[Variable, "HostArray | None"], None]
+Gathered = tuple[Variable, HostArray, AnyArray]  # a table, the ids, and the provider's array of the rows
 
 
 class Tape(abc.ABC):
@@ -25,24 +24,24 @@ class Tape(abc.ABC):
 
     Args:
         variables: What to differentiate with respect to; None means every Variable that the loss reads.
-        refresh: Called before a variable is read, with the ids of the rows or None for all: a table may lag behind.
+        refresh: Called before a variable is read, with the ids of the rows or None for all, since rows may be behind.
     """
 
     def __init__(self, variables: Sequence[Variable] | None, refresh: Refresh) -> None:
         self._refresh = refresh
         self._wanted = None if variables is None else {id(variable) for variable in variables}
-        self._seen: dict[int, tuple[Variable, Any]] = {}  # holds the variables: the id of a freed one comes again
+        self._seen: dict[int, tuple[Variable, AnyArray]] = {}  # keeps the variables alive, so that ids stay unique
         self._gathered: list[Gathered] = []
 
-    def read(self, variable: Variable) -> Any:
-        """The library's array for this variable, the same in the whole run."""
+    def read(self, variable: Variable) -> AnyArray:
+        """The provider's array for this variable, the same one throughout the run."""
         if id(variable) not in self._seen:
             make = self.leaf if self._wants(variable) else self.constant
             self._seen[id(variable)] = (variable, make(variable))
         return self._seen[id(variable)][1]
 
-    def gather(self, variable: Variable, ids: npt.NDArray[Any]) -> Any:
-        """The library's array for some rows, a new one each time."""
+    def gather(self, variable: Variable, ids: HostArray) -> AnyArray:
+        """The provider's array for some rows, a new one each time."""
         if not self._wants(variable):
             return self.array(self.memory(variable, ids))
         rows = self.rows(variable, ids)
@@ -52,58 +51,60 @@ class Tape(abc.ABC):
     def _wants(self, variable: Variable) -> bool:
         return self._wanted is None or id(variable) in self._wanted
 
-    def leaf_of(self, variable: Variable) -> Any:
-        """The array that the loss got for this variable; None if it never asked."""
+    def leaf_of(self, variable: Variable) -> AnyArray:
+        """The array that the loss got for this variable; None if it did not read it."""
         return self._seen.get(id(variable), (None, None))[1]
 
-    def run(self, loss: Loss) -> Any:
-        """The value of the loss; of a Variable its array."""
+    def run(self, loss: Loss) -> AnyArray:
+        """The value of the loss, as an array if it is a Variable."""
         with reading(self):
             result = loss()
             return result.value if isinstance(result, Variable) else result
 
     @abc.abstractmethod
-    def leaf(self, variable: Variable) -> Any:
+    def leaf(self, variable: Variable) -> AnyArray:
         """An array to differentiate with respect to."""
 
     @abc.abstractmethod
-    def rows(self, variable: Variable, ids: npt.NDArray[Any]) -> Any:
-        """The same of some rows."""
+    def rows(self, variable: Variable, ids: HostArray) -> AnyArray:
+        """An array of some rows to differentiate with respect to."""
 
     @abc.abstractmethod
-    def array(self, values: npt.NDArray[Any]) -> Any:
+    def array(self, values: HostArray) -> AnyArray:
         """An array without gradient."""
 
-    def constant(self, variable: Variable) -> Any:
+    def constant(self, variable: Variable) -> AnyArray:
         """The whole variable without gradient."""
         return self.array(self.memory(variable))
 
-    def memory(self, variable: Variable, ids: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
-        """The variable itself, or copies of rows, up to date."""
+    def memory(self, variable: Variable, ids: HostArray | None = None) -> HostArray:
+        """The variable's own array, or copies of rows, brought up to date."""
         self._refresh(variable, ids)
         return variable._value if ids is None else np.asarray(variable._value[ids])
 
     @abc.abstractmethod
-    def differentiate(self, loss: Loss, resolve: Resolve, upstream: Any) -> list[Any]:
-        """Run the loss, ask ``resolve`` for the variables; their gradients, None where it depends on none."""
+    def differentiate(self, loss: Loss, resolve: Resolve, upstream: HostArray | None) -> list[AnyArray]:
+        """Run the loss, get the variables from ``resolve`` and return their gradients, None if it depends on none."""
 
-    def gradients(self, variables: Sequence[Variable], of_value: list[Any], of_rows: list[Any]) -> list[Any]:
-        """What was found for the values of the variables and for each gather, put together for each variable."""
+    def gradients(
+        self, variables: Sequence[Variable], of_value: list[AnyArray], of_rows: list[AnyArray]
+    ) -> list[AnyArray]:
+        """Combine the gradients of values, one for each variable, with those of rows, one for each gather."""
+        parts = list(zip(self._gathered, of_rows, strict=True))
         return [
-            _together(variable, dense, [(ids, part) for (v, ids, _), part in parts if v is variable])
+            _combine(variable, dense, [(ids, rows) for (table, ids, _), rows in parts if table is variable])
             for variable, dense in zip(variables, of_value, strict=True)
-            for parts in [list(zip(self._gathered, of_rows, strict=True))]
         ]
 
 
-def _together(variable: Variable, dense: Any, gathered: list[tuple[npt.NDArray[Any], Any]]) -> Any:
-    """One gradient: IndexedSlices of all gathers, added to that of the value where the loss read it too."""
+def _combine(variable: Variable, dense: AnyArray, gathered: list[tuple[HostArray, AnyArray]]) -> AnyArray:
+    """One gradient of a variable: the rows of all gathers as IndexedSlices, added to the dense gradient if any."""
     width = variable.shape[1:]
-    found = [(ids.reshape(-1), np.asarray(part).reshape(-1, *width)) for ids, part in gathered if part is not None]
-    if not found:
+    slices = [(ids.reshape(-1), np.asarray(rows).reshape(-1, *width)) for ids, rows in gathered if rows is not None]
+    if not slices:
         return dense
-    values = np.concatenate([part for _, part in found]).astype(variable.dtype, copy=False)
-    indices = np.concatenate([ids for ids, _ in found])
+    values = np.concatenate([rows for _, rows in slices]).astype(variable.dtype, copy=False)
+    indices = np.concatenate([ids for ids, _ in slices])
     if dense is None:
         return IndexedSlices(values, indices, variable.shape)
     total = np.array(dense, variable.dtype)
@@ -111,8 +112,8 @@ def _together(variable: Variable, dense: Any, gathered: list[tuple[npt.NDArray[A
     return total
 
 
-def check_loss(result: Any, upstream: Any) -> None:
-    """Refuse what is no float array, or not of the shape of ``upstream``."""
+def check_loss(result: AnyArray, upstream: HostArray | None) -> None:
+    """Refuse a loss that is not a float array, or does not have the shape of ``upstream``."""
     dtype = getattr(result, "dtype", None)
     is_float = isinstance(result, float) if dtype is None else "float" in str(dtype)
     if not is_float:
@@ -123,6 +124,6 @@ def check_loss(result: Any, upstream: Any) -> None:
         raise ValueError(f"grad_loss: shape {np.shape(upstream)}, expected {shape} like the loss")
 
 
-def seed_of(upstream: Any, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """What the gradient starts from, a new array: ones, or the caller's ``grad_loss``."""
+def seed_of(upstream: HostArray | None, like: HostArray) -> HostArray:
+    """A new array with the gradient at the loss: ones, or the caller's ``grad_loss``."""
     return np.ones(np.shape(like), like.dtype) if upstream is None else np.array(upstream, like.dtype)

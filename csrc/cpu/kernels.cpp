@@ -8,8 +8,8 @@
 #include "../core/adam_math.h"
 #include "../core/norm.h"
 #include "../core/split.h"
+#include "lanes.h"
 #include "row_kernels.h"
-#include "streams.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {

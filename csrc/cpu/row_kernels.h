@@ -3,10 +3,10 @@
 #pragma once
 
 #include "../core/adam_math.h"
+#include "../core/at_rest.h"
 #include "../core/closed_form.h"
-#include "../core/rest.h"
 #include "../core/split.h"
-#include "streams.h"
+#include "lanes.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {

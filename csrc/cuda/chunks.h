@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "norm_bodies.h"
+#include "norm_kernels.h"
 
 namespace fastadam::cuda {
 

@@ -10,7 +10,7 @@
 
 #include "../core/step_args.h"
 #include "../core/step_scalars.h"
-#include "index_bodies.h"
+#include "index_kernels.h"
 
 namespace fastadam::cuda {
 

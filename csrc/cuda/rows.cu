@@ -5,7 +5,7 @@
 
 #include "chunks.h"
 #include "context.h"
-#include "row_bodies.h"
+#include "row_kernels.h"
 
 namespace fastadam::cuda {
 namespace {

@@ -22,7 +22,7 @@ inline void check(cudaError_t status) {
   throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
-// Runs a body (bodies.h).
+// Runs a body (dense_kernels.h).
 template <class Body>
 __global__ void __launch_bounds__(Body::kThreads) run(const __grid_constant__ Body body) {
   __shared__ typename Body::Shared shared;

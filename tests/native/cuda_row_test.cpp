@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs what CUDA threads do for rows (csrc/cuda/row_bodies.h) on the CPU, warp by warp, and compares it with plain
+// Runs what CUDA threads do for rows (csrc/cuda/row_kernels.h) on the CPU, warp by warp, and compares it with plain
 // scalar loops and, where rows jump, with the CPU kernel, bit for bit. Prints a line per check.
 #include <string>
 #include <vector>
 
 #include "../../csrc/bind/closed_forms.h"
 #include "../../csrc/cpu/launch.h"
-#include "../../csrc/cuda/row_bodies.h"
+#include "../../csrc/cuda/row_kernels.h"
 #include "emulate.h"
 #include "harness.h"
 #include "row_reference.h"

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs what the threads of CUDA launches do (csrc/cuda/bodies.h) on the CPU, block by block, phase by phase, thread by
-// thread, and compares it with the CPU kernels, bit for bit. What a GPU adds is the launch. Prints a line per check.
+// Runs what the threads of CUDA launches do (csrc/cuda/dense_kernels.h) on the CPU, block by block, phase by phase,
+// thread by thread, and compares it with the CPU kernels, bit for bit. What a GPU adds is the launch. Prints a line per
+// check.
 #include <string>
 #include <vector>
 
 #include "../../csrc/capi/norms.h"
 #include "../../csrc/cpu/launch.h"
-#include "../../csrc/cuda/bodies.h"
 #include "../../csrc/cuda/chunks.h"
+#include "../../csrc/cuda/dense_kernels.h"
 #include "emulate.h"
 #include "harness.h"
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // What threads do for the rows of IndexedSlices and of tables that wait: a warp for each row, or a part of a warp where
-// rows are narrow, a lane for every so manieth column. As bodies.h, whose rules hold here.
+// rows are narrow, a lane for every so manieth column. As dense_kernels.h, whose rules hold here.
 #pragma once
 
+#include "../core/at_rest.h"
 #include "../core/closed_form.h"
-#include "../core/rest.h"
 #include "../core/split.h"
-#include "index_bodies.h"
+#include "index_kernels.h"
 
 namespace fastadam::cuda {
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the threads of norms and of clipping do. As bodies.h, whose rules hold here.
+// What the threads of norms and of clipping do. As dense_kernels.h, whose rules hold here.
 #pragma once
 
-#include "bodies.h"
+#include "dense_kernels.h"
 
 namespace fastadam::cuda {
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What threads do to the indices of IndexedSlices before and after they are sorted: the rows that they name, and where
-// the values of each lie. As bodies.h, whose rules hold here.
+// the values of each lie. As dense_kernels.h, whose rules hold here.
 #pragma once
 
-#include "bodies.h"
+#include "dense_kernels.h"
 
 namespace fastadam::cuda {
 

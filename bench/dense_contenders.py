@@ -83,7 +83,7 @@ def fastadam_kernel(sizes):
     positions = list(range(len(sizes)))
     views = [_cpu.Buffer(w, f"vars[{i}]") for i, w in enumerate(variables)]
     plan = _cpu.Plan(views, {"m": m, "v": v}, [False] * len(views), positions, False, [None] * len(views))
-    hyper = fastadam._core.hyper.StepHyper(step=10, **HYPER)
+    hyper = fastadam._core.plan.StepHyper(step=10, **HYPER)
     step = lambda: plan.step(gradients, hyper, [], None)  # noqa: E731
     return Contender(step, lambda: variables, epsilon_hat=True, fixed_step=10)
 

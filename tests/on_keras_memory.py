@@ -103,9 +103,10 @@ def test_variables_that_have_no_kernel_are_refused():
 def test_variables_and_moments_are_updated_in_place_by_one_plan(monkeypatch):
     plans, calls = [], []
     module = sys.modules["fastadam.keras._plans"]
-    plan, run_step = module.Plan, module.run_step
-    monkeypatch.setattr(module, "Plan", lambda *args: plans.append(plan(*args)) or plans[-1])
-    monkeypatch.setattr(module, "run_step", lambda *args: calls.append(1) or run_step(*args))
+    plan = module.KerasPlan
+    step = plan.step
+    monkeypatch.setattr(module, "KerasPlan", lambda *args: plans.append(plan(*args)) or plans[-1])
+    monkeypatch.setattr(plan, "step", lambda *args: calls.append(1) or step(*args))
     optimizer, made = fastadam.keras.Adam(0.5), variables()
     optimizer.build(made)
     held = [*made, *optimizer._momentums, *optimizer._velocities]

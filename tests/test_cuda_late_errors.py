@@ -7,6 +7,7 @@ import pickle
 import fastadam
 import numpy as np
 import pytest
+from fastadam._core.parts import parts_of
 from test_cuda import F32, same
 from test_cuda_rows import MODES, Tables
 
@@ -19,7 +20,7 @@ def test_ids_of_a_lagging_table_that_are_no_rows_are_found_later(gpu, mode):
     for ids in ([1, 2], [3], [4]):
         tables.step(ids)
     tables.device.gather(tables.twin, gpu.array(np.array([1, 40])))
-    for context in tables.device._contexts.values():
+    for context in parts_of(tables.device).runtime.contexts.values():
         context.wait()
     with pytest.raises(ValueError, match=r"ids.*40 .*is not a row"):
         tables.device.gather(tables.twin, [1])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cases import random_array
 from fastadam._core.backend import _cpu
-from fastadam._core.hyper import StepHyper
+from fastadam._core.plan import StepHyper
 from test_cuda import F32, same
 
 SIZES = (5, 20000, 1)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from cases import bits, random_array
 from fastadam import IndexedSlices
-from fastadam._core.staleness import crossover
-from helpers import Pair, slow
+from fastadam._core.history import crossover
+from helpers import Pair, history_of, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -182,7 +182,7 @@ def test_a_history_of_many_steps_is_grown():
     pair = Pair(rows=100, width=(2,))
     for step in range(2500):
         pair.step([step % 4] if step % 97 == 0 else [])
-    assert len(pair.optimizers[1]._slots.entries[0].staleness.arrays[1]) == 4096
+    assert len(history_of(pair.optimizers[1]).rates.alphas) == 4096
     pair.compare()
 
 
@@ -192,9 +192,9 @@ def test_a_sweep_bounds_gaps_and_history_and_changes_no_bit(max_staleness, optio
     pair.optimizers[1].max_staleness = max_staleness
     for step in range(2200):
         pair.step([step % 20] if step % 97 == 0 else [])
-        staleness = pair.optimizers[1]._slots.entries[0].staleness
-        assert step < max_staleness or (staleness.steps - staleness.last).max() <= max_staleness
-    assert staleness.room <= (2048 if max_staleness < 1000 else 4096)
+        history = history_of(pair.optimizers[1])
+        assert step < max_staleness or (history.steps - history.rates.last).max() <= max_staleness
+    assert history.room <= (2048 if max_staleness < 1000 else 4096)
     pair.compare()
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from cases import bits, random_array
 from fastadam import IndexedSlices
-from helpers import slow
+from fastadam._core.parts import parts_of
+from helpers import history_of, slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -57,9 +58,8 @@ class Run:
 
     def slots(self):
         names = ["m", "v", *(["vhat"] if self.optimizer.amsgrad else [])]
-        slots = self.optimizer._slots.slots_of(
-            self.optimizer._slots.entries[0]
-        )  # as they are: get_slot brings up to date
+        store = parts_of(self.optimizer).state.slots
+        slots = store.slots_of(store.entries[0])  # as they are: get_slot brings rows up to date
         return [slots[name] for name in names]
 
 
@@ -115,7 +115,7 @@ def test_one_gap_is_right_to_the_rounding_of_float32(gap, options):
     table, m, v = (array.astype(np.float64) for array in (run.table, *run.slots()[:2]))
     vhat, reached = v.copy(), np.abs(table)
     run.rest(gap)
-    _, alphas, keeps, *_ = run.optimizer._slots.entries[0].staleness.arrays
+    _, alphas, keeps, *_ = history_of(run.optimizer).rates
     for alpha, keep in zip(alphas[1 : gap + 1], keeps[1 : gap + 1], strict=True):
         m, v = m * float(F32(0.9)), v * float(F32(0.999))
         second = vhat if run.optimizer.amsgrad else v
@@ -175,7 +175,7 @@ def test_a_variable_that_is_all_displacement(gap):
     run.optimizer.learning_rate = 1e-3
     m, v = (slot[:40].astype(np.float64) for slot in run.slots()[:2])
     run.rest(gap)
-    alphas = run.optimizer._slots.entries[0].staleness.arrays[1][1 : gap + 1].astype(np.float64)
+    alphas = history_of(run.optimizer).rates.alphas[1 : gap + 1].astype(np.float64)
     exact = np.zeros_like(m)
     for alpha in alphas:
         m, v = m * float(F32(0.9)), v * float(F32(0.999))
@@ -187,10 +187,10 @@ def test_a_variable_that_is_all_displacement(gap):
 
 @pytest.mark.parametrize("options", [{}, {"beta_2": 0.9}, {"beta_2": 0.9, "amsgrad": True}], ids=str)
 def test_the_crossover_is_that_of_replays_where_long_gaps_have_no_form(options, monkeypatch):
-    monkeypatch.setattr("fastadam._core.staleness.crossover", lambda shape, item_size, replays: 1.0 + replays)
+    monkeypatch.setattr("fastadam._core.history.crossover", lambda shape, item_size, replays: 1.0 + replays)
     run = Run("deferred_fast", **options)
     run.step([1])
-    assert run.optimizer._slots.entries[0].staleness.native[-1] == 1.0 + (options == {"beta_2": 0.9})
+    assert history_of(run.optimizer).native[-1] == 1.0 + (options == {"beta_2": 0.9})
 
 
 MODES = [("dense", np.float64), ("deferred_fast", F32)]
@@ -277,8 +277,8 @@ def test_a_copy_made_while_rows_wait_goes_on_to_the_bit(kind):
 
 def test_a_sweep_bounds_the_gaps_of_a_history():
     run = Run("deferred_fast", max_staleness=50).train(1100)
-    staleness = run.optimizer._slots.entries[0].staleness
-    assert (staleness.steps - staleness.last).max() <= 50
+    history = history_of(run.optimizer)
+    assert (history.steps - history.rates.last).max() <= 50
     for found, exact in zip(run.state(), Run("dense", np.float64).train(1100).state(), strict=True):
         assert ulps(found, exact).mean() < 8
 
@@ -291,7 +291,7 @@ def test_modes_change_in_mid_run():
     run.step([1])
     run.rest(30)
     run.optimizer.sparse_update = "deferred"
-    assert run.optimizer._slots.entries[0].staleness is None
+    assert history_of(run.optimizer) is None
     with pytest.raises(ValueError, match="sparse_update: 'fast', expected one of 'dense', 'deferred', 'deferred_fast'"):
         run.optimizer.sparse_update = "fast"
 

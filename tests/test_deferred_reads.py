@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import bits
 from fastadam import IndexedSlices
-from helpers import Pair, run_python
+from helpers import Pair, history_of, run_python
 
 F32 = np.float32
 pytestmark = pytest.mark.usefixtures("rows_wait")
@@ -53,8 +53,8 @@ def test_a_refused_step_leaves_history_and_rows_as_they_were():
     pair.step([1, 2])
     pair.rest(3)
     table, optimizer = pair.tables[1], pair.optimizers[1]
-    before, staleness = table.copy(), optimizer._slots.entries[0].staleness
-    steps, last = staleness.steps, staleness.last.copy()
+    before, history = table.copy(), history_of(optimizer)
+    steps, last = history.steps, history.rates.last.copy()
     for bad in (IndexedSlices(np.ones((1, 5), F32), [3000]), IndexedSlices(np.ones((1, 4), F32), [0])):
         with pytest.raises(ValueError, match="grads"):
             optimizer.apply_gradients([(bad, table)])
@@ -63,8 +63,8 @@ def test_a_refused_step_leaves_history_and_rows_as_they_were():
     with pytest.raises(ValueError, match="out: float64"):
         optimizer.gather(table, [3], out=np.ones((1, 5)))
     np.testing.assert_array_equal(before, table)
-    np.testing.assert_array_equal(last, staleness.last)
-    assert (staleness.steps, optimizer.iterations) == (steps, 4)
+    np.testing.assert_array_equal(last, history.rates.last)
+    assert (history.steps, optimizer.iterations) == (steps, 4)
     pair.compare()
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from cases import random_array
 from fastadam import _cpu
-from fastadam._core.hyper import StepHyper
+from fastadam._core.plan import StepHyper
+from fastadam._core.step import Stepper
 from helpers import bits
 
 RNG = np.random.RandomState(0)
@@ -27,13 +28,13 @@ def arrays(*shapes):
 @pytest.fixture
 def made(monkeypatch):
     """Grows by one with every plan that is made."""
-    plans, make = [], fastadam.Adam._make_plan
+    plans, make = [], Stepper._make_plan
 
     def counting(self, *arguments):
         plans.append(self)
         return make(self, *arguments)
 
-    monkeypatch.setattr(fastadam.Adam, "_make_plan", counting)
+    monkeypatch.setattr(Stepper, "_make_plan", counting)
     return plans
 
 
@@ -228,7 +229,7 @@ def test_a_subclass_may_compute_a_number_when_it_is_read():
 
         @learning_rate.setter
         def learning_rate(self, value):
-            self._hyper["learning_rate"] = value
+            fastadam.Adam.learning_rate.__set__(self, value)
 
     w = np.zeros(3, np.float32)
     optimizer = Falling(0.1)

@@ -50,20 +50,20 @@ class Device:
     def can_count(self, hyper):
         return self._context.betas in (None, (hyper.beta_1, hyper.beta_2))
 
-    def step(self, gradients, hyper, factors, counter):
+    def step(self, gradients, hyper, factors, counter, convert):
         context = self._context
         context.betas = context.betas or (hyper.beta_1, hyper.beta_2)
         step = context.t + 1 if self._counts else hyper.step
         if self._found_inf is not None and float(self._found_inf):
             context.t = step - 1
             counter += 1
-            return []
+            return True
         context.t = step
         if self.fails:
             raise RuntimeError("a launch has failed")
         scale = 1.0 if self._scale is None else 1.0 / float(self._scale)
         hyper = hyper._replace(step=step, gradient_scale=hyper.gradient_scale * scale)
-        return self._plan.step(gradients, hyper, factors, counter)
+        return self._plan.step(gradients, hyper, factors, counter, convert)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -47,6 +48,24 @@ class Plan {
     });
     run(call, args, hyper, counter);
     return {};
+  }
+
+  // Keeps the numbers of the last step for step_again(). They are good as long as the caller's `stamp` is the same.
+  void remember(const AdamHyper& hyper, int64_t stamp) {
+    remembered_ = hyper;
+    stamp_ = stamp;
+  }
+
+  // A step with the remembered numbers and the next t. Returns false, with nothing done, if the stamp differs, if the
+  // (gradient, variable) pairs are not for the variables of this set, each with a gradient, or if a gradient must be
+  // converted. `holder`: see VariableSet::gradients_of.
+  bool step_again(const py::list& pairs, const py::type& holder, int64_t stamp, int64_t* counter) {
+    if (!remembered_ || stamp != stamp_ || pairs.size() != variables().size()) return false;
+    const std::optional<py::list> gradients = variables().gradients_of(pairs, holder);
+    if (!gradients || *counter < 0 || *counter == std::numeric_limits<int64_t>::max()) return false;
+    AdamHyper hyper = *remembered_;
+    hyper.step = *counter + 1;
+    return step(*gradients, hyper, {}, counter).empty();
   }
 
   // Adds the gradients, times `scale`, to their accumulators, which count as zero if `restart`; then `update`, if not
@@ -142,6 +161,8 @@ class Plan {
   }
 
   TensorSet<Backend> set_;
+  std::optional<AdamHyper> remembered_;
+  int64_t stamp_ = 0;
   bool all_finite_ = true;
 };
 

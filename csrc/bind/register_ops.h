@@ -45,7 +45,7 @@ void register_buffer(py::module_& m) {
       py::arg("object"), py::arg("label"));
 }
 
-// From StepHyper (python/fastadam/_core/hyper.py), a tuple in the order of AdamHyper. The caster of std::tuple would
+// From StepHyper (python/fastadam/_core/plan.py), a tuple in the order of AdamHyper. The caster of std::tuple would
 // get each item of a NamedTuple through Python, which is slow.
 inline AdamHyper hyper_of(const py::tuple& numbers) {
   constexpr py::ssize_t kFields = 17;
@@ -136,6 +136,15 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
             return plan.step(gradients, hyper_of(hyper), grad_factors, place_of(counter));
           },
           py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter"))
+      .def(
+          "remember",
+          [](BackendPlan& plan, const py::tuple& hyper, int64_t stamp) { plan.remember(hyper_of(hyper), stamp); },
+          py::arg("hyper"), py::arg("stamp"))
+      .def(
+          "step_again",
+          [](BackendPlan& plan, const py::list& pairs, const py::type& holder, int64_t stamp,
+             const py::array& counter) { return plan.step_again(pairs, holder, stamp, place_of(counter)); },
+          py::arg("pairs"), py::arg("holder"), py::arg("stamp"), py::arg("counter"))
       .def(
           "accumulate",
           [](BackendPlan& plan, const py::list& gradients, double scale, bool require_finite, bool restart,

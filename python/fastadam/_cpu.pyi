@@ -1,12 +1,12 @@
 """What csrc/bind registers. Checks and error texts live there; these functions are private to fastadam."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.hyper import StepHyper
+from fastadam._core.plan import StepHyper
 
 __version__: str
 compiler: str
@@ -63,7 +63,7 @@ class Plan:
     def __init__(
         self,
         variables: list[Buffer],
-        slots: dict[str, list[Any]],
+        slots: Mapping[str, Sequence[Any]],
         decays: list[bool],
         positions: list[int],
         lazy: bool,
@@ -74,16 +74,18 @@ class Plan:
     @property
     def all_finite(self) -> bool: ...
     def gradients_of(self, pairs: list[Any], holder: type) -> list[Any] | None: ...
-    def holds(self, variables: list[Any], slots: dict[str, list[Any]]) -> bool: ...
+    def holds(self, variables: Sequence[Any], slots: Mapping[str, Sequence[Any]]) -> bool: ...
     def check(self, gradients: list[Any]) -> list[int]: ...
-    def check_numbers(self, hyper: StepHyper, grad_factors: list[float]) -> None: ...
+    def check_numbers(self, hyper: StepHyper, grad_factors: Sequence[float]) -> None: ...
     def step(
         self,
         gradients: list[Any],
         hyper: StepHyper,
-        grad_factors: list[float],
+        grad_factors: Sequence[float],
         counter: npt.NDArray[np.int64] | None,
     ) -> list[int]: ...
+    def remember(self, hyper: StepHyper, stamp: int) -> None: ...
+    def step_again(self, pairs: list[Any], holder: type, stamp: int, counter: npt.NDArray[np.int64]) -> bool: ...
     def accumulate(
         self,
         gradients: list[Any],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from fastadam._core.adam import Adam
 from fastadam._core.keywords import ELSEWHERE, suggests_keywords
-from fastadam._core.optimizer import Adam
 
 if TYPE_CHECKING:
     from fastadam._core.types import Hyperparameter, LearningRate

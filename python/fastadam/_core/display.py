@@ -155,11 +155,11 @@ def adam_settings(optimizer: Any) -> Settings:
     Read from where they are kept: callables are shown, not called.
     """
     state = vars(optimizer)
-    extras = state.get("_extras")
-    values = {**state.get("_hyper", {}), **state.get("_clip", {}), **({} if extras is None else vars(extras))}
+    options = getattr(state.get("_parts"), "options", None)  # None while it is being made
+    values = {} if options is None else {**vars(options), **options.numbers, **options.clips, **vars(options.extras)}
     settings: Settings = [("learning_rate", values["learning_rate"])] if "learning_rate" in values else []
     for name, default in _ADAM_DEFAULTS.items():
-        value = values.get(name, state.get(f"_{name}", default))
+        value = values.get(name, default)
         if not _same(value, default):
             settings.append((name, value))
     own = [name for name in _parameters(type(optimizer)) if name not in (*_ADAM_DEFAULTS, "learning_rate", "name")]

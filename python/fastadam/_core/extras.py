@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any
 
 from fastadam._core.backend import _cpu
 from fastadam._core.checks import check_bool, check_count, check_list, check_non_negative, check_number
 from fastadam._core.gradients import float32_to_bfloat16
 from fastadam._core.placement import assign, to_host
-from fastadam._core.slots import Key, key_of
-from fastadam._core.variable import buffers_of
+from fastadam._core.variable import Key, buffers_of, key_of
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from fastadam._core.types import Array, VariableLike
 
-__all__ = ["EXTRA_NAMES", "Extra", "Extras", "excluded", "overwrite"]
+__all__ = ["ACCUMULATOR", "EXTRA_NAMES", "Extras", "excluded", "overwrite"]
 
-Value = TypeVar("Value")
+ACCUMULATOR = "gradient_accumulator"  # the slot of gradient_accumulation_steps
 
 EXTRA_NAMES = (
     "weight_decay",
@@ -123,30 +119,6 @@ def _accumulation_steps(value: Any) -> int | None:
     if steps == 1:
         raise ValueError("gradient_accumulation_steps: 1, expected an integer of at least 2, or None")
     return steps
-
-
-class Extra(Generic[Value]):
-    """Attribute of an optimizer: an option that is checked when it is set and used from the next step on."""
-
-    def __init__(self, *, fixed: bool = False) -> None:
-        self._fixed = fixed
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
-    @overload
-    def __get__(self, optimizer: object, owner: type | None = None) -> Value: ...
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
-        return self if optimizer is None else getattr(optimizer._extras, self._name)
-
-    def __set__(self, optimizer: Any, value: Value) -> None:
-        if self._fixed:
-            raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
-        if self._name == "use_ema" and value and optimizer.sparse_update != "dense":
-            raise ValueError(f"use_ema: with sparse_update={optimizer.sparse_update!r}, expected False")
-        optimizer._extras = dataclasses.replace(optimizer._extras, **{self._name: value})
 
 
 def excluded(var_list: Iterable[VariableLike] | None, var_names: Iterable[str] | None) -> dict[str, Any]:

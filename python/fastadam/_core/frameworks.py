@@ -6,19 +6,21 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Mapping, ValuesView
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
-    "NamedInKeras",
     "can_load",
     "first_of",
     "framework_of",
     "hint_for_variable",
     "is_array",
     "missing",
+    "named_in_keras",
     "refuse_parameters",
     "require",
 ]
+
+Cls = TypeVar("Cls")
 
 _NAMES = {
     "autograd": "HIPS autograd",
@@ -117,12 +119,15 @@ def is_array(value: Any) -> bool:
     return hasattr(value, "shape") and type(value).__module__.partition(".")[0] in ("fastadam", "numpy")
 
 
-class NamedInKeras:
-    """An optimizer of another kind than Keras's, which ``model.compile`` refuses with a text that has it in it."""
+def named_in_keras(cls: type[Cls]) -> type[Cls]:
+    """An optimizer of another kind than Keras's: ``model.compile`` refuses it with a text that has it in it."""
 
-    def __format__(self, spec: str) -> str:
-        text = super().__format__(spec)
+    def __format__(self: Cls, spec: str) -> str:  # noqa: N807
+        text = object.__format__(self, spec)
         asked_by = str(sys._getframe(1).f_globals.get("__name__"))
         if asked_by.partition(".")[0] not in ("keras", "tf_keras"):
             return text
         return f"{text}. For Keras 3 models use fastadam.keras.Adam or AdamW"
+
+    cls.__format__ = __format__  # type: ignore[method-assign, assignment]
+    return cls

@@ -1,25 +1,18 @@
-"""Hyperparameters: attributes of an optimizer, and the numbers that one step is made with."""
+"""What a hyperparameter may be set to."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, overload
+from typing import Any
 
-from fastadam._core.checks import check_non_negative, check_number, check_one_norm
+from fastadam._core.checks import check_number
 from fastadam._core.frameworks import refuse_parameters
 from fastadam._core.placement import on_gpu
 from fastadam.schedules import LearningRateSchedule
-from fastadam.schedules._foreign import adopt
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+__all__ = ["CLIP_NAMES", "check_callable", "check_rate"]
 
-__all__ = ["CLIP_NAMES", "Clip", "Hyper", "StepHyper", "check_callable", "check_rate"]
-
-Read = TypeVar("Read")
-Written = TypeVar("Written")
 CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
@@ -59,79 +52,3 @@ def check_callable(name: str, value: Any) -> Callable[..., float]:
             f"{name}: a callable with the arguments {signature}, expected one without, which reads what it needs; {how}"
         ) from None
     return found
-
-
-class Hyper(Generic[Read, Written]):
-    """Attribute of an optimizer: a number checked when it is set, or a callable checked when it is evaluated.
-
-    A callable without arguments is evaluated whenever it is read. A schedule, which takes the step, is read as it is.
-    """
-
-    def __init__(self, check: Callable[[str, Any], float]) -> None:
-        self._check = check
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
-    @overload
-    def __get__(self, optimizer: object, owner: type | None = None) -> Read: ...
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
-        if optimizer is None:
-            return self
-        value = optimizer._hyper[self._name]
-        if not callable(value) or isinstance(value, LearningRateSchedule):
-            return value
-        return self._check(self._name, value())
-
-    def __set__(self, optimizer: Any, value: Written) -> None:
-        number: Any = adopt(value)  # of a schedule what the step calls, whatever library it is of
-        if self._name != "learning_rate" and (number is not value or isinstance(value, LearningRateSchedule)):
-            raise TypeError(f"{self._name}: {type(value).__name__}, expected a number (learning_rate takes schedules)")
-        if callable(number):
-            refuse_parameters(self._name, number)  # models can be called
-        check = check_callable if callable(number) else self._check
-        optimizer._hyper[self._name] = check(self._name, number)
-
-
-class Clip:
-    """Attribute of an optimizer: a bound >= 0, or None for none."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
-    @overload
-    def __get__(self, optimizer: object, owner: type | None = None) -> float | None: ...
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
-        return self if optimizer is None else optimizer._clip[self._name]
-
-    def __set__(self, optimizer: Any, value: float | None) -> None:
-        bound = None if value is None else check_non_negative(self._name, value)
-        bounds = {**optimizer._clip, self._name: bound}
-        check_one_norm(bounds["clipnorm"], bounds["global_clipnorm"])
-        optimizer._clip = bounds
-
-
-class StepHyper(NamedTuple):
-    """The checked numbers of one step, in double; the native ``Plan.step`` reads them in this order."""
-
-    step: int  # t, from 1
-    learning_rate: float
-    beta_1: float
-    beta_2: float
-    epsilon: float
-    decay: float = 0.0
-    clip_value: float = math.inf
-    clip_norm: float = math.inf
-    global_clip_norm: float = math.inf
-    gradient_scale: float = 1.0
-    weight_decay: float = 0.0
-    ema_momentum: float = 0.0
-    ema_overwrite: bool = False
-    require_finite: bool = False
-    clip_after_dedupe: bool = False
-    l2: float = 0.0  # coupled weight decay
-    epsilon_corrected: bool = False  # PyTorch's: added to the bias-corrected root

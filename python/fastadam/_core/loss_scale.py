@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastadam._core import serialization
+from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
 from fastadam._core.checks import check_count, check_iterations, check_number
-from fastadam._core.device_state import Now
 from fastadam._core.display import call_text, html_or_none, html_table, name_of, never_raises
-from fastadam._core.frameworks import NamedInKeras
+from fastadam._core.frameworks import named_in_keras
 from fastadam._core.keywords import suggests_keywords
 from fastadam._core.minimize import Minimizer
-from fastadam._core.optimizer import Adam
+from fastadam._core.pairs import check_pairs_list
+from fastadam._core.parts import parts_of
+from fastadam._core.step import Stepper
 from fastadam._core.strict import class_only, is_own, settable, unknown_attribute
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["LossScaleOptimizer"]
 
 
-class LossScaleOptimizer(Minimizer, NamedInKeras):
+@named_in_keras
+class LossScaleOptimizer(Minimizer):
     r"""An optimizer whose loss is multiplied by a scale that follows what the gradients can bear.
 
     The gradients of ``scale_loss(loss)`` are divided by the scale. If any element of any gradient is not finite, the
@@ -130,13 +133,14 @@ class LossScaleOptimizer(Minimizer, NamedInKeras):
         Returns:
             ``iterations``, which is as before if the step was left out; None for an empty list.
         """
-        with self.inner_optimizer._lock:
-            _require_no_factor(self.inner_optimizer)
-            all_finite = self.inner_optimizer._apply(grads_and_vars, self.dynamic_scale)
-            if all_finite is None:
+        inner = self.inner_optimizer
+        with parts_of(inner).runtime.lock:
+            _require_no_factor(inner)
+            pairs = check_pairs_list(grads_and_vars)
+            if not pairs:
                 return None
-            self._adjust(all_finite)
-            return self.inner_optimizer.iterations
+            self._adjust(Stepper(parts_of(inner)).apply(inner, pairs, self.dynamic_scale))
+            return inner.iterations
 
     def _adjust(self, all_finite: bool) -> None:
         if not all_finite:
@@ -151,8 +155,8 @@ class LossScaleOptimizer(Minimizer, NamedInKeras):
         self.inner_optimizer._refresh(variable, ids)
 
     @property
-    def _now(self) -> Now:  # type: ignore[override]
-        return self.inner_optimizer._now
+    def _told(self) -> set[str]:
+        return parts_of(self.inner_optimizer).runtime.told
 
     @property
     def _loss_scale(self) -> float:
@@ -181,7 +185,7 @@ class LossScaleOptimizer(Minimizer, NamedInKeras):
 
     def save(self, path: str | os.PathLike[str], variables: Iterable[VariableLike] | None = None) -> None:
         """As :meth:`Adam.save`, with the scale and the count of good steps."""
-        with self.inner_optimizer._lock:
+        with parts_of(self.inner_optimizer).runtime.lock:
             state = {name: getattr(self, name) for name in _SAVED}
             serialization.save(self.inner_optimizer, path, variables, state)
 

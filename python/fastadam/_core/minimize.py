@@ -10,7 +10,6 @@ import numpy as np
 
 from fastadam._core.autodiff import Loss, check_provider, installed, run_and_differentiate
 from fastadam._core.checks import check_list
-from fastadam._core.device_state import Now
 from fastadam._core.gradients import as_float_array
 from fastadam._core.tree import flatten
 from fastadam._core.variable import Variable, reading
@@ -52,7 +51,11 @@ class Minimizer:
     """Steps on a loss instead of gradients, for a class that has ``apply_gradients``."""
 
     apply_gradients: Callable[..., np.int64 | None]
-    _now: Now
+
+    @property
+    def _told(self) -> set[str]:
+        """The warnings that have been given; each is given once."""
+        raise NotImplementedError
 
     @property
     def _loss_scale(self) -> float | None:
@@ -206,8 +209,8 @@ def _differentiate(
         return value if scale is None else value * scale
 
     gradients = run_and_differentiate(chosen, scaled, targets.known, targets.resolve, upstream, optimizer._refresh)
-    if upstream is None and math.prod(shapes[-1]) > 1 and "loss" not in optimizer._now.told:
-        optimizer._now.told.add("loss")
+    if upstream is None and math.prod(shapes[-1]) > 1 and "loss" not in optimizer._told:
+        optimizer._told.add("loss")
         warn(
             f"loss: returned an array of shape {shapes[-1]}, whose sum is minimized, as in "
             "TensorFlow; return .sum() or .mean() of it, or give grad_loss"

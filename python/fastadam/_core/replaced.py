@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastadam._core.backend import _cpu
-from fastadam._core.plans import Plans
-from fastadam._core.slots import Key, key_of
+from fastadam._core.types import AnyArray
+from fastadam._core.variable import Key, key_of
 from fastadam._core.warning import warn
 
 __all__ = ["Replacements"]
@@ -42,14 +42,20 @@ class Replacements:
         self._meetings = 0
         self._met: dict[tuple[Any, ...], deque[_Met]] = {}
 
-    def look(self, given: Mapping[int, Any], buffers: Sequence[_cpu.Buffer], new: set[Key], plans: Plans) -> None:
+    def look(
+        self,
+        given: Mapping[int, AnyArray],
+        buffers: Sequence[_cpu.Buffer],
+        new: set[Key],
+        plans: Iterable[Sequence[_cpu.Buffer]],
+    ) -> None:
         """Before a step with variables that no plan was found for.
 
         Args:
             given: The caller's variables by their places.
-            buffers: The same as buffers.
-            new: Those that the optimizer has not met.
-            plans: Those of the steps before.
+            buffers: The same variables as buffers.
+            new: Keys of the variables that the optimizer has not met.
+            plans: The buffers of each plan that is kept.
         """
         if self._has_warned or not new:
             return
@@ -78,11 +84,11 @@ class Replacements:
         )
 
 
-def _references_of(plans: Plans) -> dict[int, tuple[set[int], int]]:
+def _references_of(plans: Iterable[Sequence[_cpu.Buffer]]) -> dict[int, tuple[set[int], int]]:
     """By an array: the Buffers of plans that refer to it, and how many native plans have a copy of one."""
     found: dict[int, tuple[set[int], int]] = {}
-    for plan in plans:
-        for buffer in plan.buffers:
+    for buffers in plans:
+        for buffer in buffers:
             known, count = found.get(id(buffer.source), (set(), 0))
             found[id(buffer.source)] = (known | {id(buffer)}, count + 1)
     return found

@@ -9,31 +9,33 @@ import secrets
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
 from fastadam._core.checks import check_iterations, check_list
+from fastadam._core.extras import Extras
 from fastadam._core.frameworks import require
+from fastadam._core.parts import parts_of
 from fastadam._core.placement import copy_beside, to_host
-from fastadam._core.slots import Entry, SlotStore, Spec, key_of
-from fastadam._core.variable import buffers_of
+from fastadam._core.slots import Entry, SlotStore, Spec
+from fastadam._core.variable import buffers_of, key_of
 
 if TYPE_CHECKING:
-    from fastadam._core.state import OptimizerState
+    from fastadam._core.types import AnyOptimizer
 
 __all__ = ["load", "save"]
 
 _VERSION = 1
 _ITERATIONS = "iterations"
 _DTYPES = {"int64": "I64", "float32": "F32", "float64": "F64"}
-Optimizer = TypeVar("Optimizer", bound="OptimizerState")
+Optimizer = TypeVar("Optimizer", bound="Saved")
 
 
 def save(
-    optimizer: OptimizerState,
+    optimizer: AnyOptimizer,
     path: str | os.PathLike[str],
     variables: Iterable[Any] | None = None,
     loss_scale: dict[str, Any] | None = None,
@@ -46,9 +48,9 @@ def save(
             "safetensors one"
         )
     chosen = None if variables is None else check_list("variables", variables)
-    with optimizer._lock:
-        optimizer._settle()
-        optimizer._wait()
+    _, _, runtime, tables = parts_of(optimizer)
+    with runtime.lock:
+        tables.settle()
         tensors, header = _contents(optimizer, chosen)
         header["loss_scale"] = loss_scale
         try:
@@ -72,19 +74,20 @@ def _safetensors_header(tensors: dict[str, npt.NDArray[Any]], text: str) -> byte
 
 
 def _contents(optimizer: Any, chosen: list[Any] | None) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    store = optimizer._slots
+    options, state, _, _ = parts_of(optimizer)
+    store = state.slots
     entries = store.entries if chosen is None else _entries_of(store, chosen)
     places = {at: f"{i}/{name}" for i, entry in enumerate(entries) for name, at in entry.slots.items()}
     slots = {places[at]: np.asarray(to_host(store.arrays[at]), order="C") for at in sorted(places)}
-    tensors = {_ITERATIONS: np.array(optimizer._iterations), **slots}
+    tensors = {_ITERATIONS: np.array(state.calls), **slots}
     header = {
         "version": _VERSION,
         "optimizer": type(optimizer).__name__,
         "config": optimizer.get_config(),
         "variables": [entry.spec._asdict() for entry in entries],
         "weights": [[name, _crc32(array)] for name, array in tensors.items()],
-        "excluded": _excluded(optimizer, entries),
-        "accumulating": [i for i, entry in enumerate(entries) if optimizer._is_accumulating(entry)],
+        "excluded": _excluded(options.extras, entries),
+        "accumulating": [i for i, e in enumerate(entries) if state.is_accumulating(e, options.calls_per_step)],
     }
     return tensors, header
 
@@ -111,9 +114,8 @@ def _entries_of(store: SlotStore, variables: list[Any]) -> list[Entry]:
     return entries
 
 
-def _excluded(optimizer: Any, entries: list[Entry]) -> dict[str, Any]:
+def _excluded(extras: Extras, entries: list[Entry]) -> dict[str, Any]:
     """What ``exclude_from_weight_decay`` named: the configuration does not have it."""
-    extras = optimizer._extras
     known = [entry.buffer and key_of(entry.buffer) for entry in entries]
     if None in known and not extras.excluded_keys <= set(known):
         raise ValueError("exclude_from_weight_decay: var_list has a variable not met since the restore; build it first")
@@ -182,6 +184,13 @@ def _format_of(path: str) -> str | None:
     return None
 
 
+class Saved(Protocol):
+    """What is made of a file."""
+
+    def build(self, var_list: Iterable[Any]) -> None:
+        """Let the variables take their slots."""
+
+
 class _Reader:
     """A file whose every part is checked against the variables before an optimizer is made of it."""
 
@@ -204,14 +213,15 @@ class _Reader:
         cls = named[saved_by]
         specs = self._match(buffers)
         optimizer = self._configured(cls, custom_objects)
-        optimizer._iterations[...] = self._iterations()
-        self._fill(optimizer._slots, specs, buffers)
+        state = parts_of(optimizer).state
+        state.calls[...] = self._iterations()
+        self._fill(state.slots, specs, buffers)
         self._set_accumulating(optimizer)
         try:
             optimizer.build(variables)
         except ValueError as error:
             self._fail(str(error), "the variables it was saved with")
-        self._require(not optimizer._slots.waiting(), "as many variables as given, of which two are one", "others")
+        self._require(not state.slots.waiting(), "as many variables as given, of which two are one", "others")
         self._exclude(optimizer, variables)
         return optimizer
 
@@ -221,10 +231,11 @@ class _Reader:
 
     def _set_accumulating(self, optimizer: Any) -> None:
         places = self._header.get("accumulating", [])  # files of version 0.1 have none
-        entries = dict(enumerate(optimizer._slots.entries))
+        options, state, _, _ = parts_of(optimizer)
+        entries = dict(enumerate(state.entries))
         good = isinstance(places, list) and all(type(i) is int and i in entries for i in places)
         self._require(good, f"'accumulating' {places!r:.60}", "places of variables")
-        optimizer._restart_accumulation([entries[i] for i in places])
+        state.restart_accumulation([entries[i] for i in places], options.calls_per_step)
 
     def _exclude(self, optimizer: Any, variables: list[Any]) -> None:
         excluded = self._header["excluded"]

@@ -13,24 +13,15 @@ import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
 from fastadam._core.gradients import bfloat16_to_float32
+from fastadam._core.history import History
 from fastadam._core.placement import assign, beside, copy_beside, to_host, zeros_beside
-from fastadam._core.staleness import Staleness
+from fastadam._core.variable import Key, key_of
 
-__all__ = ["ACCUMULATOR", "Entry", "Initializer", "SlotStore", "Spec", "initial_value"]
+__all__ = ["Entry", "Initializer", "SlotStore", "Spec", "initial_value"]
 
-ACCUMULATOR = "gradient_accumulator"  # the slot of gradient_accumulation_steps
-Key = tuple[int, tuple[int, ...], str, str, int]
 Array = Any  # NumPy's, or one on a GPU (placement.py)
 Maker = Callable[[_cpu.Buffer, str], Array]
 Initializer = str | Callable[..., npt.ArrayLike] | npt.ArrayLike
-
-
-def key_of(buffer: _cpu.Buffer) -> Key:
-    """Two views of one buffer have one key; the store keeps the buffer alive, so an address is never reused.
-
-    An empty array on a GPU has no address: there each object is a variable.
-    """
-    return (buffer.address or id(buffer.source), buffer.shape, buffer.dtype, buffer.order, buffer.device)
 
 
 def initial_value(
@@ -79,7 +70,7 @@ class Entry:
     spec: Spec
     slots: dict[str, int]
     buffer: _cpu.Buffer | None = None  # None: restored, waits for its variable
-    staleness: Staleness | None = None  # of a table in a deferred mode
+    history: History | None = None  # of a table in a deferred mode
     accumulating: int | None = None  # the step for which its accumulator holds gradients, as a count of steps before
     origin: _cpu.Buffer | None = None  # of a waiting entry of a deep copy: the variable it was copied from
 
@@ -203,7 +194,7 @@ class SlotStore:
             )
 
     def _require_history(self, buffer: _cpu.Buffer, entry: Entry) -> None:
-        if entry.staleness is not None and not entry.staleness.fits(buffer):
+        if entry.history is not None and not entry.history.fits(buffer):
             raise ValueError(
                 f"{buffer.label}: changed since the state was copied, while rows lagged behind; expected the table as "
                 "it was then (sync() before a deferred optimizer is copied apart from its tables)"
@@ -231,8 +222,8 @@ class SlotStore:
             self.arrays[entry.slots[name]] = array
         entry.spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
         entry.buffer, entry.origin = buffer, None
-        if entry.staleness is not None:
-            entry.staleness = entry.staleness.placed(buffer)
+        if entry.history is not None:
+            entry.history = entry.history.placed(buffer)
         self._register(entry, buffer)
 
     def add(self, buffer: _cpu.Buffer, name: str, array: Array) -> None:
@@ -274,8 +265,8 @@ class SlotStore:
         # Buffers that a pickle keeps outside of itself may come back read-only.
         self.arrays = [array if array.flags.writeable else array.copy(order="K") for array in state["arrays"]]
         self.names = list(state["names"])
-        for spec, slots, staleness, accumulating in state["entries"]:
-            self.add_waiting(Entry(Spec(*spec), slots, None, staleness, accumulating))
+        for spec, slots, history, accumulating in state["entries"]:
+            self.add_waiting(Entry(Spec(*spec), slots, None, history, accumulating))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:
         twin = type(self)()
@@ -290,8 +281,8 @@ class SlotStore:
         return twin
 
 
-def _copied(entry: Entry) -> Staleness | None:
-    return None if entry.staleness is None else entry.staleness.copy(entry.buffer)
+def _copied(entry: Entry) -> History | None:
+    return None if entry.history is None else entry.history.copy(entry.buffer)
 
 
 def _require_apart(buffers: list[_cpu.Buffer]) -> None:

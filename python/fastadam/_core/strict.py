@@ -6,11 +6,13 @@ import difflib
 import functools
 import inspect
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastadam._core.keywords import synonyms
 
-__all__ = ["Strict", "class_only", "is_own", "settable", "suggestion", "unknown_attribute"]
+__all__ = ["class_only", "is_own", "settable", "strict", "suggestion", "unknown_attribute"]
+
+Cls = TypeVar("Cls")
 
 if TYPE_CHECKING:
     from builtins import classmethod as class_only
@@ -38,20 +40,22 @@ else:
             return refuse
 
 
-class Strict:
-    """A class whose instances, unless they are of a user's subclass, have no attributes but those of the class.
+def strict(cls: type[Cls]) -> type[Cls]:
+    """Refuse attributes that a class does not have, on its instances and those of other classes of this package.
 
     A mistyped hyperparameter would otherwise be an attribute that nothing reads. Names that begin with an underscore
-    are left alone; so are subclasses defined elsewhere, which keep what they want. Of names that are read Python itself
-    says what was meant; `__getattr__` would make a step 15 % slower.
+    are left alone; so are subclasses defined elsewhere, which keep what they want. For names that are read Python
+    itself suggests what was meant; `__getattr__` would make a step 15 % slower.
     """
 
-    if not TYPE_CHECKING:  # type checkers would take it that every attribute exists
+    def __setattr__(self: Cls, name: str, value: object) -> None:  # noqa: N807
+        if name[0] != "_" and name != "name" and not hasattr(type(self), name) and is_own(self):
+            raise AttributeError(unknown_attribute(self, name, settable(self)))
+        object.__setattr__(self, name, value)
 
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name[0] != "_" and name != "name" and not hasattr(type(self), name) and is_own(self):
-                raise AttributeError(unknown_attribute(self, name, settable(self)))
-            super().__setattr__(name, value)
+    if not TYPE_CHECKING:  # type checkers would take it that every attribute exists
+        cls.__setattr__ = __setattr__
+    return cls
 
 
 def is_own(instance: Any) -> bool:

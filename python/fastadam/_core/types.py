@@ -85,3 +85,12 @@ ArrayLike: TypeAlias = "npt.ArrayLike | Array"  # nested lists of numbers, too
 VariableLike: TypeAlias = "Variable | Array"
 VariableTree: TypeAlias = "VariableLike | Iterable[Any] | Callable[[], Any]"  # lists and dicts in each other
 Gradient: TypeAlias = "ArrayLike | IndexedSlices | SparseMatrix"
+
+# What is duck-typed inside the package: checked by the native code or by a function of its own, not by annotations.
+AnyArray: TypeAlias = Any  # an array of NumPy, CuPy, PyTorch or another library
+AnyGradient: TypeAlias = Any  # an array, IndexedSlices, a sparse matrix, or native Slices
+AnyOptimizer: TypeAlias = Any  # an optimizer of this package or of a user's subclass
+AnyPair: TypeAlias = Any  # what should be a (gradient, variable) pair
+Config: TypeAlias = dict[str, Any]  # arguments by name, plain JSON values
+NativeObject: TypeAlias = Any  # an object of the extension fastadam._cuda
+NativeHistory: TypeAlias = tuple[Any, ...]  # StaleTable::Arrays in csrc/bind/stale.h

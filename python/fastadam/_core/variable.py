@@ -6,7 +6,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
     from fastadam._core.types import ArrayLike
 
-__all__ = ["Reader", "Variable", "buffer_of", "buffers_of", "label_of", "reading", "unwrap"]
+__all__ = ["Key", "Reader", "Variable", "buffer_of", "buffers_of", "key_of", "label_of", "reading", "unwrap"]
+
+Key: TypeAlias = tuple[int, tuple[int, ...], str, str, int]
 
 
 class Reader(Protocol):
@@ -333,3 +335,11 @@ def buffers_of(variables: Sequence[Any], positions: Sequence[int]) -> list[_cpu.
 def buffer_of(variable: Any, position: int = 0) -> _cpu.Buffer:
     """The same of one variable."""
     return buffers_of([variable], [position])[0]
+
+
+def key_of(buffer: _cpu.Buffer) -> Key:
+    """What identifies a variable: two views of one memory have one key. Keep the buffer alive, or an address is reused.
+
+    An empty array on a GPU has no address: there each object is a variable.
+    """
+    return (buffer.address or id(buffer.source), buffer.shape, buffer.dtype, buffer.order, buffer.device)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.optimizer import Adam
+from fastadam._core.adam import Adam
 from fastadam._demo.show import COLOURS, figure, progress, smooth, tidy, write_picture
 
 __all__ = ["Report", "load_digits", "main", "train"]

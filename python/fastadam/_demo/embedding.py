@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.optimizer import Adam
+from fastadam._core.adam import Adam
 from fastadam._core.slices import IndexedSlices
 from fastadam._core.types import SparseUpdate
 from fastadam._demo.show import COLOURS, figure, progress, smooth, tidy, write_picture

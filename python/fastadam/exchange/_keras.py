@@ -12,7 +12,7 @@ from fastadam._core.keywords import suggests_keywords
 from fastadam.exchange._state import assign, check_adam, copies_of_slots, moment_names, require_no_average
 
 if TYPE_CHECKING:
-    from fastadam._core.optimizer import Adam
+    from fastadam._core.adam import Adam
     from fastadam._core.types import ArrayLike, VariableLike
 
 __all__ = ["from_keras_weights", "to_keras_weights"]

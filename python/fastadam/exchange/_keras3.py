@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastadam._core.checks import check_iterations, check_list, check_number
+from fastadam._core.extras import ACCUMULATOR
 from fastadam._core.gradients import bfloat16_to_float32
 from fastadam._core.keywords import suggests_keywords
-from fastadam._core.slots import ACCUMULATOR
+from fastadam._core.parts import parts_of
 from fastadam.exchange._state import Array, assign, check_adam, copies_of_slots
 
 if TYPE_CHECKING:
-    from fastadam._core.optimizer import Adam
+    from fastadam._core.adam import Adam
     from fastadam._core.types import ArrayLike, VariableLike
 
 __all__ = ["from_keras3_variables", "read_keras3_file", "to_keras3_variables"]
@@ -57,7 +58,7 @@ def to_keras3_variables(optimizer: Adam, variables: Iterable[VariableLike]) -> d
         raise ValueError(f"decay: {optimizer.decay}, expected 0, for Keras 3 has none; use a schedule")
     if optimizer.iterations >= 2**31:
         raise ValueError(f"iterations: {optimizer.iterations}, expected less than 2**31, which Keras's int32 holds")
-    slots = copies_of_slots(optimizer, variables, optimizer._slot_names())
+    slots = copies_of_slots(optimizer, variables, parts_of(optimizer).options.slot_names)
     moments = [array for pair in zip(slots["m"], slots["v"], strict=True) for array in pair]
     rate = [np.array(optimizer.learning_rate, np.float32)] if _has_constant_rate(optimizer) else []
     arrays = [
@@ -118,7 +119,7 @@ def from_keras3_variables(
         parts[part].append(array)
     iterations = check_iterations("weights[0]", parts.pop("iteration")[0])
     hyper = {"learning_rate": check_number("weights[1]", rate[0])} if (rate := parts.pop("learning_rate", None)) else {}
-    slots = {name: parts.get(name, []) for name in optimizer._slot_names() if name != ACCUMULATOR}
+    slots = {name: parts.get(name, []) for name in parts_of(optimizer).options.slot_names if name != ACCUMULATOR}
     assign(optimizer, given, iterations, slots, hyper)
 
 
@@ -195,7 +196,7 @@ def _listed(weights: Mapping[str, Any] | Iterable[Any]) -> list[Any]:
 
 
 def _has_constant_rate(optimizer: Adam) -> bool:
-    return not callable(optimizer._hyper["learning_rate"])
+    return not callable(parts_of(optimizer).options.numbers["learning_rate"])
 
 
 def _layout(optimizer: Adam, count: int) -> list[str]:
@@ -203,7 +204,7 @@ def _layout(optimizer: Adam, count: int) -> list[str]:
     return [
         "iteration",
         *(["learning_rate"] if _has_constant_rate(optimizer) else []),
-        *(["average"] * count if "average" in optimizer._slot_names() else []),
+        *(["average"] * count if "average" in parts_of(optimizer).options.slot_names else []),
         *["m", "v"] * count,
         *(["vhat"] * count if optimizer.amsgrad else []),
     ]

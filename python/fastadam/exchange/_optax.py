@@ -18,7 +18,7 @@ from fastadam.exchange._state import (
 )
 
 if TYPE_CHECKING:
-    from fastadam._core.optimizer import Adam
+    from fastadam._core.adam import Adam
     from fastadam._core.types import VariableTree
 
 __all__ = ["from_optax_state", "to_optax_state"]

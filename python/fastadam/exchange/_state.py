@@ -12,12 +12,12 @@ from fastadam._core import placement
 from fastadam._core.backend import _cpu
 from fastadam._core.checks import check_list, check_non_negative
 from fastadam._core.gradients import as_float_array
-from fastadam._core.slots import key_of
-from fastadam._core.state import OptimizerState
-from fastadam._core.variable import buffers_of
+from fastadam._core.optimizer import Optimizer
+from fastadam._core.parts import parts_of
+from fastadam._core.variable import buffers_of, key_of
 
 if TYPE_CHECKING:
-    from fastadam._core.optimizer import Adam
+    from fastadam._core.adam import Adam
 
 __all__ = [
     "Array",
@@ -34,7 +34,7 @@ Array = npt.NDArray[Any]
 
 def check_adam(optimizer: Any) -> None:
     """Refuse a wrapper, whose inner optimizer has the state."""
-    if not isinstance(optimizer, OptimizerState):
+    if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: {type(optimizer).__name__}, expected a fastadam.Adam (of a wrapper the inner one)")
 
 
@@ -53,7 +53,7 @@ def check_epsilon_here(epsilon: Any) -> float:
 
 def require_no_average(optimizer: Adam, place: str) -> None:
     """Refuse an optimizer whose moving averages would be lost."""
-    if "average" in optimizer._slot_names():
+    if "average" in parts_of(optimizer).options.slot_names:
         raise ValueError(f"optimizer: use_ema=True, expected False: {place} has no place for moving averages")
 
 
@@ -64,9 +64,10 @@ def copies_of_slots(optimizer: Adam, variables: Iterable[Any], names: Sequence[s
         ValueError: A variable without one of these slots.
     """
     given = check_list("variables", variables)
-    with optimizer._lock:
-        optimizer._settle()
-        found = [optimizer._slots.find(buffer) or {} for buffer in buffers_of(given, range(len(given)))]
+    _, state, runtime, tables = parts_of(optimizer)
+    with runtime.lock:
+        tables.catch_up_all()
+        found = [state.slots.find(buffer) or {} for buffer in buffers_of(given, range(len(given)))]
         for i, slots in enumerate(found):
             if not set(names) <= set(slots):
                 raise ValueError(f"variables[{i}]: slots {list(slots)}, expected {list(names)}")
@@ -92,9 +93,10 @@ def assign(
         name: [_fitted(f"{name}[{i}]", array, buffers[i]) for i, array in enumerate(arrays)]
         for name, arrays in slots.items()
     }
-    with optimizer._lock:
-        optimizer._settle()
-        prepared = optimizer._slots.prepare(buffers, list(slots))
+    _, state, runtime, tables = parts_of(optimizer)
+    with runtime.lock:
+        tables.catch_up_all()
+        prepared = state.slots.prepare(buffers, list(slots))
         for name, targets in zip(slots, prepared.slots, strict=True):
             for i, target in enumerate(targets):
                 if isinstance(target, np.ndarray) and not target.flags.writeable:

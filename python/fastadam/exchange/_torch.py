@@ -11,7 +11,7 @@ from fastadam._core.slices import DEFERRED
 from fastadam.exchange._state import assign, check_adam, check_epsilon_here, copies_of_slots, moment_names
 
 if TYPE_CHECKING:
-    from fastadam._core.optimizer import Adam
+    from fastadam._core.adam import Adam
     from fastadam._core.types import VariableLike
 
 __all__ = ["from_torch_state_dict", "to_torch_state_dict"]
@@ -127,7 +127,7 @@ def from_torch_state_dict(
 
 
 def _checked_hyper(group: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
-    from fastadam._core.optimizer import Adam
+    from fastadam._core.adam import Adam
 
     beta_1, beta_2 = map(float, group["betas"])
     hyper: dict[str, Any] = {

@@ -16,10 +16,10 @@ import numpy as np
 
 from fastadam._core.checks import check_beta, check_non_negative, check_number
 from fastadam._core.display import call_text, never_raises, schedule_settings
-from fastadam._core.hyper import StepHyper
 from fastadam._core.keywords import suggests_keywords
+from fastadam._core.plan import StepHyper
 from fastadam.keras._backend import outside_of_graphs, require_backend
-from fastadam.keras._plans import Plans, plan_of_nothing
+from fastadam.keras._plans import KerasPlans, plan_of_nothing
 from fastadam.keras._schedules import as_keras_rate
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             gradient_accumulation_steps=gradient_accumulation_steps,
             name=name,
         )
-        self._plans = Plans()
+        self._plans = KerasPlans()
         self._check_numbers([], None)
 
     @never_raises
@@ -192,7 +192,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         rate = check_number("learning_rate", rate) if is_known else 0.0
         hyper = StepHyper(1, rate, *self._numbers())
         in_single = any(variable.dtype != "float64" for variable in variables)  # which holds fewer numbers
-        plan_of_nothing("float32" if in_single else "float64").check_numbers(hyper, [])
+        plan_of_nothing("float32" if in_single else "float64").check_numbers(hyper)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update one variable: where a subclass overrides this, Keras's way, each by itself."""

@@ -7,35 +7,35 @@ from operator import is_
 from typing import Any
 
 import numpy as np
-from keras.src.backend import in_stateless_scope
+from keras.src.backend import get_autocast_scope, in_stateless_scope
 
 from fastadam._core.backend import _cpu
 from fastadam._core.cuda_module import cuda_module
-from fastadam._core.hyper import StepHyper
-from fastadam._core.ops import run_step
 from fastadam._core.placement import native_for
+from fastadam._core.plan import BoundedCache, Plan, StepHyper
 
-__all__ = ["Plan", "Plans", "plan_of_nothing"]
+__all__ = ["KerasPlans", "plan_of_nothing"]
 
 
-class Plans:
-    """A plan of each set of variables that are stepped together."""
+class KerasPlans:
+    """A plan for each set of variables that are stepped together."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, int], Plan] = {}
+        self._cache: BoundedCache[tuple[int, int], KerasPlan] = BoundedCache()
 
-    def of(self, held: list[list[Any]], names: list[str]) -> Plan:
+    def of(self, held: list[list[Any]], names: list[str]) -> KerasPlan:
         """``held``: variables, then the slots of each name."""
-        values = [variable.value for variables in held for variable in variables]
+        values = values_of([variable for variables in held for variable in variables])
         key = id(held[0][0]), len(held[0])
-        plan = self._made.get(key)
+        plan = self._cache.get(key)
         if plan is None or not plan.fits(values):
-            plan = self._made[key] = Plan(held, names, values)
+            plan = KerasPlan(held, names, values)
+            self._cache.put(key, plan)
         return plan
 
 
-class Plan:
-    """A native plan of the arrays that Keras's variables hold. A cache: :meth:`fits` says whether they are the same."""
+class KerasPlan:
+    """A plan of the arrays that Keras's variables hold. A cache: :meth:`fits` says whether they are the same."""
 
     def __init__(self, held: list[list[Any]], names: list[str], values: list[Any]) -> None:
         """``values``: what ``held`` holds, in this order."""
@@ -45,30 +45,25 @@ class Plan:
         keras_variables = [variable for variables in held for variable in variables]
         arrays = list(map(self._writable, keras_variables, values))
         count = len(held[0])
-        self._positions = list(range(count))
         native = native_for(arrays[:1])
-        self._buffers = [
+        buffers = [
             native.Buffer(array, f"variable '{variable.path}'")
             for variable, array in zip(held[0], arrays[:count], strict=True)
         ]
         self._names, self._count = names, count
         slots = {name: arrays[i * count : (i + 1) * count] for i, name in enumerate(names, start=1)}
-        device = self._buffers[0].device
-        context = cuda_module().Context(device) if device >= 0 else None
-        self._native = native.Plan(
-            self._buffers, slots, [False] * count, self._positions, False, [None] * count, context
-        )
+        device = buffers[0].device
+        self._plan = Plan(buffers, slots, context=cuda_module().Context(device) if device >= 0 else None)
 
     def fits(self, values: list[Any]) -> bool:
         """Whether these are the values that the plan was made for, where they were."""
         if self._copies or len(values) != len(self._values) or not all(map(is_, values, self._values)):
             return False
         variables, *slots = (values[i : i + self._count] for i in range(0, len(values), self._count))
-        return bool(self._native.holds(variables, dict(zip(self._names, slots, strict=True))))
+        return self._plan.holds(variables, dict(zip(self._names, slots, strict=True)))
 
     def step(self, grads: list[Any], hyper: StepHyper) -> None:
-        gradients = list(map(_apart, grads, self._values))
-        run_step(self._native.step, gradients, self._buffers, self._positions, hyper, [], None)
+        self._plan.step(list(map(_apart, grads, self._values)), hyper)
         for variable, copy in self._copies:
             variable.assign(copy)
         if self._tensors:
@@ -93,12 +88,19 @@ class Plan:
         return copy
 
 
+def values_of(variables: list[Any]) -> list[Any]:
+    """What Keras's variables hold; ``value`` looks for scopes that would replace it, here once for all."""
+    first, kind = variables[0], type(variables[0])
+    if in_stateless_scope() or get_autocast_scope() is not None or first.value is not first._value:
+        return [variable.value for variable in variables]
+    return [v._value if type(v) is kind and v._value is not None else v.value for v in variables]
+
+
 @functools.cache
-def plan_of_nothing(dtype: str) -> Any:
+def plan_of_nothing(dtype: str) -> Plan:
     """For the checks of numbers that a plan has."""
     empty = np.empty(0, dtype)
-    slots = {"m": [empty], "v": [empty]}
-    return _cpu.Plan([_cpu.Buffer(empty, "nothing")], slots, [False], [0], False, [None], None)
+    return Plan([_cpu.Buffer(empty, "nothing")], {"m": [empty], "v": [empty]})
 
 
 def _contiguous_copy(tensor: Any) -> Any:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fastadam._core.hyper import StepHyper
+from fastadam._core.plan import StepHyper
+from fastadam._core.runtime import late_error
 from fastadam.torch._sets import ParameterSet
 from fastadam.torch._tables import Table
 
@@ -60,10 +61,7 @@ class Chosen:
         else:
             counts.take_back(int(self.counter) - calls)
             self.counter[...] = calls
-        raise ValueError(
-            f"{message}; found on the GPU after the call had returned: that step and those since then have changed "
-            "nothing"
-        )
+        raise late_error(message, "that step")
 
 
 class Call(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastadam._core.hyper import StepHyper
+from fastadam._core.plan import StepHyper
 from fastadam.torch._counts import lies_on_gpu, whole_count
 from fastadam.torch._sets import Kind, ParameterSet
 from fastadam.torch._states import SLOTS
@@ -121,7 +121,7 @@ def _step(
         )
         gradients = together.read_gradients([grads[place] for place in places], densify=True)
         factors = together.reversed if maximize else []
-        together.check(gradients, hyper, factors)
+        gradients = together.check(gradients, hyper, factors)
         calls.append((together, gradients, hyper, factors))
     for together, gradients, hyper, factors in calls:
         counter = np.zeros((), np.int64)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastadam._core.frameworks import NamedInKeras
+from fastadam._core.frameworks import named_in_keras
 from fastadam._core.keywords import suggests_keywords
 from fastadam._core.slices import check_sparse_update
 from fastadam.torch._checks import (
@@ -44,7 +44,8 @@ _ELSEWHERE = {
 }
 
 
-class Adam(Stepper, NamedInKeras):
+@named_in_keras
+class Adam(Stepper):
     r"""Adam, AMSGrad and, with ``decoupled_weight_decay``, AdamW, for parameters of PyTorch.
 
     .. math::

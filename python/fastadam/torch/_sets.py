@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastadam._core.backend import _cpu
 from fastadam._core.cuda_module import cuda_module
-from fastadam._core.hyper import StepHyper
-from fastadam._core.staleness import Staleness
+from fastadam._core.history import History
+from fastadam._core.plan import Plan, StepHyper
 from fastadam.torch._counts import StepCounts, lies_on_gpu
 from fastadam.torch._states import HALF, SLOTS
 from fastadam.torch._views import View, gradient_like, is_lazy_view, is_plain, local_of
@@ -49,7 +49,7 @@ class ParameterSet:
         labels: list[str],
         positions: list[int],
         kind: Kind,
-        tables: list[Staleness] | list[None],
+        tables: list[History] | list[None],
         context: Any = None,
     ) -> None:
         self.params, self.states, self.labels = params, states, labels
@@ -105,9 +105,15 @@ class ParameterSet:
         self.buffers = [native.Buffer(param, label) for param, label in zip(params, self.labels, strict=True)]
         if self.device.type == "cuda" and self.context is None:
             self.context = native.Context(self.buffers[0].device)
-        decays, lazy = [self.kind.decays] * len(params), self.kind.mode == "lazy"
-        histories = [None if table is None else table.native for table in self.tables]
-        self.plan = native.Plan(self.buffers, named, decays, self.positions, lazy, histories, self.context)
+        self.plan = Plan(
+            self.buffers,
+            named,
+            decays=[self.kind.decays] * len(params),
+            positions=self.positions,
+            lazy=self.kind.mode == "lazy",
+            histories=[None if table is None else table.native for table in self.tables],
+            context=self.context,
+        )
         self._slices = native.Slices
 
     def is_current(self) -> bool:
@@ -120,7 +126,7 @@ class ParameterSet:
             if not view.fits([column[i] for column in self._columns]):
                 return False
         params, *slots = self._natives()
-        return bool(self.plan.holds(params, dict(zip(self.kind.slots, slots, strict=True))))
+        return self.plan.holds(params, dict(zip(self.kind.slots, slots, strict=True)))
 
     def move_to(self, params: list[Tensor], states: list[dict[str, Any]]) -> bool:
         """Go on with other tensors of the same memory; False if they are not."""
@@ -139,7 +145,7 @@ class ParameterSet:
 
     def can_count(self, hyper: StepHyper) -> bool:
         """On a GPU: whether it can count its steps, or read a rate, with these betas; not to be asked in a capture."""
-        return bool(self.plan.can_count(hyper))
+        return self.plan.can_count(hyper)
 
     def rate_on_gpu(self, rate: Any, hyper: StepHyper) -> Tensor | None:
         """A learning rate that the GPU is to read for itself; with betas for which it cannot, the host waits for it."""
@@ -170,18 +176,17 @@ class ParameterSet:
                 gradients[i] = self._rows_of(gradients[i], i)
         return gradients
 
-    def check(self, gradients: list[Any], hyper: StepHyper, factors: list[float]) -> None:
-        """Raise what is wrong with a step; gradients that the plan cannot read are replaced in the list."""
-        while unfit := self.plan.check(gradients):
-            self._convert(gradients, unfit)
+    def check(self, gradients: list[Any], hyper: StepHyper, factors: list[float]) -> list[Any]:
+        """Raise what is wrong with a step; the gradients, converted as far as they have to be."""
+        gradients = self.plan.check(gradients, self._converted)
         self.plan.check_numbers(hyper, factors)
+        return gradients
 
     def step(self, gradients: list[Any], hyper: StepHyper, factors: list[float], counter: Any) -> None:
         """Step, or raise what is wrong and change nothing; :meth:`finish` is due once ``counter`` has gone up."""
         for i, view in self._views.items():
             view.load([column[i] for column in self._columns])
-        while unfit := self.plan.step(gradients, hyper, factors, counter):
-            self._convert(gradients, unfit)
+        self.plan.step(gradients, hyper, factors, counter, self._converted)
 
     def finish(self, count: int | Tensor) -> None:
         """Say that a step was made, the ``count``-th; may be repeated if it was cut off.
@@ -208,14 +213,15 @@ class ParameterSet:
             written += [local_of(column[i]) for i in self._views for column in columns]
         torch.autograd.graph.increment_version(written)
 
-    def _convert(self, gradients: list[Any], which: list[int]) -> None:
-        for i in which:
-            gradient, param = gradients[i], self.params[i]
-            if gradient.is_sparse:
-                self._sparse.add(i)
-            gradients[i] = self._rows_of(gradient, i) if gradient.is_sparse else self._dense(gradient, i)
-            if gradients[i] is gradient:
-                raise TypeError(f"grad of {self.labels[i]}: {gradient.dtype} {gradient.layout}, expected {param.dtype}")
+    def _converted(self, gradient: Tensor, i: int) -> Any:
+        """A gradient that the plan cannot read as it is."""
+        if gradient.is_sparse:
+            self._sparse.add(i)
+        readable = self._rows_of(gradient, i) if gradient.is_sparse else self._dense(gradient, i)
+        if readable is gradient:
+            dtypes = f"{gradient.dtype} {gradient.layout}, expected {self.params[i].dtype}"
+            raise TypeError(f"grad of {self.labels[i]}: {dtypes}")
+        return readable
 
     def _dense(self, gradient: Tensor, i: int) -> Tensor:
         if gradient.layout != torch.strided:

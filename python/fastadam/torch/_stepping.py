@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastadam._core.hyper import StepHyper
+from fastadam._core.history import Numbers
+from fastadam._core.plan import BoundedCache, StepHyper
 from fastadam._core.slices import DEFERRED
-from fastadam._core.staleness import Numbers
 from fastadam._core.warning import warn
 from fastadam.torch._checks import check_flags, check_options, label_of
 from fastadam.torch._chosen import ON_HOST, Call, Chosen, Key, OnGpu
@@ -41,7 +41,7 @@ class Stepper(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         """Forget what was made of states that have been replaced."""
-        self._sets: dict[Key, Chosen] = {}
+        self._sets: BoundedCache[Key, Chosen] = BoundedCache()
         self._contexts: dict[Key, Any] = {}
         self._captured: list[Chosen] = []  # CUDA graphs write to their memory
         self._tables = Tables(exact=self._sparse_update == "deferred")
@@ -67,8 +67,9 @@ class Stepper(torch.optim.Optimizer):
             if any(mask):
                 self._prepare(calls, index, group, gradients, mask, scaling)
         if len(calls) > 1:
-            for call in calls:
-                call.chosen.together.check(call.gradients, call.hyper, call.factors)
+            for i, call in enumerate(calls):
+                checked = call.chosen.together.check(call.gradients, call.hyper, call.factors)
+                calls[i] = call._replace(gradients=checked)
         for call in calls:
             self._make(call)
 
@@ -121,7 +122,7 @@ class Stepper(torch.optim.Optimizer):
         hyper = self._hyper_of(group, together, step, scaling.gradient_scale if there.grad_scale is None else 1.0)
         mine = [gradients[place] for place in together.positions]
         if found.tables and self._settle_before(found, mine, hyper, group["amsgrad"]):
-            del self._sets[_key_of(index, group, mask)]
+            self._sets.remove(found)
             self._prepare(calls, index, group, gradients, mask, scaling)
             return
         if together.context is not None:
@@ -185,7 +186,7 @@ class Stepper(torch.optim.Optimizer):
         for table, gradient in zip(chosen.tables, gradients, strict=True):
             table.require_untouched()
             differs = table.history.numbers != numbers
-            if differs or not gradient.is_sparse:
+            if table.history.must_catch_up(numbers, touches_rows=gradient.is_sparse):
                 table.catch_up()
             if differs:
                 table.history.change_numbers(numbers)
@@ -201,7 +202,7 @@ class Stepper(torch.optim.Optimizer):
         if self._has_warned:
             return
         for table in tables:
-            if table.history.waits and not table.is_asked_for and id(table.param) not in self._attached:
+            if table.history.waits and not table.history.is_read and id(table.param) not in self._attached:
                 self._has_warned = True
                 warn(
                     f"{table.label}: its rows were read from its memory, where with sparse_update="
@@ -216,7 +217,7 @@ class Stepper(torch.optim.Optimizer):
             together.step(call.gradients, call.hyper, call.factors, chosen.counter)
             together.finish_in_graph(call.found_inf)
             self._captured.append(chosen)  # its pointers are the graph's from here on
-            self._sets = {key: other for key, other in self._sets.items() if other is not chosen}
+            self._sets.remove(chosen)
             return
         after = None if call.found_inf is None else together.counts.after(call.found_inf)
         chosen.is_scaled = chosen.is_scaled or after is not None
@@ -263,7 +264,8 @@ class Stepper(torch.optim.Optimizer):
         devices = [group["params"][place].device for place in places]
         if len(set(devices)) > 1:
             return _by_value(mask, places, devices)
-        self._sets[key] = made = self._new(key, group, places)
+        made = self._new(key, group, places)
+        self._sets.put(key, made)
         return made
 
     def _is_current(self, chosen: Chosen, params: list[Tensor]) -> bool:
@@ -274,7 +276,7 @@ class Stepper(torch.optim.Optimizer):
             if not all(self.state.get(p) is state for p, state in zip(together.params, together.states, strict=True)):
                 return False
             chosen.epoch = self._epoch
-        if chosen.tables and any(table.history.steps >= table.history.room for table in chosen.tables):
+        if any(table.history.is_full for table in chosen.tables):
             return False
         return together.is_current() and together.counts.are(together.states)
 
@@ -292,7 +294,7 @@ class Stepper(torch.optim.Optimizer):
             for param, state, label in zip(params, states, labels, strict=True):
                 tables.append(self._tables.make(param, state, label, numbers))
         for table in tables:
-            if table.history.steps >= table.history.room:
+            if table.history.is_full:
                 table.history.make_room()
         kind = Kind(self._sparse_update, rows=rows, amsgrad=key.amsgrad, decays=key.decays)
         histories: list[Any] = [table.history for table in tables] or [None] * len(params)

@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastadam._core.backend import _cpu
-from fastadam._core.hyper import StepHyper
-from fastadam._core.placement import native_of
-from fastadam._core.staleness import Numbers, Staleness
+from fastadam._core.history import History, Numbers
 from fastadam.torch._states import SLOTS
 
 __all__ = ["Reader", "Tables"]
@@ -22,8 +20,7 @@ class Table:
 
     def __init__(self, param: Tensor, state: dict[str, Any], label: str, numbers: Numbers, exact: bool) -> None:
         self.param, self.state, self.label = param, state, label
-        self.history = Staleness.of(_cpu.Buffer(param, label), numbers, exact)
-        self.is_asked_for = False  # since its last step some or all rows were brought up to date to be read
+        self.history = History.of(_cpu.Buffer(param, label), numbers, exact)
         self._note()
 
     def _note(self) -> None:
@@ -44,22 +41,16 @@ class Table:
     def note_step(self) -> None:
         """The optimizer has written to it."""
         self._note()
-        self.is_asked_for = False
+        self.history.is_read = False
 
     def catch_up(self, ids: Any = None) -> None:
         """Make the steps that the rows missed: those that ``ids`` name, or all."""
-        self.is_asked_for = True
-        if not self.history.waits:
-            return
+        self.history.is_read = True
         self.require_untouched()
-        beta_1, beta_2, epsilon, amsgrad = self.history.numbers
-        slots = {name: [self.state[SLOTS[name]]] for name in (tuple(SLOTS) if amsgrad else ("m", "v"))}
-        buffer = _cpu.Buffer(self.param, self.label)
-        plan = native_of(buffer).Plan([buffer], slots, [False], [0], False, [self.history.native])
-        plan.catch_up(ids, StepHyper(1, 0.0, beta_1, beta_2, epsilon), None)
-        written = [self.param, *(tensors[0] for tensors in slots.values())]
-        increment_version(written)
-        self._note()
+        slots = {name: self.state[key] for name, key in SLOTS.items() if key in self.state}
+        if self.history.catch_up(_cpu.Buffer(self.param, self.label), slots, ids):
+            increment_version([self.param, *slots.values()])
+            self._note()
 
 
 class Tables:

@@ -1,13 +1,12 @@
-"""Stateless steps, for people who keep their own m and v, and what the optimizer shares with them."""
+"""``fastadam.adam_step``: one step for people who keep their own m and v."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastadam._core.backend import _cpu
 from fastadam._core.checks import (
     check_beta,
     check_clip,
@@ -18,50 +17,15 @@ from fastadam._core.checks import (
     check_one_norm,
 )
 from fastadam._core.cuda_module import cuda_module
-from fastadam._core.gradients import convert_gradient
-from fastadam._core.hyper import StepHyper
 from fastadam._core.keywords import suggests_keywords
-from fastadam._core.placement import native_of
-from fastadam._core.slices import DEFERRED, check_sparse_update, convert_slices, is_slices, native_gradient
+from fastadam._core.plan import Plan, StepHyper
+from fastadam._core.slices import DEFERRED, check_sparse_update
 from fastadam._core.variable import buffers_of, unwrap
 
 if TYPE_CHECKING:
     from fastadam._core.types import Array, Gradient, VariableLike
 
-__all__ = ["adam_step", "fit_gradients", "run_step"]
-
-
-def fit_gradients(
-    plan: _cpu.Plan, gradients: list[Any], buffers: Sequence[_cpu.Buffer], positions: Sequence[int]
-) -> list[Any]:
-    """Check the gradients against the plan and convert those that it cannot read as they lie."""
-    fitting = gradients[:]
-    while unfit := plan.check(fitting):
-        _convert(fitting, unfit, buffers, positions)
-    return fitting
-
-
-def run_step(
-    native: Callable[..., list[int]],
-    gradients: list[Any],
-    buffers: Sequence[_cpu.Buffer],
-    positions: Sequence[int],
-    *arguments: Any,
-) -> None:
-    """Call ``native(gradients, *arguments)`` of a plan; gradients that it cannot read as they lie are converted."""
-    while unfit := native(gradients, *arguments):
-        gradients = gradients[:]
-        _convert(gradients, unfit, buffers, positions)
-
-
-def _convert(gradients: list[Any], which: list[int], buffers: Sequence[_cpu.Buffer], positions: Sequence[int]) -> None:
-    for i in which:
-        label = f"grads[{positions[i]}]"
-        if is_slices(gradients[i]):
-            gradients[i] = convert_slices(gradients[i], buffers[i], label)
-            continue
-        found = native_gradient(gradients[i], buffers[i], label)
-        gradients[i] = found if is_slices(found) else convert_gradient(found, buffers[i], label)
+__all__ = ["adam_step"]
 
 
 @suggests_keywords()
@@ -152,14 +116,11 @@ def adam_step(
     if not variables and not any((gradients, *slots.values())):
         return
     buffers = buffers_of(variables, positions)
-    decays = [weight_decay != 0] * len(variables)
-    histories = [None] * len(variables)
     on_gpu = bool(buffers) and buffers[0].device >= 0
     context = cuda_module().Context(buffers[0].device) if on_gpu else None
-    native = native_of(buffers[0]) if buffers else _cpu
-    plan = native.Plan(buffers, slots, decays, positions, sparse_update == "lazy", histories, context)
-    factors = _check_factors(grad_factor, len(variables))
-    run_step(plan.step, gradients, buffers, positions, hyper, factors, None)
+    decays = [weight_decay != 0] * len(variables)
+    plan = Plan(buffers, slots, decays=decays, lazy=sparse_update == "lazy", context=context)
+    plan.step(gradients, hyper, _check_factors(grad_factor, len(variables)))
     if context is not None:
         context.wait()  # nobody else would be told
         if failure := context.take_failure():

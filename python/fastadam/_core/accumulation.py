@@ -1,0 +1,80 @@
+"""``gradient_accumulation_steps``: k - 1 calls add gradients up, and the k-th makes the step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastadam._core.extras import ACCUMULATOR
+from fastadam._core.placement import assign
+from fastadam._core.plan import Plan, StepHyper
+from fastadam._core.slices import is_native_sparse
+
+if TYPE_CHECKING:
+    from fastadam._core.parts import Parts
+    from fastadam._core.runtime import StepPlan
+    from fastadam._core.slots import Entry
+    from fastadam._core.types import AnyGradient
+
+__all__ = ["accumulate"]
+
+
+def accumulate(
+    parts: Parts,
+    plan: StepPlan,
+    gradients: list[AnyGradient],
+    scale: float,
+    hyper: StepHyper,
+    *,
+    require_finite: bool,
+) -> bool:
+    """Add gradients times ``scale``; in the last call of a cycle make the step with all that were added.
+
+    Returns:
+        Whether the gradients were finite, if that is required.
+    """
+    state, per_step = parts.state, parts.options.calls_per_step
+    calls = int(state.calls)
+    entries = [entry for buffer in plan.plan.buffers if (entry := state.slots.entry_of(buffer))]
+    before = {id(entry): (entry, entry.accumulating) for entry in entries}
+    fresh = [entry for entry, cycle in before.values() if cycle != calls // per_step]
+    if restart := len(fresh) == len(before):
+        fresh = []
+    for entry, _ in before.values():
+        entry.accumulating = calls // per_step
+    try:
+        update = _update_plan(parts, plan.plan, entries) if (calls + 1) % per_step == 0 else None
+        if fresh:  # refused before anything is written
+            gradients = plan.plan.check(gradients)
+            plan.plan.check_numbers(hyper._replace(gradient_scale=scale))
+            (update or plan.plan).check_numbers(hyper)
+        for entry in fresh:
+            assign(state.slots.slots_of(entry)[ACCUMULATOR], 0)
+        is_finite = plan.plan.accumulate(
+            gradients, scale, hyper, state.calls, require_finite=require_finite, restart=restart, update=update
+        )
+        if plan.plan.device >= 0 and any(map(is_native_sparse, gradients)):
+            parts.tables.raise_late(wait=True)  # a cycle is not taken back call by call
+    finally:
+        if int(state.calls) == calls:  # refused, or not finite
+            for entry, cycle in before.values():
+                entry.accumulating = cycle
+    return is_finite
+
+
+def _update_plan(parts: Parts, plan: Plan, entries: list[Entry]) -> Plan:
+    """The plan of all variables with an accumulated gradient: this call's, unless others had one before."""
+    state, options = parts.state, parts.options
+    waiting = [entry for entry in state.entries if state.is_accumulating(entry, options.calls_per_step)]
+    if len({id(entry) for entry in entries}) == len(entries) == len(waiting):
+        return plan
+    buffers = []
+    for entry in waiting:
+        buffer = entry.buffer or entry.origin
+        if buffer is None:
+            raise ValueError(f"gradients were accumulated for {entry.spec} and saved; build it, the step needs it")
+        buffers.append(buffer)
+    prepared = state.slots.prepare(buffers, options.slot_names)
+    prepared.commit()  # of a deep copy: it goes on with the same variables
+    slots = dict(zip(options.slot_names, prepared.slots, strict=True))
+    decays = options.extras.decays([entry.spec.name for entry in waiting], buffers)
+    return Plan(buffers, slots, decays=decays, context=parts.runtime.context_of(buffers[0]))

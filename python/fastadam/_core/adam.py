@@ -1,0 +1,388 @@
+"""``fastadam.Adam``: the interface of tf.keras.optimizers.Adam. The arithmetic is in the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fastadam._core.attributes import Clip, Extra, Hyper
+from fastadam._core.checks import check_beta, check_bool, check_count, check_epsilon, check_list, check_non_negative
+from fastadam._core.display import adam_settings, call_text, html_or_none, html_table, name_of, never_raises
+from fastadam._core.extras import Extras, excluded, overwrite
+from fastadam._core.frameworks import named_in_keras, refuse_parameters
+from fastadam._core.hyper import check_rate
+from fastadam._core.keywords import ELSEWHERE, suggests_keywords
+from fastadam._core.optimizer import Optimizer
+from fastadam._core.pairs import check_pairs_list
+from fastadam._core.parts import parts_of
+from fastadam._core.placement import on_gpu, to_host
+from fastadam._core.slices import check_sparse_update
+from fastadam._core.step import rate_after
+from fastadam._core.strict import class_only, strict
+from fastadam._core.variable import buffers_of
+from fastadam.schedules import LearningRateSchedule, deserialize, serialize
+from fastadam.schedules._foreign import adopt
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from fastadam._core.types import (
+        Config,
+        Gradient,
+        Hyperparameter,
+        LearningRate,
+        SparseUpdate,
+        VariableLike,
+    )
+
+__all__ = ["Adam"]
+
+_auto_names: dict[str, int] = {}
+
+
+@strict
+@named_in_keras
+class Adam(Optimizer):
+    r"""Adam and AMSGrad with the interface and, in float32, the bits of ``tf.keras.optimizers.Adam`` (TF 2.x).
+
+    .. math::
+        t = iterations + 1, \quad \alpha_t = \eta \sqrt{1 - \beta_2^t} / (1 - \beta_1^t)
+
+        m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
+        \theta \mathrel{-}= m \alpha_t / (\sqrt{v} + \hat\epsilon)
+
+    With ``amsgrad`` the square root is of :math:`\hat v = \max(\hat v, v)`. The epsilon is "epsilon hat" of the paper,
+    added before the bias correction: PyTorch's means something else.
+
+    Variables are updated in place: writable contiguous NumPy arrays, :class:`fastadam.Variable`, and whatever exports
+    writable CPU memory (DLPack, ``__array_interface__``), of dtype float16, bfloat16, float32 or float64. Slots are
+    found by the memory of the variable, which the optimizer keeps alive: a new view of a buffer is the same variable.
+
+    Args:
+        learning_rate: Step size; a number, a schedule of :mod:`fastadam.schedules`, Keras or TensorFlow, a scheduler of
+            PyTorch with one parameter group, which you step, or a callable without arguments. Schedules and callables
+            are evaluated once per step. For variables on a GPU also one float32 or float64 there, which every step
+            reads.
+        beta_1: Decay rate of the first moment, in [0, 1); number or callable.
+        beta_2: Decay rate of the second moment, likewise.
+        epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.
+        amsgrad: Use the maximum of the second moments.
+        name: Name of the optimizer; None or "" makes a unique one.
+        clipnorm: Scale each gradient down to this norm, after ``clipvalue``.
+        clipvalue: Clip the elements of gradients to [-clipvalue, clipvalue].
+        global_clipnorm: Scale all gradients down to this norm of all together, instead of ``clipnorm``.
+        lr: Another name of ``learning_rate``, over which it wins.
+        decay: The learning rate is divided by ``1 + decay * iterations``.
+        weight_decay: Decoupled, multiplied by the learning rate; see :class:`AdamW`.
+        use_ema: Keep a moving average of each variable.
+        ema_momentum: Decay rate of the averages, in [0, 1].
+        ema_overwrite_frequency: Overwrite the variables with their averages every so many steps.
+        loss_scale_factor: Divide the gradients by this number, which :meth:`scale_loss` multiplies the loss by.
+        gradient_accumulation_steps: Update the variables in every such call only, with the mean of the gradients.
+        sparse_update: How :class:`fastadam.IndexedSlices` are applied: "dense" moves every row of the variable, as TF
+            does. "deferred" gives the same bits at the cost of the rows touched: the others wait, in the variable too,
+            until they are touched or read by :meth:`gather`, :meth:`sync` or :meth:`dense_view`, or have waited for
+            ``max_staleness`` steps, if that is given. "deferred_fast" sums the steps that a row missed in closed form,
+            with an error under 2^-26 of its displacement, where that is possible. "lazy" never moves the others,
+            another algorithm (LazyAdam, torch.optim.SparseAdam).
+        max_staleness: The most steps that a row of a deferred table waits; None for any number.
+        clip_after_dedupe: Of IndexedSlices the three clips see each row once, with its repetitions summed, as of the
+            dense gradient; by default the values as they come, as in TF.
+
+    Gradients are unscaled, accumulated and clipped; then the variables decay, are updated and averaged.
+
+    Raises:
+        TypeError: An unknown keyword, or a hyperparameter that is no number.
+        ValueError: A hyperparameter that is not finite, negative where it must not be, or a beta outside [0, 1).
+
+    Source: Kingma and Ba, "Adam" (arXiv:1412.6980); Reddi et al., "On the Convergence of Adam and Beyond" (AMSGrad);
+    https://www.tensorflow.org/api_docs/python/tf/keras/optimizers/Adam.
+
+    >>> import numpy as np, fastadam
+    >>> w = np.array([1.0, 2.0], dtype=np.float32)
+    >>> opt = fastadam.Adam(learning_rate=0.1)
+    >>> step = opt.apply_gradients([(np.array([0.5, -0.5], np.float32), w)])
+    >>> w.round(5)
+    array([0.9, 2.1], dtype=float32)
+    >>> int(opt.iterations), opt.get_slot(w, "m").round(5)
+    (1, array([ 0.05, -0.05], dtype=float32))
+    """
+
+    name: str
+    learning_rate: Hyper[Any, LearningRate] = Hyper(check_rate)  # read: a float, a schedule, or an array on a GPU
+    beta_1: Hyper[float, Hyperparameter] = Hyper(check_beta)
+    beta_2: Hyper[float, Hyperparameter] = Hyper(check_beta)
+    decay: Hyper[float, Hyperparameter] = Hyper(check_non_negative)
+    epsilon: Hyper[float, Hyperparameter | None] = Hyper(lambda _, value: check_epsilon(value))
+    clipvalue: Clip = Clip()
+    clipnorm: Clip = Clip()
+    global_clipnorm: Clip = Clip()
+    weight_decay: Extra[float | None] = Extra()
+    use_ema: Extra[bool] = Extra()
+    ema_momentum: Extra[float] = Extra()
+    ema_overwrite_frequency: Extra[int | None] = Extra()
+    loss_scale_factor: Extra[float | None] = Extra()
+    gradient_accumulation_steps: Extra[int | None] = Extra(fixed=True)  # `weights[0]` counts in its units
+    clip_after_dedupe: Extra[bool] = Extra()
+
+    @suggests_keywords("optimizer", ELSEWHERE)
+    def __init__(
+        self,
+        learning_rate: LearningRate = 0.001,
+        beta_1: Hyperparameter = 0.9,
+        beta_2: Hyperparameter = 0.999,
+        epsilon: Hyperparameter | None = 1e-7,
+        amsgrad: bool = False,
+        name: str | None = "Adam",
+        *,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        lr: LearningRate | None = None,
+        decay: Hyperparameter = 0.0,
+        weight_decay: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
+        max_staleness: int | None = None,
+        clip_after_dedupe: bool = False,
+    ) -> None:
+        super().__init__()
+        if lr is not None:
+            refuse_parameters("learning_rate", learning_rate)  # Adam(parameters, lr=...), as torch has it
+            if not callable(adopt(lr)):
+                check_non_negative("lr", lr)
+            learning_rate = lr
+        if not callable(decay):
+            check_non_negative("decay", decay)
+        self.max_staleness = max_staleness
+        self.learning_rate = learning_rate
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self.decay = decay
+        self.clipnorm = clipnorm
+        self.clipvalue = clipvalue
+        self.global_clipnorm = global_clipnorm
+        self.amsgrad = amsgrad
+        parts_of(self).options.extras = Extras(
+            weight_decay=weight_decay,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            clip_after_dedupe=clip_after_dedupe,
+        )
+        self.sparse_update = sparse_update
+        if not isinstance(name, (str, type(None))):
+            raise TypeError(f"name: {name!r}, expected a string")
+        self.name = name or _unique_name(type(self).__name__.lower())
+
+    # ---- hyperparameters -------------------------------------------------------------------------------------------
+
+    @property
+    def lr(self) -> Any:
+        """Another name of ``learning_rate``. Never the decayed rate, as in TF."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, value: LearningRate) -> None:
+        self.learning_rate = value
+
+    @property
+    def current_learning_rate(self) -> float:
+        """The rate of the next ``apply_gradients`` as a float, whatever ``learning_rate`` is set to.
+
+        A schedule is evaluated at the count of calls so far, which with ``gradient_accumulation_steps`` are more than
+        ``iterations``, as for Keras 3's ``optimizer.learning_rate``; a callable is called; ``decay`` is applied. A rate
+        on a GPU is read, which waits for the GPU.
+
+        Raises:
+            TypeError: A schedule or callable that returns no number.
+            ValueError: One that is not finite.
+
+        >>> import fastadam
+        >>> opt = fastadam.Adam(fastadam.schedules.CosineDecay(0.1, decay_steps=100))
+        >>> opt.iterations = 50
+        >>> round(opt.current_learning_rate, 6)
+        0.05
+        """
+        options, state, _, _ = parts_of(self)
+        rate = rate_after(self.learning_rate, int(state.calls))
+        decay: float = self.decay
+        steps = int(state.calls) // options.calls_per_step
+        return float(to_host(rate) if on_gpu(rate) else rate) / (1 + decay * steps)
+
+    @property
+    def amsgrad(self) -> bool:
+        """Use the maximum of the second moments; set later, the next step creates vhat."""
+        return parts_of(self).options.amsgrad
+
+    @amsgrad.setter
+    def amsgrad(self, value: bool) -> None:
+        parts_of(self).options.amsgrad = check_bool("amsgrad", value)
+
+    @property
+    def sparse_update(self) -> SparseUpdate:
+        """How IndexedSlices are applied; see the class. Set later, every row is brought up to date first."""
+        return parts_of(self).options.sparse_update
+
+    @sparse_update.setter
+    def sparse_update(self, value: SparseUpdate) -> None:
+        check_sparse_update(value)
+        options, _, runtime, tables = parts_of(self)
+        if value != "dense" and (options.extras.use_ema or options.accumulation):
+            raise ValueError(f"sparse_update: {value!r} with use_ema or gradient_accumulation_steps, expected 'dense'")
+        with runtime.lock:
+            if runtime.stepping:
+                raise RuntimeError("sparse_update: set by code that a step runs, expected between steps")
+            tables.settle()
+            tables.forget_histories()
+            options.sparse_update = value
+
+    @property
+    def max_staleness(self) -> int | None:
+        """Steps that a row of a deferred table may wait; None for any number."""
+        return parts_of(self).options.max_staleness
+
+    @max_staleness.setter
+    def max_staleness(self, value: int | None) -> None:
+        parts_of(self).options.max_staleness = None if value is None else check_count("max_staleness", value)
+
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[VariableLike] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        """Name the variables that do not decay; replaces what was named before and works at any time.
+
+        Args:
+            var_list: Variables, found by their memory.
+            var_names: Patterns searched in the names of :class:`fastadam.Variable` (``re.search``).
+
+        If none of it names a variable, there is a warning once variables come that have come before.
+        """
+        options, _, runtime, _ = parts_of(self)
+        options.exclude(**excluded(var_list, var_names))
+        runtime.checks_exclusions = options.extras.excludes
+
+    @property
+    def _loss_scale(self) -> float | None:
+        return self.loss_scale_factor
+
+    def scale_loss(self, loss: Any) -> Any:
+        """``loss * loss_scale_factor``, whose gradients ``apply_gradients`` divides by the factor again."""
+        factor = self.loss_scale_factor
+        return loss if factor is None else loss * factor
+
+    def finalize_variable_values(self, var_list: Iterable[VariableLike]) -> None:
+        """Overwrite the variables with their moving averages (``use_ema``), at the end of training.
+
+        Raises:
+            KeyError: A variable has no average.
+        """
+        variables = check_list("var_list", var_list)
+        buffers = buffers_of(variables, range(len(variables)))
+        averages = [self.get_slot(variable, "average") for variable in variables]
+        for buffer, average in zip(buffers, averages, strict=True):
+            overwrite(buffer, average)
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[Gradient | None, VariableLike]],
+        name: str | None = None,
+        experimental_aggregate_gradients: bool = True,
+    ) -> np.int64 | None:
+        """Update every variable in place with its gradient, then count the step.
+
+        All pairs are checked before anything is written: a call that raises leaves variables, slots and
+        ``iterations`` as they were. A variable that comes twice is updated twice, in order, with the same t. Pairs
+        whose gradient is None are left out with a warning. An empty list does nothing.
+
+        With ``gradient_accumulation_steps`` k, k - 1 calls only add the gradients up, and the k-th updates every
+        variable that had a gradient in one of the k calls with the sum divided by k.
+
+        Args:
+            grads_and_vars: Iterable of (gradient, variable). A gradient of another float dtype or layout is
+                converted; gradients are not modified.
+            name: Accepted for TF's signature; it names nothing here.
+            experimental_aggregate_gradients: Likewise; a single process has no replicas to sum over.
+
+        Returns:
+            ``iterations`` after the step; None for an empty list.
+
+        Raises:
+            TypeError: Not pairs, or swapped ones; a list as variable, a dtype that is not float.
+            ValueError: An iterator that yields nothing; all gradients None; a wrong shape; a variable that cannot be
+                updated in place; variables that overlap partly; a gradient that shares memory with a variable.
+        """
+        pairs = check_pairs_list(grads_and_vars)
+        if not pairs:
+            return None
+        self._stepper.apply(self, pairs)
+        return self.iterations
+
+    # ---- how it shows itself ---------------------------------------------------------------------------------------
+
+    @never_raises
+    def __repr__(self) -> str:
+        """The constructor's call, with the rate and what is not at its default; callables by name."""
+        return call_text(type(self), adam_settings(self))
+
+    @html_or_none
+    def _repr_html_(self) -> str:
+        return html_table(name_of(type(self)), [*adam_settings(self), ("iterations", int(self.iterations))])
+
+    # ---- configuration ---------------------------------------------------------------------------------------------
+
+    def get_config(self) -> Config:
+        """The constructor's arguments as plain JSON values; callables by their present value.
+
+        Rows of deferred tables are brought up to date first, as whoever makes a second optimizer of it expects.
+        """
+        options, _, runtime, tables = parts_of(self)
+        with runtime.lock:
+            tables.catch_up_all(known_only=True)
+        config: Config = {"name": self.name}
+        config.update({name: bound for name, bound in options.clips.items() if bound is not None})
+        for name in ("learning_rate", "decay", "beta_1", "beta_2", "epsilon"):
+            value = getattr(self, name)
+            value = float(to_host(value)) if on_gpu(value) else value
+            config[name] = serialize(value) if isinstance(value, LearningRateSchedule) else value
+        config["amsgrad"] = self.amsgrad
+        if self.sparse_update != "dense":
+            config["sparse_update"] = self.sparse_update
+        if self.max_staleness is not None:
+            config["max_staleness"] = self.max_staleness
+        config.update(options.extras.config())
+        return config
+
+    @class_only
+    def from_config(cls, config: Config, custom_objects: Mapping[str, Any] | None = None) -> Self:
+        """An optimizer from ``get_config``; ``config`` is not modified.
+
+        Args:
+            config: Arguments of the constructor by name; ``lr`` is read as ``learning_rate``, which may be a schedule
+                in the form of TF 2.x or Keras 3.
+            custom_objects: Schedule classes of your own by name.
+        """
+        if not isinstance(config, dict):
+            raise TypeError(f"config: {type(config).__name__}, expected a dict as get_config gives it")
+        arguments = dict(config)
+        if "lr" in arguments:
+            arguments["learning_rate"] = arguments.pop("lr")
+        if isinstance(arguments.get("learning_rate"), dict):
+            arguments["learning_rate"] = deserialize(arguments["learning_rate"], custom_objects)
+        return cls(**arguments)
+
+
+def _unique_name(base: str) -> str:
+    count = _auto_names.get(base, 0)
+    _auto_names[base] = count + 1
+    return f"{base}_{count}" if count else base

@@ -1,0 +1,97 @@
+"""Attributes of an optimizer that check what they are set to: hyperparameters, clips, options of Keras 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+
+from fastadam._core.checks import check_non_negative
+from fastadam._core.frameworks import refuse_parameters
+from fastadam._core.hyper import check_callable
+from fastadam._core.parts import parts_of
+from fastadam.schedules import LearningRateSchedule
+from fastadam.schedules._foreign import adopt
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Clip", "Extra", "Hyper"]
+
+Read = TypeVar("Read")
+Written = TypeVar("Written")
+Value = TypeVar("Value")
+
+
+class Hyper(Generic[Read, Written]):
+    """Attribute of an optimizer: a number checked when it is set, or a callable checked when it is evaluated.
+
+    A callable without arguments is evaluated whenever it is read. A schedule, which takes the step, is read as it is.
+    """
+
+    def __init__(self, check: Callable[[str, Any], float]) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self, optimizer: object, owner: type | None = None) -> Read: ...
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        value = parts_of(optimizer).options.numbers[self._name]
+        if not callable(value) or isinstance(value, LearningRateSchedule):
+            return value
+        return self._check(self._name, value())
+
+    def __set__(self, optimizer: Any, value: Written) -> None:
+        number: Any = adopt(value)  # of a schedule what the step calls, whatever library it is of
+        if self._name != "learning_rate" and (number is not value or isinstance(value, LearningRateSchedule)):
+            raise TypeError(f"{self._name}: {type(value).__name__}, expected a number (learning_rate takes schedules)")
+        if callable(number):
+            refuse_parameters(self._name, number)  # models can be called
+        check = check_callable if callable(number) else self._check
+        parts_of(optimizer).options.set_number(self._name, check(self._name, number))
+
+
+class Clip:
+    """Attribute of an optimizer: a bound >= 0, or None for none."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self, optimizer: object, owner: type | None = None) -> float | None: ...
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else parts_of(optimizer).options.clips[self._name]
+
+    def __set__(self, optimizer: Any, value: float | None) -> None:
+        parts_of(optimizer).options.set_clip(
+            self._name, None if value is None else check_non_negative(self._name, value)
+        )
+
+
+class Extra(Generic[Value]):
+    """Attribute of an optimizer: an option that is checked when it is set and used from the next step on."""
+
+    def __init__(self, *, fixed: bool = False) -> None:
+        self._fixed = fixed
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self, optimizer: object, owner: type | None = None) -> Value: ...
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else getattr(parts_of(optimizer).options.extras, self._name)
+
+    def __set__(self, optimizer: Any, value: Value) -> None:
+        if self._fixed:
+            raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
+        parts_of(optimizer).options.set_extra(self._name, value)

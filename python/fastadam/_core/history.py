@@ -1,0 +1,254 @@
+"""The history of a deferred table: which steps each row has had, and the rates of the steps that some rows wait for."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastadam._core.backend import _cpu
+from fastadam._core.placement import assign, native_of, to_host, zeros_beside
+from fastadam._core.plan import Plan, StepHyper
+from fastadam._core.slices import IndexedSlices
+from fastadam._core.types import AnyArray, NativeHistory
+
+__all__ = ["History", "Numbers", "Rates", "crossover"]
+
+_PEAK_STEPS = 64  # kPeakSteps in csrc/core/step_args.h
+_FIRST_ROOM = 1024
+_CACHE_BYTES = 2**25
+_DEVICE_CROSSOVER = 2.0  # of `crossover`; not measured on a GPU
+
+
+class Numbers(NamedTuple):
+    """What the steps of one history have in common; rows are brought up to date before one of them changes."""
+
+    beta_1: float
+    beta_2: float
+    epsilon: float
+    amsgrad: bool
+
+
+class Rates(NamedTuple):
+    """The arrays of a history, which native plans read and append to: StaleTable::Arrays in csrc/bind/stale.h."""
+
+    last: AnyArray  # for each row the number of steps that it has had, int32; on the table's device
+    alphas: npt.NDArray[np.floating]  # for each step its rate, in the dtype of the moments
+    keeps: npt.NDArray[np.floating]  # for each step its factor of weight decay
+    peaks: npt.NDArray[np.floating]  # for every 64 steps the largest |alpha|
+    counts: npt.NDArray[np.int64]  # steps; steps with weight decay; on a GPU, steps that every row has had
+
+    @classmethod
+    def zeros(cls, last: AnyArray, dtype: str, room: int) -> Rates:
+        """Room for this many steps."""
+        alphas, keeps, peaks = (np.zeros(size, dtype) for size in (room, room, room // _PEAK_STEPS))
+        return cls(last, alphas, keeps, peaks, np.zeros(3, np.int64))
+
+    def copy(self, last: AnyArray) -> Rates:
+        """The same steps in arrays of their own, with these counts of the rows."""
+        alphas, keeps, peaks, counts = (array.copy() for array in self[1:])
+        return Rates(last, alphas, keeps, peaks, counts)
+
+
+class History:
+    """The steps of one table, and which of them each row has had.
+
+    ``rates`` are replaced all at once: whatever is interrupted leaves one whole history. On a GPU they are never
+    cleared, and ``calls`` has the count of calls before each step, so that steps which turn out to have done nothing
+    can be taken back.
+    """
+
+    def __init__(
+        self, rates: Rates, numbers: Numbers, shape: tuple[int, ...], exact: bool, fingerprint: int | None = None
+    ) -> None:
+        self.rates = rates
+        self.numbers = numbers
+        self.shape = shape
+        self.exact = exact  # rows get the bits of dense steps; else missed steps may be summed in closed form
+        self.fingerprint = fingerprint  # of the table's values when this copy was made
+        self.calls: npt.NDArray[np.int64] | None = None
+        self.is_read = False  # since the last step, some rows were brought up to date to be read
+        self.swept = 0  # the row where the next sweep begins
+        self._table: _cpu.Buffer | None = None  # the table, if it is on a GPU
+        self._on_gpu: object = None  # a copy of the rates there
+        self._crossover: float | None = None
+        self._forms: _cpu.ClosedForms | None = None  # a cache
+        self._plan: Plan | None = None  # brings rows up to date
+
+    @classmethod
+    def of(cls, buffer: _cpu.Buffer, numbers: Numbers, exact: bool) -> History:
+        """The history of a table whose rows are all up to date; a float64 table is always exact."""
+        rates = Rates.zeros(np.zeros(buffer.shape[0], np.int32), buffer.state_dtype, _FIRST_ROOM)
+        return cls(rates, numbers, buffer.shape, exact or buffer.state_dtype == "float64").placed(buffer)
+
+    def placed(self, buffer: _cpu.Buffer) -> History:
+        """This history, or a copy on the GPU if its table is on one."""
+        if buffer.device < 0 or self._table is not None:
+            return self
+        last = zeros_beside(buffer, "int32", (self.shape[0],))
+        assign(last, self.rates.last)
+        twin = History(self.rates.copy(last), self.numbers, self.shape, self.exact)
+        twin._table = buffer
+        twin.calls = np.zeros(self.room, np.int64)
+        return twin
+
+    # ---- what it says ----------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Steps in the history."""
+        return int(self.rates.counts[0])
+
+    @property
+    def waits(self) -> bool:
+        """Whether some row may be behind."""
+        return self.steps != (0 if self.calls is None else int(self.rates.counts[2]))
+
+    @property
+    def room(self) -> int:
+        """Steps for which there is room."""
+        return len(self.rates.alphas)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another step."""
+        return self.steps >= self.room
+
+    def is_behind(self, gradient: object) -> bool:
+        """Whether a step on the host touches a row that waits; the indices have not been checked."""
+        indices = gradient.indices if isinstance(gradient, IndexedSlices) else None
+        if not self.waits or not isinstance(indices, np.ndarray) or not isinstance(self.rates.last, np.ndarray):
+            return False
+        return bool(indices.size and (np.take(self.rates.last, indices, mode="clip") < self.steps).any())
+
+    def must_catch_up(self, numbers: Numbers, *, touches_rows: bool) -> bool:
+        """Rows cannot wait for a dense gradient, nor for numbers that the history does not have."""
+        return self.waits and not (touches_rows and self.numbers == numbers)
+
+    # ---- bringing rows up to date ----------------------------------------------------------------------------------
+
+    def catch_up(
+        self,
+        table: _cpu.Buffer,
+        slots: Mapping[str, AnyArray],
+        ids: AnyArray | None = None,
+        *,
+        counter: npt.NDArray[np.int64] | None = None,
+        context: object = None,
+    ) -> bool:
+        """Make the steps that rows missed: the rows ``ids``, of any shape, or all. False if no row was behind."""
+        self.is_read = True
+        if not self.waits:
+            return False
+        beta_1, beta_2, epsilon, amsgrad = self.numbers
+        columns = {name: [slots[name]] for name in (("m", "v", "vhat") if amsgrad else ("m", "v"))}
+        if self._plan is None or not self._plan.holds([table.source], columns):
+            self._plan = Plan([table], columns, histories=[self.native], context=context)
+        flat = np.ascontiguousarray(ids.reshape(-1)) if isinstance(ids, np.ndarray) else ids
+        self._plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon), counter)
+        return True
+
+    def change_numbers(self, numbers: Numbers) -> None:
+        """Use other numbers from here on; every row is up to date."""
+        self.numbers = numbers
+        self._crossover = self._plan = None
+
+    def next_rows(self, max_staleness: int) -> npt.NDArray[np.int64]:
+        """The rows that a step must sweep so that every row is swept within ``max_staleness`` steps."""
+        rows = self.shape[0]
+        swept = (self.swept + np.arange(-(-rows // max_staleness))) % max(rows, 1)
+        self.swept = int(swept[-1] + 1) % rows if rows else 0
+        return swept
+
+    # ---- steps that a GPU refused ----------------------------------------------------------------------------------
+
+    def confirm(self) -> None:
+        """The steps so far are never taken back, whatever calls are counted from here on."""
+        if self.calls is not None:
+            self.calls[: self.steps] = -1
+
+    def forget_from(self, calls: int) -> None:
+        """Take back the steps made after so many calls; they have changed nothing."""
+        if self.calls is None:
+            return
+        steps = int(np.searchsorted(self.calls[: self.steps], calls))
+        self.rates.counts[:] = (steps, np.count_nonzero(self.rates.keeps[:steps] != 1), 0)
+        self._forms = self._plan = None
+
+    # ---- memory ----------------------------------------------------------------------------------------------------
+
+    @property
+    def native(self) -> NativeHistory:
+        """As a native plan takes it."""
+        if self._forms is None and not self.exact:
+            self._forms = (_cpu if self._table is None else native_of(self._table)).ClosedForms()
+        if self._crossover is None:
+            beta_1, beta_2, _, amsgrad = self.numbers
+            replays = self.exact or not _cpu.ClosedForms.exist(beta_1, beta_2, amsgrad)
+            self._crossover = crossover(self.shape, self.rates.alphas.itemsize, replays)
+        if self._table is None:
+            return (*self.rates, self._forms, self._crossover)
+        rows = _DEVICE_CROSSOVER if self.exact else self._crossover  # a pass changes last bits of closed forms
+        if self._on_gpu is None:
+            native, stream = native_of(self._table), native_of(self._table).stream_of(self._table.source) or 0
+            self._on_gpu = native.History(*self.rates[1:4], self.steps, self._table.device, stream)
+        return (*self.rates, self._forms, rows, self.calls, self._on_gpu)
+
+    def make_room(self) -> None:
+        """In new arrays: without the steps that every row has had, if these are half of them, else twice as long."""
+        rates = self.rates
+        last = to_host(rates.last)
+        first = int(last.min(initial=self.steps)) // _PEAK_STEPS * _PEAK_STEPS
+        self._on_gpu = self._plan = None
+        if first < self.steps // 2:
+            alphas, keeps, peaks = (np.concatenate([old, np.zeros_like(old)]) for old in rates[1:4])
+            self.rates = Rates(rates.last, alphas, keeps, peaks, rates.counts)
+            if self.calls is not None:
+                self.calls = np.concatenate([self.calls, np.zeros_like(self.calls)])
+            return
+        self._forms = None
+        places = (first, first, first // _PEAK_STEPS)
+        alphas, keeps, peaks = (np.roll(old, -place) for old, place in zip(rates[1:4], places, strict=True))
+        steps, synced = self.steps - first, max(0, int(rates.counts[2]) - first)
+        counts = np.array([steps, np.count_nonzero(keeps[:steps] != 1), synced], np.int64)
+        shifted: AnyArray = last - np.int32(first)
+        if self._table is not None:
+            shifted = zeros_beside(self._table, "int32", last.shape)
+            assign(shifted, last - np.int32(first))
+        if self.calls is not None:
+            self.calls = np.roll(self.calls, -first)
+        self.rates = Rates(shifted, alphas, keeps, peaks, counts)
+
+    def copy(self, buffer: _cpu.Buffer | None) -> History:
+        """With arrays of its own, for a copy of the table as it is now; a table on a GPU is up to date."""
+        if self._table is not None:
+            rates = self.rates._replace(last=np.zeros(self.shape[0], np.int32), counts=np.zeros(3, np.int64))
+            return History(rates, self.numbers, self.shape, self.exact)
+        fingerprint = self.fingerprint if buffer is None else fingerprint_of(buffer)
+        return History(self.rates.copy(self.rates.last.copy()), self.numbers, self.shape, self.exact, fingerprint)
+
+    def fits(self, buffer: _cpu.Buffer) -> bool:
+        """Whether this is the table, as it was, that the copied history belongs to."""
+        return not self.waits or self.fingerprint is None or self.fingerprint == fingerprint_of(buffer)
+
+
+def crossover(shape: tuple[int, ...], item_size: int, replays: bool) -> float:
+    """The table's rows per touched row at which a step on the touched rows costs as much as a pass over the table.
+
+    ``replays``: a row replays the steps that it missed; else there is a closed form of them. A fit to times of both on
+    uniformly drawn rows (bench/README.md): a pass vectorises narrow rows better, and in DRAM it is slower than the
+    replay of what it does. It decides the time of a step and no bit of its result.
+    """
+    width = max(1, math.prod(shape[1:]))
+    in_cache = 3 * item_size * shape[0] * width <= _CACHE_BYTES
+    rows, narrow = (100, 32) if replays and in_cache else (8, 60) if replays else (3, 45)
+    return rows * (1 + narrow / width)
+
+
+def fingerprint_of(buffer: _cpu.Buffer) -> int:
+    """A checksum of a table's values."""
+    return zlib.crc32(buffer.array().reshape(-1).view(np.uint8).data)

@@ -1,0 +1,112 @@
+"""What a user sets on an optimizer: the part that knows when something has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fastadam._core.checks import check_one_norm
+from fastadam._core.extras import ACCUMULATOR, Extras
+from fastadam._core.hyper import CLIP_NAMES
+from fastadam._core.placement import on_gpu, to_host
+from fastadam._core.slices import DEFERRED
+
+if TYPE_CHECKING:
+    from fastadam._core.types import Config, SparseUpdate
+
+__all__ = ["Options"]
+
+_OF_PLANS = ("amsgrad", "extras", "sparse_update")
+
+
+class Options:
+    """Checked options. Every assignment raises ``version``; those that plans are made of raise ``plan_version`` too.
+
+    The dicts are replaced, never changed in place.
+    """
+
+    version: int
+    plan_version: int
+    numbers: dict[str, object]  # learning_rate, beta_1, ... as they were set: floats, callables, schedules
+    clips: dict[str, float | None]  # clipnorm, clipvalue, global_clipnorm
+    amsgrad: bool
+    extras: Extras
+    sparse_update: SparseUpdate
+    max_staleness: int | None
+
+    def __init__(self) -> None:
+        self._reset_versions()
+        self.numbers = {}
+        self.clips = dict.fromkeys(CLIP_NAMES)
+        self.amsgrad = False
+        self.extras = Extras()
+        self.sparse_update = "dense"
+        self.max_staleness = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        super().__setattr__("version", self.version + 1)
+        if name in _OF_PLANS:
+            super().__setattr__("plan_version", self.plan_version + 1)
+
+    def _reset_versions(self) -> None:
+        vars(self).update(version=0, plan_version=0)
+
+    def set_number(self, name: str, value: object) -> None:
+        """Set a hyperparameter that has been checked."""
+        self.numbers = {**self.numbers, name: value}
+
+    def set_clip(self, name: str, bound: float | None) -> None:
+        """Set a bound; raises if both kinds of norm would be clipped."""
+        clips = {**self.clips, name: bound}
+        check_one_norm(clips["clipnorm"], clips["global_clipnorm"])
+        self.clips = clips
+
+    def set_extra(self, name: str, value: Any) -> None:
+        """Check and set one of Keras 3's options."""
+        if name == "use_ema" and value and self.sparse_update != "dense":
+            raise ValueError(f"use_ema: with sparse_update={self.sparse_update!r}, expected False")
+        self.extras = dataclasses.replace(self.extras, **{name: value})
+
+    def exclude(self, **fields: Any) -> None:
+        """Set what is excluded from weight decay: fields of Extras."""
+        self.extras = dataclasses.replace(self.extras, **fields)
+
+    # ---- what follows from them ------------------------------------------------------------------------------------
+
+    @property
+    def accumulation(self) -> int | None:
+        """Calls of ``apply_gradients`` in a step; None without accumulation."""
+        return self.extras.gradient_accumulation_steps
+
+    @property
+    def calls_per_step(self) -> int:
+        """Calls of ``apply_gradients`` in a step."""
+        return self.extras.gradient_accumulation_steps or 1
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether rows of tables may wait."""
+        return self.sparse_update in DEFERRED
+
+    @property
+    def slot_names(self) -> list[str]:
+        """The slots that a step needs, in TensorFlow's order."""
+        needed = {"vhat": self.amsgrad, "average": self.extras.use_ema, ACCUMULATOR: self.accumulation}
+        return ["m", "v", *(name for name, is_needed in needed.items() if is_needed)]
+
+    # ---- copies ----------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> Config:
+        """A learning rate on a GPU becomes a number of the host."""
+        if self.extras.excluded_keys:
+            raise ValueError(
+                "exclude_from_weight_decay: var_list names variables by their memory, which a copy of the optimizer "
+                "does not share; expected var_names, to copy or pickle it"
+            )
+        numbers = {name: float(to_host(x)) if on_gpu(x) else x for name, x in self.numbers.items()}
+        return {**vars(self), "numbers": numbers}
+
+    def __setstate__(self, state: Config) -> None:
+        vars(self).update(state)
+        self._reset_versions()

@@ -1,0 +1,248 @@
+"""The only way into the native code: variables and slots that are checked once, then stepped again and again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastadam._core.backend import _cpu
+from fastadam._core.gradients import convert_gradient
+from fastadam._core.placement import native_of
+from fastadam._core.slices import convert_slices, is_slices, native_gradient
+from fastadam._core.types import AnyArray, AnyGradient, NativeHistory, NativeObject
+from fastadam._core.variable import Variable
+
+__all__ = ["BoundedCache", "Plan", "StepHyper"]
+
+Convert: TypeAlias = Callable[[AnyGradient, int], AnyGradient]
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class StepHyper(NamedTuple):
+    """The checked numbers of one step, in double; the native code reads them in this order."""
+
+    step: int  # t, from 1
+    learning_rate: float
+    beta_1: float
+    beta_2: float
+    epsilon: float
+    decay: float = 0.0
+    clip_value: float = math.inf
+    clip_norm: float = math.inf
+    global_clip_norm: float = math.inf
+    gradient_scale: float = 1.0
+    weight_decay: float = 0.0
+    ema_momentum: float = 0.0
+    ema_overwrite: bool = False
+    require_finite: bool = False
+    clip_after_dedupe: bool = False
+    l2: float = 0.0  # coupled weight decay
+    epsilon_corrected: bool = False  # PyTorch's: added to the bias-corrected root
+
+
+class Plan:
+    """A native plan, and the gradients it is given converted where it cannot read them as they are.
+
+    It keeps the memory of variables and slots alive, but holds no state: whoever replaces an array makes a new plan.
+
+    Args:
+        buffers: The variables, all on one device.
+        slots: For each name ("m", "v", ...) one array per variable.
+        decays: Whether weight decay applies, for each variable; None for none.
+        positions: Their places in the caller's list, for error texts; None for 0, 1, ...
+        lazy: Sparse gradients move only the rows that they name.
+        histories: For each variable its history if it is a deferred table; None for none.
+        context: What the plans of one optimizer share on a GPU; None on the host.
+
+    Raises:
+        TypeError: A slot of another dtype than its variable needs.
+        ValueError: A slot of another shape, on another device, or overlapping memory.
+    """
+
+    __slots__ = ("__weakref__", "_native", "buffers", "device", "positions")
+
+    def __init__(
+        self,
+        buffers: list[_cpu.Buffer],
+        slots: Mapping[str, Sequence[AnyArray]],
+        *,
+        decays: list[bool] | None = None,
+        positions: list[int] | None = None,
+        lazy: bool = False,
+        histories: Sequence[NativeHistory | None] | None = None,
+        context: object = None,
+    ) -> None:
+        count = len(buffers)
+        self.buffers = buffers
+        self.positions = list(range(count)) if positions is None else positions
+        self.device = buffers[0].device if buffers else -1  # the GPU's number; -1 for the host
+        self._native: _cpu.Plan = (native_of(buffers[0]) if buffers else _cpu).Plan(
+            buffers,
+            dict(slots),
+            [False] * count if decays is None else decays,
+            self.positions,
+            lazy,
+            [None] * count if histories is None else histories,
+            context,
+        )
+
+    # ---- whether it still fits -------------------------------------------------------------------------------------
+
+    def gradients_of(self, pairs: list[object]) -> list[AnyGradient] | None:
+        """The gradients of these (gradient, variable) pairs if the variables are the plan's, else None."""
+        return self._native.gradients_of(pairs, Variable)
+
+    def holds(self, variables: Sequence[AnyArray], slots: Mapping[str, Sequence[AnyArray]]) -> bool:
+        """Whether these are the variables and slots of the plan, at the same addresses."""
+        return self._native.holds(variables, slots)
+
+    # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def check(self, gradients: list[AnyGradient], convert: Convert | None = None) -> list[AnyGradient]:
+        """Raise what is wrong with the gradients; return them, converted as far as they have to be."""
+        while unfit := self._native.check(gradients):
+            gradients = self._converted(gradients, unfit, convert)
+        return gradients
+
+    def check_numbers(self, hyper: StepHyper, factors: Sequence[float] = ()) -> None:
+        """Raise what is wrong with the numbers of a step."""
+        self._native.check_numbers(hyper, factors)
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        gradients: list[AnyGradient],
+        hyper: StepHyper,
+        factors: Sequence[float] = (),
+        counter: npt.NDArray[np.int64] | None = None,
+        convert: Convert | None = None,
+    ) -> bool:
+        """Make a step, or raise what is wrong and change nothing.
+
+        Args:
+            gradients: One for each variable.
+            hyper: The numbers of the step.
+            factors: For each variable what its gradient is multiplied by; empty for 1.
+            counter: Goes up by one with the update, where no signal can come between.
+            convert: Makes a gradient readable, given its place; None for what TensorFlow would do.
+
+        Returns:
+            Whether the gradients were finite, if ``hyper.require_finite``; else nothing has changed.
+        """
+        while unfit := self._native.step(gradients, hyper, factors, counter):
+            gradients = self._converted(gradients, unfit, convert)
+        return self._native.all_finite
+
+    def remember(self, hyper: StepHyper, stamp: int) -> None:
+        """Keep the numbers of the last step for ``step_again``; they are good as long as the stamp is the same."""
+        self._native.remember(hyper, stamp)
+
+    def step_again(self, pairs: list[object], stamp: int, counter: npt.NDArray[np.int64]) -> bool:
+        """A step like the one remembered, with other gradients and the next t; False, and no change, if it is not.
+
+        It is not if the stamp or a variable differs, or a gradient is missing or has to be converted.
+        """
+        return self._native.step_again(pairs, Variable, stamp, counter)
+
+    def accumulate(
+        self,
+        gradients: list[AnyGradient],
+        scale: float,
+        hyper: StepHyper,
+        counter: npt.NDArray[np.int64],
+        *,
+        require_finite: bool,
+        restart: bool,
+        update: Plan | None,
+    ) -> bool:
+        """Add gradients times ``scale`` to their accumulators; then ``update`` makes a step with its own.
+
+        Args:
+            gradients: One for each variable.
+            scale: Factor of the gradients.
+            hyper: The numbers of the step.
+            counter: Goes up by one.
+            require_finite: Change nothing unless all gradients are finite.
+            restart: The accumulators count as zero.
+            update: The plan of all variables that have an accumulated gradient, or None.
+
+        Returns:
+            Whether the gradients were finite, if that is required.
+        """
+        native = None if update is None else update._native
+        while unfit := self._native.accumulate(gradients, scale, require_finite, restart, native, hyper, counter):
+            gradients = self._converted(gradients, unfit, None)
+        return self._native.all_finite
+
+    def catch_up(self, ids: AnyArray | None, hyper: StepHyper, counter: npt.NDArray[np.int64] | None) -> None:
+        """Bring rows of the only variable, a deferred table, up to date: ``ids``, flat, or all for None."""
+        self._native.catch_up(ids, hyper, counter)
+
+    def _converted(self, gradients: list[AnyGradient], which: list[int], convert: Convert | None) -> list[AnyGradient]:
+        gradients = gradients[:]
+        for i in which:
+            gradients[i] = self._convert(gradients[i], i) if convert is None else convert(gradients[i], i)
+        return gradients
+
+    def _convert(self, gradient: AnyGradient, i: int) -> AnyGradient:
+        label, variable = f"grads[{self.positions[i]}]", self.buffers[i]
+        if is_slices(gradient):
+            return convert_slices(gradient, variable, label)
+        readable = native_gradient(gradient, variable, label)
+        return readable if is_slices(readable) else convert_gradient(readable, variable, label)
+
+    # ---- numbers that are on a GPU ---------------------------------------------------------------------------------
+
+    def set_device_numbers(
+        self, rate: AnyArray | None, grad_scale: AnyArray = None, found_inf: AnyArray = None, counts: bool = False
+    ) -> None:
+        """Numbers of the steps from here on that the GPU reads: csrc/bind/_cuda.pyi."""
+        native: NativeObject = self._native
+        native.set_device_numbers(rate, grad_scale, found_inf, counts)
+
+    def can_count(self, hyper: StepHyper) -> bool:
+        """Whether the GPU can count steps, or read a rate, with these betas; not to be asked in a capture."""
+        native: NativeObject = self._native
+        return bool(native.can_count(hyper))
+
+
+class BoundedCache(Generic[Key, Value]):
+    """What was made for the sets of variables used last: at most ``most`` values, the least recently used go first."""
+
+    def __init__(self, most: int = 256) -> None:
+        self._most = most
+        self._values: dict[Key, Value] = {}
+
+    def get(self, key: Key) -> Value | None:
+        """The value, which becomes the most recently used one; None if there is none."""
+        value = self._values.pop(key, None)
+        if value is not None:
+            self._values[key] = value
+        return value
+
+    def put(self, key: Key, value: Value) -> None:
+        """Add or replace a value."""
+        self._values.pop(key, None)
+        if len(self._values) >= self._most:
+            del self._values[next(iter(self._values))]
+        self._values[key] = value
+
+    def remove(self, value: Value) -> None:
+        """Forget a value, under whatever key."""
+        self._values = {key: other for key, other in self._values.items() if other is not value}
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._values.clear()
+
+    def __iter__(self) -> Iterator[Value]:
+        return iter(self._values.values())
+
+    def __len__(self) -> int:
+        return len(self._values)

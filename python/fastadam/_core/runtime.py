@@ -1,0 +1,158 @@
+"""What one process knows of an optimizer and a copy does not: the lock, native plans, the contexts of GPUs."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fastadam._core.backend import _cpu
+from fastadam._core.cuda_module import cuda_module
+from fastadam._core.history import History
+from fastadam._core.plan import BoundedCache, Plan, StepHyper
+from fastadam._core.replaced import Replacements
+from fastadam._core.types import AnyGradient, NativeObject
+from fastadam._core.variable import unwrap
+
+__all__ = ["PlanVersion", "Runtime", "StepPlan", "late_error"]
+
+_live: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+class PlanVersion(NamedTuple):
+    """What a plan was made of beside its variables."""
+
+    slots: int
+    options: int
+
+
+@dataclass(eq=False)
+class StepPlan:
+    """A plan for one set of variables, and what the optimizer knows of these."""
+
+    plan: Plan
+    version: PlanVersion
+    amsgrad: bool
+    decays: list[bool]
+    histories: list[History | None]  # of the variables that are deferred tables
+
+    def __post_init__(self) -> None:
+        """Compute once what every step asks."""
+        self.has_tables = any(self.histories)
+
+
+class Runtime:
+    """Locks and caches of one optimizer; made anew for a copy, and never pickled."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # held while state is read or changed
+        self.stepping = False
+        self.told: set[str] = set()  # warnings that are given once
+        self.checks_exclusions = False  # exclude_from_weight_decay may name no variable
+        self.replacements = Replacements()
+        self.numbers: tuple[int, float, StepHyper] | None = None  # of the last step: version of the options, scale
+        self.last: StepPlan | None = None  # the plan of the last step
+        self.repeats = False  # the last step can be made again: Plan.step_again
+        self._plans: BoundedCache[tuple[int, int], StepPlan] = BoundedCache()
+        self.contexts: dict[int, NativeObject] = {}
+        self._gatherers: dict[int, NativeObject] = {}
+        _live.add(self)
+
+    # ---- plans -----------------------------------------------------------------------------------------------------
+
+    def find_plan(self, pairs: list[object], version: PlanVersion) -> tuple[StepPlan, list[AnyGradient]] | None:
+        """The plan of these (gradient, variable) pairs, and their gradients without those that are None."""
+        if self.last is not None and self.last.version == version:
+            gradients = self.last.plan.gradients_of(pairs)
+            if gradients is not None:
+                return self.last, gradients
+        plan = self._plans.get(_start_of(pairs))
+        if plan is None or plan is self.last or plan.version != version:
+            return None
+        gradients = plan.plan.gradients_of(pairs)
+        return None if gradients is None else (plan, gradients)
+
+    def add_plan(self, plan: StepPlan, pairs: list[object]) -> None:
+        """Keep a plan for the next step with the same variables."""
+        self._plans.put(_start_of(pairs), plan)
+
+    def use_plan(self, plan: StepPlan) -> None:
+        """The next step is likely to be for the same variables."""
+        self.last = plan
+
+    def clear_plans(self) -> None:
+        """Forget all plans: the arrays that they were made of have changed."""
+        self.last = None
+        self.repeats = False
+        self._plans.clear()
+
+    @property
+    def plans(self) -> Iterator[StepPlan]:
+        """Every plan that is kept."""
+        return iter({id(plan): plan for plan in (self.last, *self._plans) if plan is not None}.values())
+
+    # ---- GPUs ------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether some step was made on a GPU."""
+        return bool(self.contexts)
+
+    def is_elsewhere(self, device: int) -> bool:
+        """Whether a step on this device (-1: the host) follows one on another."""
+        last = -1 if self.last is None else self.last.plan.device
+        return len(self.contexts) > 1 or (device >= 0) != (last >= 0)
+
+    def context_of(self, buffer: _cpu.Buffer) -> NativeObject:
+        """What the plans of this optimizer share on the device of a variable; None for the host."""
+        if buffer.device < 0:
+            return None
+        if buffer.device not in self.contexts:
+            self.contexts[buffer.device] = cuda_module().Context(buffer.device)
+        return self.contexts[buffer.device]
+
+    def gatherer_of(self, buffer: _cpu.Buffer) -> NativeObject:
+        """What reads rows of tables on the GPU of a variable."""
+        if buffer.device not in self._gatherers:
+            self._gatherers[buffer.device] = cuda_module().Gather(buffer.device)
+        return self._gatherers[buffer.device]
+
+    def late_failure(self, *, wait: bool) -> tuple[int, str] | None:
+        """The first step that a GPU refused after the call had returned: the count before it, and why."""
+        for context in self.contexts.values():
+            if wait:
+                context.wait()
+            failure: tuple[int, str] | None = context.take_failure()
+            if failure is not None:
+                return failure
+        return None
+
+
+def late_error(message: str, which: str) -> ValueError:
+    """The error for a step that a GPU refused after the call had returned; it and all later ones did nothing."""
+    return ValueError(
+        f"{message}; found on the GPU after the call had returned: {which} and those since then have changed nothing"
+    )
+
+
+def _start_of(pairs: list[object]) -> tuple[int, int]:
+    """Quick to compute, and seldom the same for two sets of variables: their number, and the first one's address."""
+    first = pairs[0]
+    variable = unwrap(first[1]) if isinstance(first, (tuple, list)) and len(first) == 2 else None
+    return (len(pairs), variable.ctypes.data if isinstance(variable, np.ndarray) else id(variable))
+
+
+def _renew_locks() -> None:
+    """A thread that held a lock when the process forked does not exist in the child."""
+    for runtime in _live:
+        runtime.lock = threading.RLock()
+        runtime.stepping = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)

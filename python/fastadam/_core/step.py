@@ -1,0 +1,303 @@
+"""``apply_gradients``: from pairs of gradient and variable to one native call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from fastadam._core import accumulation
+from fastadam._core.attributes import Clip, Hyper
+from fastadam._core.backend import _cpu
+from fastadam._core.checks import check_clip, check_iterations, check_number
+from fastadam._core.cuda_module import cuda_module
+from fastadam._core.history import History, Numbers
+from fastadam._core.hyper import CLIP_NAMES
+from fastadam._core.pairs import check_pairs, first_variable
+from fastadam._core.parts import Parts
+from fastadam._core.placement import on_gpu
+from fastadam._core.plan import Plan, StepHyper
+from fastadam._core.runtime import PlanVersion, StepPlan
+from fastadam._core.slices import is_sparse
+from fastadam._core.variable import Variable, buffers_of, key_of, unwrap
+from fastadam._core.warning import warn
+from fastadam.schedules import LearningRateSchedule
+
+if TYPE_CHECKING:
+    from fastadam._core.slots import Entry
+    from fastadam._core.types import AnyArray, AnyGradient, AnyPair
+
+__all__ = ["Stepper", "rate_after"]
+
+
+class Hyperparameters(Protocol):
+    """What a step reads of an optimizer."""
+
+    name: str
+
+    @property
+    def learning_rate(self) -> AnyArray: ...
+    @property
+    def beta_1(self) -> float: ...
+    @property
+    def beta_2(self) -> float: ...
+    @property
+    def epsilon(self) -> float: ...
+    @property
+    def decay(self) -> float: ...
+    @property
+    def clipvalue(self) -> float | None: ...
+    @property
+    def clipnorm(self) -> float | None: ...
+    @property
+    def global_clipnorm(self) -> float | None: ...
+
+
+class Stepper:
+    """Steps an optimizer: finds or makes the plan for the variables, and the numbers of the step."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.options, self.state, self.runtime, self.tables = parts
+
+    def apply(self, optimizer: Hyperparameters, pairs: list[AnyPair], loss_scale: float | None = None) -> bool:
+        """Make a step with these pairs, at least one.
+
+        Args:
+            optimizer: Whose hyperparameters to read: a subclass may compute them.
+            pairs: (gradient, variable).
+            loss_scale: A dynamic scale that the gradients are divided by; then they must be finite.
+
+        Returns:
+            Whether the step was made; False only if gradients under a ``loss_scale`` were not finite.
+        """
+        runtime = self.runtime
+        with runtime.lock:
+            if runtime.stepping:  # a callable hyperparameter or the code of a gradient called it
+                raise RuntimeError(f"apply_gradients of optimizer {optimizer.name} was called from within itself")
+            runtime.stepping = True
+            try:
+                if runtime.repeats and loss_scale is None:
+                    last, stamp = runtime.last, self.options.version + self.state.slots.version
+                    if last is not None and last.plan.step_again(pairs, stamp, self.state.calls):
+                        return True
+                return self._step(optimizer, pairs, loss_scale)
+            finally:
+                runtime.stepping = False
+
+    def _step(self, optimizer: Hyperparameters, pairs: list[AnyPair], loss_scale: float | None) -> bool:
+        options, state, runtime, tables = self.options, self.state, self.runtime, self.tables
+        first, rate = first_variable(pairs), options.numbers["learning_rate"]
+        if runtime.has_gpus or on_gpu(first) or on_gpu(rate):
+            rate = self._rate_on_gpu(first, rate)
+        scale = 1.0 / (loss_scale or options.extras.loss_scale_factor or 1.0)
+        accumulates = options.accumulation is not None
+        hyper = self._hyper(optimizer, 1.0 / options.calls_per_step if accumulates else scale)
+        match = self._find_plan(pairs)
+        if match is None or len(match[1]) < len(pairs):
+            check_pairs(pairs)
+        plan, gradients = match or self._make_plan(pairs, hyper, scale)
+        runtime.use_plan(plan)
+        if plan.plan.device >= 0:
+            plan.plan.set_device_numbers(rate)
+        if accumulates:
+            require_finite = loss_scale is not None
+            return accumulation.accumulate(self.parts, plan, gradients, scale, hyper, require_finite=require_finite)
+        if loss_scale is not None:
+            hyper = hyper._replace(require_finite=True)
+        if plan.has_tables:
+            tables.warn_of_unread(plan, gradients)
+            numbers = Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, plan.amsgrad)
+            if tables.must_catch_up(plan, gradients, numbers):  # refused before rows are moved
+                gradients = plan.plan.check(gradients)
+                plan.plan.check_numbers(hyper)
+            tables.before_step(plan, gradients, numbers)
+        is_finite = plan.plan.step(gradients, hyper, counter=state.calls)
+        if plan.has_tables:
+            tables.after_step(plan)
+        if runtime.has_gpus and loss_scale is not None:
+            tables.raise_late()  # the step has been waited for
+        self._remember(plan, hyper, len(pairs), loss_scale)
+        return is_finite
+
+    # ---- numbers ---------------------------------------------------------------------------------------------------
+
+    def _hyper(self, optimizer: Hyperparameters, gradient_scale: float) -> StepHyper:
+        """The numbers of the next step; callables and schedules are evaluated here, once."""
+        options, runtime = self.options, self.runtime
+        calls = int(self.state.calls)
+        if not 0 <= calls < 2**63 - 1:
+            check_iterations("iterations", calls)
+        steps = calls // options.calls_per_step
+        if runtime.numbers is not None:
+            version, scale, numbers = runtime.numbers
+            if version == options.version and scale == gradient_scale:
+                return numbers._replace(step=steps + 1)
+        version = options.version
+        rate = rate_after(optimizer.learning_rate, calls)
+        hyper = StepHyper(
+            step=steps + 1,
+            learning_rate=0.0 if on_gpu(rate) else rate,  # the kernels read a rate on a GPU themselves
+            beta_1=optimizer.beta_1,
+            beta_2=optimizer.beta_2,
+            epsilon=optimizer.epsilon,
+            decay=optimizer.decay,
+            clip_value=check_clip("clipvalue", optimizer.clipvalue),
+            clip_norm=check_clip("clipnorm", optimizer.clipnorm),
+            global_clip_norm=check_clip("global_clipnorm", optimizer.global_clipnorm),
+            gradient_scale=gradient_scale,
+            **options.extras.step_numbers(steps),
+        )
+        runtime.numbers = (version, gradient_scale, hyper) if self._are_constant(optimizer) else None
+        return hyper
+
+    def _are_constant(self, optimizer: Hyperparameters) -> bool:
+        """Whether the next step has the same numbers, as long as none is set."""
+        numbers = self.options.numbers
+        if self.options.extras.use_ema or not all(isinstance(number, float) for number in numbers.values()):
+            return False
+        # a subclass may compute a hyperparameter whenever it is read
+        return all(isinstance(getattr(type(optimizer), name), (Hyper, Clip)) for name in (*numbers, *CLIP_NAMES))
+
+    def _remember(self, plan: StepPlan, hyper: StepHyper, pairs: int, loss_scale: float | None) -> None:
+        """Let the plan repeat the step by itself where only gradients and t can differ."""
+        options, runtime = self.options, self.runtime
+        runtime.repeats = (
+            runtime.numbers is not None
+            and runtime.numbers[0] == options.version  # no code that the step ran has set anything
+            and loss_scale is None
+            and plan.plan.device < 0
+            and not options.is_deferred
+            and not options.extras.excluded_names  # a variable may come with another name
+            and not runtime.checks_exclusions
+            and not runtime.has_gpus
+            and len(plan.plan.buffers) == pairs
+        )
+        if runtime.repeats:
+            plan.plan.remember(hyper, options.version + self.state.slots.version)
+
+    def _rate_on_gpu(self, first: AnyArray, rate: object) -> AnyArray | None:
+        """Before a step of an optimizer that knows GPUs: the learning rate if it is on one, else None."""
+        is_there = on_gpu(first)
+        if is_there and cuda_module().is_capturing(first):
+            raise RuntimeError(
+                "apply_gradients: a CUDA graph is being captured, expected no capture "
+                "(fastadam.torch.Adam(capturable=True) can be captured)"
+            )
+        self.tables.raise_late(wait=self.runtime.is_elsewhere(0 if is_there else -1))
+        if not on_gpu(rate):
+            return None
+        if not is_there:
+            raise ValueError("learning_rate: on a GPU, expected a number for variables in CPU memory")
+        if self.options.is_deferred:
+            mode = self.options.sparse_update
+            raise ValueError(f"learning_rate: on the GPU with sparse_update={mode!r}, expected a number")
+        return rate
+
+    # ---- plans -----------------------------------------------------------------------------------------------------
+
+    def _version(self) -> PlanVersion:
+        return PlanVersion(self.state.slots.version, self.options.plan_version)
+
+    def _find_plan(self, pairs: list[AnyPair]) -> tuple[StepPlan, list[AnyGradient]] | None:
+        match = self.runtime.find_plan(pairs, self._version())
+        if match is None:
+            return None
+        plan, gradients = match
+        extras = self.options.extras
+        if self.runtime.checks_exclusions and extras.weight_decay:
+            self._check_exclusions(pairs)
+        if extras.excluded_names and plan.decays != self._decays(pairs, plan.plan.buffers):
+            return None  # a variable comes with another name
+        if not self.options.is_deferred:
+            return match
+        tables = zip(plan.histories, gradients, strict=True)
+        fits = all(not history.is_full if history else not is_sparse(gradient) for history, gradient in tables)
+        return match if fits else None
+
+    def _make_plan(self, pairs: list[AnyPair], hyper: StepHyper, scale: float) -> tuple[StepPlan, list[AnyGradient]]:
+        """A plan for variables not seen before, and gradients as far as they had to be converted to check the step."""
+        version = self._version()  # before any code of a gradient runs: what that sets asks for another plan
+        options, state, runtime = self.options, self.state, self.runtime
+        positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
+        gradients = [unwrap(pairs[i][0]) for i in positions]
+        names = options.slot_names
+        amsgrad = "vhat" in names
+        buffers = buffers_of([pairs[i][1] for i in positions], positions)
+        prepared = state.slots.prepare(buffers, names)
+        decays = self._decays(pairs, buffers)
+        numbers = Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, amsgrad)
+        entries = [prepared.entry_of(buffer) for buffer in buffers]
+        histories = [self._history_of(*row, numbers) for row in zip(buffers, entries, gradients, strict=True)]
+        plan = Plan(
+            buffers,
+            dict(zip(names, prepared.slots, strict=True)),
+            decays=decays,
+            positions=positions,
+            lazy=options.sparse_update == "lazy",
+            histories=[None if history is None else history.native for history in histories],
+            context=runtime.context_of(buffers[0]),
+        )
+        gradients = plan.check(gradients)
+        plan.check_numbers(hyper)
+        plan.check_numbers(hyper._replace(gradient_scale=scale))  # of accumulated gradients, which have another scale
+        given = {i: unwrap(pairs[i][1]) for i in positions}
+        new = {slot_key for slot_key, _ in prepared.created if not state.slots.knows(slot_key)}
+        runtime.replacements.look(given, buffers, new, [other.plan.buffers for other in runtime.plans])
+        prepared.commit()  # slots are made once the whole step has been found good
+        made = StepPlan(plan, version._replace(slots=state.slots.version), amsgrad, decays, histories)
+        for buffer, history in zip(buffers, histories, strict=True):
+            if history is not None and (entry := state.slots.entry_of(buffer)) and entry.history is not history:
+                runtime.clear_plans()  # one of them may know the variable without a history
+                entry.history = history
+        runtime.add_plan(made, pairs)
+        return made, gradients
+
+    def _history_of(
+        self, buffer: _cpu.Buffer, entry: Entry | None, gradient: AnyGradient, numbers: Numbers
+    ) -> History | None:
+        """The history of a variable that is, or with this gradient becomes, a deferred table."""
+        if not self.options.is_deferred:
+            return None
+        if entry is not None and entry.history is not None:
+            if entry.history.is_full:
+                self.runtime.clear_plans()  # they read the old arrays, whatever becomes of this step
+                entry.history.make_room()
+            return entry.history.placed(buffer)
+        if not is_sparse(gradient) or not buffer.shape:
+            return None
+        return History.of(buffer, numbers, exact=self.options.sparse_update == "deferred")
+
+    # ---- weight decay ----------------------------------------------------------------------------------------------
+
+    def _decays(self, pairs: list[AnyPair], buffers: list[_cpu.Buffer]) -> list[bool]:
+        """Whether each variable with a gradient decays."""
+        variables = [variable for gradient, variable in pairs if gradient is not None]
+        names = [self._name_of(variable, buffer) for variable, buffer in zip(variables, buffers, strict=True)]
+        return self.options.extras.decays(names, buffers)
+
+    def _name_of(self, variable: object, buffer: _cpu.Buffer) -> str | None:
+        """The name of a Variable, or the one that its array came with before."""
+        if isinstance(variable, Variable) and variable.name:
+            return variable.name
+        entry = self.state.slots.entry_of(buffer)
+        return None if entry is None else entry.spec.name
+
+    def _check_exclusions(self, pairs: list[AnyPair]) -> None:
+        """Warn if ``exclude_from_weight_decay`` named no variable."""
+        self.runtime.checks_exclusions = False
+        extras, entries = self.options.extras, self.state.entries
+        variables = [variable for _, variable in pairs]  # those without gradient, too
+        named = [variable.name for variable in variables if isinstance(variable, Variable)]
+        names = {name for name in (*named, *(entry.spec.name for entry in entries)) if name}
+        met = {key_of(entry.buffer) for entry in entries if entry.buffer}
+        met.update(map(key_of, buffers_of(variables, range(len(variables)))))
+        if missing := extras.missing(names, met if not self.state.slots.waiting() else None):
+            hint = ""
+            if extras.excluded_names:
+                unnamed = "without names: wrap them, fastadam.Variable(w, name=...)"
+                hint = ", which are " + (f"named {sorted(names)!s:.200}" if names else unnamed)
+            warn(f"exclude_from_weight_decay: {', '.join(missing)} excludes none of the variables so far{hint}")
+
+
+def rate_after(rate: object, calls: int) -> AnyArray:
+    """A learning rate after so many calls: a number, or one that is on a GPU."""
+    return check_number("learning_rate", rate(calls)) if isinstance(rate, LearningRateSchedule) else rate

@@ -1,0 +1,215 @@
+"""Deferred tables: their rows wait for steps, and are brought up to date when they are read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fastadam._core.backend import _cpu
+from fastadam._core.gradients import bfloat16_to_float32
+from fastadam._core.history import Numbers
+from fastadam._core.placement import native_of, on_gpu, zeros_beside
+from fastadam._core.runtime import late_error
+from fastadam._core.slices import check_ids, is_native_sparse
+from fastadam._core.variable import buffer_of, label_of, unwrap
+from fastadam._core.warning import warn
+
+if TYPE_CHECKING:
+    from fastadam._core.options import Options
+    from fastadam._core.runtime import Runtime, StepPlan
+    from fastadam._core.slots import Entry
+    from fastadam._core.state import State
+    from fastadam._core.types import AnyArray, AnyGradient, ArrayLike, VariableLike
+
+__all__ = ["Tables"]
+
+
+class Tables:
+    """The variables of an optimizer as its user should see them: every row up to date, no step refused afterwards.
+
+    Whatever reads or replaces state calls :meth:`catch_up_all` or :meth:`settle` first, under the lock.
+    """
+
+    def __init__(self, options: Options, state: State, runtime: Runtime) -> None:
+        self._options, self._state, self._runtime = options, state, runtime
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def gather(self, variable: VariableLike, indices: ArrayLike, out: AnyArray | None) -> AnyArray:
+        """See ``Adam.gather``; call it under the lock."""
+        label = label_of(variable, 0)
+        buffer = buffer_of(variable)
+        if buffer.device >= 0:
+            return self._gather_on_gpu(buffer, indices, out)
+        ids = check_ids(indices, buffer.shape, label)
+        values = _readable(variable, buffer)
+        if out is not None:
+            _check_out(out, values, (*ids.shape, *buffer.shape[1:]), label)
+        self.catch_up(buffer, ids)
+        rows: npt.NDArray[np.uint16] = np.take(values, ids, axis=0, out=out, mode="clip")  # checked above
+        return bfloat16_to_float32(rows) if rows.dtype == np.uint16 else rows
+
+    def _gather_on_gpu(self, buffer: _cpu.Buffer, indices: ArrayLike, out: AnyArray | None) -> AnyArray:
+        """Indices may be on the GPU, too: the next call raises if one of them was invalid."""
+        native, gatherer = native_of(buffer), self._runtime.gatherer_of(buffer)
+        failure = gatherer.take_failure()
+        self.raise_late()
+        if failure:
+            raise ValueError(
+                f"ids: an earlier gather read index {failure[1]} at position {failure[0]}, out of range; it gave zeros"
+            )
+        ids: AnyArray = indices
+        if not on_gpu(ids):
+            host = np.ascontiguousarray(check_ids(indices, buffer.shape, buffer.label))
+            ids = zeros_beside(buffer, host.dtype.name, host.shape)
+            native.assign(ids, host)
+        if out is None:
+            out = zeros_beside(buffer, buffer.dtype, (*ids.shape, *buffer.shape[1:]))
+        self.catch_up(buffer, ids)
+        gatherer.run(buffer, ids, out)
+        return out
+
+    # ---- bringing rows up to date ----------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Bring every row up to date and wait for GPUs: all steps are made, and were good."""
+        self.catch_up_all()
+        self.raise_late(wait=True)
+
+    def settle_gpus(self) -> None:
+        """The same, if there are GPUs: the history of a table there cannot be copied."""
+        if self._runtime.has_gpus:
+            self.settle()
+
+    def catch_up_all(self, *, known_only: bool = False) -> None:
+        """Every row of every table; ``known_only``: except tables that a restored optimizer has not met."""
+        for entry in self._state.entries:
+            if entry.buffer is not None or not known_only:
+                self._catch_up_entry(entry)
+
+    def catch_up(self, buffer: _cpu.Buffer, ids: AnyArray | None = None) -> None:
+        """The rows ``ids`` of a variable, or all; nothing if it is not a deferred table."""
+        slots = self._state.slots
+        entry = slots.entry_of(buffer)
+        if entry is not None:
+            self._catch_up_entry(entry, ids)
+            return
+        slots.require_new_memory(buffer)  # another view of a table would show rows that wait
+        if any(waiting.history and waiting.history.waits for waiting in slots.waiting()):
+            raise ValueError(
+                f"{buffer.label}: not met since the state was restored, rows may lag behind; build all variables first"
+            )
+
+    def has_any(self) -> bool:
+        """Whether some variable is a deferred table."""
+        return any(entry.history for entry in self._state.entries)
+
+    def _catch_up_entry(self, entry: Entry, ids: AnyArray | None = None) -> None:
+        history = entry.history
+        if history is None:
+            return
+        if history.waits:
+            if entry.buffer is None and entry.origin is not None and entry.origin.is_current():
+                self._state.slots.prepare([entry.origin], []).commit()  # a deep copy goes on with the same variable
+            if entry.buffer is None:
+                raise ValueError(
+                    f"{entry.spec}: rows wait for steps since before the state was restored; build it first"
+                )
+            history = entry.history or history  # on a GPU the entry has got another one
+            context = self._runtime.context_of(entry.buffer)
+            slots = self._state.slots.slots_of(entry)
+            history.catch_up(entry.buffer, slots, ids, counter=self._state.calls, context=context)
+        history.is_read = True
+
+    # ---- around a step ---------------------------------------------------------------------------------------------
+
+    def before_step(self, plan: StepPlan, gradients: list[AnyGradient], numbers: Numbers) -> None:
+        """Bring up to date the tables whose rows cannot wait for this step, which has been found good."""
+        for buffer, history, gradient in zip(plan.plan.buffers, plan.histories, gradients, strict=True):
+            entry = self._state.slots.entry_of(buffer) if history else None
+            if history is None or entry is None:
+                continue
+            if history.must_catch_up(numbers, touches_rows=is_native_sparse(gradient)):
+                self._catch_up_entry(entry)
+            if history.numbers != numbers:
+                if self._runtime.has_gpus:
+                    self.raise_late(wait=True)  # rows are up to date only if the GPU did not skip that
+                history.change_numbers(numbers)
+                self._runtime.clear_plans()  # they have the crossover of the old numbers
+
+    def must_catch_up(self, plan: StepPlan, gradients: list[AnyGradient], numbers: Numbers) -> bool:
+        """Whether :meth:`before_step` would move rows."""
+        return any(
+            history is not None and history.must_catch_up(numbers, touches_rows=is_native_sparse(gradient))
+            for history, gradient in zip(plan.histories, gradients, strict=True)
+        )
+
+    def after_step(self, plan: StepPlan) -> None:
+        """Keep every row within ``max_staleness`` steps."""
+        most = self._options.max_staleness
+        for buffer, history in zip(plan.plan.buffers, plan.histories, strict=True):
+            if history is None:
+                continue
+            if most is not None and history.waits and (entry := self._state.slots.entry_of(buffer)):
+                self._catch_up_entry(entry, history.next_rows(most))
+            history.is_read = False
+
+    def warn_of_unread(self, plan: StepPlan, gradients: list[AnyGradient]) -> None:
+        """Once: the loss read rows that wait from memory, so this gradient belongs to stale values."""
+        if "unread" in self._runtime.told:
+            return
+        for buffer, history, gradient in zip(plan.plan.buffers, plan.histories, gradients, strict=True):
+            if history is not None and not history.is_read and history.is_behind(gradient):
+                self._runtime.told.add("unread")
+                warn(
+                    f"{buffer.label}: a gradient for rows that wait for their steps, which were not read through the "
+                    f"optimizer since the last one. With sparse_update={self._options.sparse_update!r} read them by "
+                    "opt.gather(table, ids), or after opt.sync()"
+                )
+                return
+
+    # ---- steps that a GPU refused ----------------------------------------------------------------------------------
+
+    def raise_late(self, *, wait: bool = False) -> None:
+        """Raise what a GPU found wrong with a step after the call had returned, and take back the steps since."""
+        failure = self._runtime.late_failure(wait=wait)
+        if failure is None:
+            return
+        calls, message = failure
+        for entry in self._state.entries:
+            if entry.history is not None:
+                entry.history.forget_from(calls)
+        self._state.calls[...] = calls
+        self._runtime.clear_plans()  # they may hold closed forms of the steps taken back
+        raise late_error(message, f"that step, after iteration {calls // self._options.calls_per_step},")
+
+    def set_calls(self, calls: int) -> None:
+        """Set the count; no step before this is taken back any more."""
+        self.raise_late(wait=True)
+        self._state.calls[...] = calls
+        for entry in self._state.entries:
+            if entry.history is not None:
+                entry.history.confirm()
+
+    def forget_histories(self) -> None:
+        """Every row is up to date and none will wait."""
+        for entry in self._state.entries:
+            entry.history = None
+        self._runtime.clear_plans()
+
+
+def _readable(variable: VariableLike, buffer: _cpu.Buffer) -> npt.NDArray[np.generic]:
+    """The memory as a NumPy array; a bfloat16 tensor of PyTorch as its bits."""
+    array = unwrap(variable)
+    return array if isinstance(array, np.ndarray) else buffer.array()
+
+
+def _check_out(out: AnyArray, values: npt.NDArray[np.generic], shape: tuple[int, ...], label: str) -> None:
+    if not (isinstance(out, np.ndarray) and out.flags.writeable):
+        raise TypeError(f"out: {type(out).__name__}, expected a writable array")
+    if (out.shape, out.dtype) != (shape, values.dtype):
+        raise ValueError(f"out: {out.dtype} {out.shape}, expected {values.dtype} {shape}")
+    if np.may_share_memory(out, values):
+        raise ValueError(f"out: shares memory with {label}, expected a separate array")

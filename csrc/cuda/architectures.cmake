@@ -1,8 +1,8 @@
-# Decides whether the CUDA kernels are built and for which GPUs. Enables CUDA and sets `architectures`, which is empty if
-# they are not built, and `cuda_build`, the text that fastadam.show_config() prints. That text must not contain a
+# Decides whether the CUDA kernels are built and for which GPUs. Enables CUDA and sets `architectures`, which is empty
+# if they are not built, and `cuda_build`, the text that fastadam.show_config() prints. The text must not contain a
 # semicolon, which would end a compile definition.
 set(FASTADAM_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (if nvcc and an NVIDIA GPU are found)")
-set(FASTADAM_CUDA_ARCHITECTURES "" CACHE STRING "A list such as 80-real;90, or all (for wheels); empty: the GPU of this machine")
+set(FASTADAM_CUDA_ARCHITECTURES "" CACHE STRING "A list such as 80-real;90, or all (for wheels); empty: the local GPU")
 
 set(architectures "")
 string(TOUPPER "${FASTADAM_CUDA}" wanted)
@@ -19,7 +19,8 @@ if(NOT status EQUAL 0 OR NOT gpus MATCHES "GPU ")
   set(gpus "")
 endif()
 if(wanted STREQUAL "AUTO" AND NOT gpus)
-  set(cuda_build "not built: no NVIDIA GPU was found at build time (CMAKE_ARGS=-DFASTADAM_CUDA=ON builds it without one)")
+  set(cuda_build
+      "not built: no NVIDIA GPU was found at build time (CMAKE_ARGS=-DFASTADAM_CUDA=ON builds it without one)")
   return()
 endif()
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The update rule of Adam and AMSGrad: the only copy in C++, for host and device.
 // It uses only + - * / sqrt and comparisons, each correctly rounded and never contracted, so that every instruction
-// set, thread count and device gives the same bits. The order of operations is that of TensorFlow's CPU kernels.
+// set, thread count and device gives the same bits. The order of operations matches TensorFlow's CPU kernels.
 #pragma once
 
 #include <cmath>

@@ -10,7 +10,7 @@ namespace fastadam::cuda {
 struct StepState {
   int64_t step;      // t of the current step, or of the last one if none is running
   bool failed;       // a row index was invalid: every step is skipped until the host has raised the error
-  bool is_reported;  // the host has been told so
+  bool is_reported;  // the failure is in the Report
   bool skip;         // this step writes nothing
   double unscale;    // multiplies the factors of the gradients: 1 / grad_scale if the scale is on the device, or 1
   StepScalars<float> scalars_f32;
@@ -36,7 +36,7 @@ struct Report {
   int64_t not_finite;  // 1: in the last step with require_finite a gradient was not finite
 };
 
-// The host sees what was written before the fence no later than what is written after it.
+// Makes all earlier writes visible to the host before any later write.
 FASTADAM_INLINE void fence_for_host() {
 #if defined(__CUDA_ARCH__)
   __threadfence_system();

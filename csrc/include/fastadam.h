@@ -151,7 +151,7 @@ FASTADAM_API fastadam_status fastadam_set_num_threads(int32_t count);
 FASTADAM_API int32_t fastadam_num_threads(void);       /* the number in use */
 FASTADAM_API int32_t fastadam_requested_threads(void); /* the number last set */
 
-/* The name of instruction set i of this build, from the plainest to the widest; null if there are not so many. The last
+/* The name of instruction set i of this build, from the plainest to the widest; null if i is out of range. The last
  * usable one is the default. */
 FASTADAM_API const char* fastadam_isa(int32_t i);
 FASTADAM_API bool fastadam_isa_is_usable(int32_t i);

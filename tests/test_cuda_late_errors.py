@@ -22,7 +22,7 @@ def test_ids_of_a_lagging_table_that_are_no_rows_are_found_later(gpu, mode):
     tables.device.gather(tables.twin, gpu.array(np.array([1, 40])))
     for context in parts_of(tables.device).runtime.contexts.values():
         context.wait()
-    with pytest.raises(ValueError, match=r"ids.*40 .*is not a row"):
+    with pytest.raises(ValueError, match=r"ids\b.*\b40 (is not a row|at position 1, out of range)"):
         tables.device.gather(tables.twin, [1])
     assert int(tables.device.iterations) == 3
     tables.step([5])
@@ -34,7 +34,7 @@ def test_ids_on_a_gpu_that_are_no_rows_give_zeros_and_an_error_later(gpu):
     found = tables.device.gather(tables.twin, gpu.array(np.array([1, 40])))
     assert same(gpu.get(found)[0], tables.table[1])
     assert not gpu.get(found)[1].any()
-    with pytest.raises(ValueError, match="ids: 40 at place 1 of an earlier gather is not a row"):
+    with pytest.raises(ValueError, match="ids: an earlier gather read index 40 at position 1, out of range"):
         tables.device.gather(tables.twin, [1])
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastadam._core.attributes import Clip, Extra, Hyper
+from fastadam._core.buffers import buffers_of
 from fastadam._core.checks import check_beta, check_bool, check_count, check_epsilon, check_list, check_non_negative
 from fastadam._core.display import adam_settings, call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.extras import Extras, excluded, overwrite
 from fastadam._core.frameworks import named_in_keras, refuse_parameters
-from fastadam._core.hyper import check_rate
+from fastadam._core.hyperparameters import Clip, Extra, Hyper, check_rate
 from fastadam._core.keywords import ELSEWHERE, suggests_keywords
 from fastadam._core.optimizer import Optimizer
 from fastadam._core.pairs import check_pairs_list
@@ -21,7 +21,6 @@ from fastadam._core.placement import on_gpu, to_host
 from fastadam._core.slices import check_sparse_update
 from fastadam._core.step import rate_after
 from fastadam._core.strict import class_only, strict
-from fastadam._core.variable import buffers_of
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
 from fastadam.schedules._foreign import adopt
 
@@ -53,18 +52,18 @@ class Adam(Optimizer):
         m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
         \theta \mathrel{-}= m \alpha_t / (\sqrt{v} + \hat\epsilon)
 
-    With ``amsgrad`` the square root is of :math:`\hat v = \max(\hat v, v)`. The epsilon is "epsilon hat" of the paper,
-    added before the bias correction: PyTorch's means something else.
+    With ``amsgrad`` the square root is taken of :math:`\hat v = \max(\hat v, v)`. Epsilon is the paper's "epsilon
+    hat", added before the bias correction: PyTorch's epsilon means something else.
 
-    Variables are updated in place: writable contiguous NumPy arrays, :class:`fastadam.Variable`, and whatever exports
-    writable CPU memory (DLPack, ``__array_interface__``), of dtype float16, bfloat16, float32 or float64. Slots are
-    found by the memory of the variable, which the optimizer keeps alive: a new view of a buffer is the same variable.
+    Variables are updated in place: writable contiguous NumPy arrays, :class:`fastadam.Variable`, and any object that
+    exports writable CPU memory (DLPack, ``__array_interface__``), of dtype float16, bfloat16, float32 or float64. A
+    variable is identified by its memory, which the optimizer keeps alive: a new view of a buffer is the same variable.
 
     Args:
         learning_rate: Step size; a number, a schedule of :mod:`fastadam.schedules`, Keras or TensorFlow, a scheduler of
             PyTorch with one parameter group, which you step, or a callable without arguments. Schedules and callables
-            are evaluated once per step. For variables on a GPU also one float32 or float64 there, which every step
-            reads.
+            are evaluated once per step. For variables on a GPU it may also be one float32 or float64 on that GPU, read
+            in every step.
         beta_1: Decay rate of the first moment, in [0, 1); number or callable.
         beta_2: Decay rate of the second moment, likewise.
         epsilon: Added to the square root; None and 0 mean 1e-7, as in TF.
@@ -72,29 +71,29 @@ class Adam(Optimizer):
         name: Name of the optimizer; None or "" makes a unique one.
         clipnorm: Scale each gradient down to this norm, after ``clipvalue``.
         clipvalue: Clip the elements of gradients to [-clipvalue, clipvalue].
-        global_clipnorm: Scale all gradients down to this norm of all together, instead of ``clipnorm``.
-        lr: Another name of ``learning_rate``, over which it wins.
+        global_clipnorm: Scale all gradients down so that their joint norm is at most this, instead of ``clipnorm``.
+        lr: Another name for ``learning_rate``; it takes precedence.
         decay: The learning rate is divided by ``1 + decay * iterations``.
         weight_decay: Decoupled, multiplied by the learning rate; see :class:`AdamW`.
         use_ema: Keep a moving average of each variable.
         ema_momentum: Decay rate of the averages, in [0, 1].
         ema_overwrite_frequency: Overwrite the variables with their averages every so many steps.
         loss_scale_factor: Divide the gradients by this number, which :meth:`scale_loss` multiplies the loss by.
-        gradient_accumulation_steps: Update the variables in every such call only, with the mean of the gradients.
-        sparse_update: How :class:`fastadam.IndexedSlices` are applied: "dense" moves every row of the variable, as TF
-            does. "deferred" gives the same bits at the cost of the rows touched: the others wait, in the variable too,
-            until they are touched or read by :meth:`gather`, :meth:`sync` or :meth:`dense_view`, or have waited for
-            ``max_staleness`` steps, if that is given. "deferred_fast" sums the steps that a row missed in closed form,
-            with an error under 2^-26 of its displacement, where that is possible. "lazy" never moves the others,
-            another algorithm (LazyAdam, torch.optim.SparseAdam).
-        max_staleness: The most steps that a row of a deferred table waits; None for any number.
-        clip_after_dedupe: Of IndexedSlices the three clips see each row once, with its repetitions summed, as of the
-            dense gradient; by default the values as they come, as in TF.
+        gradient_accumulation_steps: Update the variables only in every k-th call, with the mean of k gradients.
+        sparse_update: How :class:`fastadam.IndexedSlices` are applied. "dense" moves every row of the variable, as TF
+            does. "deferred" gives the same bits at the cost of the touched rows: other rows of the variable stay stale
+            until they are touched, or read by :meth:`gather`, :meth:`sync` or :meth:`dense_view`, or have waited for
+            ``max_staleness`` steps. "deferred_fast" sums the steps that a row missed in closed form where there is one,
+            with an error under 2^-26 of the row's displacement. "lazy" never moves other rows, which is another
+            algorithm (LazyAdam, torch.optim.SparseAdam).
+        max_staleness: The largest number of steps that a row of a deferred table waits; None for no limit.
+        clip_after_dedupe: Clip IndexedSlices after repeated rows have been summed, like the dense gradient; by default
+            the values are clipped as they come, as in TF.
 
     Gradients are unscaled, accumulated and clipped; then the variables decay, are updated and averaged.
 
     Raises:
-        TypeError: An unknown keyword, or a hyperparameter that is no number.
+        TypeError: An unknown keyword, or a hyperparameter that is not a number.
         ValueError: A hyperparameter that is not finite, negative where it must not be, or a beta outside [0, 1).
 
     Source: Kingma and Ba, "Adam" (arXiv:1412.6980); Reddi et al., "On the Convergence of Adam and Beyond" (AMSGrad);
@@ -188,7 +187,7 @@ class Adam(Optimizer):
 
     @property
     def lr(self) -> Any:
-        """Another name of ``learning_rate``. Never the decayed rate, as in TF."""
+        """Another name for ``learning_rate``. Never the decayed rate, as in TF."""
         return self.learning_rate
 
     @lr.setter
@@ -199,13 +198,13 @@ class Adam(Optimizer):
     def current_learning_rate(self) -> float:
         """The rate of the next ``apply_gradients`` as a float, whatever ``learning_rate`` is set to.
 
-        A schedule is evaluated at the count of calls so far, which with ``gradient_accumulation_steps`` are more than
-        ``iterations``, as for Keras 3's ``optimizer.learning_rate``; a callable is called; ``decay`` is applied. A rate
-        on a GPU is read, which waits for the GPU.
+        A schedule is evaluated at the number of calls so far, as for Keras 3's ``optimizer.learning_rate``; with
+        ``gradient_accumulation_steps`` that is more than ``iterations``. A callable is called, and ``decay`` is
+        applied. A rate on a GPU is read, which waits for the GPU.
 
         Raises:
-            TypeError: A schedule or callable that returns no number.
-            ValueError: One that is not finite.
+            TypeError: The schedule or callable does not return a number.
+            ValueError: The rate is not finite.
 
         >>> import fastadam
         >>> opt = fastadam.Adam(fastadam.schedules.CosineDecay(0.1, decay_steps=100))
@@ -258,13 +257,13 @@ class Adam(Optimizer):
     def exclude_from_weight_decay(
         self, var_list: Iterable[VariableLike] | None = None, var_names: Iterable[str] | None = None
     ) -> None:
-        """Name the variables that do not decay; replaces what was named before and works at any time.
+        """Name the variables that do not decay; replaces earlier exclusions and works at any time.
 
         Args:
             var_list: Variables, found by their memory.
             var_names: Patterns searched in the names of :class:`fastadam.Variable` (``re.search``).
 
-        If none of it names a variable, there is a warning once variables come that have come before.
+        Warns once if none of the variables seen so far is named.
         """
         options, _, runtime, _ = parts_of(self)
         options.exclude(**excluded(var_list, var_names))
@@ -283,7 +282,7 @@ class Adam(Optimizer):
         """Overwrite the variables with their moving averages (``use_ema``), at the end of training.
 
         Raises:
-            KeyError: A variable has no average.
+            KeyError: A variable without an average.
         """
         variables = check_list("var_list", var_list)
         buffers = buffers_of(variables, range(len(variables)))
@@ -302,25 +301,25 @@ class Adam(Optimizer):
         """Update every variable in place with its gradient, then count the step.
 
         All pairs are checked before anything is written: a call that raises leaves variables, slots and
-        ``iterations`` as they were. A variable that comes twice is updated twice, in order, with the same t. Pairs
-        whose gradient is None are left out with a warning. An empty list does nothing.
+        ``iterations`` as they were. A variable given twice is updated twice, in order, with the same t. Pairs whose
+        gradient is None are skipped with a warning. An empty list does nothing.
 
-        With ``gradient_accumulation_steps`` k, k - 1 calls only add the gradients up, and the k-th updates every
-        variable that had a gradient in one of the k calls with the sum divided by k.
+        With ``gradient_accumulation_steps`` k, k - 1 calls only add up gradients, and the k-th updates every variable
+        that had a gradient in any of the k calls with the sum divided by k.
 
         Args:
             grads_and_vars: Iterable of (gradient, variable). A gradient of another float dtype or layout is
                 converted; gradients are not modified.
-            name: Accepted for TF's signature; it names nothing here.
-            experimental_aggregate_gradients: Likewise; a single process has no replicas to sum over.
+            name: Ignored; part of TF's signature.
+            experimental_aggregate_gradients: Ignored; a single process has no replicas to sum over.
 
         Returns:
             ``iterations`` after the step; None for an empty list.
 
         Raises:
-            TypeError: Not pairs, or swapped ones; a list as variable, a dtype that is not float.
+            TypeError: Items that are not pairs, or swapped pairs; a list as variable; a dtype that is not float.
             ValueError: An iterator that yields nothing; all gradients None; a wrong shape; a variable that cannot be
-                updated in place; variables that overlap partly; a gradient that shares memory with a variable.
+                updated in place; variables that partly overlap; a gradient that shares memory with a variable.
         """
         pairs = check_pairs_list(grads_and_vars)
         if not pairs:
@@ -332,7 +331,7 @@ class Adam(Optimizer):
 
     @never_raises
     def __repr__(self) -> str:
-        """The constructor's call, with the rate and what is not at its default; callables by name."""
+        """The constructor's call, with the rate and the options that are not at their defaults; callables by name."""
         return call_text(type(self), adam_settings(self))
 
     @html_or_none
@@ -344,7 +343,7 @@ class Adam(Optimizer):
     def get_config(self) -> Config:
         """The constructor's arguments as plain JSON values; callables by their present value.
 
-        Rows of deferred tables are brought up to date first, as whoever makes a second optimizer of it expects.
+        Rows of deferred tables are brought up to date first, for a second optimizer made from the configuration.
         """
         options, _, runtime, tables = parts_of(self)
         with runtime.lock:
@@ -368,8 +367,8 @@ class Adam(Optimizer):
         """An optimizer from ``get_config``; ``config`` is not modified.
 
         Args:
-            config: Arguments of the constructor by name; ``lr`` is read as ``learning_rate``, which may be a schedule
-                in the form of TF 2.x or Keras 3.
+            config: Arguments of the constructor by name; ``lr`` means ``learning_rate``, which may be a schedule as
+                TF 2.x or Keras 3 serialize it.
             custom_objects: Schedule classes of your own by name.
         """
         if not isinstance(config, dict):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastadam._core.backend import _cpu
+from fastadam._core.buffers import unwrap
 from fastadam._core.checks import check_list
 from fastadam._core.gradients import as_float_array
 from fastadam._core.slices import IndexedSlices
-from fastadam._core.variable import unwrap
 
 if TYPE_CHECKING:
     from fastadam._core.types import Gradient

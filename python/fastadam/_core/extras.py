@@ -1,20 +1,20 @@
-"""What Keras 3 added to the optimizer, by its names: weight decay, averages, a loss scale, accumulation."""
+"""Options that Keras 3 added to the optimizer: weight decay, averages, a loss scale, accumulation."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastadam._core.backend import _cpu
+from fastadam._core.buffers import Key, buffers_of, key_of
 from fastadam._core.checks import check_bool, check_count, check_list, check_non_negative, check_number
 from fastadam._core.gradients import float32_to_bfloat16
 from fastadam._core.placement import assign, to_host
-from fastadam._core.variable import Key, buffers_of, key_of
 
 if TYPE_CHECKING:
-    from fastadam._core.types import Array, VariableLike
+    from fastadam._core.types import AnyArray, Array, Config, VariableLike
 
 __all__ = ["ACCUMULATOR", "EXTRA_NAMES", "Extras", "excluded", "overwrite"]
 
@@ -48,7 +48,7 @@ class Extras:
 
     def __post_init__(self) -> None:
         """Check every option and make it a plain bool, int or float, as a JSON configuration needs."""
-        plain: dict[str, Any] = {"use_ema": check_bool("use_ema", self.use_ema)}
+        plain: Config = {"use_ema": check_bool("use_ema", self.use_ema)}
         plain["clip_after_dedupe"] = check_bool("clip_after_dedupe", self.clip_after_dedupe)
         if self.weight_decay is not None:
             plain["weight_decay"] = check_non_negative("weight_decay", self.weight_decay)
@@ -68,7 +68,7 @@ class Extras:
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
-    def step_numbers(self, iterations: int) -> dict[str, Any]:
+    def step_numbers(self, iterations: int) -> Config:
         """Fields of StepHyper. The first average is the variable itself."""
         frequency = self.ema_overwrite_frequency
         return {
@@ -94,9 +94,10 @@ class Extras:
         return bool(self.excluded_names or self.excluded_keys)
 
     def missing(self, names: Iterable[str], met: Set[Key] | None) -> list[str]:
-        """All that was named, if none of it excludes a variable of these names and this memory (None: not known yet).
+        """Everything that was named, if none of it excludes a variable; else nothing.
 
-        A list of usual patterns often matches in part; that is fine.
+        A list of usual patterns often matches only in part, which is fine. ``met``: keys of the variables met so far;
+        None if others may still come.
         """
         patterns = [
             f"var_names[{i}] {pattern!r}"
@@ -108,20 +109,20 @@ class Extras:
         is_complete = len(patterns) + len(absent) == len(self.excluded_names) + len(self.kept_alive)
         return patterns + absent if is_complete else []
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Config:
         """The options that are not at their default."""
         return {name: getattr(self, name) for name in EXTRA_NAMES if getattr(self, name) != getattr(Extras, name)}
 
 
-def _accumulation_steps(value: Any) -> int | None:
-    """As in Keras 0 switches it off, and 1 is refused."""
+def _accumulation_steps(value: int) -> int | None:
+    """As in Keras, 0 switches it off and 1 is invalid."""
     steps = None if value == 0 and not isinstance(value, bool) else check_count("gradient_accumulation_steps", value)
     if steps == 1:
         raise ValueError("gradient_accumulation_steps: 1, expected an integer of at least 2, or None")
     return steps
 
 
-def excluded(var_list: Iterable[VariableLike] | None, var_names: Iterable[str] | None) -> dict[str, Any]:
+def excluded(var_list: Iterable[VariableLike] | None, var_names: Iterable[str] | None) -> Config:
     """Fields of Extras for ``exclude_from_weight_decay``."""
     variables = [] if var_list is None else check_list("var_list", var_list)
     if any(isinstance(variable, str) for variable in variables):
@@ -141,7 +142,7 @@ def excluded(var_list: Iterable[VariableLike] | None, var_names: Iterable[str] |
 
 def overwrite(variable: _cpu.Buffer, average: Array) -> None:
     """Round a moving average into its variable."""
-    values = to_host(average)
+    values: AnyArray = to_host(average)
     values = float32_to_bfloat16(values) if variable.dtype == "bfloat16" else values.astype(variable.dtype)
     if variable.device < 0:
         variable.array()[...] = values

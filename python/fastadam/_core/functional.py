@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fastadam._core.buffers import buffers_of, unwrap
 from fastadam._core.checks import (
     check_beta,
     check_clip,
@@ -20,7 +21,6 @@ from fastadam._core.cuda_module import cuda_module
 from fastadam._core.keywords import suggests_keywords
 from fastadam._core.plan import Plan, StepHyper
 from fastadam._core.slices import DEFERRED, check_sparse_update
-from fastadam._core.variable import buffers_of, unwrap
 
 if TYPE_CHECKING:
     from fastadam._core.types import Array, Gradient, VariableLike
@@ -56,8 +56,8 @@ def adam_step(
         m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
         \theta \mathrel{-}= m \alpha_t / (\sqrt{v} + \hat\epsilon)
 
-    The epsilon is TensorFlow's: added to the square root of the *uncorrected* second moment. With PyTorch's epsilon
-    use :math:`\epsilon \sqrt{1 - \beta_2^t}`.
+    Epsilon is TensorFlow's: added to the square root of the *uncorrected* second moment. For PyTorch's epsilon pass
+    :math:`\epsilon \sqrt{1 - \beta_2^t}`.
 
     Args:
         vars: Writable contiguous array (float16, bfloat16, float32, float64), or a list of them; updated in place.
@@ -73,15 +73,15 @@ def adam_step(
         decay: ``learning_rate / (1 + decay * (step - 1))`` is used.
         clipvalue: Clip the elements of the gradients to [-clipvalue, clipvalue] first.
         clipnorm: Then scale each gradient whose norm is larger down to this norm.
-        global_clipnorm: Or scale all gradients down, if the norm of all together is larger.
-        grad_factor: Multiply the clipped gradients by this number, or by one number for each variable.
+        global_clipnorm: Or scale all gradients down if their joint norm is larger.
+        grad_factor: Multiply the clipped gradients by this number, or by one number per variable.
         weight_decay: Decoupled: the variables shrink by ``weight_decay * learning_rate`` first (AdamW).
         sparse_update: With a gradient that is an :class:`fastadam.IndexedSlices`, "dense" moves every row, as TF does;
             "lazy" only those that it touches.
 
     Raises:
-        TypeError: An argument is not what it must be (a dtype, a list as variable).
-        ValueError: A shape, a layout, shared memory or a number is wrong. In both cases nothing is changed.
+        TypeError: An argument of the wrong type or dtype, or a list as variable.
+        ValueError: A wrong shape, layout or number, or shared memory. In both cases nothing is changed.
 
     Source: Kingma and Ba, "Adam" (arXiv:1412.6980), the formulation before section 2.1;
     https://www.tensorflow.org/api_docs/python/tf/keras/optimizers/Adam.

@@ -1,14 +1,15 @@
-"""Gradients that the kernels cannot read as they lie: other dtypes, layouts, lists. Converted; variables never are."""
+"""Conversion of gradients that the kernels cannot read: other dtypes and layouts, lists."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
 from fastadam._core.placement import on_gpu, to_host
+from fastadam._core.types import AnyArray, AnyDType, ArrayLike
 
 __all__ = ["as_float_array", "bfloat16_to_float32", "convert_gradient", "convert_values", "float32_to_bfloat16"]
 
@@ -26,16 +27,16 @@ def float32_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint1
     return np.asarray(np.where(np.isnan(values), quiet_nan, rounded), np.uint16)
 
 
-def as_float_array(values: Any, label: str) -> npt.NDArray[Any]:
+def as_float_array(values: ArrayLike, label: str) -> npt.NDArray[AnyDType]:
     """Any array or nested list of real numbers as a NumPy array; bfloat16 without ml_dtypes becomes float32.
 
     Raises:
-        TypeError: No real numbers.
+        TypeError: Not real numbers.
     """
     if on_gpu(values):
         values = to_host(values)
-    found = _cpu.read_array(values, label)
-    array, is_bfloat16 = found if found is not None else (_as_array(values, label), False)
+    read = _cpu.read_array(values, label)
+    array, is_bfloat16 = read if read is not None else (_as_array(values, label), False)
     if is_bfloat16:
         return bfloat16_to_float32(array)
     if array.dtype.kind not in "fiu":
@@ -43,7 +44,7 @@ def as_float_array(values: Any, label: str) -> npt.NDArray[Any]:
     return array
 
 
-def convert_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
+def convert_gradient(gradient: ArrayLike, variable: _cpu.Buffer, label: str) -> AnyArray:
     """``gradient`` in the dtype and layout of ``variable``, as TF converts arrays and lists.
 
     Raises:
@@ -52,16 +53,16 @@ def convert_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
     return convert_values(as_float_array(gradient, label), variable.dtype, variable.order)
 
 
-def convert_values(values: npt.NDArray[Any], dtype: str, order: str = "C") -> Any:
+def convert_values(values: npt.NDArray[AnyDType], dtype: str, order: str = "C") -> AnyArray:
     """Real numbers in one of the four dtypes: an array, or a buffer of bfloat16."""
-    layout: Any = order
-    with np.errstate(under="ignore"):  # what underflows is flushed in the kernels anyway
+    layout: Literal["C", "F"] = "C" if order == "C" else "F"
+    with np.errstate(under="ignore"):  # the kernels flush denormals anyway
         if dtype == "bfloat16":
             return _cpu.bfloat16_bits(np.asarray(float32_to_bfloat16(values.astype(np.float32)), order=layout))
         return np.array(values, dtype=dtype, order=layout)
 
 
-def _as_array(gradient: Any, label: str) -> npt.NDArray[Any]:
+def _as_array(gradient: ArrayLike, label: str) -> npt.NDArray[AnyDType]:
     try:
         array = np.asarray(gradient)
     except (ValueError, TypeError) as error:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core import serialization
+from fastadam._core.buffers import buffer_of, buffers_of, unwrap
 from fastadam._core.checks import check_iterations, check_list
 from fastadam._core.minimize import Minimizer
 from fastadam._core.options import Options
@@ -21,7 +22,7 @@ from fastadam._core.slots import Initializer, initial_value
 from fastadam._core.state import State
 from fastadam._core.step import Stepper
 from fastadam._core.strict import class_only
-from fastadam._core.variable import buffer_of, buffers_of, label_of, unwrap
+from fastadam._core.variable import label_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self

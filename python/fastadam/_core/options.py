@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from fastadam._core.checks import check_one_norm
 from fastadam._core.extras import ACCUMULATOR, Extras
-from fastadam._core.hyper import CLIP_NAMES
 from fastadam._core.placement import on_gpu, to_host
 from fastadam._core.slices import DEFERRED
 
 if TYPE_CHECKING:
     from fastadam._core.types import Config, SparseUpdate
 
-__all__ = ["Options"]
+__all__ = ["CLIP_NAMES", "Options"]
+
+CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 
 _OF_PLANS = ("amsgrad", "extras", "sparse_update")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from fastadam._core.buffers import unwrap
 from fastadam._core.checks import check_list
-from fastadam._core.variable import Variable, unwrap
+from fastadam._core.variable import Variable
 from fastadam._core.warning import warn
 
 if TYPE_CHECKING:

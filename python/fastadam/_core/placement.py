@@ -1,17 +1,20 @@
-"""Where arrays lie, in memory of the host or on a GPU, and what the state of an optimizer does with them there."""
+"""Arrays of any library, in host memory or on a GPU: where they are, and copies of them in other places."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
 from fastadam._core.cuda_module import cuda_module
+
+if TYPE_CHECKING:
+    from fastadam._core.types import AnyArray
 
 __all__ = [
     "assign",
@@ -30,20 +33,20 @@ _CACHE_LINE = 64
 _PAGE = 4096
 
 
-def on_gpu(array: Any) -> bool:
-    """Whether an object is an array in memory of a CUDA device; nothing is imported for it."""
+def on_gpu(array: AnyArray) -> bool:
+    """Whether an object is an array on a CUDA device; imports nothing to find out."""
     if isinstance(array, (np.ndarray, float, int, list)):
         return False
     if hasattr(array, "__dlpack_device__"):
         try:
             return array.__dlpack_device__()[0] in _GPU_TYPES
-        except Exception:  # what cannot be exported is refused where it is read
+        except Exception:  # an array that cannot be exported is refused when it is read
             return False
     return hasattr(array, "__cuda_array_interface__")
 
 
-def native_for(arrays: Iterable[Any]) -> ModuleType:
-    """The native module that updates variables of which one of these is: ``_cuda`` if any lies on a GPU."""
+def native_for(arrays: Iterable[AnyArray]) -> ModuleType:
+    """``_cuda`` if any array is on a GPU, else ``_cpu``."""
     return cuda_module() if any(map(on_gpu, arrays)) else _cpu
 
 
@@ -52,16 +55,16 @@ def native_of(buffer: _cpu.Buffer) -> ModuleType:
     return _cpu if isinstance(buffer, _cpu.Buffer) else cuda_module()
 
 
-def to_host(array: Any) -> npt.NDArray[Any]:
-    """The array itself if it is NumPy's, else a copy of an array on a GPU, for which it waits."""
+def to_host(array: AnyArray) -> npt.NDArray[np.generic]:
+    """A NumPy array as it is; a copy of an array on a GPU, which it waits for."""
     if isinstance(array, np.ndarray):
         return array
-    host: npt.NDArray[Any] = cuda_module().to_host(array)
+    host: npt.NDArray[np.generic] = cuda_module().to_host(array)
     return host
 
 
-def assign(array: Any, values: npt.ArrayLike) -> None:
-    """Overwrite an array, wherever it lies, with values of the host or one number."""
+def assign(array: AnyArray, values: npt.ArrayLike) -> None:
+    """Overwrite an array on any device with values in host memory or one number."""
     if isinstance(array, np.ndarray):
         array[...] = values
         return
@@ -70,40 +73,40 @@ def assign(array: Any, values: npt.ArrayLike) -> None:
     cuda_module().assign(array, present)
 
 
-def beside(array: Any, buffer: _cpu.Buffer) -> bool:
-    """Whether a slot can serve this variable as it lies: on its device and in its layout."""
+def beside(array: AnyArray, buffer: _cpu.Buffer) -> bool:
+    """Whether an array is on the device of a variable and in its layout, as a slot must be."""
     if isinstance(array, np.ndarray):
-        flag: Any = f"{buffer.order}_CONTIGUOUS"
-        return buffer.device < 0 and bool(array.flags[flag])
+        is_contiguous = array.flags.c_contiguous if buffer.order == "C" else array.flags.f_contiguous
+        return buffer.device < 0 and is_contiguous
     if buffer.device < 0:
         return False
-    found = cuda_module().Buffer(array, "slot")
-    return found.device in (-1, buffer.device) and found.order == buffer.order
+    slot = cuda_module().Buffer(array, "slot")
+    return slot.device in (-1, buffer.device) and slot.order == buffer.order
 
 
-def copy_beside(array: Any, buffer: _cpu.Buffer) -> Any:
-    """A slot laid out for its variable, with these values."""
+def copy_beside(array: AnyArray, buffer: _cpu.Buffer) -> AnyArray:
+    """A copy on the device of a variable and in its layout."""
     placed = zeros_beside(buffer)
     assign(placed, to_host(array))
     return placed
 
 
-def zeros_beside(buffer: _cpu.Buffer, dtype: str | None = None, shape: tuple[int, ...] | None = None) -> Any:
-    """Zeros in the layout of a variable, where it lies, made by the library that it comes from.
+def zeros_beside(buffer: _cpu.Buffer, dtype: str | None = None, shape: tuple[int, ...] | None = None) -> AnyArray:
+    """Zeros on the device of a variable and in its layout, made by its library; by default of its state's dtype.
 
-    ``dtype`` is that of its state unless it is given. Arrays on a GPU that are neither CuPy's nor PyTorch's have slots
-    with nothing but ``__cuda_array_interface__`` and ``get()``.
+    For arrays on a GPU of a library other than CuPy and PyTorch they are objects with nothing but
+    ``__cuda_array_interface__`` and ``get()``.
     """
     if buffer.device < 0:
         return zeros_like_variable(buffer)
     dtype, shape = dtype or buffer.state_dtype, buffer.shape if shape is None else shape
     library = type(buffer.source).__module__.partition(".")[0]
     if library == "cupy" and dtype != "bfloat16":
-        cupy: Any = sys.modules["cupy"]
+        cupy: AnyArray = sys.modules["cupy"]
         with cupy.cuda.Device(buffer.device):
             return cupy.zeros(shape, dtype, order=buffer.order)
     if library == "torch":
-        torch: Any = sys.modules["torch"]
+        torch: AnyArray = sys.modules["torch"]
         zeros = torch.zeros(shape, dtype=getattr(torch, dtype), device=buffer.source.device)
         in_c_order = buffer.order == "C" or len(shape) < 2
         return (
@@ -115,8 +118,8 @@ def zeros_beside(buffer: _cpu.Buffer, dtype: str | None = None, shape: tuple[int
     return native.DeviceArray(list(shape), dtype, buffer.order, buffer.device, native.stream_of(buffer.source) or 0)
 
 
-def zeros_like_variable(buffer: _cpu.Buffer) -> npt.NDArray[Any]:
-    """A slot of zeros in the layout of a variable of the host; float32 for half variables.
+def zeros_like_variable(buffer: _cpu.Buffer) -> npt.NDArray[np.generic]:
+    """A slot of zeros in the layout of a variable in host memory; float32 for half variables.
 
     Its address agrees with the variable's modulo a cache line, or a page where the array is long: a load does not wait
     for a store to the same offset of another page, and one shift aligns all streams. Long arrays also start 64 KiB
@@ -128,5 +131,5 @@ def zeros_like_variable(buffer: _cpu.Buffer) -> npt.NDArray[Any]:
     skew = 16 * _PAGE if nbytes >= 256 * _PAGE else 0
     raw = np.zeros(nbytes + period + skew, np.uint8)
     start = skew + (buffer.address - raw.ctypes.data - skew) % period // dtype.itemsize * dtype.itemsize
-    layout: Any = buffer.order
+    layout: Literal["C", "F"] = "C" if buffer.order == "C" else "F"
     return raw[start : start + nbytes].view(dtype).reshape(buffer.shape, order=layout)

@@ -1,4 +1,4 @@
-"""Variables that are replaced by new arrays between steps, which then train without their moments."""
+"""Detects variables that are replaced by new arrays between steps, which loses their moments."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from fastadam._core.backend import _cpu
+from fastadam._core.buffers import Key, key_of
 from fastadam._core.types import AnyArray
-from fastadam._core.variable import Key, key_of
 from fastadam._core.warning import warn
 
 __all__ = ["Replacements"]
@@ -21,26 +20,26 @@ __all__ = ["Replacements"]
 
 @dataclass(frozen=True)
 class _Met:
-    """A variable when the optimizer first met it."""
+    """A variable as it was in its first step."""
 
     key: Key
     buffer: _cpu.Buffer
-    given: weakref.ref[Any] | None  # the caller's object, which need not be what the buffer keeps alive
+    given: weakref.ref[AnyArray] | None  # the caller's object; the buffer may keep another one alive
     meeting: int
 
 
 class Replacements:
     """Warns once of ``w = w * 0.999`` between steps, in the step that meets the third array.
 
-    A new array is a replacement if the optimizer keeps arrays of its shape and dtype that nobody else refers to: they
-    cannot come back. Two of them, met in two different calls, are needed: the layers of one model that was dropped are
-    none. Only calls with a new variable are looked at, and of each kind the last 64 variables.
+    A new array is a replacement if the optimizer keeps arrays of its shape and dtype that nobody else refers to, since
+    they cannot come back. It takes two of them, from two different calls: the layers of one model that was dropped are
+    not replacements. Only calls with a new variable are examined, and only the last 64 variables of each kind.
     """
 
     def __init__(self) -> None:
         self._has_warned = False
         self._meetings = 0
-        self._met: dict[tuple[Any, ...], deque[_Met]] = {}
+        self._met: dict[tuple[tuple[int, ...], str, int], deque[_Met]] = {}
 
     def look(
         self,
@@ -49,7 +48,7 @@ class Replacements:
         new: set[Key],
         plans: Iterable[Sequence[_cpu.Buffer]],
     ) -> None:
-        """Before a step with variables that no plan was found for.
+        """Call it before a step with variables that have no plan.
 
         Args:
             given: The caller's variables by their places.
@@ -85,33 +84,33 @@ class Replacements:
 
 
 def _references_of(plans: Iterable[Sequence[_cpu.Buffer]]) -> dict[int, tuple[set[int], int]]:
-    """By an array: the Buffers of plans that refer to it, and how many native plans have a copy of one."""
-    found: dict[int, tuple[set[int], int]] = {}
+    """For the id of each array: the Buffers of plans that refer to it, and how many native plans have a copy of one."""
+    references: dict[int, tuple[set[int], int]] = {}
     for buffers in plans:
         for buffer in buffers:
-            known, count = found.get(id(buffer.source), (set(), 0))
-            found[id(buffer.source)] = (known | {id(buffer)}, count + 1)
-    return found
+            ids, count = references.get(id(buffer.source), (set(), 0))
+            references[id(buffer.source)] = (ids | {id(buffer)}, count + 1)
+    return references
 
 
-def _reference(variable: Any) -> weakref.ref[Any] | None:
+def _reference(variable: AnyArray) -> weakref.ref[AnyArray] | None:
     if isinstance(variable, np.ndarray):
-        return None  # NumPy refuses to resize an array that has one
+        return None  # NumPy refuses to resize an array that has a weak reference
     try:
         return weakref.ref(variable)
     except TypeError:
         return None
 
 
-def _is_abandoned(met: _Met, now: Any, references: Mapping[int, tuple[set[int], int]]) -> bool:
+def _is_abandoned(met: _Met, now: AnyArray, references: Mapping[int, tuple[set[int], int]]) -> bool:
     """Whether the caller can no longer reach the memory of a variable."""
     source = met.buffer.source
-    if not isinstance(source, np.ndarray):  # kept alive by other means than the caller's object
+    if not isinstance(source, np.ndarray):  # the buffer keeps something else alive than the caller's object
         owner = met.given and met.given()
         return met.given is not None and (owner is None or owner is now)  # `p.data = ...` in PyTorch
-    # Each Buffer refers to its array, and each native plan has copies of its Buffers.
+    # Each Buffer holds a reference to its array, and each native plan holds copies of its Buffers.
     buffers, copies = references.get(id(source), (set(), 0))
-    probe = object()  # to which one name refers, as `source` does
+    probe = object()  # has one reference, as `source` would if nobody else referred to it
     if sys.getrefcount(source) - sys.getrefcount(probe) > len(buffers | {id(met.buffer)}) + copies:
         return False
     base = source.base

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
+from fastadam._core.buffers import buffers_of, key_of
 from fastadam._core.checks import check_iterations, check_list
 from fastadam._core.extras import Extras
 from fastadam._core.frameworks import require
 from fastadam._core.parts import parts_of
 from fastadam._core.placement import copy_beside, to_host
 from fastadam._core.slots import Entry, SlotStore, Spec
-from fastadam._core.variable import buffers_of, key_of
 
 if TYPE_CHECKING:
     from fastadam._core.types import AnyOptimizer

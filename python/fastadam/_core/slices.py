@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from fastadam._core.keywords import suggests_keywords
 from fastadam._core.placement import native_of, on_gpu
 
 if TYPE_CHECKING:
-    from fastadam._core.types import ArrayLike, SparseUpdate
+    from fastadam._core.types import AnyArray, AnyDType, AnyGradient, ArrayLike, SparseUpdate
 
 __all__ = [
     "DEFERRED",
@@ -35,10 +35,10 @@ SPARSE_UPDATES = ("dense", *DEFERRED, "lazy")
 
 
 class IndexedSlices:
-    """A gradient that is zero but for some rows: ``values[i]`` belongs to row ``indices[i]`` of the variable.
+    """A gradient that is zero except in some rows: ``values[i]`` belongs to row ``indices[i]`` of the variable.
 
-    Indices may come in any order and more than once: the values of a row are summed, in order of occurrence. No values
-    at all are a gradient of zeros, which is not the same as no gradient: every row of the variable still moves along
+    Indices may come in any order and more than once: the values of a row are summed in order of occurrence. Without
+    any values it is a gradient of zeros, which differs from no gradient: every row of the variable still moves along
     its moments, as in TF.
 
     Args:
@@ -47,7 +47,7 @@ class IndexedSlices:
         dense_shape: The shape of the variable, if it is to be checked.
 
     Raises:
-        TypeError: ``indices`` are no integers. Everything else is checked by the step, against the variable.
+        TypeError: ``indices`` are not integers. The step checks everything else against the variable.
         ValueError: ``indices`` are not one-dimensional.
 
     Source: https://www.tensorflow.org/api_docs/python/tf/IndexedSlices.
@@ -62,8 +62,8 @@ class IndexedSlices:
 
     __slots__ = ("__weakref__", "dense_shape", "indices", "values")
 
-    values: Any  # as they were given
-    indices: Any  # an array of int32 or int64, or one on a GPU
+    values: AnyArray  # as they were given
+    indices: AnyArray  # an array of int32 or int64, or one on a GPU
     dense_shape: tuple[int, ...] | None
 
     @suggests_keywords()
@@ -87,26 +87,26 @@ class IndexedSlices:
         texts = (preformatted(f"{name}={array_text(array, len(name) + 1)}") for name, array in self._arrays())
         return html_table(name_of(type(self)), shape, "".join(texts))
 
-    def _arrays(self) -> list[tuple[str, Any]]:
+    def _arrays(self) -> list[tuple[str, AnyArray]]:
         return [("values", self.values), ("indices", self.indices)]
 
 
-def _as_shape(dense_shape: Any) -> tuple[int, ...]:
+def _as_shape(dense_shape: Sequence[int]) -> tuple[int, ...]:
     try:
         return tuple(int(length) for length in dense_shape)
     except (TypeError, ValueError):
         raise TypeError(f"dense_shape: {dense_shape!r}, expected the shape of the variable") from None
 
 
-def check_sparse_update(value: Any) -> SparseUpdate:
+def check_sparse_update(value: object) -> SparseUpdate:
     """One of the names in ``SPARSE_UPDATES``."""
     if not isinstance(value, str) or value not in SPARSE_UPDATES:
         raise ValueError(f"sparse_update: {value!r}, expected one of {', '.join(map(repr, SPARSE_UPDATES))}")
     return cast("SparseUpdate", str(value))
 
 
-def check_ids(ids: ArrayLike, shape: tuple[int, ...], label: str) -> npt.NDArray[Any]:
-    """Integers of any shape, int32 or int64, that name rows of a variable of this shape."""
+def check_ids(ids: ArrayLike, shape: tuple[int, ...], label: str) -> npt.NDArray[np.integer]:
+    """Row indices of a variable of this shape, as int32 or int64 of any shape."""
     rows = _as_integers("ids", ids)
     if not shape:
         raise ValueError(f"ids: {label} has shape (), expected at least one axis")
@@ -116,16 +116,16 @@ def check_ids(ids: ArrayLike, shape: tuple[int, ...], label: str) -> npt.NDArray
     return rows
 
 
-def _as_indices(indices: Any) -> Any:
+def _as_indices(indices: ArrayLike) -> AnyArray:
     if on_gpu(indices):
-        return indices  # read by the step, which checks it
+        return indices  # the step checks it
     array = _as_integers("indices", indices)
     if array.ndim != 1:
         raise ValueError(f"indices: shape {array.shape}, expected one dimension")
     return np.require(array, requirements=["C", "A"])
 
 
-def _as_integers(name: str, values: Any) -> npt.NDArray[Any]:
+def _as_integers(name: str, values: ArrayLike) -> npt.NDArray[AnyDType]:
     """In int32 or int64, as the kernels read them."""
     array = np.asarray(values)
     if array.size == 0 and not isinstance(values, np.ndarray):
@@ -139,68 +139,68 @@ def _as_integers(name: str, values: Any) -> npt.NDArray[Any]:
     return array.astype(np.int64)
 
 
-def is_sparse(gradient: Any) -> bool:
-    """Whether a gradient names the rows that it touches."""
+def is_sparse(gradient: AnyGradient) -> bool:
+    """Whether a gradient names the rows that it touches: IndexedSlices, or a sparse one of PyTorch or SciPy."""
     if isinstance(gradient, (np.ndarray, list)):
         return False
     return isinstance(gradient, IndexedSlices) or _is_torch(gradient) or _is_scipy(gradient)
 
 
-def is_native_sparse(gradient: Any) -> bool:
-    """The same, of one that may have been made ready for a plan."""
+def is_native_sparse(gradient: AnyGradient) -> bool:
+    """Whether it is sparse, or native Slices already."""
     return is_slices(gradient) or is_sparse(gradient)
 
 
-def is_slices(gradient: Any) -> bool:
-    """Whether a gradient has been made ready for a plan."""
+def is_slices(gradient: AnyGradient) -> bool:
+    """Whether a gradient is native Slices, which a plan reads."""
     return type(gradient).__name__ == "Slices" and type(gradient).__module__ in ("fastadam._cpu", "fastadam._cuda")
 
 
-def native_gradient(gradient: Any, variable: _cpu.Buffer, label: str) -> Any:
-    """``gradient`` as a plan takes it: an IndexedSlices, or a sparse one of PyTorch or SciPy, as ``_cpu.Slices``."""
+def native_gradient(gradient: AnyGradient, variable: _cpu.Buffer, label: str) -> AnyGradient:
+    """A sparse gradient of any library as native Slices; a dense one as it is."""
     slices = gradient if isinstance(gradient, IndexedSlices) else _of_other_library(gradient, label)
     if slices is None:
         return gradient
     if slices.dense_shape is not None and slices.dense_shape != variable.shape:
         raise ValueError(f"{label}: dense_shape {slices.dense_shape}, expected {variable.shape} like {variable.label}")
-    return native_of(variable).Slices(slices.values, _as_indices(slices.indices))  # a user may have set them
+    return native_of(variable).Slices(slices.values, _as_indices(slices.indices))  # set by a user since
 
 
 def convert_slices(slices: _cpu.Slices, variable: _cpu.Buffer, label: str) -> _cpu.Slices:
-    """With values in the dtype of ``variable``, as they lie in a NumPy array."""
+    """The same rows with values in the dtype of ``variable``, in a NumPy array."""
     values = as_float_array(slices.values, f"{label}.values")
     shape = (len(slices.indices), *variable.shape[1:])
     if values.size == 0 and len(slices.indices) == 0:
-        values = np.zeros(shape, values.dtype)  # an empty list has no rows to show their shape
+        values = np.zeros(shape, values.dtype)  # an empty list does not show the shape of rows
     return _cpu.Slices(convert_values(values, variable.dtype), slices.indices)
 
 
-def _of_other_library(gradient: Any, label: str) -> IndexedSlices | None:
+def _of_other_library(gradient: AnyGradient, label: str) -> IndexedSlices | None:
     if _is_torch(gradient):
         return _of_torch(gradient, label)
     return _of_scipy(gradient) if _is_scipy(gradient) else None
 
 
-def _is_torch(gradient: Any) -> bool:
+def _is_torch(gradient: AnyGradient) -> bool:
     return getattr(gradient, "is_sparse", False) is True and hasattr(gradient, "_indices")
 
 
-def _is_scipy(gradient: Any) -> bool:
+def _is_scipy(gradient: AnyGradient) -> bool:
     return hasattr(gradient, "tocsr") and hasattr(gradient, "nnz")
 
 
-def _of_torch(tensor: Any, label: str) -> IndexedSlices:
-    """A COO tensor whose sparse axis is the first, as ``nn.Embedding(sparse=True)`` gives; coalesced or not."""
+def _of_torch(tensor: AnyGradient, label: str) -> IndexedSlices:
+    """A COO tensor with the first axis sparse, as ``nn.Embedding(sparse=True)`` gives; coalesced or not."""
     if tensor.sparse_dim() != 1:
         raise ValueError(f"{label}: sparse tensor with {tensor.sparse_dim()} sparse axes, expected the first alone")
     return IndexedSlices(tensor._values().detach(), _of_host(tensor._indices()[0]), tuple(tensor.shape))
 
 
-def _of_host(indices: Any) -> Any:
+def _of_host(indices: AnyArray) -> AnyArray:
     return indices if on_gpu(indices) else indices.numpy()
 
 
-def _of_scipy(matrix: Any) -> IndexedSlices:
+def _of_scipy(matrix: AnyGradient) -> IndexedSlices:
     """The rows of a SciPy matrix that hold elements."""
     rows = matrix.tocsr()
     touched = np.flatnonzero(np.diff(rows.indptr))

@@ -6,29 +6,29 @@ import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
+from fastadam._core.buffers import Key, key_of
 from fastadam._core.gradients import bfloat16_to_float32
 from fastadam._core.history import History
 from fastadam._core.placement import assign, beside, copy_beside, to_host, zeros_beside
-from fastadam._core.variable import Key, key_of
+from fastadam._core.types import AnyArray, Config
 
 __all__ = ["Entry", "Initializer", "SlotStore", "Spec", "initial_value"]
 
-Array = Any  # NumPy's, or one on a GPU (placement.py)
-Maker = Callable[[_cpu.Buffer, str], Array]
+Maker = Callable[[_cpu.Buffer, str], AnyArray]
 Initializer = str | Callable[..., npt.ArrayLike] | npt.ArrayLike
 
 
 def initial_value(
     initializer: Initializer, shape: tuple[int, ...], dtype: npt.DTypeLike, order: str = "C"
-) -> npt.NDArray[Any]:
+) -> npt.NDArray[np.generic]:
     """A new array: "zeros", "ones", the result of ``initializer(shape, dtype)``, or a value of that shape."""
-    layout: Any = order
+    layout: Literal["C", "F"] = "C" if order == "C" else "F"
     if isinstance(initializer, str):
         makers = {"zeros": np.zeros, "ones": np.ones}
         if initializer not in makers:
@@ -79,11 +79,11 @@ class Entry:
 class Prepared:
     """Slots for a step or a build; the store is as it was until ``commit``."""
 
-    slots: list[list[Array]]  # for each name, for each variable
+    slots: list[list[AnyArray]]  # for each name, for each variable
     store: SlotStore
     version: int
-    adopted: dict[Key, tuple[Entry, _cpu.Buffer, dict[str, Array]]]
-    created: dict[tuple[Key, str], tuple[_cpu.Buffer, Array]]
+    adopted: dict[Key, tuple[Entry, _cpu.Buffer, dict[str, AnyArray]]]
+    created: dict[tuple[Key, str], tuple[_cpu.Buffer, AnyArray]]
 
     def entry_of(self, buffer: _cpu.Buffer) -> Entry | None:
         """The entry that this variable has or adopts; None for a new one."""
@@ -107,7 +107,7 @@ class SlotStore:
     """
 
     def __init__(self) -> None:
-        self.arrays: list[Array] = []
+        self.arrays: list[AnyArray] = []
         self.names: list[str] = []
         self.entries: list[Entry] = []
         self.version = 0
@@ -133,11 +133,11 @@ class SlotStore:
         """Whether a variable has slots."""
         return key in self._known
 
-    def find(self, buffer: _cpu.Buffer) -> dict[str, Array] | None:
+    def find(self, buffer: _cpu.Buffer) -> dict[str, AnyArray] | None:
         """The slots of this variable by name, or None for a variable never seen."""
         return None if (entry := self.entry_of(buffer)) is None else self.slots_of(entry)
 
-    def slots_of(self, entry: Entry) -> dict[str, Array]:
+    def slots_of(self, entry: Entry) -> dict[str, AnyArray]:
         """The slots of an entry by name."""
         return {name: self.arrays[at] for name, at in entry.slots.items()}
 
@@ -157,7 +157,7 @@ class SlotStore:
         _require_apart(list(distinct.values()))
         adopted = self._adoptions(distinct)
         slots = {k: dict(adopted[k][2]) if k in adopted else self.find(b) or {} for k, b in distinct.items()}
-        created: dict[tuple[Key, str], tuple[_cpu.Buffer, Array]] = {}
+        created: dict[tuple[Key, str], tuple[_cpu.Buffer, AnyArray]] = {}
         for name in names:
             for key, buffer in distinct.items():
                 if name not in slots[key]:
@@ -166,7 +166,7 @@ class SlotStore:
         listed = [[slots[key_of(buffer)][name] for buffer in buffers] for name in names]
         return Prepared(listed, self, version, adopted, created)
 
-    def _adoptions(self, buffers: dict[Key, _cpu.Buffer]) -> dict[Key, tuple[Entry, _cpu.Buffer, dict[str, Array]]]:
+    def _adoptions(self, buffers: dict[Key, _cpu.Buffer]) -> dict[Key, tuple[Entry, _cpu.Buffer, dict[str, AnyArray]]]:
         """Which waiting entry each unknown variable takes: that of its own memory, else the next one."""
         chosen: dict[Key, Entry] = {}
         for key, buffer in buffers.items():
@@ -200,7 +200,7 @@ class SlotStore:
                 "it was then (sync() before a deferred optimizer is copied apart from its tables)"
             )
 
-    def _laid_out(self, entry: Entry, buffer: _cpu.Buffer) -> dict[str, Array]:
+    def _laid_out(self, entry: Entry, buffer: _cpu.Buffer) -> dict[str, AnyArray]:
         arrays = self.slots_of(entry).items()
         return {name: a if beside(a, buffer) else copy_beside(a, buffer) for name, a in arrays}
 
@@ -215,7 +215,7 @@ class SlotStore:
                     f"order {buffer.order}"
                 )
 
-    def adopt(self, entry: Entry, buffer: _cpu.Buffer, arrays: dict[str, Array]) -> None:
+    def adopt(self, entry: Entry, buffer: _cpu.Buffer, arrays: dict[str, AnyArray]) -> None:
         """Give the slots of a waiting entry, laid out for this variable, to it."""
         self.version += 1
         for name, array in arrays.items():
@@ -226,7 +226,7 @@ class SlotStore:
             entry.history = entry.history.placed(buffer)
         self._register(entry, buffer)
 
-    def add(self, buffer: _cpu.Buffer, name: str, array: Array) -> None:
+    def add(self, buffer: _cpu.Buffer, name: str, array: AnyArray) -> None:
         """Register a new slot."""
         self.version += 1
         entry = self._known.get(key_of(buffer))
@@ -252,7 +252,7 @@ class SlotStore:
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Config:
         entries = [(tuple(entry.spec), dict(entry.slots), _copied(entry), entry.accumulating) for entry in self.entries]
         return {
             "arrays": [to_host(array).copy(order="K") for array in self.arrays],
@@ -260,7 +260,7 @@ class SlotStore:
             "entries": entries,
         }
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Config) -> None:
         self.__init__()  # type: ignore[misc]
         # Buffers that a pickle keeps outside of itself may come back read-only.
         self.arrays = [array if array.flags.writeable else array.copy(order="K") for array in state["arrays"]]
@@ -268,7 +268,7 @@ class SlotStore:
         for spec, slots, history, accumulating in state["entries"]:
             self.add_waiting(Entry(Spec(*spec), slots, None, history, accumulating))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:
+    def __deepcopy__(self, memo: dict[int, object]) -> SlotStore:
         twin = type(self)()
         homes = {at: entry.buffer or entry.origin for entry in self.entries for at in entry.slots.values()}
         for at, array in enumerate(self.arrays):
@@ -295,7 +295,7 @@ def _require_apart(buffers: list[_cpu.Buffer]) -> None:
             )
 
 
-def _fresh_slot(buffer: _cpu.Buffer, name: str) -> Array:
+def _fresh_slot(buffer: _cpu.Buffer, name: str) -> AnyArray:
     """Zeros, but a moving average starts at its variable."""
     slot = zeros_beside(buffer)
     if name == "average":

@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.backend import _cpu
+from fastadam._core.buffers import buffer_of, unwrap
 from fastadam._core.gradients import bfloat16_to_float32
 from fastadam._core.history import Numbers
 from fastadam._core.placement import native_of, on_gpu, zeros_beside
 from fastadam._core.runtime import late_error
 from fastadam._core.slices import check_ids, is_native_sparse
-from fastadam._core.variable import buffer_of, label_of, unwrap
+from fastadam._core.variable import label_of
 from fastadam._core.warning import warn
 
 if TYPE_CHECKING:

@@ -88,9 +88,13 @@ Gradient: TypeAlias = "ArrayLike | IndexedSlices | SparseMatrix"
 
 # What is duck-typed inside the package: checked by the native code or by a function of its own, not by annotations.
 AnyArray: TypeAlias = Any  # an array of NumPy, CuPy, PyTorch or another library
+AnyDType: TypeAlias = Any  # a dtype of whatever library the array is of
 AnyGradient: TypeAlias = Any  # an array, IndexedSlices, a sparse matrix, or native Slices
 AnyOptimizer: TypeAlias = Any  # an optimizer of this package or of a user's subclass
 AnyPair: TypeAlias = Any  # what should be a (gradient, variable) pair
+AnyRate: TypeAlias = Any  # a number, an array, a variable or a schedule of any library
+KerasVariable: TypeAlias = Any  # keras.Variable, which is not typed
 Config: TypeAlias = dict[str, Any]  # arguments by name, plain JSON values
+Tree: TypeAlias = Any  # arrays and Variables in nested lists, tuples and dicts
 NativeObject: TypeAlias = Any  # an object of the extension fastadam._cuda
 NativeHistory: TypeAlias = tuple[Any, ...]  # StaleTable::Arrays in csrc/bind/stale.h

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.backend import _cpu
 from fastadam._core.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
 from fastadam._core.frameworks import hint_for_variable
 from fastadam._core.keywords import suggests_keywords
@@ -22,25 +21,23 @@ from fastadam._core.strict import unknown_attribute
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.types import ArrayLike
+    from fastadam._core.types import AnyArray, AnyDType, ArrayLike, Tree
 
-__all__ = ["Key", "Reader", "Variable", "buffer_of", "buffers_of", "key_of", "label_of", "reading", "unwrap"]
-
-Key: TypeAlias = tuple[int, tuple[int, ...], str, str, int]
+__all__ = ["Reader", "Variable", "label_of", "reading"]
 
 
 class Reader(Protocol):
-    """Says what ``Variable.value`` is while a loss runs."""
+    """Decides what ``Variable.value`` is while a loss runs."""
 
-    def read(self, variable: Variable) -> Any:
+    def read(self, variable: Variable) -> AnyArray:
         """The array of the autodiff library that stands for the variable."""
 
-    def gather(self, variable: Variable, ids: npt.NDArray[Any]) -> Any:
+    def gather(self, variable: Variable, ids: npt.NDArray[np.integer]) -> AnyArray:
         """The array of the autodiff library that stands for these rows."""
 
 
 _reader: ContextVar[Reader | None] = ContextVar("fastadam_reader", default=None)
-_running: set[int] = set()  # one number for every loss that runs, in any thread; changed by atomic operations only
+_running: set[int] = set()  # one number for each running loss, in any thread; changed only by atomic operations
 
 
 @contextlib.contextmanager
@@ -58,7 +55,7 @@ def reading(reader: Reader | None) -> Iterator[None]:
 class Variable:
     """A trainable array with a name; the optimizer updates ``value`` in place.
 
-    A float array, of the host or on a GPU, is held, not copied: the caller's array and ``value`` are one buffer.
+    A float array, in host memory or on a GPU, is held, not copied: the caller's array and ``value`` share memory.
     Anything else (numbers, nested lists) becomes a new float32 array, as in TensorFlow.
 
     Inside the loss of ``minimize`` ``value`` is an array of the autodiff library that stands for this variable. The
@@ -88,13 +85,13 @@ class Variable:
     def __init__(self, value: ArrayLike, name: str | None = None) -> None:
         if not isinstance(name, (str, type(None))):
             raise TypeError(f"name: {name!r}, expected a string")
-        array: Any = value if isinstance(value, np.ndarray) or on_gpu(value) else _new_array(value, name)
+        array: AnyArray = value if isinstance(value, np.ndarray) or on_gpu(value) else _new_array(value, name)
         self.name = name
         native_for([array]).Buffer(array, label_of(self, 0) if name else "value")
         self._value = array
 
     @property
-    def value(self) -> Any:
+    def value(self) -> AnyArray:
         """The array itself, not a copy; inside a loss the array of the autodiff library."""
         if not _running:
             return self._value
@@ -103,12 +100,9 @@ class Variable:
 
     if not TYPE_CHECKING:
 
-        def __setattr__(self, name: str, new: Any) -> None:
+        def __setattr__(self, name: str, new: object) -> None:
             if name in ("value", "shape", "dtype"):
-                raise AttributeError(
-                    f"{name}: of a Variable is that of its memory, which stays; expected assign(new), or to write "
-                    "value[...] = new"
-                )
+                raise AttributeError(f"{name}: a Variable keeps its memory; expected assign(new), or value[...] = new")
             if not hasattr(type(self), name) and not hasattr(self, "__dict__"):
                 raise AttributeError(unknown_attribute(self, name, ("name", "value")))
             super().__setattr__(name, new)
@@ -119,23 +113,23 @@ class Variable:
         return tuple(self._value.shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> AnyDType:
         """Dtype of ``value``."""
         return self._value.dtype
 
-    def gather(self, ids: ArrayLike) -> Any:
+    def gather(self, ids: ArrayLike) -> AnyArray:
         """The rows ``value[ids]``, of shape ``ids.shape + value.shape[1:]``.
 
         Inside a loss their gradient is an :class:`fastadam.IndexedSlices`: no array of the variable's shape is made,
-        unless the loss reads ``value`` too. Outside of a loss it is plain indexing: rows of a table in a deferred mode
-        are read by the optimizer's own ``gather``, as they lag behind in ``value``.
+        unless the loss also reads ``value``. Outside a loss this is plain indexing, and rows of a deferred table may
+        be stale: read them with the optimizer's own ``gather``.
 
         Args:
             ids: Integers of any shape, repeated or not, known when the loss runs.
 
         Raises:
-            TypeError: Ids that are no integers.
-            ValueError: An id that is not a row, or a variable without rows.
+            TypeError: Ids that are not integers.
+            ValueError: An id out of range, or a variable without rows.
 
         >>> import fastadam
         >>> table = fastadam.Variable([[1.0, 2.0], [3.0, 4.0]], name="table")
@@ -146,7 +140,7 @@ class Variable:
         reader = _reader.get() if _running else None
         return self._value[rows] if reader is None else reader.gather(self, rows)
 
-    def numpy(self) -> npt.NDArray[Any]:
+    def numpy(self) -> npt.NDArray[np.generic]:
         """A copy of the array; inside a loss too, where it is a constant."""
         return np.array(to_host(self._value))
 
@@ -160,7 +154,7 @@ class Variable:
         assign(self._value, new)
         return self
 
-    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[np.generic]:
         if not isinstance(self.value, np.ndarray):
             raise TypeError(
                 f"{label_of(self, 0) if self.name else 'Variable'}: converted to an array inside a loss, which would "
@@ -168,88 +162,90 @@ class Variable:
             )
         if copy or (dtype is not None and np.dtype(dtype) != self._value.dtype):
             return np.array(self._value, dtype=dtype)
-        own: npt.NDArray[Any] = self._value
+        own: npt.NDArray[np.generic] = self._value
         return own
 
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: AnyArray, **kwargs: AnyArray) -> AnyArray:
         values = _values(inputs)
         if method == "__call__" and not kwargs and ufunc in _OPERATORS:
             return _OPERATORS[ufunc](*values)  # arrays of JAX and PyTorch have operators, but no ufuncs
         return getattr(ufunc, method)(*values, **_values(kwargs))
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, function: Callable[..., AnyArray], types: object, args: Tree = (), kwargs: Tree = None
+    ) -> AnyArray:
         return function(*_values(args), **_values(kwargs or {}))
 
     @property
-    def _trace(self) -> Any:
-        # HIPS autograd, once a loss has used it, takes a Variable for a box: of this trace and node, or, by a number
-        # below those of all traces, for none.
+    def _trace(self) -> object:
+        # HIPS autograd, once a loss has used it, treats a Variable as a box with this trace and node; a number below
+        # those of all traces says that it is not a box.
         return getattr(self.value, "_trace", -2)
 
     @property
-    def _node(self) -> Any:
+    def _node(self) -> object:
         return getattr(self.value, "_node", None)
 
-    def __add__(self, other: Any) -> Any:
+    def __add__(self, other: ArrayLike) -> AnyArray:
         return self.value + _values(other)
 
-    def __radd__(self, other: Any) -> Any:
+    def __radd__(self, other: ArrayLike) -> AnyArray:
         return other + self.value
 
-    def __sub__(self, other: Any) -> Any:
+    def __sub__(self, other: ArrayLike) -> AnyArray:
         return self.value - _values(other)
 
-    def __rsub__(self, other: Any) -> Any:
+    def __rsub__(self, other: ArrayLike) -> AnyArray:
         return other - self.value
 
-    def __mul__(self, other: Any) -> Any:
+    def __mul__(self, other: ArrayLike) -> AnyArray:
         return self.value * _values(other)
 
-    def __rmul__(self, other: Any) -> Any:
+    def __rmul__(self, other: ArrayLike) -> AnyArray:
         return other * self.value
 
-    def __truediv__(self, other: Any) -> Any:
+    def __truediv__(self, other: ArrayLike) -> AnyArray:
         return self.value / _values(other)
 
-    def __rtruediv__(self, other: Any) -> Any:
+    def __rtruediv__(self, other: ArrayLike) -> AnyArray:
         return other / self.value
 
-    def __matmul__(self, other: Any) -> Any:
+    def __matmul__(self, other: ArrayLike) -> AnyArray:
         return self.value @ _values(other)
 
-    def __rmatmul__(self, other: Any) -> Any:
+    def __rmatmul__(self, other: ArrayLike) -> AnyArray:
         return other @ self.value
 
-    def __pow__(self, other: Any) -> Any:
+    def __pow__(self, other: ArrayLike) -> AnyArray:
         return self.value ** _values(other)
 
-    def __rpow__(self, other: Any) -> Any:
+    def __rpow__(self, other: ArrayLike) -> AnyArray:
         return other**self.value
 
-    def __iadd__(self, other: Any) -> Any:
+    def __iadd__(self, other: ArrayLike) -> AnyArray:
         return self._in_place(operator.iadd, operator.add, other)
 
-    def __isub__(self, other: Any) -> Any:
+    def __isub__(self, other: ArrayLike) -> AnyArray:
         return self._in_place(operator.isub, operator.sub, other)
 
-    def __imul__(self, other: Any) -> Any:
+    def __imul__(self, other: ArrayLike) -> AnyArray:
         return self._in_place(operator.imul, operator.mul, other)
 
-    def __itruediv__(self, other: Any) -> Any:
+    def __itruediv__(self, other: ArrayLike) -> AnyArray:
         return self._in_place(operator.itruediv, operator.truediv, other)
 
-    def _in_place(self, change: Callable[..., Any], make: Callable[..., Any], other: Any) -> Any:
-        """`w *= 0.999`, which would otherwise put a new array in the place of the Variable; in a loss it does."""
+    def _in_place(self, change: Callable[..., AnyArray], make: Callable[..., AnyArray], other: ArrayLike) -> AnyArray:
+        """`w *= 0.999` changes the array and keeps the Variable; inside a loss it makes a new array."""
         if self.value is not self._value:
             return make(self.value, _values(other))
         change(self._value, _values(other))
         return self
 
-    def __neg__(self) -> Any:
+    def __neg__(self) -> AnyArray:
         return -self.value
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: AnyArray) -> AnyArray:
         return self.value[_values(index)]
 
     __iter__ = None  # indexing alone would make every Variable a list of its rows
@@ -266,7 +262,7 @@ class Variable:
         return html_table(name_of(type(self)), rows, preformatted(array_text(self._value)))
 
 
-_OPERATORS: dict[np.ufunc, Callable[..., Any]] = {
+_OPERATORS: dict[np.ufunc, Callable[..., AnyArray]] = {
     np.add: operator.add,
     np.subtract: operator.sub,
     np.multiply: operator.mul,
@@ -277,7 +273,7 @@ _OPERATORS: dict[np.ufunc, Callable[..., Any]] = {
 }
 
 
-def _values(tree: Any) -> Any:
+def _values(tree: Tree) -> Tree:
     """``tree`` with the value of every Variable in it, through lists, tuples and dicts."""
     if isinstance(tree, Variable):
         return tree.value
@@ -288,7 +284,7 @@ def _values(tree: Any) -> Any:
     return tree
 
 
-def _new_array(value: Any, name: str | None) -> npt.NDArray[np.float32]:
+def _new_array(value: ArrayLike, name: str | None) -> npt.NDArray[np.float32]:
     label = f"variable '{name}'" if name else "value"
     hint = hint_for_variable(value)
     is_variable = hint is not None and hasattr(value, "assign")  # of Keras or TensorFlow; a copy would be trained
@@ -304,42 +300,7 @@ def _new_array(value: Any, name: str | None) -> npt.NDArray[np.float32]:
     return np.array(array, dtype=np.float32)
 
 
-def unwrap(variable: Any) -> Any:
-    """The array of a :class:`Variable`; anything else as it is."""
-    return variable._value if isinstance(variable, Variable) else variable
-
-
-def label_of(variable: Any, position: int) -> str:
+def label_of(variable: object, position: int) -> str:
     """How messages call a variable: by its name, or by its place in the list."""
     name = variable.name if isinstance(variable, Variable) else None
     return f"variable '{name}'" if name else f"vars[{position}]"
-
-
-def buffers_of(variables: Sequence[Any], positions: Sequence[int]) -> list[_cpu.Buffer]:
-    """Check each variable and view its memory; ``positions`` are their places in the caller's list."""
-    native = native_for(map(unwrap, variables))
-    buffers = []
-    for variable, position in zip(variables, positions, strict=True):
-        try:
-            buffers.append(native.Buffer(unwrap(variable), label_of(variable, position)))
-        except (TypeError, ValueError) as error:
-            hint = hint_for_variable(variable)
-            if hint is None:
-                raise
-            raise type(error)(f"{error}; {hint}") from None
-    for buffer in buffers:
-        native.require_place(buffer, buffers[0])
-    return buffers
-
-
-def buffer_of(variable: Any, position: int = 0) -> _cpu.Buffer:
-    """The same of one variable."""
-    return buffers_of([variable], [position])[0]
-
-
-def key_of(buffer: _cpu.Buffer) -> Key:
-    """What identifies a variable: two views of one memory have one key. Keep the buffer alive, or an address is reused.
-
-    An empty array on a GPU has no address: there each object is a variable.
-    """
-    return (buffer.address or id(buffer.source), buffer.shape, buffer.dtype, buffer.order, buffer.device)

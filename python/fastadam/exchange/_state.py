@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from fastadam._core import placement
 from fastadam._core.backend import _cpu
+from fastadam._core.buffers import buffers_of, key_of
 from fastadam._core.checks import check_list, check_non_negative
 from fastadam._core.gradients import as_float_array
 from fastadam._core.optimizer import Optimizer
 from fastadam._core.parts import parts_of
-from fastadam._core.variable import buffers_of, key_of
 
 if TYPE_CHECKING:
     from fastadam._core.adam import Adam

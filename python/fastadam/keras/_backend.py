@@ -1,4 +1,4 @@
-"""Which Keras runs, and on which backend: a process has one, which the first import of Keras fixes."""
+"""Checks of Keras's version and backend. A process has one backend, fixed when Keras is first imported."""
 
 from __future__ import annotations
 
@@ -8,39 +8,40 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TypeVar
 
 __all__ = ["check_choice", "check_version", "outside_of_graphs", "require_backend"]
 
 _BACKENDS = ("torch", "jax", "numpy")
 _ADVICE = f"""KERAS_BACKEND must be {" | ".join(_BACKENDS)}, set before keras is first imported: \
 os.environ["KERAS_BACKEND"] = "torch\""""
-_F = TypeVar("_F", bound=Callable[..., Any])
+_F = TypeVar("_F", bound=Callable[..., object])
 
 
 def check_choice() -> None:
-    """Refuse a backend without this update while Keras is not imported yet, and another can still be chosen."""
+    """Raise ImportError for an unsupported backend before Keras is imported, while another can still be chosen."""
     if "keras" in sys.modules or importlib.util.find_spec("keras") is None:
         return
-    chosen = os.environ.get("KERAS_BACKEND")
-    backend = chosen or _backend_of_file() or "tensorflow"
+    variable = os.environ.get("KERAS_BACKEND")
+    backend = variable or _backend_of_file() or "tensorflow"
     if backend not in _BACKENDS:
-        found = repr(chosen) if chosen else f"not set, which means {backend}"
-        raise ImportError(f"fastadam.keras: KERAS_BACKEND is {found}. {_ADVICE}", name="fastadam.keras")
+        setting = repr(variable) if variable else f"not set, which means {backend}"
+        raise ImportError(f"fastadam.keras: KERAS_BACKEND is {setting}. {_ADVICE}", name="fastadam.keras")
 
 
 def _backend_of_file() -> str | None:
-    """What Keras reads where the environment does not say."""
+    """The backend in Keras's configuration file."""
     folder = os.environ.get("KERAS_HOME") or Path.home() / ".keras"
     try:
-        found = json.loads((Path(folder) / "keras.json").read_text()).get("backend")
+        backend = json.loads((Path(folder) / "keras.json").read_text()).get("backend")
     except (OSError, ValueError, AttributeError):
         return None
-    return found if isinstance(found, str) else None
+    return backend if isinstance(backend, str) else None
 
 
-def check_version(keras: Any) -> None:
-    """Keras 3 that updates all variables in one call."""
+def check_version(keras: ModuleType) -> None:
+    """Raise ImportError unless this Keras updates all variables in one call."""
     version = str(getattr(keras, "__version__", "of an unknown version"))
     is_new = version.split(".")[0].isdigit() and int(version.split(".")[0]) >= 3
     if not is_new or not hasattr(keras.optimizers.Adam, "_backend_update_step"):
@@ -48,7 +49,7 @@ def check_version(keras: Any) -> None:
 
 
 def require_backend(name: str) -> None:
-    """Refuse the backend that Keras runs on, or its device, if it has not this update."""
+    """Raise RuntimeError if Keras runs on an unsupported backend or device."""
     import keras
 
     backend = keras.backend.backend()
@@ -72,13 +73,12 @@ def require_backend(name: str) -> None:
 
 
 def outside_of_graphs(function: _F) -> _F:
-    """``torch.compile`` (``jit_compile=True``) calls it as it is; its pointers are those of one call."""
+    """A function that ``torch.compile`` (``jit_compile=True``) calls without tracing: its pointers change."""
     import keras
 
     if keras.backend.backend() != "torch":
         return function
     import torch
 
-    compiler: Any = torch.compiler
-    outside: _F = compiler.disable(function)
+    outside: _F = torch.compiler.disable(function)
     return outside

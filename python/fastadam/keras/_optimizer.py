@@ -1,7 +1,7 @@
 """Keras 3 optimizers whose update is one native call: ``model.compile(optimizer=fastadam.keras.Adam(1e-3))``.
 
 Not imported by ``import fastadam``. Clipping, decoupled weight decay, averages (``use_ema``), accumulated gradients,
-loss scale, constraints, schedules and saving are Keras's own; what is replaced is the update of variables and moments.
+loss scale, constraints, schedules and saving are Keras's own. Only the update of variables and moments is replaced.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
@@ -25,8 +25,7 @@ from fastadam.keras._schedules import as_keras_rate
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-if TYPE_CHECKING:
-    from fastadam._core.types import LearningRate
+    from fastadam._core.types import AnyArray, AnyDType, AnyOptimizer, AnyRate, KerasVariable, LearningRate
 
 __all__ = ["Adam", "AdamW"]
 
@@ -42,21 +41,21 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
         \theta \mathrel{-}= m \alpha_t / (\sqrt{v} + \hat\epsilon)
 
-    The arguments are those of ``keras.optimizers.Adam``, and so are the optimizer's variables and their order: states
-    go both ways, by ``load_own_variables``, ``.weights.h5`` and ``.keras`` files. Backends: torch and NumPy, where
-    variables change in place (on NumPy ``variable.value`` is the same array after a step; Keras makes a new one), and
-    JAX, where the update is an operation that ``jit`` compiles. On TensorFlow use ``keras.optimizers.Adam``.
+    The arguments, the optimizer's variables and their order are those of ``keras.optimizers.Adam``, so states can be
+    exchanged in both directions (``load_own_variables``, ``.weights.h5`` and ``.keras`` files). On the torch and NumPy
+    backends variables change in place (on NumPy ``variable.value`` stays the same array; Keras makes a new one); on
+    JAX the update is an operation that ``jit`` compiles. On TensorFlow use ``keras.optimizers.Adam``.
 
-    Float32 variables have TensorFlow's arithmetic: :math:`1 - \beta` is the difference of float32 numbers where Keras 3
-    rounds that of doubles. With a ``beta_2`` of 0.999 that changes an update by 0.7e-5 of itself. Half variables have
+    Float32 variables have TensorFlow's arithmetic: :math:`1 - \beta` is computed in float32, while Keras 3 computes it
+    in double and rounds. With ``beta_2 = 0.999`` that changes an update by 0.7e-5 of itself. Half variables have
     moments of their own dtype, as in Keras, and float32 arithmetic with one rounding at the end.
 
     Raises:
         RuntimeError: A backend without this update.
-        TypeError: A number that is none, a complex gradient; variables that are not float16, bfloat16, float32 or
-            float64.
-        ValueError: A beta outside of [0, 1), an ``epsilon`` that is 0 in the arithmetic of the variables; a gradient of
-            another shape than its variable.
+        TypeError: A hyperparameter that is not a number; a complex gradient; variables of a dtype other than float16,
+            bfloat16, float32 and float64.
+        ValueError: A beta outside [0, 1); an ``epsilon`` that is 0 in the dtype of the variables; a gradient whose
+            shape differs from its variable's.
 
     Source: ``keras/src/optimizers/adam.py``; Kingma and Ba, "Adam" (arXiv:1412.6980), before section 2.1.
 
@@ -117,11 +116,11 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         return call_text(type(self), [("learning_rate", rate), *others])
 
     @classmethod
-    def from_optimizer(cls, optimizer: Any) -> Self:
+    def from_optimizer(cls, optimizer: AnyOptimizer) -> Self:
         """An optimizer with the settings and the state of a ``keras.optimizers.Adam``, which stays as it is.
 
         Raises:
-            TypeError: Another kind of optimizer; of a LossScaleOptimizer give the ``inner_optimizer``.
+            TypeError: Another kind of optimizer; for a LossScaleOptimizer pass its ``inner_optimizer``.
 
         >>> import keras, numpy as np, fastadam.keras
         >>> w = keras.Variable(np.array([1.0, 2.0], np.float32))
@@ -136,12 +135,12 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
             kind = type(optimizer).__name__
             raise TypeError(f"optimizer: {kind}, expected a keras.optimizers.Adam or AdamW{hint}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a lambda is hard to save, which happens to none here
+            warnings.simplefilter("ignore")  # a lambda is hard to save, but nothing is saved here
             config = optimizer.get_config()
         if issubclass(cls, AdamW) and config.get("weight_decay") is None:
             raise ValueError("optimizer: has no weight_decay, expected fastadam.keras.Adam.from_optimizer(optimizer)")
         if not isinstance(optimizer._learning_rate, keras.Variable):
-            config["learning_rate"] = optimizer._learning_rate  # as it is: no class is looked up
+            config["learning_rate"] = optimizer._learning_rate  # as it is: a class of the user's need not be registered
         own: Self = cls(**config)
         for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
             if hasattr(optimizer, name):
@@ -153,24 +152,24 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         return own
 
     @property
-    def learning_rate(self) -> Any:
-        """The present rate. Set it to a number, a schedule of Keras or fastadam, or a function without arguments."""
+    def learning_rate(self) -> AnyRate:
+        """The current rate. Set it to a number, a schedule of Keras or fastadam, or a function without arguments."""
         return self._get_current_learning_rate()
 
     @learning_rate.setter
-    def learning_rate(self, value: Any) -> None:
+    def learning_rate(self, value: AnyRate) -> None:
         keras.optimizers.Adam.learning_rate.fset(self, as_keras_rate(value))
 
-    def build(self, var_list: Sequence[Any]) -> None:
-        """Make the moments; refuses variables of a dtype that has no kernel."""
+    def build(self, var_list: Sequence[KerasVariable]) -> None:
+        """Create the moments; raises TypeError for a variable whose dtype has no kernel."""
         for variable in var_list:
             if variable.dtype not in _DTYPES and not self._overwrite_variable_with_gradient(variable):
                 raise TypeError(f"variable '{variable.path}': dtype {variable.dtype}, expected one of {_DTYPES}")
         self._check_numbers(var_list, None)
         super().build(var_list)
 
-    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Update the variables. What is wrong is refused before anything changes."""
+    def apply(self, grads: Sequence[AnyArray], trainable_variables: Sequence[KerasVariable] | None = None) -> None:
+        """Update the variables. A call that raises has changed nothing."""
         grads = [g if g is None or keras.ops.is_tensor(g) else keras.ops.convert_to_tensor(g) for g in grads]
         given = None if trainable_variables is None else list(trainable_variables)
         variables = given if given is not None else self._trainable_variables if self.built else None
@@ -180,32 +179,34 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         super().apply(grads, given)
 
     def _numbers(self) -> tuple[float, float, float]:
-        """Attributes that may have been set since the last step."""
+        """The betas and epsilon, which may have been set since the last step."""
         betas = check_beta("beta_1", self.beta_1), check_beta("beta_2", self.beta_2)
         return (*betas, check_non_negative("epsilon", self.epsilon))
 
     @outside_of_graphs
-    def _check_numbers(self, variables: Sequence[Any], learning_rate: Any) -> None:
-        """As the step will, which weight decay comes before; a rate that JAX does not know yet is left to the step."""
+    def _check_numbers(self, variables: Sequence[KerasVariable], learning_rate: AnyRate) -> None:
+        """Check before Keras decays weights; a rate that JAX does not know yet is left to the step."""
         rate = _value_of(learning_rate)
         is_known = rate is not None and not (keras.backend.backend() == "jax" and _is_traced(rate))
         rate = check_number("learning_rate", rate) if is_known else 0.0
         hyper = StepHyper(1, rate, *self._numbers())
-        in_single = any(variable.dtype != "float64" for variable in variables)  # which holds fewer numbers
+        in_single = any(variable.dtype != "float64" for variable in variables)  # which represents fewer numbers
         plan_of_nothing("float32" if in_single else "float64").check_numbers(hyper)
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """Update one variable: where a subclass overrides this, Keras's way, each by itself."""
+    def update_step(self, gradient: AnyArray, variable: KerasVariable, learning_rate: AnyRate) -> None:
+        """Update one variable; called for each variable only if a subclass overrides it."""
         self._update([gradient], [variable], learning_rate)
 
-    def _backend_update_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
+    def _backend_update_step(
+        self, grads: list[AnyArray], trainable_variables: list[KerasVariable], learning_rate: AnyRate
+    ) -> None:
         if type(self).update_step is Adam.update_step:
             self._update(grads, trainable_variables, learning_rate)
             return
         for gradient, variable in zip(grads, trainable_variables, strict=True):
             self.update_step(gradient, variable, learning_rate)
 
-    def _update(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
+    def _update(self, grads: list[AnyArray], trainable_variables: list[KerasVariable], learning_rate: AnyRate) -> None:
         slots = {"m": self._momentums, "v": self._velocities}
         if self.amsgrad:
             slots["vhat"] = self._velocity_hats
@@ -216,8 +217,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         else:
             self._update_in_place(grads, held, list(slots), learning_rate)
 
-    def _update_by_jax(self, grads: list[Any], held: list[list[Any]], learning_rate: Any) -> None:
-        """An operation that makes new arrays, which XLA puts in the place of the old ones that Keras donates."""
+    def _update_by_jax(self, grads: list[AnyArray], held: list[list[KerasVariable]], learning_rate: AnyRate) -> None:
+        """An operation that returns new arrays; XLA reuses the memory of the old ones, which Keras donates."""
         from fastadam import jax
 
         gradients = [
@@ -241,7 +242,9 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
                 variable.assign(value)
 
     @outside_of_graphs
-    def _update_in_place(self, grads: list[Any], held: list[list[Any]], names: list[str], learning_rate: Any) -> None:
+    def _update_in_place(
+        self, grads: list[AnyArray], held: list[list[KerasVariable]], names: list[str], learning_rate: AnyRate
+    ) -> None:
         step = int(_value_of(self.iterations)) + 1
         hyper = StepHyper(step, check_number("learning_rate", _value_of(learning_rate)), *self._numbers())
         self._plans.of(held, names).step(grads, hyper)
@@ -251,10 +254,10 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
 class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
     r"""``keras.optimizers.AdamW`` with the update of :class:`Adam`.
 
-    .. math:: \theta \mathrel{-}= \eta \lambda \theta
+    .. math:: \theta \mathrel{-}= \eta \lambda \theta, \quad \text{then Adam's step}
 
-    comes before it, by Keras, for variables that ``exclude_from_weight_decay`` does not name. The arguments are those
-    of ``keras.optimizers.AdamW``: ``weight_decay`` is the second one.
+    Keras decays the variables that ``exclude_from_weight_decay`` does not name. The arguments are those of
+    ``keras.optimizers.AdamW``: ``weight_decay`` is the second one.
 
     Source: ``keras/src/optimizers/adamw.py``; Loshchilov and Hutter (arXiv:1711.05101).
 
@@ -303,13 +306,13 @@ class AdamW(Adam, keras.optimizers.AdamW):  # type: ignore[misc]
         )
 
 
-def _is_traced(value: Any) -> bool:
+def _is_traced(value: AnyRate) -> bool:
     import jax
 
     return isinstance(value, jax.core.Tracer)
 
 
-def _check_gradients(grads: list[Any], variables: Sequence[Any]) -> None:
+def _check_gradients(grads: list[AnyArray], variables: Sequence[KerasVariable]) -> None:
     if len(grads) != len(variables):
         raise ValueError(f"grads: {len(grads)} gradients, expected {len(variables)}, one for each variable")
     met: set[int] = set()
@@ -324,9 +327,9 @@ def _check_gradients(grads: list[Any], variables: Sequence[Any]) -> None:
             raise TypeError(f"grads[{i}]: {gradient.dtype}, expected {variable.dtype} like variable '{variable.path}'")
 
 
-def _is_complex(dtype: Any) -> bool:
-    return bool(getattr(dtype, "is_complex", False)) or getattr(dtype, "kind", "") == "c"  # of torch; of NumPy and JAX
+def _is_complex(dtype: AnyDType) -> bool:
+    return bool(getattr(dtype, "is_complex", False)) or getattr(dtype, "kind", "") == "c"  # torch; NumPy and JAX
 
 
-def _value_of(number: Any) -> Any:
+def _value_of(number: AnyRate) -> AnyRate:
     return number.value if isinstance(number, keras.Variable) else number

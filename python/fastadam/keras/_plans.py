@@ -1,10 +1,10 @@
-"""Native plans of the arrays that Keras's variables hold, on its torch and NumPy backends."""
+"""Native plans for the arrays that Keras's variables hold, on its torch and NumPy backends."""
 
 from __future__ import annotations
 
 import functools
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from keras.src.backend import get_autocast_scope, in_stateless_scope
@@ -13,6 +13,9 @@ from fastadam._core.backend import _cpu
 from fastadam._core.cuda_module import cuda_module
 from fastadam._core.placement import native_for
 from fastadam._core.plan import BoundedCache, Plan, StepHyper
+
+if TYPE_CHECKING:
+    from fastadam._core.types import AnyArray, KerasVariable
 
 __all__ = ["KerasPlans", "plan_of_nothing"]
 
@@ -23,7 +26,7 @@ class KerasPlans:
     def __init__(self) -> None:
         self._cache: BoundedCache[tuple[int, int], KerasPlan] = BoundedCache()
 
-    def of(self, held: list[list[Any]], names: list[str]) -> KerasPlan:
+    def of(self, held: list[list[KerasVariable]], names: list[str]) -> KerasPlan:
         """``held``: variables, then the slots of each name."""
         values = values_of([variable for variables in held for variable in variables])
         key = id(held[0][0]), len(held[0])
@@ -35,13 +38,13 @@ class KerasPlans:
 
 
 class KerasPlan:
-    """A plan of the arrays that Keras's variables hold. A cache: :meth:`fits` says whether they are the same."""
+    """A plan for the arrays that Keras's variables hold; :meth:`fits` says whether they still hold these."""
 
-    def __init__(self, held: list[list[Any]], names: list[str], values: list[Any]) -> None:
-        """``values``: what ``held`` holds, in this order."""
+    def __init__(self, held: list[list[KerasVariable]], names: list[str], values: list[AnyArray]) -> None:
+        """``held``: variables, then the slots of each name; ``values``: the arrays in them, in one list."""
         self._values = values
-        self._copies: list[tuple[Any, Any]] = []  # Keras variables whose value cannot be written, and a copy that can
-        self._tensors: list[Any] = []  # of torch, written in place
+        self._copies: list[tuple[KerasVariable, AnyArray]] = []  # variables whose value cannot be written in place
+        self._tensors: list[AnyArray] = []  # of PyTorch, written in place
         keras_variables = [variable for variables in held for variable in variables]
         arrays = list(map(self._writable, keras_variables, values))
         count = len(held[0])
@@ -55,14 +58,15 @@ class KerasPlan:
         device = buffers[0].device
         self._plan = Plan(buffers, slots, context=cuda_module().Context(device) if device >= 0 else None)
 
-    def fits(self, values: list[Any]) -> bool:
-        """Whether these are the values that the plan was made for, where they were."""
+    def fits(self, values: list[AnyArray]) -> bool:
+        """Whether these are the arrays that the plan was made for, at the same addresses."""
         if self._copies or len(values) != len(self._values) or not all(map(is_, values, self._values)):
             return False
         variables, *slots = (values[i : i + self._count] for i in range(0, len(values), self._count))
         return self._plan.holds(variables, dict(zip(self._names, slots, strict=True)))
 
-    def step(self, grads: list[Any], hyper: StepHyper) -> None:
+    def step(self, grads: list[AnyArray], hyper: StepHyper) -> None:
+        """Update variables and slots."""
         self._plan.step(list(map(_apart, grads, self._values)), hyper)
         for variable, copy in self._copies:
             variable.assign(copy)
@@ -71,14 +75,14 @@ class KerasPlan:
 
             torch.autograd.graph.increment_version(self._tensors)
 
-    def _writable(self, variable: Any, value: Any) -> Any:
-        """The array itself, unless it is another's, who must not see it change, or does not lie as kernels write it."""
+    def _writable(self, variable: KerasVariable, value: AnyArray) -> AnyArray:
+        """The array itself, or a copy if others must not see it change or the kernels cannot write to it."""
         if isinstance(value, np.ndarray):  # Keras makes zeros of float32 for variables of every dtype
-            lies_well = value.flags.c_contiguous and value.flags.writeable and value.dtype.name == variable.dtype
+            is_writable = value.flags.c_contiguous and value.flags.writeable and value.dtype.name == variable.dtype
         else:
             value = value.detach()  # shares the version counter
-            lies_well = value.is_contiguous()
-        if lies_well and not in_stateless_scope():
+            is_writable = value.is_contiguous()
+        if is_writable and not in_stateless_scope():
             if not isinstance(value, np.ndarray):
                 self._tensors.append(value)
             return value
@@ -88,8 +92,8 @@ class KerasPlan:
         return copy
 
 
-def values_of(variables: list[Any]) -> list[Any]:
-    """What Keras's variables hold; ``value`` looks for scopes that would replace it, here once for all."""
+def values_of(variables: list[KerasVariable]) -> list[AnyArray]:
+    """The ``value`` of each variable; Keras looks for scopes each time it is read, this function once."""
     first, kind = variables[0], type(variables[0])
     if in_stateless_scope() or get_autocast_scope() is not None or first.value is not first._value:
         return [variable.value for variable in variables]
@@ -98,19 +102,19 @@ def values_of(variables: list[Any]) -> list[Any]:
 
 @functools.cache
 def plan_of_nothing(dtype: str) -> Plan:
-    """For the checks of numbers that a plan has."""
+    """A plan without elements, to check numbers with."""
     empty = np.empty(0, dtype)
     return Plan([_cpu.Buffer(empty, "nothing")], {"m": [empty], "v": [empty]})
 
 
-def _contiguous_copy(tensor: Any) -> Any:
+def _contiguous_copy(tensor: AnyArray) -> AnyArray:
     import torch
 
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _apart(gradient: Any, value: Any) -> Any:
-    """A gradient that can be read while ``value`` is written, of torch in its dtype and contiguous."""
+def _apart(gradient: AnyArray, value: AnyArray) -> AnyArray:
+    """A gradient that can be read while ``value`` is written; a tensor is made contiguous and of ``value``'s dtype."""
     if isinstance(value, np.ndarray):
         return gradient.copy() if np.may_share_memory(gradient, value) else gradient
     if gradient.requires_grad or gradient.is_sparse:  # Keras's rule moves every row

@@ -1,25 +1,28 @@
-"""Schedules of fastadam as those of Keras."""
+"""fastadam's schedules as schedules of Keras."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 
 from fastadam import schedules
 from fastadam._core.frameworks import refuse_parameters
-from fastadam._core.hyper import check_callable
 from fastadam.keras._backend import outside_of_graphs
+from fastadam.schedules._foreign import check_callable
+
+if TYPE_CHECKING:
+    from fastadam._core.types import AnyRate, Config
 
 __all__ = ["Schedule", "as_keras_rate"]
 
-# So that files can hold them; the others have namesakes in Keras.
+# Keras has all other schedules under the same names; registered, this one can be loaded from files.
 keras.saving.register_keras_serializable(package="fastadam")(schedules.LinearCosineDecay)
 
 
-def as_keras_rate(rate: Any) -> Any:
-    """A learning rate as Keras takes it: for a schedule of fastadam its namesake in Keras, or one that calls it.
+def as_keras_rate(rate: AnyRate) -> AnyRate:
+    """A learning rate as Keras takes it: a schedule of fastadam becomes Keras's of the same name, or one that calls it.
 
     Raises:
         TypeError: A model or its parameters, a class, a function with arguments.
@@ -35,22 +38,22 @@ def as_keras_rate(rate: Any) -> Any:
     if namesake is None or type(rate) is not getattr(schedules, name, None):
         return Schedule(rate)
     config = rate.get_config()
-    if config.get("name", "") is None:  # where Keras has a name
+    if config.get("name", "") is None:  # Keras wants a string
         del config["name"]
     return namesake(**config)
 
 
 @keras.saving.register_keras_serializable(package="fastadam")
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
-    """A schedule of fastadam that has no namesake in Keras, called with the step on the host.
+    """A schedule of fastadam that Keras does not have, called on the host with the step.
 
-    To be loaded from a file, a class of your own needs ``get_config`` and ``register_keras_serializable``.
+    A class of your own needs ``get_config`` and ``register_keras_serializable`` to be loaded from a file.
     """
 
-    def __init__(self, schedule: Any) -> None:
+    def __init__(self, schedule: AnyRate) -> None:
         self.schedule = schedule
 
-    def __call__(self, step: Any) -> Any:
+    def __call__(self, step: AnyRate) -> AnyRate:
         step = step.value if isinstance(step, keras.Variable) else step
         if keras.backend.backend() != "jax":
             return self._rate(step)
@@ -59,14 +62,14 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore
         return jax.pure_callback(self._rate, jax.ShapeDtypeStruct((), np.float32), step)
 
     @outside_of_graphs
-    def _rate(self, step: Any) -> Any:
+    def _rate(self, step: AnyRate) -> AnyRate:
         return np.float32(self.schedule(int(step)))
 
-    def get_config(self) -> dict[str, Any]:
-        """The schedule in Keras's form."""
+    def get_config(self) -> Config:
+        """The serialized schedule."""
         return {"schedule": keras.saving.serialize_keras_object(self.schedule)}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Schedule:
+    def from_config(cls, config: Config) -> Schedule:
         """From ``get_config``."""
         return cls(keras.saving.deserialize_keras_object(config["schedule"]))

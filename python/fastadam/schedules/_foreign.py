@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from fastadam.schedules import _decays
 from fastadam.schedules._decays import LearningRateSchedule
 
-__all__ = ["KerasSchedule", "SchedulerRate", "adopt"]
+__all__ = ["KerasSchedule", "SchedulerRate", "adopt", "check_callable"]
 
 _KERAS = ("keras", "tensorflow", "tf_keras")
 
@@ -71,3 +73,31 @@ class SchedulerRate:
 
     def __repr__(self) -> str:
         return f"<{type(self.scheduler).__name__}: {self():g}>"
+
+
+def check_callable(name: str, value: Callable[..., float]) -> Callable[..., float]:
+    """A function without arguments, or a schedule; a callable without a readable signature is taken as it is."""
+    if isinstance(value, LearningRateSchedule):
+        return value
+    if isinstance(value, type):
+        takes = ", a schedule" if name == "learning_rate" else ""
+        raise TypeError(
+            f"{name}: the class {value.__name__}, expected a number{takes} or a function without arguments; "
+            f"an instance would be {value.__name__}(...)"
+        )
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):
+        return value
+    try:
+        signature.bind()
+    except TypeError:
+        how = (
+            "a function of the step is a schedule: subclass fastadam.schedules.LearningRateSchedule and define __call__"
+            if name == "learning_rate"
+            else "only learning_rate takes schedules"
+        )
+        raise TypeError(
+            f"{name}: a callable with the arguments {signature}, expected one without, which reads what it needs; {how}"
+        ) from None
+    return value

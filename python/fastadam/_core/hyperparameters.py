@@ -1,25 +1,36 @@
-"""Attributes of an optimizer that check what they are set to: hyperparameters, clips, options of Keras 3."""
+"""Hyperparameters: attributes of an optimizer that check what they are set to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
-from fastadam._core.checks import check_non_negative
+from fastadam._core.checks import check_non_negative, check_number
 from fastadam._core.frameworks import refuse_parameters
-from fastadam._core.hyper import check_callable
 from fastadam._core.parts import parts_of
+from fastadam._core.placement import on_gpu
 from fastadam.schedules import LearningRateSchedule
-from fastadam.schedules._foreign import adopt
+from fastadam.schedules._foreign import adopt, check_callable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Clip", "Extra", "Hyper"]
+    from fastadam._core.types import AnyArray, AnyOptimizer
+
+__all__ = ["Clip", "Extra", "Hyper", "check_rate"]
 
 Read = TypeVar("Read")
 Written = TypeVar("Written")
 Value = TypeVar("Value")
+
+
+def check_rate(name: str, value: AnyArray) -> AnyArray:
+    """A finite float; a number on a GPU as it is, which only the GPU reads."""
+    if on_gpu(value):
+        return value
+    if not isinstance(value, float):
+        refuse_parameters(name, value)
+    return check_number(name, value)
 
 
 class Hyper(Generic[Read, Written]):
@@ -28,7 +39,7 @@ class Hyper(Generic[Read, Written]):
     A callable without arguments is evaluated whenever it is read. A schedule, which takes the step, is read as it is.
     """
 
-    def __init__(self, check: Callable[[str, Any], float]) -> None:
+    def __init__(self, check: Callable[[str, AnyArray], float]) -> None:
         self._check = check
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -38,7 +49,7 @@ class Hyper(Generic[Read, Written]):
     def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
     @overload
     def __get__(self, optimizer: object, owner: type | None = None) -> Read: ...
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+    def __get__(self, optimizer: AnyOptimizer, owner: type | None = None) -> object:
         if optimizer is None:
             return self
         value = parts_of(optimizer).options.numbers[self._name]
@@ -46,8 +57,8 @@ class Hyper(Generic[Read, Written]):
             return value
         return self._check(self._name, value())
 
-    def __set__(self, optimizer: Any, value: Written) -> None:
-        number: Any = adopt(value)  # of a schedule what the step calls, whatever library it is of
+    def __set__(self, optimizer: AnyOptimizer, value: Written) -> None:
+        number: AnyArray = adopt(value)  # a schedule of another library becomes what a step can call
         if self._name != "learning_rate" and (number is not value or isinstance(value, LearningRateSchedule)):
             raise TypeError(f"{self._name}: {type(value).__name__}, expected a number (learning_rate takes schedules)")
         if callable(number):
@@ -66,10 +77,10 @@ class Clip:
     def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
     @overload
     def __get__(self, optimizer: object, owner: type | None = None) -> float | None: ...
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+    def __get__(self, optimizer: AnyOptimizer, owner: type | None = None) -> object:
         return self if optimizer is None else parts_of(optimizer).options.clips[self._name]
 
-    def __set__(self, optimizer: Any, value: float | None) -> None:
+    def __set__(self, optimizer: AnyOptimizer, value: float | None) -> None:
         parts_of(optimizer).options.set_clip(
             self._name, None if value is None else check_non_negative(self._name, value)
         )
@@ -88,10 +99,10 @@ class Extra(Generic[Value]):
     def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
     @overload
     def __get__(self, optimizer: object, owner: type | None = None) -> Value: ...
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+    def __get__(self, optimizer: AnyOptimizer, owner: type | None = None) -> object:
         return self if optimizer is None else getattr(parts_of(optimizer).options.extras, self._name)
 
-    def __set__(self, optimizer: Any, value: Value) -> None:
+    def __set__(self, optimizer: AnyOptimizer, value: Value) -> None:
         if self._fixed:
             raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
         parts_of(optimizer).options.set_extra(self._name, value)

@@ -1,0 +1,51 @@
+"""Variables as the native code sees them: where their memory is, and what identifies them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from fastadam._core.backend import _cpu
+from fastadam._core.frameworks import hint_for_variable
+from fastadam._core.placement import native_for
+from fastadam._core.types import AnyArray
+from fastadam._core.variable import Variable, label_of
+
+__all__ = ["Key", "buffer_of", "buffers_of", "key_of", "unwrap"]
+
+Key: TypeAlias = tuple[int, tuple[int, ...], str, str, int]  # see key_of
+
+
+def unwrap(variable: AnyArray) -> AnyArray:
+    """The array of a :class:`Variable`; anything else as it is."""
+    return variable._value if isinstance(variable, Variable) else variable
+
+
+def buffers_of(variables: Sequence[AnyArray], positions: Sequence[int]) -> list[_cpu.Buffer]:
+    """Check each variable and view its memory; ``positions`` are their places in the caller's list."""
+    native = native_for(map(unwrap, variables))
+    buffers = []
+    for variable, position in zip(variables, positions, strict=True):
+        try:
+            buffers.append(native.Buffer(unwrap(variable), label_of(variable, position)))
+        except (TypeError, ValueError) as error:
+            hint = hint_for_variable(variable)
+            if hint is None:
+                raise
+            raise type(error)(f"{error}; {hint}") from None
+    for buffer in buffers:
+        native.require_place(buffer, buffers[0])
+    return buffers
+
+
+def buffer_of(variable: AnyArray, position: int = 0) -> _cpu.Buffer:
+    """Check one variable and view its memory."""
+    return buffers_of([variable], [position])[0]
+
+
+def key_of(buffer: _cpu.Buffer) -> Key:
+    """What identifies a variable: two views of one memory have one key. Keep the buffer alive, or an address is reused.
+
+    An empty array on a GPU has no address: there each object is a variable.
+    """
+    return (buffer.address or id(buffer.source), buffer.shape, buffer.dtype, buffer.order, buffer.device)

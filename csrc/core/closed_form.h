@@ -2,8 +2,8 @@
 // Applies all the steps that a row without a gradient missed at once. Let s = sqrt(v) before these steps,
 // r = 1 / sqrt(beta_2) and x_j = (r^j - 1) / (r - 1). Step j moves the variable by
 //     m beta_1^j alpha_j / (sqrt(beta_2^j) s + epsilon) = m w_j / ((s + epsilon) (1 + (r - 1) x_j y)),
-// where w_j is alpha_j (beta_1 r)^j times the weight decay of all later steps, and y = epsilon / (s + epsilon) in (0,
-// 1]. The sum over j is an integral over the measure with weights w_j at the points x_j, which is the same for every
+// where w_j is alpha_j (beta_1 r)^j times the weight decay of later steps, and 0 < y = epsilon / (s + epsilon) <= 1.
+// The sum over j is an integral over the measure with weights w_j at the points x_j, which is the same for every
 // element. It is computed by its N-point Gauss rule, which equals the Pade approximant [N-1/N] in y (Golub and Meurant,
 // "Matrices, Moments and Quadrature").
 #pragma once

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Traffic floors: the reads and writes of an Adam step with next to no arithmetic, all tensors of a list in one
-// parallel region. No Adam can be faster in memory. Built and loaded by bench/common.py.
+// Traffic floors: the reads and writes of an Adam step with almost no arithmetic, with all tensors of a list in one
+// parallel region. No implementation of Adam can be faster in memory. bench/common.py builds and loads this file.
 #include <omp.h>
 
 #include <algorithm>
@@ -11,15 +11,15 @@ namespace {
 
 struct List {
   int64_t count;
-  const int64_t* offsets;  // elements before each tensor, and of all
+  const int64_t* offsets;  // the number of elements before each tensor; the last entry is the total
   void* const* var;
-  void* const* grad;  // null: no stream of gradients
+  void* const* grad;  // null: gradients are not read
   void* const* m;
   void* const* v;
   void* const* vhat;  // null without AMSGrad
 };
 
-// Every load before every store: a load that follows a store to the same offset in another page waits for it.
+// Does all loads before all stores: a load after a store to the same offset in another page waits for the store.
 template <class Storage, bool kGrad, bool kAmsgrad>
 void touch(const List& list, int64_t i, int64_t begin, int64_t end) {
   Storage* __restrict var = static_cast<Storage*>(list.var[i]);
@@ -68,7 +68,7 @@ extern "C" void floor_float32(const List* list) { floor_of<float, true, false>(*
 extern "C" void floor_amsgrad(const List* list) { floor_of<float, true, true>(*list); }
 extern "C" void floor_half(const List* list) { floor_of<uint16_t, true, false>(*list); }
 
-// The other limit: a square root and a division for each of `list`'s elements, of numbers that stay in L1.
+// The compute limit: one square root and one division per element of `list`, on numbers that stay in L1.
 extern "C" void floor_divider(const List* list) {
   const int64_t total = list->offsets[list->count];
 #pragma omp parallel if (total >= 32768)
@@ -81,10 +81,10 @@ extern "C" void floor_divider(const List* list) {
       const int64_t size = std::min(kBlock, share - begin);
 #pragma omp simd
       for (int64_t i = 0; i < size; ++i) quotients[i] = v[i] / (std::sqrt(v[i]) + 1.0f);
-      asm volatile("" ::"r"(v), "r"(quotients) : "memory");  // for all that the compiler knows, they are read and set
+      asm volatile("" ::"r"(v), "r"(quotients) : "memory");  // the compiler must assume that both are read and written
     }
   }
 }
 
-// A pass over a table of which next to no row has a gradient: 3 reads and 3 writes.
+// A pass over a table in which almost no row has a gradient: 3 reads and 3 writes.
 extern "C" void floor_table(const List* list) { floor_of<float, false, false>(*list); }

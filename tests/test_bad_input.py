@@ -48,7 +48,7 @@ BAD_VARIABLES = {
     "column": (lambda: np.ones((5, 2), F32)[:, 0], ValueError, "vars[2]: strides (8,) for shape (5,), expected a contiguous"),
     "broadcast": (broadcast, ValueError, "vars[2]: strides (0,) for shape (5,), expected a contiguous array"),
     "byte-swapped": (lambda: np.ones(5, ">f4"), ValueError, "vars[2]: byte-swapped, expected the byte order of this machine"),
-    "misaligned": (misaligned, ValueError, "vars[2]: misaligned, expected a multiple of the item size"),
+    "misaligned": (misaligned, ValueError, "vars[2]: misaligned, expected an address that is a multiple of the item size"),
     "masked": (lambda: np.ma.ones(5, F32), TypeError, "vars[2]: masked array, whose mask Adam cannot honour"),
     "wrong shape": (lambda: np.ones(4, F32), ValueError, "grads[2]: shape (5,), expected (4,) like vars[2]"),
     "named, wrong shape": (
@@ -228,6 +228,6 @@ def test_an_exporter_that_fails_is_named():
         def __dlpack__(self, **options):
             raise BufferError("not today")
 
-    message = re.escape("vars[0]: Broken that cannot be read as it lies in memory (not today)")
+    message = re.escape("vars[0]: Broken whose memory cannot be read (not today)")
     with pytest.raises(ValueError, match=message):
         fastadam.Adam().apply_gradients([(GRADIENT, Broken())])

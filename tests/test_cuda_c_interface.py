@@ -151,7 +151,7 @@ def test_sums_of_squares_of_each_gradient(twins):
     expected = [np.square(gradient.astype(np.float64)).sum() for gradient in pair.host.gradients[:3]]
     np.testing.assert_allclose(sums[:3], expected, rtol=1e-14)
     assert pair.cuda.fastadam_cuda_sum_squares(pair.plan, pair.device.listed, sums.ctypes.data, None) == INVALID
-    assert pair.error() == "sums: memory of the host, expected of CUDA device 0"
+    assert pair.error() == "sums: CPU memory, expected memory of CUDA device 0"
 
 
 def test_gradients_are_accumulated_and_stepped_with(twins):
@@ -233,21 +233,22 @@ def test_what_cannot_be_is_refused_with_a_reason_and_changes_nothing(twins):
             setattr(tensors[place], name, value)
 
     tensors[1].grad_size = 4
-    refused("tensors[0].grad: memory of the host, expected of CUDA device 0", grad=gradients[0].ctypes.data)
+    refused("tensors[0].grad: CPU memory, expected memory of CUDA device 0", grad=gradients[0].ctypes.data)
     refused("tensors[0].grad: null", grad=None)
-    refused("tensors[0].grad: misaligned, expected a multiple of the item size as address", grad=tensors[0].grad + 1)
-    refused("tensors[0].var: expected that of the plan", var=Side.address(other))
-    refused("tensors[0].vhat: expected that of the plan", vhat=Side.address(other))
-    refused("tensors[0].size, dtype, next, decays, half_slots: expected those of the plan", decays=False)
+    misaligned = "tensors[0].grad: misaligned, expected an address that is a multiple of the item size"
+    refused(misaligned, grad=tensors[0].grad + 1)
+    refused("tensors[0].var: expected the array of the plan", var=Side.address(other))
+    refused("tensors[0].vhat: expected the array of the plan", vhat=Side.address(other))
+    refused("tensors[0].size, dtype, next, decays, half_slots: expected the values of the plan", decays=False)
     refused("tensors[0].grad_dtype: expected dtype, or float32 for a half variable", grad_dtype=3)
-    refused("tensors[0].grad_size: expected size", grad_size=5)
-    rows_of_the_plan = "tensors[{}].rows: expected those that fastadam_cuda_sort_rows gave for this tensor"
+    refused("tensors[0].grad_size: expected the same as size for a dense gradient", grad_size=5)
+    rows_of_the_plan = "tensors[{}].rows: expected the result of fastadam_cuda_sort_rows for this tensor"
     refused(rows_of_the_plan.format(1), place=1, rows=host_rows)
     refused(rows_of_the_plan.format(0), rows=tensors[1].rows)
-    refused("tensors[1].grad_size: expected rows->width for each of the indices", place=1, grad_size=6)
-    refused("tensors[1].l2: expected a dense gradient, or decoupled weight decay", hyper_of(l2=0.1))
+    refused("tensors[1].grad_size: expected rows->width times the number of indices", place=1, grad_size=6)
+    refused("tensors[1].l2: expected 0 with a sparse gradient; use weight_decay", hyper_of(l2=0.1))
     refused("tensors[0].stale: expected null", stale=1)
-    refused("step: 0.000000, expected 1 or more", hyper_of(0))
+    refused("step: 0, expected 1 or more", hyper_of(0))
     refused("beta_2: 1.000000 is 1 in float32, expected less", hyper_of(beta_2=1 - 1e-10))
     assert cuda.fastadam_cuda_step(None, pair.device.listed, ctypes.byref(hyper_of()), False, None) == INVALID
     assert pair.error() == "plan: null"
@@ -259,7 +260,7 @@ def test_what_cannot_be_is_refused_with_a_reason_and_changes_nothing(twins):
     rows = POINTER()
     sort = [1, Side.address(other), True, 1, 4, 2, pair.gpu.stream, ctypes.byref(rows)]
     assert cuda.fastadam_cuda_sort_rows(pair.plan, *sort) == INVALID
-    assert pair.error() == "row_count, width: expected those of tensors[1].var"
+    assert pair.error() == "row_count, width: do not match tensors[1].size"
     assert cuda.fastadam_cuda_sort_rows(pair.plan, 2, *sort[1:]) == INVALID
     assert pair.error() == "place: 2, expected one of 2 tensors"
     pair.check()
@@ -275,16 +276,16 @@ def test_plans_that_cannot_be(twins):
         assert message in pair.error()
         assert plan.value is None
 
-    refused("tensors[0].var: memory of the host, expected of CUDA device 0", pair.host.listed)
+    refused("tensors[0].var: CPU memory, expected memory of CUDA device 0", pair.host.listed)
     refused("CUDA: ", pair.device.listed, device=99, status=CUDA_ERROR)
     refused("list: null", None)
     tensors = pair.device.tensors
-    refused("list: ABI 2, expected 1, that of this library", ctypes.byref(List(2, tensors, 2, None, None, 0)))
+    refused("list: ABI 2, expected 1, the ABI of this library", ctypes.byref(List(2, tensors, 2, None, None, 0)))
     heads = np.array([0, 0])
     twice = List(1, tensors, 2, heads.ctypes.data, None, 2)
-    refused("heads: expected to lead to every tensor once", ctypes.byref(twice))
+    refused("heads: expected each tensor to belong to exactly one variable", ctypes.byref(twice))
     tensors[1].dtype = 7
-    refused("tensors[1].dtype: no dtype", pair.device.listed)
+    refused("tensors[1].dtype: 7, expected a fastadam_dtype", pair.device.listed)
     tensors[1].dtype = DTYPES["float32"]
     assert pair.cuda.fastadam_cuda_plan_destroy(None) == OK
 

@@ -37,12 +37,12 @@ def test_indices_are_sorted_as_by_a_stable_sort():
 
 
 def test_closed_forms_are_the_sum_of_the_steps():
-    assert "right to 2^-26" in run(programs() / "form_test")
+    assert "error of at most 2^-26" in run(programs() / "form_test")
 
 
 def test_cuda_threads_give_the_bits_of_the_cpu_kernels():
-    assert "threads of dense steps" in run(programs() / "cuda_test")
-    assert "warps of rows that jump" in run(programs() / "cuda_row_test")
+    assert "dense kernel: has the bits of the CPU kernels" in run(programs() / "cuda_test")
+    assert "row kernel, closed forms: has the bits of the CPU kernel" in run(programs() / "cuda_row_test")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

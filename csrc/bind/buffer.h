@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A Buffer: the memory of one array, which it never copies and whose owner it keeps alive; checks and error texts about
-// a single array.
+// Buffer: the memory of one array. It never copies the memory, and it keeps the owner alive. Also the checks and error
+// texts that concern a single array.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -18,18 +18,18 @@ namespace fastadam::bind {
 
 namespace py = pybind11;
 
-// The argument that an error text names, "vars[3]" or "variable 'w'"; the text is built only when there is an error.
+// The argument that an error text names: "vars[3]" or "variable 'w'". The text is built only if there is an error.
 struct Label {
   std::string text;
   int64_t position = -1;
   std::string operator()() const { return position < 0 ? text : text + "[" + std::to_string(position) + "]"; }
 };
 
-// What a Buffer on a GPU has in addition; device_buffers.h fills it in.
+// The additional fields of a Buffer on a GPU, which device_buffers.h sets.
 struct OnGpu {
   int device = 0;                   // number of the CUDA device
-  std::optional<uintptr_t> stream;  // on which the owner orders its work on the memory
-  py::object source;                // the array that names the stream, which may change from call to call
+  std::optional<uintptr_t> stream;  // the stream on which the owner uses the memory
+  py::object source;                // the array, which is asked for its stream at each call
   py::object signature;             // everything about the array except its address and stream
   PyTypeObject* source_type = nullptr;
   bool is_torch = false;
@@ -37,15 +37,15 @@ struct OnGpu {
 };
 
 struct Buffer {
-  // What every step compares comes first, in few cache lines.
+  // The fields that every step compares come first, so that they share few cache lines.
   void* data = nullptr;
   py::object owner;
-  PyTypeObject* ndarray_type = nullptr;  // numpy.ndarray, if the owner is exactly that
-  py::object numpy_dtype;                // its dtype object, which arrays of one dtype share
+  PyTypeObject* ndarray_type = nullptr;  // numpy.ndarray if the owner is of exactly this type, otherwise null
+  py::object numpy_dtype;                // its dtype object, which NumPy shares among arrays of one dtype
   std::vector<int64_t> shape;
   int64_t size = 1;
   int64_t item_size = 0;
-  std::optional<DType> dtype;  // empty: not one of the four
+  std::optional<DType> dtype;  // empty if it is not a fastadam_dtype
   bool writable = false;
   bool native_order = true;
   bool c_contiguous = false;
@@ -100,8 +100,8 @@ inline void derive_layout(Buffer& b) {
   b.f_contiguous = b.size == 0 || contiguous(b, true);
 }
 
-// False if the array has since been given other memory (ndarray.resize with refcheck=False), which can only happen to
-// an array that owns its memory.
+// False if the array has got new memory since it was read (ndarray.resize with refcheck=False). Only an array that owns
+// its memory can.
 inline bool is_current(const Buffer& b) {
   if (b.ndarray_type == nullptr) return true;
   const py::detail::PyArray_Proxy& array = *py::detail::array_proxy(b.owner.ptr());
@@ -110,7 +110,7 @@ inline bool is_current(const Buffer& b) {
   return std::accumulate(array.dimensions, array.dimensions + array.nd, int64_t{1}, std::multiplies<>()) == b.size;
 }
 
-// False if the array has since been made read-only.
+// False if the array has been made read-only since it was read.
 inline bool is_still_writable(const Buffer& b) {
   if (b.ndarray_type == nullptr) return true;
   return (py::detail::array_proxy(b.owner.ptr())->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
@@ -127,7 +127,8 @@ inline void require_in_place(const Buffer& b) {
     throw py::value_error(b.label + ": strides " + tuple_text(b.strides) + " for shape " + tuple_text(b.shape) +
                           ", expected a contiguous array to update in place");
   }
-  if (!b.aligned()) throw py::value_error(b.label + ": misaligned, expected a multiple of the item size as address");
+  if (!b.aligned())
+    throw py::value_error(b.label + ": misaligned, expected an address that is a multiple of the item size");
 }
 
 inline std::string place_text(const Buffer& b) {

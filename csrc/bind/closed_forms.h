@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cache of closed forms (core/closed_form.h) for one table, keyed by the last step that a row has seen. It can be
-// computed from the history at any time; Python keeps both (staleness.py).
+// Cache of closed forms (core/closed_form.h) for one table, keyed by the last step that a row has had. It can be
+// computed from the history at any time; Python stores both.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ __attribute__((noinline)) inline double rounded_to_float(double x) { return stat
 
 class ClosedForms {
  public:
-  // Computes the forms for rows that have seen from[0], ..., from[count - 1] steps of the history of a float32 table.
+  // Computes the forms for rows that have had from[0], ..., from[count - 1] steps of the history of a float32 table.
   void prepare(const int32_t* from, int64_t count, const StaleRows& rows, const AdamHyper& hyper, bool amsgrad) {
     beta_1_ = rounded_to_float(hyper.beta_1);
     beta_2_ = rounded_to_float(hyper.beta_2);
@@ -44,12 +44,12 @@ class ClosedForms {
     }
   }
 
-  // The history was cleared.
+  // Call this when the history was cleared.
   void clear() {
     windows_.clear();
     log_keeps_.clear();
     last_without_log_ = -1;
-    constant_window_ = 0;  // of other betas, perhaps
+    constant_window_ = 0;  // the betas may have changed
   }
 
   // Whether the longest gaps have a form if the rate is constant.
@@ -86,14 +86,14 @@ class ClosedForms {
                                                             : longest;
   }
 
-  // Not flushed to zero: an infinite moment stays infinite.
+  // Never 0 unless beta is: 0 would turn an infinite moment into NaN.
   static double power(double beta, double steps) {
     return beta == 0 ? 0 : std::max(std::pow(beta, steps), std::numeric_limits<double>::min());
   }
 
   bool has(int64_t from) const {
-    const auto place = static_cast<size_t>(places_[static_cast<size_t>(from)]);
-    return place < from_.size() && from_[place] == from;
+    const auto index = static_cast<size_t>(places_[static_cast<size_t>(from)]);
+    return index < from_.size() && from_[index] == from;
   }
 
   void add(int64_t from) {
@@ -123,8 +123,8 @@ class ClosedForms {
     return true;
   }
 
-  // Computes the forms of longer gaps: the form of the window times the weight decay after it. It exists only if the
-  // steps after the window are lost in rounding.
+  // Computes the forms of longer gaps: the form of the window times the weight decay after it. It exists only if
+  // rounding hides the steps after the window.
   void make_far(int64_t window, const StaleRows& rows) {
     const double falls = fall();
     const double after = falls < 1 ? std::pow(falls, static_cast<double>(window)) * falls / (1 - falls)
@@ -134,11 +134,11 @@ class ClosedForms {
       const int64_t end = from_[i] + window;
       if (end >= now_) continue;
       if (peaks_.empty()) find_peaks(static_cast<const float*>(rows.peaks));
-      const Window& found = window_at(from_[i], window);
-      const double rest = peaks_[static_cast<size_t>(end / kPeakSteps)] * after;
+      const Window& start = window_at(from_[i], window);
+      const double bound = peaks_[static_cast<size_t>(end / kPeakSteps)] * after;  // of the sum after the window
       const double keep = std::exp(log_keep(now_) - log_keep(end));
-      forms_[i] = found.form;
-      forms_[i].exists = found.form.exists && rest <= 0x1p-28 * found.sum_at_1 && last_without_log_ < end;
+      forms_[i] = start.form;
+      forms_[i].exists = start.form.exists && bound <= 0x1p-28 * start.sum_at_1 && last_without_log_ < end;
       forms_[i].keep *= keep;
       for (float& c : forms_[i].numerator) c *= static_cast<float>(keep);
     }
@@ -151,24 +151,24 @@ class ClosedForms {
   }
 
   const Window& window_at(int64_t from, int64_t window) {
-    const auto known = windows_.find(from);
-    if (known != windows_.end()) return known->second;
+    const auto cached = windows_.find(from);
+    if (cached != windows_.end()) return cached->second;
     if (windows_.size() >= kMaxWindows) windows_.clear();
     const auto all_same = [&](const float* values) {
       return std::all_of(values + from, values + from + window, [&](float x) { return x == values[from]; });
     };
     const bool is_constant = all_same(alphas_) && all_same(keeps_);
-    const bool is_last = is_constant && alphas_[from] == constant_alpha_ && keeps_[from] == constant_keep_;
-    if (is_last && window == constant_window_) return windows_[from] = constant_;
-    Window made = make_window(from, window, kFewNodes);
-    if (!made.form.exists) made = make_window(from, window, kMaxNodes);
+    const bool same_rate = is_constant && alphas_[from] == constant_alpha_ && keeps_[from] == constant_keep_;
+    if (same_rate && window == constant_window_) return windows_[from] = constant_;
+    Window result = make_window(from, window, kFewNodes);
+    if (!result.form.exists) result = make_window(from, window, kMaxNodes);
     if (is_constant) {
-      constant_ = made;
+      constant_ = result;
       constant_alpha_ = alphas_[from];
       constant_keep_ = keeps_[from];
       constant_window_ = window;
     }
-    return windows_[from] = made;
+    return windows_[from] = result;
   }
 
   Window make_window(int64_t from, int64_t window, int most_nodes) const {
@@ -190,7 +190,7 @@ class ClosedForms {
   }
 
   std::vector<ClosedForm> forms_;
-  std::vector<int64_t> from_;    // from_[i]: steps that rows of forms_[i] have seen
+  std::vector<int64_t> from_;    // from_[i]: the steps that rows with forms_[i] have had
   std::vector<int32_t> places_;  // by step: index of its form, valid only if from_ confirms it
   std::unordered_map<int64_t, Window> windows_;
   Window constant_{};  // the last window with a constant rate and weight decay

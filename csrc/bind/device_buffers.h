@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How an array on a GPU becomes a Buffer: __cuda_array_interface__ (CuPy, Numba and others), DLPack (PyTorch, whose
-// bfloat16 the other cannot say), and arrays of our own. Included by the CUDA module only.
+// Reads arrays on a GPU into Buffers: __cuda_array_interface__ (CuPy, Numba and others), DLPack (PyTorch, because the
+// interface cannot describe bfloat16), and our own DeviceArray. Only for the CUDA module.
 #pragma once
 
 #include <memory>
@@ -13,14 +13,14 @@
 
 namespace fastadam::bind {
 
-// An array of our own: holds the slots of variables whose library cannot make arrays.
+// Our own array on a GPU, for slots of variables whose library cannot create arrays.
 struct DeviceArray {
   std::vector<int64_t> shape;
   py::dtype dtype;
-  bool is_bfloat16;  // dtype is the uint16 of its bits
+  bool is_bfloat16;  // then dtype is uint16
   bool fortran;
   int device;
-  uintptr_t stream;  // on which it was made
+  uintptr_t stream;  // on which it was created
   std::shared_ptr<void> memory;
 
   int64_t size() const {
@@ -42,7 +42,7 @@ struct DeviceArray {
   }
 };
 
-// Zeros, once the stream comes to them.
+// An array of zeros. Waits for the device.
 inline DeviceArray make_device_array(std::vector<int64_t> shape, const std::string& dtype, const std::string& order,
                                      int device, uintptr_t stream) {
   const bool is_bfloat16 = dtype == "bfloat16";
@@ -75,7 +75,7 @@ inline std::optional<uintptr_t> stream_in(const py::dict& interface) {
   return py::object(interface["stream"]).cast<uintptr_t>();
 }
 
-// PyTorch's current stream during a step: asking for it costs as much as reading a tensor.
+// Caches PyTorch's current stream during a step, because asking for it costs as much as reading a tensor.
 struct TorchStream {
   int device = -1;
   uintptr_t stream = 0;
@@ -83,13 +83,13 @@ struct TorchStream {
 inline thread_local TorchStream torch_stream_of_step;
 
 inline uintptr_t torch_stream(const py::object& tensor) {
-  const TorchStream& known = torch_stream_of_step;
-  if (known.device >= 0 && tensor.attr("get_device")().cast<int>() == known.device) return known.stream;
+  const TorchStream& cached = torch_stream_of_step;
+  if (cached.device >= 0 && tensor.attr("get_device")().cast<int>() == cached.device) return cached.stream;
   const py::object stream = py::module_::import("torch").attr("cuda").attr("current_stream")(tensor.attr("device"));
   return stream.attr("cuda_stream").cast<uintptr_t>();
 }
 
-// The stream that the library of the array uses now, numbered as in the two protocols.
+// The stream that the library of the array uses now, numbered as in both protocols.
 inline std::optional<uintptr_t> stream_of(const py::object& object) {
   if (library_of(object) == "torch") return torch_stream(object);
   if (!py::hasattr(object, "__cuda_array_interface__")) return std::nullopt;
@@ -125,7 +125,7 @@ inline Buffer from_array_interface(const py::object& object, const Label& label)
   return b;
 }
 
-// The device of an empty array, which has no address to ask about.
+// The device of an empty array, which has no address that the CUDA runtime could locate.
 inline int device_named_by(const py::object& object) {
   if (py::hasattr(object, "__dlpack_device__"))
     return object.attr("__dlpack_device__")().cast<std::pair<int, int>>().second;
@@ -134,22 +134,22 @@ inline int device_named_by(const py::object& object) {
   return (py::isinstance<py::int_>(device) ? device : device.attr("id")).cast<int>();
 }
 
-// Sets the device, which only the runtime knows. Raises unless it is plain memory of a device.
+// Sets the device, which only the CUDA runtime knows. Raises unless the memory is ordinary device memory.
 inline void locate(Buffer& b, const Label& label, const py::object& object) {
   if (b.size == 0) {
     b.gpu->device = device_named_by(object);
     return;
   }
-  const cuda::Location found = cuda::location_of(b.data);
-  if (found.place == cuda::Place::kDevice) {
-    b.gpu->device = found.device;
+  const cuda::Location location = cuda::location_of(b.data);
+  if (location.place == cuda::Place::kDevice) {
+    b.gpu->device = location.device;
     return;
   }
-  const char* kind = found.place == cuda::Place::kManaged ? "managed memory" : "memory of the host";
+  const char* kind = location.place == cuda::Place::kManaged ? "managed memory" : "CPU memory";
   throw py::value_error(label() + ": " + type_name(object) + " in " + kind + ", expected memory of a CUDA device");
 }
 
-// Everything about an array except its address and stream: if it is unchanged, only these two have to be read.
+// Everything about an array except its address and stream. While it is unchanged, only these two have to be read again.
 inline py::object signature_of(const py::object& object, bool is_torch, const py::dict& interface) {
   if (is_torch) {
     return py::make_tuple(object.attr("dtype"), object.attr("shape"), object.attr("stride")(), object.attr("is_neg")());
@@ -161,7 +161,7 @@ inline py::object signature_of(const py::object& object, bool is_torch, const py
 inline Buffer read_cuda_array(const py::object& object, const Label& label) {
   Buffer b;
   if (library_of(object) == "torch") {
-    // The work is put on torch's own stream: nothing to wait for.
+    // -1: our work goes to torch's own stream, so nothing has to wait.
     b = from_dlpack(object, label, py::dict(py::arg("stream") = -1));
     b.gpu.emplace().stream = torch_stream(object);
   } else if (py::hasattr(object, "__cuda_array_interface__")) {
@@ -177,12 +177,12 @@ inline Buffer read_cuda_array(const py::object& object, const Label& label) {
   b.gpu->source_type = Py_TYPE(object.ptr());
   b.gpu->address_is_fixed = py::isinstance<DeviceArray>(object) || library_of(object) == "cupy";
   const bool has_interface = !is_torch && py::hasattr(object, "__cuda_array_interface__");
-  const bool says_all = is_torch || (has_interface && b.dtype != FASTADAM_BFLOAT16);  // bfloat16 is "V2" there
-  if (says_all) b.gpu->signature = signature_of(object, is_torch, is_torch ? py::dict() : interface_of(object));
+  const bool is_complete = is_torch || (has_interface && b.dtype != FASTADAM_BFLOAT16);  // whose typestr is only "V2"
+  if (is_complete) b.gpu->signature = signature_of(object, is_torch, is_torch ? py::dict() : interface_of(object));
   return b;
 }
 
-// The address and stream of an array like the one that `b` was read from.
+// Returns the address and stream of an array with the properties of the one that `b` was read from.
 inline std::optional<ArrayAddress> cuda_address_if_like(const py::object& object, const Buffer& b) {
   if (b.gpu->address_is_fixed && object.is(b.gpu->source)) {
     return ArrayAddress{b.data, ArrayAddress::kOnGpu, true, b.gpu->device, b.gpu->stream};
@@ -196,23 +196,23 @@ inline std::optional<ArrayAddress> cuda_address_if_like(const py::object& object
   const std::optional<uintptr_t> stream = is_torch ? torch_stream(object) : stream_in(interface);
   if (data == b.data) return ArrayAddress{data, ArrayAddress::kOnGpu, true, b.gpu->device, stream};
   if (b.size == 0 || reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(b.item_size) != 0) return std::nullopt;
-  const cuda::Location found = cuda::location_of(data);
-  if (found.place != cuda::Place::kDevice) return std::nullopt;
-  return ArrayAddress{data, ArrayAddress::kOnGpu, true, found.device, stream};
+  const cuda::Location location = cuda::location_of(data);
+  if (location.place != cuda::Place::kDevice) return std::nullopt;
+  return ArrayAddress{data, ArrayAddress::kOnGpu, true, location.device, stream};
 }
 
 py::array copy_to_numpy(const Buffer& b);
 
-// The arrays that the module for GPUs reads.
+// The policy of the CUDA module: arrays on a GPU are read.
 struct CudaArrays {
   static Buffer read_on_gpu(const py::object& object, const Label& label) { return read_cuda_array(object, label); }
   static py::array copy_from_gpu(const Buffer& b) { return copy_to_numpy(b); }
-  static std::optional<ArrayAddress> address_on_gpu(const py::object& object, const Buffer& known) {
-    return cuda_address_if_like(object, known);
+  static std::optional<ArrayAddress> address_on_gpu(const py::object& object, const Buffer& reference) {
+    return cuda_address_if_like(object, reference);
   }
 };
 
-// Reads an array on a device, of any dtype: ids, `last` of a table.
+// Reads an array of any dtype on a device: ids, or `last` of a deferred table.
 inline Buffer require_cuda_array(const py::object& object, const std::string& label) {
   std::optional<Buffer> b = read_array<CudaArrays>(object, Label{label});
   if (!b) throw py::type_error(label + ": " + type_name(object) + ", expected an array on a CUDA device");
@@ -221,7 +221,7 @@ inline Buffer require_cuda_array(const py::object& object, const std::string& la
   return *std::move(b);
 }
 
-// A copy in CPU memory; waits for the device. bfloat16 comes as its bits.
+// Copies an array to CPU memory; waits for the device. The bits of bfloat16 are returned as uint16.
 inline py::array copy_to_numpy(const Buffer& b) {
   if (!b.c_contiguous && !b.f_contiguous) throw py::value_error(b.label + ": strided, expected a contiguous array");
   const py::dtype dtype = b.dtype == FASTADAM_BFLOAT16 ? py::dtype("uint16")
@@ -235,12 +235,12 @@ inline py::array copy_to_numpy(const Buffer& b) {
   return host;
 }
 
-// Overwrites an array on a device with one of the host of the same dtype, shape and layout.
+// Overwrites an array on a device with a host array of the same dtype, shape and layout.
 inline void assign(const py::object& object, const py::array& values) {
   const Buffer b = require_cuda_array(object, "array");
   const Buffer from = from_ndarray(values);
   const bool same_layout = from.same_layout(b) && from.shape == b.shape && from.item_size == b.item_size;
-  if (!same_layout) throw py::value_error("values: of another shape, dtype or order than the array");
+  if (!same_layout) throw py::value_error("values: expected the shape, dtype and order of the array");
   const cuda::DeviceScope scope(b.device());
   cuda::overwrite(b.data, from.data, b.size * b.item_size);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of the DLPack ABI that is read here (https://dmlc.github.io/dlpack/latest/c_api.html), names as in its
-// header.
+// The part of the DLPack ABI that is used here, with the names of its header
+// (https://dmlc.github.io/dlpack/latest/c_api.html).
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,8 @@ struct DLManagedTensorVersioned {
   DLTensor dl_tensor;
 };
 
-// Of the type of a library's arrays, as the capsule `__dlpack_c_exchange_api__`; lives as long as the process.
+// The C functions of a library's array type. The type has it in the capsule `__dlpack_c_exchange_api__`, and it lives
+// as long as the process.
 struct ExchangeApi {
   struct {
     uint32_t major;

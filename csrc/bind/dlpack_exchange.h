@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tensors read through the C table of their library (dlpack.h) instead of through a capsule, which is slower. Only
-// tensors in CPU memory that are like a known Buffer; read_array() reads the others.
+// Reads tensors through the C functions of their library (dlpack.h), which is faster than through a capsule. This works
+// only for tensors in CPU memory with the properties of a known Buffer; read_array() reads all others.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -22,23 +22,23 @@ inline const dlpack::ExchangeApi* find_exchange_api(PyTypeObject* type) {
   return api != nullptr && api->tensor_from_object != nullptr ? api : nullptr;
 }
 
-// Null if the type has no such table.
+// Null if the type does not support it.
 inline const dlpack::ExchangeApi* exchange_api_of(py::handle object) {
   constexpr size_t kMostTypes = 16;
-  static thread_local std::vector<std::pair<PyTypeObject*, const dlpack::ExchangeApi*>> known;
+  static thread_local std::vector<std::pair<PyTypeObject*, const dlpack::ExchangeApi*>> cache;
   PyTypeObject* type = Py_TYPE(object.ptr());
-  for (const auto& [known_type, api] : known) {
-    if (known_type == type) return api;
+  for (const auto& [cached_type, api] : cache) {
+    if (cached_type == type) return api;
   }
   const dlpack::ExchangeApi* api = find_exchange_api(type);
-  if (known.size() < kMostTypes) {
-    Py_INCREF(type);  // or another type could come to its address
-    known.emplace_back(type, api);
+  if (cache.size() < kMostTypes) {
+    Py_INCREF(type);  // otherwise another type could get its address
+    cache.emplace_back(type, api);
   }
   return api;
 }
 
-// DLPack's strides are in elements.
+// Unlike the strides of a Buffer, DLPack's strides are in elements.
 inline bool contiguous(const dlpack::DLTensor& t, bool fortran) {
   int64_t expected = 1;
   for (int32_t step = 0; step < t.ndim; ++step) {
@@ -49,8 +49,8 @@ inline bool contiguous(const dlpack::DLTensor& t, bool fortran) {
   return true;
 }
 
-// The address of a tensor in CPU memory with the dtype, shape and layout of `b`, which has a dtype; null for any other
-// object and for an empty tensor.
+// The address of a tensor in CPU memory with the dtype, shape and layout of `b`. Null for any other object and for an
+// empty tensor. b.dtype must be set.
 inline void* tensor_address_if_like(py::handle object, const Buffer& b) {
   const dlpack::ExchangeApi* api = exchange_api_of(object);
   if (api == nullptr) return nullptr;
@@ -72,7 +72,7 @@ inline void* tensor_address_if_like(py::handle object, const Buffer& b) {
   return t.data == nullptr ? nullptr : address;
 }
 
-// Whether the memory holds the negated values (torch's lazy negation), which DLPack does not say.
+// Whether the memory contains the negated values (torch's lazy negation). DLPack has no flag for this.
 inline bool is_negated(py::handle object) {
   static const py::handle name = py::str("is_neg").release();
   const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), name.ptr()));

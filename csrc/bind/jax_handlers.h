@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// XLA's foreign function interface: handlers of one step, on buffers that XLA owns and has aliased, each result with
-// the operand it replaces. They run on XLA's threads; what they refuse becomes an error of the computation. Where the
-// buffers lie is a template parameter, OnHost (jax_on_host.h) or OnDevice (jax_on_device.h), which reads small operands
-// and runs the steps; XLA makes one for each call (CtxDecoding):
-//   void read(void* to, const void* from, int64_t bytes);       to memory of the host
+// Handlers for XLA's foreign function interface. Each runs one step on buffers that XLA owns; XLA has aliased each
+// result with the operand that it replaces. Handlers run on XLA's threads, and their errors become errors of the
+// computation. The template parameter Place, OnHost (jax_on_host.h) or OnDevice (jax_on_device.h), says where the
+// buffers are. It reads small operands and runs the steps. XLA constructs one for each call (CtxDecoding):
+//   void read(void* to, const void* from, int64_t bytes);       `to` is host memory
 //   void clear(void* data, int64_t bytes);
 //   void step(const std::vector<fastadam_tensor>&, const fastadam_hyper&, bool lazy);
 //   void step_rows(const fastadam_tensor&, const Ids&, const Shard&, const fastadam_hyper&, bool lazy);
@@ -24,8 +24,8 @@ namespace fastadam::bind {
 
 namespace ffi = xla::ffi;
 
-// The operand `numbers`: of each, parts that add up to it, one of float64 or three of float32, which hold a float64. In
-// this order, also in python/fastadam/jax/_arguments.py.
+// The operand `numbers` contains these, in the same order as python/fastadam/jax/_arguments.py. Each is the sum of its
+// parts: one float64, or three float32, which together represent a float64.
 enum Number { kLearningRate, kBeta1, kBeta2, kEpsilon, kWeightDecay, kGradFactor, kNumberCount };
 
 inline fastadam_dtype dtype_of(const ffi::AnyBuffer& buffer) {
@@ -39,7 +39,7 @@ inline fastadam_dtype dtype_of(const ffi::AnyBuffer& buffer) {
     case ffi::F64:
       return FASTADAM_FLOAT64;
     default:
-      throw std::invalid_argument("an array that is not float16, bfloat16, float32 or float64");
+      throw std::invalid_argument("an operand has an invalid dtype, expected float16, bfloat16, float32 or float64");
   }
 }
 
@@ -48,10 +48,10 @@ inline bool is_half(fastadam_dtype dtype) { return dtype == FASTADAM_FLOAT16 || 
 inline bool is_long(const ffi::AnyBuffer& buffer) {
   if (buffer.element_type() == ffi::S64) return true;
   if (buffer.element_type() == ffi::S32) return false;
-  throw std::invalid_argument("an array that is not int32 or int64");
+  throw std::invalid_argument("an operand has an invalid dtype, expected int32 or int64");
 }
 
-// One of `batch` equal parts of a buffer, which lie one after the other.
+// One of `batch` equal, consecutive parts of a buffer.
 struct Part {
   ffi::AnyBuffer buffer;
   int64_t batch;
@@ -62,28 +62,28 @@ struct Part {
   char* data() const { return static_cast<char*>(buffer.untyped_data()) + at * bytes(); }
 };
 
-// The rows of a table that a handler has: `count` of `total`, from `first` on.
+// The rows of a table that a handler updates: `count` of `total`, starting at `first`.
 struct Shard {
   int64_t first;
   int64_t count;
   int64_t total;
 };
 
-// Of the whole table, and how many elements a row has.
+// Row ids of the whole table.
 struct Ids {
   const void* data;
   bool is_long;
   int64_t count;
-  int64_t width;
+  int64_t width;  // the number of elements in a row
 };
 
-// Elements of a buffer, on the host and in one type.
+// Copies the elements of a buffer to the host and converts them to `To`.
 template <class To, class Place>
 std::vector<To> values_of(Place& place, const ffi::AnyBuffer& buffer) {
   const auto read_as = [&](auto zero) {
-    std::vector<decltype(zero)> found(buffer.element_count());
-    place.read(found.data(), buffer.untyped_data(), static_cast<int64_t>(buffer.size_bytes()));
-    return std::vector<To>(found.begin(), found.end());
+    std::vector<decltype(zero)> values(buffer.element_count());
+    place.read(values.data(), buffer.untyped_data(), static_cast<int64_t>(buffer.size_bytes()));
+    return std::vector<To>(values.begin(), values.end());
   };
   if constexpr (std::is_integral_v<To>) {
     return is_long(buffer) ? read_as(int64_t{}) : read_as(int32_t{});
@@ -92,7 +92,8 @@ std::vector<To> values_of(Place& place, const ffi::AnyBuffer& buffer) {
   }
 }
 
-// Operands and results of a step. Under `vmap` each has the same leading dimensions, those of `count`: so many steps.
+// The operands and results of a step. Under `vmap` all have the leading dimensions of `count`, and each of its elements
+// is a step.
 class Step {
  public:
   template <class Place>
@@ -103,7 +104,7 @@ class Step {
         counts_(values_of<int64_t>(place, arg(1))) {
     parts_ = counts_.empty() ? 0 : numbers_.size() / (counts_.size() * kNumberCount);
     if (numbers_.size() != parts_ * counts_.size() * kNumberCount) {
-      throw std::invalid_argument("a wrong number of numbers");
+      throw std::invalid_argument("numbers: wrong number of elements");
     }
   }
 
@@ -111,14 +112,16 @@ class Step {
   size_t batch_rank() const { return arg(1).dimensions().size(); }
 
   void require_args(size_t count) const {
-    if (args_.size() != count) throw std::invalid_argument("a wrong number of operands");
+    if (args_.size() != count)
+      throw std::invalid_argument("wrong number of operands: " + std::to_string(args_.size()) + ", expected " +
+                                  std::to_string(count));
   }
 
   ffi::AnyBuffer arg(size_t i) const { return value(args_.get<ffi::AnyBuffer>(i)); }
 
   ffi::AnyBuffer fresh_result(size_t i) const { return *value(rets_.get<ffi::AnyBuffer>(i)); }
 
-  // The buffer of a result, in which XLA has put the operand.
+  // The buffer of a result. XLA has aliased it with the operand.
   ffi::AnyBuffer result(size_t i, size_t operand) const {
     const ffi::AnyBuffer buffer = fresh_result(i);
     const ffi::AnyBuffer source = arg(operand);
@@ -144,9 +147,9 @@ class Step {
 
  private:
   template <class T>
-  static T value(ffi::ErrorOr<T> found) {
-    if (!found.has_value()) throw std::invalid_argument(found.error().message());
-    return *found;
+  static T value(ffi::ErrorOr<T> result) {
+    if (!result.has_value()) throw std::invalid_argument(result.error().message());
+    return *result;
   }
 
   double number(int64_t at, Number which) const {
@@ -170,15 +173,15 @@ ffi::Error guarded(Work work) {
   } catch (const std::invalid_argument& refusal) {
     return ffi::Error::InvalidArgument(std::string("fastadam: ") + refusal.what());
   } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "fastadam: no memory for the work of this step");
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "fastadam: out of memory");
   } catch (const std::exception& error) {
     return ffi::Error(ffi::ErrorCode::kInternal, std::string("fastadam: ") + error.what());
   }
 }
 
-// Operands: numbers, count, then the gradients, parameters, m, v and, with `amsgrad`, vhat of all tensors; results: all
-// but the gradients. decays[i]: weight decay applies to tensor i. `from_zero`: there are no parameters among the
-// operands, and those of the results begin at zero, which makes them the steps themselves.
+// Operands: numbers, count, then the gradients, parameters, m, v and, with `amsgrad`, vhat of all tensors. Results: the
+// parameters, m, v and vhat. decays[i]: weight decay applies to tensor i. `from_zero`: the operands contain no
+// parameters, and the results start at zero, which makes them the updates.
 template <class Place>
 ffi::Error dense_step(Place place, ffi::RemainingArgs args, ffi::RemainingRets rets, bool amsgrad,
                       bool epsilon_corrected, bool from_zero, ffi::Span<const int64_t> decays) {
@@ -197,7 +200,7 @@ ffi::Error dense_step(Place place, ffi::RemainingArgs args, ffi::RemainingRets r
         const Part grad{step.arg(2 + i), step.batch(), at};
         const Part var{from_zero ? step.fresh_result(i) : step.result(i, 2 + n + i), step.batch(), at};
         const Part m = moment(0, i), v = moment(1, i);
-        if (var.size() == 0) continue;  // XLA may have given it no memory
+        if (var.size() == 0) continue;  // XLA may not have allocated memory
         if (from_zero) place.clear(var.data(), var.bytes());
         tensors.push_back(
             fastadam_dense(var.data(), grad.data(), m.data(), v.data(), var.size(), dtype_of(var.buffer)));
@@ -213,9 +216,9 @@ ffi::Error dense_step(Place place, ffi::RemainingArgs args, ffi::RemainingRets r
   });
 }
 
-// Operands: numbers, count, ids, values, the place of this shard of the rows along each mesh axis that they are sharded
-// by, of which `axis_sizes` are the lengths; then the table, m, v and, with `amsgrad`, vhat; results: the last three or
-// four. `row_count`: of the whole table.
+// Operands: numbers, count, ids, values; the index of this shard along each mesh axis over which the rows are sharded,
+// with sizes `axis_sizes`; then the table, m, v and, with `amsgrad`, vhat. Results: the table, m, v and vhat.
+// `row_count`: the number of rows of the whole table.
 template <class Place>
 ffi::Error sparse_step(Place place, ffi::RemainingArgs args, ffi::RemainingRets rets, bool amsgrad,
                        bool epsilon_corrected, bool lazy, int64_t row_count, ffi::Span<const int64_t> axis_sizes) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// An extension module with the handlers of one place, for jax.ffi.register_ffi_target. Python's own C interface: the
-// module hands out two addresses, and pybind11 would take longer to compile than the handlers.
+// An extension module with the handlers of one Place, for jax.ffi.register_ffi_target. It uses Python's C API: the
+// module only returns two addresses, and pybind11 would take longer to compile than the handlers.
 #pragma once
 
 #include <Python.h>
@@ -9,7 +9,7 @@
 
 namespace fastadam::bind {
 
-// A function without arguments that returns the address of a handler in an unnamed capsule.
+// A Python function without arguments that returns the address of a handler in an unnamed capsule.
 template <XLA_FFI_Handler* kHandler>
 PyObject* handler_capsule(PyObject* /*module*/, PyObject* /*none*/) {
   return PyCapsule_New(reinterpret_cast<void*>(kHandler), nullptr, nullptr);
@@ -46,7 +46,7 @@ XLA_FFI_Error* sparse_handler(XLA_FFI_CallFrame* call) {
   return handler->Call(call);
 }
 
-// The module's initialisation, in several phases (PEP 489).
+// Multi-phase initialisation of the module (PEP 489).
 template <class Place>
 PyObject* make_module(const char* name) {
   static PyMethodDef functions[] = {{"dense_handler", handler_capsule<dense_handler<Place>>, METH_NOARGS, nullptr},

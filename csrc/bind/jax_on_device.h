@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A place of jax_handlers.h: buffers on a CUDA device. The numbers of a step, and ids, are read by the host, which
-// waits for the stream until they are there; the step itself is only launched.
+// The Place of jax_handlers.h for buffers on a CUDA device. The host waits for the stream to read the numbers of a step
+// and ids; the step itself is launched asynchronously.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ inline void require_launched(fastadam_status status) {
   throw std::runtime_error(fastadam_cuda_error());
 }
 
-// Memory of a device that grows.
+// Device memory that grows on demand.
 class Scratch {
  public:
   Scratch() = default;
@@ -33,7 +33,7 @@ class Scratch {
 
   void* of(int64_t bytes) {
     if (bytes > bytes_) {
-      cuda::release(data_);  // waits for what uses it
+      cuda::release(data_);  // waits for work that uses it
       data_ = nullptr;
       bytes_ = 0;
       data_ = cuda::allocate(bytes);
@@ -47,9 +47,9 @@ class Scratch {
   int64_t bytes_ = 0;
 };
 
-// A plan of some arrays, which XLA gives to one computation again and again, and what steps of it need.
+// A plan for a set of arrays, which XLA passes to a computation again and again, and the memory that its steps need.
 struct JaxPlan {
-  JaxPlan(int device, const std::vector<fastadam_tensor>& given) : tensors(given) {
+  JaxPlan(int device, const std::vector<fastadam_tensor>& arrays) : tensors(arrays) {
     const fastadam_list list = list_of(tensors);
     require_launched(fastadam_cuda_plan_create(device, &list, &native));
   }
@@ -61,29 +61,29 @@ struct JaxPlan {
     return {FASTADAM_ABI, tensors.data(), static_cast<int64_t>(tensors.size()), nullptr, nullptr, 0};
   }
 
-  bool is_of(const std::vector<fastadam_tensor>& wanted) const {
+  bool is_for(const std::vector<fastadam_tensor>& arrays) const {
     const auto same = [](const fastadam_tensor& a, const fastadam_tensor& b) {
       return a.var == b.var && a.m == b.m && a.v == b.v && a.vhat == b.vhat && a.size == b.size && a.dtype == b.dtype &&
              a.decays == b.decays && a.half_slots == b.half_slots;
     };
-    return std::equal(tensors.begin(), tensors.end(), wanted.begin(), wanted.end(), same);
+    return std::equal(tensors.begin(), tensors.end(), arrays.begin(), arrays.end(), same);
   }
 
   std::vector<fastadam_tensor> tensors;
   fastadam_cuda_plan* native = nullptr;
-  Scratch ids, places, values;  // of a shard, for work on this stream
+  Scratch ids, positions, values;  // of a shard, for work on `stream`
   void* stream = nullptr;
   cuda::Gather gather;
 };
 
-// Plans of the arrays of one device that were stepped last. They hold addresses alone: it does no harm if the arrays
-// are gone.
+// The most recently used plans of one device. Plans contain only addresses, so it does no harm if the arrays no longer
+// exist.
 class JaxPlans {
  public:
   static constexpr size_t kMost = 256;
 
-  // Each with its own lock: what waits for one device, in it, may have to wait for the program of another. Never
-  // destroyed: at the end of a process the CUDA runtime may be gone before.
+  // Each device has its own lock, because a wait for one device, under its lock, may depend on the program of another.
+  // Never destroyed: at the end of a process the CUDA runtime may already be gone.
   static JaxPlans& on(int device) {
     static std::mutex& mutex_of_all = *new std::mutex;
     static std::map<int, JaxPlans>& all = *new std::map<int, JaxPlans>;
@@ -91,10 +91,10 @@ class JaxPlans {
     return all[device];
   }
 
-  // The device must be current.
-  JaxPlan& of(int device, const std::vector<fastadam_tensor>& tensors) {
+  // Finds or makes the plan for these arrays. The device must be current.
+  JaxPlan& find(int device, const std::vector<fastadam_tensor>& tensors) {
     for (auto plan = plans_.begin(); plan != plans_.end(); ++plan) {
-      if (!plan->is_of(tensors)) continue;
+      if (!plan->is_for(tensors)) continue;
       plans_.splice(plans_.begin(), plans_, plan);
       return plans_.front();
     }
@@ -102,7 +102,7 @@ class JaxPlans {
     return plans_.emplace_front(device, tensors);
   }
 
-  std::mutex mutex;  // of a step
+  std::mutex mutex;  // held during a step
 
  private:
   std::list<JaxPlan> plans_;
@@ -112,7 +112,7 @@ class OnDevice {
  public:
   explicit OnDevice(void* stream) : stream_(stream) {}
 
-  // Comes first, and tells the device.
+  // Must be called first, because it determines the device.
   void read(void* to, const void* from, int64_t bytes) {
     if (bytes == 0) return;
     device_ = cuda::location_of(from).device;
@@ -129,17 +129,17 @@ class OnDevice {
     JaxPlans& plans = JaxPlans::on(device_);
     const std::lock_guard lock(plans.mutex);
     const cuda::DeviceScope scope(device_);
-    launch(plans.of(device_, tensors), tensors, hyper, lazy);
+    launch(plans.find(device_, tensors), tensors, hyper, lazy);
   }
 
   void step_rows(fastadam_tensor tensor, Ids ids, const Shard& shard, const fastadam_hyper& hyper, bool lazy) {
-    const std::vector<int64_t> named = read_ids(ids, shard.total);
+    const std::vector<int64_t> host_ids = read_ids(ids, shard.total);
     if (tensor.size == 0) return;
     JaxPlans& plans = JaxPlans::on(device_);
     const std::lock_guard lock(plans.mutex);
     const cuda::DeviceScope scope(device_);
-    JaxPlan& plan = plans.of(device_, {tensor});
-    if (shard.count != shard.total) take_own(plan, named, shard, ids, tensor);
+    JaxPlan& plan = plans.find(device_, {tensor});
+    if (shard.count != shard.total) select_shard(plan, host_ids, shard, ids, tensor);
     const fastadam_rows* rows = nullptr;
     require_launched(fastadam_cuda_sort_rows(plan.native, 0, ids.data, ids.is_long, ids.count, shard.count, ids.width,
                                              stream_, &rows));
@@ -155,41 +155,42 @@ class OnDevice {
     require_launched(fastadam_cuda_step(plan.native, &list, &hyper, lazy, stream_));
   }
 
-  // Refuses here what the device would only find once the step is launched.
+  // Checks the ids here, because the device would detect an invalid one only after the step was launched.
   std::vector<int64_t> read_ids(const Ids& ids, int64_t row_count) {
-    std::vector<int64_t> found(static_cast<size_t>(ids.count));
+    std::vector<int64_t> values(static_cast<size_t>(ids.count));
     if (ids.is_long) {
-      read(found.data(), ids.data, ids.count * static_cast<int64_t>(sizeof(int64_t)));
+      read(values.data(), ids.data, ids.count * static_cast<int64_t>(sizeof(int64_t)));
     } else {
-      std::vector<int32_t> narrow(found.size());
+      std::vector<int32_t> narrow(values.size());
       read(narrow.data(), ids.data, ids.count * static_cast<int64_t>(sizeof(int32_t)));
-      found.assign(narrow.begin(), narrow.end());
+      values.assign(narrow.begin(), narrow.end());
     }
-    for (size_t i = 0; i < found.size(); ++i) {
-      if (found[i] >= 0 && found[i] < row_count) continue;
-      throw std::invalid_argument("indices[" + std::to_string(i) + "]: " + std::to_string(found[i]) +
+    for (size_t i = 0; i < values.size(); ++i) {
+      if (values[i] >= 0 && values[i] < row_count) continue;
+      throw std::invalid_argument("indices[" + std::to_string(i) + "]: " + std::to_string(values[i]) +
                                   " is not a row, expected 0 <= index < " + std::to_string(row_count));
     }
-    return found;
+    return values;
   }
 
-  // Leaves in `ids` and in the gradient of `tensor` those of the shard alone, in their order; ids from its first row.
-  void take_own(JaxPlan& plan, const std::vector<int64_t>& named, const Shard& shard, Ids& ids,
-                fastadam_tensor& tensor) const {
-    std::vector<int64_t> own, places;
-    for (size_t i = 0; i < named.size(); ++i) {
-      if (named[i] < shard.first || named[i] >= shard.first + shard.count) continue;
-      own.push_back(named[i] - shard.first);
-      places.push_back(static_cast<int64_t>(i));
+  // Reduces `ids` and the gradient of `tensor` to the rows of the shard, in the same order. Ids then count from the
+  // first row of the shard.
+  void select_shard(JaxPlan& plan, const std::vector<int64_t>& host_ids, const Shard& shard, Ids& ids,
+                    fastadam_tensor& tensor) const {
+    std::vector<int64_t> shard_ids, positions;
+    for (size_t i = 0; i < host_ids.size(); ++i) {
+      if (host_ids[i] < shard.first || host_ids[i] >= shard.first + shard.count) continue;
+      shard_ids.push_back(host_ids[i] - shard.first);
+      positions.push_back(static_cast<int64_t>(i));
     }
-    const auto count = static_cast<int64_t>(own.size());
-    if (plan.stream != stream_) cuda::set_zero(nullptr, 0);  // waits for the device, where steps may still read them
+    const auto count = static_cast<int64_t>(shard_ids.size());
+    if (plan.stream != stream_) cuda::set_zero(nullptr, 0);  // waits for steps that may still read the plan's memory
     plan.stream = stream_;
     void* values = plan.values.of(count * ids.width * size_of(tensor.grad_dtype));
-    plan.gather.run(tensor.grad, ids.count, ids.width, tensor.grad_dtype, upload(plan.places, places), true, count,
-                    values, stream_);
+    plan.gather.run(tensor.grad, ids.count, ids.width, tensor.grad_dtype, upload(plan.positions, positions), true,
+                    count, values, stream_);
     tensor.grad = values;
-    ids = {upload(plan.ids, own), true, count, ids.width};
+    ids = {upload(plan.ids, shard_ids), true, count, ids.width};
   }
 
   const void* upload(Scratch& to, const std::vector<int64_t>& values) const {

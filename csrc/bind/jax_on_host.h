@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A Place of jax_handlers.h: buffers in CPU memory.
+// The Place of jax_handlers.h for buffers in CPU memory.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace fastadam::bind {
 
-// The rows of one shard among `ids`, numbered from its first row.
+// The rows of `ids` that are in one shard, numbered from its first row.
 class ShardRows {
  public:
   ShardRows(const Ids& ids, const Shard& shard) : memory_(static_cast<size_t>(fastadam_sort_memory(ids.count))) {
@@ -52,13 +52,13 @@ class OnHost {
 
   void step_rows(fastadam_tensor tensor, const Ids& ids, const Shard& shard, const fastadam_hyper& hyper,
                  bool lazy) const {
-    const ShardRows touched(ids, shard);
+    const ShardRows rows(ids, shard);
     const fastadam_rows all{nullptr, nullptr, nullptr, ids.count, ids.width};
     tensor.rows = &all;
     tensor.grad_size = ids.count * ids.width;
     check_hyper(hyper);
     TensorCheck(tensor, 0, RowChecks::kShape).check_step(hyper, tensor.vhat != nullptr);
-    tensor.rows = touched.get();
+    tensor.rows = rows.get();
     StepArgs args = prepare_step(&tensor, 1, hyper, lazy);
     const int64_t head = 0;
     const int64_t offsets[] = {0, moved_elements(tensor, lazy)};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a Python object to a Buffer: NumPy arrays, DLPack, __array_interface__. Arrays on a GPU are read by the
-// parameter `Arrays`: HostArrays refuses them, CudaArrays (device_buffers.h) reads them.
+// Reads Python objects into Buffers: NumPy arrays, DLPack, __array_interface__. The template parameter `Arrays` handles
+// arrays on a GPU: HostArrays refuses them, CudaArrays (device_buffers.h) reads them.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -24,7 +24,7 @@ inline std::optional<DType> dtype_of(const py::dtype& dtype) {
   if (kind == 'f' && size == 4) return FASTADAM_FLOAT32;
   if (kind == 'f' && size == 8) return FASTADAM_FLOAT64;
   if (kind == 'f' && size == 2) return FASTADAM_FLOAT16;
-  // ml_dtypes registers bfloat16 as an opaque two-byte type; its name is all that NumPy knows of it.
+  // ml_dtypes registers bfloat16 as an opaque two-byte type, which only its name identifies.
   if (kind == 'V' && size == 2 && text(dtype) == "bfloat16") return FASTADAM_BFLOAT16;
   return std::nullopt;
 }
@@ -87,7 +87,7 @@ inline std::string library_of(py::handle object) {
   return module.substr(0, module.find('.'));
 }
 
-// The capsule is kept, not consumed: its destructor releases the memory when the Buffer dies.
+// The Buffer owns the capsule without consuming it, so the capsule's destructor releases the memory.
 inline Buffer from_dlpack(const py::object& object, const Label& label, const py::dict& arguments) {
   py::object capsule;
   try {
@@ -110,7 +110,8 @@ inline Buffer from_dlpack(const py::object& object, const Label& label, const py
     void* unversioned = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
     if (unversioned == nullptr) throw py::error_already_set();
     read_dltensor(b, static_cast<const dlpack::DLManagedTensor*>(unversioned)->dl_tensor);
-    // The old capsule has no read-only flag, and JAX exports immutable arrays through it; torch's are writable.
+    // Unversioned capsules have no read-only flag, and JAX exports immutable arrays in them. Tensors of torch are
+    // writable.
     b.writable = library_of(object) == "torch";
   }
   derive_layout(b);
@@ -120,7 +121,7 @@ inline Buffer from_dlpack(const py::object& object, const Label& label, const py
 
 inline bool is_masked(py::handle object) { return !is_plain_ndarray(object) && py::hasattr(object, "harden_mask"); }
 
-// The bits of bfloat16 values that Python has rounded, as a buffer of that dtype.
+// A bfloat16 Buffer of bits that Python has computed.
 inline Buffer bfloat16_bits(const py::array_t<uint16_t>& bits) {
   Buffer b = from_ndarray(bits);
   b.dtype = FASTADAM_BFLOAT16;
@@ -142,7 +143,7 @@ inline bool is_true(const py::object& object, const char* method) {
   return py::hasattr(object, method) && py::cast<bool>(object.attr(method)());
 }
 
-// Where an array is that has the dtype, shape and layout of a known one.
+// The location of an array with the dtype, shape and layout of a known Buffer.
 struct ArrayAddress {
   enum Kind { kNdarray, kTensor, kOnGpu };
 
@@ -150,10 +151,10 @@ struct ArrayAddress {
   Kind kind;
   bool writable = true;
   int device = Buffer::kHost;
-  std::optional<uintptr_t> stream = std::nullopt;  // of an array on a GPU
+  std::optional<uintptr_t> stream = std::nullopt;  // only on a GPU
 };
 
-// The arrays that the module for the CPU reads.
+// The policy of the CPU module: arrays on a GPU are refused.
 struct HostArrays {
   static Buffer read_on_gpu(const py::object& object, const Label& label) {
     throw py::value_error(label() + ": " + type_name(object) + " on a GPU, expected CPU memory");
@@ -162,32 +163,32 @@ struct HostArrays {
   static std::optional<ArrayAddress> address_on_gpu(const py::object&, const Buffer&) { return std::nullopt; }
 };
 
-// The address of an array like `known`, found without reading everything about it. Empty if it differs, and also if
-// only read_array() can tell. A kTensor may still be negated lazily: is_negated().
+// Returns the address of an array with the properties of `reference` without reading it completely. Empty if the array
+// differs or if only read_array() can tell. The caller must check a kTensor for lazy negation with is_negated().
 template <class Arrays>
-std::optional<ArrayAddress> address_if_like(const py::object& object, const Buffer& known) {
-  if (is_ndarray_like(object, known)) {
+std::optional<ArrayAddress> address_if_like(const py::object& object, const Buffer& reference) {
+  if (is_ndarray_like(object, reference)) {
     const py::detail::PyArray_Proxy& array = *py::detail::array_proxy(object.ptr());
     const bool writable = (array.flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
     return ArrayAddress{array.data, ArrayAddress::kNdarray, writable};
   }
-  if (known.gpu) return Arrays::address_on_gpu(object, known);
-  if (!known.dtype) return std::nullopt;  // nothing is known yet
-  const void* data = tensor_address_if_like(object, known);
+  if (reference.gpu) return Arrays::address_on_gpu(object, reference);
+  if (!reference.dtype) return std::nullopt;  // nothing has been read yet
+  const void* data = tensor_address_if_like(object, reference);
   return data == nullptr ? std::nullopt : std::optional(ArrayAddress{data, ArrayAddress::kTensor});
 }
 
 template <class Arrays>
 Buffer from_any_dlpack(py::object object, const Label& label) {
   if (is_true(object, "is_neg")) throw py::value_error(label() + ": tensor with the negative bit; resolve it first");
-  // A torch tensor that requires gradients refuses to be exported; detached it is the same memory.
+  // torch refuses to export a tensor that requires gradients. The detached tensor has the same memory.
   if (py::hasattr(object, "requires_grad") && py::hasattr(object, "detach")) object = object.attr("detach")();
   const auto device = object.attr("__dlpack_device__")().cast<py::tuple>();
   const auto type = device[0].cast<int32_t>();
   if (type == dlpack::kDLCPU) return from_dlpack(object, label, py::dict());
   if (type == dlpack::kDLCUDA || type == dlpack::kDLCUDAManaged) return Arrays::read_on_gpu(object, label);
   throw py::value_error(label() + ": " + type_name(object) + " on DLPack device " + text(device) +
-                        ", expected memory of the CPU or of a CUDA device");
+                        ", expected memory of a CPU or of a CUDA device");
 }
 
 // Reads an array of another library; empty if the object exports no memory.
@@ -220,10 +221,10 @@ std::optional<Buffer> read_array(py::object object, const Label& label) {
   } catch (py::error_already_set& error) {
     // The exporter's own refusal (sparse, conjugated or quantized tensors) does not name the argument.
     if (!error.matches(PyExc_Exception)) throw;
-    throw py::value_error(label() + ": " + type_name(object) + " that cannot be read as it lies in memory (" +
-                          text(error.value()) + ")");
+    throw py::value_error(label() + ": " + type_name(object) + " whose memory cannot be read (" + text(error.value()) +
+                          ")");
   } catch (const py::cast_error& error) {
-    throw py::value_error(label() + ": " + type_name(object) + " that does not say what it is (" + error.what() + ")");
+    throw py::value_error(label() + ": " + type_name(object) + " with invalid metadata (" + error.what() + ")");
   }
 }
 
@@ -239,7 +240,7 @@ Buffer read_variable(const py::object& object, const std::string& label) {
   return *std::move(b);
 }
 
-// A slot of `var`, of the state dtype; or of the dtype of `var` if `may_be_half`.
+// Reads a slot of `var`. Its dtype must be the state dtype or, if `may_be_half`, the dtype of `var`.
 template <class Arrays>
 Buffer read_state(const py::object& object, const std::string& label, const Buffer& var, bool may_be_half) {
   Buffer b = read_variable<Arrays>(object, label);
@@ -259,19 +260,20 @@ Buffer read_state(const py::object& object, const std::string& label, const Buff
   return b;
 }
 
-// Raises why a gradient of `var` cannot be read without a conversion.
+// Raises the reason why a gradient of `var` cannot be read without a conversion.
 [[noreturn]] inline void refuse_as_it_lies(const Buffer& g, const Buffer& var, const std::string& label) {
-  const std::string found = label + ": " + (g.dtype ? name_of(*g.dtype) : g.dtype_name.c_str());
-  const bool is_known = g.dtype == var.dtype || g.dtype == state_dtype(*var.dtype);
-  if (!is_known) throw py::type_error(found + ", expected " + name_of(*var.dtype) + " like " + var.label);
-  if (!g.native_order) throw py::value_error(found + ", byte-swapped, expected the byte order of this machine");
-  if (!g.aligned()) throw py::value_error(found + ", misaligned, expected a multiple of the item size as address");
-  throw py::value_error(found + " with strides " + tuple_text(g.strides) + " for shape " + tuple_text(g.shape) +
+  const std::string gradient = label + ": " + (g.dtype ? name_of(*g.dtype) : g.dtype_name.c_str());
+  const bool is_readable = g.dtype == var.dtype || g.dtype == state_dtype(*var.dtype);
+  if (!is_readable) throw py::type_error(gradient + ", expected " + name_of(*var.dtype) + " like " + var.label);
+  if (!g.native_order) throw py::value_error(gradient + ", byte-swapped, expected the byte order of this machine");
+  if (!g.aligned())
+    throw py::value_error(gradient + ", misaligned, expected an address that is a multiple of the item size");
+  throw py::value_error(gradient + " with strides " + tuple_text(g.strides) + " for shape " + tuple_text(g.shape) +
                         ", expected a contiguous array in order " + var.order() + " like " + var.label);
 }
 
-// The memory as a NumPy array, for conversions in Python; a copy if it is on a GPU. bfloat16, which NumPy lacks, comes
-// as its uint16 bits.
+// The array as a NumPy array, for conversions in Python; a copy if it is on a GPU. NumPy has no bfloat16, so its bits
+// are returned as uint16.
 template <class Arrays>
 py::array as_numpy(const Buffer& b) {
   if (b.gpu) return Arrays::copy_from_gpu(b);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// IndexedSlices as the kernels read them: values as stored or summed, indices sorted into rows.
+// IndexedSlices as the kernels read them: indices sorted into rows, and values, either as stored or summed.
 #pragma once
 
 #include <pybind11/numpy.h>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Statuses of the C interface as exceptions that pybind11 translates.
+// Converts statuses of the C interface to exceptions that pybind11 translates.
 #pragma once
 
 #include <new>

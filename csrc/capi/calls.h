@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared by the entry points of fastadam.h and fastadam_cuda.h: the error message, the guard, the checks of a list.
+// What the entry points of fastadam.h and fastadam_cuda.h share: the error message, exceptions, the checks of a list.
 #pragma once
 
 #include <algorithm>
@@ -29,9 +29,9 @@ fastadam_status guarded(Work work) {
   } catch (const std::invalid_argument& refusal) {
     return fail(FASTADAM_INVALID, refusal.what());
   } catch (const std::bad_alloc&) {
-    return fail(FASTADAM_NO_MEMORY, "no memory for the work of this call");
+    return fail(FASTADAM_NO_MEMORY, "out of memory");
   } catch (const std::length_error&) {  // a vector longer than memory can be
-    return fail(FASTADAM_NO_MEMORY, "no memory for the work of this call");
+    return fail(FASTADAM_NO_MEMORY, "out of memory");
   }
 }
 
@@ -39,7 +39,7 @@ inline void check_list(const fastadam_list* list) {
   if (list == nullptr) throw std::invalid_argument("list: null");
   if (list->abi != FASTADAM_ABI) {
     throw std::invalid_argument("list: ABI " + std::to_string(list->abi) + ", expected " +
-                                std::to_string(FASTADAM_ABI) + ", that of this library");
+                                std::to_string(FASTADAM_ABI) + ", the ABI of this library");
   }
   if (list->count < 0 || (list->tensors == nullptr && list->count > 0)) throw std::invalid_argument("tensors: null");
   if (list->heads == nullptr && list->offsets != nullptr) {
@@ -47,7 +47,7 @@ inline void check_list(const fastadam_list* list) {
   }
 }
 
-// With `lazy` a variable with rows must have one gradient: threads share out its rows, not its elements.
+// In a lazy step a variable with rows may have only one gradient, because threads share its rows, not its elements.
 inline void check_chains(const fastadam_list* list, bool lazy) {
   for (int64_t i = 0; i < list->count; ++i) {
     const TensorArgs& tensor = list->tensors[i];
@@ -58,15 +58,16 @@ inline void check_chains(const fastadam_list* list, bool lazy) {
     const bool exists = list->heads != nullptr && tensor.next > i && tensor.next < list->count;
     const TensorArgs* next = exists ? list->tensors + tensor.next : nullptr;
     if (!exists || next->var != tensor.var || next->size != tensor.size) {
-      refuse(", expected -1, or in a list with heads a later tensor of the same variable");
+      refuse(", expected -1 or, in a list with heads, a later tensor of the same variable");
     }
     if (lazy && (tensor.rows != nullptr || next->rows != nullptr)) {
-      refuse(" with rows, expected -1 if only the rows move that a gradient names");
+      refuse(" for a tensor with rows, expected -1 in a lazy step");
     }
   }
 }
 
-// The first tensor of each variable: list.heads, or every tensor. Raises unless each tensor belongs to one variable.
+// The first tensor of each variable: list.heads, or every tensor if that is null. Raises unless each tensor belongs to
+// exactly one variable.
 inline std::vector<int64_t> heads_of(const fastadam_list& list) {
   std::vector<int64_t> heads;
   std::vector<bool> is_reached(static_cast<size_t>(list.count));
@@ -82,10 +83,10 @@ inline std::vector<int64_t> heads_of(const fastadam_list& list) {
     }
   }
   if (fits && reached == list.count) return heads;
-  throw std::invalid_argument("heads: expected to lead to every tensor once");
+  throw std::invalid_argument("heads: expected each tensor to belong to exactly one variable");
 }
 
-// Everything that a step needs except its chains. Each tensor is checked.
+// Checks every tensor, and returns everything that a step needs except its chains.
 inline StepArgs step_args(const fastadam_list& list, const AdamHyper& hyper, bool lazy, RowChecks row_checks) {
   const bool amsgrad =
       std::any_of(list.tensors, list.tensors + list.count, [](const auto& t) { return t.vhat != nullptr; });

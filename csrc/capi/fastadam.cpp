@@ -15,7 +15,7 @@ namespace {
 
 using namespace fastadam;
 
-// The variables of a list: as given, or each tensor one.
+// The variables of a list: grouped by its heads, or one for each tensor.
 class Variables {
  public:
   Variables(const fastadam_list& list, bool lazy)
@@ -45,7 +45,7 @@ class Variables {
     for (int64_t k = 0; fits && k < list.variable_count; ++k) {
       fits = list.offsets[k + 1] - list.offsets[k] == moved_elements(list.tensors[list.heads[k]], lazy);
     }
-    if (!fits) throw std::invalid_argument("heads, offsets: not those of the tensors");
+    if (!fits) throw std::invalid_argument("heads, offsets: do not match the tensors");
   }
 
   Chains chains_;
@@ -147,7 +147,8 @@ fastadam_status fastadam_sum_squares(const fastadam_list* list, double* sums) {
 }
 
 fastadam_status fastadam_set_num_threads(int32_t count) {
-  if (count < 0 || count > 65536) return fail(FASTADAM_INVALID, "count: expected 0 to 65536");
+  if (count < 0 || count > 65536)
+    return fail(FASTADAM_INVALID, ("count: " + std::to_string(count) + ", expected 0 to 65536").c_str());
   cpu::set_num_threads(count);
   return FASTADAM_OK;
 }
@@ -165,7 +166,7 @@ fastadam_status fastadam_set_isa(const char* name) {
     cpu::set_current_isa(isa);
     return FASTADAM_OK;
   }
-  return fail(FASTADAM_INVALID, "name: not in this build, or not supported by this CPU");
+  return fail(FASTADAM_INVALID, "name: expected an instruction set of this build that this CPU supports");
 }
 
 int32_t fastadam_abi(void) { return FASTADAM_ABI; }

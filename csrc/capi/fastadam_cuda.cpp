@@ -19,15 +19,17 @@ std::string name_of(int64_t place, const char* field) { return "tensors[" + std:
 // Raises unless `data` is on the device. The current device must be usable; memory of size 0 may be anywhere.
 void require_on_device(const void* data, int64_t size, int32_t device, const std::string& name) {
   if (data == nullptr || size == 0) return;
-  const cuda::Location found = cuda::location_of(data);
-  if (found.place == cuda::Place::kManaged || (found.place == cuda::Place::kDevice && found.device == device)) return;
-  throw std::invalid_argument(
-      name + ": memory of " +
-      (found.place == cuda::Place::kHost ? "the host" : "CUDA device " + std::to_string(found.device)) +
-      ", expected of CUDA device " + std::to_string(device));
+  const cuda::Location location = cuda::location_of(data);
+  const bool is_on_device = location.place == cuda::Place::kDevice && location.device == device;
+  if (is_on_device || location.place == cuda::Place::kManaged) return;
+  throw std::invalid_argument(name + ": " +
+                              (location.place == cuda::Place::kHost
+                                   ? "CPU memory"
+                                   : "memory of CUDA device " + std::to_string(location.device)) +
+                              ", expected memory of CUDA device " + std::to_string(device));
 }
 
-// An array whose address a plan keeps.
+// An array whose address belongs to the plan.
 struct PlanArray {
   const char* name;
   void* TensorArgs::* data;
@@ -39,7 +41,7 @@ constexpr PlanArray kPlanArrays[] = {{"var", &TensorArgs::var},
                                      {"average", &TensorArgs::average},
                                      {"accumulator", &TensorArgs::accumulator}};
 
-// For the duration of a call: the device is current, and the context uses the stream.
+// During a call: makes the device current and lets the context use the stream.
 class Entered {
  public:
   Entered(int32_t device, cuda::Context& context, void* stream) : device_(device), context_(context) {
@@ -56,7 +58,7 @@ class Entered {
 
 }  // namespace
 
-// Construct, use and destroy it while its device is current.
+// Its device must be current when it is constructed and destroyed.
 struct fastadam_cuda_plan {
   fastadam_cuda_plan(int32_t on, const fastadam_list& list)
       : device(on), heads_(heads_of(list)), tensors_(list.tensors, list.tensors + list.count) {
@@ -65,7 +67,7 @@ struct fastadam_cuda_plan {
     launch_ = std::make_unique<cuda::Launch>(
         context_, tensors_, Chains{tensors_.data(), heads_.data(), nullptr, static_cast<int64_t>(heads_.size())});
     sorted_.resize(tensors_.size());
-    known_gradients_.resize(tensors_.size());
+    located_gradients_.resize(tensors_.size());
   }
 
   const fastadam_rows* sort(int64_t place, const IndexArgs& indices, int64_t width, void* stream) {
@@ -75,7 +77,7 @@ struct fastadam_cuda_plan {
     }
     const int64_t size = tensors_[static_cast<size_t>(place)].size;
     const bool fits = width == 0 ? size == 0 : size % width == 0 && size / width == indices.row_count;
-    if (!fits) throw std::invalid_argument("row_count, width: expected those of " + name_of(place, "var"));
+    if (!fits) throw std::invalid_argument("row_count, width: do not match " + name_of(place, "size"));
     const cuda::DeviceScope scope(device);
     require_on_device(indices.indices, indices.count, device, "indices");
     const Entered entered(device, *context_, stream);
@@ -88,7 +90,8 @@ struct fastadam_cuda_plan {
 
   void* sum(int64_t place, const void* values, DType dtype, void* stream) {
     if (place < 0 || place >= count() || sorted_[static_cast<size_t>(place)].rows == nullptr) {
-      throw std::invalid_argument("place: no rows were sorted for it");
+      throw std::invalid_argument("place: " + std::to_string(place) +
+                                  " has no sorted rows, expected fastadam_cuda_sort_rows first");
     }
     cuda::SortedRows& rows = *sorted_[static_cast<size_t>(place)].rows;
     const int64_t size = rows.rows().count * rows.rows().width;
@@ -102,29 +105,30 @@ struct fastadam_cuda_plan {
     return rows.sum(values, dtype, *context_);
   }
 
-  // Raises unless `list` is the list of the plan. Comes before all other checks.
+  // Raises unless `list` is the list of the plan. Call this before all other checks.
   void check_list(const fastadam_list& list) const {
     if (list.count != count()) {
       throw std::invalid_argument("list: " + std::to_string(list.count) + " tensors, expected the " +
                                   std::to_string(count()) + " of the plan");
     }
-    if (heads_of(list) != heads_) throw std::invalid_argument("heads: expected those of the plan");
+    if (heads_of(list) != heads_) throw std::invalid_argument("heads: differ from the heads of the plan");
     for (int64_t i = 0; i < count(); ++i) check_tensor(list.tensors[i], i);
   }
 
-  // Does `work` on the stream. Raises if the device has reported an invalid index.
+  // Runs `work` on the stream. Raises if the device has reported an invalid index.
   template <class Run>
   fastadam_status run(const fastadam_list& list, void* stream, Run work) {
     const cuda::DeviceScope scope(device);
     for (int64_t i = 0; i < count(); ++i) locate_gradient(list.tensors[i], i);
     const Entered entered(device, *context_, stream);
     if (!context_->is_capturing() && find_failure()) throw std::invalid_argument(failure_text());
-    given_.assign(list.tensors, list.tensors + list.count);
-    return work(*launch_, given_, context_->is_capturing()) ? fastadam_status{FASTADAM_OK}
-                                                            : fail(FASTADAM_NOT_FINITE, "a gradient is not finite");
+    call_tensors_.assign(list.tensors, list.tensors + list.count);
+    return work(*launch_, call_tensors_, context_->is_capturing())
+               ? fastadam_status{FASTADAM_OK}
+               : fail(FASTADAM_NOT_FINITE, "a gradient is not finite");
   }
 
-  // If an index was invalid: the last step before it, and fail() with a message that names the index.
+  // If an index was invalid, sets the error message and returns the last step before it.
   std::optional<int64_t> wait() {
     const cuda::DeviceScope scope(device);
     context_->wait();
@@ -157,26 +161,26 @@ struct fastadam_cuda_plan {
   }
 
   void check_tensor(const TensorArgs& tensor, int64_t i) const {
-    const TensorArgs& known = tensors_[static_cast<size_t>(i)];
+    const TensorArgs& own = tensors_[static_cast<size_t>(i)];
     const TensorCheck check(tensor, i, RowChecks::kShape);
     for (const PlanArray& array : kPlanArrays) {
-      if (tensor.*array.data != known.*array.data) check.refuse(array.name, "expected that of the plan");
+      if (tensor.*array.data != own.*array.data) check.refuse(array.name, "expected the array of the plan");
     }
-    const bool same = tensor.size == known.size && tensor.dtype == known.dtype && tensor.next == known.next &&
-                      tensor.decays == known.decays && tensor.half_slots == known.half_slots;
-    if (!same) check.refuse("size, dtype, next, decays, half_slots", "expected those of the plan");
+    const bool same = tensor.size == own.size && tensor.dtype == own.dtype && tensor.next == own.next &&
+                      tensor.decays == own.decays && tensor.half_slots == own.half_slots;
+    if (!same) check.refuse("size, dtype, next, decays, half_slots", "expected the values of the plan");
     if (tensor.stale != nullptr) check.refuse("stale", "expected null");
     const cuda::SortedRows* sorted = sorted_[static_cast<size_t>(i)].rows.get();
     if (tensor.rows != nullptr && (sorted == nullptr || tensor.rows != &sorted->rows())) {
-      check.refuse("rows", "expected those that fastadam_cuda_sort_rows gave for this tensor");
+      check.refuse("rows", "expected the result of fastadam_cuda_sort_rows for this tensor");
     }
   }
 
   void locate_gradient(const TensorArgs& tensor, int64_t i) {
-    const void*& known = known_gradients_[static_cast<size_t>(i)];
-    if (tensor.grad == known || tensor.grad_size == 0) return;
+    const void*& last = located_gradients_[static_cast<size_t>(i)];
+    if (tensor.grad == last || tensor.grad_size == 0) return;
     require_on_device(tensor.grad, tensor.grad_size, device, name_of(i, "grad"));
-    known = tensor.grad;
+    last = tensor.grad;
   }
 
   bool find_failure() {
@@ -194,10 +198,10 @@ struct fastadam_cuda_plan {
   std::vector<TensorArgs> tensors_;
   std::shared_ptr<cuda::Context> context_ = std::make_shared<cuda::Context>();
   std::unique_ptr<cuda::Launch> launch_;
-  std::vector<Sorted> sorted_;                // by tensor
-  std::vector<const void*> known_gradients_;  // known to be on the device
-  std::vector<TensorArgs> given_;             // the tensors of the current call
-  std::optional<cuda::Failure> failure_;      // not reported yet
+  std::vector<Sorted> sorted_;                  // by tensor
+  std::vector<const void*> located_gradients_;  // the last gradients that were found on the device
+  std::vector<TensorArgs> call_tensors_;        // the tensors of the current call
+  std::optional<cuda::Failure> failure_;        // not reported yet
 };
 
 namespace {
@@ -276,7 +280,8 @@ fastadam_status fastadam_cuda_sum_rows(fastadam_cuda_plan* plan, int64_t place, 
                                        fastadam_dtype dtype, void* stream, void** sums) {
   return guarded_cuda([&] {
     if (plan == nullptr || sums == nullptr) throw std::invalid_argument("plan or sums: null");
-    if (dtype < FASTADAM_FLOAT16 || dtype > FASTADAM_FLOAT64) throw std::invalid_argument("dtype: no dtype");
+    if (dtype < FASTADAM_FLOAT16 || dtype > FASTADAM_FLOAT64)
+      throw std::invalid_argument("dtype: " + std::to_string(static_cast<int>(dtype)) + ", expected a fastadam_dtype");
     *sums = plan->sum(place, values, dtype, stream);
     return fastadam_status{FASTADAM_OK};
   });
@@ -290,9 +295,10 @@ fastadam_status fastadam_cuda_step(fastadam_cuda_plan* plan, const fastadam_list
     check_hyper(*hyper);
     const StepArgs args = step_args(*list, *hyper, lazy, RowChecks::kShape);
     return plan->run(
-        *list, stream, [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool is_captured) {
-          if (is_captured && hyper->require_finite) {
-            throw std::invalid_argument("require_finite: a step that waits to see its gradients cannot be captured");
+        *list, stream, [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool is_capturing) {
+          if (is_capturing && hyper->require_finite) {
+            throw std::invalid_argument(
+                "require_finite: true, expected false: a step that waits for its gradients cannot be captured");
           }
           const bool is_done = launch.step(args, tensors, *hyper, cuda::DeviceNumbers{}, hyper->step - 1);
           if (is_done) plan->last_step = hyper->step;
@@ -309,8 +315,10 @@ fastadam_status fastadam_cuda_accumulate(fastadam_cuda_plan* plan, const fastada
       TensorCheck(list->tensors[i], i, RowChecks::kShape).check_accumulate();
     }
     return plan->run(*list, stream,
-                     [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool is_captured) {
-                       if (is_captured) throw std::invalid_argument("stream: is captured, expected a step there");
+                     [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool is_capturing) {
+                       if (is_capturing)
+                         throw std::invalid_argument(
+                             "stream: is being captured, expected a step: an accumulation cannot be captured");
                        return launch.accumulate(restart, require_finite, tensors, plan->last_step);
                      });
   });

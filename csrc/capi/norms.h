@@ -44,14 +44,14 @@ class Norms {
     std::vector<double> factors(static_cast<size_t>(args_.tensor_count));
     double sum = 0;
     for (size_t i = 0; i < factors.size(); ++i) {
-      const double norm = std::sqrt(sum_squares(i)) * hyper.gradient_scale;
-      const double factor = std::isfinite(hyper.clip_norm) ? clip_factor(norm, hyper.clip_norm) : 1.0;
-      factors[i] = args_.tensors[i].grad_factor * factor;
-      sum += norm * factor * norm * factor;
+      const NormClip clip =
+          clip_gradient(sum_squares(i), hyper.gradient_scale, args_.tensors[i].grad_factor, hyper.clip_norm);
+      factors[i] = clip.factor;
+      sum += clip.square;
     }
     if (!std::isfinite(hyper.global_clip_norm)) return factors;
-    const double all = global_clip_factor(std::sqrt(sum), hyper.global_clip_norm);
-    for (double& factor : factors) factor *= all;
+    const double global_factor = global_clip_factor(std::sqrt(sum), hyper.global_clip_norm);
+    for (double& factor : factors) factor *= global_factor;
     return factors;
   }
 

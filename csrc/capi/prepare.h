@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From checked tensors and numbers to the arguments of the kernels.
+// Converts checked tensors and hyperparameters to the arguments of the kernels.
 #pragma once
 
 #include <cmath>
@@ -9,14 +9,14 @@
 
 namespace fastadam {
 
-// Elements of a variable that a step with this gradient moves.
+// The number of elements of a variable that a step with this gradient updates.
 inline int64_t moved_elements(const TensorArgs& tensor, bool lazy) {
   const bool only_rows = tensor.rows != nullptr && (lazy || tensor.stale != nullptr);
   return only_rows ? tensor.rows->count * tensor.rows->width : tensor.size;
 }
 
-// Everything that a step needs except its chains. Throws std::invalid_argument if a number is lost in the arithmetic
-// of some tensor. Reads grad_factor, which must be set.
+// Returns everything that a step needs except its chains. Throws std::invalid_argument if the arithmetic of a tensor
+// cannot represent a number. grad_factor must be set.
 inline StepArgs prepare_step(const TensorArgs* tensors, int64_t count, const AdamHyper& hyper, bool lazy) {
   StepArgs args{};
   args.lazy = lazy;

@@ -11,7 +11,7 @@
 
 namespace fastadam {
 
-// The scalars of a step in the arithmetic T. Raises if a number is lost in it: 1 - 1e-10 is 1 in float32.
+// The scalars of a step in the arithmetic T. Raises if T cannot represent a number: 1 - 1e-10 is 1 in float32.
 template <class T>
 StepScalars<T> usable_scalars(const AdamHyper& hyper) {
   const StepScalars<T> scalars = make_step_scalars<T>(hyper);
@@ -20,8 +20,8 @@ StepScalars<T> usable_scalars(const AdamHyper& hyper) {
   };
   if (!(scalars.one_minus_beta_1 > 0)) refuse("beta_1: " + std::to_string(hyper.beta_1) + " is 1", "less");
   if (!(scalars.one_minus_beta_2 > 0)) refuse("beta_2: " + std::to_string(hyper.beta_2) + " is 1", "less");
-  const bool is_none = hyper.epsilon_corrected && hyper.epsilon == 0;  // PyTorch permits it
-  if (!is_none && !(scalars.epsilon >= std::numeric_limits<T>::min())) {
+  const bool is_zero = hyper.epsilon_corrected && hyper.epsilon == 0;  // PyTorch permits 0
+  if (!is_zero && !(scalars.epsilon >= std::numeric_limits<T>::min())) {
     refuse("epsilon: so small that it is flushed to zero", sizeof(T) == 4 ? "at least 1.2e-38" : "at least 2.3e-308");
   }
   if (!std::isfinite(scalars.epsilon)) refuse("epsilon: infinite", "a finite number");
@@ -33,12 +33,12 @@ StepScalars<T> usable_scalars(const AdamHyper& hyper) {
   return scalars;
 }
 
-// Python has checked these numbers before; a C program may not have.
+// Checks what Python has already checked, for C programs.
 inline void check_hyper(const AdamHyper& hyper) {
   const auto refuse = [](const char* name, double value, const char* expected) {
     throw std::invalid_argument(std::string(name) + ": " + std::to_string(value) + ", expected " + expected);
   };
-  if (hyper.step < 1) refuse("step", static_cast<double>(hyper.step), "1 or more");
+  if (hyper.step < 1) throw std::invalid_argument("step: " + std::to_string(hyper.step) + ", expected 1 or more");
   if (!std::isfinite(hyper.learning_rate)) refuse("learning_rate", hyper.learning_rate, "a finite number");
   if (!(hyper.beta_1 >= 0 && hyper.beta_1 < 1)) refuse("beta_1", hyper.beta_1, "0 or more and less than 1");
   if (!(hyper.beta_2 >= 0 && hyper.beta_2 < 1)) refuse("beta_2", hyper.beta_2, "0 or more and less than 1");
@@ -51,10 +51,10 @@ inline void check_hyper(const AdamHyper& hyper) {
   if (!(hyper.ema_momentum >= 0 && hyper.ema_momentum <= 1)) refuse("ema_momentum", hyper.ema_momentum, "0 to 1");
   if (!(hyper.l2 >= 0)) refuse("l2", hyper.l2, "0 or more");
   const bool is_scale = hyper.gradient_scale > 0 && std::isfinite(hyper.gradient_scale);
-  if (!is_scale) refuse("gradient_scale", hyper.gradient_scale, "a finite number of more than 0");
+  if (!is_scale) refuse("gradient_scale", hyper.gradient_scale, "a finite number above 0");
 }
 
-// Why gradients of a variable of this dtype cannot be multiplied by `factor`; null if they can.
+// Says why gradients of a variable of this dtype cannot be multiplied by `factor`; null if they can.
 inline const char* lost_factor(double factor, DType dtype) {
   if (!std::isfinite(factor)) return "expected a finite number";
   if (dtype == FASTADAM_FLOAT64) return nullptr;
@@ -64,18 +64,18 @@ inline const char* lost_factor(double factor, DType dtype) {
   return is_lost ? "so small that it is flushed to zero in float32, expected more" : nullptr;
 }
 
-// How `rows` are checked. kShape: their arrays are not read, and `count` is the number of indices. For rows on a
-// device, which checks them itself, and for rows that this build has sorted.
+// How `rows` are checked. kShape does not read their arrays, and `count` is the number of indices: it is for rows on a
+// device, which checks them itself, and for rows that this library has sorted.
 enum class RowChecks { kAll, kShape };
 
-// Checks pointers and dtypes of one tensor; errors name its place in the list.
+// Checks the pointers and dtypes of one tensor. Errors name its position in the list.
 class TensorCheck {
  public:
   TensorCheck(const TensorArgs& tensor, int64_t place, RowChecks row_checks)
       : t_(tensor), place_(place), row_checks_(row_checks) {}
 
   void check_variable() const {
-    if (t_.dtype < FASTADAM_FLOAT16 || t_.dtype > FASTADAM_FLOAT64) refuse("dtype", "no dtype");
+    if (t_.dtype < FASTADAM_FLOAT16 || t_.dtype > FASTADAM_FLOAT64) refuse_dtype("dtype", t_.dtype);
     require(t_.var, t_.dtype, t_.size, "var");
   }
 
@@ -91,9 +91,9 @@ class TensorCheck {
     if (t_.stale != nullptr) refuse("stale", "expected null");
     check_gradient();
     if (t_.half_slots && (size_of(t_.dtype) != 2 || t_.rows != nullptr || t_.grad_dtype != t_.dtype)) {
-      refuse("half_slots", "expected of a float16 or bfloat16 variable with a dense gradient of its dtype");
+      refuse("half_slots", "expected only for a float16 or bfloat16 variable with a dense gradient of its dtype");
     }
-    if (hyper.l2 != 0 && t_.rows != nullptr) refuse("l2", "expected a dense gradient, or decoupled weight decay");
+    if (hyper.l2 != 0 && t_.rows != nullptr) refuse("l2", "expected 0 with a sparse gradient; use weight_decay");
   }
 
   void check_accumulate() const {
@@ -103,25 +103,30 @@ class TensorCheck {
   }
 
   void check_gradient_alone() const {
-    if (t_.grad_dtype < FASTADAM_FLOAT16 || t_.grad_dtype > FASTADAM_FLOAT64) refuse("grad_dtype", "no dtype");
+    if (t_.grad_dtype < FASTADAM_FLOAT16 || t_.grad_dtype > FASTADAM_FLOAT64) refuse_dtype("grad_dtype", t_.grad_dtype);
     require(t_.grad, t_.grad_dtype, t_.grad_size, "grad");
   }
 
   void check_rows() const {
     const Rows& rows = *t_.rows;
     if (row_checks_ == RowChecks::kShape) {
-      if (rows.count * rows.width != t_.grad_size) refuse("grad_size", "expected rows->width for each of the indices");
+      if (rows.count * rows.width != t_.grad_size)
+        refuse("grad_size", "expected rows->width times the number of indices");
       return;
     }
-    if (rows.count < 0 || rows.width < 0) refuse("rows", "a count or width below 0");
+    if (rows.count < 0 || rows.width < 0) refuse("rows", "count or width below 0, expected 0 or more");
     if (rows.count == 0 || (rows.width == 0 && t_.size == 0)) return;
     check_sorted(rows);
     if (rows.width == 0 || rows.rows[0] < 0 || rows.rows[rows.count - 1] >= t_.size / rows.width) {
-      refuse("rows", "expected rows of the variable");
+      refuse("rows", "a row out of range, expected rows of the variable");
     }
     if (rows.starts[rows.count] * rows.width != t_.grad_size) {
-      refuse("grad_size", "expected rows->width for each of the indices");
+      refuse("grad_size", "expected rows->width times the number of indices");
     }
+  }
+
+  [[noreturn]] void refuse_dtype(const char* name, DType dtype) const {
+    refuse(name, (std::to_string(static_cast<int>(dtype)) + ", expected a fastadam_dtype").c_str());
   }
 
   [[noreturn]] void refuse(const char* name, const char* why) const {
@@ -129,10 +134,11 @@ class TensorCheck {
   }
 
  private:
-  // Raises unless the rows are as fastadam_sort_rows makes them.
+  // Raises unless fastadam_sort_rows could have made the rows.
   void check_sorted(const Rows& rows) const {
-    if (rows.rows == nullptr || rows.starts == nullptr || rows.order == nullptr) refuse("rows", "a null array");
-    if (rows.starts[0] != 0) refuse("rows", "expected to start at 0");
+    if (rows.rows == nullptr || rows.starts == nullptr || rows.order == nullptr)
+      refuse("rows", "a null array, expected the arrays of fastadam_sort_rows");
+    if (rows.starts[0] != 0) refuse("rows", "expected starts[0] to be 0");
     for (int64_t k = 0; k < rows.count; ++k) {
       if (k > 0 && rows.rows[k] <= rows.rows[k - 1]) refuse("rows", "expected unique rows in ascending order");
       if (rows.starts[k + 1] <= rows.starts[k]) refuse("rows", "expected starts in ascending order");
@@ -140,7 +146,7 @@ class TensorCheck {
     const int64_t values = rows.width == 0 ? 0 : t_.grad_size / rows.width;
     for (int64_t at = 0; at < rows.starts[rows.count] && at < values; ++at) {
       if (rows.order[at] < 0 || rows.order[at] >= values)
-        refuse("rows", "expected an order of places among the values");
+        refuse("rows", "order out of range, expected positions of values");
     }
   }
 
@@ -150,7 +156,7 @@ class TensorCheck {
     if (t_.grad_dtype != t_.dtype && !is_wide) refuse("grad_dtype", "expected dtype, or float32 for a half variable");
     require(t_.grad, t_.grad_dtype, t_.grad_size, "grad");
     if (t_.rows != nullptr) return check_rows();
-    if (t_.grad_size != t_.size) refuse("grad_size", "expected size");
+    if (t_.grad_size != t_.size) refuse("grad_size", "expected the same as size for a dense gradient");
   }
 
   void require(const void* data, DType dtype, int64_t size, const char* name) const {
@@ -158,7 +164,7 @@ class TensorCheck {
     if (size == 0) return;
     if (data == nullptr) refuse(name, "null");
     if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(size_of(dtype)) != 0) {
-      refuse(name, "misaligned, expected a multiple of the item size as address");
+      refuse(name, "misaligned, expected an address that is a multiple of the item size");
     }
   }
 

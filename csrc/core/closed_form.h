@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The steps that a row without gradient missed, in one. With s = sqrt(v) before them, r = 1 / sqrt(beta_2), and
-// x_j = (r^j - 1) / (r - 1), step j of them moves the variable by
+// Applies all the steps that a row without a gradient missed at once. Let s = sqrt(v) before these steps,
+// r = 1 / sqrt(beta_2) and x_j = (r^j - 1) / (r - 1). Step j moves the variable by
 //     m beta_1^j alpha_j / (sqrt(beta_2^j) s + epsilon) = m w_j / ((s + epsilon) (1 + (r - 1) x_j y)),
-//     w_j = alpha_j (beta_1 r)^j, times the weight decay of the steps after it,  y = epsilon / (s + epsilon) in (0, 1].
-// Their sum is an integral over the measure of weights w_j at x_j, the same for every element: its N-point Gauss rule,
-// which is the Pade approximant [N-1/N] in y (Golub and Meurant, "Matrices, Moments and Quadrature").
+// where w_j is alpha_j (beta_1 r)^j times the weight decay of later steps, and 0 < y = epsilon / (s + epsilon) <= 1.
+// The sum over j is an integral over the measure with weights w_j at the points x_j, which is the same for every
+// element. It is computed by its N-point Gauss rule, which equals the Pade approximant [N-1/N] in y (Golub and Meurant,
+// "Matrices, Moments and Quadrature").
 #pragma once
 
 #include <cmath>
@@ -15,19 +16,20 @@
 namespace fastadam {
 
 constexpr int kMaxNodes = 4;
-constexpr int64_t kShortGap = 2;  // so few steps are replayed: it costs no more, and gives the bits of dense steps
+constexpr int64_t kShortGap = 2;  // gaps up to this are replayed: it costs no more and gives the bits of dense steps
 
-// What happens to every element of a row: the variable moves by m P(y) / ((s + epsilon) Q(y)).
+// The variable moves by m P(y) / ((s + epsilon) Q(y)), with the same P and Q for every element of a row.
 struct ClosedForm {
-  double keep;      // weight decay of all the steps
+  double keep;      // weight decay of all the steps together
   double m_factor;  // beta_1^k
-  double v_factor;  // beta_2^k; the three are the same for every gap of this length: in float they would drift
-  float numerator[kMaxNodes];    // P: of y^0, y^1, ...
-  float denominator[kMaxNodes];  // Q - 1: of y^1, y^2, ...
-  bool exists;                   // else the steps must be replayed
+  double v_factor;  // beta_2^k. All three are doubles: in float, repeated jumps of the same length would drift
+  float numerator[kMaxNodes];    // coefficients of P: y^0, y^1, ...
+  float denominator[kMaxNodes];  // coefficients of Q - 1: y^1, y^2, ...
+  bool exists;                   // if false, the steps must be replayed
 };
 
-// A single term for AMSGrad, whose denominator does not change after the first of the steps.
+// Applies the form to one element. AMSGrad's denominator is constant after the first step, so its P and Q are
+// constants.
 template <bool kAmsgrad, class T>
 FASTADAM_INLINE void adam_jump(T& var, T& m, T& v, T& vhat, const ClosedForm& form, T beta_2, T epsilon) {
   using std::sqrt;
@@ -47,10 +49,10 @@ FASTADAM_INLINE void adam_jump(T& var, T& m, T& v, T& vhat, const ClosedForm& fo
   v = static_cast<T>(static_cast<double>(v) * form.v_factor);
 }
 
-// The measure of some missed steps: built from the last of them back to the first.
+// The measure of a run of missed steps. It is built backwards, from the last step to the first.
 class StepMeasure {
  public:
-  // With `most_nodes` fewer than kMaxNodes it is quicker, and finds fewer rules.
+  // Fewer nodes than kMaxNodes make it faster, but then a rule exists for fewer measures.
   FASTADAM_INLINE StepMeasure(double beta_1, double beta_2, bool amsgrad, int most_nodes = kMaxNodes)
       : beta_1_(beta_1), ratio_(ratio(beta_2, amsgrad)), amsgrad_(amsgrad), most_nodes_(most_nodes) {
     double binomials[kMoments] = {1};
@@ -61,12 +63,12 @@ class StepMeasure {
     }
   }
 
-  // beta_1 r: the weights fall by it from step to step.
+  // beta_1 r: the factor by which the weights fall from step to step.
   FASTADAM_INLINE static double fall(double beta_1, double beta_2, bool amsgrad) {
     return beta_1 * ratio(beta_2, amsgrad);
   }
 
-  // Adds the step before them all: x becomes r x + 1, the weights beta_1 r times as large.
+  // Adds a step before all others: every x becomes r x + 1, and every weight is multiplied by beta_1 r.
   FASTADAM_INLINE void prepend(double alpha, double keep) {
     is_positive_ = is_positive_ && alpha >= 0 && keep > 0;
     const double weight = alpha * keep_;
@@ -81,11 +83,11 @@ class StepMeasure {
     }
   }
 
-  // The sum at y = 1, where it is smallest.
+  // The sum at y = 1, its smallest value.
   FASTADAM_INLINE double sum_at_1() const { return sum_at_1_; }
 
-  // With as few nodes as keep the error of the rule under 2^-26 of the sum. It grows with y (all weights are positive):
-  // y = 1, where the sum is known, shows the largest. The factors of m and v are left to the caller.
+  // Uses the smallest number of nodes with a relative error of at most 2^-26. The error grows with y, since all weights
+  // are positive, so it is measured at y = 1, where the exact sum is known. The caller sets m_factor and v_factor.
   FASTADAM_INLINE ClosedForm closed_form() const {
     ClosedForm form{};
     form.keep = keep_;
@@ -106,7 +108,7 @@ class StepMeasure {
   FASTADAM_INLINE static double ratio(double beta_2, bool amsgrad) { return amsgrad ? 1.0 : 1.0 / std::sqrt(beta_2); }
 
   struct Polynomial {
-    double of[kMaxNodes + 1] = {};  // of y^0, y^1, ...
+    double of[kMaxNodes + 1] = {};  // coefficients: y^0, y^1, ...
     FASTADAM_INLINE double at_1() const {
       double sum = 0;
       for (double c : of) sum += c;
@@ -114,7 +116,7 @@ class StepMeasure {
     }
   };
 
-  // (1 + h alpha y) now - h^2 beta y^2 before: the recurrence of orthogonal polynomials, in y = -1 / (h x).
+  // (1 + h alpha y) now - h^2 beta y^2 before: the three-term recurrence of orthogonal polynomials, in y = -1 / (h x).
   FASTADAM_INLINE static Polynomial next(const Polynomial& now, const Polynomial& before, double h_alpha,
                                          double hh_beta) {
     Polynomial result = now;
@@ -123,7 +125,8 @@ class StepMeasure {
     return result;
   }
 
-  // Chebyshev's algorithm: from moments to the recurrence, node by node, and the convergents of its fraction.
+  // Chebyshev's algorithm: computes the recurrence from the moments, node by node, and the convergents of the continued
+  // fraction.
   FASTADAM_INLINE void find_rule(ClosedForm& form) const {
     const double h = ratio_ - 1;
     double before[kMoments] = {};

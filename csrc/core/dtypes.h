@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Element types: how each is stored, loaded for arithmetic and rounded back.
-// Included by every kernel and by the binding. Must stay free of Python, OpenMP, the CUDA runtime and std containers.
-// The structs that C programs share with the kernels are those of ../capi/fastadam.h.
-// The conversions have no branches, so that every ISA vectorises them, and no denormal operands that would be flushed.
+// Element types: how each is stored, converted for arithmetic, and rounded when stored again. Every kernel and the
+// bindings include this file, so it must not depend on Python, OpenMP, the CUDA runtime or std containers. The
+// conversions have no branches, so that compilers vectorise them for every instruction set, and no denormal operands,
+// which would be flushed.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 #include "../include/fastadam.h"
 
-// Always inlined: a copy left out of line by an object compiled for AVX-512 could be the one the linker keeps for all.
+// Always inlined: if an object compiled for AVX-512 contained an out-of-line copy, the linker could use it everywhere.
 #if defined(__CUDACC__)
 #define FASTADAM_INLINE __host__ __device__ __forceinline__
 #else
@@ -29,7 +29,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Arithmetic and state of the half types are float32: TF's own half arithmetic never moves a bfloat16 variable.
+// The half types use float32 for arithmetic and state: in TF's own half arithmetic bfloat16 variables never change.
 template <class Storage>
 struct ComputeOf {
   using type = Storage;
@@ -61,13 +61,14 @@ FASTADAM_INLINE float load(BFloat16 x) { return bit_cast<float>(static_cast<uint
 FASTADAM_INLINE float load(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  // Exponent bias 15 to 127; infinities and NaNs need the all-ones exponent, another 112 up.
+  // Changes the exponent bias from 15 to 127. Infinities and NaNs need the all-ones exponent, which is 112 higher
+  // still.
   const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u);
   const uint32_t subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   return bit_cast<float>(sign | (magnitude < 0x400u ? subnormal : normal));
 }
 
-// store<Storage>(x): round to nearest even, NaN stays NaN, overflow becomes infinity.
+// store<Storage>(x) rounds to nearest even. NaN stays NaN; overflow becomes infinity.
 template <class Storage>
 FASTADAM_INLINE Storage store(Compute<Storage> x) {
   return x;
@@ -87,7 +88,7 @@ FASTADAM_INLINE Float16 store<Float16>(float x) {
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Below 2^-14 the float16 spacing is 2^-24, which is the spacing of float32 at 0.5: the addition does the rounding.
+  // Below 2^-14 float16 values are 2^-24 apart, as float32 values are at 0.5, so adding 0.5 does the rounding.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;                                  // 65520 and above
@@ -99,7 +100,7 @@ FASTADAM_INLINE int64_t size_of(DType dtype) {
   return dtype == FASTADAM_FLOAT64 ? 8 : dtype == FASTADAM_FLOAT32 ? 4 : 2;
 }
 
-// dtype of m, v and vhat for a variable of this dtype.
+// The dtype of m, v and vhat of a variable of this dtype.
 FASTADAM_INLINE DType state_dtype(DType dtype) {
   return dtype == FASTADAM_FLOAT64 ? FASTADAM_FLOAT64 : FASTADAM_FLOAT32;
 }

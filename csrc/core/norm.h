@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums of squares by a reduction tree of fixed shape: the same bits for any ISA, thread count, alignment and device.
-// A block has 4096 elements in 32 lanes; lanes are added in order, then pairwise; blocks pairwise. All in double, in
-// which the square of a float32 is exact and cannot overflow.
+// Sums of squares by a reduction tree of fixed shape, which gives the same bits for every instruction set, thread
+// count, alignment and device. A block has 4096 elements in 32 lanes. Each lane adds its squares in order; then the
+// lanes, and then the blocks, are added pairwise. All sums are in double, where the square of a float32 is exact and
+// cannot overflow.
 #pragma once
 
 #include "adam_math.h"
@@ -13,7 +14,7 @@ constexpr int64_t kNormLanes = 32;
 
 FASTADAM_INLINE int64_t norm_blocks(int64_t size) { return (size + kNormBlock - 1) / kNormBlock; }
 
-// Adds neighbours until one is left; an odd one goes up as it is. Overwrites `values`.
+// Adds neighbours until one value is left; the last of an odd number moves up unchanged. Overwrites `values`.
 FASTADAM_INLINE double pairwise_sum(double* values, int64_t count) {
   for (; count > 1; count = (count + 1) / 2) {
     for (int64_t i = 0; i < count / 2; ++i) values[i] = values[2 * i] + values[2 * i + 1];
@@ -22,15 +23,29 @@ FASTADAM_INLINE double pairwise_sum(double* values, int64_t count) {
   return count == 1 ? values[0] : 0.0;
 }
 
-// Factor that brings a gradient of this norm down to `limit`; an infinite norm gives 0, so that finite elements vanish
-// and infinite ones become NaN, as tf.clip_by_norm has it.
+// The factor that reduces a gradient of this norm to norm `limit`. An infinite norm gives 0, so that finite elements
+// become 0 and infinite ones NaN, as in tf.clip_by_norm.
 FASTADAM_INLINE double clip_factor(double norm, double limit) { return norm <= limit ? 1.0 : limit / norm; }
 
-// The same for the norm of all gradients together; one that is not finite makes every element NaN, as
-// tf.clip_by_global_norm has it.
+// The same for the norm of all gradients. A norm that is not finite makes every element NaN, as in
+// tf.clip_by_global_norm.
 FASTADAM_INLINE double global_clip_factor(double norm, double limit) {
-  const double not_finite = norm - norm;  // 0, or NaN
+  const double not_finite = norm - norm;  // 0 or NaN
   return clip_factor(norm, limit) + not_finite;
+}
+
+// How one gradient is clipped by its own norm.
+struct NormClip {
+  double factor;  // what the gradient is multiplied by: `grad_factor` times the clip factor
+  double square;  // of the clipped norm, for the global norm
+};
+
+// `sum_of_squares` is the sum over the gradient as it was passed, `scale` the factor from there to the gradient whose
+// norm is bounded. An infinite `clip_norm` does not clip.
+FASTADAM_INLINE NormClip clip_gradient(double sum_of_squares, double scale, double grad_factor, double clip_norm) {
+  const double norm = std::sqrt(sum_of_squares) * scale;
+  const double factor = clip_norm < __builtin_huge_val() ? clip_factor(norm, clip_norm) : 1.0;
+  return {grad_factor * factor, norm * factor * norm * factor};
 }
 
 }  // namespace fastadam

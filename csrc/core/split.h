@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cuts the elements of all variables of a step into equal shares, at cache lines of the variable.
-// Pure index arithmetic in int64: tested far beyond what can be allocated.
+// Cuts the elements of all variables of a step into equal shares, at cache-line boundaries of the variable. This is
+// pure index arithmetic in int64, which the tests exercise far beyond what can be allocated.
 #pragma once
 
 #include <cstdint>
@@ -12,24 +12,26 @@ namespace fastadam {
 
 constexpr int64_t kCacheLineBytes = 64;
 
-// First element of `share` among `shares` equal parts of `total`. Does not overflow for total < 2^63 / shares.
+// The first element of part `share` when `total` is cut into `shares` equal parts. Cannot overflow if
+// shares^2 < 2^63.
 FASTADAM_INLINE int64_t share_begin(int64_t total, int64_t share, int64_t shares) {
   return total / shares * share + total % shares * share / shares;
 }
 
-// Elements before the next cache line. `address` is a multiple of `item_size`.
+// The number of elements before the next cache line. `address` is a multiple of `item_size`.
 FASTADAM_INLINE int64_t elements_to_line(uint64_t address, int64_t item_size) {
   return static_cast<int64_t>((kCacheLineBytes - address % kCacheLineBytes) % kCacheLineBytes) / item_size;
 }
 
-// Moves a cut inside a variable up to the next cache line, or to its end. `address` is a multiple of `item_size`.
+// Moves a cut inside a variable up to the next cache line or to the end of the variable. `address` is a multiple of
+// `item_size`.
 FASTADAM_INLINE int64_t cut_at_line(uint64_t address, int64_t item_size, int64_t cut, int64_t size) {
   if (cut <= 0) return 0;
   const int64_t aligned = cut + elements_to_line(address + static_cast<uint64_t>(cut * item_size), item_size);
   return aligned < size ? aligned : size;
 }
 
-// Index of the last variable that starts at or before `element` in the concatenation of all.
+// The index of the last variable that starts at or before `element` in the concatenation of all variables.
 FASTADAM_INLINE int64_t find_variable(const int64_t* offsets, int64_t count, int64_t element) {
   int64_t low = 0;
   int64_t high = count;
@@ -40,7 +42,7 @@ FASTADAM_INLINE int64_t find_variable(const int64_t* offsets, int64_t count, int
   return low;
 }
 
-// Place in rows.rows of the first that is not before `row`.
+// The position in rows.rows of the first row that is >= `row`.
 FASTADAM_INLINE int64_t first_row_from(const Rows& rows, int64_t row) {
   int64_t low = 0;
   int64_t high = rows.count;
@@ -55,7 +57,7 @@ FASTADAM_INLINE int64_t first_row_from(const Rows& rows, int64_t row) {
   return low;
 }
 
-// Calls visit(variable, begin, end) for each piece of the share. `place(k)` gives {address, item_size} of variable k.
+// Calls visit(variable, begin, end) for each piece of the share. place(k) returns {address, item_size} of variable k.
 template <class Place, class Visit>
 void for_each_piece(const int64_t* offsets, int64_t count, int64_t share, int64_t shares, Place place, Visit visit) {
   const int64_t first = share_begin(offsets[count], share, shares);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a launch is given: plain pointers and scalars, checked by the binding, owned by the caller.
+// Arguments of the kernels: plain pointers and scalars. The caller owns the memory and has checked everything.
 #pragma once
 
 #include <cstdint>
@@ -15,17 +15,17 @@ using TensorArgs = fastadam_tensor;
 
 }  // namespace fastadam
 
-// A table whose rows wait: each has had only the first `from` of the steps in its history. They are replayed.
+// A deferred table. Each row has had only the first `from` steps of the history; the others are applied now.
 struct fastadam_stale_rows {
   using ClosedForm = fastadam::ClosedForm;
   const void* alphas;   // row_alpha of each step, in the compute type of the variable
-  const void* keeps;    // its factor of weight decay
-  const void* peaks;    // the largest |alpha| of every kPeakSteps steps
-  const int32_t* from;  // of rows[k], or of row k if there are no `rows`
-  int64_t now;          // steps in the history
-  int64_t width;        // elements of a row
-  bool may_stop;        // a row that has come to rest moves no more: see StaleTable in csrc/bind/stale.h
-  // forms[places[from]]: of a gap longer than kShortGap; null if every step is replayed.
+  const void* keeps;    // the weight-decay factor of each step
+  const void* peaks;    // the largest |alpha| of each group of kPeakSteps steps
+  const int32_t* from;  // of rows[k], or of row k if the tensor has no `rows`
+  int64_t now;          // the number of steps in the history
+  int64_t width;        // the number of elements in a row
+  bool may_stop;        // a row at rest need not be replayed further: see StaleTable in csrc/bind/stale.h
+  // forms[places[from]] is the closed form of a gap longer than kShortGap. Null if every step is replayed.
   const ClosedForm* forms = nullptr;
   const int32_t* places = nullptr;
 };
@@ -35,54 +35,54 @@ namespace fastadam {
 using StaleRows = fastadam_stale_rows;
 constexpr int64_t kPeakSteps = 64;
 
-// All gradients of a step: those of one variable are chained.
+// All gradients of a step, grouped by variable: TensorArgs::next chains the gradients of one variable.
 struct Chains {
   const TensorArgs* tensors;
   const int64_t* heads;    // tensors[heads[k]]: the first gradient of variable k
-  const int64_t* offsets;  // offsets[k]: elements before variable k; offsets[count]: all of them
-  int64_t count;
+  const int64_t* offsets;  // offsets[k]: elements before variable k; offsets[count]: the total
+  int64_t count;           // of variables
 };
 
-// Indices to be sorted into Rows, with the memory for it: `count` elements each, the two arrays of keys one more.
+// Indices to be sorted into Rows, and the memory for that: `count` elements per array, one more in both arrays of keys.
 struct IndexArgs {
   const void* indices;
-  bool is_int64;  // else int32
+  bool is_int64;  // otherwise int32
   int64_t count;
   int64_t row_count;  // of the variable
-  int64_t* keys;      // becomes the unique rows
+  int64_t* keys;      // receives the unique rows
   int64_t* order;
-  int64_t* spare_keys;  // becomes `starts`; the arrays change places while they are sorted
+  int64_t* spare_keys;  // receives `starts`. Sorting swaps the spare arrays with the other two
   int64_t* spare_order;
-  int64_t unique;  // result
-  int64_t bad;     // result: the first index outside [0, row_count), or -1
+  int64_t unique;  // result: the number of unique rows
+  int64_t bad;     // result: the position of the first index outside [0, row_count), or -1
 };
 
-// Sums of the rows that IndexedSlices touch, laid end to end.
+// Sums the repeated rows of IndexedSlices. The sums of a tensor are stored contiguously, row after row.
 struct SumArgs {
   const TensorArgs* tensors;
-  const int64_t* offsets;  // offsets[i]: sums before those of tensor i, which may have none; offsets[tensor_count]: all
+  const int64_t* offsets;  // offsets[i]: elements of sums before tensor i; offsets[tensor_count]: the total
   int64_t tensor_count;
-  int64_t value_count;  // elements that are added up
-  void* const* sums;    // sums[i]: of tensor i, of the state dtype
+  int64_t value_count;  // the number of elements to add
+  void* const* sums;    // sums[i]: receives the sums of tensor i, in the state dtype
 };
 
-// Sums of squares of the gradients, block by block (norm.h).
+// Computes sums of squares of the gradients, block by block (norm.h).
 struct NormArgs {
   const TensorArgs* tensors;
-  const int64_t* block_offsets;  // block_offsets[i]: blocks before tensor i; block_offsets[tensor_count]: all of them
+  const int64_t* block_offsets;  // block_offsets[i]: blocks before tensor i; block_offsets[tensor_count]: the total
   int64_t tensor_count;
-  double clip_value;    // applied first
-  bool require_finite;  // a block with an element that is not finite, before it is clipped, gives NaN
-  double* sums;         // one for each block
+  double clip_value;    // applied before squaring
+  bool require_finite;  // the sum of a block is NaN if an element is not finite before clipping
+  double* sums;         // receives one sum per block
 };
 
-// Adds gradients, times grad_factor, to the accumulators.
+// Adds gradients times grad_factor to the accumulators.
 struct AccumulateArgs {
   Chains chains;
   bool restart;  // the accumulators count as zero
 };
 
-// What is done to gradients first: the dense kernels have a loop for each, those of rows for the first two.
+// What is done to a gradient before the update. Dense kernels have a loop for each, row kernels only for the first two.
 enum Transform : int { kAsItIs, kClipAndFactor, kAndL2 };
 constexpr int kTransformCount = 3;
 
@@ -92,10 +92,10 @@ struct StepArgs {
   StepScalars<double> scalars_f64;
   bool amsgrad;
   int transform;  // a Transform
-  bool prefetch;  // the step does not fit in cache
+  bool prefetch;  // the arrays of the step do not fit in cache
   bool ema_overwrite;
-  bool lazy;              // IndexedSlices leave the rows alone that they do not touch
-  const double* factors;  // of norm clips, one for each tensor, in the place of its grad_factor; or null
+  bool lazy;              // IndexedSlices update only the rows that they name
+  const double* factors;  // with norm clipping: the factor of each tensor, which replaces its grad_factor; or null
 };
 
 }  // namespace fastadam

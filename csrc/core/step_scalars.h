@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scalars of one step, computed once on the host, in the arithmetic of the variable's dtype, as TF does.
-// Included by the kernels (the struct) and by the binding (make_step_scalars).
+// The scalars of one step. They are computed once per step, in the arithmetic of the variable's dtype, as TF does.
 #pragma once
 
 #include <cmath>
@@ -12,7 +11,7 @@ namespace fastadam {
 
 using AdamHyper = fastadam_hyper;  // in the order of StepHyper in python/fastadam/_core/hyper.py
 
-// The value clip for gradients as they come, before gradient_scale.
+// The value clip for a gradient as it was passed, before gradient_scale.
 FASTADAM_INLINE double raw_clip_value(const AdamHyper& hyper) { return hyper.clip_value / hyper.gradient_scale; }
 
 template <class T>
@@ -30,9 +29,9 @@ struct StepScalars {
   T l2;
 };
 
-// In float32 this is TF bit for bit: powf of libm, every operation rounded to float, left to right
-// (tensorflow/core/kernels/training_ops.cc, ApplyAdamNonCuda; Keras optimizer_v2 `_decayed_lr`).
-// `power_1`, `power_2`: beta_1^t and beta_2^t; a GPU, whose `pow` rounds otherwise, has them in tables.
+// In float32 this matches TF bit for bit: powf of libm, every operation rounded to float, from left to right
+// (tensorflow/core/kernels/training_ops.cc, ApplyAdamNonCuda; Keras optimizer_v2 `_decayed_lr`). `power_1` and
+// `power_2` are beta_1^t and beta_2^t; a GPU reads them from tables, because its `pow` rounds differently.
 template <class T>
 FASTADAM_INLINE StepScalars<T> step_scalars_of(const AdamHyper& hyper, T learning_rate, T power_1, T power_2) {
   using std::sqrt;
@@ -57,7 +56,7 @@ FASTADAM_INLINE StepScalars<T> step_scalars_of(const AdamHyper& hyper, T learnin
   return scalars;
 }
 
-// With PyTorch's epsilon also its way to the numbers: computed in double, rounded once.
+// Rounds scalars that were computed in double once, as PyTorch does; used with PyTorch's epsilon.
 template <class T>
 FASTADAM_INLINE StepScalars<T> rounded(const StepScalars<double>& s) {
   return {static_cast<T>(s.alpha),

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction sets of kernels.h this CPU runs. Also compiled alone, by isas.cmake at configure time.
+// Detects which instruction sets of kernels.h this CPU supports. isas.cmake compiles this header on its own when CMake
+// configures a build.
 #pragma once
 
 #if defined(__x86_64__)

@@ -8,7 +8,7 @@
 namespace fastadam::cpu {
 namespace {
 
-// CMakeLists.txt defines a name for each instruction set that is built.
+// CMakeLists.txt defines a macro for each instruction set of the build.
 std::vector<Isa> list_isas() {
   return {
 #if defined(FASTADAM_BASELINE)

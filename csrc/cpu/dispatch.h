@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction sets this build holds, which of them this CPU runs, and which one is used.
+// The instruction sets of this build: which of them this CPU supports, and which one is in use.
 #pragma once
 
 #include <vector>
@@ -11,15 +11,15 @@ namespace fastadam::cpu {
 struct Isa {
   const char* name;
   const Kernels* kernels;
-  bool usable;  // by this CPU
+  bool usable;  // this CPU supports it
 };
 
-// Those compiled in, from the plainest to the widest. The last usable one is the default.
+// The instruction sets of this build, from the plainest to the widest. The last usable one is the default.
 const std::vector<Isa>& isas();
 
 const Isa& current_isa();
 
-// `isa` is an element of isas() and usable.
+// `isa` must be an element of isas() and usable.
 void set_current_isa(const Isa& isa);
 
 }  // namespace fastadam::cpu

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Flush-to-zero and denormals-are-zero, round to nearest, no traps for the current thread; the caller's mode is
-// restored on leaving, and has no influence on the results. TF runs its kernels so; without it decaying moments become
-// denormal and every step slows down many times.
+// Sets flush-to-zero, denormals-are-zero, round to nearest and no traps for the current thread, and restores the
+// caller's mode at the end of the scope. The caller's mode therefore never influences a result. TF runs its kernels in
+// the same mode; without it decaying moments become denormal, which makes every step many times slower.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ class FlushDenormals {
   }
   static void write(uint64_t mode) { asm volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
 #else
-#error "fastadam: flush-to-zero is not known for this architecture; results would differ from other machines"
+#error "fastadam: flush-to-zero is not implemented for this architecture; results would differ from other machines"
 #endif
 
   uint64_t saved_;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// IndexedSlices name rows in any order and more than once. A stable radix sort puts the occurrences of a row side by
-// side and leaves them in order: the sums have the same bits for any number of threads.
+// Sorts the indices of IndexedSlices, which name rows in any order and more than once. The radix sort is stable: it
+// groups the occurrences of a row and keeps their order, so that sums have the same bits for any number of threads.
 #include <algorithm>
 #include <array>
 #include <utility>
@@ -18,7 +18,7 @@ constexpr int64_t kDigits = int64_t{1} << kDigitBits;
 constexpr int64_t kIndicesPerBlock = 16384;
 constexpr int64_t kMaxBlocks = 64;
 
-// Copies the indices and says of each block where the first bad one is, and whether all ascend.
+// Copies the indices. Records for each block the position of its first invalid index, and whether its indices ascend.
 struct ReadTask {
   const IndexArgs& args;
   int64_t blocks;
@@ -44,24 +44,25 @@ struct ReadTask {
   }
 };
 
-// One digit of the sort: counts[block][digit] becomes where the next of them goes.
+// Sorts by one digit, in two passes. The first counts the digits of each block; sort_by_digit() turns the counts into
+// the positions at which the second pass stores the keys.
 struct DigitTask {
   const IndexArgs& args;
   int64_t blocks;
   int shift;
   bool scatter;
-  std::array<int64_t, kDigits>* counts;
+  std::array<int64_t, kDigits>* counts;  // [block][digit]
 
   void run_block(int64_t block) const {
-    std::array<int64_t, kDigits>& places = counts[block];
-    if (!scatter) places.fill(0);
+    std::array<int64_t, kDigits>& positions = counts[block];
+    if (!scatter) positions.fill(0);
     for (int64_t i = share_begin(args.count, block, blocks); i < share_begin(args.count, block + 1, blocks); ++i) {
-      int64_t& place = places[static_cast<size_t>(args.keys[i] >> shift & (kDigits - 1))];
+      int64_t& position = positions[static_cast<size_t>(args.keys[i] >> shift & (kDigits - 1))];
       if (scatter) {
-        args.spare_keys[place] = args.keys[i];
-        args.spare_order[place] = args.order[i];
+        args.spare_keys[position] = args.keys[i];
+        args.spare_order[position] = args.order[i];
       }
-      ++place;
+      ++position;
     }
   }
 };
@@ -70,9 +71,9 @@ void sort_by_digit(IndexArgs& args, int threads, int shift, std::vector<std::arr
   const auto blocks = static_cast<int64_t>(counts.size());
   DigitTask task{args, blocks, shift, false, counts.data()};
   run_blocks(task, blocks, threads);
-  int64_t place = 0;
+  int64_t position = 0;
   for (size_t digit = 0; digit < kDigits; ++digit) {
-    for (auto& of_block : counts) place += std::exchange(of_block[digit], place);
+    for (auto& of_block : counts) position += std::exchange(of_block[digit], position);
   }
   task.scatter = true;
   run_blocks(task, blocks, threads);
@@ -80,7 +81,7 @@ void sort_by_digit(IndexArgs& args, int threads, int shift, std::vector<std::arr
   std::swap(args.order, args.spare_order);
 }
 
-// The sorted keys, of which equal ones lie side by side, become unique rows and starts.
+// Turns the sorted keys into the unique rows and the start of each.
 void find_starts(IndexArgs& args) {
   args.unique = 0;
   for (int64_t i = 0; i < args.count; ++i) {

@@ -1,10 +1,10 @@
-# Sets `isas`: the instruction sets whose kernels are built, from the plainest to the widest (FASTADAM_ISAS).
-set(FASTADAM_ISAS AUTO CACHE STRING "Instruction sets: AUTO, those of this CPU; all, for wheels; or a list")
+# Sets `isas` to the instruction sets whose kernels are built (FASTADAM_ISAS), from the plainest to the widest.
+set(FASTADAM_ISAS AUTO CACHE STRING "Instruction sets: AUTO (supported by this CPU), all (for wheels), or a list")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND NOT FASTADAM_SANITIZE STREQUAL "thread")
   set(known_isas baseline avx2 avx512)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
   set(known_isas neon)
-else() # threads share the elements in the same way whatever the ISA: one is enough for their sanitizer
+else() # threads share the elements in the same way for every ISA, so one is enough for the thread sanitizer
   set(known_isas baseline)
 endif()
 
@@ -28,7 +28,7 @@ elseif(NOT asked_for STREQUAL "all")
       message(FATAL_ERROR "FASTADAM_ISAS: '${isa}', expected AUTO, all, or a list of ${known_isas}")
     endif()
   endforeach()
-  list(GET known_isas 0 plainest) # always built: a machine may run nothing else
+  list(GET known_isas 0 plainest) # always built: some machines support nothing else
   string(REPLACE ";" "|" wanted "${plainest};${FASTADAM_ISAS}")
   list(FILTER isas INCLUDE REGEX "^(${wanted})$")
 endif()

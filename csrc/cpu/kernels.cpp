@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels: plain loops, compiled once per ISA with that ISA's flags and FASTADAM_ISA naming its namespace.
-// Everything but the table has internal linkage or is always inlined: no symbol compiled for a newer CPU may be
-// shared with code that an older one runs. Include nothing but core headers, the
-// parts of this source here and, in them, intrinsics.
+// The CPU kernels: plain loops, compiled once per instruction set with its compiler flags. FASTADAM_ISA names the
+// namespace. Everything except the table has internal linkage or is always inlined, because code that runs on an older
+// CPU must not share a symbol that was compiled for a newer one. Include only core headers, lanes.h, row_kernels.h and
+// headers of intrinsics.
 #include "kernels.h"
 
 #include "../core/adam_math.h"
 #include "../core/norm.h"
 #include "../core/split.h"
+#include "lanes.h"
 #include "row_kernels.h"
-#include "streams.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
 template <bool kAmsgrad, int kTransform, class T>
-FASTADAM_INLINE void update_elements(const Streams<T>& streams, int64_t size, const StepScalars<T>& s, T factor,
+FASTADAM_INLINE void update_elements(const Operands<T>& operands, int64_t size, const StepScalars<T>& s, T factor,
                                      T keep) {
-  // The binding has proved that nothing written here overlaps anything else read here.
-  T* __restrict var = streams.var;
-  const T* __restrict grad = streams.grad;
-  T* __restrict m = streams.m;
-  T* __restrict v = streams.v;
-  T* __restrict vhat = streams.vhat;
+  // The caller has checked that arrays written here overlap no other array.
+  T* __restrict var = operands.var;
+  const T* __restrict grad = operands.grad;
+  T* __restrict m = operands.m;
+  T* __restrict v = operands.v;
+  T* __restrict vhat = operands.vhat;
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     T g = grad[i];
@@ -40,7 +40,8 @@ FASTADAM_INLINE void update_elements(const Streams<T>& streams, int64_t size, co
   }
 }
 
-// Any number of elements. Pointers of their own, which go in registers: a list may have a thousand small tensors.
+// Updates any number of elements. Takes separate pointers, which are passed in registers: a list may have a thousand
+// small tensors.
 template <class T>
 using UpdateRange = void (*)(T* var, const T* grad, T* m, T* v, T* vhat, int64_t size, const StepScalars<T>& scalars,
                              T factor, T keep, bool prefetch);
@@ -54,13 +55,13 @@ void update_range(T* var, const T* grad, T* m, T* v, T* vhat, int64_t size, cons
     prefetch_block(sizeof(T), var + at, grad + at, m + at, v + at);
     if constexpr (kAmsgrad) prefetch_block(sizeof(T), vhat + at);
     update_elements<kAmsgrad, kTransform>(
-        Streams<T>{var + at, grad + at, m + at, v + at, kAmsgrad ? vhat + at : nullptr}, kBlock, s, factor, keep);
+        Operands<T>{var + at, grad + at, m + at, v + at, kAmsgrad ? vhat + at : nullptr}, kBlock, s, factor, keep);
   }
-  update_elements<kAmsgrad, kTransform>(Streams<T>{var + at, grad + at, m + at, v + at, kAmsgrad ? vhat + at : nullptr},
-                                        size - at, s, factor, keep);
+  update_elements<kAmsgrad, kTransform>(
+      Operands<T>{var + at, grad + at, m + at, v + at, kAmsgrad ? vhat + at : nullptr}, size - at, s, factor, keep);
 }
 
-// One loop for each combination, which the half types share.
+// Returns the loop for the options of a step. The half types share these loops.
 template <class T>
 UpdateRange<T> update_for(const StepArgs& step) {
   static constexpr UpdateRange<T> kUpdates[2][kTransformCount] = {
@@ -69,11 +70,11 @@ UpdateRange<T> update_for(const StepArgs& step) {
   return kUpdates[step.amsgrad][step.transform];
 }
 
-// From so many elements on it pays to begin at a cache line: no vector of the variable, and of what is placed like it,
-// then lies across two.
+// From this many elements on, it pays to start at a cache line: then no vector of the variable, or of an array with the
+// same alignment, straddles two lines.
 constexpr int64_t kLong = 512;
 
-// Elements before the first cache line of a long variable; 0 of a short one.
+// The number of elements before the first cache line of a long variable; 0 for a short one.
 template <class Storage>
 FASTADAM_INLINE int64_t elements_to_begin(const Storage* var, int64_t size) {
   return size < kLong ? 0 : elements_to_line(reinterpret_cast<uintptr_t>(var), sizeof(Storage));
@@ -85,17 +86,17 @@ void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, i
   const T factor = static_cast<T>(factor_of(step, tensor));
   const T keep = tensor.decays ? s.keep : T(1);
   const UpdateRange<T> update = update_for<T>(step);
-  const auto some = [&](int64_t at, int64_t size, bool prefetch) {
+  const auto update_part_at = [&](int64_t at, int64_t size, bool prefetch) {
     T* vhat = tensor.vhat == nullptr ? nullptr : static_cast<T*>(tensor.vhat) + at;
     update(static_cast<T*>(tensor.var) + at, static_cast<const T*>(tensor.grad) + at, static_cast<T*>(tensor.m) + at,
            static_cast<T*>(tensor.v) + at, vhat, size, s, factor, keep, prefetch);
   };
   const int64_t first = elements_to_begin(static_cast<const T*>(tensor.var) + begin, end - begin);
-  if (first > 0) some(begin, first, false);
-  some(begin + first, end - begin - first, step.prefetch);
+  if (first > 0) update_part_at(begin, first, false);
+  update_part_at(begin + first, end - begin - first, step.prefetch);
 }
 
-// kBlock elements as floats: themselves, or a copy in `room`, which put_floats() rounds back.
+// Returns kBlock elements as floats: the elements themselves, or a copy in `room` that put_floats() rounds back.
 FASTADAM_INLINE float* floats_of(float* from, float* /*room*/) { return from; }
 FASTADAM_INLINE const float* floats_of(const float* from, float* /*room*/) { return from; }
 template <class Half>
@@ -109,14 +110,14 @@ FASTADAM_INLINE void put_floats(const float* from, Half* to) {
   convert_here(from, to, kBlock);
 }
 
-// kBlock elements of a half type, converted around the arithmetic.
+// Updates kBlock elements of a half type: converts them to float, and rounds the results.
 template <bool kAmsgrad, int kTransform, class Half, class Grad, class Slot>
 FASTADAM_INLINE void update_half(Half* var, const Grad* grad, Slot* m, Slot* v, Slot* vhat, const StepScalars<float>& s,
                                  float factor, float keep) {
   float room[5][kBlock];
   convert_here(var, room[0], kBlock);
-  const Streams<float> floats{room[0], floats_of(grad, room[1]), floats_of(m, room[2]), floats_of(v, room[3]),
-                              kAmsgrad ? floats_of(vhat, room[4]) : nullptr};
+  const Operands<float> floats{room[0], floats_of(grad, room[1]), floats_of(m, room[2]), floats_of(v, room[3]),
+                               kAmsgrad ? floats_of(vhat, room[4]) : nullptr};
   update_elements<kAmsgrad, kTransform>(floats, kBlock, s, factor, keep);
   convert_here(room[0], var, kBlock);
   put_floats(floats.m, m);
@@ -124,14 +125,14 @@ FASTADAM_INLINE void update_half(Half* var, const Grad* grad, Slot* m, Slot* v, 
   if constexpr (kAmsgrad) put_floats(floats.vhat, vhat);
 }
 
-// Fewer than kBlock elements from `at` on, whatever the types of gradient and slots: by the loop of float.
+// Updates fewer than kBlock elements, starting at `at`, for any types of gradient and slots, with the loop for float.
 template <class Half>
 __attribute__((noinline)) void update_part(const StepArgs& step, const TensorArgs& tensor, int64_t at, int64_t size,
                                            float factor, float keep) {
   float room[5][kBlock];
-  const auto read = [&](const void* stream, bool is_half, int i) {
-    if (is_half) convert(static_cast<const Half*>(stream) + at, room[i], size);
-    return is_half ? room[i] : static_cast<float*>(const_cast<void*>(stream)) + at;
+  const auto read = [&](const void* array, bool is_half, int i) {
+    if (is_half) convert(static_cast<const Half*>(array) + at, room[i], size);
+    return is_half ? room[i] : static_cast<float*>(const_cast<void*>(array)) + at;
   };
   void* const slots[] = {tensor.m, tensor.v, tensor.vhat};
   const int slot_count = step.amsgrad ? 3 : 2;
@@ -172,7 +173,7 @@ constexpr UpdateKernel kHalf[2][kTransformCount] = {
     {adam_half<Half, Grad, Slot, true, kAsItIs>, adam_half<Half, Grad, Slot, true, kClipAndFactor>,
      adam_half<Half, Grad, Slot, true, kAndL2>}};
 
-// A half type, with gradients and slots of its own type or of float.
+// Updates a variable of a half type. Its gradient and its slots have the same type or are float.
 template <class Half>
 void adam_dense_half(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   const auto& kernels = tensor.half_slots                   ? kHalf<Half, Half, Half>
@@ -181,15 +182,15 @@ void adam_dense_half(const StepArgs& step, const TensorArgs& tensor, int64_t beg
   kernels[step.amsgrad][step.transform](step, tensor, begin, end);
 }
 
-// The hardware keeps too few misses of a single stream in flight: 8 KiB ahead, into L2, take a fifth off the time in
-// DRAM.
+// The hardware keeps too few misses of a single stream in flight. Prefetching 8 KiB ahead into L2 saves a fifth of the
+// time in DRAM.
 template <class Storage>
 FASTADAM_INLINE void prefetch_gradient(const Storage* g) {
   constexpr auto kLine = static_cast<int64_t>(kCacheLineBytes / sizeof(Storage));
   for (int64_t i = 0; i < kNormLanes; i += kLine) __builtin_prefetch(g + 128 * kLine + i, 0, 2);
 }
 
-// Adds the squares of `count` elements to as many lanes; 0, or NaN, to `not_finite`.
+// Adds the square of element i to lanes[i], for `count` elements, and 0 (or NaN if it is not finite) to not_finite[i].
 template <bool kRequireFinite, class Storage, class T>
 FASTADAM_INLINE void add_squares(const Storage* __restrict g, int64_t count, T limit, double* __restrict lanes,
                                  T* __restrict not_finite) {
@@ -234,7 +235,7 @@ void average(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int6
   for (int64_t i = 0; i < end - begin; ++i) var[i] = store<Storage>(averages[i]);
 }
 
-// The same for IndexedSlices: elements [begin, end) of the whole accumulator.
+// Adds IndexedSlices to elements [begin, end) of the accumulator, which has every row of the variable.
 template <class Grad, class T>
 void accumulate_rows(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart) {
   const Rows& rows = *tensor.rows;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of kernels that kernels.cpp defines once per ISA, in namespace fastadam::cpu::<isa>.
+// The table of kernels. kernels.cpp defines it once per instruction set, in namespace fastadam::cpu::<isa>.
 #pragma once
 
 #include <cstdint>
@@ -8,31 +8,31 @@
 
 namespace fastadam::cpu {
 
-// Updates elements [begin, end) of one variable; of the rows that it touches, one after the other, if only these move.
-// Never checks, allocates, prints or throws.
+// Updates elements [begin, end) of one variable. A kernel that updates only the rows of a gradient counts the elements
+// of these rows, one row after another. Kernels never check, allocate, print or throw.
 using UpdateKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end);
 
-// Sum of squares of `size` elements of a gradient from `begin` on, at most kNormBlock of them.
+// Returns the sum of squares of `size` elements of a gradient, at most kNormBlock, starting at `begin`.
 using NormKernel = double (*)(const void* grad, int64_t begin, int64_t size, double clip_value);
 
-// Moves the average of elements [begin, end) towards the variable; with step.ema_overwrite the variable becomes it.
+// Moves the average of elements [begin, end) towards the variable, then copies it there if step.ema_overwrite is set.
 using AverageKernel = UpdateKernel;
 
-// Adds elements [begin, end) of a gradient to the accumulator; `restart`: to zeros instead.
+// Adds a gradient to elements [begin, end) of the accumulator. `restart`: the accumulator counts as zero.
 using AccumulateKernel = void (*)(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart);
 
-// Writes elements [begin, end) of the sums of the touched rows, laid end to end from `sums` on, in the state dtype.
+// Writes elements [begin, end) of the row sums to `sums`, which stores them row after row in the state dtype.
 using SumKernel = void (*)(const TensorArgs& tensor, int64_t begin, int64_t end, void* sums);
 
-// By the dtype of the variable, or of the gradient where it says so.
+// Indexed by the dtype of the variable, except where a comment says otherwise.
 struct Kernels {
   UpdateKernel dense[kDTypeCount];
-  UpdateKernel all_rows[kDTypeCount];      // IndexedSlices, TF's rule: every row moves
-  UpdateKernel touched_rows[kDTypeCount];  // only the rows that are touched, after the steps that they missed
-  NormKernel norm[kDTypeCount][2];         // [gradient's dtype][require_finite]
+  UpdateKernel all_rows[kDTypeCount];      // IndexedSlices, TF's rule: updates every row
+  UpdateKernel touched_rows[kDTypeCount];  // updates only the rows of the gradient, first by the steps that they missed
+  NormKernel norm[kDTypeCount][2];         // [dtype of the gradient][require_finite]
   AverageKernel average[kDTypeCount];
-  AccumulateKernel accumulate[kDTypeCount];  // [gradient's dtype]
-  SumKernel sum_rows[kDTypeCount];           // [gradient's dtype]
+  AccumulateKernel accumulate[kDTypeCount];  // [dtype of the gradient]
+  SumKernel sum_rows[kDTypeCount];           // [dtype of the gradient]
 };
 
 namespace baseline {

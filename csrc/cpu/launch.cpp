@@ -19,14 +19,14 @@
 namespace fastadam::cpu {
 namespace {
 
-// Below this many elements per thread, waking a thread costs more than it saves (bench/README.md).
+// With fewer elements per thread, waking another thread costs more than it saves (bench/README.md).
 constexpr int64_t kMinElementsPerThread = 16384;
-// A step of fewer is done (in 50 us) before a thread that sleeps is awake.
+// A step with fewer elements ends (after 50 us) before a sleeping thread would wake up.
 constexpr int64_t kMinElementsToWake = int64_t{1} << 17;
-// What a thread takes at a time: small enough to level the load, large enough to be worth an atomic operation.
+// The elements that a thread takes at a time: few enough to balance the load, enough to be worth an atomic operation.
 constexpr int64_t kMinElementsPerBlock = 1024;
 constexpr int64_t kMaxBlocksPerShare = 64;
-// From here on a step does not fit in cache: 16 bytes per element are 32 MiB.
+// A step with more elements does not fit in cache: 16 bytes per element are 32 MiB.
 constexpr int64_t kPrefetchElements = int64_t{1} << 21;
 
 std::atomic<int> thread_setting{0};
@@ -39,7 +39,7 @@ int cpus_allowed() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-// Calls visit(chain, begin, end) for each piece of a block of the variables.
+// Calls visit(chain, begin, end) for each piece of one block of the elements of all variables.
 template <class Visit>
 void for_each_chain(const Chains& chains, int64_t block, int64_t blocks, Visit visit) {
   const auto place = [&chains](int64_t k) {
@@ -49,13 +49,13 @@ void for_each_chain(const Chains& chains, int64_t block, int64_t blocks, Visit v
   for_each_piece(chains.offsets, chains.count, block, blocks, place, visit);
 }
 
-// Whether rows get the steps that they missed, which may be many.
+// Whether rows are brought up to date. They may have missed many steps, so such a step is never short.
 bool catches_up(const Chains& chains) {
   return std::any_of(chains.heads, chains.heads + chains.count,
                      [&](int64_t head) { return chains.tensors[head].stale != nullptr; });
 }
 
-// A task is cut into `blocks` equal parts; run_block(i) does part i.
+// Tasks for run_blocks(): each is cut into `blocks` equal parts, and run_block(i) does part i.
 struct StepTask {
   StepArgs step;
   const Kernels* kernels;
@@ -142,7 +142,7 @@ struct NormTask {
 template <class Task>
 void run_task(Task& task, int64_t elements, bool may_be_short = true) {
   const int64_t useful_threads = elements / kMinElementsPerThread;
-  // The affinity is a system call: asked for once, and only where it matters.
+  // num_threads() makes a system call for the affinity, so it is called only if more than one thread is useful.
   const int shares = useful_threads <= 1 ? 1 : static_cast<int>(std::min<int64_t>(useful_threads, num_threads()));
   const int64_t per_share =
       std::min(kMaxBlocksPerShare, std::max<int64_t>(1, elements / shares / kMinElementsPerBlock));

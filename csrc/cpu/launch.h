@@ -1,29 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a checked step on the CPU. Called by the binding without the GIL.
+// Runs steps on the CPU, with arguments that are already checked. The bindings call these functions without the GIL.
 #pragma once
 
 #include "../core/step_args.h"
 
 namespace fastadam::cpu {
 
-// Sorts the indices of IndexedSlices; writes nothing but what `args` points to.
+// Sorts the indices of IndexedSlices. Writes only to memory that `args` points to.
 void index_rows(IndexArgs& args);
 
-// One parallel job for the whole step, equal shares of elements per thread; small steps stay on the caller's thread.
+// Runs the whole step as one parallel job, with an equal share of the elements for each thread. A small step stays on
+// the caller's thread.
 void run_step(const StepArgs& step);
 
-// The same for gradients that are only added up.
 void run_accumulate(const AccumulateArgs& args);
 
-// Fills args.sums.
+// Writes args.sums.
 void run_norm(const NormArgs& args);
-
-// Likewise.
 void run_sum_rows(const SumArgs& args);
 
-// 0: the default, the CPUs this process may run on.
+// 0 restores the default, which is the number of CPUs that this process may run on.
 void set_num_threads(int count);
-int requested_threads();  // as last set
-int num_threads();        // in force
+int requested_threads();  // the number last set
+int num_threads();        // the number in use
 
 }  // namespace fastadam::cpu

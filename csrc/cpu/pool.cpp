@@ -13,9 +13,11 @@
 namespace fastadam::cpu {
 namespace {
 
-// Long enough to meet the next of several small steps in a row, short enough not to hold a core that BLAS wants.
+// Helpers spin this long before they sleep: long enough to catch the next of several small steps in a row, short enough
+// not to keep a core from BLAS.
 constexpr std::chrono::microseconds kSpin{40};
-// More jobs than one step has, each within kSpin of the one before: a loop of nothing but steps.
+// After this many jobs, each within kSpin of the previous one, the caller must be in a loop of steps: one step has
+// fewer jobs. From then on short jobs wake helpers too.
 constexpr int kManyInARow = 8;
 using Clock = std::chrono::steady_clock;
 
@@ -55,7 +57,7 @@ class Pool {
  private:
   void start_helpers(int count) {
     if (helpers_ >= count) return;
-    // Signals are for the interpreter's threads.
+    // Blocks all signals in helpers: the interpreter's own threads must handle them.
     sigset_t all;
     sigset_t before;
     sigfillset(&all);
@@ -63,7 +65,7 @@ class Pool {
     try {
       for (; helpers_ < count; ++helpers_) std::thread(&Pool::help, this, helpers_ + 1).detach();
     } catch (const std::exception&) {
-      // No more threads to be had: the others do the work.
+      // The system has no more threads. The existing ones do the work.
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
@@ -73,8 +75,8 @@ class Pool {
     return in_a_row_ >= kManyInARow;
   }
 
-  // A helper that is awake finds the job without a lock, which the caller might hold just then. One that falls asleep
-  // counts itself first and then looks for a job, while here the order is the other one: it is woken, or it sees it.
+  // A helper that is awake sees the job without taking a lock. A helper that is about to sleep first increments
+  // sleeping_ and then checks generation_; here the order is the opposite. So it either sees the job or is woken.
   void open(Job& job, bool wakes) {
     job_ = &job;
     ++generation_;
@@ -83,7 +85,7 @@ class Pool {
     opened_.notify_all();
   }
 
-  // Nobody may begin any more; waits for those inside. They have a block each at most.
+  // Lets no further helper start, and waits for those that work on the job. Each finishes at most one more block.
   void close() {
     job_ = nullptr;
     const auto empty = [this] { return inside_ == 0; };
@@ -99,7 +101,7 @@ class Pool {
     while (true) {
       wait_for_job(seen);
       seen = generation_;
-      ++inside_;  // before the look at the job: from here on it is not closed
+      ++inside_;  // before job_ is read: from here on close() waits for this helper
       Job* const job = job_;
       if (job != nullptr && index < job->shares()) job->work(index);
       if (--inside_ > 0 || !closing_) continue;
@@ -117,7 +119,7 @@ class Pool {
     --sleeping_;
   }
 
-  std::mutex turn_;  // held for a whole job
+  std::mutex turn_;  // held during a whole job
   std::mutex mutex_;
   std::condition_variable opened_;
   std::condition_variable left_;
@@ -129,13 +131,13 @@ class Pool {
   // Guarded by turn_.
   int helpers_ = 0;
   int64_t in_a_row_ = 0;
-  Clock::time_point ended_;  // the last job
+  Clock::time_point ended_;  // when the last job ended
 };
 
-// Never destroyed: helpers may still look at it while the process exits.
+// Never destroyed: helpers may still use it while the process exits.
 Pool* pool = new Pool;
 
-// The helpers do not exist in a forked child, and a lock may have been held: it starts afresh.
+// A forked child has no helper threads, and another thread may have held a lock when it forked, so it gets a new pool.
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
 
 }  // namespace

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Threads for one job at a time: the caller and helpers that sleep between steps.
+// A thread pool that runs one job at a time, on the caller's thread and on helpers that sleep between steps.
 //
-// Why not an OpenMP region: its closing barrier waits for every thread of the team, even one that was never scheduled.
-// After a NumPy matrix product the BLAS threads still spin on their cores, and such a step took 5 times as long
-// (bench/README.md). Here nobody waits for a helper that has not begun: the caller takes its work, and a short job
-// wakes nobody unless it is one of many in a row. The pool also survives fork(), after which a libgomp region hangs.
+// It is used instead of OpenMP because the barrier at the end of an OpenMP region waits for every thread of the team,
+// even for one that was never scheduled. After a NumPy matrix product the BLAS threads still spin on their cores, and a
+// step took 5 times as long (bench/README.md). Here nobody waits for a helper that has not started: the caller does its
+// share, and a short job wakes no helper unless it is one of many in a row. The pool also survives fork(), after which
+// a libgomp region hangs.
 #pragma once
 
 #include <atomic>
@@ -13,15 +14,16 @@
 
 namespace fastadam::cpu {
 
-// The blocks of `shares` equal shares. A thread takes the blocks of its own share in order, then those left in others.
+// The blocks of work of one call, in `shares` equal shares. A thread takes the blocks of its own share in order, then
+// the blocks that are left in other shares.
 class Job {
  public:
   using RunBlock = void (*)(const void* context, int64_t block);
 
-  // `is_short`: done before a helper that sleeps would be awake.
+  // `is_short`: the job ends before a sleeping helper would wake up.
   Job(int shares, int64_t blocks_per_share, RunBlock run_block, const void* context, bool is_short);
 
-  // What a thread does with the job; returns when no block is left to begin.
+  // Takes and runs blocks until none is left. Called by every thread that works on the job.
   void work(int own_share);
 
   int shares() const { return shares_; }
@@ -40,10 +42,10 @@ class Job {
   const std::unique_ptr<Cursor[]> cursors_;
 };
 
-// Runs every block of the job and returns when all are done. Called from two threads at once, one works alone.
+// Runs every block of the job and returns when all are done. If two threads call at once, one of them gets no helpers.
 void run_job(Job& job);
 
-// task.run_block(i) for each i in [0, blocks), on at most `threads` threads; see Job.
+// Calls task.run_block(i) for each i in [0, blocks), on at most `threads` threads.
 template <class Task>
 void run_blocks(const Task& task, int64_t blocks, int threads, bool is_short = false) {
   struct Context {
@@ -51,8 +53,8 @@ void run_blocks(const Task& task, int64_t blocks, int threads, bool is_short = f
     int64_t blocks;
   };
   const Context context{task, blocks};
-  const auto run_block = [](const void* given, int64_t block) {
-    const Context& c = *static_cast<const Context*>(given);
+  const auto run_block = [](const void* data, int64_t block) {
+    const Context& c = *static_cast<const Context*>(data);
     if (block < c.blocks) c.task.run_block(block);
   };
   if (threads == 1 || blocks == 1) {

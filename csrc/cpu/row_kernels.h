@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Part of kernels.cpp, compiled once per ISA: the loops over the rows of IndexedSlices. Included by nothing else.
+// Part of kernels.cpp and included by nothing else: the loops over the rows of IndexedSlices and of deferred tables.
 #pragma once
 
 #include "../core/adam_math.h"
+#include "../core/at_rest.h"
 #include "../core/closed_form.h"
-#include "../core/rest.h"
 #include "../core/split.h"
-#include "streams.h"
+#include "lanes.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
@@ -14,10 +14,11 @@ namespace {
 template <class T>
 constexpr T kNoClip = static_cast<T>(__builtin_huge_val());
 
-// Functions that depend on fewer types than the kernels are not inlined: there would be hundreds of copies.
+// Functions that depend on fewer types than the kernels are not inlined, because inlining would make hundreds of
+// copies.
 
-// Sums the gradients of one touched row, `size` columns from `column` on, in order of occurrence; there is at least
-// one.
+// Sums the gradients of the k-th row, which has at least one, in order of occurrence: `size` columns, starting at
+// `column`.
 template <bool kTransform, class Grad, class T>
 __attribute__((noinline)) void sum_row(const TensorArgs& tensor, int64_t k, int64_t column, int64_t size, T clip_value,
                                        T factor, T* __restrict sums) {
@@ -37,7 +38,7 @@ __attribute__((noinline)) void sum_row(const TensorArgs& tensor, int64_t k, int6
   }
 }
 
-// How the gradients of a row are summed: by the dtype of the gradient, and whether it is transformed.
+// Which sum_row() to use depends on the dtype of the gradient and on whether it is transformed.
 template <class T>
 using SumRow = void (*)(const TensorArgs& tensor, int64_t k, int64_t column, int64_t size, T clip_value, T factor,
                         T* sums);
@@ -50,12 +51,12 @@ SumRow<T> sum_row_for(const StepArgs& step, const TensorArgs& tensor) {
 }
 
 template <bool kAmsgrad, bool kTouched, class T>
-FASTADAM_INLINE void update_rows(const Streams<T>& streams, int64_t size, const T* sums, T keep,
+FASTADAM_INLINE void update_rows(const Operands<T>& operands, int64_t size, const T* sums, T keep,
                                  const StepScalars<T>& s) {
-  T* __restrict var = streams.var;
-  T* __restrict m = streams.m;
-  T* __restrict v = streams.v;
-  T* __restrict vhat = streams.vhat;
+  T* __restrict var = operands.var;
+  T* __restrict m = operands.m;
+  T* __restrict v = operands.v;
+  T* __restrict vhat = operands.vhat;
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     T var_i = var[i];
@@ -70,26 +71,26 @@ FASTADAM_INLINE void update_rows(const Streams<T>& streams, int64_t size, const 
   }
 }
 
-// Some columns of a touched row.
+// Updates `size` elements of a row that has a gradient, starting at element `at` of the table.
 template <bool kAmsgrad, class Storage, class T>
 __attribute__((noinline)) void touch_row(const TensorArgs& tensor, int64_t at, int64_t size, const T* sums, T keep,
                                          const StepScalars<T>& s) {
   in_compute_type(static_cast<Storage*>(tensor.var) + at, size, [&](T* var, int64_t from, int64_t count) {
-    update_rows<kAmsgrad, true>(streams_of<kAmsgrad>(tensor, at + from, var), count, sums + from, keep, s);
+    update_rows<kAmsgrad, true>(operands_of<kAmsgrad>(tensor, at + from, var), count, sums + from, keep, s);
   });
 }
 
-// Elements [at, end) of the table, in no row that is touched.
+// Updates elements [at, end) of the table, whose rows have no gradient.
 template <bool kAmsgrad, class Storage, class T>
-__attribute__((noinline)) void rest_rows(const TensorArgs& tensor, int64_t at, int64_t end, T keep,
-                                         const StepScalars<T>& s, bool prefetch) {
+__attribute__((noinline)) void move_untouched_rows(const TensorArgs& tensor, int64_t at, int64_t end, T keep,
+                                                   const StepScalars<T>& s, bool prefetch) {
   Storage* var = static_cast<Storage*>(tensor.var);
   const T* m = static_cast<const T*>(tensor.m);
   const T* v = static_cast<const T*>(tensor.v);
   const T* vhat = static_cast<const T*>(tensor.vhat);
   const auto update = [&](T* values, int64_t from, int64_t count) {
-    const Streams<T> streams = streams_of<kAmsgrad>(tensor, at + from, values);
-    update_rows<kAmsgrad, false>(streams, count, static_cast<const T*>(nullptr), keep, s);
+    const Operands<T> operands = operands_of<kAmsgrad>(tensor, at + from, values);
+    update_rows<kAmsgrad, false>(operands, count, static_cast<const T*>(nullptr), keep, s);
   };
   for (; prefetch && at + kBlock <= end; at += kBlock) {
     prefetch_block(sizeof(T), var + at, m + at, v + at);
@@ -99,7 +100,7 @@ __attribute__((noinline)) void rest_rows(const TensorArgs& tensor, int64_t at, i
   in_compute_type(var + at, end - at, update);
 }
 
-// Fetches the row that comes a few rows after row k: they lie anywhere in the table.
+// Prefetches the row that comes a few rows after row k: consecutive rows of a gradient are far apart in the table.
 template <class Storage>
 FASTADAM_INLINE void prefetch_row(const TensorArgs& tensor, int64_t k) {
   using T = Compute<Storage>;
@@ -121,13 +122,13 @@ FASTADAM_INLINE void prefetch_row(const TensorArgs& tensor, int64_t k) {
   for (int64_t i = 0; i < size; i += kStep) __builtin_prefetch(grad + i * item);
 }
 
-// Columns from `column` on of a row that are in [at, end), as many as are done at a time.
+// The number of columns to process next, starting at `column` of a row and at element `at`, before `end`.
 FASTADAM_INLINE int64_t columns_from(int64_t column, int64_t width, int64_t at, int64_t end) {
-  const int64_t rest = width - column < end - at ? width - column : end - at;
-  return rest < kColumns ? rest : kColumns;
+  const int64_t left = width - column < end - at ? width - column : end - at;
+  return left < kColumns ? left : kColumns;
 }
 
-// Elements [begin, end) of the table, every row of which moves.
+// TF's rule: updates elements [begin, end) of the table, with or without a gradient.
 template <class Storage>
 void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
@@ -137,7 +138,8 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
   const Rows& rows = *tensor.rows;
   const SumRow<T> sum = sum_row_for<Storage, T>(step, tensor);
   const auto touch = step.amsgrad ? touch_row<true, Storage, T> : touch_row<false, Storage, T>;
-  const auto rest = step.amsgrad ? rest_rows<true, Storage, T> : rest_rows<false, Storage, T>;
+  const auto move_untouched =
+      step.amsgrad ? move_untouched_rows<true, Storage, T> : move_untouched_rows<false, Storage, T>;
   T sums[kColumns];
   int64_t k = first_row_from(rows, begin / rows.width);
   for (int64_t at = begin; at < end;) {
@@ -145,7 +147,7 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
     if (k == rows.count || rows.rows[k] != at / rows.width) {
       const int64_t next = k < rows.count ? rows.rows[k] * rows.width : end;
       const int64_t stop = next < end ? next : end;
-      rest(tensor, at, stop, keep, s, step.prefetch);
+      move_untouched(tensor, at, stop, keep, s, step.prefetch);
       at = stop;
       continue;
     }
@@ -158,9 +160,9 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
   }
 }
 
-// Multiplies `times` times: as many roundings as the steps had.
+// Multiplies by `factor` once per step, because every step rounds. Stops early when all values are 0.
 template <class T>
-__attribute__((noinline)) void decay_often(T* values, int64_t size, T factor, int64_t times) {
+__attribute__((noinline)) void decay_repeatedly(T* values, int64_t size, T factor, int64_t times) {
   constexpr int64_t kGroup = 32;  // in registers
   for (int64_t at = 0; at < size; at += kGroup) {
     const int64_t count = size - at < kGroup ? size - at : kGroup;
@@ -181,7 +183,7 @@ __attribute__((noinline)) void decay_often(T* values, int64_t size, T factor, in
   }
 }
 
-// Some columns of one row, in the compute type.
+// Up to kColumns columns of one row, in the compute type.
 template <class T>
 struct RowPart {
   T var[kColumns];
@@ -190,54 +192,45 @@ struct RowPart {
   T vhat[kColumns];
 };
 
-// Whether none of the columns moves any more.
 template <bool kAmsgrad, class Storage, class T>
-FASTADAM_INLINE bool at_rest(const RowPart<T>& row, int64_t size, T peak, T epsilon) {
+FASTADAM_INLINE bool all_at_rest(const RowPart<T>& row, int64_t size, T peak, T epsilon) {
   int moving = 0;
 #pragma omp simd reduction(+ : moving)
   for (int64_t i = 0; i < size; ++i) {
-    moving += !rests<kAmsgrad, Storage>(row.var[i], row.m[i], row.v[i], row.vhat[i], peak, epsilon);
+    moving += !is_at_rest<kAmsgrad, Storage>(row.var[i], row.m[i], row.v[i], row.vhat[i], peak, epsilon);
   }
   return moving == 0;
 }
 
-// The steps [from, now) of the history, in which the row had no gradient.
+// Applies the steps [from, now) of the history, in which the row had no gradient.
 template <bool kAmsgrad, class Storage, class T>
 FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& row, int64_t size, StepScalars<T> s) {
-  constexpr int64_t kCheckSteps = 8;
-  const T* alphas = static_cast<const T*>(stale.alphas);
-  const T* keeps = static_cast<const T*>(stale.keeps);
-  const T peak = stale.may_stop ? peak_from<T>(stale, from) : T(0);
-  int64_t step = from;
-  while (step < stale.now) {
-    const int64_t stop = stale.now - step < kCheckSteps ? stale.now : step + kCheckSteps;
-    for (; step < stop; ++step) {
-      s.row_alpha = alphas[step];
-      const T keep = keeps[step];
+  const auto make_step = [&](T alpha, T keep) {
+    s.row_alpha = alpha;
 #pragma omp simd
-      for (int64_t i = 0; i < size; ++i) {
-        T var = row.var[i];
-        adam_update_row<kAmsgrad, false>(var, T(0), row.m[i], row.v[i], row.vhat[i], keep, s);
-        row.var[i] = load(store<Storage>(var));
-      }
+    for (int64_t i = 0; i < size; ++i) {
+      T var = row.var[i];
+      adam_update_row<kAmsgrad, false>(var, T(0), row.m[i], row.v[i], row.vhat[i], keep, s);
+      row.var[i] = load(store<Storage>(var));
     }
-    if (stale.may_stop && at_rest<kAmsgrad, Storage>(row, size, peak, s.epsilon)) break;
-  }
+  };
+  const int64_t step = replay_steps<T>(
+      stale, from, make_step, [&](T peak) { return all_at_rest<kAmsgrad, Storage>(row, size, peak, s.epsilon); });
   if (step == stale.now) return;
-  decay_often(row.m, size, s.beta_1, stale.now - step);
-  decay_often(row.v, size, s.beta_2, stale.now - step);
+  decay_repeatedly(row.m, size, s.beta_1, stale.now - step);
+  decay_repeatedly(row.v, size, s.beta_2, stale.now - step);
 }
 
-// All of them at once.
+// Applies all missed steps at once to `size` elements of a row, starting at element `at` of the table.
 template <bool kAmsgrad, class Storage, class T>
 __attribute__((noinline)) void jump_row(const ClosedForm& form, const TensorArgs& tensor, int64_t at, int64_t size,
                                         const StepScalars<T>& s) {
   in_compute_type(static_cast<Storage*>(tensor.var) + at, size, [&](T* values, int64_t from, int64_t count) {
-    const Streams<T> streams = streams_of<kAmsgrad>(tensor, at + from, values);
-    T* __restrict var = streams.var;
-    T* __restrict m = streams.m;
-    T* __restrict v = streams.v;
-    T* __restrict vhat = streams.vhat;
+    const Operands<T> operands = operands_of<kAmsgrad>(tensor, at + from, values);
+    T* __restrict var = operands.var;
+    T* __restrict m = operands.m;
+    T* __restrict v = operands.v;
+    T* __restrict vhat = operands.vhat;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       T vhat_i = kAmsgrad ? vhat[i] : T(0);
@@ -247,12 +240,12 @@ __attribute__((noinline)) void jump_row(const ClosedForm& form, const TensorArgs
   });
 }
 
-// Some columns of a row get the steps [from, now), one after the other.
+// Applies the steps [from, now) one after another to `size` elements of a row, starting at element `at` of the table.
 template <bool kAmsgrad, class Storage, class T>
 __attribute__((noinline)) void replay_row(const TensorArgs& tensor, int64_t from, int64_t at, int64_t size,
                                           const StepScalars<T>& s) {
   Storage* var = static_cast<Storage*>(tensor.var) + at;
-  const Streams<T> slots = streams_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
+  const Operands<T> slots = operands_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
   RowPart<T> row;
   for (int64_t i = 0; i < size; ++i) {
     row.var[i] = load(var[i]);
@@ -281,7 +274,8 @@ FASTADAM_INLINE void catch_up_row(bool amsgrad, const TensorArgs& tensor, int64_
   (amsgrad ? replay_row<true, Storage, T> : replay_row<false, Storage, T>)(tensor, from, at, size, s);
 }
 
-// Rows that are touched, laid one after the other; of a stale table the steps they missed come first.
+// Updates only the rows of the gradient, counting their elements row after row. In a deferred table a row first gets
+// the steps that it missed; without a gradient it gets only these.
 template <class Storage>
 void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;

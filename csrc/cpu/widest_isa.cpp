@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Run by isas.cmake: prints the widest instruction set that this CPU runs.
+// Run by isas.cmake: prints the widest instruction set that this CPU supports.
 #include <cstdio>
 
 #include "cpu_features.h"

@@ -1,7 +1,8 @@
-# Decides whether the CUDA kernels are built, and for which GPUs. Sets `architectures`, empty for none, enables CUDA, and
-# sets `cuda_build`, which fastadam.show_config() prints: no semicolon, which would end a compile definition.
-set(FASTADAM_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO, where nvcc and an NVIDIA GPU are found")
-set(FASTADAM_CUDA_ARCHITECTURES "" CACHE STRING "A list such as 80-real;90; all, for wheels; empty: for the GPU found here")
+# Decides whether the CUDA kernels are built and for which GPUs. Enables CUDA and sets `architectures`, which is empty
+# if they are not built, and `cuda_build`, the text that fastadam.show_config() prints. The text must not contain a
+# semicolon, which would end a compile definition.
+set(FASTADAM_CUDA AUTO CACHE STRING "CUDA kernels: ON, OFF, or AUTO (if nvcc and an NVIDIA GPU are found)")
+set(FASTADAM_CUDA_ARCHITECTURES "" CACHE STRING "A list such as 80-real;90, or all (for wheels); empty: the local GPU")
 
 set(architectures "")
 string(TOUPPER "${FASTADAM_CUDA}" wanted)
@@ -18,7 +19,8 @@ if(NOT status EQUAL 0 OR NOT gpus MATCHES "GPU ")
   set(gpus "")
 endif()
 if(wanted STREQUAL "AUTO" AND NOT gpus)
-  set(cuda_build "not built: no NVIDIA GPU was found at build time (CMAKE_ARGS=-DFASTADAM_CUDA=ON builds it without one)")
+  set(cuda_build
+      "not built: no NVIDIA GPU was found at build time (CMAKE_ARGS=-DFASTADAM_CUDA=ON builds it without one)")
   return()
 endif()
 
@@ -35,7 +37,7 @@ enable_language(CUDA)
 
 string(TOLOWER "${FASTADAM_CUDA_ARCHITECTURES}" asked_for)
 if(asked_for STREQUAL "all")
-  # Code for each generation, and PTX of the last for later ones.
+  # Machine code for each generation, and PTX of the last one for later generations.
   set(architectures 75-real 80-real 86-real 89-real 90)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
     set(architectures 75-real 80-real 86-real 89-real 90-real 100-real 120)
@@ -46,10 +48,10 @@ elseif(FASTADAM_CUDA_ARCHITECTURES)
   set(why "asked for")
 elseif(gpus)
   set(architectures native)
-  set(why "the GPU found at build time")
-else() # its PTX runs on every GPU that the kernels support; the driver translates it at the first use
+  set(why "the GPU of the build machine")
+else() # the PTX of 75 runs on every supported GPU; the driver compiles it at the first use
   set(architectures 75)
-  set(why "with PTX for all later GPUs: none was found at build time, FASTADAM_CUDA_ARCHITECTURES names others")
+  set(why "with PTX for later GPUs: no GPU was found at build time; FASTADAM_CUDA_ARCHITECTURES selects others")
 endif()
 string(REPLACE ";" "," names "${architectures}")
 set(cuda_build "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${names} (${why})")

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tables that the launches are cut by, made on the host once for a set of buffers.
+// Computes, on the host, the tables that say how launches are cut. They are made once for a set of buffers.
 #pragma once
 
 #include <algorithm>
@@ -8,11 +8,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "norm_bodies.h"
+#include "norm_kernels.h"
 
 namespace fastadam::cuda {
 
-// Tensors that can be updated at a time: rounds[i] has the i-th gradient of every variable.
+// Groups tensors that can be updated at the same time: rounds[i] has the i-th gradient of every variable.
 inline std::vector<std::vector<int64_t>> rounds_of(const Chains& chains) {
   std::vector<std::vector<int64_t>> rounds;
   for (int64_t k = 0; k < chains.count; ++k) {
@@ -25,11 +25,11 @@ inline std::vector<std::vector<int64_t>> rounds_of(const Chains& chains) {
   return rounds;
 }
 
-// Of those of these tensors that have this dtype; an empty one has none.
-inline std::vector<Chunk> chunks_of(const std::vector<TensorArgs>& tensors, const std::vector<int64_t>& chosen,
+// The chunks of the tensors at `positions` that have this dtype.
+inline std::vector<Chunk> chunks_of(const std::vector<TensorArgs>& tensors, const std::vector<int64_t>& positions,
                                     DType dtype) {
   std::vector<Chunk> chunks;
-  for (int64_t t : chosen) {
+  for (int64_t t : positions) {
     const TensorArgs& tensor = tensors[static_cast<size_t>(t)];
     if (tensor.dtype != dtype) continue;
     for (int64_t begin = 0; begin < tensor.size; begin += kChunkElements) chunks.push_back({t, begin});
@@ -41,14 +41,14 @@ inline Gradient gradient_of(const TensorArgs& tensor) {
   return {tensor.grad, tensor.grad_factor, tensor.grad_size, tensor.grad_dtype};
 }
 
-// What one SetGradients takes of the gradients from `first` on; returns how many.
-inline int64_t fill_gradients(Gradient* filled, const std::vector<Gradient>& gradients, size_t first) {
+// Copies the gradients for one SetGradients, starting at `first`, and returns their number.
+inline int64_t fill_gradients(Gradient* target, const std::vector<Gradient>& gradients, size_t first) {
   const size_t count = std::min<size_t>(SetGradients::kCount, gradients.size() - first);
-  std::copy_n(gradients.begin() + static_cast<std::ptrdiff_t>(first), count, filled);
+  std::copy_n(gradients.begin() + static_cast<std::ptrdiff_t>(first), count, target);
   return static_cast<int64_t>(count);
 }
 
-// Blocks of a norm before each gradient, and all of them.
+// The number of norm blocks before each gradient; the last entry is the total.
 inline std::vector<int64_t> norm_offsets(const std::vector<TensorArgs>& tensors) {
   std::vector<int64_t> offsets{0};
   for (const TensorArgs& tensor : tensors) offsets.push_back(offsets.back() + norm_blocks(tensor.grad_size));
@@ -61,12 +61,12 @@ inline int64_t most_blocks(const std::vector<int64_t>& offsets) {
   return most;
 }
 
-// Blocks of threads for SumSquares.
+// The number of blocks of threads for SumSquares.
 inline int64_t norm_grid(const std::vector<int64_t>& offsets) {
   return (offsets.back() + SumSquares::kWarps - 1) / SumSquares::kWarps;
 }
 
-// beta^t for t = 0, 1, ... as far as 1 - beta^t is not 1 in T; none if there are more than a graph should carry.
+// beta^t for t = 0, 1, ... up to the first for which 1 - beta^t is 1 in T. Empty if that table would be too large.
 template <class T>
 std::vector<T> powers_of(double beta) {
   constexpr int64_t kMost = int64_t{1} << 20;
@@ -79,16 +79,16 @@ std::vector<T> powers_of(double beta) {
   return {};
 }
 
-// Calls run with the two as std::integral_constant.
+// Calls run(amsgrad, transform) with both values as types, std::integral_constant.
 template <class Run>
-void choose(bool amsgrad, int transform, Run run) {
-  const auto with = [&](auto how) { return amsgrad ? run(std::true_type{}, how) : run(std::false_type{}, how); };
+void with_options(bool amsgrad, int transform, Run run) {
+  const auto with = [&](auto kind) { return amsgrad ? run(std::true_type{}, kind) : run(std::false_type{}, kind); };
   if (transform == kAsItIs) return with(std::integral_constant<int, kAsItIs>{});
   if (transform == kClipAndFactor) return with(std::integral_constant<int, kClipAndFactor>{});
   with(std::integral_constant<int, kAndL2>{});
 }
 
-// Calls run with a value of the type in which a dtype is stored.
+// Calls run() with a value of the storage type of a dtype.
 template <class Run>
 void with_storage(DType dtype, Run run) {
   switch (dtype) {

@@ -20,29 +20,29 @@ void PowerTables<T>::make(const AdamHyper& hyper, cudaStream_t stream) {
 }
 
 void Context::Parts::make_powers(const AdamHyper& hyper) {
-  if (is_capturing) throw std::runtime_error("the first step was captured, expected one before it that is not");
+  if (is_capturing) throw std::runtime_error("the first step cannot be captured; make a step before the capture");
   beta_1 = hyper.beta_1;
   beta_2 = hyper.beta_2;
-  singles.make(hyper, stream);
-  doubles.make(hyper, stream);
+  powers_f32.make(hyper, stream);
+  powers_f64.make(hyper, stream);
   has_powers = true;
 }
 
-bool Context::Parts::have_tables(bool singles_too, bool doubles_too) const {
-  return (!singles_too || singles.get().count > 0) && (!doubles_too || doubles.get().count > 0);
+bool Context::Parts::have_tables(bool needs_f32, bool needs_f64) const {
+  return (!needs_f32 || powers_f32.get().count > 0) && (!needs_f64 || powers_f64.get().count > 0);
 }
 
-bool Context::Parts::has_powers_for(const AdamHyper& hyper, bool singles_too, bool doubles_too) const {
-  return have_tables(singles_too, doubles_too) && hyper.beta_1 == beta_1 && hyper.beta_2 == beta_2;
+bool Context::Parts::has_powers_for(const AdamHyper& hyper, bool needs_f32, bool needs_f64) const {
+  return have_tables(needs_f32, needs_f64) && hyper.beta_1 == beta_1 && hyper.beta_2 == beta_2;
 }
 
-void Context::Parts::require_powers(const AdamHyper& hyper, bool singles_too, bool doubles_too) const {
-  if (has_powers_for(hyper, singles_too, doubles_too)) return;
-  throw std::runtime_error(have_tables(singles_too, doubles_too)
-                               ? "a beta has changed since the first step, expected constant ones in a step that is "
-                                 "captured or whose learning_rate is on the GPU"
-                               : "a beta too near to 1 for a step that is captured or whose learning_rate is on the "
-                                 "GPU");
+void Context::Parts::require_powers(const AdamHyper& hyper, bool needs_f32, bool needs_f64) const {
+  if (has_powers_for(hyper, needs_f32, needs_f64)) return;
+  throw std::runtime_error(have_tables(needs_f32, needs_f64)
+                               ? "a beta has changed since the first step, expected constant betas if a step is "
+                                 "captured or learning_rate is on the GPU"
+                               : "a beta is too close to 1 for a step that is captured or whose learning_rate is on "
+                                 "the GPU");
 }
 
 Context::Context() : parts_(std::make_unique<Parts>()) {
@@ -56,7 +56,7 @@ void Context::enter(void* on_stream) {
   const auto stream = static_cast<cudaStream_t>(on_stream);
   p.is_capturing = cuda::is_capturing(stream);
   if (p.is_fresh) {
-    if (p.is_capturing) throw std::runtime_error("the first step was captured, expected one before it that is not");
+    if (p.is_capturing) throw std::runtime_error("the first step cannot be captured; make a step before the capture");
     check(cudaMemsetAsync(p.state.get(), 0, sizeof(StepState), stream));
   } else if (stream != p.last && !p.is_capturing) {
     check(cudaStreamWaitEvent(stream, p.left, 0));
@@ -80,8 +80,9 @@ std::optional<Failure> Context::take_failure() {
   volatile Report& report = *parts_->report.get();
   if (report.failed == 0) return std::nullopt;
   const Failure failure{report.call, report.source, report.position, report.index};
-  wait();  // for steps that were asked for since, which do nothing
-  static_assert(offsetof(StepState, told) == offsetof(StepState, failed) + sizeof(bool), "cleared at once");
+  wait();  // for later steps, which do nothing
+  static_assert(offsetof(StepState, is_reported) == offsetof(StepState, failed) + sizeof(bool),
+                "one memset clears both");
   check(cudaMemsetAsync(&parts_->state.get()->failed, 0, 2 * sizeof(bool), nullptr));
   wait();
   report.failed = 0;
@@ -91,7 +92,7 @@ std::optional<Failure> Context::take_failure() {
 bool Context::is_captured() const { return parts_->is_captured; }
 
 int64_t Context::step() {
-  wait();  // graphs run on any stream
+  wait();  // for the whole device: graphs run on any stream
   int64_t step = 0;
   check(cudaMemcpy(&step, &parts_->state.get()->step, sizeof(step), cudaMemcpyDeviceToHost));
   return step;

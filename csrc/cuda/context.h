@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The parts of a Context, for the sources of this folder. Included by .cu files only.
+// The internals of a Context, for the .cu files of this folder only.
 #pragma once
 
 #include "launch.h"
@@ -7,7 +7,7 @@
 
 namespace fastadam::cuda {
 
-// The powers of both betas in one arithmetic, on the device.
+// The powers of both betas in one type, in device memory.
 template <class T>
 struct PowerTables {
   DeviceArray<T> of_1, of_2;
@@ -19,25 +19,25 @@ struct PowerTables {
 struct Context::Parts {
   DeviceArray<StepState> state{1};
   HostReport report;
-  cudaEvent_t left = nullptr;     // recorded behind the work of a stream
-  cudaStream_t stream = nullptr;  // that was entered last
-  cudaStream_t last = nullptr;    // likewise, not to capture
+  cudaEvent_t left = nullptr;     // recorded after the work of each call
+  cudaStream_t stream = nullptr;  // the stream of the current or last call
+  cudaStream_t last = nullptr;    // the stream of the last call that was not captured
   bool is_fresh = true;
   bool is_capturing = false;
   bool is_captured = false;
-  PowerTables<float> singles;
-  PowerTables<double> doubles;
-  double beta_1 = 0;  // of the tables
+  PowerTables<float> powers_f32;
+  PowerTables<double> powers_f64;
+  double beta_1 = 0;  // the betas of the tables
   double beta_2 = 0;
   bool has_powers = false;
 
-  // At the first step: in a capture there is no memory to be had.
+  // Called at the first step, because a capture cannot allocate memory.
   void make_powers(const AdamHyper& hyper);
-  bool has_powers_for(const AdamHyper& hyper, bool singles_too, bool doubles_too) const;
-  void require_powers(const AdamHyper& hyper, bool singles_too, bool doubles_too) const;
+  bool has_powers_for(const AdamHyper& hyper, bool needs_f32, bool needs_f64) const;
+  void require_powers(const AdamHyper& hyper, bool needs_f32, bool needs_f64) const;
 
  private:
-  bool have_tables(bool singles_too, bool doubles_too) const;
+  bool have_tables(bool needs_f32, bool needs_f64) const;
 };
 
 }  // namespace fastadam::cuda

@@ -17,16 +17,16 @@ int device_count(std::string& reason) {
     reason = count > 0 ? "" : "no CUDA device";
     return count;
   }
-  static_cast<void>(cudaGetLastError());  // not to be found by the next launch
+  static_cast<void>(cudaGetLastError());  // clears the error, which the next launch would report
   reason = cudaGetErrorString(status);
   return 0;
 }
 
 Location location_of(const void* data) {
-  cudaPointerAttributes found{};
-  check(cudaPointerGetAttributes(&found, data));
-  if (found.type == cudaMemoryTypeManaged) return {Place::kManaged, found.device};
-  return {found.type == cudaMemoryTypeDevice ? Place::kDevice : Place::kHost, found.device};
+  cudaPointerAttributes attributes{};
+  check(cudaPointerGetAttributes(&attributes, data));
+  if (attributes.type == cudaMemoryTypeManaged) return {Place::kManaged, attributes.device};
+  return {attributes.type == cudaMemoryTypeDevice ? Place::kDevice : Place::kHost, attributes.device};
 }
 
 DeviceScope::DeviceScope(int device) : device_(device) {
@@ -86,7 +86,7 @@ void order_after(void* later, void* earlier) {
   check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   cudaError_t status = cudaEventRecord(event, stream_of(earlier));
   if (status == cudaSuccess) status = cudaStreamWaitEvent(stream_of(later), event, 0);
-  static_cast<void>(cudaEventDestroy(event));  // once it has come
+  static_cast<void>(cudaEventDestroy(event));  // CUDA keeps it until it has completed
   check(status);
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Devices, their memory and their streams, for the binding. Free of CUDA headers: a stream is a cudaStream_t. Errors of
-// the CUDA runtime are thrown as std::runtime_error.
+// Devices, their memory and their streams, for the bindings. It includes no CUDA header: a `void* stream` is a
+// cudaStream_t. Errors of the CUDA runtime are thrown as std::runtime_error.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace fastadam::cuda {
 
-// How many devices can be used, and in `reason` why there is none.
+// The number of usable devices. If it is 0, `reason` says why.
 FASTADAM_API int device_count(std::string& reason);
 
 enum class Place { kHost, kDevice, kManaged };
@@ -23,7 +23,7 @@ struct Location {
 
 FASTADAM_API Location location_of(const void* data);
 
-// Makes a device current, and afterwards the one that was.
+// Makes a device current for a scope, then restores the previous one.
 class FASTADAM_API DeviceScope {
  public:
   explicit DeviceScope(int device);
@@ -38,18 +38,20 @@ class FASTADAM_API DeviceScope {
 
 FASTADAM_API void* allocate(int64_t bytes);
 FASTADAM_API void release(void* data);
-FASTADAM_API void set_zero(void* data, int64_t bytes);  // waits for the device, and so do these
+
+// These wait for the device.
+FASTADAM_API void set_zero(void* data, int64_t bytes);
 FASTADAM_API void copy_to_host(void* to, const void* from, int64_t bytes);
 FASTADAM_API void overwrite(void* to, const void* from, int64_t bytes);
 
-// On a stream. What is read there is waited for, what is written comes from pageable memory, which is staged.
+// These use a stream. copy_to_host() waits for it; copy_to_device() returns when pageable `from` has been staged.
 FASTADAM_API void set_zero(void* data, int64_t bytes, void* stream);
 FASTADAM_API void copy_to_host(void* to, const void* from, int64_t bytes, void* stream);
 FASTADAM_API void copy_to_device(void* to, const void* from, int64_t bytes, void* stream);
 
 FASTADAM_API bool is_capturing(void* stream);
 
-// Work that comes on `later` waits, on the device, for what is on `earlier` now.
+// Work submitted to `later` from now on waits, on the device, for all work already submitted to `earlier`.
 FASTADAM_API void order_after(void* later, void* earlier);
 
 }  // namespace fastadam::cuda

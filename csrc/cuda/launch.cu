@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A step: its numbers, norms and factors, then all dense gradients in a launch for each dtype, then the rows.
+// Launches a step: its numbers, norms and clip factors, then dense gradients with one launch per dtype, then rows.
 #include <array>
 #include <cmath>
 
@@ -12,7 +12,7 @@ namespace {
 
 using ChunksByDType = std::array<DeviceArray<Chunk>, kDTypeCount>;
 
-// How the launches of a step are cut: it depends on which gradients are IndexedSlices.
+// How the launches of a step are cut, which depends on which gradients are IndexedSlices.
 struct Layout {
   struct Round {
     ChunksByDType dense;
@@ -22,27 +22,27 @@ struct Layout {
   std::vector<Round> rounds;
   ChunksByDType averages;
 
-  Layout(std::vector<bool> of, const std::vector<TensorArgs>& tensors, const std::vector<std::vector<int64_t>>& order,
-         cudaStream_t stream)
-      : are_slices(std::move(of)) {
-    std::vector<int64_t> averaged;
-    for (const std::vector<int64_t>& chosen : order) {
+  Layout(std::vector<bool> flags, const std::vector<TensorArgs>& tensors,
+         const std::vector<std::vector<int64_t>>& order, cudaStream_t stream)
+      : are_slices(std::move(flags)) {
+    std::vector<int64_t> with_average;
+    for (const std::vector<int64_t>& positions : order) {
       rounds.emplace_back();
       std::vector<int64_t> dense;
-      for (int64_t t : chosen) {
+      for (int64_t t : positions) {
         const TensorArgs& tensor = tensors[static_cast<size_t>(t)];
         (tensor.rows == nullptr ? dense : rounds.back().slices).push_back(t);
-        if (&chosen == &order.front() && tensor.average != nullptr) averaged.push_back(t);
+        if (&positions == &order.front() && tensor.average != nullptr) with_average.push_back(t);
       }
       cut(rounds.back().dense, tensors, dense, stream);
     }
-    cut(averages, tensors, averaged, stream);
+    cut(averages, tensors, with_average, stream);
   }
 
-  static void cut(ChunksByDType& chunks, const std::vector<TensorArgs>& tensors, const std::vector<int64_t>& chosen,
+  static void cut(ChunksByDType& chunks, const std::vector<TensorArgs>& tensors, const std::vector<int64_t>& positions,
                   cudaStream_t stream) {
     for (size_t i = 0; i < kDTypeCount; ++i) {
-      chunks[i] = DeviceArray<Chunk>(chunks_of(tensors, chosen, static_cast<DType>(i)), stream);
+      chunks[i] = DeviceArray<Chunk>(chunks_of(tensors, positions, static_cast<DType>(i)), stream);
     }
   }
 };
@@ -53,22 +53,22 @@ std::vector<bool> slices_among(const std::vector<TensorArgs>& tensors) {
   return are_slices;
 }
 
-// The memory of norms, for gradients of these sizes.
+// The memory for norms of gradients of certain sizes.
 struct NormTables {
   std::vector<int64_t> host_offsets;
   DeviceArray<int64_t> offsets;
   DeviceArray<double> sums, factors, squares;
 
   void fit(const std::vector<TensorArgs>& tensors, cudaStream_t stream) {
-    std::vector<int64_t> wanted = norm_offsets(tensors);
-    if (wanted == host_offsets) return;
+    std::vector<int64_t> new_offsets = norm_offsets(tensors);
+    if (new_offsets == host_offsets) return;
     const auto count = static_cast<int64_t>(tensors.size());
     room_for(offsets, count + 1);
-    room_for(sums, wanted.back());
+    room_for(sums, new_offsets.back());
     room_for(factors, count);
     room_for(squares, count);
-    offsets.write(wanted.data(), count + 1, stream);
-    host_offsets = std::move(wanted);
+    offsets.write(new_offsets.data(), count + 1, stream);
+    host_offsets = std::move(new_offsets);
   }
 
   int64_t count() const { return static_cast<int64_t>(host_offsets.size()) - 1; }
@@ -82,59 +82,58 @@ bool same(const Gradient& a, const Gradient& b) {
 
 struct Launch::Tables {
   std::vector<std::vector<int64_t>> rounds;
-  bool has_single = false;
-  bool has_double = false;
+  bool has_f32 = false;  // some variable has arithmetic in float32
+  bool has_f64 = false;
   DeviceArray<TensorArgs> tensors;
   DeviceArray<Gradient> gradients;
   std::unique_ptr<Layout> layout;
   NormTables norms;
-  std::vector<Gradient> stored;  // what `gradients` holds
+  std::vector<Gradient> last_gradients;  // what `gradients` contains
   std::shared_ptr<Context> owner;
   Context::Parts& context;
 
-  Tables(std::shared_ptr<Context> of, const std::vector<TensorArgs>& given, const Chains& chains)
+  Tables(std::shared_ptr<Context> shared, std::vector<TensorArgs> args, const Chains& chains)
       : rounds(rounds_of(chains)),
-        gradients(static_cast<int64_t>(given.size())),
-        owner(std::move(of)),
+        gradients(static_cast<int64_t>(args.size())),
+        owner(std::move(shared)),
         context(owner->parts()) {
-    std::vector<TensorArgs> lasting = given;
-    for (TensorArgs& tensor : lasting) {
-      (tensor.dtype == FASTADAM_FLOAT64 ? has_double : has_single) = true;
-      tensor.rows = nullptr;  // of the host, and of one step
+    for (TensorArgs& tensor : args) {
+      (tensor.dtype == FASTADAM_FLOAT64 ? has_f64 : has_f32) = true;
+      tensor.rows = nullptr;  // rows and stale point to host memory and change from step to step
       tensor.stale = nullptr;
     }
-    tensors = DeviceArray<TensorArgs>(lasting, context.stream);
+    tensors = DeviceArray<TensorArgs>(args, context.stream);
   }
 
   StepState* state() const { return context.state.get(); }
   Report* report() const { return context.report.on_device(); }
 
-  const Layout& layout_of(const std::vector<TensorArgs>& given, cudaStream_t stream) {
-    std::vector<bool> wanted = slices_among(given);
-    if (layout != nullptr && layout->are_slices == wanted) return *layout;
-    require_known();
-    layout = std::make_unique<Layout>(std::move(wanted), given, rounds, stream);
+  const Layout& layout_of(const std::vector<TensorArgs>& args, cudaStream_t stream) {
+    std::vector<bool> are_slices = slices_among(args);
+    if (layout != nullptr && layout->are_slices == are_slices) return *layout;
+    refuse_in_capture();
+    layout = std::make_unique<Layout>(std::move(are_slices), args, rounds, stream);
     return *layout;
   }
 
-  const NormTables& norms_of(const std::vector<TensorArgs>& given, cudaStream_t stream) {
-    if (norms.host_offsets != norm_offsets(given)) require_known();
-    norms.fit(given, stream);
+  const NormTables& norms_of(const std::vector<TensorArgs>& args, cudaStream_t stream) {
+    if (norms.host_offsets != norm_offsets(args)) refuse_in_capture();
+    norms.fit(args, stream);
     return norms;
   }
 
-  // There is no memory to be had in a capture.
-  void require_known() const {
+  // A capture cannot allocate the memory that a new kind of step needs.
+  void refuse_in_capture() const {
     if (!context.is_capturing) return;
-    throw std::runtime_error("a step with such gradients was not made before it was captured; make one first");
+    throw std::runtime_error("no step with gradients of these kinds was made before the capture; make one first");
   }
 
-  bool needs_singles(const AdamHyper& hyper) const { return has_single && !hyper.epsilon_corrected; }
-  bool needs_doubles(const AdamHyper& hyper) const { return has_double || hyper.epsilon_corrected; }
+  bool needs_f32(const AdamHyper& hyper) const { return has_f32 && !hyper.epsilon_corrected; }
+  bool needs_f64(const AdamHyper& hyper) const { return has_f64 || hyper.epsilon_corrected; }
 
   bool can_count(const AdamHyper& hyper) const {
     if (!context.has_powers) context.make_powers(hyper);
-    return context.has_powers_for(hyper, needs_singles(hyper), needs_doubles(hyper));
+    return context.has_powers_for(hyper, needs_f32(hyper), needs_f64(hyper));
   }
 
   void begin(const StepArgs& step, const AdamHyper& hyper, DeviceNumbers numbers, int64_t call, cudaStream_t stream) {
@@ -146,52 +145,53 @@ struct Launch::Tables {
              1, stream);
       return;
     }
-    context.require_powers(hyper, needs_singles(hyper), needs_doubles(hyper));
-    launch(AdvanceStep{state(), report(), call, hyper, numbers, context.is_capturing, context.singles.get(),
-                       context.doubles.get(), has_single, has_double},
+    context.require_powers(hyper, needs_f32(hyper), needs_f64(hyper));
+    launch(AdvanceStep{state(), report(), call, hyper, numbers, context.is_capturing, context.powers_f32.get(),
+                       context.powers_f64.get(), has_f32, has_f64},
            1, stream);
     context.is_captured = context.is_captured || context.is_capturing;
   }
 
-  // What is no step, but before or between them.
+  // Begins work other than a step, which does not count in t.
   void begin(const StepArgs& step, int64_t call, cudaStream_t stream) {
     launch(BeginStep{state(), report(), kSameStep, call, step.scalars_f32, step.scalars_f64, {}, HUGE_VAL, 1}, 1,
            stream);
   }
 
-  void set_gradients(const std::vector<TensorArgs>& given, cudaStream_t stream) {
-    std::vector<Gradient> wanted;
-    for (const TensorArgs& tensor : given) wanted.push_back(gradient_of(tensor));
-    const bool known = std::equal(wanted.begin(), wanted.end(), stored.begin(), stored.end(), same);
-    if (known && !context.is_capturing) return;  // a graph stores its own
-    stored.clear();
-    for (size_t first = 0; first < wanted.size(); first += SetGradients::kCount) {
+  void set_gradients(const std::vector<TensorArgs>& args, cudaStream_t stream) {
+    std::vector<Gradient> current;
+    for (const TensorArgs& tensor : args) current.push_back(gradient_of(tensor));
+    const bool unchanged =
+        std::equal(current.begin(), current.end(), last_gradients.begin(), last_gradients.end(), same);
+    if (unchanged && !context.is_capturing) return;  // a graph must set its own
+    last_gradients.clear();
+    for (size_t first = 0; first < current.size(); first += SetGradients::kCount) {
       SetGradients set{};
       set.table = gradients.get() + first;
-      set.count = fill_gradients(set.gradients, wanted, first);
+      set.count = fill_gradients(set.gradients, current, first);
       launch(set, 1, stream);
     }
-    stored = std::move(wanted);
+    last_gradients = std::move(current);
   }
 
-  // `scaled`: by a step with a grad_scale on the device, which has the value clip.
-  void sum_squares(const NormTables& norms_now, const StepState* scaled, double clip_value, bool require_finite,
+  // `clip_state`: null, or the state whose value clip is used because the grad_scale is on the device.
+  void sum_squares(const NormTables& norms_now, const StepState* clip_state, double clip_value, bool require_finite,
                    cudaStream_t stream) {
-    launch(SumSquares{gradients.get(), norms_now.offsets.get(), norms_now.count(), scaled, clip_value, require_finite,
-                      norms_now.sums.get()},
+    launch(SumSquares{gradients.get(), norms_now.offsets.get(), norms_now.count(), clip_state, clip_value,
+                      require_finite, norms_now.sums.get()},
            norm_grid(norms_now.host_offsets), stream);
     launch(SumBlocks{norms_now.offsets.get(), norms_now.sums.get(), most_blocks(norms_now.host_offsets)},
            norms_now.count(), stream);
   }
 
   bool all_finite(const NormTables& norms_now, bool is_step, cudaStream_t stream) {
-    launch(JudgeFinite{state(), report(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count(), is_step}, 1,
+    launch(CheckFinite{state(), report(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count(), is_step}, 1,
            stream);
     check(cudaStreamSynchronize(stream));
     return context.report.get()->not_finite == 0;
   }
 
-  // The factors of norm clips, or null.
+  // Returns the factors of norm clipping, or null if norms are not clipped.
   const double* clip(const NormTables& norms_now, const AdamHyper& hyper, cudaStream_t stream) {
     if (!std::isfinite(hyper.clip_norm) && !std::isfinite(hyper.global_clip_norm)) return nullptr;
     launch(ClipFactors{state(), gradients.get(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count(),
@@ -203,7 +203,7 @@ struct Launch::Tables {
 
   template <class Storage>
   void update(const StepArgs& step, const DeviceArray<Chunk>& chunks, const double* factors, cudaStream_t stream) {
-    choose(step.amsgrad, step.transform, [&](auto amsgrad, auto transform) {
+    with_options(step.amsgrad, step.transform, [&](auto amsgrad, auto transform) {
       launch(DenseStep<Storage, amsgrad.value, transform.value>{state(), tensors.get(), gradients.get(), factors,
                                                                 chunks.get()},
              chunks.count(), stream);
@@ -227,10 +227,10 @@ Launch::~Launch() = default;
 
 bool Launch::can_count(const AdamHyper& hyper) { return tables_->can_count(hyper); }
 
-bool Launch::step(const StepArgs& given, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper,
+bool Launch::step(const StepArgs& args, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper,
                   const DeviceNumbers& numbers, int64_t call) {
   Tables& tables = *tables_;
-  StepArgs step = given;
+  StepArgs step = args;
   if (numbers.grad_scale != nullptr && step.transform == kAsItIs) step.transform = kClipAndFactor;
   const cudaStream_t stream = tables.context.stream;
   const Layout& layout = tables.layout_of(tensors, stream);
@@ -242,8 +242,8 @@ bool Launch::step(const StepArgs& given, const std::vector<TensorArgs>& tensors,
   const double* factors = nullptr;
   if (needs_norms) {
     const NormTables& norms = tables.norms;
-    const StepState* scaled = numbers.grad_scale == nullptr ? nullptr : tables.state();
-    tables.sum_squares(norms, scaled, raw_clip_value(hyper), hyper.require_finite, stream);
+    const StepState* clip_state = numbers.grad_scale == nullptr ? nullptr : tables.state();
+    tables.sum_squares(norms, clip_state, raw_clip_value(hyper), hyper.require_finite, stream);
     if (hyper.require_finite && !tables.all_finite(norms, true, stream)) return false;
     factors = tables.clip(norms, hyper, stream);
   }

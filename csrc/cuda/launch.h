@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Entry points of the CUDA backend. Arguments have been checked by the binding; errors of the CUDA runtime are thrown
-// as std::runtime_error. Free of CUDA headers: a stream is a cudaStream_t. Whoever calls has made the device current
-// and, with a Context, entered it.
+// Entry points of the CUDA backend. The caller has checked the arguments, made the device current and, where a Context
+// is used, entered it. Errors of the CUDA runtime are thrown as std::runtime_error. This header includes no CUDA
+// header: a `void* stream` is a cudaStream_t.
 #pragma once
 
 #include <memory>
@@ -10,42 +10,45 @@
 
 #include "../core/step_args.h"
 #include "../core/step_scalars.h"
-#include "index_bodies.h"
+#include "index_kernels.h"
 
 namespace fastadam::cuda {
 
-// A table in a deferred mode: `from` is not used, but these.
+// A deferred table on a device, which uses `last` instead of `from`.
 struct DeviceStale : StaleRows {
-  int32_t* last;  // steps of the history that each row has had
+  int32_t* last;  // the number of steps of the history that each row has had
 };
 
-// An index that was no row. The steps from `call` on have changed nothing.
+// An invalid index. The steps from `call` on have changed nothing.
 struct Failure {
   int64_t call;
-  int64_t source;  // as given to SortedRows::sort
+  int64_t source;  // the argument of SortedRows::sort
   int64_t position;
   int64_t index;
 };
 
-// What all launches of one optimizer share on one device: t, and whether an index was bad.
+// What all launches of one optimizer share on one device: t, and whether an index was invalid.
 class FASTADAM_API Context {
  public:
-  Context();  // waits
+  Context();  // waits for the device
   ~Context();
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
 
-  // Work begins on this stream: after all that was begun before, on whatever stream.
+  // Until leave(), work goes to this stream. It runs after all earlier work of this context, on whatever stream.
   void enter(void* stream);
   void leave();
   void* stream() const;
   bool is_capturing() const;
 
-  void wait();                            // for the device
-  std::optional<Failure> take_failure();  // as far as it is known; waits if there is one; steps go on after it
+  void wait();  // for the device
 
-  bool is_captured() const;  // some step was
-  int64_t step();            // t of the last step that was made; waits
+  // Returns and clears the invalid index that the device has reported so far, if any; then steps run again. Waits only
+  // if there is one.
+  std::optional<Failure> take_failure();
+
+  bool is_captured() const;  // whether any step was captured
+  int64_t step();            // t of the last step; waits for the device
 
   struct Parts;
   Parts& parts() { return *parts_; }
@@ -54,9 +57,9 @@ class FASTADAM_API Context {
   std::unique_ptr<Parts> parts_;
 };
 
-// The launches of one set of buffers, whose tables are made once. Everything runs on the stream of the context; nothing
-// waits, but where it says so. TensorArgs and StepArgs have host structs with pointers to the device; `rows` points to
-// DeviceRows, `stale` to DeviceStale.
+// The launches for one set of buffers, whose tables are made once. All work goes to the stream of the context, and no
+// function waits unless its comment says so. TensorArgs and StepArgs are structs on the host with pointers to device
+// memory; `rows` points to DeviceRows and `stale` to DeviceStale, both on the host.
 class FASTADAM_API Launch {
  public:
   Launch(std::shared_ptr<Context> context, const std::vector<TensorArgs>& tensors, const Chains& chains);  // waits
@@ -64,22 +67,23 @@ class FASTADAM_API Launch {
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
 
-  // Norms, clipping, and the step. `call`: the caller's counter. Waits, and returns false if nothing was done, where
-  // the gradients had to be finite. Whether it is skipped for `numbers.found_inf` is not known to the host.
+  // Norms, clipping, and the step. `call`: the caller's counter. With hyper.require_finite it waits, and returns false
+  // if a gradient was not finite and nothing was done. The host does not learn whether numbers.found_inf skips the
+  // step.
   bool step(const StepArgs& step, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper,
             const DeviceNumbers& numbers, int64_t call);
 
-  // Whether the device can count t, or read a rate, for a step with these betas: it has powers of those of the first
-  // step alone, and none of one too near to 1. Not to be asked in a capture.
+  // Whether the device can count t or read a rate in a step with these betas. It needs tables of their powers, which
+  // exist only for the betas of the first step, and not for a beta too close to 1. Do not call this in a capture.
   bool can_count(const AdamHyper& hyper);
 
-  // As step(), for gradients that are added up. Those that have to be finite wait.
+  // Adds gradients to the accumulators; otherwise like step(). Waits only with `require_finite`.
   bool accumulate(bool restart, bool require_finite, const std::vector<TensorArgs>& tensors, int64_t call);
 
-  // Of each gradient, to memory of the device.
+  // Writes the sum of squares of each gradient to `sums`, in device memory.
   void sum_squares(const std::vector<TensorArgs>& tensors, double* sums);
 
-  // Rows of one stale table get the steps that they missed.
+  // Brings rows of one deferred table up to date.
   void catch_up(const StepArgs& step, const TensorArgs& tensor, int64_t call);
 
  private:
@@ -87,7 +91,7 @@ class FASTADAM_API Launch {
   std::unique_ptr<Tables> tables_;
 };
 
-// The rows that the indices of one gradient name, in memory that is kept from step to step.
+// The rows that the indices of one gradient name, in memory that is reused from step to step.
 class FASTADAM_API SortedRows {
  public:
   SortedRows();
@@ -95,12 +99,12 @@ class FASTADAM_API SortedRows {
   SortedRows(const SortedRows&) = delete;
   SortedRows& operator=(const SortedRows&) = delete;
 
-  // `indices` on the device. One that is not a row is reported as of `source` (Context::take_failure).
+  // `indices` are in device memory. Context::take_failure() reports an invalid one, with this `source`.
   void sort(const void* indices, bool is_int64, int64_t count, int64_t row_count, int64_t width, int64_t source,
             Context& context);
   const DeviceRows& rows() const;
 
-  // The sums of the rows, of the state dtype: slices.count rows, those behind the last are zero.
+  // Returns the sums of the rows in the state dtype, rows().count of them; sums after the last row are zero.
   void* sum(const void* values, DType dtype, const Context& context);
 
  private:
@@ -108,7 +112,7 @@ class FASTADAM_API SortedRows {
   std::unique_ptr<Memory> memory_;
 };
 
-// The history of a table, as the device reads it.
+// The history of a deferred table in device memory.
 class FASTADAM_API DeviceHistory {
  public:
   DeviceHistory(bool is_double, int64_t room);
@@ -116,20 +120,20 @@ class FASTADAM_API DeviceHistory {
   DeviceHistory(const DeviceHistory&) = delete;
   DeviceHistory& operator=(const DeviceHistory&) = delete;
 
-  // All `steps` of it, from arrays of the host.
+  // Writes all `steps` of the history from arrays of the host.
   void write(const void* alphas, const void* keeps, const void* peaks, int64_t steps, void* stream);
-  // One step more.
+  // Appends one step.
   void append(const void* alphas, const void* keeps, const void* peaks, int64_t step, void* stream);
   void write_forms(const ClosedForm* forms, int64_t form_count, const int32_t* places, int64_t place_count,
                    void* stream);
-  void point(StaleRows& stale) const;  // `alphas`, `keeps`, `peaks`, `forms` and `places`
+  void point(StaleRows& stale) const;  // sets its `alphas`, `keeps`, `peaks`, `forms` and `places`
 
  private:
   struct Memory;
   std::unique_ptr<Memory> memory_;
 };
 
-// Rows of a table by ids on the device; an id that is not a row gives zeros and is reported by the next call.
+// Gathers rows of a table by ids on the device. An invalid id gives zeros, and take_failure() reports it later.
 class FASTADAM_API Gather {
  public:
   Gather();
@@ -146,7 +150,7 @@ class FASTADAM_API Gather {
   std::unique_ptr<Memory> memory_;
 };
 
-// For Launch: updates the rows of one tensor whose gradient is sparse, or brings them up to date.
+// Used by Launch: updates the rows of one tensor with a sparse gradient, or brings rows up to date.
 void step_rows(const StepArgs& step, const TensorArgs& tensor, const double* factor, const StepState* state,
                void* stream);
 void accumulate_rows(const TensorArgs& tensor, bool restart, const StepState* state, void* stream);

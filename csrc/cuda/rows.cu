@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// IndexedSlices and tables that wait: indices sorted with CUB, rows updated, summed, gathered.
+// IndexedSlices and deferred tables: sorts indices with CUB, and updates, sums and gathers rows.
 #include <algorithm>
 #include <cub/cub.cuh>
 
 #include "chunks.h"
 #include "context.h"
-#include "row_bodies.h"
+#include "row_kernels.h"
 
 namespace fastadam::cuda {
 namespace {
@@ -30,7 +30,7 @@ struct SortedRows::Memory {
     room_for(starts, count + 1);
   }
 
-  // Calls work(memory, size) twice: first with none, to find how much it needs.
+  // Calls work(memory, size) twice: first without memory, to learn the size that it needs.
   template <class Work>
   void with_scratch(Work work) {
     size_t size = 0;
@@ -87,7 +87,7 @@ void* SortedRows::sum(const void* values, DType dtype, const Context& context) {
 struct DeviceHistory::Memory {
   bool is_double;
   int64_t item_size;
-  DeviceArray<double> alphas, keeps, peaks;  // with room for either type
+  DeviceArray<double> alphas, keeps, peaks;  // large enough for float and for double
   DeviceArray<ClosedForm> forms;
   DeviceArray<int32_t> places;
 
@@ -133,7 +133,7 @@ void DeviceHistory::append(const void* alphas, const void* keeps, const void* pe
 void DeviceHistory::write_forms(const ClosedForm* forms, int64_t form_count, const int32_t* places, int64_t place_count,
                                 void* on_stream) {
   const auto stream = static_cast<cudaStream_t>(on_stream);
-  room_for(memory_->forms, form_count + 1);  // not null where there are none
+  room_for(memory_->forms, form_count + 1);  // one more, because the pointer must not be null
   room_for(memory_->places, place_count);
   memory_->forms.write(forms, form_count, stream);
   memory_->places.write(places, place_count, stream);
@@ -151,9 +151,9 @@ struct Gather::Memory {
   HostReport report;
 
   template <class Word>
-  void run(GatherRows<Word> body, cudaStream_t stream) {
-    body.report = report.on_device();
-    launch(body, row_grid(body.id_count, body.width), stream);
+  void run(GatherRows<Word> kernel, cudaStream_t stream) {
+    kernel.report = report.on_device();
+    launch(kernel, row_grid(kernel.id_count, kernel.width), stream);
   }
 };
 
@@ -188,22 +188,22 @@ void step_rows(const StepArgs& step, const TensorArgs& tensor, const double* fac
   const bool all = stale == nullptr && !step.lazy;
   const RowMode mode = slices == nullptr ? RowMode::kCatchUp : all ? RowMode::kAll : RowMode::kTouched;
   with_storage(tensor.dtype, [&](auto zero) {
-    choose(step.amsgrad, tensor.grad == nullptr ? kAsItIs : step.transform, [&](auto amsgrad, auto transform) {
-      using Body = RowStep<decltype(zero), amsgrad.value, transform.value != kAsItIs>;
-      Body body{};
-      body.state = state;
-      body.tensor = tensor;
-      if (slices != nullptr) body.slices = *slices;
+    with_options(step.amsgrad, tensor.grad == nullptr ? kAsItIs : step.transform, [&](auto amsgrad, auto transform) {
+      using Kernel = RowStep<decltype(zero), amsgrad.value, transform.value != kAsItIs>;
+      Kernel kernel{};
+      kernel.state = state;
+      kernel.tensor = tensor;
+      if (slices != nullptr) kernel.slices = *slices;
       if (stale != nullptr) {
-        body.stale = *stale;
-        body.last = stale->last;
-        body.now_had = static_cast<int32_t>(stale->now + (tensor.grad != nullptr));
+        kernel.stale = *stale;
+        kernel.last = stale->last;
+        kernel.new_last = static_cast<int32_t>(stale->now + (tensor.grad != nullptr));
       }
-      body.factor = factor;
-      body.width = width;
-      body.mode = mode;
-      body.row_count = mode == RowMode::kTouched ? slices->count : width == 0 ? 0 : tensor.size / width;
-      launch(body, row_grid(body.row_count, width), static_cast<cudaStream_t>(stream));
+      kernel.factor = factor;
+      kernel.width = width;
+      kernel.mode = mode;
+      kernel.row_count = mode == RowMode::kTouched ? slices->count : width == 0 ? 0 : tensor.size / width;
+      launch(kernel, row_grid(kernel.row_count, width), static_cast<cudaStream_t>(stream));
     });
   });
 }

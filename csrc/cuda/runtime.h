@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA runtime as the sources of this folder use it: errors as exceptions, memory that frees itself, launches of
-// bodies. Included by .cu files only.
+// Wrappers of the CUDA runtime for the .cu files of this folder: errors become exceptions, memory frees itself, and
+// kernels (dense_kernels.h) are launched.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,33 +18,32 @@ namespace fastadam::cuda {
 
 inline void check(cudaError_t status) {
   if (status == cudaSuccess) return;
-  static_cast<void>(cudaGetLastError());  // not to be found again by the next launch
+  static_cast<void>(cudaGetLastError());  // clears the error, which the next launch would report again
   throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
-// Runs a body (bodies.h).
-template <class Body>
-__global__ void __launch_bounds__(Body::kThreads) run(const __grid_constant__ Body body) {
-  __shared__ typename Body::Shared shared;
-  const int phases = body.phases();
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads) run_phases(const __grid_constant__ Kernel kernel) {
+  __shared__ typename Kernel::Shared shared;
+  const int phases = kernel.phases();
   for (int phase = 0; phase < phases; ++phase) {
     if (phase > 0) __syncthreads();
-    body.phase(phase, static_cast<int64_t>(blockIdx.x), static_cast<int64_t>(threadIdx.x), shared);
+    kernel.phase(phase, static_cast<int64_t>(blockIdx.x), static_cast<int64_t>(threadIdx.x), shared);
   }
 }
 
-template <class Body>
-void launch(const Body& body, int64_t blocks, cudaStream_t stream) {
-  static_assert(sizeof(Body) <= 4096, "kernel arguments are at most 4 KiB");
+template <class Kernel>
+void launch(const Kernel& kernel, int64_t blocks, cudaStream_t stream) {
+  static_assert(sizeof(Kernel) <= 4096, "kernel arguments are at most 4 KiB");
   if (blocks == 0) return;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(Body::kThreads);
+  config.blockDim = dim3(Kernel::kThreads);
   config.stream = stream;
-  check(cudaLaunchKernelEx(&config, run<Body>, body));
+  check(cudaLaunchKernelEx(&config, run_phases<Kernel>, kernel));
 }
 
-// Device memory that is made before a step and outlives it: to free it waits for the device.
+// Device memory. Freeing it waits for the device, so it is allocated before a step and kept for later ones.
 template <class T>
 class DeviceArray {
  public:
@@ -63,7 +62,7 @@ class DeviceArray {
     return *this;
   }
 
-  // `values` may go once this has returned: the runtime stages memory that is not pinned.
+  // `values` may be freed as soon as this returns: the runtime stages memory that is not pinned.
   void write(const T* values, int64_t count, cudaStream_t stream) {
     if (count == 0) return;
     check(cudaMemcpyAsync(data_, values, static_cast<size_t>(count) * sizeof(T), cudaMemcpyHostToDevice, stream));
@@ -77,14 +76,14 @@ class DeviceArray {
   int64_t count_ = 0;
 };
 
-// Grows by doubling, so that steps of about the same size allocate nothing.
+// Returns memory for `count` elements. It grows by doubling, so that steps of similar sizes allocate nothing.
 template <class T>
 T* room_for(DeviceArray<T>& memory, int64_t count) {
   if (memory.count() < count) memory = DeviceArray<T>(std::max(count, 2 * memory.count()));
   return memory.get();
 }
 
-// The memory of the host that the device reports to.
+// A Report in host memory that the device can write to.
 class HostReport {
  public:
   HostReport() {

@@ -1,55 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the launches of a step share on the device, and the launch that begins it.
+// The state that the launches of a step share on the device, and the kernels that begin a step.
 #pragma once
 
 #include "../core/step_scalars.h"
 
 namespace fastadam::cuda {
 
-// Every launch of a step reads it; none writes to variables or slots once `skip` is set.
+// Every launch of a step reads this state. After `skip` is set, no launch writes to variables or slots.
 struct StepState {
-  int64_t step;    // t of the last step that was made, or of the one that is being made
-  bool failed;     // an invalid row index was found: no step moves anything until the host has raised the error
-  bool told;       // and the host has been told
-  bool skip;       // nothing of this step is written
-  double unscale;  // multiplies the factors of its gradients: 1 / grad_scale, where that lies on the device
-  StepScalars<float> single;
-  StepScalars<double> twice;
+  int64_t step;      // t of the current step, or of the last one if none is running
+  bool failed;       // a row index was invalid: every step is skipped until the host has raised the error
+  bool is_reported;  // the failure is in the Report
+  bool skip;         // this step writes nothing
+  double unscale;    // multiplies the factors of the gradients: 1 / grad_scale if the scale is on the device, or 1
+  StepScalars<float> scalars_f32;
+  StepScalars<double> scalars_f64;
 };
 
 template <class T>
 FASTADAM_INLINE const StepScalars<T>& scalars_of(const StepState& state) {
   if constexpr (sizeof(T) == 8) {
-    return state.twice;
+    return state.scalars_f64;
   } else {
-    return state.single;
+    return state.scalars_f32;
   }
 }
 
-// What the device tells the host, in memory of the host that the device can write to.
+// What the device reports to the host, in host memory that the device can write to.
 struct Report {
-  int64_t failed;  // 1: an index is not a row
-  int64_t call;    // what the caller's counter was before the step that met it
-  int64_t source;  // of the indices, as the host calls it
+  int64_t failed;  // 1: an index was invalid
+  int64_t call;    // the caller's counter before the step with that index
+  int64_t source;  // which array of indices: a number that the host passed
   int64_t position;
   int64_t index;
-  int64_t not_finite;  // 1: a gradient of the last step that required it was not
+  int64_t not_finite;  // 1: in the last step with require_finite a gradient was not finite
 };
 
-// What is written before is seen by the host before what is written after.
+// Makes all earlier writes visible to the host before any later write.
 FASTADAM_INLINE void fence_for_host() {
 #if defined(__CUDA_ARCH__)
   __threadfence_system();
 #endif
 }
 
-// Numbers of a step that lie on the device, where each step reads them anew; null: the host has said them.
+// Numbers of a step that are stored on the device, where every step reads them again. Null: the host has passed them.
 struct DeviceNumbers {
-  const void* rate = nullptr;  // one float32 or float64, in the place of hyper.learning_rate
+  const void* rate = nullptr;  // one float32 or float64, used instead of hyper.learning_rate
   bool rate_is_double = false;
-  const float* grad_scale = nullptr;  // what the gradients have been multiplied by
-  const float* found_inf = nullptr;   // not 0: this step is skipped
-  bool counts = false;                // t is that of the last step and one more, not hyper.step
+  const float* grad_scale = nullptr;  // the gradients were multiplied by it
+  const float* found_inf = nullptr;   // this step is skipped if it is not 0
+  bool counts = false;                // t is the t of the last step plus 1, not hyper.step
 
   FASTADAM_INLINE double unscale() const {
     return grad_scale == nullptr ? 1.0 : 1.0 / static_cast<double>(*grad_scale);
@@ -57,22 +57,22 @@ struct DeviceNumbers {
   FASTADAM_INLINE bool skips() const { return found_inf != nullptr && *found_inf != 0; }
 };
 
-constexpr int64_t kSameStep = -1;  // t stays as it is: no step, but something before or between them
+constexpr int64_t kSameStep = -1;  // t stays as it is, for work other than a step
 
-// A step that is skipped leaves t at that of the step before it; those behind an index that was no row leave it alone.
+// A skipped step leaves t at its previous value. After an invalid index has been reported, no step changes t.
 FASTADAM_INLINE void begin_step(StepState& state, Report& report, int64_t step, int64_t call,
                                 const DeviceNumbers& numbers) {
   state.skip = state.failed || numbers.skips();
-  if (step != kSameStep && !(state.failed && state.told)) state.step = state.skip ? step - 1 : step;
+  if (step != kSameStep && !(state.failed && state.is_reported)) state.step = state.skip ? step - 1 : step;
   state.unscale = numbers.unscale();
-  if (!state.failed || state.told) return;
-  state.told = true;
+  if (!state.failed || state.is_reported) return;
+  state.is_reported = true;
   report.call = call;
   fence_for_host();
   report.failed = 1;
 }
 
-// The numbers of a step, as the host computed them.
+// Begins a step whose numbers the host has computed.
 struct BeginStep {
   static constexpr int kThreads = 1;
   struct Shared {};
@@ -80,25 +80,25 @@ struct BeginStep {
   Report* report;
   int64_t step;
   int64_t call;
-  StepScalars<float> single;
-  StepScalars<double> twice;
-  DeviceNumbers numbers;  // but for the rate and t
-  double clip_value;      // of AdamHyper, likewise: read if there is a grad_scale
+  StepScalars<float> scalars_f32;
+  StepScalars<double> scalars_f64;
+  DeviceNumbers numbers;  // without a rate and without `counts`
+  double clip_value;      // this and the next are of AdamHyper, and read only if there is a grad_scale
   double gradient_scale;
 
   FASTADAM_INLINE int phases() const { return 1; }
   FASTADAM_INLINE void phase(int, int64_t, int64_t, Shared&) const {
-    state->single = single;
-    state->twice = twice;
+    state->scalars_f32 = scalars_f32;
+    state->scalars_f64 = scalars_f64;
     begin_step(*state, *report, step, call, numbers);
     if (numbers.grad_scale == nullptr) return;
     const double raw_clip = clip_value / (gradient_scale * state->unscale);
-    state->single.clip_value = static_cast<float>(raw_clip);
-    state->twice.clip_value = raw_clip;
+    state->scalars_f32.clip_value = static_cast<float>(raw_clip);
+    state->scalars_f64.clip_value = raw_clip;
   }
 };
 
-// beta_1^t and beta_2^t for t = 0 to count - 1; after them 1 - beta^t rounds to 1.
+// beta_1^t and beta_2^t for t from 0 to count - 1. For larger t, 1 - beta^t rounds to 1.
 template <class T>
 struct Powers {
   const T* of_1;
@@ -108,7 +108,7 @@ struct Powers {
   FASTADAM_INLINE T at(const T* of, int64_t step) const { return step < count ? of[step] : T(0); }
 };
 
-// The numbers of a step that the host cannot compute: t is counted by the device, or the rate lies there.
+// Begins a step whose numbers the host cannot compute, because the device counts t or stores the rate.
 struct AdvanceStep {
   static constexpr int kThreads = 1;
   struct Shared {};
@@ -117,20 +117,20 @@ struct AdvanceStep {
   int64_t call;
   AdamHyper hyper;
   DeviceNumbers numbers;
-  bool is_captured;  // in a graph, whose steps report t in the place of `call`
-  Powers<float> singles;
-  Powers<double> doubles;
-  bool has_single;
-  bool has_double;
+  bool is_captured;  // in a graph, whose steps report t - 1 instead of `call`
+  Powers<float> powers_f32;
+  Powers<double> powers_f64;
+  bool has_f32;  // some variable has arithmetic in float32
+  bool has_f64;
 
   FASTADAM_INLINE int phases() const { return 1; }
   FASTADAM_INLINE void phase(int, int64_t, int64_t, Shared&) const {
     AdamHyper now = hyper;
     if (numbers.counts) now.step = state->step + 1;
     now.gradient_scale = hyper.gradient_scale * numbers.unscale();
-    if (has_single && !now.epsilon_corrected) state->single = scalars(now, singles);
-    if (has_single && now.epsilon_corrected) state->single = rounded<float>(scalars(now, doubles));
-    if (has_double) state->twice = scalars(now, doubles);
+    if (has_f32 && !now.epsilon_corrected) state->scalars_f32 = scalars(now, powers_f32);
+    if (has_f32 && now.epsilon_corrected) state->scalars_f32 = rounded<float>(scalars(now, powers_f64));
+    if (has_f64) state->scalars_f64 = scalars(now, powers_f64);
     begin_step(*state, *report, now.step, is_captured ? now.step - 1 : call, numbers);
   }
 

@@ -68,7 +68,7 @@ typedef struct fastadam_hyper {
   double global_clip_norm; /* bound of the norm of all gradients together */
   double gradient_scale;   /* 1 / loss scale. Clip bounds refer to scaled gradients; each grad_factor must already
                               include it */
-  double weight_decay;     /* decoupled: the variable first shrinks by weight_decay * learning_rate (AdamW) */
+  double weight_decay;     /* decoupled (AdamW): the variable is first multiplied by 1 - weight_decay * learning_rate */
   double ema_momentum;     /* momentum of the averages, if any */
   bool ema_overwrite;      /* after this step the averages are copied to the variables */
   bool require_finite;     /* no step is made if an element of a gradient is not finite */
@@ -86,7 +86,7 @@ typedef struct fastadam_rows {
   int64_t width; /* elements of a row */
 } fastadam_rows;
 
-struct fastadam_stale_rows; /* of the Python package's deferred tables; its layout is not part of this interface */
+struct fastadam_stale_rows; /* for the Python package's deferred tables; its layout is not part of this interface */
 
 /* One variable and its gradient. fastadam_dense() and fastadam_sparse() fill in the usual values. */
 typedef struct fastadam_tensor {
@@ -151,7 +151,7 @@ FASTADAM_API fastadam_status fastadam_set_num_threads(int32_t count);
 FASTADAM_API int32_t fastadam_num_threads(void);       /* the number in use */
 FASTADAM_API int32_t fastadam_requested_threads(void); /* the number last set */
 
-/* The name of instruction set i of this build, from the plainest to the widest; null if there are not so many. The last
+/* The name of instruction set i of this build, from the plainest to the widest; null if i is out of range. The last
  * usable one is the default. */
 FASTADAM_API const char* fastadam_isa(int32_t i);
 FASTADAM_API bool fastadam_isa_is_usable(int32_t i);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Uses fastadam_cuda.h without a device: tests/test_cuda_c_interface.py does with one. */
+ * Uses fastadam_cuda.h without a device. tests/test_cuda_c_interface.py uses it with one. */
 #include <fastadam_cuda.h>
 #include <stdio.h>
 

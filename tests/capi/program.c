@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * For tests/test_c_interface.py: steps of the C interface in C99. Prints what it got, in hexadecimal. */
+ * For tests/test_c_interface.py: uses the C interface from C99, and prints the results in hexadecimal. */
 #include <fastadam.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,7 +22,7 @@ static void require(fastadam_status status) {
   exit(1);
 }
 
-/* A list of two: dense, with a global norm to clip and AdamW's decay; the second has none of it. */
+/* Two dense variables with a clipped global norm and AdamW's decay, from which the second is excluded. */
 static void dense_list(void) {
   float w[2][kSize], g[2][kSize], m[2][kSize] = {{0}}, v[2][kSize] = {{0}};
   fastadam_tensor tensors[2];
@@ -44,7 +44,7 @@ static void dense_list(void) {
   show("second", w[1], kSize);
 }
 
-/* Rows of a table, one of them twice; AMSGrad; every row moves, or only these. */
+/* AMSGrad for a table whose gradient names one row twice. Updates every row or only the named ones. */
 static void sparse(const char* name, bool lazy) {
   const int32_t indices[kIndices] = {4, 1, 4, 0};
   float table[kSize], values[kIndices * kWidth], m[kSize] = {0}, v[kSize] = {0}, vhat[kSize] = {0};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// For tests/test_c_interface.py: the C interface from C++, in the types and with the options that program.c leaves out.
+// For tests/test_c_interface.py: uses the C interface from C++, with types and options that program.c does not cover.
 #include <fastadam.h>
 
 #include <cstdio>
@@ -13,7 +13,7 @@ fastadam_list list_of(const std::vector<fastadam_tensor>& tensors) {
   return {FASTADAM_ABI, tensors.data(), static_cast<int64_t>(tensors.size()), nullptr, nullptr, 0};
 }
 
-// A float64 variable of PyTorch's conventions, and one with an average and an accumulator.
+// A float64 variable with PyTorch's options, an average and an accumulator.
 void step_and_accumulate() {
   std::vector<double> w(5, 1.0), g(5, 0.5), m(5), v(5);
   std::vector<fastadam_tensor> tensors = {fastadam_dense(w.data(), g.data(), m.data(), v.data(), 5, FASTADAM_FLOAT64)};
@@ -31,16 +31,16 @@ void step_and_accumulate() {
   std::printf("double %a average %a accumulator %a\n", w[0], average[0], accumulator[0]);
 }
 
-// Rows that fastadam_sort_rows would not have made, of a table of 4 rows; and heads that leave a tensor out.
+// Invalid rows of a table with 4 rows, and heads that do not match the tensors.
 void refuse_rows(const fastadam_tensor& dense) {
   const fastadam_hyper hyper = fastadam_defaults(1);
   const auto refused = [&](const fastadam_list& list) {
     const fastadam_status status = fastadam_step(&list, &hyper, false);
     std::printf("status %d %s\n", static_cast<int>(status), fastadam_error());
   };
-  using Three = std::vector<int64_t>;
-  const auto try_rows = [&](const Three& named, const Three& starts, const Three& order) {
-    const fastadam_rows rows = {named.empty() ? nullptr : named.data(), starts.data(), order.data(), 2, 1};
+  using Indices = std::vector<int64_t>;
+  const auto try_rows = [&](const Indices& list, const Indices& starts, const Indices& order) {
+    const fastadam_rows rows = {list.empty() ? nullptr : list.data(), starts.data(), order.data(), 2, 1};
     fastadam_tensor tensor = dense;
     tensor.rows = &rows;
     tensor.grad_size = 2;
@@ -57,9 +57,9 @@ void refuse_rows(const fastadam_tensor& dense) {
   refused({FASTADAM_ABI, two, 2, heads, offsets, 2});
   refused({FASTADAM_ABI, two, 2, heads, offsets, 1});
 
-  const std::vector<int64_t> named = {0, 2}, starts = {0, 1, 2};
-  const fastadam_rows rows[] = {{named.data(), starts.data(), named.data(), 1, 1},
-                                {named.data(), starts.data(), starts.data(), 2, 1}};
+  const std::vector<int64_t> row_list = {0, 2}, starts = {0, 1, 2};
+  const fastadam_rows rows[] = {{row_list.data(), starts.data(), row_list.data(), 1, 1},
+                                {row_list.data(), starts.data(), starts.data(), 2, 1}};
   fastadam_tensor chained[] = {dense, dense};
   for (int i = 0; i < 2; ++i) {
     chained[i].rows = &rows[i];
@@ -74,7 +74,7 @@ void refuse_rows(const fastadam_tensor& dense) {
   }
 }
 
-// What is refused has changed nothing; the variable stays 1.
+// Calls that are refused change nothing: the variable stays 1.
 void refusals() {
   std::vector<float> w(4, 1.0F), g(4, 0.5F), m(4), v(4);
   const fastadam_tensor good = fastadam_dense(w.data(), g.data(), m.data(), v.data(), 4, FASTADAM_FLOAT32);

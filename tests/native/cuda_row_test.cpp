@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs what CUDA threads do for rows (csrc/cuda/row_bodies.h) on the CPU, warp by warp, and compares it with plain
-// scalar loops and, where rows jump, with the CPU kernel, bit for bit. Prints a line per check.
+// Runs the CUDA kernels for rows (csrc/cuda/row_kernels.h) on the CPU and compares them bit for bit with plain scalar
+// loops or, where rows jump, with the CPU kernel. Prints a line per check.
 #include <string>
 #include <vector>
 
 #include "../../csrc/bind/closed_forms.h"
 #include "../../csrc/cpu/launch.h"
-#include "../../csrc/cuda/row_bodies.h"
+#include "../../csrc/cuda/row_kernels.h"
 #include "emulate.h"
 #include "harness.h"
 #include "row_reference.h"
@@ -29,25 +29,25 @@ struct RowArgs {
 
 template <class Storage, bool kAmsgrad, bool kTransform>
 void run_rows(const RowArgs& args, int t) {
-  using Body = cuda::RowStep<Storage, kAmsgrad, kTransform>;
+  using Kernel = cuda::RowStep<Storage, kAmsgrad, kTransform>;
   cuda::StepState state{};
-  state.single = scalars<float>(t);
-  state.twice = scalars<double>(t);
+  state.scalars_f32 = scalars<float>(t);
+  state.scalars_f64 = scalars<double>(t);
   state.unscale = args.unscale;
   state.skip = args.skip;
-  Body body{};
-  body.state = &state;
-  body.tensor = args.tensor;
-  static_cast<Rows&>(body.slices) = args.rows;
-  body.slices.unique = args.rows.rows == nullptr ? nullptr : &args.rows.count;
-  if (args.stale != nullptr) body.stale = *args.stale;
-  body.last = args.last;
-  body.now_had = static_cast<int32_t>(body.stale.now);
-  body.width = args.width;
-  // On a GPU the host knows no better than the number of indices.
-  body.row_count = args.mode == RowMode::kTouched ? args.rows.count + 3 : args.tensor.size / args.width;
-  body.mode = args.mode;
-  emulate(body, cuda::row_grid(body.row_count, body.width));
+  Kernel kernel{};
+  kernel.state = &state;
+  kernel.tensor = args.tensor;
+  static_cast<Rows&>(kernel.slices) = args.rows;
+  kernel.slices.unique = args.rows.rows == nullptr ? nullptr : &args.rows.count;
+  if (args.stale != nullptr) kernel.stale = *args.stale;
+  kernel.last = args.last;
+  kernel.new_last = static_cast<int32_t>(kernel.stale.now);
+  kernel.width = args.width;
+  // On a GPU the host knows only the number of indices, an upper bound.
+  kernel.row_count = args.mode == RowMode::kTouched ? args.rows.count + 3 : args.tensor.size / args.width;
+  kernel.mode = args.mode;
+  emulate(kernel, cuda::row_grid(kernel.row_count, kernel.width));
 }
 
 template <class Storage>
@@ -74,7 +74,7 @@ void check_slices(const Pair& pair, int64_t width, bool amsgrad, bool transform,
   const Array values = slice_values(pair.grad_dtype, kMaxIndices * width + kSteps);
   const Variable expected(initial, 0);
   const Variable table(initial, 3);
-  const double unscale = transform ? 1.0 / 3 : 1.0;  // that the device alone knows
+  const double unscale = transform ? 1.0 / 3 : 1.0;  // only the device knows it
   for (int t = 0; t < kSteps; ++t) {
     const Occurrences sorted(kIndices[t]);
     const Rows rows = sorted.view(width);
@@ -89,12 +89,12 @@ void check_slices(const Pair& pair, int64_t width, bool amsgrad, bool transform,
     args.unscale = unscale;
     run_rows(args, t, amsgrad, transform);
   }
-  const std::string rule = lazy ? "that are touched: " : "of a whole table: ";
-  claims.note("warps of rows " + rule + pair.name() + " gives the bits of the scalar loop", table == expected);
+  const std::string rule = lazy ? "only rows with a gradient" : "all rows";
+  claims.note("row kernel, " + rule + ": " + pair.name() + " has the bits of the scalar loop", table == expected);
 }
 
-// Rows of every gap, with a gradient, or brought up to date: some of them, or all.
-enum class Touch { kGradient, kChosen, kAll };
+// Rows with every gap: some get a gradient, some or all are only brought up to date.
+enum class Touch { kGradient, kSome, kAll };
 
 void check_stale(const Pair& pair, int64_t width, bool amsgrad, bool may_stop, Touch touch, Claims& claims) {
   constexpr int t = 2;
@@ -127,13 +127,12 @@ void check_stale(const Pair& pair, int64_t width, bool amsgrad, bool may_stop, T
   run_rows({args(table), rows, &stale, last.data(), width, mode}, t, amsgrad, true);
   for (const int64_t row : sorted.rows) had[static_cast<size_t>(row)] = static_cast<int32_t>(kNow);
   if (touch == Touch::kAll) had.assign(had.size(), static_cast<int32_t>(kNow));
-  claims.note("warps of rows note what each has had", last == had);
-  const std::string rule = may_stop ? "and may rest: " : "";
-  claims.note("warps of rows that wait " + rule + pair.name() + " gives the bits of the dense steps",
-              table == expected);
+  claims.note("row kernel, deferred: records the steps that each row has had", last == had);
+  const std::string rule = may_stop ? " and may stop early: " : ": ";
+  claims.note("row kernel, deferred" + rule + pair.name() + " has the bits of dense steps", table == expected);
 }
 
-// Rows whose gaps have closed forms.
+// Rows whose gaps have closed forms jump.
 void check_jumps(DType dtype, bool amsgrad, Claims& claims) {
   constexpr int64_t kWidth = 70;
   constexpr int64_t kNow = 90;
@@ -162,7 +161,7 @@ void check_jumps(DType dtype, bool amsgrad, Claims& claims) {
   tensor.grad = nullptr;
   std::vector<int32_t> last = from;
   run_rows({tensor, Rows{}, &stale, last.data(), kWidth, RowMode::kCatchUp}, 0, amsgrad, false);
-  claims.note("warps of rows that jump give the bits of the CPU kernel", table == expected);
+  claims.note("row kernel, closed forms: has the bits of the CPU kernel", table == expected);
 }
 
 }  // namespace
@@ -178,7 +177,7 @@ int main() {
         }
         for (const int64_t width : {int64_t{1}, int64_t{130}}) {
           check_stale(pair, width, amsgrad, flag, Touch::kGradient, claims);
-          check_stale(pair, width, amsgrad, flag, Touch::kChosen, claims);
+          check_stale(pair, width, amsgrad, flag, Touch::kSome, claims);
           check_stale(pair, width, amsgrad, flag, Touch::kAll, claims);
         }
       }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs what the threads of CUDA launches do (csrc/cuda/bodies.h) on the CPU, block by block, phase by phase, thread by
-// thread, and compares it with the CPU kernels, bit for bit. What a GPU adds is the launch. Prints a line per check.
+// Runs the CUDA kernels for dense gradients and norms (csrc/cuda/dense_kernels.h, norm_kernels.h) on the CPU and
+// compares them bit for bit with the CPU kernels. Only the launch itself needs a GPU. Prints a line per check.
 #include <string>
 #include <vector>
 
 #include "../../csrc/capi/norms.h"
 #include "../../csrc/cpu/launch.h"
-#include "../../csrc/cuda/bodies.h"
 #include "../../csrc/cuda/chunks.h"
+#include "../../csrc/cuda/dense_kernels.h"
 #include "emulate.h"
 #include "harness.h"
 
@@ -15,16 +15,16 @@ namespace {
 
 using namespace kernel_test;
 
-constexpr double kClipValue = 0.5;  // of scalars()
+constexpr double kClipValue = 0.5;  // as in scalars()
 
 std::vector<cuda::Gradient> gradients_of(const std::vector<TensorArgs>& tensors) {
-  std::vector<cuda::Gradient> wanted;
-  for (const TensorArgs& tensor : tensors) wanted.push_back(cuda::gradient_of(tensor));
+  std::vector<cuda::Gradient> expected;
+  for (const TensorArgs& tensor : tensors) expected.push_back(cuda::gradient_of(tensor));
   std::vector<cuda::Gradient> gradients(tensors.size());
   for (size_t first = 0; first < tensors.size(); first += cuda::SetGradients::kCount) {
     cuda::SetGradients set{};
     set.table = gradients.data() + first;
-    set.count = cuda::fill_gradients(set.gradients, wanted, first);
+    set.count = cuda::fill_gradients(set.gradients, expected, first);
     emulate(set, 1);
   }
   return gradients;
@@ -37,14 +37,14 @@ cuda::StepState state_of(const StepArgs& step, const cuda::DeviceNumbers& number
   return state;
 }
 
-// As Launch::step in csrc/cuda/launch.cu.
+// Does what Launch::step in csrc/cuda/launch.cu does.
 void run_step(const StepArgs& step, const std::vector<TensorArgs>& tensors, const cuda::DeviceNumbers& numbers = {}) {
   const std::vector<cuda::Gradient> gradients = gradients_of(tensors);
   const cuda::StepState state = state_of(step, numbers);
   const auto rounds = cuda::rounds_of(step.chains);
-  std::vector<int64_t> averaged;
+  std::vector<int64_t> with_average;
   for (const int64_t t : rounds[0]) {
-    if (tensors[static_cast<size_t>(t)].average != nullptr) averaged.push_back(t);
+    if (tensors[static_cast<size_t>(t)].average != nullptr) with_average.push_back(t);
   }
   for (int i = 0; i < kDTypeCount; ++i) {
     const auto dtype = static_cast<DType>(i);
@@ -52,20 +52,20 @@ void run_step(const StepArgs& step, const std::vector<TensorArgs>& tensors, cons
       using Storage = decltype(zero);
       for (const std::vector<int64_t>& round : rounds) {
         const std::vector<cuda::Chunk> chunks = cuda::chunks_of(tensors, round, dtype);
-        cuda::choose(step.amsgrad, step.transform, [&](auto amsgrad, auto transform) {
+        cuda::with_options(step.amsgrad, step.transform, [&](auto amsgrad, auto transform) {
           emulate(cuda::DenseStep<Storage, amsgrad.value, transform.value>{&state, tensors.data(), gradients.data(),
                                                                            nullptr, chunks.data()},
                   static_cast<int64_t>(chunks.size()));
         });
       }
-      const std::vector<cuda::Chunk> chunks = cuda::chunks_of(tensors, averaged, dtype);
+      const std::vector<cuda::Chunk> chunks = cuda::chunks_of(tensors, with_average, dtype);
       emulate(cuda::AverageStep<Storage>{&state, tensors.data(), chunks.data(), step.ema_overwrite},
               static_cast<int64_t>(chunks.size()));
     });
   }
 }
 
-// A list of variables of all dtypes, some with more gradients, some with averages, at odd addresses.
+// A list of variables of all dtypes, at odd addresses; some have several gradients, some have averages.
 struct List {
   static constexpr int64_t kListSizes[] = {1, 3, 4, 0, 16383, 16384, 16385, 40001, 33, 100};
   std::vector<Variable> variables;
@@ -90,7 +90,7 @@ struct List {
     }
     for (const size_t k : {size_t{4}, size_t{26}, size_t{44}}) {
       tensors[k].next = static_cast<int64_t>(tensors.size());
-      tensors.push_back(variables[k].args(1, amsgrad));  // at an address of other alignment
+      tensors.push_back(variables[k].args(1, amsgrad));  // at an address with another alignment
     }
   }
   List(const List&) = delete;
@@ -116,11 +116,11 @@ void check_steps() {
     const List list(offset, amsgrad);
     cpu::run_step(expected.step(amsgrad, transform, overwrite));
     run_step(list.step(amsgrad, transform, overwrite), list.tensors);
-    claims.note("threads of dense steps give the bits of the CPU kernels", list == expected);
+    claims.note("dense kernel: has the bits of the CPU kernels", list == expected);
   }
 }
 
-// Of a list whose scale, and whether it is skipped, the device alone knows.
+// Only the device knows the loss scale and whether the step is skipped.
 void check_scaled_steps() {
   Claims claims;
   const float scale = 3;
@@ -143,10 +143,10 @@ void check_scaled_steps() {
     numbers.grad_scale = &scale;
     numbers.found_inf = &one;
     run_step(list.step(amsgrad, transform, true), list.tensors, numbers);
-    claims.note("threads of a step that is skipped leave every bit", list == untouched);
+    claims.note("dense kernel: a skipped step changes no bit", list == untouched);
     numbers.found_inf = &zero;
     run_step(list.step(amsgrad, transform, true), list.tensors, numbers);
-    claims.note("threads that read a scale give the bits of a step whose scale the host knew", list == expected);
+    claims.note("dense kernel: a scale on the device gives the bits of a scale that the host passed", list == expected);
   }
 }
 
@@ -158,7 +158,7 @@ bool same(const StepScalars<T>& a, const StepScalars<T>& b) {
          a.ema_momentum == b.ema_momentum && a.l2 == b.l2;
 }
 
-// Steps that are begun one after the other, some of them skipped, against the numbers of the host.
+// Begins several steps, skips some of them, and compares their numbers with numbers computed on the host.
 void check_counting(bool epsilon_corrected, bool is_captured, Claims& claims) {
   AdamHyper hyper{};
   hyper.learning_rate = 0.01;
@@ -173,37 +173,38 @@ void check_counting(bool epsilon_corrected, bool is_captured, Claims& claims) {
   const std::vector<float> singles_2 = cuda::powers_of<float>(hyper.beta_2);
   const std::vector<double> doubles_1 = cuda::powers_of<double>(hyper.beta_1);
   const std::vector<double> doubles_2 = cuda::powers_of<double>(hyper.beta_2);
-  const auto single_count = static_cast<int64_t>(singles_1.size());  // the shorter ones: t stays below
+  const auto single_count =
+      static_cast<int64_t>(singles_1.size());  // beta_1 has the shorter table; t stays below its length
   const auto double_count = static_cast<int64_t>(doubles_1.size());
   cuda::StepState state{};
   cuda::Report report{};
   constexpr int64_t kStart = 6;
-  int64_t made = kStart;
+  int64_t steps = kStart;
   for (int i = 0; i < 12; ++i) {
     const float scale = 0.1F + static_cast<float>(i * i);
     const float found_inf = i % 3 == 1 || i == 5 ? 1.0F : 0.0F;
-    AdamHyper known = hyper;
-    known.step = made + 1;
-    known.gradient_scale = 1.0 / static_cast<double>(scale);
-    const auto single = make_step_scalars<float>(known);
-    const auto twice = make_step_scalars<double>(known);
-    AdamHyper given = hyper;
-    given.gradient_scale = 1;
+    AdamHyper scaled = hyper;
+    scaled.step = steps + 1;
+    scaled.gradient_scale = 1.0 / static_cast<double>(scale);
+    const auto expected_f32 = make_step_scalars<float>(scaled);
+    const auto expected_f64 = make_step_scalars<double>(scaled);
+    AdamHyper unscaled = hyper;
+    unscaled.gradient_scale = 1;
     cuda::DeviceNumbers numbers{};
     numbers.grad_scale = &scale;
     numbers.found_inf = &found_inf;
     if (i % 4 == 0) {  // the host knows t
-      given.step = made + 1;
-      emulate(cuda::BeginStep{&state, &report, given.step, i, make_step_scalars<float>(given),
-                              make_step_scalars<double>(given), numbers, given.clip_value, 1},
+      unscaled.step = steps + 1;
+      emulate(cuda::BeginStep{&state, &report, unscaled.step, i, make_step_scalars<float>(unscaled),
+                              make_step_scalars<double>(unscaled), numbers, unscaled.clip_value, 1},
               1);
     } else {
-      given.step = 1;
+      unscaled.step = 1;
       numbers.counts = true;
       emulate(cuda::AdvanceStep{&state,
                                 &report,
                                 i,
-                                given,
+                                unscaled,
                                 numbers,
                                 is_captured,
                                 {singles_1.data(), singles_2.data(), single_count},
@@ -212,28 +213,29 @@ void check_counting(bool epsilon_corrected, bool is_captured, Claims& claims) {
                                 true},
               1);
     }
-    if (found_inf == 0) ++made;
-    claims.note("t is counted by steps that are made", state.step == made && state.skip == (found_inf != 0));
-    claims.note("numbers of a step that the device counts and scales are those of the host",
-                same(state.single, single) && same(state.twice, twice) && state.unscale == known.gradient_scale);
+    if (found_inf == 0) ++steps;
+    claims.note("a skipped step does not count in t", state.step == steps && state.skip == (found_inf != 0));
+    claims.note("numbers of a step that the device counts and scales equal the numbers of the host",
+                same(state.scalars_f32, expected_f32) && same(state.scalars_f64, expected_f64) &&
+                    state.unscale == scaled.gradient_scale);
   }
 }
 
-// An index that was no row: t is that of the step before it, whatever is asked for afterwards.
+// After an invalid index t stays at the last good step, whatever steps follow.
 void check_failure() {
   cuda::StepState state{};
-  cuda::Report found{};
+  cuda::Report failure{};
   const StepArgs step = step_of(1, false, kAsItIs);
   const auto begin = [&](int64_t t) {
-    emulate(cuda::BeginStep{&state, &found, t, 100 + t, step.scalars_f32, step.scalars_f64, {}, kClipValue, 1}, 1);
+    emulate(cuda::BeginStep{&state, &failure, t, 100 + t, step.scalars_f32, step.scalars_f64, {}, kClipValue, 1}, 1);
   };
   begin(7);
   state.failed = true;
   for (int64_t t = 8; t < 11; ++t) begin(t);
-  report(state.step == 7 && state.skip && found.failed == 1 && found.call == 108, "t is that of the last good step");
+  report(state.step == 7 && state.skip && failure.failed == 1 && failure.call == 108, "t stays at the last good step");
 }
 
-// Gradients whose number of blocks is no power of two, and none at all.
+// Includes gradients with no blocks and with a number of blocks that is not a power of two.
 void check_norms() {
   Claims claims;
   for (const bool finite : {true, false}) {
@@ -256,7 +258,7 @@ void check_norms() {
     for (const double clip_value : {0.5, HUGE_VAL}) {
       Norms norms(tensors.data(), count, clip_value, true);
       cpu::run_norm(norms.args());
-      claims.note("threads of norms find what is not finite", norms.all_finite() == finite);
+      claims.note("norm kernels: find gradients that are not finite", norms.all_finite() == finite);
       std::vector<double> sums(static_cast<size_t>(offsets.back()));
       emulate(cuda::SumSquares{gradients.data(), offsets.data(), count, nullptr, clip_value, true, sums.data()},
               cuda::norm_grid(offsets));
@@ -265,7 +267,7 @@ void check_norms() {
         const double other = norms.args().sums[i];
         same = same && (std::isnan(other) ? std::isnan(sums[i]) : sums[i] == other);
       }
-      claims.note("threads of norms give the sums of the CPU kernels", same);
+      claims.note("norm kernels: give the sums of the CPU kernels", same);
       emulate(cuda::SumBlocks{offsets.data(), sums.data(), cuda::most_blocks(offsets)}, count);
       for (int which = 1; which < 4; ++which) {
         AdamHyper hyper{};
@@ -286,13 +288,13 @@ void check_norms() {
           const double other = expected[t];
           equal = equal && (std::isnan(other) ? std::isnan(factors[t]) : factors[t] == other);
         }
-        claims.note("threads of clipping give the factors of the host", equal);
+        claims.note("norm kernels: give the clip factors of the host", equal);
       }
     }
   }
 }
 
-// Pure index arithmetic, far beyond what can be allocated.
+// Pure index arithmetic, tested with sizes that could not be allocated.
 void check_chunks() {
   constexpr int64_t kHuge = (int64_t{1} << 33) + 5;
   std::vector<TensorArgs> tensors(3);
@@ -313,8 +315,9 @@ void check_chunks() {
     if (chunk.tensor == 1) covers = covers && chunk.begin == next;
     if (chunk.tensor == 1) next += cuda::kChunkElements;
   }
-  report(covers && next >= kHuge && next - cuda::kChunkElements < kHuge, "chunks cover 2^33 elements once, in order");
-  report(cuda::chunks_of(tensors, {0, 1, 2}, FASTADAM_FLOAT64).empty(), "and those of one dtype only");
+  report(covers && next >= kHuge && next - cuda::kChunkElements < kHuge,
+         "chunks cover 2^33 elements exactly once, in order");
+  report(cuda::chunks_of(tensors, {0, 1, 2}, FASTADAM_FLOAT64).empty(), "chunks contain tensors of one dtype only");
 }
 
 }  // namespace

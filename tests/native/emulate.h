@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// For the native tests: a launch of CUDA threads, run on the CPU.
+// For the native tests: runs a launch of CUDA threads on the CPU.
 #pragma once
 
 #include "../../csrc/cpu/flush_denormals.h"
 
 namespace kernel_test {
 
-// Block by block, phase by phase, the threads of a phase in falling order: as good as any on a GPU.
-template <class Body>
-void emulate(const Body& body, int64_t blocks) {
+// Runs block by block and phase by phase. The threads of a phase run in descending order, which is as valid as any
+// order on a GPU.
+template <class Kernel>
+void emulate(const Kernel& kernel, int64_t blocks) {
   const fastadam::cpu::FlushDenormals flush;
   for (int64_t block = 0; block < blocks; ++block) {
-    typename Body::Shared shared{};
-    for (int phase = 0; phase < body.phases(); ++phase) {
-      for (int64_t thread = Body::kThreads - 1; thread >= 0; --thread) body.phase(phase, block, thread, shared);
+    typename Kernel::Shared shared{};
+    for (int phase = 0; phase < kernel.phases(); ++phase) {
+      for (int64_t thread = Kernel::kThreads - 1; thread >= 0; --thread) kernel.phase(phase, block, thread, shared);
     }
   }
 }

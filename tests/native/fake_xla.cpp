@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// XLA on a GPU, on the CPU: handlers that JAX calls on the CPU and that call those of CUDA devices, with the buffers
-// copied to memory of the fake device, where only its work may touch them, and with a stream of it. A buffer that comes
-// again has its old place there.
+// Emulates XLA on a GPU. JAX calls these handlers on the CPU. They copy the buffers to memory of the fake device, which
+// only work of that device may access, and call the handlers for CUDA devices with a stream of it. A buffer that comes
+// again gets the same device memory again.
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -27,7 +27,7 @@ namespace {
 using Buffers = std::vector<XLA_FFI_Buffer>;
 
 XLA_FFI_Handler* handlers[2];
-std::map<std::pair<void*, int64_t>, void*> places;
+std::map<std::pair<void*, int64_t>, void*> device_memory;  // by host address and size
 std::mutex mutex;
 
 int64_t bytes_of(const XLA_FFI_Buffer& buffer) {
@@ -36,27 +36,27 @@ int64_t bytes_of(const XLA_FFI_Buffer& buffer) {
   return bytes;
 }
 
-void* place_of(const XLA_FFI_Buffer& buffer) {
+void* device_memory_of(const XLA_FFI_Buffer& buffer) {
   const int64_t bytes = bytes_of(buffer);
   if (bytes == 0) return nullptr;
-  void*& place = places[{buffer.data, bytes}];
-  if (place == nullptr) place = fake_cuda_allocate(bytes, 0, 0);
-  return place;
+  void*& memory = device_memory[{buffer.data, bytes}];
+  if (memory == nullptr) memory = fake_cuda_allocate(bytes, 0, 0);
+  return memory;
 }
 
 Buffers on_device(void** buffers, int64_t count) {
-  Buffers found;
+  Buffers copies;
   for (int64_t i = 0; i < count; ++i) {
-    found.push_back(*static_cast<XLA_FFI_Buffer*>(buffers[i]));
-    found.back().data = place_of(found.back());
+    copies.push_back(*static_cast<XLA_FFI_Buffer*>(buffers[i]));
+    copies.back().data = device_memory_of(copies.back());
   }
-  return found;
+  return copies;
 }
 
 std::vector<void*> pointers(Buffers& buffers) {
-  std::vector<void*> found;
-  for (XLA_FFI_Buffer& buffer : buffers) found.push_back(&buffer);
-  return found;
+  std::vector<void*> result;
+  for (XLA_FFI_Buffer& buffer : buffers) result.push_back(&buffer);
+  return result;
 }
 
 XLA_FFI_Error* give_stream(XLA_FFI_Stream_Get_Args* args) {
@@ -66,17 +66,17 @@ XLA_FFI_Error* give_stream(XLA_FFI_Stream_Get_Args* args) {
 }
 
 XLA_FFI_Error* call(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
-  if (frame->extension_start != nullptr) return handler(frame);  // it is asked about itself
+  if (frame->extension_start != nullptr) return handler(frame);  // XLA asks for metadata
   const std::lock_guard lock(mutex);
   XLA_FFI_Api api = *frame->api;
   api.XLA_FFI_Stream_Get = give_stream;
-  XLA_FFI_CallFrame mine = *frame;
-  mine.api = &api;
+  XLA_FFI_CallFrame device_frame = *frame;
+  device_frame.api = &api;
   Buffers args = on_device(frame->args.args, frame->args.size);
   Buffers rets = on_device(frame->rets.rets, frame->rets.size);
   std::vector<void*> arg_pointers = pointers(args), ret_pointers = pointers(rets);
-  mine.args.args = arg_pointers.data();
-  mine.rets.rets = ret_pointers.data();
+  device_frame.args.args = arg_pointers.data();
+  device_frame.rets.rets = ret_pointers.data();
   std::vector<Copy> before, after;
   for (size_t i = 0; i < args.size(); ++i) {
     const auto* host = static_cast<const XLA_FFI_Buffer*>(frame->args.args[i]);
@@ -87,7 +87,7 @@ XLA_FFI_Error* call(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
     if (rets[i].data != nullptr) after.push_back({host->data, rets[i].data, bytes_of(rets[i])});
   }
   fake_cuda_copy(before.data(), static_cast<int64_t>(before.size()));
-  XLA_FFI_Error* error = handler(&mine);
+  XLA_FFI_Error* error = handler(&device_frame);
   fake_cuda_copy(after.data(), static_cast<int64_t>(after.size()));
   return error;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks the closed form of missed steps (core/closed_form.h) against their plain sum in long double, the cache of
-// forms (bind/closed_forms.h) against one made for each gap, and what every usable ISA makes of them against a scalar
-// loop. Prints a line per check.
+// Checks closed forms of missed steps (core/closed_form.h) against the plain sum in long double, the cache of forms
+// (bind/closed_forms.h) against the same sum, and the kernels of every usable instruction set against a scalar loop.
+// Prints a line per check.
 #include <string>
 #include <vector>
 
@@ -41,7 +41,7 @@ Steps steps_of(Rates rates, int64_t count, bool decays) {
   return steps;
 }
 
-// What the steps [from, now) do at s + epsilon = 1 and epsilon = y, to a first moment of 1.
+// The sum of the steps [from, now) for s + epsilon = 1, epsilon = y and a first moment of 1.
 long double plain_sum(const Steps& steps, int64_t from, double beta_1, double beta_2, double y, bool amsgrad) {
   long double sum = 0;
   long double m = 1;
@@ -102,10 +102,10 @@ void check_rules() {
             for (const bool amsgrad : {false, true}) {
               const ClosedForm form = form_of(steps, 0, beta_1, beta_2, amsgrad);
               const double error = form.exists ? error_of(form, steps, 0, beta_1, beta_2, amsgrad) : 0;
-              claims.note("a rule that exists is right to 2^-26 for every epsilon", error <= kErrorLimit);
-              claims.note("AMSGrad always has one", form.exists || !amsgrad);
-              claims.note("so has a gap of up to four steps", form.exists || gap > kMaxNodes);
-              claims.note("so has beta_1 up to 0.95 with beta_2 from 0.999",
+              claims.note("a rule that exists has an error of at most 2^-26 for every epsilon", error <= kErrorLimit);
+              claims.note("AMSGrad always has a rule", form.exists || !amsgrad);
+              claims.note("a gap of up to four steps always has a rule", form.exists || gap > kMaxNodes);
+              claims.note("beta_1 up to 0.95 with beta_2 from 0.999 always has a rule",
                           form.exists || beta_1 > 0.95 || beta_2 < 0.999);
             }
           }
@@ -121,16 +121,17 @@ void check_rules() {
   const auto reaches = [](double beta_2, int64_t gap) {
     return form_of(steps_of(Rates::kConstant, gap, false), 0, 0.9, beta_2, false).exists;
   };
-  report(reaches(0.99, 120) && !reaches(0.99, 130), "0.9 and 0.99 have one up to gaps of 120, and little more");
-  report(reaches(0.95, 16) && !reaches(0.95, 18), "0.9 and 0.95 up to gaps of 16");
+  report(reaches(0.99, 120) && !reaches(0.99, 130),
+         "0.9 and 0.99 have a rule for gaps up to 120, and not much further");
+  report(reaches(0.95, 16) && !reaches(0.95, 18), "0.9 and 0.95 have a rule for gaps up to 16");
   Steps negative = steps_of(Rates::kConstant, 30, false);
   negative.add(-0.001f, 1);
   negative.add(0.001f, 1);
-  report(!form_of(negative, 0, 0.9, 0.999, false).exists, "nor has a gap with a negative rate");
-  report(form_of(negative, 31, 0.9, 0.999, false).exists, "but the steps after it have");
+  report(!form_of(negative, 0, 0.9, 0.999, false).exists, "a gap with a negative rate has no rule");
+  report(form_of(negative, 31, 0.9, 0.999, false).exists, "the steps after a negative rate have a rule");
 }
 
-// The cache, asked at many times of one history, for gaps of all lengths.
+// Uses the cache at many times of one history, for gaps of all lengths.
 void check_cache(double beta_1, double beta_2, bool amsgrad, bool decays, Claims& claims) {
   bind::ClosedForms cache;
   AdamHyper hyper{};
@@ -152,14 +153,14 @@ void check_cache(double beta_1, double beta_2, bool amsgrad, bool decays, Claims
       if (gap <= kShortGap) continue;
       const ClosedForm& form = cache.forms()[cache.places()[first]];
       const double error = form.exists ? error_of(form, steps, first, single_1, single_2, amsgrad) : 0;
-      claims.note("cache: forms are right to 2^-26 for every epsilon", error <= kErrorLimit + 0x1p-24);
-      claims.note("cache: every gap has one", form.exists);
+      claims.note("cache: forms have an error of at most 2^-26 for every epsilon", error <= kErrorLimit + 0x1p-24);
+      claims.note("cache: every gap has a form", form.exists);
       const auto power = [gap](float beta) { return std::pow(static_cast<double>(beta), static_cast<double>(gap)); };
       const bool moments = form.m_factor == power(single_1) && form.v_factor == power(single_2);
       claims.note("cache: moments decay by the power of the float32 beta", moments);
       double keep = 1;
       for (int64_t step = first; step < steps.count(); ++step) keep *= steps.keeps[static_cast<size_t>(step)];
-      claims.note("cache: weight decay is that of all steps", std::fabs(form.keep / keep - 1) < 0x1p-40);
+      claims.note("cache: keep is the weight decay of all steps", std::fabs(form.keep / keep - 1) < 0x1p-40);
     }
   }
   cache.clear();
@@ -167,7 +168,7 @@ void check_cache(double beta_1, double beta_2, bool amsgrad, bool decays, Claims
   const int32_t first = 0;
   cache.prepare(&first, 1, other.view(), hyper, amsgrad);
   const double error = error_of(cache.forms()[cache.places()[0]], other, 0, single_1, single_2, amsgrad);
-  claims.note("cache: nothing of an earlier history is left", error <= kErrorLimit + 0x1p-24);
+  claims.note("cache: clear() forgets the earlier history", error <= kErrorLimit + 0x1p-24);
 }
 
 void check_odd_steps() {
@@ -182,15 +183,15 @@ void check_odd_steps() {
   report(cache.forms()[cache.places()[0]].exists, "a long gap has a form");
   steps.add(1, 1);
   cache.prepare(&first, 1, steps.view(), hyper, false);
-  report(!cache.forms()[cache.places()[0]].exists, "but not if a rate to come outweighs its first steps");
+  report(!cache.forms()[cache.places()[0]].exists, "a long gap has no form if a later rate outweighs its first steps");
   bind::ClosedForms other;
   Steps odd;
   odd.add(0.001f, -0.5f);
   for (int i = 0; i < 900; ++i) odd.add(0.001f, 0.999f);
   const int32_t both[] = {0, 1};
   other.prepare(both, 2, odd.view(), hyper, false);
-  report(!other.forms()[other.places()[0]].exists, "nor if a variable changes its sign");
-  report(other.forms()[other.places()[1]].exists, "but rows that came after it have one");
+  report(!other.forms()[other.places()[0]].exists, "a long gap has no form if a variable changes its sign");
+  report(other.forms()[other.places()[1]].exists, "a gap that starts after the change of sign has a form");
 }
 
 template <class T>
@@ -220,7 +221,7 @@ __attribute__((noinline)) void jump(const TensorArgs& tensor, const ClosedForm& 
   }
 }
 
-// One row with a gap that has a form, of variables of the three dtypes whose moments are float32.
+// One row whose gap has a form, for the three dtypes with float32 moments.
 void check_kernels() {
   Claims claims;
   const Steps steps = steps_of(Rates::kWarmUp, 90, true);

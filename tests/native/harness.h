@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// For the native tests: what a program claims and whether it holds, the instruction sets, the dtypes of a step.
+// For the native tests: reports of checks, loops over instruction sets, and the dtypes of a step.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@
 
 namespace kernel_test {
 
-// A sanitizer watches which memory is touched, and by which thread, and makes it slow: where only values or
-// combinations are more of the same, the plain programs alone go through all of them.
+// Sanitizers check which thread accesses which memory, and are slow. Cases that differ only in values or in
+// combinations of options are therefore left to the plain programs.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr bool kSanitized = true;
 #else
@@ -31,7 +31,7 @@ inline void report(bool ok, const std::string& claim) {
   failures += ok ? 0 : 1;
 }
 
-// The dtypes of variable and gradient: the dtypes, then the half types with gradients of their state dtype.
+// The dtypes of a variable and its gradient: equal ones, then the half types with gradients in their state dtype.
 struct Pair {
   DType dtype;
   DType grad_dtype;
@@ -46,14 +46,12 @@ constexpr Pair kPairs[kPairCount] = {{FASTADAM_FLOAT16, FASTADAM_FLOAT16}, {FAST
                                      {FASTADAM_FLOAT32, FASTADAM_FLOAT32}, {FASTADAM_FLOAT64, FASTADAM_FLOAT64},
                                      {FASTADAM_FLOAT16, FASTADAM_FLOAT32}, {FASTADAM_BFLOAT16, FASTADAM_FLOAT32}};
 
-// Those that dense gradients have, with the dtype of the slots: these, then the half types with slots of their own.
+// The dtypes of dense steps: the pairs above with slots in the state dtype, then the half types with half slots.
 constexpr int kDensePairCount = kPairCount + 2;
 struct DensePair : Pair {
   DType slot_dtype;
 
-  std::string name() const {
-    return Pair::name() + (slot_dtype == state_dtype(dtype) ? "" : ", its slots are halves too");
-  }
+  std::string name() const { return Pair::name() + (slot_dtype == state_dtype(dtype) ? "" : " and half slots"); }
 };
 inline DensePair dense_pair(int i) {
   const Pair& pair = kPairs[i % kPairCount];
@@ -69,7 +67,7 @@ inline StepArgs step_of(int t, bool amsgrad, int transform) {
   return step;
 }
 
-// check(isa) for each that this CPU runs, and that is the current one then; the last is the default.
+// Calls check(isa) for each usable instruction set, made current before. The last one is the default.
 template <class Check>
 void for_each_isa(Check check) {
   for (const cpu::Isa& isa : cpu::isas()) {
@@ -79,7 +77,7 @@ void for_each_isa(Check check) {
   }
 }
 
-// visit(begin, end) for pieces of `size` elements each, the first of them shorter.
+// Calls visit(begin, end) for pieces of `size` elements; the first piece is shorter.
 template <class Visit>
 void for_each_cut(int64_t total, int64_t size, Visit visit) {
   for (int64_t begin = 0; begin < total;) {
@@ -89,7 +87,7 @@ void for_each_cut(int64_t total, int64_t size, Visit visit) {
   }
 }
 
-// A claim that holds in every one of many cases, reported once.
+// Collects claims that are checked in many cases, and reports each once: ok if it held in all of them.
 class Claims {
  public:
   Claims() = default;
@@ -97,11 +95,11 @@ class Claims {
   Claims& operator=(const Claims&) = delete;
   void note(const std::string& claim, bool ok) {
     const auto same = [&claim](const auto& other) { return other.first == claim; };
-    const auto found = std::find_if(claims_.begin(), claims_.end(), same);
-    if (found == claims_.end()) {
+    const auto entry = std::find_if(claims_.begin(), claims_.end(), same);
+    if (entry == claims_.end()) {
       claims_.emplace_back(claim, ok);
     } else {
-      found->second = found->second && ok;
+      entry->second = entry->second && ok;
     }
   }
   ~Claims() {
@@ -112,9 +110,10 @@ class Claims {
   std::vector<std::pair<std::string, bool>> claims_;
 };
 
-// Of each instruction set: what it computed, one after the other. Every machine gets the same: the inputs come from
-// integers and exact operations only. x86 decides after rounding what is small enough to be flushed, AArch64 before: a
-// result within half an ulp below the smallest normal number differs. The inputs have none; new ones must keep it so.
+// A digest of everything that each instruction set computed. It is the same on every machine, because inputs are made
+// from integers with exact operations only. x86 detects results to be flushed after rounding, AArch64 before, so
+// results within half an ulp below the smallest normal number would differ. The inputs produce none, and new ones must
+// not either.
 class Digests {
  public:
   explicit Digests(uint64_t expected) : expected_(expected) {}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks index_rows against a stable sort: order, duplicates, both index types, indices that are no rows, tables too
-// large to exist, several threads. Prints a line per check.
+// Checks index_rows against a stable sort: order, duplicates, both index types, invalid indices, tables too large to
+// exist, several threads. Prints a line per check.
 #include <limits>
 #include <string>
 #include <vector>
@@ -14,7 +14,7 @@ namespace {
 
 using namespace kernel_test;
 
-// The memory is as long as IndexArgs asks for and ends where AddressSanitizer watches.
+// The arrays have exactly the sizes that IndexArgs requires, so that AddressSanitizer detects an access behind them.
 template <class Index>
 struct Sorting {
   std::vector<Index> indices;
@@ -38,8 +38,8 @@ struct Sorting {
     cpu::index_rows(args);
   }
   bool operator==(const Occurrences& expected) const {
-    const auto same = [](const int64_t* got, const std::vector<int64_t>& wanted) {
-      return std::equal(wanted.begin(), wanted.end(), got);
+    const auto same = [](const int64_t* actual, const std::vector<int64_t>& reference) {
+      return std::equal(reference.begin(), reference.end(), actual);
     };
     return args.bad == -1 && args.unique == static_cast<int64_t>(expected.rows.size()) &&
            same(args.keys, expected.rows) && same(args.spare_keys, expected.starts) && same(args.order, expected.order);
@@ -55,17 +55,17 @@ std::vector<int64_t> indices_in(Order order, int64_t count, int64_t row_count) {
   std::vector<int64_t> indices;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t any = static_cast<int64_t>(static_cast<uint64_t>(random.below(~0u)) << 32 | random.below(~0u));
-    const int64_t in_turn = order == Order::kTwice ? i / 2 : order == Order::kDescending ? count - 1 - i : i;
+    const int64_t rank = order == Order::kTwice ? i / 2 : order == Order::kDescending ? count - 1 - i : i;
     const int64_t row = order == Order::kRandom ? (any & std::numeric_limits<int64_t>::max())
                         : order == Order::kSame ? row_count - 1
-                                                : in_turn * stride;
+                                                : rank * stride;
     indices.push_back(row % row_count);
   }
   return indices;
 }
 
-// Large counts add blocks and threads to what the small ones do with every digit: one digit, where all ascend and where
-// they do not, and six; as many blocks as there may be, once.
+// Small counts test every number of digits. Large ones add blocks and threads, for which these cases suffice: one digit
+// with ascending and with random indices, six digits, and once the maximum number of blocks.
 bool is_repetition(Order order, int64_t count, int64_t row_count) {
   if (count > 1000000) return order != Order::kDescending;
   const bool one_digit = row_count == 2048 && (order == Order::kTwice || order == Order::kRandom);
@@ -99,46 +99,46 @@ void check_orders() {
   cpu::set_num_threads(0);
 }
 
-// The first that is not a row, in whichever block it lies.
+// index_rows reports the first invalid index, whichever block it is in.
 void check_bad() {
-  bool found = true;
+  bool ok = true;
   for (const int threads : {1, 3}) {
     cpu::set_num_threads(threads);
     for (const int64_t count : {3, 50000}) {
-      for (const int64_t place : {int64_t{0}, int64_t{1}, count / 2, count - 1}) {
+      for (const int64_t position : {int64_t{0}, int64_t{1}, count / 2, count - 1}) {
         for (const int64_t wrong : {int64_t{-1}, int64_t{100}, -(int64_t{1} << 31), (int64_t{1} << 31) - 1}) {
           std::vector<int64_t> indices = indices_in(Order::kRandom, count, 100);
-          indices[static_cast<size_t>(place)] = wrong;
+          indices[static_cast<size_t>(position)] = wrong;
           indices.back() = wrong;
-          found = found && Sorting<int32_t>(indices, 100).args.bad == place;
-          found = found && Sorting<int64_t>(indices, 100).args.bad == place;
-          indices[static_cast<size_t>(place)] = (int64_t{1} << 32) + 5;  // a row, if cut to 32 bits
-          found = found && Sorting<int64_t>(indices, 100).args.bad == place;
+          ok = ok && Sorting<int32_t>(indices, 100).args.bad == position;
+          ok = ok && Sorting<int64_t>(indices, 100).args.bad == position;
+          indices[static_cast<size_t>(position)] = (int64_t{1} << 32) + 5;  // a valid row if truncated to 32 bits
+          ok = ok && Sorting<int64_t>(indices, 100).args.bad == position;
         }
       }
     }
   }
-  found = found && Sorting<int64_t>({0}, 0).args.bad == 0 && Sorting<int64_t>({}, 0).args.bad == -1;
+  ok = ok && Sorting<int64_t>({0}, 0).args.bad == 0 && Sorting<int64_t>({}, 0).args.bad == -1;
   cpu::set_num_threads(0);
-  report(found, "index_rows says which index is the first that is not a row");
+  report(ok, "index_rows reports the first invalid index");
 }
 
-void check_places() {
-  const std::vector<int64_t> places{0, 5, int64_t{1} << 31, int64_t{1} << 40};
-  const Rows rows{places.data(), nullptr, nullptr, 4, 1};
+void check_search() {
+  const std::vector<int64_t> row_list{0, 5, int64_t{1} << 31, int64_t{1} << 40};
+  const Rows rows{row_list.data(), nullptr, nullptr, 4, 1};
   const Rows none{nullptr, nullptr, nullptr, 0, 1};
-  bool found = first_row_from(none, 3) == 0;
+  bool ok = first_row_from(none, 3) == 0;
   for (int64_t k = 0; k < 4; ++k) {
-    const int64_t row = places[static_cast<size_t>(k)];
-    found = found && first_row_from(rows, row) == k && first_row_from(rows, row + 1) == k + 1;
+    const int64_t row = row_list[static_cast<size_t>(k)];
+    ok = ok && first_row_from(rows, row) == k && first_row_from(rows, row + 1) == k + 1;
   }
-  report(found, "first_row_from finds rows beyond 2^31");
+  report(ok, "first_row_from finds rows beyond 2^31");
 }
 
 }  // namespace
 
 int main() {
-  check_places();
+  check_search();
   check_bad();
   check_orders();
   return failures == 0 ? 0 : 1;

@@ -15,7 +15,7 @@ namespace {
 
 using namespace kernel_test;
 
-// Of the results of check_kernels: see Digests.
+// The digest of the results of check_kernels; see Digests.
 constexpr uint64_t kDigest = 0xd463c860c501e513;
 
 void run(const TensorArgs* tensors, int64_t variables, int t, bool amsgrad, int transform) {
@@ -34,8 +34,7 @@ void check_kernels() {
   Digests digests(kDigest);
   Claims claims;
   for (int mode = 0; mode < kDensePairCount * 2 * kTransformCount; ++mode) {
-    const int place = mode / (2 * kTransformCount);
-    const DensePair pair = dense_pair(place);
+    const DensePair pair = dense_pair(mode / (2 * kTransformCount));
     const bool amsgrad = mode / kTransformCount % 2 != 0;
     const int transform = mode % kTransformCount;
     const bool is_in_digest =
@@ -57,7 +56,7 @@ void check_kernels() {
             step.prefetch = true;
             isa.kernels->dense[static_cast<int>(pair.dtype)](step, prefetching.args(t, amsgrad), 0, size);
           }
-          claims.note(isa.name + (" " + pair.name()) + " gives the bits of the scalar loop",
+          claims.note(isa.name + (" " + pair.name()) + " has the bits of the scalar loop",
                       plain == expected && prefetching == expected);
           if (offset == 0 && is_in_digest) plain.add_to(digests.of(isa));
         }
@@ -84,7 +83,8 @@ void check_conversions(const Format& f) {
     const uint16_t again = store<Storage>(load(Storage{pattern})).bits;
     if (std::isnan(value) ? !std::isnan(decode(again, f)) : again != pattern) same_round_trip = false;
   }
-  for (uint32_t bits = 0; bits < 0x10000; ++bits) {  // the value, halfway to the next, and their neighbours
+  for (uint32_t bits = 0; bits < 0x10000;
+       ++bits) {  // each value, the midpoint to the next one, and the neighbours of both
     const double value = decode(static_cast<uint16_t>(bits), f);
     double next = decode(static_cast<uint16_t>(bits + 1), f);
     if (std::isinf(next)) next = std::copysign(std::ldexp(1, 2 - f.least), next);
@@ -98,12 +98,12 @@ void check_conversions(const Format& f) {
   Random random{1};
   for (int i = 0; i < (kSanitized ? 10000 : 1000000); ++i) check_store(random.below(~0u));
   const std::string name = f.name;
-  report(same_load, name + " loads all 65536 patterns as defined");
-  report(same_round_trip, name + " stores what it loaded, denormals flushed or not");
+  report(same_load, name + " loads all 65536 patterns by the definition");
+  report(same_round_trip, name + " stores what it loaded, whether denormals are flushed or not");
   report(same_store, name + " rounds to nearest even");
 }
 
-// 40 variables of all types, one of them long; two with more gradients, which are applied in order.
+// 40 variables of all types, one of them long. Two have several gradients, which must be applied in order.
 struct Mixed {
   std::vector<Variable> variables;
   std::vector<TensorArgs> tensors;
@@ -138,28 +138,28 @@ uint64_t floating_point_mode() {
   asm volatile("mrs %0, fpcr" : "=r"(mode));
   return mode;
 #else
-  return _mm_getcsr() & ~0x3fu;  // without the flags of past exceptions
+  return _mm_getcsr() & ~0x3fu;  // without the sticky exception flags
 #endif
 }
 
-// `mode`: of this thread when the program began.
+// `mode`: the floating-point mode of this thread at the start of the program.
 void check_threads(uint64_t mode) {
   const Mixed initial;
   const Mixed expected(&initial.variables);
   expected.expect_all();
-  bool kept = true;
+  bool mode_is_kept = true;
   for (const int threads : {1, 2, 3}) {
     cpu::set_num_threads(threads);
     bool same = true;
     for (int round = 0; round < 5; ++round) {
       const Mixed mixed(&initial.variables);
       mixed.run_all();
-      kept = kept && floating_point_mode() == mode;
+      mode_is_kept = mode_is_kept && floating_point_mode() == mode;
       same = same && mixed.variables == expected.variables;
     }
-    report(same, "threads: " + std::to_string(threads) + " give the bits of the scalar loop, gradients in order");
+    report(same, "threads: " + std::to_string(threads) + " give the bits of the scalar loop, with gradients in order");
   }
-  report(kept, "threads: the caller's floating point mode is unchanged");
+  report(mode_is_kept, "threads: the caller's floating-point mode is unchanged");
   const Variable before(FASTADAM_FLOAT32, 40000);
   std::vector<Variable> after;
   for (const int threads : {1, 3}) {
@@ -169,14 +169,14 @@ void check_threads(uint64_t mode) {
     for (int step = 0; step < 40; ++step) run(&tensor, 1, 0, true, true);
   }
   report(after[0] == after[1],
-         "threads: short steps in a row, of which the first wake nobody, give the bits of one thread");
+         "threads: a series of short steps, the first of which wake no helper, gives the bits of one thread");
   const Mixed here(&initial.variables);
   const Mixed there(&initial.variables);
   std::thread other([&there] { there.run_all(); });
   here.run_all();
   other.join();
   const bool same = here.variables == expected.variables && there.variables == expected.variables;
-  report(same, "threads: two callers at once get the bits of the scalar loop");
+  report(same, "threads: two simultaneous callers get the bits of the scalar loop");
   cpu::set_num_threads(0);
 }
 
@@ -202,9 +202,9 @@ void check_mode() {
     std::fesetround(FE_TONEAREST);
     if (rounding == FE_TONEAREST) nearest = var;
     const std::string name = rounding == FE_TONEAREST ? "mode: " : "mode, rounding up: ";
-    report(before == after, name + "the caller's is unchanged");
+    report(before == after, name + "the caller's mode is unchanged");
     report(v == 0 && m > 0, name + "a denormal result is flushed");
-    report(var == nearest, name + "the result does not depend on the caller's");
+    report(var == nearest, name + "the result does not depend on the caller's mode");
   }
 }
 

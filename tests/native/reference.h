@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// For the native tests: inputs made of integers, the half types by their definition, and the step as a plain scalar
-// loop. Written apart from csrc/core, which it is the judge of.
+// For the native tests: inputs made from integers, the half types by their definition, and the step as a plain scalar
+// loop. It is written independently of csrc/core, which it checks.
 #pragma once
 
 #include <algorithm>
@@ -17,11 +17,10 @@ namespace kernel_test {
 
 using namespace fastadam;
 
-// So many fraction bits, and the exponent of the smallest normal number.
 struct Format {
   const char* name;
-  int digits;
-  int least;
+  int digits;  // fraction bits
+  int least;   // the exponent of the smallest normal number
 };
 constexpr Format kFormats[kDTypeCount] = {
     {"float16", 10, -14}, {"bfloat16", 7, -126}, {"float32", 23, -126}, {"float64", 52, -1022}};
@@ -30,7 +29,7 @@ constexpr int kSteps = 5;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// The 16-bit formats by their definition.
+// Decodes a 16-bit format by its definition.
 inline double decode(uint16_t bits, const Format& f) {
   const int exponent = (bits & 0x7fff) >> f.digits;
   const int fraction = bits & ((1 << f.digits) - 1);
@@ -63,7 +62,8 @@ inline void write(void* data, DType dtype, int64_t i, double x) {
   if (size_of(dtype) == 2) static_cast<uint16_t*>(data)[i] = encode(x, kFormats[static_cast<int>(dtype)]);
 }
 
-// Starts `offset` elements after a 64-byte boundary and ends with its allocation, where AddressSanitizer watches.
+// An array that starts `offset` elements after a 64-byte boundary and ends where its allocation ends, so that
+// AddressSanitizer detects an access behind it.
 class Array {
  public:
   Array(DType dtype, int64_t size, int64_t offset = 0)
@@ -80,11 +80,11 @@ class Array {
   bool operator==(const Array& other) const {
     if (std::equal(at(0), at(size_), other.at(0))) return true;
     for (int64_t i = 0; i < size_; ++i) {
-      const double got = read(at(0), dtype_, i);
+      const double actual = read(at(0), dtype_, i);
       const double expected = read(other.at(0), dtype_, i);
-      if (canonical(got) == canonical(expected)) continue;
+      if (canonical(actual) == canonical(expected)) continue;
       static int printed = 0;
-      if (++printed <= 8) std::printf("element %" PRId64 "/%" PRId64 ": %a, not %a\n", i, size_, got, expected);
+      if (++printed <= 8) std::printf("element %" PRId64 "/%" PRId64 ": %a, not %a\n", i, size_, actual, expected);
       return false;
     }
     return true;
@@ -112,7 +112,7 @@ struct Random {
     state = state * 6364136223846793005u + 1442695040888963407u;
     return static_cast<uint32_t>(state >> 32) % limit;
   }
-  // One in eight is denormal or nearly so, one in eight has a square that is.
+  // One in eight is denormal or nearly so, and one in eight has a denormal square.
   double number(DType dtype) {
     const int least = kFormats[static_cast<int>(dtype)].least;
     const uint32_t kind = below(8);
@@ -127,7 +127,7 @@ struct Variable {
   DType grad_dtype;
   DType slot_dtype;
   int64_t size;
-  Array var, m, v, vhat, grads;  // the gradient of step t begins at grads.at(t)
+  Array var, m, v, vhat, grads;  // the gradient of step t starts at grads.at(t)
 
   Variable(DType dtype_, int64_t size_) : Variable(dtype_, size_, dtype_) {}
   Variable(DType dtype_, int64_t size_, DType grad_dtype_)
@@ -144,7 +144,7 @@ struct Variable {
         grads(grad_dtype, size + kSteps) {
     Random random{static_cast<uint64_t>(size * kDTypeCount + static_cast<int>(dtype))};
     for (int64_t i = 0; i < size; ++i) {
-      var.set(i, size > 0xffff && size_of(dtype) == 2  // every pattern once
+      var.set(i, size > 0xffff && size_of(dtype) == 2  // every bit pattern once
                      ? decode(static_cast<uint16_t>(i), kFormats[static_cast<int>(dtype)])
                      : random.number(dtype));
       m.set(i, random.number(slot_dtype));
@@ -208,7 +208,7 @@ inline StepScalars<T> scalars(int t) {
   return s;
 }
 
-// By the book, one element and one operation after the other.
+// The rule as published, one element and one operation at a time.
 template <class T>
 __attribute__((noinline)) void adam(const TensorArgs& tensor, const StepScalars<T>& s, int transform) {
   const DType state = tensor.half_slots ? tensor.dtype : state_dtype(tensor.dtype);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// For the native tests: IndexedSlices, tables that wait, and the steps of rows as plain scalar loops. Written apart
-// from csrc, which it is the judge of.
+// For the native tests: IndexedSlices, deferred tables, and the steps of rows as plain scalar loops. It is written
+// independently of csrc, which it checks.
 #pragma once
 
 #include <numeric>
@@ -10,7 +10,7 @@
 
 namespace kernel_test {
 
-// visit(T) with a zero of the type in which a variable of this dtype is computed, denormals flushed.
+// Calls visit(T) with a zero of the compute type of this dtype, while denormals are flushed.
 template <class Visit>
 void in_compute_type(DType dtype, Visit visit) {
   const cpu::FlushDenormals flush;
@@ -18,14 +18,14 @@ void in_compute_type(DType dtype, Visit visit) {
   if (dtype != FASTADAM_FLOAT64) visit(float{});
 }
 
-// Indices as Rows: by the book a stable sort.
+// Indices as Rows, by a stable sort.
 struct Occurrences {
   std::vector<int64_t> rows;
   std::vector<int64_t> starts;
   std::vector<int64_t> order;
 
   explicit Occurrences(const std::vector<int64_t>& indices) : order(indices.size()) {
-    const auto row = [&indices](int64_t place) { return indices[static_cast<size_t>(place)]; };
+    const auto row = [&indices](int64_t position) { return indices[static_cast<size_t>(position)]; };
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [row](int64_t a, int64_t b) { return row(a) < row(b); });
     for (size_t i = 0; i < order.size(); ++i) {
@@ -40,14 +40,15 @@ struct Occurrences {
   }
 };
 
-// Of IndexedSlices for a table of kRows rows: every other way to touch it.
+// Indices of IndexedSlices for a table of kRows rows: unsorted and repeated, none, one, few, and all in descending
+// order.
 constexpr int64_t kRows = 11;
 constexpr int64_t kMaxIndices = 12;
 constexpr int64_t kWidths[] = {1, 5, 127, 128, 129, 300};
 inline const std::vector<int64_t> kIndices[kSteps] = {
     {3, 0, 10, 5, 5, 0, 5}, {}, {10}, {7, 6, 7}, {10, 9, 8, 7, 6, 4, 4, 5, 3, 2, 1, 0}};
 
-// Values of IndexedSlices: numbers, and among them zeros of both signs, infinities and NaNs.
+// Values of IndexedSlices, including zeros of both signs, infinities and NaNs.
 inline Array slice_values(DType dtype, int64_t size, int64_t offset = 0) {
   Array values(dtype, size, offset);
   Random random{static_cast<uint64_t>(size * 31 + static_cast<int>(dtype))};
@@ -59,21 +60,21 @@ inline Array slice_values(DType dtype, int64_t size, int64_t offset = 0) {
   return values;
 }
 
-// The places at which `indices` name the row.
-inline std::vector<int64_t> places_of(const std::vector<int64_t>& indices, int64_t row) {
-  std::vector<int64_t> places;
+// The positions in `indices` of a row.
+inline std::vector<int64_t> positions_of(const std::vector<int64_t>& indices, int64_t row) {
+  std::vector<int64_t> positions;
   for (size_t i = 0; i < indices.size(); ++i) {
-    if (indices[i] == row) places.push_back(static_cast<int64_t>(i));
+    if (indices[i] == row) positions.push_back(static_cast<int64_t>(i));
   }
-  return places;
+  return positions;
 }
 
 template <class T>
-T sum_of_values(const TensorArgs& tensor, const std::vector<int64_t>& places, int64_t width, int64_t column,
+T sum_of_values(const TensorArgs& tensor, const std::vector<int64_t>& positions, int64_t width, int64_t column,
                 bool transform, T clip_value) {
   T sum = 0;
-  for (const int64_t place : places) {
-    T g = static_cast<T>(read(tensor.grad, tensor.grad_dtype, place * width + column));
+  for (const int64_t position : positions) {
+    T g = static_cast<T>(read(tensor.grad, tensor.grad_dtype, position * width + column));
     if (transform && g > clip_value) g = clip_value;
     if (transform && g < -clip_value) g = -clip_value;
     if (transform) g = g * static_cast<T>(tensor.grad_factor);
@@ -82,7 +83,7 @@ T sum_of_values(const TensorArgs& tensor, const std::vector<int64_t>& places, in
   return sum;
 }
 
-// IndexedSlices, and room for the sums of their rows.
+// IndexedSlices, and memory for the sums of their rows.
 struct RowSums {
   std::vector<int64_t> indices;
   Occurrences sorted;
@@ -90,12 +91,12 @@ struct RowSums {
   TensorArgs tensor{};
   Array sums;
 
-  RowSums(const std::vector<int64_t>& named, int64_t width, const Array& values, DType dtype, int64_t offset)
-      : indices(named), sorted(named), rows(sorted.view(width)), sums(state_dtype(dtype), rows.count * width, offset) {
+  RowSums(const std::vector<int64_t>& ids, int64_t width, const Array& values, DType dtype, int64_t offset)
+      : indices(ids), sorted(ids), rows(sorted.view(width)), sums(state_dtype(dtype), rows.count * width, offset) {
     tensor.grad = values.at(0);
     tensor.grad_dtype = dtype;
-    tensor.grad_size = static_cast<int64_t>(named.size()) * width;
-    tensor.grad_factor = 0.37;  // not for the sums
+    tensor.grad_size = static_cast<int64_t>(ids.size()) * width;
+    tensor.grad_factor = 0.37;  // must not affect the sums
     tensor.rows = &rows;
     for (int64_t i = 0; i < rows.count * width; ++i) sums.set(i, kNan);
   }
@@ -105,14 +106,14 @@ struct RowSums {
   void expect() {
     in_compute_type(tensor.grad_dtype, [&](auto zero) {
       for (int64_t i = 0; i < rows.count * rows.width; ++i) {
-        const auto places = places_of(indices, sorted.rows[static_cast<size_t>(i / rows.width)]);
-        sums.set(i, static_cast<double>(sum_of_values(tensor, places, rows.width, i % rows.width, false, zero)));
+        const auto positions = positions_of(indices, sorted.rows[static_cast<size_t>(i / rows.width)]);
+        sums.set(i, static_cast<double>(sum_of_values(tensor, positions, rows.width, i % rows.width, false, zero)));
       }
     });
   }
 };
 
-// One element by TF's rule for IndexedSlices; `sum` is null if its row has no gradient.
+// Updates one element by TF's rule for IndexedSlices. `sum` is null if its row has no gradient.
 template <class T>
 void adam_row(const TensorArgs& tensor, int64_t i, const T* sum, T alpha, T keep, const StepScalars<T>& s) {
   const DType state = state_dtype(tensor.dtype);
@@ -137,12 +138,12 @@ template <class T>
 __attribute__((noinline)) void adam_slices(const TensorArgs& tensor, const std::vector<int64_t>& indices, int64_t width,
                                            bool transform, bool lazy, const StepScalars<T>& s) {
   for (int64_t row = 0; row < tensor.size / width; ++row) {
-    const std::vector<int64_t> places = places_of(indices, row);
-    if (lazy && places.empty()) continue;
+    const std::vector<int64_t> positions = positions_of(indices, row);
+    if (lazy && positions.empty()) continue;
     for (int64_t column = 0; column < width; ++column) {
-      const T sum = sum_of_values(tensor, places, width, column, transform, s.clip_value);
+      const T sum = sum_of_values(tensor, positions, width, column, transform, s.clip_value);
       const T keep = tensor.decays ? s.keep : T(1);
-      adam_row(tensor, row * width + column, places.empty() ? nullptr : &sum, s.row_alpha, keep, s);
+      adam_row(tensor, row * width + column, positions.empty() ? nullptr : &sum, s.row_alpha, keep, s);
     }
   }
 }
@@ -154,7 +155,7 @@ inline void expect_slices(const TensorArgs& tensor, const std::vector<int64_t>& 
                   [&](auto zero) { adam_slices(tensor, indices, width, transform, lazy, scalars<decltype(zero)>(t)); });
 }
 
-// The steps of a table whose rows wait: rates that are largest late, so that a row that rests has to look ahead.
+// The history of a deferred table. The largest rate comes late, so that the check for a row at rest must look ahead.
 struct History {
   DType dtype;
   int64_t now;
@@ -192,7 +193,7 @@ __attribute__((noinline)) void replay(const TensorArgs& tensor, const History& h
   }
 }
 
-// Rows that have had `from[row]` steps have all of them: the dense oracle, of these rows alone.
+// Replays, for these rows only, the steps after the first from[row].
 inline void expect_replay(const TensorArgs& tensor, const History& history, const std::vector<int64_t>& rows,
                           const std::vector<int32_t>& from, int64_t width, int t) {
   in_compute_type(tensor.dtype, [&](auto zero) {
@@ -201,12 +202,13 @@ inline void expect_replay(const TensorArgs& tensor, const History& history, cons
   });
 }
 
-// Gaps of the rows of a stale table, in turns.
+// The gaps of the rows of a deferred table: row i has kGaps[i % 6].
 constexpr int kGaps[] = {0, 1, 7, 8, 9, 200};
 constexpr int64_t kStaleRows = 18;
-constexpr int64_t kLeftRow = 4;  // touched by nothing
+constexpr int64_t kLeftRow = 4;  // never has a gradient
 
-// Of every gap: a row that comes to rest, one that does but for an element near zero, and one of random numbers.
+// For every gap: a row that comes to rest, a row that would if one element were not near zero, and a row of random
+// numbers.
 inline Variable stale_table(const Pair& pair, int64_t width) {
   Variable table(pair.dtype, kStaleRows * width);
   Random random{static_cast<uint64_t>(width)};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks the kernels for IndexedSlices and for tables whose rows wait: every usable ISA against plain scalar loops, bit
-// for bit, in pieces that begin and end in mid-row, on several threads, and one digest for all machines.
-// `row_test threads` does only what needs several threads, for ThreadSanitizer. Prints a line per check.
+// Checks the kernels for IndexedSlices and for deferred tables: every usable ISA against plain scalar loops, bit for
+// bit, in pieces that begin and end within a row, on several threads, and one digest for all machines. `row_test
+// threads` does only what needs several threads, for ThreadSanitizer. Prints a line per check.
 #include <string>
 #include <vector>
 
@@ -13,7 +13,7 @@ namespace {
 
 using namespace kernel_test;
 
-// Of the results of check_slices, then check_stale: see Digests.
+// The digest of the results of check_slices, then check_stale; see Digests.
 constexpr uint64_t kDigest = 0x1f8c392025921785;
 
 void run_pieces(cpu::UpdateKernel kernel, const StepArgs& step, const TensorArgs& tensor, int64_t total,
@@ -22,7 +22,7 @@ void run_pieces(cpu::UpdateKernel kernel, const StepArgs& step, const TensorArgs
   for_each_cut(total, piece, [&](int64_t begin, int64_t end) { kernel(step, tensor, begin, end); });
 }
 
-// IndexedSlices, one way of touching the table after the other.
+// Several steps with IndexedSlices, one for each element of kIndices.
 void check_slices(const Pair& pair, int64_t width, bool amsgrad, bool transform, bool lazy, Claims& claims,
                   Digests& digests) {
   const Variable initial(pair.dtype, kRows * width);
@@ -50,16 +50,16 @@ void check_slices(const Pair& pair, int64_t width, bool amsgrad, bool transform,
         const int64_t total = lazy ? rows.count * width : table.size;
         run_pieces(kernels[static_cast<int>(pair.dtype)], step, args(table, grads, t, rows), total, piece);
       }
-      const std::string rule = lazy ? ", rows that are touched" : ", all rows";
-      claims.note(isa.name + rule + ": " + pair.name() + " gives the bits of the scalar loop", table == expected);
+      const std::string rule = lazy ? ", only rows with a gradient" : ", all rows";
+      claims.note(isa.name + rule + ": " + pair.name() + " has the bits of the scalar loop", table == expected);
       if (variant == 0) table.add_to(digests.of(isa));
     }
   });
 }
 
-enum class Touch { kAll, kChosen, kGradient };
+enum class Touch { kAll, kSome, kGradient };
 
-// Rows with every gap are brought up to date: all, some, or some that have a gradient too.
+// Rows with every gap are brought up to date: all rows, some rows, or some rows that then get a gradient.
 void check_stale(const Pair& pair, int64_t width, bool amsgrad, bool transform, bool may_stop, Touch touch, int64_t now,
                  Claims& claims, Digests& digests) {
   constexpr int t = 2;
@@ -97,8 +97,8 @@ void check_stale(const Pair& pair, int64_t width, bool amsgrad, bool transform, 
         const TensorArgs tensor = args(table, grads);
         const auto kernel = isa.kernels->touched_rows[static_cast<int>(pair.dtype)];
         run_pieces(kernel, step_of(t, amsgrad, transform), tensor, rows.count * width, piece);
-        const std::string rule = may_stop ? ", rows that wait and may rest: " : ", rows that wait: ";
-        claims.note(isa.name + rule + pair.name() + " gives the bits of the dense steps", table == expected);
+        const std::string rule = may_stop ? ", deferred and may stop early: " : ", deferred: ";
+        claims.note(isa.name + rule + pair.name() + " has the bits of dense steps", table == expected);
         if (offset == 0 && piece == initial.size) table.add_to(digests.of(isa));
       }
     }
@@ -123,14 +123,14 @@ void check_kernels() {
       for (const int64_t now : {0, 9, 203}) {
         check_stale(pair, 300, amsgrad, transform, may_stop, Touch::kGradient, now, claims, digests);
         check_stale(pair, 5, amsgrad, transform, may_stop, Touch::kGradient, now, claims, digests);
-        check_stale(pair, 130, amsgrad, transform, may_stop, Touch::kChosen, now, claims, digests);
+        check_stale(pair, 130, amsgrad, transform, may_stop, Touch::kSome, now, claims, digests);
         check_stale(pair, 1, amsgrad, transform, may_stop, Touch::kAll, now, claims, digests);
       }
     }
   }
 }
 
-// `rates`: of the steps that the one row of `table` has missed.
+// `rates`: the rates of the steps that the only row of `table` has missed.
 void catch_up(const Variable& table, const std::vector<float>& rates, bool may_stop) {
   const std::vector<float> keeps(rates.size(), 1);
   std::vector<float> peaks(rates.size() / kPeakSteps + 1, 0);
@@ -158,7 +158,7 @@ Variable row_of(double var, double m, double v) {
   return table;
 }
 
-bool stops_rightly(const Variable& stopped, const std::vector<float>& rates) {
+bool stops_correctly(const Variable& stopped, const std::vector<float>& rates) {
   const Variable replayed(stopped, 0);
   catch_up(stopped, rates, true);
   catch_up(replayed, rates, false);
@@ -168,35 +168,35 @@ bool stops_rightly(const Variable& stopped, const std::vector<float>& rates) {
 void check_rest() {
   for_each_isa([](const cpu::Isa& isa) {
     const std::string name = isa.name;
-    // The bits do not tell whether a row was left at rest: a rate does that nobody should read.
+    // The bits do not show whether replaying stopped, so a NaN stands where no rate should be read any more.
     std::vector<float> rates(200, 0.01f);
     rates[100] = static_cast<float>(kNan);
     const Variable resting = row_of(1, 0x1p-60, 1);
     const Variable moving(resting, 0);
     catch_up(resting, rates, true);
     catch_up(moving, rates, false);
-    report(read(resting.var.at(0), FASTADAM_FLOAT32, 2) == 1, name + " leaves a row at rest");
+    report(read(resting.var.at(0), FASTADAM_FLOAT32, 2) == 1, name + " stops replaying a row at rest");
     report(std::isnan(read(moving.var.at(0), FASTADAM_FLOAT32, 2)), name + " replays every step if it may not stop");
-    report(resting.m == moving.m && resting.v == moving.v, name + " lets the moments of a row at rest decay");
-    bool no_sooner = true;
+    report(resting.m == moving.m && resting.v == moving.v, name + " still decays the moments of a row at rest");
+    bool not_too_early = true;
     for (int i = 0; i < 256; ++i) {
       const Variable row = row_of(1, std::ldexp(256 + i, -16), 1);
-      no_sooner = stops_rightly(row, std::vector<float>(300, 0.01f)) && no_sooner;
+      not_too_early = stops_correctly(row, std::vector<float>(300, 0.01f)) && not_too_early;
     }
-    report(no_sooner, name + " leaves a row no sooner than it rests");
+    report(not_too_early, name + " does not stop before a row is at rest");
     std::vector<float> late(200, 0x1p-12f);
     late[70] = 0x1p20f;
-    report(stops_rightly(row_of(1, 0x1p-30, 1), late), name + " looks for the largest rate to come");
-    // m / sqrt(v) is flushed to zero, a change of the variable is not.
-    const bool moves = stops_rightly(row_of(0, 0x1p-110, 0x1p40), std::vector<float>(50, 0x1p20f));
-    report(moves, name + " moves a row whose quotient underflows");
+    report(stops_correctly(row_of(1, 0x1p-30, 1), late), name + " considers the largest later rate");
+    // m / sqrt(v) is flushed to zero, but the change of the variable is not.
+    const bool moves = stops_correctly(row_of(0, 0x1p-110, 0x1p40), std::vector<float>(50, 0x1p20f));
+    report(moves, name + " does not stop because m / sqrt(v) underflows");
     std::vector<float> back(50, 0.01f);
     back[30] = -0.01f;
-    report(stops_rightly(row_of(-0.0, 0, 1), back), name + " makes +0 of a -0 that gets a step of -0");
+    report(stops_correctly(row_of(-0.0, 0, 1), back), name + " turns -0 into +0 by a change of -0");
   });
 }
 
-// A table of each pair of dtypes; two of them wait. One has a dense gradient too, where the rule permits it.
+// A table of each pair of dtypes; two of them are deferred. Unless the step is lazy, one also has a dense gradient.
 struct Mixed {
   static constexpr int64_t kWidth = 200;
   static constexpr int64_t kCount = 130;
@@ -217,15 +217,15 @@ struct Mixed {
     for (int i = 0; i < 200; ++i) some.push_back(random.below(kCount));
     return some;
   }
-  Mixed(bool lazily, const History& steps)
-      : lazy(lazily), history(&steps), indices(some_indices()), stale(steps.view(had.data(), kWidth, false)) {
+  Mixed(bool is_lazy, const History& steps)
+      : lazy(is_lazy), history(&steps), indices(some_indices()), stale(steps.view(had.data(), kWidth, false)) {
     for (const Pair& pair : kPairs) {
       tables.emplace_back(pair.dtype, kCount * kWidth);
       values.push_back(slice_values(pair.grad_dtype, 200 * kWidth));
     }
     for (size_t k = 0; k < tables.size(); ++k) {
       tensors.push_back(with_slices(tables[k].args(0, true), values[k], kPairs[k], 0, rows));
-      if (waits(k)) tensors[k].stale = &stale;
+      if (is_deferred(k)) tensors[k].stale = &stale;
     }
     if (lazy) return;
     tensors[0].next = static_cast<int64_t>(tensors.size());
@@ -234,11 +234,11 @@ struct Mixed {
   Mixed(const Mixed&) = delete;
   Mixed& operator=(const Mixed&) = delete;
 
-  static bool waits(size_t k) { return k == 2 || k == 5; }
+  static bool is_deferred(size_t k) { return k == 2 || k == 5; }
   void expect_all() const {
     for (size_t k = 0; k < tables.size(); ++k) {
-      if (waits(k)) expect_replay(tensors[k], *history, sorted.rows, had, kWidth, 0);
-      expect_slices(tensors[k], indices, kWidth, 0, true, lazy || waits(k));
+      if (is_deferred(k)) expect_replay(tensors[k], *history, sorted.rows, had, kWidth, 0);
+      expect_slices(tensors[k], indices, kWidth, 0, true, lazy || is_deferred(k));
     }
     if (!lazy) expect(tensors.back(), 0, true);
   }
@@ -247,7 +247,7 @@ struct Mixed {
     std::vector<int64_t> offsets{0};
     for (size_t k = 0; k < tables.size(); ++k) {
       heads.push_back(static_cast<int64_t>(k));
-      offsets.push_back(offsets.back() + (lazy || waits(k) ? rows.count * kWidth : tables[k].size));
+      offsets.push_back(offsets.back() + (lazy || is_deferred(k) ? rows.count * kWidth : tables[k].size));
     }
     StepArgs step = step_of(0, true, true);
     step.lazy = lazy;
@@ -265,7 +265,7 @@ void check_threads() {
       cpu::set_num_threads(threads);
       const Mixed mixed(lazy, history);
       mixed.run_all();
-      const std::string rule = lazy ? " give the bits of the scalar loop, rows that are touched"
+      const std::string rule = lazy ? " give the bits of the scalar loop, only rows with a gradient"
                                     : " give the bits of the scalar loop, all rows";
       report(mixed.tables == expected.tables, "threads: " + std::to_string(threads) + rule);
     }

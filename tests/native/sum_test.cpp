@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks the kernels that add up gradients and their squares: every usable ISA against plain scalar loops, bit for bit,
+// Checks the kernels that sum gradients and their squares: every usable ISA against plain scalar loops, bit for bit,
 // on several threads, and one digest for all machines. `sum_test threads` does only what needs several threads, for
 // ThreadSanitizer. Prints a line per check.
 #include <memory>
@@ -15,20 +15,21 @@ namespace {
 
 using namespace kernel_test;
 
-// Of the results of check_accumulate, then check_norms, then check_row_sums: see Digests.
+// The digest of the results of check_accumulate, then check_norms, then check_row_sums; see Digests.
 constexpr uint64_t kDigest = 0x9db4819215716cd9;
 
-// Gradient t is dense, or that of kIndices[t].
+// `indices` is null for a dense gradient.
 void expect_sum(const TensorArgs& tensor, const std::vector<int64_t>* indices, int64_t width, bool restart) {
   const DType state = state_dtype(tensor.dtype);
   in_compute_type(tensor.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (int64_t i = 0; i < tensor.size; ++i) {
-      const std::vector<int64_t> places = indices == nullptr ? std::vector<int64_t>{0} : places_of(*indices, i / width);
+      const std::vector<int64_t> positions =
+          indices == nullptr ? std::vector<int64_t>{0} : positions_of(*indices, i / width);
       if (restart) write(tensor.accumulator, state, i, 0);
-      if (places.empty()) continue;
+      if (positions.empty()) continue;
       const int64_t column = indices == nullptr ? i : i % width;
-      const T sum = sum_of_values(tensor, places, width, column, true, static_cast<T>(kInfinity));
+      const T sum = sum_of_values(tensor, positions, width, column, true, static_cast<T>(kInfinity));
       const T before = static_cast<T>(read(tensor.accumulator, state, i));
       write(tensor.accumulator, state, i, static_cast<double>(before + sum));
     }
@@ -81,7 +82,7 @@ void check_accumulate(const Pair& pair, int64_t width, bool dense, bool restart,
             isa.kernels->accumulate[static_cast<int>(tensor.grad_dtype)](tensor, begin, end, restart && t % 3 == 0);
           });
         }
-        const std::string what = dense ? " adds up " : " adds up rows of ";
+        const std::string what = dense ? " sums " : " sums rows of ";
         claims.note(isa.name + what + pair.name() + " with the bits of the scalar loop", sum.total == expected.total);
         if (offset == 0 && piece == initial.size) sum.total.add_to(digests.of(isa));
       }
@@ -89,7 +90,7 @@ void check_accumulate(const Pair& pair, int64_t width, bool dense, bool restart,
   });
 }
 
-// By the book: 32 lanes in order, then neighbours, until one is left.
+// Adds neighbours until one value is left.
 double add_neighbours(std::vector<double> values) {
   while (values.size() > 1) {
     std::vector<double> sums;
@@ -109,7 +110,7 @@ __attribute__((noinline)) double squares(const void* grad, DType dtype, int64_t 
     const double g = read(grad, dtype, begin + i);
     if (require_finite && !std::isfinite(g)) return kNan;
     const double clipped = g > limit ? limit : g < -limit ? -limit : g;
-    const double as_float = static_cast<double>(static_cast<float>(clipped));  // flushes its denormals
+    const double as_float = static_cast<double>(static_cast<float>(clipped));  // flushes denormals
     const double x = dtype == FASTADAM_FLOAT64 ? clipped : as_float;
     lanes[static_cast<size_t>(i % 32)] += x * x;
   }
@@ -122,8 +123,8 @@ double expect_squares(const void* grad, DType dtype, int64_t begin, int64_t size
   return squares(grad, dtype, begin, size, clip_value, require_finite);
 }
 
-// Gradients of one dtype: numbers, some whose squares overflow in float, and numbers with one infinity or with several
-// elements that are not finite. The one is hidden by a clip.
+// Gradients of one dtype: ordinary numbers, numbers whose squares overflow in float, numbers with one infinity, which a
+// clip would hide, and numbers with several elements that are not finite.
 std::vector<Array> gradients(DType dtype, int64_t size, int64_t offset) {
   std::vector<Array> grads;
   Random random{static_cast<uint64_t>(size)};
@@ -151,7 +152,7 @@ void check_norms(DType dtype, int64_t size, Claims& claims, Digests& digests) {
           const auto kernel = isa.kernels->norm[static_cast<int>(dtype)][require_finite];
           Array sum(FASTADAM_FLOAT64, 1);
           sum.set(0, kernel(grad.at(0), begin, size - begin, clip_value));
-          const std::string claim = require_finite ? ", finite or not," : "";
+          const std::string claim = require_finite ? ", checking that they are finite," : "";
           claims.note(isa.name + std::string(" squares ") + kFormats[static_cast<int>(dtype)].name + claim +
                           " with the bits of the scalar loop",
                       canonical(read(sum.at(0), FASTADAM_FLOAT64, 0)) == canonical(expected));
@@ -171,14 +172,14 @@ void check_row_sums(DType dtype, int64_t width, Claims& claims, Digests& digests
       for (const int64_t offset : {0, 3}) {
         const Array moved(values, offset);
         for (const int64_t piece : {kRows * width, width * 2 / 3 + 2}) {
-          const RowSums got(indices, width, moved, dtype, offset);
+          const RowSums actual(indices, width, moved, dtype, offset);
           const cpu::FlushDenormals flush;
-          for_each_cut(got.rows.count * width, piece, [&](int64_t begin, int64_t end) {
-            isa.kernels->sum_rows[static_cast<int>(dtype)](got.tensor, begin, end, got.sums.at(0));
+          for_each_cut(actual.rows.count * width, piece, [&](int64_t begin, int64_t end) {
+            isa.kernels->sum_rows[static_cast<int>(dtype)](actual.tensor, begin, end, actual.sums.at(0));
           });
           const std::string claim = std::string(" sums rows of ") + kFormats[static_cast<int>(dtype)].name;
-          claims.note(isa.name + claim + " with the bits of the scalar loop", got.sums == expected.sums);
-          if (offset == 0 && piece == kRows * width) got.sums.add_to(digests.of(isa));
+          claims.note(isa.name + claim + " with the bits of the scalar loop", actual.sums == expected.sums);
+          if (offset == 0 && piece == kRows * width) actual.sums.add_to(digests.of(isa));
         }
       }
     });
@@ -210,10 +211,10 @@ void check_kernels() {
     const double expected = add_neighbours(values);
     same = same && pairwise_sum(values.data(), count) == expected;
   }
-  report(same, "block sums are added as neighbours");
+  report(same, "pairwise_sum adds neighbours");
 }
 
-// Large enough for three threads: sums that are dense and of rows, one with two gradients, and the blocks of norms.
+// Large enough for three threads: dense and sparse gradients, one variable with two gradients, and norms.
 void check_threads() {
   constexpr int64_t kWidth = 3000;
   const Occurrences sorted(kIndices[0]);
@@ -256,17 +257,18 @@ void check_threads() {
     const std::vector<Sum> sums(initial);
     const std::vector<TensorArgs> tensors = tensors_of(sums);
     cpu::run_accumulate({{tensors.data(), heads.data(), offsets.data(), count}, true});
-    std::vector<double> got(expected_squares.size());
-    cpu::run_norm({reads.data(), blocks.data(), count, 0.3, false, got.data()});
+    std::vector<double> actual_squares(expected_squares.size());
+    cpu::run_norm({reads.data(), blocks.data(), count, 0.3, false, actual_squares.data()});
     bool same = true;
     for (size_t k = 0; k < sums.size(); ++k) same = same && sums[k].total == expected[k].total;
-    for (size_t i = 0; i < got.size(); ++i) same = same && canonical(got[i]) == canonical(expected_squares[i]);
+    for (size_t i = 0; i < actual_squares.size(); ++i)
+      same = same && canonical(actual_squares[i]) == canonical(expected_squares[i]);
     report(same, "threads: " + std::to_string(threads) + " give the bits of the scalar loop");
   }
   cpu::set_num_threads(0);
 }
 
-// Gradients of every dtype in one run; one of them is left out.
+// Gradients of every dtype in one call; one of them is left out.
 void check_row_sum_threads() {
   constexpr int64_t kWidth = 9000;  // large enough for three threads
   for (const int threads : {1, 2, 3}) {
@@ -275,27 +277,27 @@ void check_row_sum_threads() {
     std::vector<void*> sums;
     std::vector<int64_t> offsets{0};
     std::vector<std::unique_ptr<RowSums>> expected;
-    std::vector<std::unique_ptr<RowSums>> got;
+    std::vector<std::unique_ptr<RowSums>> actual;
     std::vector<Array> values;
     for (int dtype = 0; dtype < kDTypeCount; ++dtype)
       values.push_back(slice_values(static_cast<DType>(dtype), kMaxIndices * kWidth));
     int64_t value_count = 0;
     for (int k = 0; k < kDTypeCount; ++k) {
       const auto dtype = static_cast<DType>(k);
-      for (auto* made : {&expected, &got}) {
-        made->push_back(std::make_unique<RowSums>(kIndices[k], kWidth, values[static_cast<size_t>(k)], dtype, k));
+      for (auto* list : {&expected, &actual}) {
+        list->push_back(std::make_unique<RowSums>(kIndices[k], kWidth, values[static_cast<size_t>(k)], dtype, k));
       }
       const bool left_out = k == 2;
       if (!left_out) expected.back()->expect();
-      tensors.push_back(got.back()->tensor);
-      sums.push_back(left_out ? nullptr : got.back()->sums.at(0));
-      offsets.push_back(offsets.back() + (left_out ? 0 : got.back()->rows.count * kWidth));
+      tensors.push_back(actual.back()->tensor);
+      sums.push_back(left_out ? nullptr : actual.back()->sums.at(0));
+      offsets.push_back(offsets.back() + (left_out ? 0 : actual.back()->rows.count * kWidth));
       value_count += left_out ? 0 : tensors.back().grad_size;
     }
     cpu::run_sum_rows({tensors.data(), offsets.data(), kDTypeCount, value_count, sums.data()});
     bool same = true;
-    for (size_t k = 0; k < got.size(); ++k) same = same && got[k]->sums == expected[k]->sums;
-    report(same, "threads: " + std::to_string(threads) + " give the sums of rows of the scalar loop");
+    for (size_t k = 0; k < actual.size(); ++k) same = same && actual[k]->sums == expected[k]->sums;
+    report(same, "threads: " + std::to_string(threads) + " give the row sums of the scalar loop");
   }
   cpu::set_num_threads(0);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The side of the tests: what stands for drivers, frameworks and faults. For ctypes; none of it is logged.
+// What tests call through ctypes in place of drivers and frameworks, and to inject faults. None of it is logged.
 #include <algorithm>
 #include <cstring>
 
@@ -20,7 +20,7 @@ struct Copy {
   int64_t bytes;
 };
 
-// Copies of a host that may go where kernels go.
+// Copies between host and device memory at once, after the queue has run.
 void copy_now(const Copy* copies, int64_t count) {
   Runtime& state = runtime();
   const std::lock_guard lock(state.mutex);
@@ -41,7 +41,7 @@ void copy_now(const Copy* copies, int64_t count) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Runs the queue and forgets the rest. Memory, streams and events stay.
+// Runs the queue and resets everything except memory, streams and events.
 void fake_cuda_reset() {
   Runtime& state = runtime();
   const std::lock_guard lock(state.mutex);
@@ -55,21 +55,21 @@ void fake_cuda_reset() {
   current_device() = 0;
 }
 
-// `error`, if not 0, is that of every call, cudaGetDeviceCount among them.
+// If `error` is not 0, every call returns it, including cudaGetDeviceCount.
 void fake_cuda_set_devices(int count, int error) {
   const std::lock_guard lock(runtime().mutex);
   runtime().device_count = std::min(count, kMostDevices);
   runtime().device_error = static_cast<cudaError_t>(error);
 }
 
-// The next call of the function does nothing but fail.
+// The next call of the function fails and does nothing else.
 void fake_cuda_fail(const char* function, int error) {
   const std::lock_guard lock(runtime().mutex);
   runtime().failures[function] = static_cast<cudaError_t>(error);
 }
 
-// A line for each call: its name, device, stream or -, and detail or -. Returns the length of all of it, without a zero
-// at the end; as much as fits is stored.
+// The log has a line for each call: its name, device, stream or -, and details or -. Stores as much of it as fits,
+// without a terminating zero, and returns its full length.
 int64_t fake_cuda_log(char* out, int64_t size) {
   const std::lock_guard lock(runtime().mutex);
   const std::string& log = runtime().log;
@@ -124,7 +124,7 @@ int fake_cuda_begin_capture(void* on) {
   return cudaSuccess;
 }
 
-// The number of a graph; -1 if the capture was invalidated, or began on another stream.
+// Returns the number of the new graph, or -1 if the capture was invalidated or began on another stream.
 int64_t fake_cuda_end_capture(void* on) {
   Runtime& state = runtime();
   const std::lock_guard lock(state.mutex);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA runtime, as far as csrc/cuda calls it, on the CPU: for .cu sources compiled as plain C++. Names, values and
-// signatures are those of CUDA; what a call does here is said where it is defined. control.cpp is the side of the
-// tests.
+// The part of the CUDA runtime that csrc/cuda uses, implemented on the CPU, for .cu sources compiled as plain C++.
+// Names, values and signatures equal CUDA's. Comments at the definitions say where the behaviour differs. Tests control
+// this runtime through control.cpp.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __shared__ static  // blocks run one at a time; not cleared between them
+#define __shared__ static  // blocks run one at a time; it is not cleared between them
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -139,12 +139,12 @@ cudaError_t cudaEventDestroy(cudaEvent_t event);
 
 namespace fake_cuda {
 
-// Queues a kernel: `thread` is called for each of its threads.
+// Queues a kernel. `thread` is called once per thread.
 cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> thread);
 // Queues work of another library, as if it were a kernel.
 cudaError_t submit(const char* name, cudaStream_t stream, int64_t items, std::function<void()> run);
 
-// CUDA has no overloads for long, which is int64_t.
+// CUDA has no atomic operations on long, which int64_t is.
 template <class T, class... Others>
 constexpr bool kIsOneOf = (std::is_same_v<T, Others> || ...);
 
@@ -171,11 +171,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return fake_cuda::launch(*config, [kernel, values = std::move(values)] { std::apply(kernel, values); });
 }
 
-// Of the thread of a kernel that runs now. Host code has no use of them.
+// The indices of the kernel thread that is running. Host code must not use them.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
-// Threads that have ended are not waited for.
+// Does not wait for threads that have ended.
 void __syncthreads();
 void __syncwarp(unsigned mask = 0xffffffffU);  // waits for the whole warp, whatever the mask
 inline void __threadfence() {}

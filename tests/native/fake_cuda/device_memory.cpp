@@ -12,13 +12,13 @@ namespace fake_cuda {
 namespace {
 
 constexpr size_t kAlignment = 256;
-constexpr int kGarbage = 0xcd;  // neither zero, nor a likely index, nor what max(NaN, x) would drop
+constexpr int kGarbage = 0xcd;  // not zero, not a plausible index, and not a NaN, which max(NaN, x) would drop
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
 size_t page_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
 
-// Of an empty file: an access is a SIGBUS even where mprotect allows it.
+// Maps an empty file, so that an access raises SIGBUS even if mprotect allows it.
 char* map_nothing(char* at, size_t bytes) {
   static const int empty_file = memfd_create("fake_cuda", MFD_CLOEXEC);
   const int flags = MAP_SHARED | MAP_NORESERVE | (at == nullptr ? 0 : MAP_FIXED);
@@ -57,10 +57,10 @@ bool Memory::free(void* begin, cudaMemoryType type) {
 
 Allocation Memory::find(const void* pointer) const {
   const auto* byte = static_cast<const char*>(pointer);
-  auto found = live_.upper_bound(byte);
-  if (found != live_.begin()) {
-    --found;
-    if (byte < found->second.begin + found->second.bytes) return found->second;
+  auto entry = live_.upper_bound(byte);
+  if (entry != live_.begin()) {
+    --entry;
+    if (byte < entry->second.begin + entry->second.bytes) return entry->second;
   }
   return {nullptr, 0, cudaMemoryTypeUnregistered, -2};
 }
@@ -80,7 +80,7 @@ void Memory::open_only(unsigned devices) {
     char* end = arenas_[i].begin + arenas_[i].used;
     if (first == live_.end() || first->first >= end) continue;
     const auto before = static_cast<size_t>(first->first - arenas_[i].begin) / page_bytes() * page_bytes();
-    char* begin = arenas_[i].begin + before;  // what was freed before it stays shut
+    char* begin = arenas_[i].begin + before;  // memory before it that was freed stays inaccessible
     if (mprotect(begin, static_cast<size_t>(end - begin), protection) != 0) throw std::runtime_error("mprotect");
   }
   open_ = devices;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the fake runtime allocates. Memory of a device faults on the host except while work of the device runs; so do,
-// always, memory that was freed and the page behind each allocation. Addresses are never used twice.
+// The memory that the fake runtime allocates. The host can access device memory only while work of that device runs.
+// Memory that was freed and the page behind each allocation always fault. Addresses are never used twice.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,15 +20,15 @@ struct Allocation {
 
 class Memory {
  public:
-  // Aligned to 256 bytes, and full of garbage. Null where there is no room.
+  // Returns memory aligned to 256 bytes and filled with garbage, or null if there is not enough room.
   void* allocate(size_t bytes, cudaMemoryType type, int device);
   bool free(void* begin, cudaMemoryType type);
 
-  // The allocation with this byte; one of no bytes and type Unregistered where there is none.
+  // The allocation that contains this byte. If there is none: one of 0 bytes and type Unregistered.
   Allocation find(const void* pointer) const;
   bool holds(const void* pointer, size_t bytes) const;
 
-  // Lets the CPU at the memory of a set of devices (a bit for each), and at that of no others.
+  // Makes the memory of a set of devices (one bit each) accessible, and the memory of all others inaccessible.
   void open_only(unsigned devices);
   unsigned device_bit(const void* pointer) const;
 
@@ -39,7 +39,7 @@ class Memory {
     size_t used = 0;
   };
 
-  Arena arenas_[kMostDevices + 1];  // the last is for what the host may use
+  Arena arenas_[kMostDevices + 1];  // the last one is for memory that the host may access
   std::map<const char*, Allocation> live_;
   unsigned open_ = 0;
 };

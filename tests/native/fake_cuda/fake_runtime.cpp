@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The calls of cuda_runtime.h about devices, memory and kernels.
+// The functions of cuda_runtime.h for devices, memory and kernels.
 #include <cstring>
 #include <stdexcept>
 #include <utility>
@@ -28,7 +28,7 @@ bool may_copy(const Memory& memory, void* to, const void* from, size_t bytes, cu
          target != (to_host ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered);
 }
 
-// Pageable memory is read at once and waited for, but for what is captured: that keeps the pointer.
+// Pageable memory is read at once, and a copy to it waits. In a capture neither holds: the graph keeps the pointer.
 cudaError_t copy(Runtime& state, Stream& stream, void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   if (kind > cudaMemcpyDefault) return cudaErrorInvalidMemcpyDirection;
   if (bytes == 0) return cudaSuccess;
@@ -62,7 +62,7 @@ cudaError_t free_memory(Runtime& state, void* pointer, cudaMemoryType type) {
   return state.memory.free(pointer, is_managed ? cudaMemoryTypeManaged : type) ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Kernels, unlike copies, need the device of their stream to be the caller's.
+// For a kernel, unlike for a copy, the device of the stream must be the current device of the caller.
 cudaError_t issue_kernel(Runtime& state, Stream& stream, std::function<void()> run) {
   const int device = device_of(stream);
   if (device != current_device()) return cudaErrorInvalidResourceHandle;
@@ -128,9 +128,9 @@ cudaError_t cudaDeviceSynchronize() {
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
   return call("cudaPointerGetAttributes", "", [&](const Runtime& state) {
-    const Allocation found = state.memory.find(pointer);
-    void* same = found.type == cudaMemoryTypeUnregistered ? nullptr : const_cast<void*>(pointer);
-    *attributes = {found.type, found.device, same, found.type == cudaMemoryTypeDevice ? nullptr : same};
+    const Allocation allocation = state.memory.find(pointer);
+    void* same = allocation.type == cudaMemoryTypeUnregistered ? nullptr : const_cast<void*>(pointer);
+    *attributes = {allocation.type, allocation.device, same, allocation.type == cudaMemoryTypeDevice ? nullptr : same};
     return cudaSuccess;
   });
 }

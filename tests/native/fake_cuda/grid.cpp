@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// longjmp from one stack to another is taken for an error by the check that _FORTIFY_SOURCE adds.
+// The check that _FORTIFY_SOURCE adds takes a longjmp from one stack to another for an error.
 #undef _FORTIFY_SOURCE
 #include "grid.h"
 
@@ -19,12 +19,12 @@ namespace {
 
 constexpr unsigned kMostThreads = 1024;
 constexpr unsigned kWarp = 32;
-constexpr size_t kStackBytes = 131072;  // its first page, of up to 64 KiB, is a guard
+constexpr size_t kStackBytes = 131072;  // the first page, of up to 64 KiB, is a guard page
 
 enum class State { kRuns, kAtWarpBarrier, kAtBlockBarrier, kEnded };
 
-// Has a stack of its own for good, and runs one thread of a block after another on it. setjmp leaves the floating point
-// mode alone, so that it is that of whoever runs the grid.
+// Has its own stack, which is never freed, and runs one thread of a block after another on it. setjmp does not save the
+// floating-point mode, so threads use the mode of the caller of run_grid.
 struct Fiber {
   jmp_buf resume_at;
   State state = State::kEnded;
@@ -34,7 +34,7 @@ struct Fiber {
 Fiber fibers[kMostThreads];
 Fiber* current;
 jmp_buf scheduler;
-const std::function<void()>* thread_body;
+const std::function<void()>* thread_function;
 bool has_thrown;
 
 [[gnu::no_sanitize_address]] void leave(State state) {
@@ -45,7 +45,7 @@ bool has_thrown;
 void run_threads() {
   for (;;) {
     try {
-      (*thread_body)();
+      (*thread_function)();
     } catch (...) {
       has_thrown = true;
     }
@@ -83,7 +83,7 @@ void run_threads() {
   return current->state;
 }
 
-// Until its threads have ended or wait for the block. True if any waits.
+// Runs a warp until its threads have ended or wait for the block. Returns true if any of them waits.
 bool run_warp(unsigned first, unsigned end) {
   bool waits_for_warp = true;
   while (waits_for_warp) {
@@ -123,7 +123,7 @@ bool is_launchable(const dim3& grid, const dim3& block) {
 bool run_grid(const dim3& grid, const dim3& block, const std::function<void()>& thread) {
   gridDim = grid;
   blockDim = block;
-  thread_body = &thread;
+  thread_function = &thread;
   has_thrown = false;
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {

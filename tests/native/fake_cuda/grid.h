@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The threads of a kernel.
+// Runs the threads of a kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,8 @@ namespace fake_cuda {
 
 bool is_launchable(const dim3& grid, const dim3& block);
 
-// Block by block; between barriers the threads of a block run in falling order. False if a thread threw. Not reentrant.
+// Runs block by block. Between barriers the threads of a block run in descending order. Returns false if a thread
+// threw. Not reentrant.
 bool run_grid(const dim3& grid, const dim3& block, const std::function<void()>& thread);
 
 }  // namespace fake_cuda

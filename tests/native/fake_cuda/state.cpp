@@ -8,7 +8,7 @@
 namespace fake_cuda {
 
 Runtime& runtime() {
-  static auto* const instance = new Runtime;  // outlives whatever calls at exit
+  static auto* const instance = new Runtime;  // never destroyed: it may be called at exit
   return *instance;
 }
 
@@ -31,8 +31,8 @@ cudaError_t remember(cudaError_t error) {
 
 cudaError_t log_call(const char* name, cudaStream_t stream, const std::string& detail) {
   Runtime& state = runtime();
-  const Stream* found = state.find_stream(stream);
-  const int device = found == nullptr ? current_device() : device_of(*found);
+  const Stream* known_stream = state.find_stream(stream);
+  const int device = known_stream == nullptr ? current_device() : device_of(*known_stream);
   const auto handle = std::to_string(reinterpret_cast<uintptr_t>(stream));
   state.log += std::string(name) + " " + std::to_string(device) + " " + (stream == kNoStream ? "-" : handle) + " " +
                (detail.empty() ? "-" : detail) + "\n";
@@ -49,8 +49,8 @@ cudaError_t begin_call(const char* name, cudaStream_t stream, const std::string&
 }
 
 Stream* Runtime::find_stream(cudaStream_t stream) {
-  const auto found = streams.find(stream == cudaStreamLegacy ? nullptr : stream);
-  return found == streams.end() ? nullptr : &found->second;
+  const auto entry = streams.find(stream == cudaStreamLegacy ? nullptr : stream);
+  return entry == streams.end() ? nullptr : &entry->second;
 }
 
 cudaStream_t Runtime::make_stream(int device) {

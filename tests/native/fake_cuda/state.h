@@ -16,7 +16,7 @@
 namespace fake_cuda {
 
 struct Work {
-  unsigned devices;  // whose memory it may touch, a bit for each
+  unsigned devices;  // the devices whose memory it may access, one bit each
   std::function<void()> run;
 };
 
@@ -27,29 +27,29 @@ struct Capture {
 };
 
 struct Stream {
-  int device;                        // kCallersDevice for those that CUDA makes itself
-  std::shared_ptr<Capture> capture;  // that records it now
+  int device;                        // kCallersDevice for the built-in streams
+  std::shared_ptr<Capture> capture;  // the capture that records this stream, if any
 };
 constexpr int kCallersDevice = -1;
 
 struct Event {
   int device;
   bool is_recorded = false;
-  uint64_t after = 0;                // so many pieces of work
-  std::shared_ptr<Capture> capture;  // that its record is a part of
+  uint64_t after = 0;                // the number of pieces of work before it
+  std::shared_ptr<Capture> capture;  // the capture in which it was recorded, if any
 };
 
 struct Runtime {
-  std::mutex mutex;  // held by every call, so that one thread at a time runs work
+  std::mutex mutex;  // held by every call, so that only one thread at a time runs work
   Memory memory;
   std::deque<Work> queue;
-  uint64_t issued = 0;  // pieces of work, ever
+  uint64_t issued = 0;  // the total number of pieces of work
   std::map<cudaStream_t, Stream> streams{{nullptr, {kCallersDevice, {}}}, {cudaStreamPerThread, {kCallersDevice, {}}}};
   std::map<cudaEvent_t, Event> events;
   std::vector<std::vector<Work>> graphs;
   int device_count = 1;
   cudaError_t device_error = cudaSuccess;
-  cudaError_t fault = cudaSuccess;  // of work; stays, as CUDA's do
+  cudaError_t fault = cudaSuccess;  // raised by work; it stays, as in CUDA
   std::map<std::string, cudaError_t> failures;
   std::string log;
 
@@ -57,14 +57,14 @@ struct Runtime {
   cudaStream_t make_stream(int device);
   uintptr_t make_handle() { return next_handle_ += 16; }
 
-  // To the capture of the stream, or to the queue. Work runs in the order of issue, whatever its streams.
+  // Adds work to the capture of the stream or to the queue. Work runs in the order of issue, whatever its stream.
   cudaError_t issue(Stream& stream, Work work);
   cudaError_t run_queue();
   bool is_capturing() const;
-  cudaError_t refuse_in_capture();  // and with it what was captured
+  cudaError_t refuse_in_capture();  // also invalidates every capture
 
  private:
-  uintptr_t next_handle_ = 0x1000;  // never used twice; no address
+  uintptr_t next_handle_ = 0x1000;  // never used twice; not an address
 };
 
 Runtime& runtime();
@@ -74,26 +74,26 @@ int device_of(const Stream& stream);
 
 const auto kNoStream = reinterpret_cast<cudaStream_t>(~uintptr_t{0});
 
-// Logs a call, and takes the failure that a test asked for.
+// Logs a call, and returns the failure that a test has requested for it.
 cudaError_t log_call(const char* name, cudaStream_t stream, const std::string& detail);
-// Does so, and says why no call could work now.
+// Logs a call, and returns a requested failure or the error that every call would return now.
 cudaError_t begin_call(const char* name, cudaStream_t stream, const std::string& detail);
 cudaError_t remember(cudaError_t error);
 
-template <class Body>
-cudaError_t call(const char* name, const std::string& detail, Body body) {
+template <class Run>
+cudaError_t call(const char* name, const std::string& detail, Run run) {
   const std::lock_guard lock(runtime().mutex);
   const cudaError_t error = begin_call(name, kNoStream, detail);
-  return remember(error == cudaSuccess ? body(runtime()) : error);
+  return remember(error == cudaSuccess ? run(runtime()) : error);
 }
 
-template <class Body>
-cudaError_t call(const char* name, cudaStream_t on, const std::string& detail, Body body) {
+template <class Run>
+cudaError_t call(const char* name, cudaStream_t on, const std::string& detail, Run run) {
   const std::lock_guard lock(runtime().mutex);
   const cudaError_t error = begin_call(name, on, detail);
   if (error != cudaSuccess) return remember(error);
   Stream* stream = runtime().find_stream(on);
-  return remember(stream == nullptr ? cudaErrorInvalidResourceHandle : body(runtime(), *stream));
+  return remember(stream == nullptr ? cudaErrorInvalidResourceHandle : run(runtime(), *stream));
 }
 
 }  // namespace fake_cuda

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The calls of cuda_runtime.h about streams, events and errors.
+// The functions of cuda_runtime.h for streams, events and errors.
 #include <utility>
 
 #include "state.h"
@@ -8,11 +8,11 @@ using namespace fake_cuda;
 
 namespace {
 
-template <class Body>
-cudaError_t call_on_event(const char* name, cudaStream_t on, cudaEvent_t event, Body body) {
+template <class Run>
+cudaError_t call_on_event(const char* name, cudaStream_t on, cudaEvent_t event, Run run) {
   return call(name, on, std::to_string(reinterpret_cast<uintptr_t>(event)), [&](Runtime& state, Stream& stream) {
-    const auto found = state.events.find(event);
-    return found == state.events.end() ? cudaErrorInvalidResourceHandle : body(state, stream, found->second);
+    const auto entry = state.events.find(event);
+    return entry == state.events.end() ? cudaErrorInvalidResourceHandle : run(state, stream, entry->second);
   });
 }
 
@@ -40,8 +40,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       {cudaErrorStreamCaptureMerge, "operation would result in a merge of separate capture sequences"},
       {cudaErrorStreamCaptureIsolation, "dependency created on uncaptured work in another stream"},
       {cudaErrorUnknown, "unknown error"}};
-  const auto found = texts.find(error);
-  return found == texts.end() ? "unrecognized error code" : found->second;
+  const auto text = texts.find(error);
+  return text == texts.end() ? "unrecognized error code" : text->second;
 }
 
 cudaError_t cudaGetLastError() {
@@ -94,7 +94,7 @@ cudaError_t cudaStreamGetDevice(cudaStream_t on, int* device) {
   });
 }
 
-// The queue is in order of issue already: only what is recorded needs to know of what it waits for.
+// Queued work already runs in the order of issue, so waiting matters only for captures.
 cudaError_t cudaStreamWaitEvent(cudaStream_t on, cudaEvent_t event, unsigned) {
   return call_on_event("cudaStreamWaitEvent", on, event, [&](Runtime& state, Stream& stream, const Event& awaited) {
     if (stream.capture == awaited.capture || (stream.capture != nullptr && !awaited.is_recorded)) return cudaSuccess;
@@ -128,9 +128,9 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t on) {
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   return call("cudaEventQuery", std::to_string(reinterpret_cast<uintptr_t>(event)), [&](Runtime& state) {
     if (state.is_capturing()) return state.refuse_in_capture();
-    const auto found = state.events.find(event);
-    if (found == state.events.end()) return cudaErrorInvalidResourceHandle;
-    return found->second.after <= state.issued - state.queue.size() ? cudaSuccess : cudaErrorNotReady;
+    const auto entry = state.events.find(event);
+    if (entry == state.events.end()) return cudaErrorInvalidResourceHandle;
+    return entry->second.after <= state.issued - state.queue.size() ? cudaSuccess : cudaErrorNotReady;
   });
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUB algorithms that csrc/cuda calls, each as one piece of queued work. Garbage is written to the temporary
-// memory, and to outputs that may not be inputs, before an input is read.
+// The CUB algorithms that csrc/cuda calls, each as one piece of queued work. Before an input is read, garbage is written
+// to the temporary memory and to outputs that must not overlap inputs.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@
 namespace cub {
 
 struct DeviceRadixSort {
-  // Stable; keys are compared in bits [begin_bit, end_bit).
+  // A stable sort that compares bits [begin_bit, end_bit) of the keys.
   template <class Key, class Value, class Count>
   static cudaError_t SortPairs(void* temp, size_t& temp_bytes, const Key* keys_in, Key* keys_out,
                                const Value* values_in, Value* values_out, Count num_items, int begin_bit = 0,
@@ -49,7 +49,7 @@ struct DeviceRadixSort {
 };
 
 struct DeviceScan {
-  // Sums in the type of a sum of two inputs, whatever the output can hold. In place if `out` is `in`.
+  // Sums in the type of a sum of two inputs, even if Out is narrower. `out` may be `in`.
   template <class In, class Out, class Count>
   static cudaError_t InclusiveSum(void* temp, size_t& temp_bytes, const In* in, Out* out, Count num_items,
                                   cudaStream_t stream = nullptr) {

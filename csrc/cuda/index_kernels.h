@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// What threads do to the indices of IndexedSlices before and after they are sorted: the rows that they name, and where
-// the values of each lie. As bodies.h, whose rules hold here.
+// The kernels that run before and after the indices of IndexedSlices are sorted: they list the unique rows and the
+// positions of their values. The rules of dense_kernels.h apply.
 #pragma once
 
-#include "bodies.h"
+#include "dense_kernels.h"
 
 namespace fastadam::cuda {
 
-// Rows of which only the device knows how many there are.
-struct DeviceRows : Rows {  // `count`: at most so many, the number of indices
-  const int64_t* unique;    // how many there are
+// Rows in device memory. Only the device knows how many there are; `count` is the number of indices, an upper bound.
+struct DeviceRows : Rows {
+  const int64_t* unique;  // the number of rows
 
   FASTADAM_INLINE Rows counted() const {
     Rows copy = *this;
@@ -32,17 +32,17 @@ constexpr int kIndexThreads = 256;
 
 FASTADAM_INLINE int64_t index_grid(int64_t count) { return (count + kIndexThreads - 1) / kIndexThreads; }
 
-// Copies the indices, numbers them, and finds the first that is not a row.
+// Copies and numbers the indices, and finds the first invalid one.
 struct ReadIndices {
   static constexpr int kThreads = kIndexThreads;
   using Shared = NoShared;
   const void* indices;
-  bool is_int64;  // else int32
+  bool is_int64;  // otherwise int32
   int64_t count;
   int64_t row_count;
   int64_t* keys;
   int64_t* order;
-  unsigned long long* bad;  // position; kNoPosition before and, if all are rows, after
+  unsigned long long* bad;  // must hold kNoPosition; receives the position of the first invalid index
 
   FASTADAM_INLINE int phases() const { return 1; }
   FASTADAM_INLINE void phase(int, int64_t block, int64_t thread, Shared&) const {
@@ -55,7 +55,7 @@ struct ReadIndices {
   }
 };
 
-// Of sorted keys: 1 where a row begins. Their running sum numbers the rows from 1.
+// Marks with 1 where a row begins among the sorted keys. The running sum of the marks numbers the rows from 1.
 struct MarkRows {
   static constexpr int kThreads = kIndexThreads;
   using Shared = NoShared;
@@ -70,18 +70,18 @@ struct MarkRows {
   }
 };
 
-// Lists the rows and their starts. An index that is not a row fails this step and those after it.
+// Lists the rows and their starts. After an invalid index this step and all later ones fail.
 struct ListRows {
   static constexpr int kThreads = kIndexThreads;
   using Shared = NoShared;
   const int64_t* keys;
-  const int64_t* numbers;  // running sums of the marks
+  const int64_t* numbers;  // the running sums of the marks
   int64_t count;
   int64_t* rows;
   int64_t* starts;
   int64_t* unique;
-  const int64_t* unsorted;  // keys as they came
-  int64_t source;
+  const int64_t* unsorted;  // the keys in their original order
+  int64_t source;           // see Report
   unsigned long long* bad;
   StepState* state;
   Report* report;
@@ -89,7 +89,7 @@ struct ListRows {
   FASTADAM_INLINE int phases() const { return 1; }
   FASTADAM_INLINE void phase(int, int64_t block, int64_t thread, Shared&) const {
     const int64_t i = block * kThreads + thread;
-    if (i == 0) judge();
+    if (i == 0) report_bad_index();
     if (i == 0 && count == 0) *unique = starts[0] = 0;
     if (i >= count) return;
     if (i == 0 || numbers[i] != numbers[i - 1]) {
@@ -102,7 +102,7 @@ struct ListRows {
   }
 
  private:
-  FASTADAM_INLINE void judge() const {
+  FASTADAM_INLINE void report_bad_index() const {
     if (*bad == kNoPosition) return;
     if (!state->failed) {
       report->source = source;
@@ -114,7 +114,7 @@ struct ListRows {
   }
 };
 
-// Rows that have been summed: one value for each, in their order.
+// Replaces starts and order after the rows were summed: now there is one value per row, in the order of the rows.
 struct NumberRows {
   static constexpr int kThreads = kIndexThreads;
   using Shared = NoShared;

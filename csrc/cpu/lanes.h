@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Part of kernels.cpp, compiled once per ISA: what the loops over elements and over rows share. Included by nothing
-// else.
+// Part of kernels.cpp and included by nothing else: the operands of a loop over elements or rows, prefetching, and the
+// conversion of half types.
 #pragma once
 
 #if defined(__AVX2__)
@@ -21,52 +21,53 @@ const StepScalars<T>& scalars_of(const StepArgs& step) {
   }
 }
 
-// What multiplies a gradient.
+// The factor of a gradient.
 FASTADAM_INLINE double factor_of(const StepArgs& step, const TensorArgs& tensor) {
   return step.factors == nullptr ? tensor.grad_factor : step.factors[&tensor - step.chains.tensors];
 }
 
-// The streams of one variable in its compute type, from one element on.
+// The arrays that a loop reads and writes, in the compute type of the variable, starting at one of its elements.
 template <class T>
-struct Streams {
+struct Operands {
   T* var;
-  const T* grad;  // null for rows
+  const T* grad;  // null in loops over rows
   T* m;
   T* v;
   T* vhat;  // null without AMSGrad
 };
 
-// Of a row from element `at` of the table on; the variable lies at `var`, perhaps converted.
+// The operands of part of a row, which starts at element `at` of the table. `var` points to that element or to a
+// converted copy.
 template <bool kAmsgrad, class T>
-FASTADAM_INLINE Streams<T> streams_of(const TensorArgs& tensor, int64_t at, T* var) {
+FASTADAM_INLINE Operands<T> operands_of(const TensorArgs& tensor, int64_t at, T* var) {
   return {var, nullptr, static_cast<T*>(tensor.m) + at, static_cast<T*>(tensor.v) + at,
           kAmsgrad ? static_cast<T*>(tensor.vhat) + at : nullptr};
 }
 
-// Columns of a row that are summed before they are updated.
+// The number of columns of a row that are summed and updated at a time.
 constexpr int64_t kColumns = 128;
 
-// Elements between two prefetches. Fetching 1 KiB ahead gains 5 % in DRAM and costs 8 % in cache (bench/README.md); the
-// streams of a half type keep pace with those of float.
+// The number of elements between two prefetches. Prefetching 1 KiB ahead gains 5 % in DRAM and costs 8 % in cache
+// (bench/README.md). Arrays of a half type are prefetched as many elements ahead as arrays of float.
 constexpr int64_t kBlock = 32;
 
-template <class... Streams>
-FASTADAM_INLINE void prefetch_block(int64_t item_size, const Streams*... streams) {
+template <class... Items>
+FASTADAM_INLINE void prefetch_block(int64_t item_size, const Items*... arrays) {
   const int64_t ahead = 1024 / item_size;
-  for (int64_t i = ahead; i < ahead + kBlock; i += 64 / item_size) (__builtin_prefetch(streams + i), ...);
+  for (int64_t i = ahead; i < ahead + kBlock; i += 64 / item_size) (__builtin_prefetch(arrays + i), ...);
 }
 
-// How many elements from the first on are converted by instructions of their own.
+// Converts as many elements as it can with special instructions, and returns their number.
 template <class From, class To>
 FASTADAM_INLINE int64_t convert_fast(const From* /*from*/, To* /*to*/, int64_t /*size*/) {
   return 0;
 }
 
 #if defined(__AVX512F__)
-// Masked, by all ones: GCC 12 warns of what its unmasked intrinsics leave undefined.
+// A mask of all ones: GCC 12 warns about undefined values in its unmasked intrinsics.
 constexpr __mmask16 kAll = 0xffff;
 
-// They round as store() does, and no mode for denormals touches those of float16.
+// These instructions round as store() does, and flush-to-zero does not affect float16 denormals.
 FASTADAM_INLINE int64_t convert_fast(const Float16* from, float* to, int64_t size) {
   for (int64_t i = 0; i + 16 <= size; i += 16) {
     _mm512_storeu_ps(to + i,
@@ -83,7 +84,7 @@ FASTADAM_INLINE int64_t convert_fast(const float* from, Float16* to, int64_t siz
   return size / 16 * 16;
 }
 
-// load() and store(), which compilers vectorise by way of elements of two bytes.
+// The same as load() and store(), which compilers vectorise badly because of the two-byte elements.
 FASTADAM_INLINE int64_t convert_fast(const BFloat16* from, float* to, int64_t size) {
   for (int64_t i = 0; i + 16 <= size; i += 16) {
     const __m512i wide =
@@ -107,7 +108,7 @@ FASTADAM_INLINE int64_t convert_fast(const float* from, BFloat16* to, int64_t si
   return size / 16 * 16;
 }
 #elif defined(__F16C__)
-// They round as store() does, and no mode for denormals touches those of float16.
+// These instructions round as store() does, and flush-to-zero does not affect float16 denormals.
 FASTADAM_INLINE int64_t convert_fast(const Float16* from, float* to, int64_t size) {
   for (int64_t i = 0; i + 8 <= size; i += 8) {
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
@@ -125,7 +126,7 @@ FASTADAM_INLINE int64_t convert_fast(const float* from, Float16* to, int64_t siz
 #endif
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// load() and store(), which compilers vectorise by way of elements of two bytes.
+// The same as load() and store(), which compilers vectorise badly because of the two-byte elements.
 FASTADAM_INLINE int64_t convert_fast(const BFloat16* from, float* to, int64_t size) {
   for (int64_t i = 0; i + 8 <= size; i += 8) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
@@ -166,14 +167,14 @@ FASTADAM_INLINE void convert_here(const float* __restrict from, Half* __restrict
   for (int64_t i = convert_fast(from, to, size); i < size; ++i) to[i] = store<Half>(from[i]);
 }
 
-// The same where it is not worth a copy in every kernel.
+// The same, not inlined, for places where speed does not justify a copy in every kernel.
 template <class From, class To>
 __attribute__((noinline)) void convert(const From* from, To* to, int64_t size) {
   convert_here(from, to, size);
 }
 
-// work(var) with kBlock elements in their compute type: themselves, or a copy that is rounded back. A loop over
-// elements of two and of four bytes is vectorised badly, and float16 has instructions for its conversion.
+// Calls work(var) with kBlock elements in their compute type: the elements themselves, or a copy that is rounded back.
+// Compilers vectorise a loop that mixes two-byte and four-byte elements badly, and float16 has conversion instructions.
 template <class Storage, class Work>
 FASTADAM_INLINE void block_in_compute_type(Storage* var, Work work) {
   if constexpr (sizeof(Storage) != 2) {
@@ -186,7 +187,7 @@ FASTADAM_INLINE void block_in_compute_type(Storage* var, Work work) {
   }
 }
 
-// work(var, from, count) for `size` elements, all at once, or of a half type from block to block.
+// Calls work(var, from, count) for `size` elements: once for all of them, or block by block for a half type.
 template <class Storage, class Work>
 FASTADAM_INLINE void in_compute_type(Storage* var, int64_t size, Work work) {
   if constexpr (sizeof(Storage) != 2) {

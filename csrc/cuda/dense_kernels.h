@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the threads of each launch do, as host-device functions: a test runs them on the CPU, block by block and phase
-// by phase, and compares bits with the CPU kernels. launch.cu only launches them. Include nothing but core headers. A
-// body has kThreads, a Shared memory of the block, and phase(phase, block, thread, shared) for `phases()` phases; all
-// threads of a block end one before any begins the next.
+// The kernels for dense gradients, as host-device functors: launch.cu launches them, and a test runs them on the CPU,
+// block by block and phase by phase, and compares the bits with the CPU kernels. Include only headers of core. A kernel
+// has kThreads threads per block, a struct Shared for the shared memory of a block, and a member phase(phase, block,
+// thread, shared) that runs phases() times: all threads of a block finish one phase before any starts the next.
 #pragma once
 
 #include "../core/adam_math.h"
@@ -13,24 +13,24 @@
 
 namespace fastadam::cuda {
 
-// A block of threads updates one chunk. Their table is made once for a set of buffers.
+// A block of threads updates one chunk of a tensor. The table of chunks is made once for a set of buffers.
 struct Chunk {
   int64_t tensor;
   int64_t begin;
 };
 constexpr int64_t kChunkElements = 16384;
 
-// What changes from step to step, of one tensor.
+// The part of a tensor that changes from step to step.
 struct Gradient {
   const void* data;
-  double factor;  // multiplies it after the value clip, as far as the host knows
-  int64_t size;   // fewer than the tensor's, or more, of IndexedSlices
+  double factor;  // multiplies the gradient after the value clip, without the factors that only the device knows
+  int64_t size;   // differs from the size of the tensor for IndexedSlices
   DType dtype;
 };
 
 struct NoShared {};
 
-// N elements side by side, read and written 16 bytes at a time.
+// kCount consecutive elements, read and written in units of up to 16 bytes.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
   T of[kCount];
@@ -48,18 +48,18 @@ FASTADAM_INLINE const Pack<T, kCount>& pack_at(const T* values, int64_t at) {
 
 FASTADAM_INLINE bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// The end of a chunk in its tensor.
+// The end of a chunk in a tensor of this size.
 FASTADAM_INLINE int64_t end_of(const Chunk& chunk, int64_t size) {
   return size - chunk.begin < kChunkElements ? size : chunk.begin + kChunkElements;
 }
 
-// Stores gradients in the table of a plan: kernel arguments are no more than 4 KiB.
+// Copies gradients from the kernel arguments, which are limited to 4 KiB, to the table of a plan.
 struct SetGradients {
   static constexpr int kThreads = 128;
   static constexpr int kCount = 120;
   using Shared = NoShared;
   Gradient gradients[kCount];
-  Gradient* table;  // of this and the following tensors
+  Gradient* table;  // points to the entry of the first of these gradients
   int64_t count;
 
   FASTADAM_INLINE int phases() const { return 1; }
@@ -68,7 +68,7 @@ struct SetGradients {
   }
 };
 
-// One step of variables of one dtype, each with one dense gradient: their chunks, a block each.
+// One step of variables of one dtype, each with one dense gradient. Each block of threads updates one chunk.
 template <class Storage, bool kAmsgrad, int kTransform>
 struct DenseStep {
   static constexpr int kThreads = 256;
@@ -77,7 +77,7 @@ struct DenseStep {
   const StepState* state;
   const TensorArgs* tensors;
   const Gradient* gradients;
-  const double* factors;  // of norm clips, one for each tensor, or null
+  const double* factors;  // with norm clipping: the factor of each gradient; or null
   const Chunk* chunks;
 
   FASTADAM_INLINE int phases() const { return 1; }
@@ -97,9 +97,9 @@ struct DenseStep {
  private:
   static constexpr int kPack = 16 / sizeof(Storage);
 
-  // In registers: the compiler cannot tell that a store changes none of them.
+  // Copied to registers, because the compiler cannot know that a store does not change them.
   template <class Grad, class Slot>
-  struct Streams {
+  struct Operands {
     Storage* var;
     const Grad* grad;
     Slot* m;
@@ -116,27 +116,27 @@ struct DenseStep {
     const Gradient& gradient = gradients[chunk.tensor];
     const StepScalars<T> s = scalars_of<T>(*state);
     const double factor = factors == nullptr ? gradient.factor * state->unscale : factors[chunk.tensor];
-    const Streams<Grad, Slot> streams{static_cast<Storage*>(tensor.var),
-                                      static_cast<const Grad*>(gradient.data),
-                                      static_cast<Slot*>(tensor.m),
-                                      static_cast<Slot*>(tensor.v),
-                                      static_cast<Slot*>(kAmsgrad ? tensor.vhat : tensor.v),
-                                      tensor.decays ? s.keep : T(1),
-                                      static_cast<T>(factor),
-                                      s};
+    const Operands<Grad, Slot> operands{static_cast<Storage*>(tensor.var),
+                                        static_cast<const Grad*>(gradient.data),
+                                        static_cast<Slot*>(tensor.m),
+                                        static_cast<Slot*>(tensor.v),
+                                        static_cast<Slot*>(kAmsgrad ? tensor.vhat : tensor.v),
+                                        tensor.decays ? s.keep : T(1),
+                                        static_cast<T>(factor),
+                                        s};
     const int64_t end = end_of(chunk, tensor.size);
     int64_t at = chunk.begin;
-    if (is_aligned(streams.var) && is_aligned(streams.grad) && is_aligned(streams.m) && is_aligned(streams.v) &&
-        is_aligned(streams.vhat)) {
+    if (is_aligned(operands.var) && is_aligned(operands.grad) && is_aligned(operands.m) && is_aligned(operands.v) &&
+        is_aligned(operands.vhat)) {
       const int64_t packs = (end - at) / kPack;
-      for (int64_t i = thread; i < packs; i += kThreads) update_pack<kPack>(streams, at + i * kPack);
+      for (int64_t i = thread; i < packs; i += kThreads) update_pack<kPack>(operands, at + i * kPack);
       at += packs * kPack;
     }
-    for (int64_t i = at + thread; i < end; i += kThreads) update_pack<1>(streams, i);
+    for (int64_t i = at + thread; i < end; i += kThreads) update_pack<1>(operands, i);
   }
 
   template <int kCount, class Grad, class Slot>
-  FASTADAM_INLINE static void update_pack(const Streams<Grad, Slot>& s, int64_t at) {
+  FASTADAM_INLINE static void update_pack(const Operands<Grad, Slot>& s, int64_t at) {
     auto var = pack_at<kCount>(s.var, at);
     const auto grad = pack_at<kCount>(s.grad, at);
     auto m = pack_at<kCount>(s.m, at);
@@ -163,7 +163,7 @@ struct DenseStep {
   }
 };
 
-// Moving averages of variables of one dtype, after their step.
+// Updates the moving averages of variables of one dtype, after their step.
 template <class Storage>
 struct AverageStep {
   static constexpr int kThreads = 256;
@@ -172,7 +172,7 @@ struct AverageStep {
   const StepState* state;
   const TensorArgs* tensors;
   const Chunk* chunks;
-  bool overwrite;  // the variables with their averages
+  bool overwrite;  // copies the averages to the variables
 
   FASTADAM_INLINE int phases() const { return 1; }
 
@@ -191,7 +191,7 @@ struct AverageStep {
   }
 };
 
-// Adds dense gradients, times their factors, to accumulators of variables of one dtype.
+// Adds dense gradients times their factors to the accumulators of variables of one dtype.
 template <class Storage>
 struct AccumulateStep {
   static constexpr int kThreads = 256;

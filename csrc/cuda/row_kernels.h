@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-// What threads do for the rows of IndexedSlices and of tables that wait: a warp for each row, or a part of a warp where
-// rows are narrow, a lane for every so manieth column. As bodies.h, whose rules hold here.
+// The kernels for the rows of IndexedSlices and of deferred tables. A warp does one row, or a part of a warp if rows
+// are narrow; lanes stride over the columns. The rules of dense_kernels.h apply.
 #pragma once
 
+#include "../core/at_rest.h"
 #include "../core/closed_form.h"
-#include "../core/rest.h"
 #include "../core/split.h"
-#include "index_bodies.h"
+#include "index_kernels.h"
 
 namespace fastadam::cuda {
 
 constexpr int kRowThreads = 256;
 
-// Threads of a row.
+// The number of threads per row.
 FASTADAM_INLINE int64_t row_lanes(int64_t width) {
   int64_t lanes = 1;
   while (lanes < width && lanes < 32) lanes *= 2;
   return lanes;
 }
 
-// Blocks of threads for so many rows.
+// The number of blocks of threads for this many rows.
 FASTADAM_INLINE int64_t row_grid(int64_t row_count, int64_t width) {
   const int64_t rows = kRowThreads / row_lanes(width);
   return (row_count + rows - 1) / rows;
 }
 
-// The row of a thread, and its first column.
+// The row of a thread and its first column; its columns are `lanes` apart.
 struct RowPlace {
   int64_t row;
   int64_t column;
@@ -37,7 +37,7 @@ FASTADAM_INLINE RowPlace row_place(int64_t block, int64_t thread, int64_t width)
   return {block * (kRowThreads / lanes) + thread / lanes, thread % lanes, lanes};
 }
 
-// Sum of the values of the k-th row that is touched, in order of occurrence.
+// Sums one column of the k-th row in order of occurrence.
 template <bool kTransform, class Grad, class T>
 FASTADAM_INLINE T sum_values(const Rows& rows, const void* values, int64_t k, int64_t column, T clip_value, T factor) {
   const auto* grad = static_cast<const Grad*>(values) + column;
@@ -59,24 +59,18 @@ struct Element {
   T vhat;
 };
 
-// The steps [from, now) of the history, in which the row had no gradient: those of replay in csrc/cpu/row_kernels.h,
-// but that an element stops by itself.
+// Applies the steps [from, now) of the history, in which the row had no gradient. Unlike on the CPU, where a whole part
+// of a row stops, each element stops on its own; the bits are the same.
 template <bool kAmsgrad, class Storage, class T>
 FASTADAM_INLINE void replay_element(const StaleRows& stale, int64_t from, Element<T>& e, StepScalars<T> s) {
-  constexpr int64_t kCheckSteps = 8;
-  const T* alphas = static_cast<const T*>(stale.alphas);
-  const T* keeps = static_cast<const T*>(stale.keeps);
-  const T peak = stale.may_stop ? peak_from<T>(stale, from) : T(0);
-  int64_t step = from;
-  while (step < stale.now) {
-    const int64_t stop = stale.now - step < kCheckSteps ? stale.now : step + kCheckSteps;
-    for (; step < stop; ++step) {
-      s.row_alpha = alphas[step];
-      adam_update_row<kAmsgrad, false>(e.var, T(0), e.m, e.v, e.vhat, keeps[step], s);
-      e.var = load(store<Storage>(e.var));
-    }
-    if (stale.may_stop && rests<kAmsgrad, Storage>(e.var, e.m, e.v, e.vhat, peak, s.epsilon)) break;
-  }
+  const auto make_step = [&](T alpha, T keep) {
+    s.row_alpha = alpha;
+    adam_update_row<kAmsgrad, false>(e.var, T(0), e.m, e.v, e.vhat, keep, s);
+    e.var = load(store<Storage>(e.var));
+  };
+  int64_t step = replay_steps<T>(stale, from, make_step, [&](T peak) {
+    return is_at_rest<kAmsgrad, Storage>(e.var, e.m, e.v, e.vhat, peak, s.epsilon);
+  });
   for (; step < stale.now && (e.m != T(0) || e.v != T(0)); ++step) {
     e.m *= s.beta_1;
     e.v *= s.beta_2;
@@ -84,12 +78,12 @@ FASTADAM_INLINE void replay_element(const StaleRows& stale, int64_t from, Elemen
 }
 
 enum class RowMode {
-  kAll,      // every row moves, touched or not: TF's rule
-  kTouched,  // the rows that are touched, if there is a gradient; first the steps that they missed, if they wait
-  kCatchUp,  // every row gets the steps that it missed
+  kAll,      // TF's rule: updates every row, with or without a gradient
+  kTouched,  // updates the listed rows; in a deferred table first by the steps that they missed
+  kCatchUp,  // applies to every row the steps that it missed
 };
 
-// The rows of one tensor.
+// Updates rows of one tensor.
 template <class Storage, bool kAmsgrad, bool kTransform>
 struct RowStep {
   static constexpr int kThreads = kRowThreads;
@@ -97,14 +91,14 @@ struct RowStep {
   using T = Compute<Storage>;
   using Scalars = StepScalars<T>;
   const StepState* state;
-  TensorArgs tensor;  // with pointers to the device
+  TensorArgs tensor;  // with pointers to device memory
   DeviceRows slices;
-  StaleRows stale;       // but for `from`
-  int32_t* last;         // steps of the history that each row has had, or null if none waits
-  int32_t now_had;       // what `last` of these rows becomes
-  const double* factor;  // of a norm clip, or null
+  StaleRows stale;       // `from` is not used
+  int32_t* last;         // the number of steps of the history that each row has had; null if the table is not deferred
+  int32_t new_last;      // the value of `last` after this step
+  const double* factor;  // with norm clipping: the factor of the gradient; or null
   int64_t width;
-  int64_t row_count;  // rows that get threads, perhaps more than there are
+  int64_t row_count;  // the number of rows that get threads: at least the number of rows to update
   RowMode mode;
 
   FASTADAM_INLINE int phases() const { return last == nullptr ? 1 : 2; }
@@ -114,30 +108,30 @@ struct RowStep {
     const RowPlace place = row_place(block, thread, width);
     if (place.row >= row_count) return;
     const Rows rows = slices.unique == nullptr ? Rows{} : slices.counted();
-    int64_t k = place.row;  // place among the rows that are touched
+    int64_t k = place.row;  // position in rows.rows
     int64_t row = place.row;
-    bool touched = tensor.grad != nullptr;
+    bool has_gradient = tensor.grad != nullptr;
     if (mode == RowMode::kAll) {
       k = first_row_from(rows, row);
-      touched = touched && k < rows.count && rows.rows[k] == row;
+      has_gradient = has_gradient && k < rows.count && rows.rows[k] == row;
     } else if (mode == RowMode::kTouched) {
       if (k >= rows.count) return;
       row = rows.rows[k];
     }
-    if (phase == 1) {  // all have read it
-      if (place.column == 0) last[row] = now_had;
+    if (phase == 1) {  // all threads have read `last`
+      if (place.column == 0) last[row] = new_last;
       return;
     }
     const Scalars scalars = scalars_of<T>(*state);
     const int64_t from = last == nullptr ? stale.now : last[row];
-    if (!touched && mode != RowMode::kAll && from >= stale.now) return;
+    if (!has_gradient && mode != RowMode::kAll && from >= stale.now) return;
     for (int64_t column = place.column; column < width; column += place.lanes) {
       T g = T(0);
-      if (touched) {
+      if (has_gradient) {
         g = tensor.grad_dtype == tensor.dtype ? sum<Storage>(rows, k, column, scalars)
                                               : sum<T>(rows, k, column, scalars);
       }
-      move(row * width + column, g, from, touched, scalars);
+      update(row * width + column, g, from, has_gradient, scalars);
     }
   }
 
@@ -148,7 +142,7 @@ struct RowStep {
     return sum_values<kTransform, Grad>(rows, tensor.grad, k, column, scalars.clip_value, scale);
   }
 
-  FASTADAM_INLINE void move(int64_t at, T g, int64_t from, bool touched, const Scalars& scalars) const {
+  FASTADAM_INLINE void update(int64_t at, T g, int64_t from, bool has_gradient, const Scalars& scalars) const {
     auto* var = static_cast<Storage*>(tensor.var);
     T* m = static_cast<T*>(tensor.m);
     T* v = static_cast<T*>(tensor.v);
@@ -156,7 +150,7 @@ struct RowStep {
     const T keep = tensor.decays ? scalars.keep : T(1);
     Element<T> e{load(var[at]), m[at], v[at], kAmsgrad ? vhat[at] : T(0)};
     if (from < stale.now) catch_up(e, from, scalars);
-    if (touched) {
+    if (has_gradient) {
       e.var = load(store<Storage>(e.var));
       adam_update_row<kAmsgrad, true>(e.var, g, e.m, e.v, e.vhat, keep, scalars);
     } else if (mode == RowMode::kAll) {
@@ -177,7 +171,7 @@ struct RowStep {
   }
 };
 
-// Sums of the rows of IndexedSlices, end to end; behind them zeros, which change no norm.
+// Stores the sum of each row of IndexedSlices, row after row. Zeros, which change no norm, fill the rest of `sums`.
 template <class Grad>
 struct RowSums {
   static constexpr int kThreads = kRowThreads;
@@ -185,7 +179,7 @@ struct RowSums {
   using T = Compute<Grad>;
   const void* values;
   DeviceRows slices;
-  T* sums;  // slices.count * slices.width
+  T* sums;  // has slices.count * slices.width elements
 
   FASTADAM_INLINE int phases() const { return 1; }
   FASTADAM_INLINE void phase(int, int64_t block, int64_t thread, Shared&) const {
@@ -199,7 +193,7 @@ struct RowSums {
   }
 };
 
-// Adds IndexedSlices, times their factor, to the accumulator of a table.
+// Adds IndexedSlices times their factor to the accumulator of a table.
 template <class Storage>
 struct AccumulateRows {
   static constexpr int kThreads = kRowThreads;
@@ -218,32 +212,32 @@ struct AccumulateRows {
     if (place.row >= row_count) return;
     const Rows rows = slices.counted();
     const int64_t k = first_row_from(rows, place.row);
-    const bool touched = k < rows.count && rows.rows[k] == place.row;
+    const bool has_gradient = k < rows.count && rows.rows[k] == place.row;
     T* accumulator = static_cast<T*>(tensor.accumulator) + place.row * slices.width;
     for (int64_t column = place.column; column < slices.width; column += place.lanes) {
       if (restart) accumulator[column] = T(0);
-      if (touched)
-        accumulator[column] +=
-            tensor.grad_dtype == tensor.dtype ? sum<Storage>(rows, k, column) : sum<T>(rows, k, column);
+      if (!has_gradient) continue;
+      accumulator[column] +=
+          tensor.grad_dtype == tensor.dtype ? sum<Storage>(rows, k, column) : sum<T>(rows, k, column);
     }
   }
 
  private:
   template <class Grad>
   FASTADAM_INLINE T sum(const Rows& rows, int64_t k, int64_t column) const {
-    constexpr T kNone = static_cast<T>(__builtin_huge_val());
-    return sum_values<true, Grad>(rows, tensor.grad, k, column, kNone, static_cast<T>(tensor.grad_factor));
+    constexpr T kNoClip = static_cast<T>(__builtin_huge_val());
+    return sum_values<true, Grad>(rows, tensor.grad, k, column, kNoClip, static_cast<T>(tensor.grad_factor));
   }
 };
 
-// Rows of a table, one for each id; zeros, and a report, for an id that is not a row. Items of the size of Word.
+// Copies one row of a table for each id, as items of type Word. An invalid id gives zeros and is reported.
 template <class Word>
 struct GatherRows {
   static constexpr int kThreads = kRowThreads;
   using Shared = NoShared;
   const Word* table;
   const void* ids;
-  bool is_int64;  // else int32
+  bool is_int64;  // otherwise int32
   int64_t id_count;
   int64_t row_count;
   int64_t width;
@@ -269,7 +263,7 @@ struct GatherRows {
   }
 };
 
-// What one step adds to the history of a table.
+// Appends one step to the history of a table.
 template <class T>
 struct StoreRate {
   static constexpr int kThreads = 1;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the threads of norms and of clipping do. As bodies.h, whose rules hold here.
+// The kernels for norms, clip factors and the finite check. The rules of dense_kernels.h apply.
 #pragma once
 
-#include "bodies.h"
+#include "dense_kernels.h"
 
 namespace fastadam::cuda {
 
-// Sums of squares of blocks of gradients (core/norm.h): a warp for each, a thread for each of its lanes.
+// Computes the sum of squares of each block of the gradients (core/norm.h). A warp does one block, a thread one lane.
 struct SumSquares {
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * static_cast<int>(kNormLanes);
@@ -16,7 +16,7 @@ struct SumSquares {
   const Gradient* gradients;
   const int64_t* block_offsets;  // as in NormArgs
   int64_t tensor_count;
-  const StepState* state;  // of the step, or null: `clip_value` is that of gradients as they come
+  const StepState* state;  // if not null, its clip value is used instead of `clip_value`
   double clip_value;
   bool require_finite;
   double* sums;
@@ -39,8 +39,8 @@ struct SumSquares {
   FASTADAM_INLINE double sum_lane(int64_t i, int64_t lane) const {
     const int64_t t = find_variable(block_offsets, tensor_count, i);
     const int64_t begin = (i - block_offsets[t]) * kNormBlock;
-    const int64_t rest = gradients[t].size - begin;
-    const int64_t size = rest < kNormBlock ? rest : kNormBlock;
+    const int64_t left = gradients[t].size - begin;
+    const int64_t size = left < kNormBlock ? left : kNormBlock;
     const void* grad = gradients[t].data;
     switch (gradients[t].dtype) {
       case FASTADAM_FLOAT16:
@@ -59,7 +59,7 @@ struct SumSquares {
     using T = Compute<Storage>;
     double total = 0;
     const T raw_clip = state == nullptr ? static_cast<T>(clip_value) : scalars_of<T>(*state).clip_value;
-    T not_finite = T(0);  // or NaN
+    T not_finite = T(0);  // becomes NaN if an element is not finite
     for (int64_t at = lane; at < size; at += kNormLanes) {
       const T g = load(grad[at]);
       if (require_finite) not_finite += g - g;
@@ -70,13 +70,13 @@ struct SumSquares {
   }
 };
 
-// pairwise_sum of the blocks of each tensor, a block of threads for each: the same tree, its nodes left where they are.
+// Sums the blocks of each tensor in the order of pairwise_sum(), in place. One block of threads sums one tensor.
 struct SumBlocks {
   static constexpr int kThreads = 512;
   using Shared = NoShared;
   const int64_t* block_offsets;
-  double* sums;         // sums[block_offsets[t]] becomes that of tensor t
-  int64_t most_blocks;  // of a tensor
+  double* sums;         // sums[block_offsets[t]] receives the sum of tensor t
+  int64_t most_blocks;  // the largest number of norm blocks of a tensor
 
   FASTADAM_INLINE int phases() const {
     int levels = 0;
@@ -92,58 +92,58 @@ struct SumBlocks {
   }
 };
 
-// The sums of tensors, one beside the other.
+// Copies the sums of the tensors to a contiguous array.
 struct ListSums {
   static constexpr int kThreads = 256;
   using Shared = NoShared;
   const int64_t* block_offsets;
-  const double* sums;  // where SumBlocks left them
+  const double* sums;  // after SumBlocks
   int64_t tensor_count;
-  double* listed;
+  double* result;
 
   FASTADAM_INLINE int phases() const { return 1; }
 
   FASTADAM_INLINE void phase(int, int64_t, int64_t thread, Shared&) const {
     for (int64_t t = thread; t < tensor_count; t += kThreads) {
       const bool is_empty = block_offsets[t] == block_offsets[t + 1];
-      listed[t] = is_empty ? 0.0 : sums[block_offsets[t]];
+      result[t] = is_empty ? 0.0 : sums[block_offsets[t]];
     }
   }
 };
 
-// No step at all if a gradient has an element that is not finite.
-struct JudgeFinite {
+// Skips the step if an element of any gradient is not finite.
+struct CheckFinite {
   static constexpr int kThreads = 256;
   struct Shared {
-    bool found[kThreads];
+    bool not_finite[kThreads];
   };
   StepState* state;
   Report* report;
   const int64_t* block_offsets;
-  const double* sums;  // of tensors, where SumBlocks left them
+  const double* sums;  // after SumBlocks
   int64_t tensor_count;
-  bool is_step;  // whose t is taken back; else an accumulation
+  bool is_step;  // otherwise an accumulation, which does not count in t
 
   FASTADAM_INLINE int phases() const { return 2; }
 
   FASTADAM_INLINE void phase(int phase, int64_t, int64_t thread, Shared& shared) const {
     if (phase == 0) {
-      shared.found[thread] = false;
+      shared.not_finite[thread] = false;
       for (int64_t t = thread; t < tensor_count; t += kThreads) {
         const bool is_empty = block_offsets[t] == block_offsets[t + 1];
-        if (!is_empty && sums[block_offsets[t]] != sums[block_offsets[t]]) shared.found[thread] = true;
+        if (!is_empty && sums[block_offsets[t]] != sums[block_offsets[t]]) shared.not_finite[thread] = true;
       }
     } else if (thread == 0) {
-      bool found = false;
-      for (int i = 0; i < kThreads; ++i) found = found || shared.found[i];
-      report->not_finite = found ? 1 : 0;
-      if (found && is_step && !state->skip) --state->step;
-      if (found) state->skip = true;
+      bool not_finite = false;
+      for (int i = 0; i < kThreads; ++i) not_finite = not_finite || shared.not_finite[i];
+      report->not_finite = not_finite ? 1 : 0;
+      if (not_finite && is_step && !state->skip) --state->step;
+      if (not_finite) state->skip = true;
     }
   }
 };
 
-// The factors of norm clips, with those of the gradients in them: Norms::clip_factors of csrc/capi/norms.h.
+// Computes the factor of each gradient with norm clipping, like Norms::clip_factors in csrc/capi/norms.h.
 struct ClipFactors {
   static constexpr int kThreads = 256;
   using Shared = NoShared;
@@ -156,12 +156,12 @@ struct ClipFactors {
   double global_clip_norm;
   double gradient_scale;
   double* factors;
-  double* squares;  // of the clipped norms
+  double* squares;  // memory for the squares of the clipped norms
 
   FASTADAM_INLINE int phases() const { return 3; }
 
   FASTADAM_INLINE void phase(int phase, int64_t, int64_t thread, Shared&) const {
-    const bool is_global = global_clip_norm < kNone;
+    const bool is_global = global_clip_norm < __builtin_huge_val();
     if (phase == 0) {
       for (int64_t t = thread; t < tensor_count; t += kThreads) clip(t);
     } else if (phase == 1 && is_global && thread == 0) {
@@ -172,14 +172,12 @@ struct ClipFactors {
   }
 
  private:
-  static constexpr double kNone = __builtin_huge_val();
-
   FASTADAM_INLINE void clip(int64_t t) const {
     const bool is_empty = block_offsets[t] == block_offsets[t + 1];
-    const double norm = std::sqrt(is_empty ? 0.0 : sums[block_offsets[t]]) * (gradient_scale * state->unscale);
-    const double factor = clip_norm < kNone ? clip_factor(norm, clip_norm) : 1.0;
-    factors[t] = gradients[t].factor * state->unscale * factor;
-    squares[t] = norm * factor * norm * factor;
+    const NormClip clipped = clip_gradient(is_empty ? 0.0 : sums[block_offsets[t]], gradient_scale * state->unscale,
+                                           gradients[t].factor * state->unscale, clip_norm);
+    factors[t] = clipped.factor;
+    squares[t] = clipped.square;
   }
 
   FASTADAM_INLINE double global_factor() const {

@@ -36,7 +36,7 @@ class Source:
 
 def import_modules() -> list[types.ModuleType]:
     """The public modules. Classes and functions keep the name of the module that defines them, where pdoc looks."""
-    sys.modules["fastadam._core.public"] = types.SimpleNamespace(publish=lambda namespace: None)
+    sys.modules["fastadam._core.common.public"] = types.SimpleNamespace(publish=lambda namespace: None)
     os.environ.setdefault("KERAS_BACKEND", "numpy")
     installed = [name for name in ADAPTERS if importlib.util.find_spec(name) is not None]
     for name in sorted({*ADAPTERS} - {*installed}):

@@ -25,8 +25,8 @@ def buffers(sizes: list[int], dtype: str = "float32") -> tuple[list[np.ndarray],
 
 def slots(variables: list[np.ndarray], count: int) -> list[list[np.ndarray]]:
     """Zeros, placed as fastadam places m and v."""
-    from fastadam._core.backend import _cpu
-    from fastadam._core.placement import zeros_like_variable
+    from fastadam._core.native.arrays import zeros_like_variable
+    from fastadam._core.native.backend import _cpu
 
     return [[zeros_like_variable(_cpu.Buffer(w, "vars")) for w in variables] for _ in range(count)]
 
@@ -76,14 +76,14 @@ def fastadam(sizes, dtype="float32", threads=None, **options):
 def fastadam_kernel(sizes):
     """The native call alone, with its checks of the gradients."""
     import fastadam
-    from fastadam._core.backend import _cpu
+    from fastadam._core.native.backend import _cpu
 
     variables, gradients = buffers(sizes)
     m, v = slots(variables, 2)
     positions = list(range(len(sizes)))
     views = [_cpu.Buffer(w, f"vars[{i}]") for i, w in enumerate(variables)]
     plan = _cpu.Plan(views, {"m": m, "v": v}, [False] * len(views), positions, False, [None] * len(views))
-    hyper = fastadam._core.plan.StepHyper(step=10, **HYPER)
+    hyper = fastadam._core.native.plan.StepHyper(step=10, **HYPER)
     step = lambda: plan.step(gradients, hyper, [], None)  # noqa: E731
     return Contender(step, lambda: variables, epsilon_hat=True, fixed_step=10)
 

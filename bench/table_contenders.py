@@ -44,7 +44,7 @@ def fastadam(sizes, mode, uniform=False, crossover=None):
 
     table, batches, values = _table(sizes, uniform)
     if crossover is not None:
-        fastadam._core.history.crossover = lambda *_: crossover
+        fastadam._core.deferred.history.crossover = lambda *_: crossover
     optimizer = fastadam.Adam(**HYPER, sparse_update=mode)
     step = lambda ids: optimizer.apply_gradients([(fastadam.IndexedSlices(values, ids), table)])  # noqa: E731
     waiting = 4 * sizes[0] // sizes[2] if uniform else 400  # until gaps are as long as they get

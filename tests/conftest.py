@@ -47,7 +47,7 @@ def _process_settings():
 def rows_wait():
     """Tables as small as those of tests would have a pass over all their rows: here one row in 64 must be touched."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastadam._core.history.crossover", lambda shape, item_size, replays: 64)
+        patch.setattr("fastadam._core.deferred.history.crossover", lambda shape, item_size, replays: 64)
         yield
 
 

@@ -15,7 +15,7 @@ import fastadam
 import numpy as np
 import pytest
 from compiled import build
-from fastadam._core.cuda_module import cuda_module, why_not
+from fastadam._core.native.gpu import cuda_module, why_not
 
 
 def build_fake(name):

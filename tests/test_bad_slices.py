@@ -29,7 +29,7 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", fastadam._core.slices.SPARSE_UPDATES)
+@pytest.mark.parametrize("mode", fastadam._core.native.slices.SPARSE_UPDATES)
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_slices_change_nothing(kind, mode):
     make, error, message = BAD[kind]

@@ -22,7 +22,7 @@ CLIPS = {
     "global": {"global_clipnorm": 0.5},
     "value and norm": {"clipvalue": 0.25, "clipnorm": 0.5},
 }
-MODES = fastadam._core.slices.SPARSE_UPDATES
+MODES = fastadam._core.native.slices.SPARSE_UPDATES
 
 
 def state_dtype(dtype):

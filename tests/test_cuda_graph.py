@@ -7,7 +7,7 @@ import re
 import fastadam
 import numpy as np
 import pytest
-from fastadam._core.backend import _cpu
+from fastadam._core.native.backend import _cpu
 from test_cuda import F32, same
 from test_cuda_numbers import HYPER, OPTIONS, Plans, dense, gradients_for
 
@@ -82,7 +82,7 @@ def test_rows_in_a_graph_until_an_index_is_no_row(gpu, lazy):
     for _ in range(3):
         replay(plans, graph, gradients, hyper)
     plans.check()
-    fastadam._core.placement.assign(indices, np.array([3, 30, 1, 29]))
+    fastadam._core.native.arrays.assign(indices, np.array([3, 30, 1, 29]))
     gpu.replay(graph)
     gpu.replay(graph)
     context.wait()
@@ -90,7 +90,7 @@ def test_rows_in_a_graph_until_an_index_is_no_row(gpu, lazy):
     assert steps == 4
     assert message.startswith("grads[0].indices[1]: 30 is not a row")
     plans.check()
-    fastadam._core.placement.assign(indices, gradients[0][1])
+    fastadam._core.native.arrays.assign(indices, gradients[0][1])
     replay(plans, graph, gradients, hyper)
     plans.check()
 

@@ -6,8 +6,8 @@ import fastadam
 import numpy as np
 import pytest
 from cases import random_array
-from fastadam._core.backend import _cpu
-from fastadam._core.plan import StepHyper
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.plan import StepHyper
 from test_cuda import F32, same
 
 SIZES = (5, 20000, 1)
@@ -145,8 +145,8 @@ def test_a_graph_reads_them_in_every_replay(gpu):
     assert not plan.step(placed, HYPER, [], np.zeros((), np.int64))
     graph = gpu.end_capture()
     for k, skip in enumerate((False, True, True, False)):
-        fastadam._core.placement.assign(found_inf, float(skip))
-        fastadam._core.placement.assign(scale, 2.0**k)
+        fastadam._core.native.arrays.assign(found_inf, float(skip))
+        fastadam._core.native.arrays.assign(scale, 2.0**k)
         gpu.replay(graph)
         if not skip:
             plans.made += 1
@@ -163,7 +163,7 @@ def test_every_step_of_an_optimizer_reads_its_rate(gpu, dtype):
     twin, placed = gpu.array(array), gpu.array(gradient)
     host, device = fastadam.Adam(), fastadam.Adam(rate)
     for value in (0.01, 0.5, 0.25):
-        fastadam._core.placement.assign(rate, value)
+        fastadam._core.native.arrays.assign(rate, value)
         host.learning_rate = float(dtype(value))
         host.apply_gradients([(gradient, array)])
         device.apply_gradients([(placed, twin)])

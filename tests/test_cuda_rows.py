@@ -78,7 +78,7 @@ def test_rows_of_any_width(gpu, mode, shape):
 
 @pytest.mark.parametrize("mode", ["deferred", "deferred_fast"])
 def test_many_steps_and_histories_that_grow(gpu, mode, monkeypatch):
-    monkeypatch.setattr("fastadam._core.history._FIRST_ROOM", 64)
+    monkeypatch.setattr("fastadam._core.deferred.history._FIRST_ROOM", 64)
     schedule = fastadam.schedules.CosineDecay(0.1, 200)
     tables = Tables(gpu, mode, (200, 3))
     tables.host.learning_rate = tables.device.learning_rate = schedule

@@ -187,7 +187,7 @@ def test_a_variable_that_is_all_displacement(gap):
 
 @pytest.mark.parametrize("options", [{}, {"beta_2": 0.9}, {"beta_2": 0.9, "amsgrad": True}], ids=str)
 def test_the_crossover_is_that_of_replays_where_long_gaps_have_no_form(options, monkeypatch):
-    monkeypatch.setattr("fastadam._core.history.crossover", lambda shape, item_size, replays: 1.0 + replays)
+    monkeypatch.setattr("fastadam._core.deferred.history.crossover", lambda shape, item_size, replays: 1.0 + replays)
     run = Run("deferred_fast", **options)
     run.step([1])
     assert history_of(run.optimizer).native[-1] == 1.0 + (options == {"beta_2": 0.9})

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import bits, random_array
-from fastadam._core.gradients import bfloat16_to_float32, float32_to_bfloat16
+from fastadam._core.native.gradients import bfloat16_to_float32, float32_to_bfloat16
 
 HALF_TYPES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 OPTIONS = [{}, {"amsgrad": True}, {"clipvalue": 0.3}, {"amsgrad": True, "clipvalue": 0.01, "decay": 0.1}]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import fastadam
 import pytest
-from fastadam._core.backend import _cpu
+from fastadam._core.native.backend import _cpu
 from helpers import run_python
 
 ROOT = Path(__file__).parents[1]

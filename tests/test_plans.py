@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from cases import random_array
 from fastadam import _cpu
+from fastadam._core.native.plan import BoundedCache, StepHyper
 from fastadam._core.parts import parts_of
-from fastadam._core.plan import BoundedCache, StepHyper
 from fastadam._core.step import Stepper
 from helpers import bits
 

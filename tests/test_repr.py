@@ -13,7 +13,7 @@ import fastadam
 import numpy as np
 import pytest
 from fastadam import schedules
-from fastadam._core import display
+from fastadam._core.common import display
 from helpers import Halving, Pair, run_python
 
 F32 = np.float32

@@ -274,13 +274,13 @@ def test_the_mode_is_in_the_config_and_may_be_set_later():
 def test_empty_tables(shape):
     w = np.ones(shape, F32)
     count = 0 if shape[0] == 0 else 2
-    for mode in fastadam._core.slices.SPARSE_UPDATES:
+    for mode in fastadam._core.native.slices.SPARSE_UPDATES:
         optimizer = fastadam.Adam(sparse_update=mode)
         slices = IndexedSlices(np.ones((count, *shape[1:]), F32), np.arange(count))
         assert optimizer.apply_gradients([(slices, w)]) == 1
 
 
-@pytest.mark.parametrize("mode", fastadam._core.slices.SPARSE_UPDATES)
+@pytest.mark.parametrize("mode", fastadam._core.native.slices.SPARSE_UPDATES)
 def test_misaligned_and_later_set_indices_are_converted(mode):
     buffer = bytearray(17)
     buffer[1:] = np.array([0, 1]).tobytes()

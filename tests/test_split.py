@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fastadam._core.backend import _cpu
+from fastadam._core.native.backend import _cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

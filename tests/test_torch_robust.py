@@ -90,11 +90,11 @@ def test_rows_that_wait_step_with_the_moments_of_a_state_that_was_emptied():
 
 THREADS = """
 import copy, pickle, sys, threading
-import fastadam._core.history
+import fastadam._core.deferred.history
 import torch, fastadam.torch
 
 sys.setswitchinterval(1e-4)
-fastadam._core.history.crossover = lambda *_: 64  # rows wait
+fastadam._core.deferred.history.crossover = lambda *_: 64  # rows wait
 table = torch.nn.Embedding.from_pretrained(torch.ones(50, 4), freeze=False, sparse=True)
 optimizer = fastadam.torch.Adam(table.parameters(), lr=1e-3, sparse_update=sys.argv[1])
 errors = []

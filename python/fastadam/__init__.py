@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING
 from fastadam import cuda, exchange, reference, schedules
 from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
-from fastadam._core.backend import _cpu
-from fastadam._core.clipping import global_norm
-from fastadam._core.frameworks import can_load
+from fastadam._core.common.frameworks import can_load
+from fastadam._core.common.public import publish
 from fastadam._core.functional import adam_step
-from fastadam._core.info import current_isa, get_num_threads, isas, set_isa, set_num_threads, show_config
 from fastadam._core.loss_scale import LossScaleOptimizer
+from fastadam._core.machine import current_isa, get_num_threads, isas, set_isa, set_num_threads, show_config
 from fastadam._core.minimize import set_gradient_provider
-from fastadam._core.public import publish
-from fastadam._core.slices import IndexedSlices
-from fastadam._core.variable import Variable
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.slices import IndexedSlices
+from fastadam._core.native.variable import Variable
+from fastadam._core.norm import global_norm
 
 if TYPE_CHECKING:
     from fastadam import jax as jax

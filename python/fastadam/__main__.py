@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadam import __version__, show_config
-from fastadam._core.backend import _cpu
+from fastadam._core.native.backend import _cpu
 from fastadam._demo import digits, embedding
 from fastadam._demo.show import DEFAULT_PICTURE, PictureError, check_picture
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.plan import StepHyper
+from fastadam._core.native.plan import StepHyper
 
 __version__: str
 compiler: str

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.cuda_module import cuda_module, why_not
-from fastadam._core.keywords import suggests_keywords
-from fastadam._core.types import AnyArray
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.common.types import AnyArray
+from fastadam._core.native.gpu import cuda_module, why_not
 
 __all__ = ["array", "is_available"]
 

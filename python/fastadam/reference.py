@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.keywords import suggests_keywords
+from fastadam._core.common.keywords import suggests_keywords
 
 __all__ = ["adam_step"]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastadam._core.extras import ACCUMULATOR
-from fastadam._core.placement import assign
-from fastadam._core.plan import Plan, StepHyper
-from fastadam._core.slices import is_native_sparse
+from fastadam._core.native.arrays import assign
+from fastadam._core.native.plan import Plan, StepHyper
+from fastadam._core.native.slices import is_native_sparse
+from fastadam._core.options.keras3 import ACCUMULATOR
 
 if TYPE_CHECKING:
+    from fastadam._core.common.types import AnyGradient
     from fastadam._core.parts import Parts
     from fastadam._core.runtime import StepPlan
-    from fastadam._core.slots import Entry
-    from fastadam._core.types import AnyGradient
+    from fastadam._core.state.slots import Entry
 
 __all__ = ["accumulate"]
 

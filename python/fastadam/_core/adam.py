@@ -7,27 +7,34 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastadam._core.buffers import buffers_of
-from fastadam._core.checks import check_beta, check_bool, check_count, check_epsilon, check_list, check_non_negative
-from fastadam._core.display import adam_settings, call_text, html_or_none, html_table, name_of, never_raises
-from fastadam._core.extras import Extras, excluded, overwrite
-from fastadam._core.frameworks import named_in_keras, refuse_parameters
+from fastadam._core.common.checks import (
+    check_beta,
+    check_bool,
+    check_count,
+    check_epsilon,
+    check_list,
+    check_non_negative,
+)
+from fastadam._core.common.display import adam_settings, call_text, html_or_none, html_table, name_of, never_raises
+from fastadam._core.common.frameworks import named_in_keras, refuse_parameters
+from fastadam._core.common.keywords import ELSEWHERE, suggests_keywords
+from fastadam._core.common.strict import class_only, strict
 from fastadam._core.hyperparameters import Clip, Extra, Hyper, check_rate
-from fastadam._core.keywords import ELSEWHERE, suggests_keywords
+from fastadam._core.native.arrays import on_gpu, to_host
+from fastadam._core.native.buffers import buffers_of
+from fastadam._core.native.slices import check_sparse_update
 from fastadam._core.optimizer import Optimizer
+from fastadam._core.options.keras3 import Extras, excluded, overwrite
 from fastadam._core.pairs import check_pairs_list
 from fastadam._core.parts import parts_of
-from fastadam._core.placement import on_gpu, to_host
-from fastadam._core.slices import check_sparse_update
 from fastadam._core.step import rate_after
-from fastadam._core.strict import class_only, strict
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
 from fastadam.schedules._foreign import adopt
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.types import (
+    from fastadam._core.common.types import (
         Config,
         Gradient,
         Hyperparameter,

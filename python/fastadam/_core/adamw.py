@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from fastadam._core.adam import Adam
-from fastadam._core.keywords import ELSEWHERE, suggests_keywords
+from fastadam._core.common.keywords import ELSEWHERE, suggests_keywords
 
 if TYPE_CHECKING:
-    from fastadam._core.types import Hyperparameter, LearningRate
+    from fastadam._core.common.types import Hyperparameter, LearningRate
 
 __all__ = ["AdamW"]
 

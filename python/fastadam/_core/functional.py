@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastadam._core.buffers import buffers_of, unwrap
-from fastadam._core.checks import (
+from fastadam._core.common.checks import (
     check_beta,
     check_clip,
     check_count,
@@ -17,13 +16,14 @@ from fastadam._core.checks import (
     check_number,
     check_one_norm,
 )
-from fastadam._core.cuda_module import cuda_module
-from fastadam._core.keywords import suggests_keywords
-from fastadam._core.plan import Plan, StepHyper
-from fastadam._core.slices import DEFERRED, check_sparse_update
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.native.buffers import buffers_of, unwrap
+from fastadam._core.native.gpu import cuda_module
+from fastadam._core.native.plan import Plan, StepHyper
+from fastadam._core.native.slices import DEFERRED, check_sparse_update
 
 if TYPE_CHECKING:
-    from fastadam._core.types import Array, Gradient, VariableLike
+    from fastadam._core.common.types import Array, Gradient, VariableLike
 
 __all__ = ["adam_step"]
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
-from fastadam._core.checks import check_non_negative, check_number
-from fastadam._core.frameworks import refuse_parameters
+from fastadam._core.common.checks import check_non_negative, check_number
+from fastadam._core.common.frameworks import refuse_parameters
+from fastadam._core.native.arrays import on_gpu
 from fastadam._core.parts import parts_of
-from fastadam._core.placement import on_gpu
 from fastadam.schedules import LearningRateSchedule
 from fastadam.schedules._foreign import adopt, check_callable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.types import AnyArray, Foreign
+    from fastadam._core.common.types import AnyArray, Foreign
 
 __all__ = ["Clip", "Extra", "Hyper", "check_rate"]
 

@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastadam._core import serialization
+from fastadam._core import saving as serialization
 from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
-from fastadam._core.checks import check_count, check_iterations, check_number
-from fastadam._core.display import call_text, html_or_none, html_table, name_of, never_raises
-from fastadam._core.frameworks import named_in_keras
-from fastadam._core.keywords import suggests_keywords
+from fastadam._core.common.checks import check_count, check_iterations, check_number
+from fastadam._core.common.display import call_text, html_or_none, html_table, name_of, never_raises
+from fastadam._core.common.frameworks import named_in_keras
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.common.strict import class_only, is_own, settable, unknown_attribute
 from fastadam._core.minimize import Minimizer
 from fastadam._core.pairs import check_pairs_list
 from fastadam._core.parts import parts_of
 from fastadam._core.step import Stepper
-from fastadam._core.strict import class_only, is_own, settable, unknown_attribute
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.types import AnyArray, Config, Gradient, HostArray, VariableLike
-    from fastadam._core.variable import Variable
+    from fastadam._core.common.types import AnyArray, Config, Gradient, HostArray, VariableLike
+    from fastadam._core.native.variable import Variable
 
 __all__ = ["LossScaleOptimizer"]
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastadam._core.autodiff import Loss, check_provider, installed, run_and_differentiate
-from fastadam._core.checks import check_list
-from fastadam._core.gradients import as_float_array
-from fastadam._core.tree import flatten
-from fastadam._core.types import AnyArray, HostArray, Tree
-from fastadam._core.variable import Variable, reading
-from fastadam._core.warning import warn
+from fastadam._core.common.checks import check_list
+from fastadam._core.common.tree import flatten
+from fastadam._core.common.types import AnyArray, HostArray, Tree
+from fastadam._core.common.warning import warn
+from fastadam._core.native.gradients import as_float_array
+from fastadam._core.native.variable import Variable, reading
 
 if TYPE_CHECKING:
-    from fastadam._core.types import ArrayLike, Provider, VariableTree
+    from fastadam._core.common.types import ArrayLike, Provider, VariableTree
 
 __all__ = ["Minimizer", "set_gradient_provider"]
 

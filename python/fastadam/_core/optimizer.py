@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core import serialization
-from fastadam._core.buffers import buffer_of, buffers_of, unwrap
-from fastadam._core.checks import check_iterations, check_list
+from fastadam._core import saving as serialization
+from fastadam._core.common.checks import check_iterations, check_list
+from fastadam._core.common.strict import class_only
 from fastadam._core.minimize import Minimizer
-from fastadam._core.options import Options
+from fastadam._core.native.arrays import copy_beside
+from fastadam._core.native.buffers import buffer_of, buffers_of, unwrap
+from fastadam._core.native.variable import label_of
+from fastadam._core.options.options import Options
 from fastadam._core.parts import Parts
-from fastadam._core.placement import copy_beside
-from fastadam._core.slots import Initializer, initial_value
-from fastadam._core.state import State
+from fastadam._core.state.slots import Initializer, initial_value
+from fastadam._core.state.state import State
 from fastadam._core.step import Stepper
-from fastadam._core.strict import class_only
-from fastadam._core.variable import label_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.backend import _cpu
-    from fastadam._core.types import AnyArray, Array, ArrayLike, Config, VariableLike
+    from fastadam._core.common.types import AnyArray, Array, ArrayLike, Config, VariableLike
+    from fastadam._core.native.backend import _cpu
 
 __all__ = ["Optimizer"]
 

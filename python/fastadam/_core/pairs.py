@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from fastadam._core.buffers import unwrap
-from fastadam._core.checks import check_list
-from fastadam._core.variable import Variable
-from fastadam._core.warning import warn
+from fastadam._core.common.checks import check_list
+from fastadam._core.common.warning import warn
+from fastadam._core.native.buffers import unwrap
+from fastadam._core.native.variable import Variable
 
 if TYPE_CHECKING:
-    from fastadam._core.types import AnyArray, AnyPair
+    from fastadam._core.common.types import AnyArray, AnyPair
 
 __all__ = ["check_pairs", "check_pairs_list", "first_variable"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastadam._core.options import Options
+from fastadam._core.deferred.tables import Tables
+from fastadam._core.options.options import Options
 from fastadam._core.runtime import Runtime
-from fastadam._core.state import State
-from fastadam._core.tables import Tables
+from fastadam._core.state.state import State
 
 if TYPE_CHECKING:
-    from fastadam._core.types import Foreign
+    from fastadam._core.common.types import Foreign
 
 __all__ = ["Parts", "parts_of"]
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastadam._core.backend import _cpu
-from fastadam._core.buffers import Key, key_of
-from fastadam._core.types import AnyArray
-from fastadam._core.warning import warn
+from fastadam._core.common.types import AnyArray
+from fastadam._core.common.warning import warn
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buffers import Key, key_of
 
 __all__ = ["Replacements"]
 

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastadam._core.backend import _cpu
-from fastadam._core.buffers import unwrap
-from fastadam._core.cuda_module import cuda_module
-from fastadam._core.history import History
-from fastadam._core.plan import BoundedCache, Plan, StepHyper
+from fastadam._core.common.types import AnyGradient, Foreign
+from fastadam._core.deferred.history import History
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buffers import unwrap
+from fastadam._core.native.gpu import cuda_module
+from fastadam._core.native.plan import BoundedCache, Plan, StepHyper
 from fastadam._core.replaced import Replacements
-from fastadam._core.types import AnyGradient, Foreign
 
 __all__ = ["PlanVersion", "Runtime", "StepPlan", "late_error"]
 

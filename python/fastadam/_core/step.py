@@ -5,26 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from fastadam._core import accumulation
-from fastadam._core.backend import _cpu
-from fastadam._core.buffers import buffers_of, key_of, unwrap
-from fastadam._core.checks import check_clip, check_iterations, check_number
-from fastadam._core.cuda_module import cuda_module
-from fastadam._core.history import History, Numbers
+from fastadam._core.common.checks import check_clip, check_iterations, check_number
+from fastadam._core.common.warning import warn
+from fastadam._core.deferred.history import History, Numbers
 from fastadam._core.hyperparameters import Clip, Hyper
-from fastadam._core.options import CLIP_NAMES
+from fastadam._core.native.arrays import on_gpu
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buffers import buffers_of, key_of, unwrap
+from fastadam._core.native.gpu import cuda_module
+from fastadam._core.native.plan import Plan, StepHyper
+from fastadam._core.native.slices import is_sparse
+from fastadam._core.native.variable import Variable
+from fastadam._core.options.options import CLIP_NAMES
 from fastadam._core.pairs import check_pairs, first_variable
 from fastadam._core.parts import Parts
-from fastadam._core.placement import on_gpu
-from fastadam._core.plan import Plan, StepHyper
 from fastadam._core.runtime import PlanVersion, StepPlan
-from fastadam._core.slices import is_sparse
-from fastadam._core.variable import Variable
-from fastadam._core.warning import warn
 from fastadam.schedules import LearningRateSchedule
 
 if TYPE_CHECKING:
-    from fastadam._core.slots import Entry
-    from fastadam._core.types import AnyArray, AnyGradient, AnyPair
+    from fastadam._core.common.types import AnyArray, AnyGradient, AnyPair
+    from fastadam._core.state.slots import Entry
 
 __all__ = ["Stepper", "rate_after"]
 

@@ -28,8 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.adam import Adam
-from fastadam._core.slices import IndexedSlices
-from fastadam._core.types import SparseUpdate
+from fastadam._core.common.types import SparseUpdate
+from fastadam._core.native.slices import IndexedSlices
 from fastadam._demo.show import COLOURS, figure, progress, smooth, tidy, write_picture
 
 if TYPE_CHECKING:

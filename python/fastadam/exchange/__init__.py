@@ -5,7 +5,7 @@ All of the state is checked before anything is written: a call that raises has c
 
 from __future__ import annotations
 
-from fastadam._core.public import publish
+from fastadam._core.common.public import publish
 from fastadam.exchange._keras import from_keras_weights, to_keras_weights
 from fastadam.exchange._keras3 import from_keras3_variables, read_keras3_file, to_keras3_variables
 from fastadam.exchange._optax import from_optax_state, to_optax_state

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastadam._core.checks import check_iterations, check_list
-from fastadam._core.keywords import suggests_keywords
+from fastadam._core.common.checks import check_iterations, check_list
+from fastadam._core.common.keywords import suggests_keywords
 from fastadam.exchange._state import assign, check_adam, copies_of_slots, moment_names, require_no_average
 
 if TYPE_CHECKING:
     from fastadam._core.adam import Adam
-    from fastadam._core.types import AnyArray, ArrayLike, VariableLike
+    from fastadam._core.common.types import AnyArray, ArrayLike, VariableLike
 
 __all__ = ["from_keras_weights", "to_keras_weights"]
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastadam._core.checks import check_iterations, check_list, check_number
-from fastadam._core.extras import ACCUMULATOR
-from fastadam._core.gradients import bfloat16_to_float32
-from fastadam._core.keywords import suggests_keywords
+from fastadam._core.common.checks import check_iterations, check_list, check_number
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.common.types import AnyArray, Foreign, HostArray
+from fastadam._core.native.gradients import bfloat16_to_float32
+from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.parts import parts_of
-from fastadam._core.types import AnyArray, Foreign, HostArray
 from fastadam.exchange._state import assign, check_adam, copies_of_slots
 
 if TYPE_CHECKING:
     from fastadam._core.adam import Adam
-    from fastadam._core.types import ArrayLike, VariableLike
+    from fastadam._core.common.types import ArrayLike, VariableLike
 
 __all__ = ["from_keras3_variables", "read_keras3_file", "to_keras3_variables"]
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastadam._core.checks import check_iterations
-from fastadam._core.keywords import suggests_keywords
-from fastadam._core.tree import flatten
-from fastadam._core.types import AnyArray, Foreign, Tree
+from fastadam._core.common.checks import check_iterations
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.common.tree import flatten
+from fastadam._core.common.types import AnyArray, Foreign, Tree
 from fastadam.exchange._state import (
     assign,
     check_adam,
@@ -20,7 +20,7 @@ from fastadam.exchange._state import (
 
 if TYPE_CHECKING:
     from fastadam._core.adam import Adam
-    from fastadam._core.types import VariableTree
+    from fastadam._core.common.types import VariableTree
 
 __all__ = ["from_optax_state", "to_optax_state"]
 

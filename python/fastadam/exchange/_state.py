@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastadam._core import placement
-from fastadam._core.backend import _cpu
-from fastadam._core.buffers import buffers_of, key_of
-from fastadam._core.checks import check_list, check_non_negative
-from fastadam._core.gradients import as_float_array
+from fastadam._core.common.checks import check_list, check_non_negative
+from fastadam._core.common.types import AnyArray, HostArray
+from fastadam._core.native.arrays import assign as assign_array
+from fastadam._core.native.arrays import to_host
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buffers import buffers_of, key_of
+from fastadam._core.native.gradients import as_float_array
 from fastadam._core.optimizer import Optimizer
 from fastadam._core.parts import parts_of
-from fastadam._core.types import AnyArray, HostArray
 
 if TYPE_CHECKING:
     from fastadam._core.adam import Adam
@@ -68,7 +69,7 @@ def copies_of_slots(optimizer: Adam, variables: Iterable[AnyArray], names: Seque
         for i, slots in enumerate(existing):
             if not set(names) <= set(slots):
                 raise ValueError(f"variables[{i}]: slots {list(slots)}, expected {list(names)}")
-        return {name: [np.array(placement.to_host(slots[name]), order="C") for slots in existing] for name in names}
+        return {name: [np.array(to_host(slots[name]), order="C") for slots in existing] for name in names}
 
 
 def assign(
@@ -103,7 +104,7 @@ def assign(
         prepared.commit()
         for targets, arrays in zip(prepared.slots, new.values(), strict=True):
             for target, array in zip(targets, arrays, strict=True):
-                placement.assign(target, array)
+                assign_array(target, array)
         optimizer.iterations = iterations
         for name, value in hyper.items():
             setattr(optimizer, name, value)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastadam._core.checks import check_bool, check_iterations, check_list, check_non_negative
-from fastadam._core.keywords import suggests_keywords
-from fastadam._core.slices import DEFERRED
-from fastadam._core.types import AnyArray, Config
+from fastadam._core.common.checks import check_bool, check_iterations, check_list, check_non_negative
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.common.types import AnyArray, Config
+from fastadam._core.native.slices import DEFERRED
 from fastadam.exchange._state import assign, check_adam, check_epsilon_here, copies_of_slots, moment_names
 
 if TYPE_CHECKING:
     from fastadam._core.adam import Adam
-    from fastadam._core.types import VariableLike
+    from fastadam._core.common.types import VariableLike
 
 __all__ = ["from_torch_state_dict", "to_torch_state_dict"]
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
-from fastadam._core.frameworks import missing
-from fastadam._core.public import publish
+from fastadam._core.common.frameworks import missing
+from fastadam._core.common.public import publish
 
 try:
     from fastadam.jax._arguments import AmsgradState

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastadam._core import checks
-from fastadam._core.types import AnyArray, HostArray, Tree
-from fastadam._core.warning import warn
+from fastadam._core.common import checks
+from fastadam._core.common.types import AnyArray, HostArray, Tree
+from fastadam._core.common.warning import warn
 from fastadam.schedules import LearningRateSchedule
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 import jax
 import jax.numpy as jnp
 
-from fastadam._core.checks import check_bool
-from fastadam._core.frameworks import require
-from fastadam._core.keywords import suggests_keywords
-from fastadam._core.types import HostArray, Tree
+from fastadam._core.common.checks import check_bool
+from fastadam._core.common.frameworks import require
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.common.types import HostArray, Tree
 from fastadam.jax._arguments import (
     CLIPPING,
     AmsgradState,

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastadam._core.checks import check_bool
-from fastadam._core.frameworks import require
-from fastadam._core.keywords import suggests_keywords
-from fastadam._core.types import Tree
+from fastadam._core.common.checks import check_bool
+from fastadam._core.common.frameworks import require
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.common.types import Tree
 from fastadam.jax._arguments import (
     CLIPPING,
     check_params,

@@ -6,8 +6,8 @@ loss scale, constraints, schedules and saving are Keras's own; what is replaced 
 
 from __future__ import annotations
 
-from fastadam._core.frameworks import missing
-from fastadam._core.public import publish
+from fastadam._core.common.frameworks import missing
+from fastadam._core.common.public import publish
 from fastadam.keras._backend import check_choice, check_version
 
 try:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import keras
 import numpy as np
 
-from fastadam._core.checks import check_beta, check_non_negative, check_number
-from fastadam._core.display import call_text, never_raises, schedule_settings
-from fastadam._core.keywords import suggests_keywords
-from fastadam._core.plan import StepHyper
+from fastadam._core.common.checks import check_beta, check_non_negative, check_number
+from fastadam._core.common.display import call_text, never_raises, schedule_settings
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.native.plan import StepHyper
 from fastadam.keras._backend import outside_of_graphs, require_backend
 from fastadam.keras._plans import KerasPlans, plan_of_nothing
 from fastadam.keras._schedules import as_keras_rate
@@ -25,7 +25,7 @@ from fastadam.keras._schedules import as_keras_rate
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.types import AnyArray, Foreign, LearningRate
+    from fastadam._core.common.types import AnyArray, Foreign, LearningRate
 
 __all__ = ["Adam", "AdamW"]
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from keras.src.backend import get_autocast_scope, in_stateless_scope
 
-from fastadam._core.backend import _cpu
-from fastadam._core.cuda_module import cuda_module
-from fastadam._core.placement import native_for
-from fastadam._core.plan import BoundedCache, Plan, StepHyper
+from fastadam._core.native.arrays import native_for
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.gpu import cuda_module
+from fastadam._core.native.plan import BoundedCache, Plan, StepHyper
 
 if TYPE_CHECKING:
-    from fastadam._core.types import AnyArray, Foreign
+    from fastadam._core.common.types import AnyArray, Foreign
 
 __all__ = ["KerasPlans", "plan_of_nothing"]
 

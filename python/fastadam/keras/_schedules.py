@@ -8,12 +8,12 @@ import keras
 import numpy as np
 
 from fastadam import schedules
-from fastadam._core.frameworks import refuse_parameters
+from fastadam._core.common.frameworks import refuse_parameters
 from fastadam.keras._backend import outside_of_graphs
 from fastadam.schedules._foreign import check_callable
 
 if TYPE_CHECKING:
-    from fastadam._core.types import AnyArray, Config
+    from fastadam._core.common.types import AnyArray, Config
 
 __all__ = ["Schedule", "as_keras_rate"]
 

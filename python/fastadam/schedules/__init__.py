@@ -11,7 +11,7 @@ Source: https://www.tensorflow.org/api_docs/python/tf/keras/optimizers/schedules
 
 from __future__ import annotations
 
-from fastadam._core.public import publish
+from fastadam._core.common.public import publish
 from fastadam.schedules._config import deserialize, plot, serialize
 from fastadam.schedules._decays import (
     CosineDecay,

@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastadam._core.checks import check_count
-from fastadam._core.keywords import suggests_keywords
-from fastadam._core.types import AnyArray, Config
+from fastadam._core.common.checks import check_count
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.common.types import AnyArray, Config
 from fastadam.schedules import _decays
 from fastadam.schedules._decays import LearningRateSchedule
 from fastadam.schedules._foreign import KerasSchedule

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.checks import check_number
-from fastadam._core.display import (
+from fastadam._core.common.checks import check_number
+from fastadam._core.common.display import (
     call_text,
     html_or_none,
     html_table,
@@ -22,8 +22,8 @@ from fastadam._core.display import (
     polyline,
     schedule_settings,
 )
-from fastadam._core.keywords import suggests_keywords
-from fastadam._core.types import AnyArray, Config
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.common.types import AnyArray, Config
 
 __all__ = [
     "CosineDecay",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from fastadam._core.types import AnyArray, Config, Foreign
+from fastadam._core.common.types import AnyArray, Config, Foreign
 from fastadam.schedules import _decays
 from fastadam.schedules._decays import LearningRateSchedule
 

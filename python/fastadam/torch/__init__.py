@@ -6,8 +6,8 @@ optimizer the sparse gradients of ``nn.Embedding(sparse=True)``.
 
 from __future__ import annotations
 
-from fastadam._core.frameworks import missing
-from fastadam._core.public import publish
+from fastadam._core.common.frameworks import missing
+from fastadam._core.common.public import publish
 
 try:
     from fastadam.torch._optimizer import Adam, AdamW

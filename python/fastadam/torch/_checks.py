@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadam._core.frameworks import first_of, hint_for_variable, is_array
-from fastadam._core.slices import DEFERRED
+from fastadam._core.common.frameworks import first_of, hint_for_variable, is_array
+from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._views import is_lazy_view
 
 __all__ = [

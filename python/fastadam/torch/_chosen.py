@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fastadam._core.plan import StepHyper
+from fastadam._core.native.plan import StepHyper
 from fastadam._core.runtime import late_error
 from fastadam.torch._sets import ParameterSet
 from fastadam.torch._tables import Table

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastadam._core.plan import StepHyper
+from fastadam._core.native.plan import StepHyper
 from fastadam.torch._counts import lies_on_gpu, whole_count
 from fastadam.torch._sets import Kind, ParameterSet
 from fastadam.torch._states import SLOTS

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastadam._core.frameworks import named_in_keras
-from fastadam._core.keywords import suggests_keywords
-from fastadam._core.slices import check_sparse_update
+from fastadam._core.common.frameworks import named_in_keras
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.native.slices import check_sparse_update
 from fastadam.torch._checks import (
     OfGroups,
     check_ids,
@@ -30,7 +30,7 @@ from fastadam.torch._tables import Reader
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
-    from fastadam._core.types import SparseUpdate
+    from fastadam._core.common.types import SparseUpdate
 
 __all__ = ["Adam", "AdamW"]
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadam._core.backend import _cpu
-from fastadam._core.cuda_module import cuda_module
-from fastadam._core.history import History
-from fastadam._core.plan import Plan, StepHyper
+from fastadam._core.deferred.history import History
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.gpu import cuda_module
+from fastadam._core.native.plan import Plan, StepHyper
 from fastadam.torch._counts import StepCounts, lies_on_gpu
 from fastadam.torch._states import HALF, SLOTS
 from fastadam.torch._views import View, gradient_like, is_lazy_view, is_plain, local_of

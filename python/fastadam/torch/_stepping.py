@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastadam._core.history import Numbers
-from fastadam._core.plan import BoundedCache, StepHyper
-from fastadam._core.slices import DEFERRED
-from fastadam._core.warning import warn
+from fastadam._core.common.warning import warn
+from fastadam._core.deferred.history import Numbers
+from fastadam._core.native.plan import BoundedCache, StepHyper
+from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import check_flags, check_options, label_of
 from fastadam.torch._chosen import ON_HOST, Call, Chosen, Key, OnGpu
 from fastadam.torch._compiled import remember
@@ -23,7 +23,7 @@ from fastadam.torch._states import states_of
 from fastadam.torch._tables import Table, Tables
 
 if TYPE_CHECKING:
-    from fastadam._core.types import SparseUpdate
+    from fastadam._core.common.types import SparseUpdate
 
 __all__ = ["Stepper"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastadam._core.backend import _cpu
-from fastadam._core.history import History, Numbers
+from fastadam._core.deferred.history import History, Numbers
+from fastadam._core.native.backend import _cpu
 from fastadam.torch._states import SLOTS
 
 __all__ = ["Reader", "Tables"]

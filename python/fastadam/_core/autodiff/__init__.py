@@ -14,9 +14,9 @@ from fastadam._core.autodiff.autograd import AutogradTape
 from fastadam._core.autodiff.jax import JaxTape
 from fastadam._core.autodiff.tape import Loss, Refresh, Resolve, Tape
 from fastadam._core.autodiff.torch import TorchTape
-from fastadam._core.slices import IndexedSlices
-from fastadam._core.types import AnyArray, HostArray
-from fastadam._core.variable import Variable
+from fastadam._core.common.types import AnyArray, HostArray
+from fastadam._core.native.slices import IndexedSlices
+from fastadam._core.native.variable import Variable
 
 __all__ = ["PROVIDERS", "Loss", "check_provider", "installed", "run_and_differentiate"]
 

@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Sequence
 
 from fastadam._core.autodiff.tape import Loss, Refresh, Resolve, Tape, check_loss, seed_of
-from fastadam._core.types import AnyArray, Foreign, HostArray
-from fastadam._core.variable import Variable
+from fastadam._core.common.types import AnyArray, Foreign, HostArray
+from fastadam._core.native.variable import Variable
 
 __all__ = ["AutogradTape"]
 

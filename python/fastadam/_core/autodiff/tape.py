@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fastadam._core.slices import IndexedSlices
-from fastadam._core.types import AnyArray, HostArray
-from fastadam._core.variable import Variable, reading
+from fastadam._core.common.types import AnyArray, HostArray
+from fastadam._core.native.slices import IndexedSlices
+from fastadam._core.native.variable import Variable, reading
 
 __all__ = ["Gathered", "Loss", "Refresh", "Resolve", "Tape", "check_loss", "seed_of"]
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastadam._core.autodiff.tape import Loss, Refresh, Resolve, Tape, check_loss, seed_of
-from fastadam._core.types import AnyArray, HostArray
-from fastadam._core.variable import Variable
+from fastadam._core.common.types import AnyArray, HostArray
+from fastadam._core.native.variable import Variable
 
 __all__ = ["TorchTape"]
 

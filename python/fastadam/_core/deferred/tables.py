@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.backend import _cpu
-from fastadam._core.buffers import buffer_of, unwrap
-from fastadam._core.gradients import bfloat16_to_float32
-from fastadam._core.history import Numbers
-from fastadam._core.placement import native_of, on_gpu, zeros_beside
+from fastadam._core.common.warning import warn
+from fastadam._core.deferred.history import Numbers
+from fastadam._core.native.arrays import native_of, on_gpu, zeros_beside
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buffers import buffer_of, unwrap
+from fastadam._core.native.gradients import bfloat16_to_float32
+from fastadam._core.native.slices import check_ids, is_native_sparse
+from fastadam._core.native.variable import label_of
 from fastadam._core.runtime import late_error
-from fastadam._core.slices import check_ids, is_native_sparse
-from fastadam._core.variable import label_of
-from fastadam._core.warning import warn
 
 if TYPE_CHECKING:
-    from fastadam._core.options import Options
+    from fastadam._core.common.types import AnyArray, AnyGradient, ArrayLike, VariableLike
+    from fastadam._core.options.options import Options
     from fastadam._core.runtime import Runtime, StepPlan
-    from fastadam._core.slots import Entry
-    from fastadam._core.state import State
-    from fastadam._core.types import AnyArray, AnyGradient, ArrayLike, VariableLike
+    from fastadam._core.state.slots import Entry
+    from fastadam._core.state.state import State
 
 __all__ = ["Tables"]
 

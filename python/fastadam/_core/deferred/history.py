@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.backend import _cpu
-from fastadam._core.placement import assign, native_of, to_host, zeros_beside
-from fastadam._core.plan import Plan, StepHyper
-from fastadam._core.slices import IndexedSlices
-from fastadam._core.types import AnyArray, NativeHistory
+from fastadam._core.common.types import AnyArray, NativeHistory
+from fastadam._core.native.arrays import assign, native_of, to_host, zeros_beside
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.plan import Plan, StepHyper
+from fastadam._core.native.slices import IndexedSlices
 
 __all__ = ["History", "Numbers", "Rates", "crossover"]
 

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastadam._core.placement import on_gpu
-from fastadam._core.types import AnyArray
+from fastadam._core.common.types import AnyArray
+from fastadam._core.native.arrays import on_gpu
 
 __all__ = [
     "adam_settings",

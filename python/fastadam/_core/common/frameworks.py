@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sized, ValuesView
 from types import ModuleType
 from typing import TypeVar
 
-from fastadam._core.types import Tree
+from fastadam._core.common.types import Tree
 
 __all__ = [
     "can_load",

@@ -6,8 +6,8 @@ import platform
 
 import numpy as np
 
-from fastadam._core.backend import _cpu, parse_thread_count
-from fastadam._core.cuda_module import why_not
+from fastadam._core.native.backend import _cpu, parse_thread_count
+from fastadam._core.native.gpu import why_not
 
 __all__ = ["current_isa", "get_num_threads", "isas", "set_isa", "set_num_threads", "show_config"]
 

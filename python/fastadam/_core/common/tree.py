@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, ValuesView
 from typing import TypeVar
 
-from fastadam._core.types import Tree
+from fastadam._core.common.types import Tree
 
 __all__ = ["flatten"]
 

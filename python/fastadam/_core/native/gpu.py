@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from fastadam._core.backend import _cpu
+from fastadam._core.native.backend import _cpu
 
 __all__ = ["cuda_module", "why_not"]
 

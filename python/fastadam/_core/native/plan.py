@@ -9,12 +9,12 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.backend import _cpu
-from fastadam._core.gradients import convert_gradient
-from fastadam._core.placement import native_of
-from fastadam._core.slices import convert_slices, is_slices, native_gradient
-from fastadam._core.types import AnyArray, AnyGradient, Foreign, NativeHistory
-from fastadam._core.variable import Variable
+from fastadam._core.common.types import AnyArray, AnyGradient, Foreign, NativeHistory
+from fastadam._core.native.arrays import native_of
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.gradients import convert_gradient
+from fastadam._core.native.slices import convert_slices, is_slices, native_gradient
+from fastadam._core.native.variable import Variable
 
 __all__ = ["BoundedCache", "Plan", "StepHyper"]
 

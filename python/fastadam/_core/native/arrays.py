@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.backend import _cpu
-from fastadam._core.cuda_module import cuda_module
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.gpu import cuda_module
 
 if TYPE_CHECKING:
-    from fastadam._core.types import AnyArray
+    from fastadam._core.common.types import AnyArray
 
 __all__ = [
     "assign",

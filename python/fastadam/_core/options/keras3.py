@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fastadam._core.backend import _cpu
-from fastadam._core.buffers import Key, buffers_of, key_of
-from fastadam._core.checks import check_bool, check_count, check_list, check_non_negative, check_number
-from fastadam._core.gradients import float32_to_bfloat16
-from fastadam._core.placement import assign, to_host
+from fastadam._core.common.checks import check_bool, check_count, check_list, check_non_negative, check_number
+from fastadam._core.native.arrays import assign, to_host
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buffers import Key, buffers_of, key_of
+from fastadam._core.native.gradients import float32_to_bfloat16
 
 if TYPE_CHECKING:
-    from fastadam._core.types import AnyArray, Array, Config, VariableLike
+    from fastadam._core.common.types import AnyArray, Array, Config, VariableLike
 
 __all__ = ["ACCUMULATOR", "EXTRA_NAMES", "Extras", "excluded", "overwrite"]
 

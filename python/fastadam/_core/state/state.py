@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.checks import check_iterations, check_list
-from fastadam._core.placement import assign, on_gpu, to_host
-from fastadam._core.slots import Entry, SlotStore
+from fastadam._core.common.checks import check_iterations, check_list
+from fastadam._core.native.arrays import assign, on_gpu, to_host
+from fastadam._core.state.slots import Entry, SlotStore
 
 if TYPE_CHECKING:
-    from fastadam._core.types import AnyArray, Config
+    from fastadam._core.common.types import AnyArray, Config
 
 __all__ = ["State"]
 

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 
-from fastadam._core.backend import _cpu
-from fastadam._core.buffers import buffers_of, key_of
-from fastadam._core.checks import check_iterations, check_list
-from fastadam._core.extras import Extras
-from fastadam._core.frameworks import require
+from fastadam._core.common.checks import check_iterations, check_list
+from fastadam._core.common.frameworks import require
+from fastadam._core.common.types import AnyArray, Config, Foreign, HostArray
+from fastadam._core.native.arrays import copy_beside, to_host
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buffers import buffers_of, key_of
+from fastadam._core.options.keras3 import Extras
 from fastadam._core.parts import parts_of
-from fastadam._core.placement import copy_beside, to_host
-from fastadam._core.slots import Entry, SlotStore, Spec
-from fastadam._core.types import AnyArray, Config, Foreign, HostArray
+from fastadam._core.state.slots import Entry, SlotStore, Spec
 
 if TYPE_CHECKING:
-    from fastadam._core.types import Foreign
+    from fastadam._core.common.types import Foreign
 
 __all__ = ["load", "save"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from fastadam._core.backend import _cpu
-from fastadam._core.frameworks import hint_for_variable
-from fastadam._core.placement import native_for
-from fastadam._core.types import AnyArray
-from fastadam._core.variable import Variable, label_of
+from fastadam._core.common.frameworks import hint_for_variable
+from fastadam._core.common.types import AnyArray
+from fastadam._core.native.arrays import native_for
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.variable import Variable, label_of
 
 __all__ = ["Key", "buffer_of", "buffers_of", "key_of", "unwrap"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastadam._core.types import AnyArray
+from fastadam._core.common.types import AnyArray
 
 __all__ = [
     "check_beta",

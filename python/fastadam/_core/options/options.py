@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fastadam._core.checks import check_one_norm
-from fastadam._core.extras import ACCUMULATOR, Extras
-from fastadam._core.placement import on_gpu, to_host
-from fastadam._core.slices import DEFERRED
+from fastadam._core.common.checks import check_one_norm
+from fastadam._core.native.arrays import on_gpu, to_host
+from fastadam._core.native.slices import DEFERRED
+from fastadam._core.options.keras3 import ACCUMULATOR, Extras
 
 if TYPE_CHECKING:
-    from fastadam._core.types import Config, SparseUpdate
+    from fastadam._core.common.types import Config, SparseUpdate
 
 __all__ = ["CLIP_NAMES", "Options"]
 

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
-from fastadam._core.keywords import synonyms
+from fastadam._core.common.keywords import synonyms
 
 __all__ = ["class_only", "is_own", "settable", "strict", "suggestion", "unknown_attribute"]
 

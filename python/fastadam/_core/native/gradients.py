@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.backend import _cpu
-from fastadam._core.placement import on_gpu, to_host
-from fastadam._core.types import AnyArray, ArrayLike, HostArray
+from fastadam._core.common.types import AnyArray, ArrayLike, HostArray
+from fastadam._core.native.arrays import on_gpu, to_host
+from fastadam._core.native.backend import _cpu
 
 __all__ = ["as_float_array", "bfloat16_to_float32", "convert_gradient", "convert_values", "float32_to_bfloat16"]
 

@@ -11,12 +11,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.backend import _cpu
-from fastadam._core.buffers import Key, key_of
-from fastadam._core.gradients import bfloat16_to_float32
-from fastadam._core.history import History
-from fastadam._core.placement import assign, beside, copy_beside, to_host, zeros_beside
-from fastadam._core.types import AnyArray, Config
+from fastadam._core.common.types import AnyArray, Config
+from fastadam._core.deferred.history import History
+from fastadam._core.native.arrays import assign, beside, copy_beside, to_host, zeros_beside
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buffers import Key, key_of
+from fastadam._core.native.gradients import bfloat16_to_float32
 
 __all__ = ["Entry", "Initializer", "SlotStore", "Spec", "initial_value"]
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from fastadam._core.backend import _cpu
-from fastadam._core.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
-from fastadam._core.gradients import as_float_array, convert_values
-from fastadam._core.keywords import suggests_keywords
-from fastadam._core.placement import native_of, on_gpu
+from fastadam._core.common.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.native.arrays import native_of, on_gpu
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.gradients import as_float_array, convert_values
 
 if TYPE_CHECKING:
-    from fastadam._core.types import AnyArray, AnyGradient, ArrayLike, HostArray, SparseUpdate
+    from fastadam._core.common.types import AnyArray, AnyGradient, ArrayLike, HostArray, SparseUpdate
 
 __all__ = [
     "DEFERRED",

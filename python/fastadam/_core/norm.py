@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastadam._core.backend import _cpu
-from fastadam._core.buffers import unwrap
-from fastadam._core.checks import check_list
-from fastadam._core.gradients import as_float_array
-from fastadam._core.slices import IndexedSlices
-from fastadam._core.types import AnyArray
+from fastadam._core.common.checks import check_list
+from fastadam._core.common.types import AnyArray
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buffers import unwrap
+from fastadam._core.native.gradients import as_float_array
+from fastadam._core.native.slices import IndexedSlices
 
 if TYPE_CHECKING:
-    from fastadam._core.types import Gradient
+    from fastadam._core.common.types import Gradient
 
 __all__ = ["global_norm"]
 

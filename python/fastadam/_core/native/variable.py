@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
-from fastadam._core.frameworks import hint_for_variable
-from fastadam._core.keywords import suggests_keywords
-from fastadam._core.placement import assign, native_for, on_gpu, to_host
-from fastadam._core.slices import check_ids
-from fastadam._core.strict import unknown_attribute
+from fastadam._core.common.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
+from fastadam._core.common.frameworks import hint_for_variable
+from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.common.strict import unknown_attribute
+from fastadam._core.native.arrays import assign, native_for, on_gpu, to_host
+from fastadam._core.native.slices import check_ids
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.types import AnyArray, ArrayLike, Foreign, Tree
+    from fastadam._core.common.types import AnyArray, ArrayLike, Foreign, Tree
 
 __all__ = ["Reader", "Variable", "label_of", "reading"]
 

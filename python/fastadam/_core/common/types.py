@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from fastadam._core.autodiff import Loss
-    from fastadam._core.slices import IndexedSlices
-    from fastadam._core.variable import Variable
+    from fastadam._core.native.slices import IndexedSlices
+    from fastadam._core.native.variable import Variable
     from fastadam.schedules import LearningRateSchedule
 
 __all__ = [

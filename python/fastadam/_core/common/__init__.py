@@ -1,0 +1,1 @@
+"""What every part uses: checks of arguments, error texts, names, types, reprs."""

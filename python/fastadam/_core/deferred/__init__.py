@@ -1,0 +1,1 @@
+"""Tables whose untouched rows wait for their steps."""

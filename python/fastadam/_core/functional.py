@@ -17,10 +17,11 @@ from fastadam._core.common.checks import (
     check_one_norm,
 )
 from fastadam._core.common.keywords import suggests_keywords
-from fastadam._core.native.buffers import buffers_of, unwrap
+from fastadam._core.native.buffers import buffers_of
 from fastadam._core.native.gpu import cuda_module
 from fastadam._core.native.plan import Plan, StepHyper
 from fastadam._core.native.slices import DEFERRED, check_sparse_update
+from fastadam._core.native.variable import unwrap
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import Array, Gradient, VariableLike

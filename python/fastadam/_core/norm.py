@@ -11,9 +11,9 @@ import numpy as np
 from fastadam._core.common.checks import check_list
 from fastadam._core.common.types import AnyArray
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.buffers import unwrap
 from fastadam._core.native.gradients import as_float_array
 from fastadam._core.native.slices import IndexedSlices
+from fastadam._core.native.variable import unwrap
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import Gradient

@@ -16,8 +16,8 @@ from fastadam._core.common.checks import check_iterations, check_list
 from fastadam._core.common.strict import class_only
 from fastadam._core.minimize import Minimizer
 from fastadam._core.native.arrays import copy_beside
-from fastadam._core.native.buffers import buffer_of, buffers_of, unwrap
-from fastadam._core.native.variable import label_of
+from fastadam._core.native.buffers import buffer_of, buffers_of
+from fastadam._core.native.variable import label_of, unwrap
 from fastadam._core.options.options import Options
 from fastadam._core.parts import Parts
 from fastadam._core.state.slots import Initializer, initial_value

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastadam._core.common.checks import check_list
 from fastadam._core.common.warning import warn
-from fastadam._core.native.buffers import unwrap
-from fastadam._core.native.variable import Variable
+from fastadam._core.native.variable import Variable, unwrap
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, AnyPair

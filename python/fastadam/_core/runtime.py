@@ -14,12 +14,12 @@ import numpy as np
 from fastadam._core.common.types import AnyGradient, Foreign
 from fastadam._core.deferred.history import History
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.buffers import unwrap
 from fastadam._core.native.gpu import cuda_module
 from fastadam._core.native.plan import BoundedCache, Plan, StepHyper
+from fastadam._core.native.variable import unwrap
 from fastadam._core.replaced import Replacements
 
-__all__ = ["PlanVersion", "Runtime", "StepPlan", "late_error"]
+__all__ = ["PlanVersion", "Runtime", "StepPlan"]
 
 _live: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
@@ -131,13 +131,6 @@ class Runtime:
             if failure is not None:
                 return failure
         return None
-
-
-def late_error(message: str, which: str) -> ValueError:
-    """The error for a step that a GPU refused after the call had returned; it and all later ones did nothing."""
-    return ValueError(
-        f"{message}; found on the GPU after the call had returned: {which} and those since then have changed nothing"
-    )
 
 
 def _start_of(pairs: list[object]) -> tuple[int, int]:

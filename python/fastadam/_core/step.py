@@ -11,11 +11,11 @@ from fastadam._core.deferred.history import History, Numbers
 from fastadam._core.hyperparameters import Clip, Hyper
 from fastadam._core.native.arrays import on_gpu
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.buffers import buffers_of, key_of, unwrap
+from fastadam._core.native.buffers import buffers_of, key_of
 from fastadam._core.native.gpu import cuda_module
 from fastadam._core.native.plan import Plan, StepHyper
 from fastadam._core.native.slices import is_sparse
-from fastadam._core.native.variable import Variable
+from fastadam._core.native.variable import Variable, unwrap
 from fastadam._core.options.options import CLIP_NAMES
 from fastadam._core.pairs import check_pairs, first_variable
 from fastadam._core.parts import Parts

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from fastadam._core.native.gpu import late_error
 from fastadam._core.native.plan import StepHyper
-from fastadam._core.runtime import late_error
 from fastadam.torch._sets import ParameterSet
 from fastadam.torch._tables import Table
 

@@ -48,7 +48,7 @@ class AutogradTape(Tape):
         of_root = self._backward(result._node, seed_of(upstream, result._value))
         leaves = [self.leaf_of(variable) for variable in variables]
         of_value = [None if leaf is None else of_root.get(leaf._node) for leaf in leaves]
-        return self.gradients(variables, of_value, [of_root.get(rows._node) for _, _, rows in self._gathered])
+        return self.gradients(variables, of_value, [of_root.get(rows._node) for _, _, rows in self.gathered])
 
     def _backward(self, end: Foreign, upstream: HostArray) -> dict[Foreign, AnyArray]:
         """Autograd's backward pass, which here returns the gradients of all roots."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastadam._core.autodiff.tape import Gathered, Loss, Refresh, Resolve, Tape, check_loss, seed_of
 from fastadam._core.common.types import AnyArray, HostArray
-from fastadam._core.native.variable import Variable
+from fastadam._core.native.variable import Variable, unwrap
 
 __all__ = ["JaxTape"]
 
@@ -33,7 +33,7 @@ class JaxTape(Tape):
         return self._values[id(variable)]
 
     def rows(self, variable: Variable, ids: HostArray) -> AnyArray:
-        at = len(self._gathered)
+        at = len(self.gathered)
         table, first_ids, _ = self._expected[at] if at < len(self._expected) else (None, ids, None)
         _require_same(table is variable and np.array_equal(first_ids, ids), "gathers other rows")
         return self._rows[at]
@@ -48,8 +48,8 @@ class JaxTape(Tape):
             recorder.record(loss)
         variables = resolve()
         self._wanted = {id(variable) for variable in variables}
-        self._expected = [gathered for gathered in recorder._gathered if self._wants(gathered[0])]
-        read = [variable for variable, _ in recorder._seen.values() if self._wants(variable)]
+        self._expected = [gathered for gathered in recorder.gathered if self._wants(gathered[0])]
+        read = [variable for variable, _ in recorder.seen.values() if self._wants(variable)]
         with self._precision(variables):
             return self._pull_back(loss, variables, read, upstream)
 
@@ -72,8 +72,8 @@ class JaxTape(Tape):
         self._values, self._rows = values, rows
         result = self.run(loss)
         check_loss(result, upstream)
-        _require_same(values.keys() <= self._seen.keys(), "reads other variables")
-        _require_same(len(self._gathered) == len(rows), "gathers other rows")
+        _require_same(values.keys() <= self.seen.keys(), "reads other variables")
+        _require_same(len(self.gathered) == len(rows), "gathers other rows")
         self._depends = isinstance(result, self._jax.core.Tracer)
         return self._numpy.asarray(result)
 
@@ -101,11 +101,11 @@ class _RecordingTape(JaxTape):
 
     def leaf(self, variable: Variable) -> AnyArray:
         self._refresh(variable, None)
-        return self._numpy.full_like(variable._value, self._number)
+        return self._numpy.full_like(unwrap(variable), self._number)
 
     def rows(self, variable: Variable, ids: HostArray) -> AnyArray:
         shape = (*ids.shape, *variable.shape[1:])
-        return self._numpy.full_like(variable._value, self._number, shape=shape)
+        return self._numpy.full_like(unwrap(variable), self._number, shape=shape)
 
 
 def _require_same(is_same: bool, what: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastadam._core.common.types import AnyArray, HostArray
 from fastadam._core.native.slices import IndexedSlices
-from fastadam._core.native.variable import Variable, reading
+from fastadam._core.native.variable import Variable, reading, unwrap
 
 __all__ = ["Gathered", "Loss", "Refresh", "Resolve", "Tape", "check_loss", "seed_of"]
 
@@ -30,22 +30,22 @@ class Tape(abc.ABC):
     def __init__(self, variables: Sequence[Variable] | None, refresh: Refresh) -> None:
         self._refresh = refresh
         self._wanted = None if variables is None else {id(variable) for variable in variables}
-        self._seen: dict[int, tuple[Variable, AnyArray]] = {}  # keeps the variables alive, so that ids stay unique
-        self._gathered: list[Gathered] = []
+        self.seen: dict[int, tuple[Variable, AnyArray]] = {}  # keeps the variables alive, so that ids stay unique
+        self.gathered: list[Gathered] = []
 
     def read(self, variable: Variable) -> AnyArray:
         """The provider's array for this variable, the same one throughout the run."""
-        if id(variable) not in self._seen:
+        if id(variable) not in self.seen:
             make = self.leaf if self._wants(variable) else self.constant
-            self._seen[id(variable)] = (variable, make(variable))
-        return self._seen[id(variable)][1]
+            self.seen[id(variable)] = (variable, make(variable))
+        return self.seen[id(variable)][1]
 
     def gather(self, variable: Variable, ids: HostArray) -> AnyArray:
         """The provider's array for some rows, a new one each time."""
         if not self._wants(variable):
             return self.array(self.memory(variable, ids))
         rows = self.rows(variable, ids)
-        self._gathered.append((variable, ids, rows))
+        self.gathered.append((variable, ids, rows))
         return rows
 
     def _wants(self, variable: Variable) -> bool:
@@ -53,7 +53,7 @@ class Tape(abc.ABC):
 
     def leaf_of(self, variable: Variable) -> AnyArray:
         """The array that the loss got for this variable; None if it did not read it."""
-        return self._seen.get(id(variable), (None, None))[1]
+        return self.seen.get(id(variable), (None, None))[1]
 
     def run(self, loss: Loss) -> AnyArray:
         """The value of the loss, as an array if it is a Variable."""
@@ -80,7 +80,8 @@ class Tape(abc.ABC):
     def memory(self, variable: Variable, ids: HostArray | None = None) -> HostArray:
         """The variable's own array, or copies of rows, brought up to date."""
         self._refresh(variable, ids)
-        return variable._value if ids is None else np.asarray(variable._value[ids])
+        array = unwrap(variable)
+        return array if ids is None else np.asarray(array[ids])
 
     @abc.abstractmethod
     def differentiate(self, loss: Loss, resolve: Resolve, upstream: HostArray | None) -> list[AnyArray]:
@@ -90,7 +91,7 @@ class Tape(abc.ABC):
         self, variables: Sequence[Variable], of_value: list[AnyArray], of_rows: list[AnyArray]
     ) -> list[AnyArray]:
         """Combine the gradients of values, one for each variable, with those of rows, one for each gather."""
-        parts = list(zip(self._gathered, of_rows, strict=True))
+        parts = list(zip(self.gathered, of_rows, strict=True))
         return [
             _combine(variable, dense, [(ids, rows) for (table, ids, _), rows in parts if table is variable])
             for variable, dense in zip(variables, of_value, strict=True)

@@ -39,8 +39,8 @@ class TorchTape(Tape):
     def differentiate(self, loss: Loss, resolve: Resolve, upstream: HostArray | None) -> list[AnyArray]:
         result, variables = self.run(loss), resolve()
         check_loss(result, upstream)
-        leaves = [*(self.leaf_of(variable) for variable in variables), *(rows for _, _, rows in self._gathered)]
-        owners = [*variables, *(variable for variable, _, _ in self._gathered)]
+        leaves = [*(self.leaf_of(variable) for variable in variables), *(rows for _, _, rows in self.gathered)]
+        owners = [*variables, *(variable for variable, _, _ in self.gathered)]
         read = [i for i, leaf in enumerate(leaves) if leaf is not None]
         gradients: list[AnyArray] = [None] * len(leaves)
         if read and getattr(result, "requires_grad", False):

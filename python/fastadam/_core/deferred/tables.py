@@ -11,11 +11,11 @@ from fastadam._core.common.warning import warn
 from fastadam._core.deferred.history import Numbers
 from fastadam._core.native.arrays import native_of, on_gpu, zeros_beside
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.buffers import buffer_of, unwrap
+from fastadam._core.native.buffers import buffer_of
+from fastadam._core.native.gpu import late_error
 from fastadam._core.native.gradients import bfloat16_to_float32
 from fastadam._core.native.slices import check_ids, is_native_sparse
-from fastadam._core.native.variable import label_of
-from fastadam._core.runtime import late_error
+from fastadam._core.native.variable import label_of, unwrap
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, AnyGradient, ArrayLike, VariableLike

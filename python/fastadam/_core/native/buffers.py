@@ -9,16 +9,11 @@ from fastadam._core.common.frameworks import hint_for_variable
 from fastadam._core.common.types import AnyArray
 from fastadam._core.native.arrays import native_for
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.variable import Variable, label_of
+from fastadam._core.native.variable import label_of, unwrap
 
-__all__ = ["Key", "buffer_of", "buffers_of", "key_of", "unwrap"]
+__all__ = ["Key", "buffer_of", "buffers_of", "key_of"]
 
 Key: TypeAlias = tuple[int, tuple[int, ...], str, str, int]  # see key_of
-
-
-def unwrap(variable: AnyArray) -> AnyArray:
-    """The array of a :class:`Variable`; anything else as it is."""
-    return variable._value if isinstance(variable, Variable) else variable
 
 
 def buffers_of(variables: Sequence[AnyArray], positions: Sequence[int]) -> list[_cpu.Buffer]:

@@ -33,3 +33,10 @@ def why_not() -> str | None:
         return f"the CUDA kernels are {_cpu.cuda_build}"
     count, reason = _cuda.device_count()
     return None if count else f"{reason} (is an NVIDIA driver installed, and a GPU visible?)"
+
+
+def late_error(message: str, which: str) -> ValueError:
+    """The error for a step that a GPU refused after the call had returned; it and all later ones did nothing."""
+    return ValueError(
+        f"{message}; found on the GPU after the call had returned: {which} and those since then have changed nothing"
+    )

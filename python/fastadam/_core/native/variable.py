@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fastadam._core.common.types import AnyArray, ArrayLike, Foreign, Tree
 
-__all__ = ["Reader", "Variable", "label_of", "reading"]
+__all__ = ["Reader", "Variable", "label_of", "reading", "unwrap"]
 
 
 class Reader(Protocol):
@@ -304,3 +304,8 @@ def label_of(variable: object, position: int) -> str:
     """How messages call a variable: by its name, or by its place in the list."""
     name = variable.name if isinstance(variable, Variable) else None
     return f"variable '{name}'" if name else f"vars[{position}]"
+
+
+def unwrap(variable: AnyArray) -> AnyArray:
+    """The array of a :class:`Variable`; anything else as it is."""
+    return variable._value if isinstance(variable, Variable) else variable

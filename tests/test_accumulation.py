@@ -291,3 +291,34 @@ def test_threads_change_no_bit():
         results.append(w)
     assert (results[0] != arrays(9, ((200_003,),))[0]).mean() > 0.9
     assert_same([results[0]] * 2, results[1:])
+
+
+@pytest.mark.parametrize("how", ["set_weights", "another optimizer"])
+def test_an_old_accumulator_does_not_count_after_set_weights_in_mid_cycle(how):
+    w, x = np.ones(1, F32), np.ones(1, F32)
+    one = np.ones(1, F32)
+    optimizer = fastadam.Adam(0.1, gradient_accumulation_steps=2)
+    for _ in range(2):
+        optimizer.apply_gradients([(one, w), (one, x)])
+    optimizer.apply_gradients([(one, w)])
+    weights = optimizer.get_weights()
+    if how == "another optimizer":
+        optimizer = fastadam.Adam.from_config(optimizer.get_config())
+        optimizer.build([w, x])
+    optimizer.set_weights(weights)
+    optimizer.apply_gradients([(one, w)])
+    np.testing.assert_allclose([w[0], x[0]], [0.8, 0.9], rtol=1e-5)
+
+
+def test_set_weights_in_mid_cycle_goes_on_with_the_gradients_that_the_list_holds():
+    w, twin = np.ones(3, F32), np.ones(3, F32)
+    optimizer = fastadam.Adam(0.1, gradient_accumulation_steps=2)
+    other = fastadam.Adam.from_config(optimizer.get_config())
+    for _ in range(3):
+        optimizer.apply_gradients([(np.full(3, 2, F32), w)])
+    twin[...] = w
+    other.build([twin])
+    other.set_weights(optimizer.get_weights())
+    for o, v in ((optimizer, w), (other, twin)):
+        o.apply_gradients([(np.full(3, -1, F32), v)])
+    assert_same([w, *optimizer.get_weights()], [twin, *other.get_weights()])

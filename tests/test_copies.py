@@ -224,3 +224,32 @@ def test_a_pickle_goes_on_in_another_process(protocol, tmp_path):
     again, others = pickle.loads((tmp_path / "out").read_bytes())
     assert_same(others, variables)
     assert_goes_on_alike(optimizer, variables, again, others)
+
+
+def stepped(optimizer, *variables):
+    optimizer.apply_gradients([(np.ones_like(w), w) for w in variables])
+
+
+def test_a_deep_copy_gives_a_variable_that_is_no_copy_moments_of_its_own():
+    w, other = np.ones(3, np.float32), np.full(3, 2, np.float32)
+    optimizer = fastadam.Adam(0.1)
+    for _ in range(3):
+        stepped(optimizer, w)
+    copied, twin = copy.deepcopy(optimizer), w.copy()
+    with pytest.warns(UserWarning, match=r"vars\[0\]: neither a variable of the optimizer .* moments of zero"):
+        stepped(copied, other)
+    stepped(copied, w)  # goes on
+    stepped(optimizer, twin)  # a new variable of the first one
+    assert copied.get_slot(w, "m")[0] > 3 * copied.get_slot(other, "m")[0]
+
+
+def test_a_deep_copy_goes_on_with_copies_of_its_variables_in_any_order():
+    rng = np.random.RandomState(0)
+    variables = [rng.rand(3).astype(np.float32) for _ in range(3)]
+    optimizer = fastadam.Adam(0.1)
+    for scale in range(3):
+        optimizer.apply_gradients([(np.full_like(w, scale + i), w) for i, w in enumerate(variables)])
+    copied, twins = copy.deepcopy(optimizer), [w.copy() for w in variables]
+    stepped(optimizer, *variables)
+    stepped(copied, *twins[::-1])
+    assert all(np.array_equal(w, twin) for w, twin in zip(variables, twins, strict=True))

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The extension module fastadam._cpu.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../core/split.h"
@@ -58,6 +61,19 @@ std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t>>> split(const std:
   return result;
 }
 
+// Copies arrays over others of the same size, then raises the counter. No Python code, so no signal handler, runs in
+// between: either everything has happened, or nothing. Raises if some pair does not fit.
+void copy_all(const std::vector<std::pair<py::array, py::array>>& copies, const py::array& counter) {
+  for (const auto& [to, from] : copies) {
+    if (to.nbytes() != from.nbytes() || !to.writeable()) throw py::value_error("copies: arrays that do not fit");
+  }
+  int64_t* const count = fastadam::bind::place_of(counter);
+  for (const auto& [to, from] : copies) {
+    std::memcpy(const_cast<void*>(to.data()), from.data(), static_cast<size_t>(to.nbytes()));
+  }
+  ++*count;
+}
+
 // Sums of squares of arrays of the four dtypes, contiguous in any order.
 std::vector<double> sums_of_squares(const py::list& objects) {
   using namespace fastadam::bind;
@@ -95,6 +111,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("compiler") = FASTADAM_COMPILER;
   m.attr("cuda_build") = FASTADAM_CUDA_BUILD;
   fastadam::bind::register_ops<fastadam::bind::CpuBackend>(m);
+  m.def("copy_all", &copy_all, py::arg("copies"), py::arg("counter"));
   m.def("sums_of_squares", &sums_of_squares, py::arg("arrays"));
   m.def("compiled_isas", &compiled_isas);
   m.def("current_isa", &fastadam_current_isa);

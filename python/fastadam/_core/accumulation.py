@@ -8,12 +8,12 @@ from fastadam._core.native.arrays import assign
 from fastadam._core.native.plan import Plan, StepHyper
 from fastadam._core.native.slices import is_native_sparse
 from fastadam._core.options.keras3 import ACCUMULATOR
+from fastadam._core.state.state import Cycle
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyGradient
     from fastadam._core.parts import Parts
     from fastadam._core.runtime import StepPlan
-    from fastadam._core.state.slots import Entry
 
 __all__ = ["accumulate"]
 
@@ -34,38 +34,35 @@ def accumulate(
     """
     state, per_step = parts.state, parts.options.calls_per_step
     calls = int(state.calls)
+    step = calls // per_step
     entries = [entry for buffer in plan.plan.buffers if (entry := state.slots.entry_of(buffer))]
-    before = {id(entry): (entry, entry.accumulating) for entry in entries}
-    fresh = [entry for entry, cycle in before.values() if cycle != calls // per_step]
-    if restart := len(fresh) == len(before):
+    earlier = state.cycle.of(step)
+    places = [entry.place for entry in entries]
+    fresh = [entry for entry in {entry.place: entry for entry in entries}.values() if entry.place not in earlier]
+    if restart := not earlier.intersection(places):
         fresh = []
-    for entry, _ in before.values():
-        entry.accumulating = calls // per_step
-    try:
-        update = _update_plan(parts, plan.plan, entries) if (calls + 1) % per_step == 0 else None
-        if fresh:  # refused before anything is written
-            gradients = plan.plan.check(gradients)
-            plan.plan.check_numbers(hyper._replace(gradient_scale=scale))
-            (update or plan.plan).check_numbers(hyper)
-        for entry in fresh:
-            assign(state.slots.slots_of(entry)[ACCUMULATOR], 0)
-        is_finite = plan.plan.accumulate(
-            gradients, scale, hyper, state.calls, require_finite=require_finite, restart=restart, update=update
-        )
-        if plan.plan.device >= 0 and any(map(is_native_sparse, gradients)):
-            parts.tables.raise_late(wait=True)  # a cycle is not taken back call by call
-    finally:
-        if int(state.calls) == calls:  # refused, or not finite
-            for entry, cycle in before.values():
-                entry.accumulating = cycle
+    cycle = Cycle(step, earlier.union(places))
+    update = _update_plan(parts, plan.plan, places, cycle) if (calls + 1) % per_step == 0 else None
+    if fresh:  # refused before anything is written
+        gradients = plan.plan.check(gradients)
+        plan.plan.check_numbers(hyper._replace(gradient_scale=scale))
+        (update or plan.plan).check_numbers(hyper)
+    for entry in fresh:
+        assign(state.slots.slots_of(entry)[ACCUMULATOR], 0)
+    state.begin(cycle)
+    is_finite = plan.plan.accumulate(
+        gradients, scale, hyper, state.calls, require_finite=require_finite, restart=restart, update=update
+    )
+    if plan.plan.device >= 0 and any(map(is_native_sparse, gradients)):
+        parts.tables.raise_late(wait=True)  # a cycle is not taken back call by call
     return is_finite
 
 
-def _update_plan(parts: Parts, plan: Plan, entries: list[Entry]) -> Plan:
+def _update_plan(parts: Parts, plan: Plan, places: list[int], cycle: Cycle) -> Plan:
     """The plan of all variables with an accumulated gradient: this call's, unless others had one before."""
     state, options = parts.state, parts.options
-    waiting = [entry for entry in state.entries if state.is_accumulating(entry, options.calls_per_step)]
-    if len({id(entry) for entry in entries}) == len(entries) == len(waiting):
+    waiting = [entry for entry in state.entries if entry.place in cycle.places]
+    if len(set(places)) == len(places) == len(waiting):
         return plan
     buffers = []
     for entry in waiting:

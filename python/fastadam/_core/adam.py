@@ -246,7 +246,7 @@ class Adam(Optimizer):
         if value != "dense" and (options.extras.use_ema or options.accumulation):
             raise ValueError(f"sparse_update: {value!r} with use_ema or gradient_accumulation_steps, expected 'dense'")
         with runtime.lock:
-            if runtime.stepping:
+            if runtime.step_lock.locked():
                 raise RuntimeError("sparse_update: set by code that a step runs, expected between steps")
             tables.settle()
             tables.forget_histories()

@@ -74,10 +74,11 @@ class Optimizer(Minimizer):
 
         With ``gradient_accumulation_steps`` the first counts the calls, not the steps, as in Keras 3.
         """
-        _, state, runtime, tables = self._parts
+        options, state, runtime, tables = self._parts
         with runtime.lock:
             tables.raise_late()
             tables.catch_up_all()
+            state.clear_stale_accumulators(options.calls_per_step)
             return state.weights()
 
     def variables(self) -> list[AnyArray]:
@@ -86,15 +87,19 @@ class Optimizer(Minimizer):
 
     def get_weights(self) -> list[AnyArray]:
         """Copies of ``weights``; the first is an ``np.int64``."""
-        _, state, runtime, tables = self._parts
+        options, state, runtime, tables = self._parts
         with runtime.lock:
             tables.settle()
+            state.clear_stale_accumulators(options.calls_per_step)
             return state.copies()
 
     def set_weights(self, weights: Sequence[ArrayLike]) -> None:
         """Overwrite the state with a list in the order of ``weights``, for example from ``get_weights``.
 
         The list of a Keras 1 Adam, which ends in one dummy of shape (1,) for each variable, is accepted as TF does.
+
+        With ``gradient_accumulation_steps``, in the middle of a cycle, a variable has had a gradient if its accumulator
+        in the list is not all zero.
 
         Raises:
             ValueError: Wrong number of arrays or a wrong shape; nothing is changed.
@@ -103,10 +108,8 @@ class Optimizer(Minimizer):
         with runtime.lock:
             tables.settle()
             calls, slots = state.checked(weights, self.name)
-            state.fill(slots)
-            tables.set_calls(calls)
-            is_amid = calls % options.calls_per_step != 0
-            state.restart_accumulation(state.entries if is_amid else [], options.calls_per_step)
+            state.fill(calls, slots, options.calls_per_step)
+            tables.confirm()
 
     def get_slot(self, var: VariableLike, slot_name: str) -> AnyArray:
         """The live state array "m", "v" or "vhat" of a variable; KeyError if there is none."""

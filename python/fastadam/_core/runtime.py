@@ -51,7 +51,7 @@ class Runtime:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # held while state is read or changed
-        self.stepping = False
+        self.step_lock = threading.Lock()  # held while a step is made, inside the other
         self.told: set[str] = set()  # warnings that are given once
         self.checks_exclusions = False  # exclude_from_weight_decay may name no variable
         self.replacements = Replacements()
@@ -144,7 +144,7 @@ def _renew_locks() -> None:
     """A thread that held a lock when the process forked does not exist in the child."""
     for runtime in _live:
         runtime.lock = threading.RLock()
-        runtime.stepping = False
+        runtime.step_lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

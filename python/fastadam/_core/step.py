@@ -72,17 +72,14 @@ class Stepper:
         """
         runtime = self.runtime
         with runtime.lock:
-            if runtime.stepping:  # a callable hyperparameter or the code of a gradient called it
+            if runtime.step_lock.locked():  # a callable hyperparameter or the code of a gradient called it
                 raise RuntimeError(f"apply_gradients of optimizer {optimizer.name} was called from within itself")
-            runtime.stepping = True
-            try:
+            with runtime.step_lock:
                 if runtime.repeats and loss_scale is None:
                     last, stamp = runtime.last, self.options.version + self.state.slots.version
                     if last is not None and last.plan.step_again(pairs, stamp, self.state.calls):
                         return True
                 return self._step(optimizer, pairs, loss_scale)
-            finally:
-                runtime.stepping = False
 
     def _step(self, optimizer: Hyperparameters, pairs: list[AnyPair], loss_scale: float | None) -> bool:
         options, state, runtime, tables = self.options, self.state, self.runtime, self.tables

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from fastadam._core.common.types import AnyArray, NativeHistory
 from fastadam._core.native.arrays import assign, native_of, to_host, zeros_beside
 from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buffers import fingerprint_of
 from fastadam._core.native.plan import Plan, StepHyper
 from fastadam._core.native.slices import IndexedSlices
 
@@ -247,8 +247,3 @@ def crossover(shape: tuple[int, ...], item_size: int, replays: bool) -> float:
     in_cache = 3 * item_size * shape[0] * width <= _CACHE_BYTES
     rows, narrow = (100, 32) if replays and in_cache else (8, 60) if replays else (3, 45)
     return rows * (1 + narrow / width)
-
-
-def fingerprint_of(buffer: _cpu.Buffer) -> int:
-    """A checksum of a table's values."""
-    return zlib.crc32(buffer.array().reshape(-1).view(np.uint8).data)

@@ -114,6 +114,7 @@ class Tables:
         if history.waits:
             if entry.buffer is None and entry.origin is not None and entry.origin.is_current():
                 self._state.slots.prepare([entry.origin], []).commit()  # a deep copy goes on with the same variable
+                entry = self._state.entries[entry.place]
             if entry.buffer is None:
                 raise ValueError(
                     f"{entry.spec}: rows wait for steps since before the state was restored; build it first"
@@ -190,6 +191,10 @@ class Tables:
         """Set the count; no step before this is taken back any more."""
         self.raise_late(wait=True)
         self._state.calls[...] = calls
+        self.confirm()
+
+    def confirm(self) -> None:
+        """The steps so far are never taken back."""
         for entry in self._state.entries:
             if entry.history is not None:
                 entry.history.confirm()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import numpy as np
+
 from fastadam._core.common.frameworks import hint_for_variable
 from fastadam._core.common.types import AnyArray
-from fastadam._core.native.arrays import native_for
+from fastadam._core.native.arrays import native_for, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.variable import label_of, unwrap
 
-__all__ = ["Key", "buffer_of", "buffers_of", "key_of"]
+__all__ = ["Key", "buffer_of", "buffers_of", "fingerprint_of", "key_of"]
 
 Key: TypeAlias = tuple[int, tuple[int, ...], str, str, int]  # see key_of
 
@@ -36,6 +39,12 @@ def buffers_of(variables: Sequence[AnyArray], positions: Sequence[int]) -> list[
 def buffer_of(variable: AnyArray, position: int = 0) -> _cpu.Buffer:
     """Check one variable and view its memory."""
     return buffers_of([variable], [position])[0]
+
+
+def fingerprint_of(buffer: _cpu.Buffer) -> int:
+    """A checksum of the values of a variable; waits for a GPU."""
+    values = buffer.array() if buffer.device < 0 else to_host(buffer.source)
+    return zlib.crc32(np.ascontiguousarray(values.reshape(-1, order="A")).view(np.uint8).data)
 
 
 def key_of(buffer: _cpu.Buffer) -> Key:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.common.types import AnyArray, Config
+from fastadam._core.common.warning import warn
 from fastadam._core.deferred.history import History
 from fastadam._core.native.arrays import assign, beside, copy_beside, to_host, zeros_beside
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.buffers import Key, key_of
+from fastadam._core.native.buffers import Key, fingerprint_of, key_of
 from fastadam._core.native.gradients import bfloat16_to_float32
 
 __all__ = ["Entry", "Initializer", "SlotStore", "Spec", "initial_value"]
@@ -65,14 +66,15 @@ class Spec(NamedTuple):
 
 @dataclass(eq=False)
 class Entry:
-    """The slots of one variable, as places in ``SlotStore.arrays``."""
+    """The slots of one variable, as places in ``SlotStore.arrays``. A commit replaces an entry and does not change it."""
 
     spec: Spec
     slots: dict[str, int]
     buffer: _cpu.Buffer | None = None  # None: restored, waits for its variable
     history: History | None = None  # of a table in a deferred mode
-    accumulating: int | None = None  # the step for which its accumulator holds gradients, as a count of steps before
-    origin: _cpu.Buffer | None = None  # of a waiting entry of a deep copy: the variable it was copied from
+    origin: _cpu.Buffer | None = None  # in a deep copy, until a variable comes: the original's variable
+    fingerprint: int | None = None  # of the values that this had when the copy was made
+    place: int = -1  # in the store
 
 
 @dataclass
@@ -94,16 +96,22 @@ class Prepared:
         """Register the new slots, and the variables that adopt restored ones."""
         if self.version != self.store.version:
             raise RuntimeError("the optimizer's slots were changed by code that ran while a step was prepared")
+        if not self.adopted and not self.created:
+            return
+        draft = self.store.draft()
         for entry, buffer, arrays in self.adopted.values():
-            self.store.adopt(entry, buffer, arrays)
+            draft.adopt(entry, buffer, arrays)
         for (_, name), (buffer, array) in self.created.items():
-            self.store.add(buffer, name, array)
+            draft.add(buffer, name, array)
+        self.store.become(draft)
 
 
 class SlotStore:
     """Slots of all variables, and the flat list of them that ``weights`` shows.
 
-    A restored store has slots whose variables it has not met. The first variables that it does not know adopt them.
+    A restored store has slots whose variables it has not met: entries that wait. In a store from a pickle the next one
+    is adopted by whatever unknown variable comes. In a deep copy an entry is adopted by the original's variable, or by
+    a copy of it, which has the same values as the original had when the copy was made.
     """
 
     def __init__(self) -> None:
@@ -114,6 +122,7 @@ class SlotStore:
         self._known: dict[Key, Entry] = {}
         self._origins: dict[Key, Entry] = {}
         self._intervals: list[tuple[int, int, _cpu.Buffer]] = []
+        self._has_warned = False  # of a variable that could be a changed copy
 
     def entry_of(self, buffer: _cpu.Buffer) -> Entry | None:
         """The entry of this variable, or None for a variable never seen."""
@@ -176,14 +185,33 @@ class SlotStore:
             elif entry.buffer is None:
                 chosen[key] = entry
         taken = {id(entry) for entry in chosen.values()}
-        rest = iter([entry for entry in self.waiting() if id(entry) not in taken])
-        for key, buffer in buffers.items():
-            if key not in chosen and key not in self._known and (entry := next(rest, None)) is not None:
-                self._require_match(buffer, entry)
+        rest = [entry for entry in self.waiting() if id(entry) not in taken]
+        for key, buffer in buffers.items() if rest else ():
+            if key not in chosen and key not in self._known and (entry := self._next_for(buffer, rest)) is not None:
+                rest.remove(entry)
                 chosen[key] = entry
         for key, entry in chosen.items():
             self._require_history(buffers[key], entry)
         return {key: (entry, buffers[key], self._laid_out(entry, buffers[key])) for key, entry in chosen.items()}
+
+    def _next_for(self, buffer: _cpu.Buffer, waiting: list[Entry]) -> Entry | None:
+        """The entry that an unknown variable adopts, if there is one."""
+        if waiting and waiting[0].fingerprint is None:  # from a pickle
+            self._require_match(buffer, waiting[0])
+            return waiting[0]
+        alike = [entry for entry in waiting if entry.spec.admits(Spec.of(buffer))]
+        fingerprint = fingerprint_of(buffer) if alike else None
+        for entry in alike:
+            if entry.fingerprint == fingerprint:
+                return entry
+        if alike and not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"{buffer.label}: neither a variable of the optimizer that this one was deep-copied from nor a copy of "
+                "one as it was then: it starts with moments of zero. Copy variables together with the optimizer, "
+                "copy.deepcopy((optimizer, variables)), or before they change"
+            )
+        return None
 
     def _require_match(self, buffer: _cpu.Buffer, entry: Entry) -> None:
         spec = Spec.of(buffer)
@@ -215,37 +243,59 @@ class SlotStore:
                     f"order {buffer.order}"
                 )
 
+    # ---- a commit --------------------------------------------------------------------------------------------------
+
+    def draft(self) -> SlotStore:
+        """A store with the same entries, to be changed and then put in the place of this one."""
+        draft = SlotStore()
+        draft.arrays, draft.names, draft.entries = self.arrays[:], self.names[:], self.entries[:]
+        draft.version = self.version + 1
+        draft._known, draft._origins, draft._intervals = {**self._known}, {**self._origins}, self._intervals[:]
+        draft._has_warned = self._has_warned
+        return draft
+
+    def become(self, draft: SlotStore) -> None:
+        """Take over all of a draft in one assignment, which no signal handler can cut in two."""
+        self.__dict__ = draft.__dict__
+
     def adopt(self, entry: Entry, buffer: _cpu.Buffer, arrays: dict[str, AnyArray]) -> None:
-        """Give the slots of a waiting entry, laid out for this variable, to it."""
-        self.version += 1
+        """Give the slots of a waiting entry, laid out for this variable, to it; in a draft."""
         for name, array in arrays.items():
             self.arrays[entry.slots[name]] = array
-        entry.spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
-        entry.buffer, entry.origin = buffer, None
-        if entry.history is not None:
-            entry.history = entry.history.placed(buffer)
-        self._register(entry, buffer)
+        spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
+        history = entry.history and entry.history.placed(buffer)
+        self._put(Entry(spec, dict(entry.slots), buffer, history, place=entry.place))
+        if entry.origin:
+            self._origins.pop(key_of(entry.origin), None)
+        self._register(buffer)
 
     def add(self, buffer: _cpu.Buffer, name: str, array: AnyArray) -> None:
-        """Register a new slot."""
-        self.version += 1
+        """Add a new slot; in a draft."""
         entry = self._known.get(key_of(buffer))
-        if entry is None:
-            entry = Entry(Spec.of(buffer), {}, buffer)
-            self.entries.append(entry)
-            self._register(entry, buffer)
-        entry.slots[name] = len(self.arrays)
+        slots = {} if entry is None else entry.slots
+        new = Entry(Spec.of(buffer), {}, buffer) if entry is None else replace(entry)
+        new.slots = {**slots, name: len(self.arrays)}
         self.arrays.append(array)
         self.names = list(dict.fromkeys([*self.names, name]))
+        if entry is None:
+            new.place = len(self.entries)
+            self.entries.append(new)
+            self._register(buffer)
+        self._put(new)
+
+    def _put(self, entry: Entry) -> None:
+        self.entries[entry.place] = entry
+        if entry.buffer:
+            self._known[key_of(entry.buffer)] = entry
 
     def add_waiting(self, entry: Entry) -> None:
         """Register an entry of a restored store, without a buffer."""
+        entry.place = len(self.entries)
         self.entries.append(entry)
         if entry.origin:
             self._origins[key_of(entry.origin)] = entry
 
-    def _register(self, entry: Entry, buffer: _cpu.Buffer) -> None:
-        self._known[key_of(buffer)] = entry
+    def _register(self, buffer: _cpu.Buffer) -> None:
         if buffer.nbytes:
             end = buffer.address + buffer.nbytes
             bisect.insort(self._intervals, (buffer.address, end, buffer), key=lambda interval: interval[:2])
@@ -253,7 +303,7 @@ class SlotStore:
     # ---- copies ----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> Config:
-        entries = [(tuple(entry.spec), dict(entry.slots), _copied(entry), entry.accumulating) for entry in self.entries]
+        entries = [(tuple(entry.spec), dict(entry.slots), _copied(entry)) for entry in self.entries]
         return {
             "arrays": [to_host(array).copy(order="K") for array in self.arrays],
             "names": list(self.names),
@@ -265,8 +315,8 @@ class SlotStore:
         # Buffers that a pickle keeps outside of itself may come back read-only.
         self.arrays = [array if array.flags.writeable else array.copy(order="K") for array in state["arrays"]]
         self.names = list(state["names"])
-        for spec, slots, history, accumulating in state["entries"]:
-            self.add_waiting(Entry(Spec(*spec), slots, None, history, accumulating))
+        for spec, slots, history in state["entries"]:
+            self.add_waiting(Entry(Spec(*spec), slots, None, history))
 
     def __deepcopy__(self, memo: dict[int, object]) -> SlotStore:
         twin = type(self)()
@@ -277,7 +327,8 @@ class SlotStore:
         twin.names = self.names[:]
         for entry in self.entries:
             origin = entry.buffer or entry.origin
-            twin.add_waiting(Entry(entry.spec, dict(entry.slots), None, _copied(entry), entry.accumulating, origin))
+            fingerprint = entry.fingerprint if entry.buffer is None else fingerprint_of(entry.buffer)
+            twin.add_waiting(Entry(entry.spec, dict(entry.slots), None, _copied(entry), origin, fingerprint))
         return twin
 
 

@@ -4,19 +4,44 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.common.checks import check_iterations, check_list
 from fastadam._core.native.arrays import assign, on_gpu, to_host
+from fastadam._core.native.backend import _cpu
+from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.state.slots import Entry, SlotStore
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, Config
 
-__all__ = ["State"]
+__all__ = ["Cycle", "State"]
+
+
+class Cycle(NamedTuple):
+    """The variables whose accumulators hold gradients for one step, and the number of steps before it."""
+
+    step: int
+    places: frozenset[int]  # of the variables in the store
+
+    def of(self, step: int) -> frozenset[int]:
+        """The variables, if it is for this step."""
+        return self.places if self.step == step else frozenset()
+
+
+NO_CYCLE = Cycle(-1, frozenset())
+
+
+class Journal(NamedTuple):
+    """Bookkeeping that takes effect together with native writes, which no signal handler can cut in two."""
+
+    before: Cycle
+    after: Cycle  # from when the native code has raised the counter to `due`
+    counter: npt.NDArray[np.int64]
+    due: int
 
 
 class State:
@@ -25,6 +50,8 @@ class State:
     def __init__(self) -> None:
         self.calls = np.zeros((), np.int64)  # of apply_gradients; users may write to it, as `weights[0]`
         self.slots = SlotStore()
+        self._fills = np.zeros((), np.int64)  # calls of `fill`
+        self._journal = Journal(NO_CYCLE, NO_CYCLE, self.calls, 0)
 
     @property
     def entries(self) -> list[Entry]:
@@ -59,23 +86,54 @@ class State:
         calls = check_iterations("weights[0]", given[0])
         return calls, [_like(old, given[i], f"weights[{i}]") for i, old in enumerate(current) if i > 0]
 
-    def fill(self, slots: Iterable[npt.NDArray[np.generic]]) -> None:
-        """Overwrite all slots with checked values."""
-        for array, values in zip(self.slots.arrays, slots, strict=True):
+    def fill(self, calls: int, slots: Sequence[npt.NDArray[np.generic]], calls_per_step: int) -> None:
+        """Overwrite the count and all slots with checked values, at once: no signal handler runs in between.
+
+        In the middle of a cycle the accumulators that are not all zero hold gradients.
+        """
+        accumulators = {entry.place: slots[entry.slots[ACCUMULATOR]] for entry in self._with_accumulators()}
+        accumulating = [place for place, array in accumulators.items() if calls % calls_per_step and array.any()]
+        cycle = Cycle(calls // calls_per_step, frozenset(accumulating))
+        on_gpu = [
+            (old, new) for old, new in zip(self.slots.arrays, slots, strict=True) if not isinstance(old, np.ndarray)
+        ]
+        on_host = [(old, new) for old, new in zip(self.slots.arrays, slots, strict=True) if isinstance(old, np.ndarray)]
+        for array, values in on_gpu:
             assign(array, values)
+        self._journal = Journal(self.cycle, cycle, self._fills, int(self._fills) + 1)
+        _cpu.copy_all([*on_host, (self.calls, np.array(calls, np.int64))], self._fills)
 
     # ---- accumulated gradients -------------------------------------------------------------------------------------
 
+    @property
+    def cycle(self) -> Cycle:
+        """The variables whose accumulators hold gradients, and for which step."""
+        before, after, counter, due = self._journal
+        return after if int(counter) >= due else before
+
+    def begin(self, cycle: Cycle) -> None:
+        """Let the cycle become this one when the native code raises ``calls``, and not before."""
+        self._journal = Journal(self.cycle, cycle, self.calls, int(self.calls) + 1)
+
     def is_accumulating(self, entry: Entry, calls_per_step: int) -> bool:
         """Whether the accumulator of a variable holds gradients for the next step."""
-        return calls_per_step > 1 and entry.accumulating == int(self.calls) // calls_per_step
+        return calls_per_step > 1 and entry.place in self.cycle.of(int(self.calls) // calls_per_step)
 
     def restart_accumulation(self, entries: Iterable[Entry], calls_per_step: int) -> None:
         """As if only these variables had had gradients since the last step."""
-        for entry in self.entries:
-            entry.accumulating = None
-        for entry in entries:
-            entry.accumulating = int(self.calls) // calls_per_step
+        cycle = Cycle(int(self.calls) // calls_per_step, frozenset(entry.place for entry in entries))
+        self._journal = Journal(cycle, cycle, self.calls, 0)
+
+    def clear_stale_accumulators(self, calls_per_step: int) -> None:
+        """Let a list of the weights show which accumulators hold gradients: all others are zero."""
+        current = self.cycle.of(int(self.calls) // calls_per_step)
+        for entry in self._with_accumulators():
+            accumulator = self.slots.arrays[entry.slots[ACCUMULATOR]]
+            if entry.place not in current and to_host(accumulator).any():
+                assign(accumulator, 0)
+
+    def _with_accumulators(self) -> list[Entry]:
+        return [entry for entry in self.entries if ACCUMULATOR in entry.slots]
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 
@@ -86,18 +144,20 @@ class State:
         return twin
 
     def __getstate__(self) -> Config:
-        return {"calls": int(self.calls), "slots": self.slots.__getstate__()}
+        return {"calls": int(self.calls), "slots": self.slots.__getstate__(), "cycle": self.cycle}
 
     def __setstate__(self, state: Config) -> None:
-        self.calls = np.array(state["calls"], np.int64)
-        self.slots = SlotStore()
+        self.__init__()  # type: ignore[misc]
+        self.calls[...] = state["calls"]
         self.slots.__setstate__(state["slots"])
+        self._journal = Journal(state["cycle"], state["cycle"], self.calls, 0)
 
     def __deepcopy__(self, memo: dict[int, object]) -> State:
         """A copy whose slots belong to the same variables, or to copies of them in the same order."""
         twin = State()
-        twin.calls = self.calls.copy()
+        twin.calls[...] = self.calls
         twin.slots = copy.deepcopy(self.slots, memo)
+        twin._journal = Journal(self.cycle, self.cycle, twin.calls, 0)
         return twin
 
 
@@ -113,7 +173,9 @@ def _like(old: AnyArray, value: AnyArray, label: str) -> npt.NDArray[np.generic]
     is_bfloat16 = array.dtype.name == "bfloat16"
     if array.dtype.kind not in "fiu" and not is_bfloat16:
         raise TypeError(f"{label}: dtype {array.dtype}, expected {old.dtype}")
-    return np.array(array, dtype=to_host(old).dtype)
+    values = np.empty_like(to_host(old))
+    values[...] = array  # in the layout of the slot
+    return values
 
 
 def _drop_keras1_dummies(weights: list[AnyArray], expected: int) -> list[AnyArray]:

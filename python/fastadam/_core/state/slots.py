@@ -66,7 +66,7 @@ class Spec(NamedTuple):
 
 @dataclass(eq=False)
 class Entry:
-    """The slots of one variable, as places in ``SlotStore.arrays``. A commit replaces an entry and does not change it."""
+    """The slots of one variable, as places in ``SlotStore.arrays``. A commit makes a new entry to change one."""
 
     spec: Spec
     slots: dict[str, int]

@@ -110,6 +110,49 @@ inline bool is_current(const Buffer& b) {
   return std::accumulate(array.dimensions, array.dimensions + array.nd, int64_t{1}, std::multiplies<>()) == b.size;
 }
 
+// Whether the memory of a view still belongs to the object at the end of its chain of bases: an array that was not
+// resized, a buffer that was not released, or an object whose __array_interface__ has the address of the last view.
+inline bool is_held_by_base(const Buffer& b) {
+  const py::detail::PyArray_Proxy* view = py::detail::array_proxy(b.owner.ptr());
+  while (view->base != nullptr && py::isinstance<py::array>(view->base)) {
+    const auto base = py::reinterpret_borrow<py::array>(view->base);
+    if (base.owndata()) {
+      const auto first = reinterpret_cast<uintptr_t>(base.data());
+      return first <= b.begin() && b.end() <= first + static_cast<uintptr_t>(base.nbytes());
+    }
+    view = py::detail::array_proxy(base.ptr());
+  }
+  const py::handle base = view->base;
+  if (!base || base.is_none()) return true;
+  if (PyObject_CheckBuffer(base.ptr()) != 0) {
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(base.ptr(), &buffer, PyBUF_FULL_RO) != 0) {
+      PyErr_Clear();  // a memoryview that was released, as SharedMemory.close() does
+      return false;
+    }
+    const auto first = reinterpret_cast<uintptr_t>(buffer.buf);
+    const bool is_inside = first <= b.begin() && b.end() <= first + static_cast<uintptr_t>(buffer.len);
+    const bool holds = is_inside || PyBuffer_IsContiguous(&buffer, 'A') == 0;
+    PyBuffer_Release(&buffer);
+    return holds;
+  }
+  if (!py::hasattr(base, "__array_interface__")) return true;
+  try {
+    const auto data = base.attr("__array_interface__").cast<py::dict>()["data"].cast<py::tuple>();
+    return data[0].cast<uintptr_t>() == reinterpret_cast<uintptr_t>(view->data);
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+// False if the memory that was read may belong to something else by now. Dearer than is_current() for views.
+inline bool is_alive(const Buffer& b) {
+  if (!is_current(b)) return false;
+  if (!b.on_host() || b.size == 0 || !py::isinstance<py::array>(b.owner)) return true;
+  const bool owns = (py::detail::array_proxy(b.owner.ptr())->flags & py::detail::npy_api::NPY_ARRAY_OWNDATA_) != 0;
+  return owns || is_held_by_base(b);
+}
+
 // False if the array has been made read-only since it was read.
 inline bool is_still_writable(const Buffer& b) {
   if (b.ndarray_type == nullptr) return true;

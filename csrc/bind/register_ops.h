@@ -27,7 +27,7 @@ void register_buffer(py::module_& m) {
       .def_property_readonly("order", &Buffer::order)
       .def_property_readonly("device", [](const Buffer& b) { return b.device(); })
       .def_property_readonly("source", [](const Buffer& b) { return b.gpu ? b.gpu->source : b.owner; })
-      .def("is_current", &is_current)
+      .def("is_current", &is_alive)
       .def("array", &as_numpy<Arrays>);
   m.def(
       "require_place", [](const Buffer& b, const Buffer& like) { require_place(b, b.label, like); }, py::arg("buffer"),

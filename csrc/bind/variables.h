@@ -54,7 +54,7 @@ class VariableSet {
       if (gradient.is_none()) continue;
       const size_t i = gradients.size();
       if (i == variables_.size() || positions_[i] != static_cast<int64_t>(at)) return std::nullopt;
-      if (!is_current(variables_[i]) || !is_same_array(variable, variables_[i], Sign::kAsk)) return std::nullopt;
+      if (!is_alive(variables_[i]) || !is_same_array(variable, variables_[i], Sign::kAsk)) return std::nullopt;
       gradients.append(gradient);
     }
     if (gradients.size() != variables_.size()) return std::nullopt;

@@ -283,7 +283,7 @@ def test_ids_and_modules_that_are_refused():
         optimizer.gather(table.weight, torch.tensor([0, ROWS]))
     with pytest.raises(TypeError, match="module: Linear, expected an Embedding"):
         optimizer.attach(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="module: its weight is no parameter"):
+    with pytest.raises(ValueError, match="module: its weight is not a parameter"):
         optimizer.attach(embedding())
     table.weight.grad = coo([[ROWS - 1]], torch.ones(1, WIDTH), (ROWS, WIDTH)).double()
     table.weight.grad._indices()[0, 0] = ROWS

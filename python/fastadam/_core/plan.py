@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,13 @@ from fastadam._core.backend import _cpu
 from fastadam._core.gradients import convert_gradient
 from fastadam._core.placement import native_of
 from fastadam._core.slices import convert_slices, is_slices, native_gradient
-from fastadam._core.types import AnyArray, AnyGradient, NativeHistory, NativeObject
+from fastadam._core.types import AnyArray, AnyGradient, Config, NativeHistory, NativeObject
 from fastadam._core.variable import Variable
 
-__all__ = ["BoundedCache", "Plan", "StepHyper"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["BoundedCache", "Plan", "RepeatedSteps", "StepHyper"]
 
 Convert: TypeAlias = Callable[[AnyGradient, int], AnyGradient]
 Key = TypeVar("Key")
@@ -139,9 +142,9 @@ class Plan:
             gradients = self._converted(gradients, unfit, convert)
         return self._native.all_finite
 
-    def remember(self, hyper: StepHyper, stamp: int) -> None:
+    def remember(self, hyper: StepHyper, stamp: int = 0, factors: Sequence[float] = ()) -> None:
         """Keep the numbers of the last step for ``step_again``; they are good as long as the stamp is the same."""
-        self._native.remember(hyper, stamp)
+        self._native.remember(hyper, stamp, factors)
 
     def step_again(self, pairs: list[object], stamp: int, counter: npt.NDArray[np.int64]) -> bool:
         """A step like the one remembered, with other gradients and the next t; False, and no change, if it is not.
@@ -149,6 +152,16 @@ class Plan:
         It is not if the stamp or a variable differs, or a gradient is missing or has to be converted.
         """
         return self._native.step_again(pairs, Variable, stamp, counter)
+
+    def follow(self, params: list[Tensor], states: list[Config], keys: tuple[str, ...]) -> bool:
+        """Whether steps can be repeated by :class:`RepeatedSteps`; for a plan of PyTorch's parameters on the host.
+
+        Args:
+            params: The parameters of a group, among which are the plan's, at its positions.
+            states: For each of the plan's parameters the dict that has its step count, ``step``, and its slots.
+            keys: The keys of the slots there, in the order of the plan.
+        """
+        return self._native.follow(params, states, keys)
 
     def accumulate(
         self,
@@ -210,6 +223,21 @@ class Plan:
         """Whether the GPU can count steps, or read a rate, with these betas; not to be asked in a capture."""
         native: NativeObject = self._native
         return bool(native.can_count(hyper))
+
+
+class RepeatedSteps:
+    """Steps of all groups of an optimizer of PyTorch, one plan for each; the plans follow the parameters."""
+
+    def __init__(self, plans: list[Plan]) -> None:
+        self._natives = [plan._native for plan in plans]
+
+    def make(self, groups: list[Config], state: dict[Tensor, Config], known: dict[Tensor, Config]) -> bool:
+        """Make a step with the numbers that the plans remember, and count it; False, and no change, if it is another.
+
+        It is if ``state`` differs from ``known``, parameters, states or their memory have been replaced, other
+        parameters than in the last step have a gradient, step counts differ, or a gradient has to be converted.
+        """
+        return _cpu.step_groups_again(self._natives, groups, state, known)
 
 
 class BoundedCache(Generic[Key, Value]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from fastadam._core.keywords import suggests_keywords
 from fastadam._core.slices import check_sparse_update
 from fastadam.torch._checks import (
     OfGroups,
+    check_flags,
     check_ids,
     check_kinds,
     check_module,
@@ -20,19 +21,22 @@ from fastadam.torch._checks import (
     check_options,
     check_params,
     check_tensor,
+    label_of,
 )
-from fastadam.torch._compiled import traced_step
-from fastadam.torch._scaling import Scaling
-from fastadam.torch._states import fill_groups, keep_tensors, restore_states
-from fastadam.torch._stepping import Stepper
-from fastadam.torch._tables import Reader
+from fastadam.torch._compiled import Columns, traced_step
+from fastadam.torch._deferred import Reader
+from fastadam.torch._state import fill_groups, keep_tensors, restore_states, states_of
+from fastadam.torch._step import GroupStepper, Options
 
 if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
+    from torch.optim.optimizer import ParamsT, StateDict
 
     from fastadam._core.types import SparseUpdate
+    from fastadam.torch._checks import Group
 
 __all__ = ["Adam", "AdamW"]
+
+Loss = TypeVar("Loss")
 
 _ELSEWHERE = {
     "clipnorm": "torch.nn.utils.clip_grad_norm_ clips gradients before the step",
@@ -45,7 +49,7 @@ _ELSEWHERE = {
 
 
 @named_in_keras
-class Adam(Stepper):
+class Adam(torch.optim.Optimizer):
     r"""Adam, AMSGrad and, with ``decoupled_weight_decay``, AdamW, for parameters of PyTorch.
 
     .. math::
@@ -137,12 +141,11 @@ class Adam(Stepper):
         sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
         moments_dtype: torch.dtype | None = None,
     ) -> None:
-        self._sparse_update = check_sparse_update(sparse_update)
+        check_sparse_update(sparse_update)
         if moments_dtype not in (None, torch.float32):
             raise ValueError(f"moments_dtype: {moments_dtype}, expected None or torch.float32")
-        self._moments_dtype = moments_dtype
-        self._readers: list[Reader] = []  # of attached modules
-        self._reset()
+        self._options = Options(sparse_update, moments_dtype, readers=[])
+        self._stepper = GroupStepper(self._options)
         check_kinds(lr, betas, eps, weight_decay)
         tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
         for name, value in tensors.items():
@@ -166,7 +169,7 @@ class Adam(Stepper):
         }
         super().__init__(check_params(params), defaults)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Update every parameter that has a gradient.
 
         Args:
@@ -183,27 +186,66 @@ class Adam(Stepper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(False):  # no_grad as a decorator takes longer
-            if torch.compiler.is_compiling():
-                traced_step(self)
-                return loss
-            scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-            if not scaling.host_skips:
-                with self._lock:
-                    self._step_all(scaling)
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        stepper = self._stepper
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                for index, group in enumerate(self.param_groups):
+                    columns = Columns([], [], [], [], [], [])
+                    self._init_group(group, *columns)
+                    if columns.params:
+                        traced_step(index, group, columns, grad_scale, found_inf, stepper.compiled.number)
+            return loss
+        with stepper.lock:
+            stepper.step(self.param_groups, self.state, grad_scale, found_inf)
         return loss
+
+    def _init_group(
+        self,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+    ) -> None:
+        """Fill the lists for ``torch.compile``, which calls this while it traces; new states are the optimizer's."""
+        check_options(group)
+        index = next(index for index, other in enumerate(self.param_groups) if other is group)
+        options, labels = self._options, []
+        for place, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            label = label_of(group, index, place)
+            check_flags(group, param, label, options.sparse_update)
+            if param.grad.layout != torch.strided:
+                raise ValueError(f"grad of {label}: sparse under torch.compile, expected a dense gradient")
+            params.append(param)
+            labels.append(label)
+        if not params:
+            return
+        states = states_of(self.state, params, labels, group, options.moments_dtype)
+        for param, state in zip(params, states, strict=True):
+            self.state[param] = state
+            grads.append(param.grad)
+            exp_avgs.append(state["exp_avg"])
+            exp_avg_sqs.append(state["exp_avg_sq"])
+            if group["amsgrad"]:
+                max_exp_avg_sqs.append(state["max_exp_avg_sq"])
+            state_steps.append(state["step"])
 
     # ---- tables ----------------------------------------------------------------------------------------------------
 
     @property
     def sparse_update(self) -> SparseUpdate:
         """How sparse gradients are applied; see the class."""
-        return self._sparse_update
+        return self._options.sparse_update
 
     @property
     def moments_dtype(self) -> torch.dtype | None:
         """That of the moments of half parameters; None for their own."""
-        return self._moments_dtype
+        return self._options.moments_dtype
 
     @torch.no_grad()
     def sync(self, param: Tensor | None = None) -> None:
@@ -212,9 +254,9 @@ class Adam(Stepper):
         Raises:
             RuntimeError: A parameter was written to while rows waited for their steps.
         """
-        with self._lock:
-            self._finish()
-            for table in self._tables.of(param):
+        with self._stepper.lock:
+            self._stepper.finish(self.state)
+            for table in self._stepper.tables.of(param):
                 table.catch_up()
 
     @torch.no_grad()
@@ -230,9 +272,9 @@ class Adam(Stepper):
             ValueError: An id that is not a row.
         """
         rows = check_ids(param, ids)
-        with self._lock:
-            self._finish()
-            for table in self._tables.of(param):
+        with self._stepper.lock:
+            self._stepper.finish(self.state)
+            for table in self._stepper.tables.of(param):
                 table.catch_up(rows.cpu().reshape(-1).numpy())
             return param.detach()[rows]
 
@@ -258,39 +300,37 @@ class Adam(Stepper):
         ...         words(torch.tensor(ids)).square().sum().backward()
         ...         opt.step()
         """
-        check_module(module, self.param_groups, self._sparse_update)
+        check_module(module, self.param_groups, self._options.sparse_update)
         reader = Reader()
-        reader.optimizer = self
-        self._readers.append(reader)
-        self._attached.add(id(module.weight))
+        reader.optimizer, reader.weight = self, id(module.weight)
+        self._options.readers.append(reader)
         module.register_forward_pre_hook(reader.before_forward, with_kwargs=True)
         module.register_state_dict_pre_hook(reader.before_state_dict)
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Adam`` has it; every row of every table is brought up to date first."""
-        with self._lock:
+    def state_dict(self) -> StateDict:
+        """The state dict of ``torch.optim.Adam``; every row of every table is brought up to date first."""
+        with self._stepper.lock:
             self.sync()
-            found: dict[str, Any] = super().state_dict()
-            return found
+            return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a state dict, ours or torch's, as clones; moments of half parameters keep their dtype.
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Take clones of a state dict, from this class or from torch; moments of half parameters keep their dtype.
 
-        The groups become those that were saved, but for ``foreach``, ``fused``, ``capturable`` and
-        ``differentiable``, which stay as they are here. Rows that wait are brought up to date first; those of a
-        parameter that has been written to since are not: it is taken to have been loaded.
+        The groups become the saved ones, except for ``foreach``, ``fused``, ``capturable`` and ``differentiable``,
+        which keep their values. Rows that wait are brought up to date first, except in a parameter that has been
+        written to since the last step: it is assumed to have been loaded.
 
         Raises:
-            TypeError: A state that is no dict, or a moment that is no tensor.
-            ValueError: Groups of another number or size, a moment that is sparse or without data, or a step that is no
-                number. A call that raises leaves the optimizer as it was.
+            TypeError: A state that is not a dict, or a moment that is not a tensor.
+            ValueError: A different number or size of groups, a moment that is sparse or has no data, or a step that is
+                not a number. A call that raises leaves the optimizer unchanged.
         """
-        with self._lock:
-            self._finish()
+        with self._stepper.lock:
+            self._stepper.finish(self.state)
             with torch.no_grad():
-                for table in self._tables.of(None):
+                for table in self._stepper.tables.of(None):
                     if table.is_untouched:
                         table.catch_up()
             before = self.__dict__.copy()
@@ -303,29 +343,25 @@ class Adam(Stepper):
             finally:
                 last.remove()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Add parameters, with their own values of the options or the defaults."""
         if isinstance(param_group, dict):
             check_options(param_group)
         super().add_param_group(param_group)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         self.sync()
-        own = {name: self.__dict__[name] for name in ("_sparse_update", "_moments_dtype", "_readers")}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), "_options": self._options}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        before = self.__dict__.get("param_groups", [])
+    def __setstate__(self, state: StateDict) -> None:
+        known = self.__dict__
+        before, previous = known.get("param_groups", []), known.get("_stepper")
         super().__setstate__(state)
-        self._reset()
-        for reader in self._readers:
+        self._stepper = GroupStepper(self._options, previous)
+        for reader in self._options.readers:
             reader.optimizer = self
         fill_groups(self.param_groups, before)
-        restore_states(self.state, self.param_groups, self._moments_dtype)
-
-    def _look_up(self, param: Tensor, ids: Tensor) -> None:
-        if self._tables.of(param):
-            self.gather(param, ids)
+        restore_states(self.state, self.param_groups, self._options.moments_dtype)
 
 
 class AdamW(Adam):
@@ -379,7 +415,7 @@ class AdamW(Adam):
             moments_dtype=moments_dtype,
         )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True

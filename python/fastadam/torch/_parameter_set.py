@@ -1,32 +1,40 @@
-"""Parameters that step together, and the native plan that they are stepped with."""
+"""Parameters that step together, and the native plan that steps them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastadam._core.backend import _cpu
 from fastadam._core.cuda_module import cuda_module
-from fastadam._core.history import History
 from fastadam._core.plan import Plan, StepHyper
-from fastadam.torch._counts import StepCounts, lies_on_gpu
-from fastadam.torch._states import HALF, SLOTS
-from fastadam.torch._views import View, gradient_like, is_lazy_view, is_plain, local_of
+from fastadam._core.runtime import late_error
+from fastadam._core.types import AnyGradient, NativeObject, SparseUpdate
+from fastadam.torch._checks import ParamState
+from fastadam.torch._deferred import Table
+from fastadam.torch._layout import View, gradient_like, is_lazy_view, is_plain, local_of
+from fastadam.torch._state import HALF, SLOTS
+from fastadam.torch._step_count import StepCounts, is_on_gpu
 
 __all__ = ["Kind", "ParameterSet"]
 
 
-class Kind:
+class Kind(NamedTuple):
     """How the parameters of a set are stepped."""
 
-    def __init__(self, mode: str, *, rows: bool, amsgrad: bool, decays: bool) -> None:
-        self.mode = mode  # sparse_update
-        self.rows = rows  # their sparse gradients are rows, not dense ones that are mostly zero
-        self.slots = tuple(SLOTS) if amsgrad else ("m", "v")
-        self.state_keys = [SLOTS[name] for name in self.slots]
-        self.decays = decays
+    mode: SparseUpdate
+    rows: bool  # sparse gradients are rows; otherwise they are dense gradients that are mostly zero
+    amsgrad: bool
+    decays: bool  # by decoupled weight decay, if there is any
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """What native code calls the moments."""
+        return tuple(SLOTS) if self.amsgrad else ("m", "v")
 
 
 class ParameterSet:
@@ -35,28 +43,36 @@ class ParameterSet:
     Args:
         params: The parameters.
         states: Their states, with torch's keys.
-        labels: What messages call them.
+        labels: What error messages call them.
         positions: Their places in the group.
         kind: How they are stepped.
-        tables: Their histories in a deferred mode, or None for each.
-        context: On a GPU, what the set that this one replaces had there.
+        tables: In a deferred mode, the table that each of them is.
+        counts: The step counts in the states, if there is an object of them.
+        context: On a GPU, the context of the set that this one replaces.
     """
 
     def __init__(
         self,
         params: list[Tensor],
-        states: list[dict[str, Any]],
+        states: list[ParamState],
         labels: list[str],
         positions: list[int],
         kind: Kind,
-        tables: list[History] | list[None],
-        context: Any = None,
+        tables: list[Table],
+        counts: StepCounts | None = None,
+        context: NativeObject = None,
     ) -> None:
         self.params, self.states, self.labels = params, states, labels
         self.positions, self.kind, self.tables = positions, kind, tables
         self.device = params[0].device
         self.reversed = [-1.0] * len(params)  # factors of gradients to be maximized
-        self.counts = StepCounts([state["step"] for state in states])
+        self.counts = counts or StepCounts([state["step"] for state in states])
+        self.is_new = True  # no step was made yet, and the states may not be the optimizer's yet
+        self.is_captured = False  # by a CUDA graph, whose memory this is from then on
+        # Of native steps. It goes up where no signal can come between; a GPU says later which step failed.
+        self.counter = np.zeros((), np.int64)
+        self._is_scaled = False  # whether some step was made, only the GPU knows
+        self._converts = False  # a gradient of the last step could not be read as it was
         self._columns = self._read_columns()
         self._check_slots()
         self._views: dict[int, View] = {}
@@ -67,13 +83,14 @@ class ParameterSet:
         self._sparse: set[int] = set()
         self._half = {i for i, m in enumerate(self._columns[1]) if m.dtype in HALF}
         self.context = context
-        self._make_plan()
+        self.make_plan()
 
     # ---- the plan --------------------------------------------------------------------------------------------------
 
     def _read_columns(self) -> list[list[Tensor]]:
         """The parameters, then each of their slots."""
-        return [self.params, *[[state[key] for state in self.states] for key in self.kind.state_keys]]
+        keys = [SLOTS[name] for name in self.kind.slots]
+        return [self.params, *[[state[key] for state in self.states] for key in keys]]
 
     def _check_slots(self) -> None:
         for name, column in zip(self.kind.slots, self._columns[1:], strict=True):
@@ -98,7 +115,8 @@ class ParameterSet:
                 column[i] = seen
         return columns
 
-    def _make_plan(self) -> None:
+    def make_plan(self) -> None:
+        """Make the native plan; again after the numbers of a table's history have changed."""
         native = cuda_module() if self.device.type == "cuda" else _cpu
         params, *slots = self._natives()
         named = dict(zip(self.kind.slots, slots, strict=True))
@@ -111,13 +129,17 @@ class ParameterSet:
             decays=[self.kind.decays] * len(params),
             positions=self.positions,
             lazy=self.kind.mode == "lazy",
-            histories=[None if table is None else table.native for table in self.tables],
+            histories=[table.history.native for table in self.tables] or None,
             context=self.context,
         )
         self._slices = native.Slices
 
     def is_current(self) -> bool:
-        """Whether parameters and states still are the memory that the plan was made of."""
+        """Whether the states still have the tensors, and all tensors the memory, that the plan was made of."""
+        if self.is_captured or not self.counts.are_in(self.states):
+            return False
+        if any(table.history.is_full for table in self.tables):
+            return False
         try:
             self._columns = self._read_columns()
         except KeyError:
@@ -128,81 +150,140 @@ class ParameterSet:
         params, *slots = self._natives()
         return self.plan.holds(params, dict(zip(self.kind.slots, slots, strict=True)))
 
-    def move_to(self, params: list[Tensor], states: list[dict[str, Any]]) -> bool:
-        """Go on with other tensors of the same memory; False if they are not."""
+    def move_to(self, params: list[Tensor], states: list[ParamState]) -> bool:
+        """Continue with other tensors that have the same memory; False if they have not."""
         self.params, self.states = params, states
         self.counts = StepCounts([state["step"] for state in states])
         return self.is_current()
 
+    # ---- repeating the last step natively --------------------------------------------------------------------------
+
+    @property
+    def can_be_followed(self) -> bool:
+        """Whether the last step was so plain that :class:`RepeatedSteps` can repeat it."""
+        is_special = self._views or self.tables or self._converts
+        return self.context is None and not is_special and self.counts.are_plain
+
+    def follow(self, group_params: list[Tensor]) -> bool:
+        """Let the plan compare parameters and states by itself from here on."""
+        keys = tuple(SLOTS[name] for name in self.kind.slots)
+        return self.plan.follow(group_params, self.states, keys)
+
+    @property
+    def written(self) -> list[Tensor]:
+        """Every tensor that a step writes, for torch's version counters."""
+        written = [tensor for column in self._columns for tensor in column]
+        return written + self.counts.written
+
+    # ---- on a GPU --------------------------------------------------------------------------------------------------
+
+    @property
     def is_capturing(self) -> bool:
-        """Whether a CUDA graph is being captured, from which nothing can be read."""
+        """Whether a CUDA graph is being captured, when nothing can be read."""
         return self.context is not None and torch.cuda.is_current_stream_capturing()
 
     @property
     def counts_on_gpu(self) -> bool:
-        """Whether the parameters and their step counts lie on one GPU, which can skip a step by itself."""
+        """Whether the parameters and their step counts are on one GPU, which can skip a step by itself."""
         return self.context is not None and self.counts.device == self.device
 
     def can_count(self, hyper: StepHyper) -> bool:
-        """On a GPU: whether it can count its steps, or read a rate, with these betas; not to be asked in a capture."""
+        """Whether the GPU can count its steps, or read a rate, with these betas; do not call it during a capture."""
         return self.plan.can_count(hyper)
 
-    def rate_on_gpu(self, rate: Any, hyper: StepHyper) -> Tensor | None:
-        """A learning rate that the GPU is to read for itself; with betas for which it cannot, the host waits for it."""
-        if not lies_on_gpu(rate) or not (self.is_capturing() or self.can_count(hyper)):
+    def rate_on_gpu(self, rate: float | Tensor, hyper: StepHyper) -> Tensor | None:
+        """A learning rate that the GPU can read by itself; None if the host has to read it."""
+        if not isinstance(rate, Tensor) or not is_on_gpu(rate) or not (self.is_capturing or self.can_count(hyper)):
             return None
-        found: Tensor = rate
-        return found
+        return rate
 
     def set_device_numbers(
-        self, rate: Any, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, *, counts: bool = False
+        self,
+        rate: Tensor | None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        *,
+        counts: bool = False,
     ) -> None:
-        """Numbers of the next step that lie on the GPU, or None; ``counts``: so does the number of the step."""
+        """Set the numbers that the GPU reads in the next step; ``counts``: it also knows the number of the step."""
         self.plan.set_device_numbers(rate, grad_scale, found_inf, counts)
+
+    def raise_late(self) -> None:
+        """Raise what a GPU found wrong with a step after it had returned."""
+        failure = None if self.context is None or self.is_capturing else self.context.take_failure()
+        if failure is None:
+            return
+        calls, message = failure
+        if self._is_scaled or self.context.is_captured:  # the host does not know how many steps were made since
+            self.counts.set(self.context.step())
+        else:
+            self.counts.take_back(int(self.counter) - calls)
+            self.counter[...] = calls
+        raise late_error(message, "that step")
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
-    def read_gradients(self, gradients: list[Any], *, densify: bool) -> list[Any]:
-        """As the plan takes them, as far as it is known without reading each; ``densify``: no rows."""
+    def read_gradients(self, gradients: list[Tensor], *, densify: bool) -> list[AnyGradient]:
+        """The gradients as the plan takes them, as far as that is known in advance; ``densify``: without rows."""
         self._densify = densify
+        self._converts = False
+        found: list[AnyGradient] = gradients
         for i, view in self._views.items():
             if not gradients[i].is_sparse:
-                gradients[i] = view.of(gradient_like(gradients[i], self.params[i], self.labels[i]))
+                found[i] = view.of(gradient_like(gradients[i], self.params[i], self.labels[i]))
         for i in self._half:
             if gradients[i].dtype != self.params[i].dtype:
-                gradients[i] = gradients[i].to(self.params[i].dtype)
+                self._converts = True
+                found[i] = gradients[i].to(self.params[i].dtype)
         for i in self._sparse:
             if gradients[i].is_sparse:
-                gradients[i] = self._rows_of(gradients[i], i)
-        return gradients
+                self._converts = True
+                found[i] = self._rows_of(gradients[i], i)
+        return found
 
-    def check(self, gradients: list[Any], hyper: StepHyper, factors: list[float]) -> list[Any]:
-        """Raise what is wrong with a step; the gradients, converted as far as they have to be."""
+    def check(self, gradients: list[AnyGradient], hyper: StepHyper, factors: list[float]) -> list[AnyGradient]:
+        """Raise what is wrong with a step; return the gradients, converted as far as necessary."""
         gradients = self.plan.check(gradients, self._converted)
         self.plan.check_numbers(hyper, factors)
         return gradients
 
-    def step(self, gradients: list[Any], hyper: StepHyper, factors: list[float], counter: Any) -> None:
-        """Step, or raise what is wrong and change nothing; :meth:`finish` is due once ``counter`` has gone up."""
+    def step(
+        self,
+        gradients: list[AnyGradient],
+        hyper: StepHyper,
+        factors: list[float],
+        counter: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Make a step, or raise what is wrong and change nothing; call :meth:`finish` if the counter has gone up."""
         for i, view in self._views.items():
             view.load([column[i] for column in self._columns])
-        self.plan.step(gradients, hyper, factors, counter, self._converted)
+        self.plan.step(gradients, hyper, factors, self.counter if counter is None else counter, self._converted)
 
     def finish(self, count: int | Tensor) -> None:
-        """Say that a step was made, the ``count``-th; may be repeated if it was cut off.
+        """Note that the ``count``-th step was made; calling it again, after a signal, is harmless.
 
-        A tensor: the count as the GPU has it, which knows whether the step was skipped.
+        The count is a tensor if only the GPU knows it.
         """
         self._note_written()
         if isinstance(count, Tensor):
             self.counts.follow(count)
         else:
             self.counts.set(count)
+        for table in self.tables:
+            table.note_step()
+
+    def count_after(self, found_inf: Tensor | None) -> Tensor | None:
+        """The step count after the next step, on the GPU if that decides whether to skip the step; else None."""
+        if found_inf is None:
+            return None
+        self._is_scaled = True
+        return self.counts.after(found_inf)
 
     def finish_in_graph(self, found_inf: Tensor | None) -> None:
-        """Say that a step was captured, which replays skip unless ``found_inf`` is None or 0."""
+        """Note that a step was captured; a replay skips it unless ``found_inf`` is None or 0."""
         self._note_written()
         self.counts.raise_in_graph(found_inf)
+        self.is_captured = True
 
     def _note_written(self) -> None:
         columns = self._columns
@@ -213,8 +294,9 @@ class ParameterSet:
             written += [local_of(column[i]) for i in self._views for column in columns]
         torch.autograd.graph.increment_version(written)
 
-    def _converted(self, gradient: Tensor, i: int) -> Any:
-        """A gradient that the plan cannot read as it is."""
+    def _converted(self, gradient: Tensor, i: int) -> AnyGradient:
+        """A gradient that the plan cannot read directly."""
+        self._converts = True
         if gradient.is_sparse:
             self._sparse.add(i)
         readable = self._rows_of(gradient, i) if gradient.is_sparse else self._dense(gradient, i)
@@ -232,8 +314,8 @@ class ParameterSet:
         found = gradient.detach().resolve_conj().resolve_neg().to(getattr(torch, real))
         return found.clone(memory_format=torch.contiguous_format)
 
-    def _rows_of(self, gradient: Tensor, i: int) -> Any:
-        """A sparse gradient as rows, or made dense where every row moves and rows cannot be read."""
+    def _rows_of(self, gradient: Tensor, i: int) -> AnyGradient:
+        """A sparse gradient as rows, or as a dense one where every row moves and rows cannot be read."""
         label, param = f"grad of {self.labels[i]}", self.params[i]
         if gradient.shape != param.shape:
             raise ValueError(f"{label}: shape {tuple(gradient.shape)}, expected {tuple(param.shape)}")

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// Parameters of PyTorch and their states, as a plan stepped them last. Whether the next step is for the same tensors is
+// asked here, because in Python the question takes longer than the step.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "variables.h"
+
+namespace fastadam::bind {
+
+// Whether two dicts have the same objects as keys and values, in the same order. No key is hashed: the hash of a tensor
+// is a Python call.
+inline bool same_items(const py::dict& a, const py::dict& b) {
+  if (a.size() != b.size()) return false;
+  Py_ssize_t at_a = 0;
+  Py_ssize_t at_b = 0;
+  PyObject *key_a, *key_b, *value_a, *value_b;
+  while (PyDict_Next(a.ptr(), &at_a, &key_a, &value_a) != 0) {
+    if (PyDict_Next(b.ptr(), &at_b, &key_b, &value_b) == 0) return false;
+    if (key_a != key_b || value_a != value_b) return false;
+  }
+  return true;
+}
+
+// A step count: a float tensor of one element in CPU memory.
+class StepCount {
+ public:
+  // Throws what read_variable() throws.
+  explicit StepCount(py::object tensor)
+      : tensor_(std::move(tensor)), memory_(read_variable<HostArrays>(tensor_, "step")) {}
+
+  bool is_usable() const { return memory_.size == 1 && memory_.shape.empty() && size_of(*memory_.dtype) > 2; }
+
+  // Whether the tensor has the memory that it had.
+  bool is_current() const {
+    const std::optional<ArrayAddress> now = address_if_like<HostArrays>(tensor_, memory_);
+    return now && now->data == memory_.data;
+  }
+
+  double get() const {
+    if (*memory_.dtype == FASTADAM_FLOAT32) return *static_cast<const float*>(memory_.data);
+    return *static_cast<const double*>(memory_.data);
+  }
+
+  void set(int64_t count) const {
+    if (*memory_.dtype == FASTADAM_FLOAT32) {
+      *static_cast<float*>(memory_.data) = static_cast<float>(count);
+    } else {
+      *static_cast<double*>(memory_.data) = static_cast<double>(count);
+    }
+  }
+
+ private:
+  py::object tensor_;
+  Buffer memory_;
+};
+
+class Parameters {
+ public:
+  // `params`: those of a whole group, of which the plan steps the ones at its positions. `states[i]`: the state of
+  // variable i, a dict with a tensor for each of `keys`, the slots of the plan in its order, and the "step".
+  Parameters(const py::list& params, const py::list& states, const py::tuple& keys) {
+    for (const py::handle param : params) params_.push_back(py::reinterpret_borrow<py::object>(param));
+    slots_per_variable_ = keys.size();
+    for (const py::handle state : states) {
+      const auto named = state.cast<py::dict>();
+      states_.emplace_back(named, py::reinterpret_steal<py::dict>(PyDict_Copy(named.ptr())));
+      for (const py::handle key : keys) slots_.push_back(named[key].cast<py::object>());
+      counts_.emplace_back(named["step"].cast<py::object>());
+    }
+  }
+
+  // Whether the step counts can be read and written here.
+  bool are_usable() const {
+    for (const StepCount& count : counts_) {
+      if (!count.is_usable()) return false;
+    }
+    return !counts_.empty();
+  }
+
+  // The gradients of the variables if `params` are the same parameters, of which those of the plan, and no others, have
+  // a gradient; otherwise empty.
+  template <class Arrays>
+  std::optional<py::list> gradients_of(const VariableSet<Arrays>& variables, const py::list& params) const {
+    static const py::handle grad = PyUnicode_InternFromString("grad");
+    if (params.size() != params_.size() || states_.size() != variables.size()) return std::nullopt;
+    py::list gradients(variables.size());
+    size_t i = 0;
+    for (size_t at = 0; at < params_.size(); ++at) {
+      PyObject* param = params_[at].ptr();
+      // A property of a subclass may have shortened the list.
+      if (at >= params.size() || PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(at)) != param) {
+        return std::nullopt;
+      }
+      const auto gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad.ptr()));
+      if (!gradient) throw py::error_already_set();
+      const bool is_stepped = i < variables.size() && variables.position(i) == static_cast<int64_t>(at);
+      if (gradient.is_none() == is_stepped) return std::nullopt;
+      if (!is_stepped) continue;
+      if (!variables.has(i, 0, params_[at])) return std::nullopt;
+      gradients[i++] = gradient;
+    }
+    return i == variables.size() ? std::optional(gradients) : std::nullopt;
+  }
+
+  // Whether the states have the same tensors in the same order, with the memory that the plan knows.
+  template <class Arrays>
+  bool are_current(const VariableSet<Arrays>& variables) const {
+    size_t slot = 0;
+    for (size_t i = 0; i < states_.size(); ++i) {
+      if (!same_items(states_[i].first, states_[i].second)) return false;
+      for (size_t column = 1; column <= slots_per_variable_; ++column, ++slot) {
+        if (!variables.has(i, column, slots_[slot])) return false;
+      }
+      if (!counts_[i].is_current()) return false;
+    }
+    return true;
+  }
+
+  // The number of steps made, if it is the same whole number for all parameters.
+  std::optional<int64_t> count() const {
+    constexpr double kMost = 9007199254740992.0;  // 2^53: up to here each whole number is a double
+    const double first = counts_[0].get();
+    if (!(first >= 0 && first < kMost) || first != std::floor(first)) return std::nullopt;
+    for (const StepCount& other : counts_) {
+      if (other.get() != first) return std::nullopt;
+    }
+    return static_cast<int64_t>(first);
+  }
+
+  void set_count(int64_t count) const {
+    for (const StepCount& each : counts_) each.set(count);
+  }
+
+ private:
+  std::vector<py::object> params_;
+  size_t slots_per_variable_ = 0;
+  std::vector<std::pair<py::dict, py::dict>> states_;  // and what each was
+  std::vector<py::object> slots_;                      // all of variable 0, then of variable 1, ...
+  std::vector<StepCount> counts_;
+};
+
+}  // namespace fastadam::bind

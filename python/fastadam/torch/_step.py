@@ -1,0 +1,309 @@
+"""The step of all parameter groups: which sets are stepped, with which numbers, natively."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import is_, itemgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadam._core.history import Numbers
+from fastadam._core.plan import RepeatedSteps, StepHyper
+from fastadam._core.types import AnyGradient, SparseUpdate
+from fastadam.torch._checks import Group, States, check_options
+from fastadam.torch._compiled import CompiledSteps
+from fastadam.torch._deferred import Reader, Tables
+from fastadam.torch._grad_scaler import Number, ScaledStep
+from fastadam.torch._parameter_set import ParameterSet
+from fastadam.torch._partition import Partitions, refuse_new_in_capture
+from fastadam.torch._step_count import whole_count
+
+__all__ = ["GroupStepper", "Options"]
+
+# What a step reads of a group beside its parameters.
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay", "differentiable")
+_read_options = itemgetter(*_OPTIONS)
+_CONSTANTS = {float, int, bool, type(None)}
+
+
+@dataclass(eq=False)
+class Options:
+    """What the constructor was given beside parameters and options of groups; it is copied and pickled."""
+
+    sparse_update: SparseUpdate
+    moments_dtype: torch.dtype | None
+    readers: list[Reader]  # of attached modules
+
+
+class OnGpu(NamedTuple):
+    """What the GPU of a set reads by itself in a step."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None  # it skips the step unless this is 0
+    counts: bool  # the number of the step
+
+
+_ON_HOST = OnGpu(None, None, counts=False)
+
+
+class Ready(NamedTuple):
+    """A set that takes part in a step, and its step count."""
+
+    chosen: ParameterSet
+    there: OnGpu
+    counts: list[float]  # one for each parameter; empty if the GPU counts
+
+
+class Call(NamedTuple):
+    """A native step that is ready to be made."""
+
+    group: int  # its place
+    chosen: ParameterSet
+    gradients: list[AnyGradient]
+    hyper: StepHyper
+    factors: list[float]
+    found_inf: Tensor | None  # on the GPU, which skips the step unless it is 0
+
+
+class Pending(NamedTuple):
+    """A native step that may have been made, but was not noted yet."""
+
+    call: Call
+    counter: int  # before the step
+    after: int | Tensor  # the step count after it
+
+
+class Repeated:
+    """The last step of all groups, repeated natively as long as only gradients, values, counts and options change."""
+
+    def __init__(self, sets: list[ParameterSet], known: States) -> None:
+        self.sets, self.known = sets, known
+        self.steps = RepeatedSteps([each.plan for each in sets])
+        self.written = [tensor for each in sets for tensor in each.written]
+        self.options: list[tuple[object, ...] | None] = [None] * len(sets)  # those that the plans remember
+
+
+class GroupStepper:
+    """Steps the groups of an optimizer. What it keeps belongs to one process and is made anew for a copy.
+
+    Whoever calls it holds the lock.
+    """
+
+    def __init__(self, options: Options, previous: GroupStepper | None = None) -> None:
+        self._mode = options.sparse_update
+        if previous is None:
+            self.compiled = CompiledSteps()
+            self.tables = Tables(self._mode, options.readers)
+        else:
+            self.compiled = previous.compiled
+            self.tables = previous.tables.renewed()
+        self.lock = self.compiled.lock
+        self.partitions = Partitions(self._mode, options.moments_dtype, self.tables)
+        self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
+        self._pending: Pending | None = None
+        self._last: list[ParameterSet] = []  # the sets of the last step
+        self._repeated: Repeated | None = None
+
+    def step(self, groups: list[Group], state: States, grad_scale: Number, found_inf: Number) -> None:
+        """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
+        self.finish(state)
+        if self._repeated is not None:
+            if grad_scale is None and found_inf is None and self._step_again(self._repeated, groups, state):
+                return
+            self._repeated = None
+        scaled = ScaledStep(grad_scale, found_inf)
+        if scaled.host_skips:
+            return
+        with torch.no_grad():
+            self._step(groups, state, scaled)
+
+    # ---- a step like the last one ----------------------------------------------------------------------------------
+
+    def _step_again(self, last: Repeated, groups: list[Group], state: States) -> bool:
+        if len(groups) != len(last.sets):
+            return False
+        for index, group in enumerate(groups):
+            if _read_options(group) != last.options[index] and not self._remember(last, index, group):
+                return False
+        was_made = True  # a signal may come as the call returns
+        try:
+            was_made = last.steps.make(groups, state, last.known)
+        finally:
+            if was_made:
+                torch.autograd.graph.increment_version(last.written)
+        return was_made
+
+    def _remember(self, last: Repeated, index: int, group: Group) -> bool:
+        """Give the plan of a group the numbers of its options; False if they ask for another plan."""
+        chosen, options = last.sets[index], _read_options(group)
+        if (chosen.kind.amsgrad, chosen.kind.decays) != (bool(group["amsgrad"]), bool(group["decoupled_weight_decay"])):
+            return False
+        hyper = self._hyper_of(group, chosen, 1, 1.0)
+        chosen.plan.remember(hyper, factors=chosen.reversed if group["maximize"] else [])
+        last.options[index] = options if _are_constant(options) else None
+        return True
+
+    def _note_repeatable(self, calls: list[Call], groups: list[Group]) -> None:
+        """Repeat the step from now on if it was the second one with these sets, one for each group, and a plain one."""
+        sets = [call.chosen for call in calls]
+        before, self._last = self._last, sets
+        known = self.partitions.known
+        is_second = len(sets) == len(before) and all(map(is_, sets, before))
+        if known is None or not is_second or [call.group for call in calls] != list(range(len(groups))):
+            return
+        if all(each.can_be_followed for each in sets):
+            pairs = zip(sets, groups, strict=True)
+            if all(each.follow(group["params"]) for each, group in pairs):
+                self._repeated = Repeated(sets, known)
+
+    # ---- any step --------------------------------------------------------------------------------------------------
+
+    def _step(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
+        self.partitions.note_state(state)
+        calls: list[Call] = []
+        for index, group in enumerate(groups):
+            gradients = [param.grad for param in group["params"]]
+            for ready in self._ready(index, group, state, gradients, scaled):
+                calls.append(self._call_of(index, ready, group, gradients, scaled))
+        if len(calls) > 1:
+            for i, call in enumerate(calls):
+                checked = call.chosen.check(call.gradients, call.hyper, call.factors)
+                calls[i] = call._replace(gradients=checked)
+        for call in calls:
+            self._make(call, state)
+        self._note_repeatable(calls, groups)
+
+    def _ready(
+        self, index: int, group: Group, state: States, gradients: list[Tensor | None], scaled: ScaledStep
+    ) -> list[Ready]:
+        """The sets of a group that are to be stepped, each with one step count."""
+        ready = self._read_counts(self.partitions.of(index, group, state, gradients, renew=False), group, scaled)
+        if _are_apart(ready):
+            return ready
+        return self._read_counts(self.partitions.of(index, group, state, gradients, renew=True), group, scaled)
+
+    def _read_counts(self, sets: list[ParameterSet], group: Group, scaled: ScaledStep) -> list[Ready]:
+        ready = []
+        for chosen in sets:
+            there = _ON_HOST if chosen.context is None else self._numbers_on_gpu(chosen, group, scaled)
+            if there.found_inf is not None or not scaled.skips:
+                ready.append(Ready(chosen, there, [] if there.counts else chosen.counts.read()))
+        return ready
+
+    def _numbers_on_gpu(self, chosen: ParameterSet, group: Group, scaled: ScaledStep) -> OnGpu:
+        """The numbers of the next step that the GPU of a set knows, so that the host need not wait for them."""
+        chosen.raise_late()
+        if self._captured:
+            chosen.counts.forget()  # graphs may have raised them
+        is_captured = chosen.is_capturing
+        if is_captured and (chosen.is_new or not group["capturable"]):
+            refuse_new_in_capture(chosen.params[0])
+        grad_scale, found_inf = scaled.on(chosen.device) if chosen.counts_on_gpu else (None, None)
+        is_followed = found_inf is not None and chosen.counts.are_followed()  # the GPU's last step is the last one
+        counts = is_captured or (is_followed and chosen.can_count(self._hyper_of(group, chosen, 1, 1.0)))
+        return OnGpu(grad_scale, found_inf, counts)
+
+    def _call_of(
+        self, index: int, ready: Ready, group: Group, gradients: list[Tensor | None], scaled: ScaledStep
+    ) -> Call:
+        """What the set does natively; rows of its tables that cannot wait are brought up to date."""
+        chosen, there, counts = ready
+        step = whole_count(counts[0], chosen.labels[0]) if counts else 1
+        hyper = self._hyper_of(group, chosen, step, scaled.gradient_scale if there.grad_scale is None else 1.0)
+        mine = [gradient for place in chosen.positions if (gradient := gradients[place]) is not None]
+        if chosen.tables:
+            self._settle_before(chosen, mine, hyper)
+        if chosen.context is not None:
+            rate = chosen.rate_on_gpu(group["lr"], hyper)
+            if rate is None:
+                hyper = hyper._replace(learning_rate=float(group["lr"]))
+            chosen.set_device_numbers(rate, there.grad_scale, there.found_inf, counts=there.counts)
+        factors = chosen.reversed if group["maximize"] else []
+        mine = chosen.read_gradients(mine, densify=hyper.l2 != 0)
+        return Call(index, chosen, mine, hyper, factors, there.found_inf)
+
+    def _hyper_of(self, group: Group, chosen: ParameterSet, step: int, gradient_scale: float) -> StepHyper:
+        """The numbers of a step; on a GPU without the rate.
+
+        The epsilon of rows is not bias-corrected, as in ``torch.optim.SparseAdam``.
+        """
+        check_options(group)
+        (beta_1, beta_2), weight_decay = group["betas"], float(group["weight_decay"])
+        decoupled = group["decoupled_weight_decay"]
+        if weight_decay and not decoupled and chosen.kind.rows:
+            raise ValueError(
+                f"weight_decay: {weight_decay} with sparse_update={self._mode!r}, expected 0 or "
+                "decoupled_weight_decay=True, for parameters with sparse gradients"
+            )
+        return StepHyper(
+            step=step,
+            learning_rate=float(group["lr"]) if chosen.context is None else 0.0,
+            beta_1=float(beta_1),
+            beta_2=float(beta_2),
+            epsilon=float(group["eps"]),
+            gradient_scale=gradient_scale,
+            weight_decay=weight_decay if decoupled else 0.0,
+            l2=0.0 if decoupled else weight_decay,
+            epsilon_corrected=not chosen.kind.rows,
+        )
+
+    def _settle_before(self, chosen: ParameterSet, gradients: list[Tensor], hyper: StepHyper) -> None:
+        """Bring rows up to date that cannot wait for this step."""
+        self.tables.warn_of_unread(chosen.tables)
+        numbers = Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, chosen.kind.amsgrad)
+        changed = [
+            table.before_step(numbers, touches_rows=gradient.is_sparse)
+            for table, gradient in zip(chosen.tables, gradients, strict=True)
+        ]
+        if any(changed):
+            chosen.make_plan()
+
+    # ---- native steps ----------------------------------------------------------------------------------------------
+
+    def _make(self, call: Call, state: States) -> None:
+        chosen = call.chosen
+        if chosen.is_capturing:
+            chosen.step(call.gradients, call.hyper, call.factors)
+            chosen.finish_in_graph(call.found_inf)
+            self._captured.append(chosen)
+            return
+        after = chosen.count_after(call.found_inf)
+        self._pending = Pending(call, int(chosen.counter), call.hyper.step if after is None else after)
+        try:
+            chosen.step(call.gradients, call.hyper, call.factors)
+        finally:
+            self.finish(state)
+
+    def finish(self, state: States) -> None:
+        """Note the native step that was made, even if a signal came after it; call it again if one cut this off."""
+        if self._pending is None:
+            return
+        call, counter, after = self._pending
+        chosen = call.chosen
+        if int(chosen.counter) > counter:
+            chosen.finish(after)
+            if chosen.is_new:
+                for param, named in zip(chosen.params, chosen.states, strict=True):
+                    state[param] = named
+                self.partitions.known = None
+                self.tables.keep(chosen.tables)
+                chosen.is_new = False
+        else:
+            chosen.counts.forget()
+        self._pending = None
+
+
+def _are_constant(options: tuple[object, ...]) -> bool:
+    """Whether these options can only be replaced; a tensor or a list may change and stay the same object."""
+    lr, betas, *others = options
+    return type(betas) is tuple and {type(each) for each in (lr, *betas, *others)} <= _CONSTANTS
+
+
+def _are_apart(ready: list[Ready]) -> bool:
+    """Whether each set has one step count, and sets of one kind on the host have different ones."""
+    if any(each.counts.count(each.counts[0]) != len(each.counts) for each in ready if each.counts):
+        return False
+    on_host = [(each.chosen.kind, each.counts[0]) for each in ready if each.chosen.context is None]
+    return len(set(on_host)) == len(on_host)

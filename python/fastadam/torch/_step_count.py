@@ -24,13 +24,16 @@ class StepCounts:
         self.steps = steps
         self.device = steps[0].device if all(step.device == steps[0].device for step in steps) else None
         self._whole = _whole_of(steps)
+        self._addresses = [step.data_ptr() for step in steps]
         self._caches = any(map(is_on_gpu, steps))
         self._versions: list[int] | None = None  # of the tensors when the count was cached; None: nothing is cached
         self._count: float | None = None  # the cached count; None: only the GPU knows it
 
     def are_in(self, states: list[ParamState]) -> bool:
-        """Whether these are still the tensors in the parameters' states."""
-        return all(map(is_, [state.get("step") for state in states], self.steps))
+        """Whether these are still the tensors in the parameters' states, with the same memory."""
+        if not all(map(is_, [state.get("step") for state in states], self.steps)):
+            return False
+        return [step.data_ptr() for step in self.steps] == self._addresses
 
     @property
     def are_plain(self) -> bool:

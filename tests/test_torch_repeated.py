@@ -74,6 +74,28 @@ def test_groups_are_repeated_together(looked_up):
         torch.testing.assert_close(w, twin, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("form", [float, torch.tensor])
+def test_scaled_steps_are_repeated_with_the_scale_of_each_and_skipped_alike(looked_up, form):
+    twins = Twins("Adam", parameters(*SHAPES), lr=0.01)
+    plain = Twins("Adam", parameters(*SHAPES), lr=0.01)
+    for k in range(3 * WARM):
+        if k == WARM:
+            del looked_up[:]
+        skips, scale = k % 3 == 2, 2.0 ** (k % 4)
+        twins.tested.grad_scale, twins.tested.found_inf = form(scale), form(float(skips))
+        for place, w in enumerate(twins.ours):
+            w.grad = torch.full_like(w, 0.1 * k - 0.3 * place)
+            plain.ours[place].grad = w.grad / scale
+        before = [w.detach().clone() for w in twins.ours]
+        twins.tested.step()
+        if skips:
+            assert all(map(torch.equal, before, twins.ours))
+        else:
+            plain.tested.step()
+    assert not looked_up
+    assert all(map(torch.equal, twins.ours, plain.ours))
+
+
 def test_a_repeated_step_raises_the_version_of_what_it_writes(looked_up):
     twins = warm()
     tensors = [t for p in twins.ours for t in (p, *twins.tested.state[p].values())]

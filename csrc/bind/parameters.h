@@ -28,37 +28,55 @@ inline bool same_items(const py::dict& a, const py::dict& b) {
   return true;
 }
 
-// A step count: a float tensor of one element in CPU memory.
-class StepCount {
+// The step counts of some parameters: float tensors of shape () in CPU memory, all of one dtype.
+class StepCounts {
  public:
-  // Throws what read_variable() throws.
-  explicit StepCount(py::object tensor)
-      : tensor_(std::move(tensor)), memory_(read_variable<HostArrays>(tensor_, "step")) {}
-
-  bool is_usable() const { return memory_.size == 1 && memory_.shape.empty() && size_of(*memory_.dtype) > 2; }
-
-  // Whether the tensor has the memory that it had.
-  bool is_current() const {
-    const std::optional<ArrayAddress> now = address_if_like<HostArrays>(tensor_, memory_);
-    return now && now->data == memory_.data;
+  // Returns false if it cannot be read and written here.
+  bool add(const py::object& tensor) {
+    if (tensors_.empty()) first_ = read_variable<HostArrays>(tensor, "step");
+    const std::optional<ArrayAddress> now = address_if_like<HostArrays>(tensor, first_);
+    if (!now || !first_.shape.empty() || size_of(*first_.dtype) < 4) return false;
+    tensors_.push_back(tensor);
+    addresses_.push_back(const_cast<void*>(now->data));
+    return true;
   }
 
-  double get() const {
-    if (*memory_.dtype == FASTADAM_FLOAT32) return *static_cast<const float*>(memory_.data);
-    return *static_cast<const double*>(memory_.data);
+  // Whether tensor i has the memory that it had.
+  bool is_current(size_t i) const {
+    const std::optional<ArrayAddress> now = address_if_like<HostArrays>(tensors_[i], first_);
+    return now && now->data == addresses_[i];
+  }
+
+  // The number of steps made, if it is the same whole number for all parameters.
+  std::optional<int64_t> get() const {
+    constexpr double kMost = 9007199254740992.0;  // 2^53: up to here each whole number is a double
+    const double first = get(0);
+    if (!(first >= 0 && first < kMost) || first != std::floor(first)) return std::nullopt;
+    for (size_t i = 1; i < addresses_.size(); ++i) {
+      if (get(i) != first) return std::nullopt;
+    }
+    return static_cast<int64_t>(first);
   }
 
   void set(int64_t count) const {
-    if (*memory_.dtype == FASTADAM_FLOAT32) {
-      *static_cast<float*>(memory_.data) = static_cast<float>(count);
-    } else {
-      *static_cast<double*>(memory_.data) = static_cast<double>(count);
+    for (void* address : addresses_) {
+      if (*first_.dtype == FASTADAM_FLOAT32) {
+        *static_cast<float*>(address) = static_cast<float>(count);
+      } else {
+        *static_cast<double*>(address) = static_cast<double>(count);
+      }
     }
   }
 
  private:
-  py::object tensor_;
-  Buffer memory_;
+  double get(size_t i) const {
+    if (*first_.dtype == FASTADAM_FLOAT32) return *static_cast<const float*>(addresses_[i]);
+    return *static_cast<const double*>(addresses_[i]);
+  }
+
+  Buffer first_;  // what the others are like
+  std::vector<py::object> tensors_;
+  std::vector<void*> addresses_;
 };
 
 class Parameters {
@@ -72,17 +90,14 @@ class Parameters {
       const auto named = state.cast<py::dict>();
       states_.emplace_back(named, py::reinterpret_steal<py::dict>(PyDict_Copy(named.ptr())));
       for (const py::handle key : keys) slots_.push_back(named[key].cast<py::object>());
-      counts_.emplace_back(named["step"].cast<py::object>());
+      is_usable_ = is_usable_ && counts_.add(named["step"]);
     }
   }
 
   // Whether the step counts can be read and written here.
-  bool are_usable() const {
-    for (const StepCount& count : counts_) {
-      if (!count.is_usable()) return false;
-    }
-    return !counts_.empty();
-  }
+  bool are_usable() const { return is_usable_ && !states_.empty(); }
+
+  const StepCounts& counts() const { return counts_; }
 
   // The gradients of the variables if `params` are the same parameters, of which those of the plan, and no others, have
   // a gradient; otherwise empty.
@@ -118,24 +133,9 @@ class Parameters {
       for (size_t column = 1; column <= slots_per_variable_; ++column, ++slot) {
         if (!variables.has(i, column, slots_[slot])) return false;
       }
-      if (!counts_[i].is_current()) return false;
+      if (!counts_.is_current(i)) return false;
     }
     return true;
-  }
-
-  // The number of steps made, if it is the same whole number for all parameters.
-  std::optional<int64_t> count() const {
-    constexpr double kMost = 9007199254740992.0;  // 2^53: up to here each whole number is a double
-    const double first = counts_[0].get();
-    if (!(first >= 0 && first < kMost) || first != std::floor(first)) return std::nullopt;
-    for (const StepCount& other : counts_) {
-      if (other.get() != first) return std::nullopt;
-    }
-    return static_cast<int64_t>(first);
-  }
-
-  void set_count(int64_t count) const {
-    for (const StepCount& each : counts_) each.set(count);
   }
 
  private:
@@ -143,7 +143,8 @@ class Parameters {
   size_t slots_per_variable_ = 0;
   std::vector<std::pair<py::dict, py::dict>> states_;  // and what each was
   std::vector<py::object> slots_;                      // all of variable 0, then of variable 1, ...
-  std::vector<StepCount> counts_;
+  StepCounts counts_;
+  bool is_usable_ = true;
 };
 
 }  // namespace fastadam::bind

@@ -97,7 +97,7 @@ class Plan {
     // Makes the step and writes the step counts.
     void run() {
       plan_.run(call_, args_, hyper_, nullptr);
-      plan_.parameters_->set_count(hyper_.step);
+      plan_.parameters_->counts().set(hyper_.step);
     }
 
    private:
@@ -113,7 +113,7 @@ class Plan {
     if (!parameters_ || !remembered_) return nullptr;
     const std::optional<py::list> gradients = parameters_->gradients_of(variables(), params);
     if (!gradients || !parameters_->are_current(variables())) return nullptr;
-    const std::optional<int64_t> count = parameters_->count();
+    const std::optional<int64_t> count = parameters_->counts().get();
     if (!count) return nullptr;
     auto step = std::make_unique<Repeat>(*this, *gradients, *count);
     return step->is_ready() ? std::move(step) : nullptr;

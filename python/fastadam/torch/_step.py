@@ -109,23 +109,24 @@ class GroupStepper:
     def step(self, groups: list[Group], state: States, grad_scale: Number, found_inf: Number) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
         self.finish(state)
-        if self._repeated is not None:
-            if grad_scale is None and found_inf is None and self._step_again(self._repeated, groups, state):
-                return
-            self._repeated = None
         scaled = ScaledStep(grad_scale, found_inf)
         if scaled.host_skips:
             return
+        if self._repeated is not None:  # on the host, which therefore waits for the scaler
+            if scaled.skips or self._step_again(self._repeated, groups, state, scaled.gradient_scale):
+                return
+            self._repeated = None
         with torch.no_grad():
             self._step(groups, state, scaled)
 
     # ---- a step like the last one ----------------------------------------------------------------------------------
 
-    def _step_again(self, last: Repeated, groups: list[Group], state: States) -> bool:
+    def _step_again(self, last: Repeated, groups: list[Group], state: States, gradient_scale: float) -> bool:
         if len(groups) != len(last.sets):
             return False
         for index, group in enumerate(groups):
-            if _read_options(group) != last.options[index] and not self._remember(last, index, group):
+            options = (gradient_scale, *_read_options(group))
+            if options != last.options[index] and not self._remember(last, index, group, gradient_scale):
                 return False
         was_made = True  # a signal may come as the call returns
         try:
@@ -135,12 +136,12 @@ class GroupStepper:
                 torch.autograd.graph.increment_version(last.written)
         return was_made
 
-    def _remember(self, last: Repeated, index: int, group: Group) -> bool:
+    def _remember(self, last: Repeated, index: int, group: Group, gradient_scale: float) -> bool:
         """Give the plan of a group the numbers of its options; False if they ask for another plan."""
-        chosen, options = last.sets[index], _read_options(group)
+        chosen, options = last.sets[index], (gradient_scale, *_read_options(group))
         if (chosen.kind.amsgrad, chosen.kind.decays) != (bool(group["amsgrad"]), bool(group["decoupled_weight_decay"])):
             return False
-        hyper = self._hyper_of(group, chosen, 1, 1.0)
+        hyper = self._hyper_of(group, chosen, 1, gradient_scale)
         chosen.plan.remember(hyper, factors=chosen.reversed if group["maximize"] else [])
         last.options[index] = options if _are_constant(options) else None
         return True
@@ -297,8 +298,8 @@ class GroupStepper:
 
 def _are_constant(options: tuple[object, ...]) -> bool:
     """Whether these options can only be replaced; a tensor or a list may change and stay the same object."""
-    lr, betas, *others = options
-    return type(betas) is tuple and {type(each) for each in (lr, *betas, *others)} <= _CONSTANTS
+    scale, lr, betas, *others = options
+    return type(betas) is tuple and {type(each) for each in (scale, lr, *betas, *others)} <= _CONSTANTS
 
 
 def _are_apart(ready: list[Ready]) -> bool:

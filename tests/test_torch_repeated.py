@@ -246,20 +246,17 @@ def test_gradients_that_are_missing_are_noticed(which):
     assert twins.difference() < 1e-12
 
 
-@pytest.mark.parametrize("kind", ["strided", "negated", "sparse"])
-def test_gradients_that_cannot_be_read_as_they_are_are_noticed(kind):
+@pytest.mark.parametrize(
+    "convert",
+    [lambda g: g.t().contiguous().t(), lambda g: torch._neg_view(-g), lambda g: g.to_sparse(1)],
+    ids=["strided", "negated", "sparse"],
+)
+def test_gradients_that_cannot_be_read_as_they_are_are_noticed(convert):
     twins = warm()
     for _ in range(WARM):
         for place, (a, b) in enumerate(zip(twins.theirs, twins.ours, strict=True)):
             a.grad = torch.full_like(a, 0.5 + place)
-            b.grad = a.grad.clone()
-        place = 1
-        grad = twins.theirs[place].grad
-        twins.ours[place].grad = {
-            "strided": lambda: grad.t().contiguous().t(),
-            "negated": lambda: torch._neg_view(-grad),
-            "sparse": lambda: grad.to_sparse(1),
-        }[kind]()
+            b.grad = convert(a.grad) if place == 1 else a.grad.clone()
         twins.reference.step()
         twins.tested.step()
     assert twins.difference() < 1e-12

@@ -7,11 +7,13 @@ import numbers as numbers_abc
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastadam._core.frameworks import first_of, hint_for_variable, is_array
-from fastadam._core.slices import DEFERRED
+from fastadam._core.slices import DEFERRED, check_ids
 from fastadam.torch._layout import is_lazy_view
 
 if TYPE_CHECKING:
@@ -23,12 +25,12 @@ __all__ = [
     "ParamState",
     "States",
     "check_flags",
-    "check_ids",
     "check_kinds",
     "check_module",
     "check_numbers",
     "check_options",
     "check_params",
+    "check_rows",
     "check_tensor",
     "label_of",
 ]
@@ -159,10 +161,8 @@ def check_module(module: torch.nn.Module, groups: list[Group], sparse_update: st
         )
 
 
-def check_ids(param: Tensor, ids: object) -> Tensor:
-    """Check that these are rows of a parameter."""
+def check_rows(param: Tensor, ids: object) -> npt.NDArray[np.signedinteger]:
+    """Check that these are rows of a parameter; return them flat, on the host."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids: {getattr(ids, 'dtype', type(ids).__name__)}, expected a tensor of int32 or int64")
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= len(param)):
-        raise ValueError(f"ids: from {int(ids.min())} to {int(ids.max())}, expected rows of {len(param)}")
-    return ids.detach()
+    return check_ids(ids.detach().cpu().reshape(-1).numpy(), tuple(param.shape), "param")

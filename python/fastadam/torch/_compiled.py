@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastadam._core.plan import BoundedCache, StepHyper
 from fastadam.torch._checks import Group
-from fastadam.torch._parameter_set import Kind, ParameterSet
-from fastadam.torch._state import SLOTS
+from fastadam.torch._parameter_set import ParameterSet
+from fastadam.torch._state import SLOTS, Kind
 from fastadam.torch._step_count import is_on_gpu, whole_count
 
 __all__ = ["Columns", "CompiledSteps", "traced_step"]
@@ -129,7 +129,7 @@ def _adam(
                 epsilon_corrected=True,
             )
             gradients = chosen.read_gradients([grads[place] for place in places], densify=True)
-            factors = chosen.reversed if maximize else []
+            factors = chosen.factors_of({"maximize": maximize})
             calls.append((chosen, chosen.check(gradients, hyper, factors), hyper, factors))
         for chosen, gradients, hyper, factors in calls:
             before = int(chosen.counter)

@@ -14,12 +14,12 @@ from fastadam._core.slices import check_sparse_update
 from fastadam.torch._checks import (
     OfGroups,
     check_flags,
-    check_ids,
     check_kinds,
     check_module,
     check_numbers,
     check_options,
     check_params,
+    check_rows,
     check_tensor,
     label_of,
 )
@@ -56,49 +56,55 @@ class Adam(torch.optim.Optimizer):
         m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
         \theta \mathrel{-}= \gamma \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    A drop-in for ``torch.optim.Adam``, with its arguments, groups, hooks and state dicts, which go both ways. Float32,
-    float64, bfloat16, float16 and complex parameters of any strides. Gradients are not modified: after
+    A drop-in for ``torch.optim.Adam``: it takes the same arguments, groups and hooks, and state dicts go both ways.
+    Parameters may be float32, float64, bfloat16, float16 or complex, of any strides. Gradients are not modified: after
     ``GradScaler.step`` they are still scaled, unless ``unscale_`` was called.
 
-    On a GPU with ``fused`` or ``capturable``, ``step`` is counted there, and what a GradScaler found is read there: the
-    host waits for neither, but at a first step, after others or a graph may have written to ``step``, and where betas
-    have changed since the first step. A step with infinite gradients then changes nothing, ``step`` included. Without
-    the two flags the host waits for the scaler, under ``torch.compile`` for ``step`` too.
+    On a GPU with ``fused`` or ``capturable``, ``step`` is counted on the GPU, which also reads what a GradScaler found.
+    The host waits only for a first step, after something else or a graph may have written to ``step``, and if the betas
+    have changed since the first step. A step with infinite gradients then changes nothing, not even ``step``. Without
+    the two flags the host waits for the scaler; under ``torch.compile`` it also waits for ``step``.
 
-    The second moment is summed as in TensorFlow: a gradient whose square overflows its arithmetic (1.9e19 in float32)
-    makes it infinite and in the next step NaN, where torch's order of operations stays at infinity; and a ``beta_2``
-    below 1e-3 leaves rounding errors of the last squares, of ``1e-7 / beta_2`` of a much smaller one.
+    Two differences from torch follow from the order of operations, which is TensorFlow's. A gradient whose square
+    overflows (1.9e19 in float32) makes the second moment infinite and, in the next step, NaN; in torch it stays
+    infinite. A ``beta_2`` below 1e-3 keeps rounding errors of large squares: a relative error of ``1e-7 / beta_2`` in
+    a much smaller square that follows.
 
-    Sparse COO gradients, as of ``nn.Embedding(sparse=True)``, are taken coalesced or not. "dense" does what
-    ``torch.optim.Adam`` does with their ``to_dense()``; "lazy" moves the rows that a gradient names and no other, as
-    ``torch.optim.SparseAdam`` does; "deferred" gives the bits that "dense" gives by rows, in the time of "lazy": rows
-    are brought up to date when they are touched, or read through :meth:`gather`, :meth:`sync` or :meth:`attach`; call
-    :meth:`sync` before a module with such a table is deep-copied, pickled or read, which ``state_dict()`` of an
-    attached module does by itself. "deferred_fast" sums the steps that a row missed in closed form. But for "dense" the
-    epsilon of parameters with sparse gradients is that of SparseAdam and Keras, added to :math:`\sqrt v` before the
-    bias correction.
+    Sparse COO gradients, as from ``nn.Embedding(sparse=True)``, may be coalesced or not. ``sparse_update`` says what a
+    step does with them:
+
+    - "dense": what ``torch.optim.Adam`` does with their ``to_dense()``.
+    - "lazy": only the rows in the gradient move, as with ``torch.optim.SparseAdam``.
+    - "deferred": every row gets the bits of dense steps, in the time of "lazy". Rows are brought up to date when a step
+      touches them and when they are read through :meth:`gather`, :meth:`sync` or an attached module (:meth:`attach`).
+      Call :meth:`sync` before a module with such a table is deep-copied, pickled or read in any other way;
+      ``state_dict()`` of an attached module does so by itself.
+    - "deferred_fast": like "deferred", but the steps that a row missed are summed in closed form.
+
+    Except with "dense", epsilon means what it means in SparseAdam and Keras for parameters with sparse gradients: it is
+    added to :math:`\sqrt v` before the bias correction.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of them.
         lr: Step size; a number or a tensor of one element.
         betas: Decay rates of the moments, in [0, 1); numbers or tensors.
         eps: Added to the root of the corrected second moment.
-        weight_decay: Added to the gradient, times the parameter; or decoupled.
+        weight_decay: The parameter times this is added to the gradient; or see ``decoupled_weight_decay``.
         amsgrad: Divide by the root of the largest second moment so far.
-        foreach: Accepted; there is one implementation, which takes all parameters at once.
-        maximize: Go up instead of down.
-        capturable: For CUDA graphs: ``step`` is counted on the GPU. A graph reads ``lr``, where it is a tensor there,
-            ``grad_scale`` and ``found_inf`` in every replay.
+        foreach: Accepted without effect: every step takes all parameters at once.
+        maximize: Maximize the objective instead of minimizing it.
+        capturable: Allow CUDA graphs: ``step`` is counted on the GPU. Each replay reads ``grad_scale``, ``found_inf``
+            and, if it is a tensor on the GPU, ``lr``.
         differentiable: Refused if True.
-        fused: Accepted, likewise; on a GPU ``step`` is counted there.
+        fused: Accepted without effect on the host; on a GPU it has ``step`` counted there.
         decoupled_weight_decay: Shrink the parameters by ``lr * weight_decay`` instead (AdamW).
-        sparse_update: "dense", "deferred", "deferred_fast" or "lazy". Not in the groups: loading a state dict does not
+        sparse_update: "dense", "deferred", "deferred_fast" or "lazy", for all groups; loading a state dict does not
             change it.
         moments_dtype: ``torch.float32`` for float32 moments of half parameters; None for the parameter's dtype.
 
     Raises:
-        TypeError: An argument is not what it must be.
-        ValueError: A number is out of range, or options exclude each other. A step that raises has changed nothing.
+        TypeError: An argument has the wrong type.
+        ValueError: A number is out of range, or two options exclude each other.
 
     Source: Kingma and Ba, "Adam" (arXiv:1412.6980); Loshchilov and Hutter (arXiv:1711.05101) for AdamW;
     https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html.
@@ -179,8 +185,8 @@ class Adam(torch.optim.Optimizer):
             What ``closure`` returned.
 
         Raises:
-            TypeError: A gradient or a state of another kind of number.
-            ValueError: A gradient, a state or a number that cannot be used; all are checked before one is written.
+            TypeError: A gradient or a state has the wrong dtype.
+            ValueError: A gradient, a state or an option cannot be used. A step that raises has changed nothing.
         """
         loss = None
         if closure is not None:
@@ -244,12 +250,12 @@ class Adam(torch.optim.Optimizer):
 
     @property
     def moments_dtype(self) -> torch.dtype | None:
-        """That of the moments of half parameters; None for their own."""
+        """The dtype of the moments of half parameters; None for the parameter's dtype."""
         return self._options.moments_dtype
 
     @torch.no_grad()
     def sync(self, param: Tensor | None = None) -> None:
-        """Bring every row of a parameter, or of all, up to date: in a deferred mode before it is read or written.
+        """Bring every row of a parameter, or of all, up to date. In a deferred mode call it before reading or writing.
 
         Raises:
             RuntimeError: A parameter was written to while rows waited for their steps.
@@ -261,33 +267,33 @@ class Adam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gather(self, param: Tensor, ids: Tensor) -> Tensor:
-        """The rows ``param[ids]`` as they are after all steps so far, a copy; those of ``param`` become so too.
+        """A copy of the rows ``param[ids]`` after all steps so far; ``param`` has them up to date then, too.
 
         Args:
             param: A parameter.
             ids: Integers of any shape, repeated or not.
 
         Raises:
-            TypeError: ``ids`` are no integers.
+            TypeError: ``ids`` are not integers.
             ValueError: An id that is not a row.
         """
-        rows = check_ids(param, ids)
+        rows = check_rows(param, ids)
         with self._stepper.lock:
             self._stepper.finish(self.state)
             for table in self._stepper.tables.of(param):
-                table.catch_up(rows.cpu().reshape(-1).numpy())
-            return param.detach()[rows]
+                table.catch_up(rows)
+            return param.detach()[ids]
 
     def attach(self, module: torch.nn.Module) -> None:
         """Bring rows up to date when ``module``, an Embedding or EmbeddingBag, looks them up or makes a state dict.
 
-        A module that is copied or pickled stays attached if its optimizer is so with it. In a deferred mode call
-        :meth:`sync` before its weight is read in any other way, or it is deep-copied or pickled.
+        A module that is copied or pickled together with its optimizer stays attached to it. In a deferred mode call
+        :meth:`sync` before the module is deep-copied or pickled, or its weight is read in any other way.
 
         Raises:
             TypeError: Another kind of module.
-            ValueError: Its weight is no parameter of this optimizer; or it has ``max_norm``, which writes to rows that
-                may wait, in a deferred mode.
+            ValueError: Its weight is not a parameter of this optimizer; or, in a deferred mode, it has ``max_norm``,
+                which writes to rows that may wait.
 
         >>> import importlib.util
         >>> if importlib.util.find_spec("torch"):
@@ -369,7 +375,7 @@ class AdamW(Adam):
 
     .. math:: \theta \mathrel{-}= \gamma \lambda \theta, \quad \text{then Adam's step}
 
-    Args and errors are those of :class:`Adam`. Loading the state of an Adam does not make it one.
+    Arguments and errors are the same as for :class:`Adam`. After loading the state of an Adam it is still an AdamW.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
 

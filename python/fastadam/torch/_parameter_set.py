@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,28 +11,15 @@ from fastadam._core.backend import _cpu
 from fastadam._core.cuda_module import cuda_module
 from fastadam._core.plan import Plan, StepHyper
 from fastadam._core.runtime import late_error
-from fastadam._core.types import AnyGradient, NativeObject, SparseUpdate
-from fastadam.torch._checks import ParamState
+from fastadam._core.types import AnyGradient, NativeObject
+from fastadam.torch._checks import Group, ParamState, check_options
 from fastadam.torch._deferred import Table
-from fastadam.torch._layout import View, gradient_like, is_lazy_view, is_plain, local_of
-from fastadam.torch._state import HALF, SLOTS
+from fastadam.torch._gradients import GradientReader
+from fastadam.torch._layout import View, is_lazy_view, is_plain, local_of
+from fastadam.torch._state import SLOTS, Kind
 from fastadam.torch._step_count import StepCounts, is_on_gpu
 
-__all__ = ["Kind", "ParameterSet"]
-
-
-class Kind(NamedTuple):
-    """How the parameters of a set are stepped."""
-
-    mode: SparseUpdate
-    rows: bool  # sparse gradients are rows; otherwise they are dense gradients that are mostly zero
-    amsgrad: bool
-    decays: bool  # by decoupled weight decay, if there is any
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """What native code calls the moments."""
-        return tuple(SLOTS) if self.amsgrad else ("m", "v")
+__all__ = ["ParameterSet"]
 
 
 class ParameterSet:
@@ -65,25 +50,23 @@ class ParameterSet:
         self.params, self.states, self.labels = params, states, labels
         self.positions, self.kind, self.tables = positions, kind, tables
         self.device = params[0].device
-        self.reversed = [-1.0] * len(params)  # factors of gradients to be maximized
+        self._reversed = [-1.0] * len(params)  # factors of gradients to be maximized
         self.counts = counts or StepCounts([state["step"] for state in states])
         self.is_new = True  # no step was made yet, and the states may not be the optimizer's yet
         self.is_captured = False  # by a CUDA graph, whose memory this is from then on
         # Of native steps. It goes up where no signal can come between; a GPU says later which step failed.
         self.counter = np.zeros((), np.int64)
         self._is_scaled = False  # whether some step was made, only the GPU knows
-        self._converts = False  # a gradient of the last step could not be read as it was
         self._columns = self._read_columns()
         self._check_slots()
         self._views: dict[int, View] = {}
         for i, row in enumerate(zip(*self._columns, strict=True)):
             if not is_plain(row):
                 self._views[i] = View(row, labels[i])
-        # Where sparse gradients came before: torch takes a millisecond to say that they cannot be read as dense ones.
-        self._sparse: set[int] = set()
-        self._half = {i for i, m in enumerate(self._columns[1]) if m.dtype in HALF}
         self.context = context
         self.make_plan()
+        dtypes = [getattr(torch, buffer.dtype) for buffer in self.buffers]
+        self._gradients = GradientReader(params, labels, kind, self._columns[1], self._views, dtypes)
 
     # ---- the plan --------------------------------------------------------------------------------------------------
 
@@ -132,7 +115,6 @@ class ParameterSet:
             histories=[table.history.native for table in self.tables] or None,
             context=self.context,
         )
-        self._slices = native.Slices
 
     def is_current(self) -> bool:
         """Whether the states still have the tensors, and all tensors the memory, that the plan was made of."""
@@ -161,7 +143,7 @@ class ParameterSet:
     @property
     def can_be_followed(self) -> bool:
         """Whether the last step was so plain that :class:`RepeatedSteps` can repeat it."""
-        is_special = self._views or self.tables or self._converts
+        is_special = self._views or self.tables or self._gradients.were_converted
         return self.context is None and not is_special and self.counts.are_plain
 
     def follow(self, group_params: list[Tensor]) -> bool:
@@ -223,27 +205,42 @@ class ParameterSet:
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
+    def numbers_of(self, group: Group, step: int, gradient_scale: float) -> StepHyper:
+        """The numbers of a step with the options of a group; on a GPU without the rate.
+
+        The epsilon of rows is not bias-corrected, as in ``torch.optim.SparseAdam``.
+        """
+        check_options(group)
+        (beta_1, beta_2), weight_decay = group["betas"], float(group["weight_decay"])
+        decoupled = group["decoupled_weight_decay"]
+        if weight_decay and not decoupled and self.kind.rows:
+            raise ValueError(
+                f"weight_decay: {weight_decay} with sparse_update={self.kind.mode!r}, expected 0 or "
+                "decoupled_weight_decay=True, for parameters with sparse gradients"
+            )
+        return StepHyper(
+            step=step,
+            learning_rate=float(group["lr"]) if self.context is None else 0.0,
+            beta_1=float(beta_1),
+            beta_2=float(beta_2),
+            epsilon=float(group["eps"]),
+            gradient_scale=gradient_scale,
+            weight_decay=weight_decay if decoupled else 0.0,
+            l2=0.0 if decoupled else weight_decay,
+            epsilon_corrected=not self.kind.rows,
+        )
+
+    def factors_of(self, group: Group) -> list[float]:
+        """The factors of the gradients besides their scale; empty for 1."""
+        return self._reversed if group["maximize"] else []
+
     def read_gradients(self, gradients: list[Tensor], *, densify: bool) -> list[AnyGradient]:
-        """The gradients as the plan takes them, as far as that is known in advance; ``densify``: without rows."""
-        self._densify = densify
-        self._converts = False
-        found: list[AnyGradient] = gradients
-        for i, view in self._views.items():
-            if not gradients[i].is_sparse:
-                found[i] = view.of(gradient_like(gradients[i], self.params[i], self.labels[i]))
-        for i in self._half:
-            if gradients[i].dtype != self.params[i].dtype:
-                self._converts = True
-                found[i] = gradients[i].to(self.params[i].dtype)
-        for i in self._sparse:
-            if gradients[i].is_sparse:
-                self._converts = True
-                found[i] = self._rows_of(gradients[i], i)
-        return found
+        """The gradients as the plan takes them; ``densify``: without rows."""
+        return self._gradients.read(gradients, densify=densify)
 
     def check(self, gradients: list[AnyGradient], hyper: StepHyper, factors: list[float]) -> list[AnyGradient]:
         """Raise what is wrong with a step; return the gradients, converted as far as necessary."""
-        gradients = self.plan.check(gradients, self._converted)
+        gradients = self.plan.check(gradients, self._gradients.convert)
         self.plan.check_numbers(hyper, factors)
         return gradients
 
@@ -257,7 +254,7 @@ class ParameterSet:
         """Make a step, or raise what is wrong and change nothing; call :meth:`finish` if the counter has gone up."""
         for i, view in self._views.items():
             view.load([column[i] for column in self._columns])
-        self.plan.step(gradients, hyper, factors, self.counter if counter is None else counter, self._converted)
+        self.plan.step(gradients, hyper, factors, self.counter if counter is None else counter, self._gradients.convert)
 
     def finish(self, count: int | Tensor) -> None:
         """Note that the ``count``-th step was made; calling it again, after a signal, is harmless.
@@ -293,44 +290,3 @@ class ParameterSet:
         if self._views:
             written += [local_of(column[i]) for i in self._views for column in columns]
         torch.autograd.graph.increment_version(written)
-
-    def _converted(self, gradient: Tensor, i: int) -> AnyGradient:
-        """A gradient that the plan cannot read directly."""
-        self._converts = True
-        if gradient.is_sparse:
-            self._sparse.add(i)
-        readable = self._rows_of(gradient, i) if gradient.is_sparse else self._dense(gradient, i)
-        if readable is gradient:
-            dtypes = f"{gradient.dtype} {gradient.layout}, expected {self.params[i].dtype}"
-            raise TypeError(f"grad of {self.labels[i]}: {dtypes}")
-        return readable
-
-    def _dense(self, gradient: Tensor, i: int) -> Tensor:
-        if gradient.layout != torch.strided:
-            gradient = gradient.to_dense()
-        if gradient.is_complex() and not self.params[i].is_complex():
-            raise TypeError(f"grad of {self.labels[i]}: {gradient.dtype}, expected {self.params[i].dtype}")
-        real = self.buffers[i].dtype
-        found = gradient.detach().resolve_conj().resolve_neg().to(getattr(torch, real))
-        return found.clone(memory_format=torch.contiguous_format)
-
-    def _rows_of(self, gradient: Tensor, i: int) -> AnyGradient:
-        """A sparse gradient as rows, or as a dense one where every row moves and rows cannot be read."""
-        label, param = f"grad of {self.labels[i]}", self.params[i]
-        if gradient.shape != param.shape:
-            raise ValueError(f"{label}: shape {tuple(gradient.shape)}, expected {tuple(param.shape)}")
-        reason = ""
-        if gradient.sparse_dim() != 1:
-            reason = f"{gradient.sparse_dim()} sparse axes, expected the first alone"
-        elif i in self._views:
-            reason = "for a parameter that is not contiguous and real, expected one that is"
-        elif i in self._half:
-            reason = f"with moments of {self._columns[1][i].dtype}, expected moments_dtype=torch.float32"
-        if reason and self.kind.rows:
-            raise ValueError(f"{label}: sparse with sparse_update={self.kind.mode!r} and {reason}")
-        if reason or self._densify:
-            dense = gradient.to_dense()
-            return self._views[i].of(dense).contiguous() if i in self._views else dense
-        values = gradient._values().detach().resolve_neg().to(param.dtype).contiguous()
-        indices = gradient._indices()[0]
-        return self._slices(values, indices.numpy() if indices.is_cpu else indices)

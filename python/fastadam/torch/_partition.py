@@ -16,8 +16,8 @@ from fastadam._core.slices import DEFERRED
 from fastadam._core.types import NativeObject, SparseUpdate
 from fastadam.torch._checks import Group, ParamState, States, check_flags, label_of
 from fastadam.torch._deferred import Table, Tables
-from fastadam.torch._parameter_set import Kind, ParameterSet
-from fastadam.torch._state import states_of
+from fastadam.torch._parameter_set import ParameterSet
+from fastadam.torch._state import Kind, states_of
 from fastadam.torch._step_count import StepCounts
 
 __all__ = ["Partitions", "refuse_new_in_capture"]

@@ -1,18 +1,35 @@
-"""States of parameters: how they begin, and how states and groups are loaded; loaded moments are clones."""
+"""States of parameters: what they contain, how they begin, and how states and groups are loaded, as clones."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastadam._core.types import SparseUpdate
 from fastadam.torch._checks import Group, ParamState, States, label_of
 
-__all__ = ["HALF", "SLOTS", "fill_groups", "keep_tensors", "restore_states", "states_of"]
+__all__ = ["HALF", "SLOTS", "Kind", "fill_groups", "keep_tensors", "restore_states", "states_of"]
 
 HALF = (torch.float16, torch.bfloat16)
 SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}  # fastadam's names: torch's
 _FLAGS = ("foreach", "capturable", "differentiable", "fused")  # they belong to the implementation, not to the rule
 _NAMES = ("step", *SLOTS.values())
+
+
+class Kind(NamedTuple):
+    """How the parameters of a set are stepped."""
+
+    mode: SparseUpdate
+    rows: bool  # sparse gradients are rows; otherwise they are dense gradients that are mostly zero
+    amsgrad: bool
+    decays: bool  # by decoupled weight decay, if there is any
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """What native code calls the moments."""
+        return tuple(SLOTS) if self.amsgrad else ("m", "v")
 
 
 def states_of(

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import is_, itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastadam._core.history import Numbers
-from fastadam._core.plan import RepeatedSteps, StepHyper
+from fastadam._core.plan import StepHyper
 from fastadam._core.types import AnyGradient, SparseUpdate
-from fastadam.torch._checks import Group, States, check_options
+from fastadam.torch._checks import Group, States
 from fastadam.torch._compiled import CompiledSteps
 from fastadam.torch._deferred import Reader, Tables
 from fastadam.torch._grad_scaler import Number, ScaledStep
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._partition import Partitions, refuse_new_in_capture
+from fastadam.torch._repeated import RepeatedStep
 from fastadam.torch._step_count import whole_count
 
 __all__ = ["GroupStepper", "Options"]
-
-# What a step reads of a group beside its parameters.
-_OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay", "differentiable")
-_read_options = itemgetter(*_OPTIONS)
-_CONSTANTS = {float, int, bool, type(None)}
 
 
 @dataclass(eq=False)
@@ -75,16 +70,6 @@ class Pending(NamedTuple):
     after: int | Tensor  # the step count after it
 
 
-class Repeated:
-    """The last step of all groups, repeated natively as long as only gradients, values, counts and options change."""
-
-    def __init__(self, sets: list[ParameterSet], known: States) -> None:
-        self.sets, self.known = sets, known
-        self.steps = RepeatedSteps([each.plan for each in sets])
-        self.written = [tensor for each in sets for tensor in each.written]
-        self.options: list[tuple[object, ...] | None] = [None] * len(sets)  # those that the plans remember
-
-
 class GroupStepper:
     """Steps the groups of an optimizer. What it keeps belongs to one process and is made anew for a copy.
 
@@ -103,8 +88,8 @@ class GroupStepper:
         self.partitions = Partitions(self._mode, options.moments_dtype, self.tables)
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
         self._pending: Pending | None = None
-        self._last: list[ParameterSet] = []  # the sets of the last step
-        self._repeated: Repeated | None = None
+        self._last: list[tuple[int, ParameterSet]] = []  # the sets of the last step, and their groups
+        self._repeated: RepeatedStep | None = None
 
     def step(self, groups: list[Group], state: States, grad_scale: Number, found_inf: Number) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
@@ -113,51 +98,11 @@ class GroupStepper:
         if scaled.host_skips:
             return
         if self._repeated is not None:  # on the host, which therefore waits for the scaler
-            if scaled.skips or self._step_again(self._repeated, groups, state, scaled.gradient_scale):
+            if scaled.skips or self._repeated.make(groups, state, scaled.gradient_scale):
                 return
             self._repeated = None
         with torch.no_grad():
             self._step(groups, state, scaled)
-
-    # ---- a step like the last one ----------------------------------------------------------------------------------
-
-    def _step_again(self, last: Repeated, groups: list[Group], state: States, gradient_scale: float) -> bool:
-        if len(groups) != len(last.sets):
-            return False
-        for index, group in enumerate(groups):
-            options = (gradient_scale, *_read_options(group))
-            if options != last.options[index] and not self._remember(last, index, group, gradient_scale):
-                return False
-        was_made = True  # a signal may come as the call returns
-        try:
-            was_made = last.steps.make(groups, state, last.known)
-        finally:
-            if was_made:
-                torch.autograd.graph.increment_version(last.written)
-        return was_made
-
-    def _remember(self, last: Repeated, index: int, group: Group, gradient_scale: float) -> bool:
-        """Give the plan of a group the numbers of its options; False if they ask for another plan."""
-        chosen, options = last.sets[index], (gradient_scale, *_read_options(group))
-        if (chosen.kind.amsgrad, chosen.kind.decays) != (bool(group["amsgrad"]), bool(group["decoupled_weight_decay"])):
-            return False
-        hyper = self._hyper_of(group, chosen, 1, gradient_scale)
-        chosen.plan.remember(hyper, factors=chosen.reversed if group["maximize"] else [])
-        last.options[index] = options if _are_constant(options) else None
-        return True
-
-    def _note_repeatable(self, calls: list[Call], groups: list[Group]) -> None:
-        """Repeat the step from now on if it was the second one with these sets, one for each group, and a plain one."""
-        sets = [call.chosen for call in calls]
-        before, self._last = self._last, sets
-        known = self.partitions.known
-        is_second = len(sets) == len(before) and all(map(is_, sets, before))
-        if known is None or not is_second or [call.group for call in calls] != list(range(len(groups))):
-            return
-        if all(each.can_be_followed for each in sets):
-            pairs = zip(sets, groups, strict=True)
-            if all(each.follow(group["params"]) for each, group in pairs):
-                self._repeated = Repeated(sets, known)
 
     # ---- any step --------------------------------------------------------------------------------------------------
 
@@ -174,7 +119,9 @@ class GroupStepper:
                 calls[i] = call._replace(gradients=checked)
         for call in calls:
             self._make(call, state)
-        self._note_repeatable(calls, groups)
+        before, self._last = self._last, [(call.group, call.chosen) for call in calls]
+        if self._last == before and self.partitions.known is not None:
+            self._repeated = RepeatedStep.after(self._last, groups, self.partitions.known)
 
     def _ready(
         self, index: int, group: Group, state: States, gradients: list[Tensor | None], scaled: ScaledStep
@@ -203,7 +150,7 @@ class GroupStepper:
             refuse_new_in_capture(chosen.params[0])
         grad_scale, found_inf = scaled.on(chosen.device) if chosen.counts_on_gpu else (None, None)
         is_followed = found_inf is not None and chosen.counts.are_followed()  # the GPU's last step is the last one
-        counts = is_captured or (is_followed and chosen.can_count(self._hyper_of(group, chosen, 1, 1.0)))
+        counts = is_captured or (is_followed and chosen.can_count(chosen.numbers_of(group, 1, 1.0)))
         return OnGpu(grad_scale, found_inf, counts)
 
     def _call_of(
@@ -212,7 +159,7 @@ class GroupStepper:
         """What the set does natively; rows of its tables that cannot wait are brought up to date."""
         chosen, there, counts = ready
         step = whole_count(counts[0], chosen.labels[0]) if counts else 1
-        hyper = self._hyper_of(group, chosen, step, scaled.gradient_scale if there.grad_scale is None else 1.0)
+        hyper = chosen.numbers_of(group, step, scaled.gradient_scale if there.grad_scale is None else 1.0)
         mine = [gradient for place in chosen.positions if (gradient := gradients[place]) is not None]
         if chosen.tables:
             self._settle_before(chosen, mine, hyper)
@@ -221,34 +168,8 @@ class GroupStepper:
             if rate is None:
                 hyper = hyper._replace(learning_rate=float(group["lr"]))
             chosen.set_device_numbers(rate, there.grad_scale, there.found_inf, counts=there.counts)
-        factors = chosen.reversed if group["maximize"] else []
         mine = chosen.read_gradients(mine, densify=hyper.l2 != 0)
-        return Call(index, chosen, mine, hyper, factors, there.found_inf)
-
-    def _hyper_of(self, group: Group, chosen: ParameterSet, step: int, gradient_scale: float) -> StepHyper:
-        """The numbers of a step; on a GPU without the rate.
-
-        The epsilon of rows is not bias-corrected, as in ``torch.optim.SparseAdam``.
-        """
-        check_options(group)
-        (beta_1, beta_2), weight_decay = group["betas"], float(group["weight_decay"])
-        decoupled = group["decoupled_weight_decay"]
-        if weight_decay and not decoupled and chosen.kind.rows:
-            raise ValueError(
-                f"weight_decay: {weight_decay} with sparse_update={self._mode!r}, expected 0 or "
-                "decoupled_weight_decay=True, for parameters with sparse gradients"
-            )
-        return StepHyper(
-            step=step,
-            learning_rate=float(group["lr"]) if chosen.context is None else 0.0,
-            beta_1=float(beta_1),
-            beta_2=float(beta_2),
-            epsilon=float(group["eps"]),
-            gradient_scale=gradient_scale,
-            weight_decay=weight_decay if decoupled else 0.0,
-            l2=0.0 if decoupled else weight_decay,
-            epsilon_corrected=not chosen.kind.rows,
-        )
+        return Call(index, chosen, mine, hyper, chosen.factors_of(group), there.found_inf)
 
     def _settle_before(self, chosen: ParameterSet, gradients: list[Tensor], hyper: StepHyper) -> None:
         """Bring rows up to date that cannot wait for this step."""
@@ -294,12 +215,6 @@ class GroupStepper:
         else:
             chosen.counts.forget()
         self._pending = None
-
-
-def _are_constant(options: tuple[object, ...]) -> bool:
-    """Whether these options can only be replaced; a tensor or a list may change and stay the same object."""
-    scale, lr, betas, *others = options
-    return type(betas) is tuple and {type(each) for each in (scale, lr, *betas, *others)} <= _CONSTANTS
 
 
 def _are_apart(ready: list[Ready]) -> bool:

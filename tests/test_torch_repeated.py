@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 
@@ -277,6 +279,19 @@ def test_a_repeated_step_that_is_refused_changes_nothing(kind):
         twins.tested.step()
     assert all(map(torch.equal, before, twins.ours))
     assert [float(named["step"]) for named in twins.tested.state.values()] == [WARM] * len(SHAPES)
+
+
+def test_an_optimizer_that_its_parameter_refers_to_is_collected():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = fastadam.torch.Adam([weight])
+    weight.owner = optimizer
+    for _ in range(WARM):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer, weight
+    gc.collect()
+    assert gone() is None
 
 
 def test_random_halves_of_many_parameters_keep_a_bounded_number_of_sets():

@@ -81,11 +81,10 @@ class StepCounts {
 
 class Parameters {
  public:
-  // `params`: those of a whole group, of which the plan steps the ones at its positions. `states[i]`: the state of
-  // variable i, a dict with a tensor for each of `keys`, the slots of the plan in its order, and the "step".
-  Parameters(const py::list& params, const py::list& states, const py::tuple& keys) {
-    for (const py::handle param : params) params_.push_back(py::reinterpret_borrow<py::object>(param));
-    slots_per_variable_ = keys.size();
+  // `states[i]`: the state of variable i, a dict with a tensor for each of `keys`, the slots of the plan in its order,
+  // and the "step". The parameters themselves are not kept: their hooks may lead back to the optimizer, in a cycle that
+  // the garbage collector could not see.
+  Parameters(const py::list& states, const py::tuple& keys) : slots_per_variable_(keys.size()) {
     for (const py::handle state : states) {
       const auto named = state.cast<py::dict>();
       states_.emplace_back(named, py::reinterpret_steal<py::dict>(PyDict_Copy(named.ptr())));
@@ -99,29 +98,30 @@ class Parameters {
 
   const StepCounts& counts() const { return counts_; }
 
-  // The gradients of the variables if `params` are the same parameters, of which those of the plan, and no others, have
-  // a gradient; otherwise empty.
+  // The gradients of the variables if `params` are those that the plan follows, `followed`, and those at the positions
+  // of its variables, and no others, have a gradient; otherwise empty.
   template <class Arrays>
-  std::optional<py::list> gradients_of(const VariableSet<Arrays>& variables, const py::list& params) const {
+  std::optional<py::list> gradients_of(const VariableSet<Arrays>& variables, const py::list& params,
+                                       const py::tuple& followed) const {
     static const py::handle grad = PyUnicode_InternFromString("grad");
-    if (params.size() != params_.size() || states_.size() != variables.size()) return std::nullopt;
-    py::list gradients(variables.size());
-    size_t i = 0;
-    for (size_t at = 0; at < params_.size(); ++at) {
-      PyObject* param = params_[at].ptr();
+    if (params.size() != followed.size() || states_.size() != variables.size()) return std::nullopt;
+    py::list gradients;
+    for (size_t at = 0; at < followed.size(); ++at) {
+      const py::object param = followed[at];
       // A property of a subclass may have shortened the list.
-      if (at >= params.size() || PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(at)) != param) {
+      if (at >= params.size() || PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(at)) != param.ptr()) {
         return std::nullopt;
       }
-      const auto gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad.ptr()));
+      const auto gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), grad.ptr()));
       if (!gradient) throw py::error_already_set();
+      const size_t i = gradients.size();
       const bool is_stepped = i < variables.size() && variables.position(i) == static_cast<int64_t>(at);
       if (gradient.is_none() == is_stepped) return std::nullopt;
       if (!is_stepped) continue;
-      if (!variables.has(i, 0, params_[at])) return std::nullopt;
-      gradients[i++] = gradient;
+      if (!variables.has(i, 0, param)) return std::nullopt;
+      gradients.append(gradient);
     }
-    return i == variables.size() ? std::optional(gradients) : std::nullopt;
+    return gradients.size() == variables.size() ? std::optional(gradients) : std::nullopt;
   }
 
   // Whether the states have the same tensors in the same order, with the memory that the plan knows.
@@ -139,8 +139,7 @@ class Parameters {
   }
 
  private:
-  std::vector<py::object> params_;
-  size_t slots_per_variable_ = 0;
+  size_t slots_per_variable_;
   std::vector<std::pair<py::dict, py::dict>> states_;  // and what each was
   std::vector<py::object> slots_;                      // all of variable 0, then of variable 1, ...
   StepCounts counts_;

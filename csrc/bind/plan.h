@@ -74,9 +74,9 @@ class Plan {
     return step(*gradients, hyper, remembered_factors_, counter).empty();
   }
 
-  // The variables are these parameters of PyTorch. Returns whether a step can be repeated with them: see Repeat.
-  bool follow(const py::list& params, const py::list& states, const py::tuple& keys) {
-    parameters_.emplace(params, states, keys);
+  // The variables are parameters of PyTorch with these states. Returns whether a step can be repeated: see Repeat.
+  bool follow(const py::list& states, const py::tuple& keys) {
+    parameters_.emplace(states, keys);
     if (!parameters_->are_usable()) parameters_.reset();
     return parameters_.has_value();
   }
@@ -108,14 +108,19 @@ class Plan {
     StepArgs args_;
   };
 
-  // The next step if `params`, those of a group, and everything in their states is what the plan follows; else null.
-  std::unique_ptr<Repeat> repeat(const py::list& params) {
-    if (!parameters_ || !remembered_) return nullptr;
-    const std::optional<py::list> gradients = parameters_->gradients_of(variables(), params);
-    if (!gradients || !parameters_->are_current(variables())) return nullptr;
+  // The gradients of the next step if `params`, those of a group, and their states are what the plan follows; otherwise
+  // empty.
+  std::optional<py::list> gradients_to_repeat(const py::list& params, const py::tuple& followed) const {
+    if (!parameters_ || !remembered_) return std::nullopt;
+    std::optional<py::list> gradients = parameters_->gradients_of(variables(), params, followed);
+    return gradients && parameters_->are_current(variables()) ? gradients : std::nullopt;
+  }
+
+  // The next step; null if step counts differ or a gradient must be converted.
+  std::unique_ptr<Repeat> repeat(const py::list& gradients) {
     const std::optional<int64_t> count = parameters_->counts().get();
     if (!count) return nullptr;
-    auto step = std::make_unique<Repeat>(*this, *gradients, *count);
+    auto step = std::make_unique<Repeat>(*this, gradients, *count);
     return step->is_ready() ? std::move(step) : nullptr;
   }
 
@@ -217,17 +222,25 @@ class Plan {
 };
 
 // A step of all groups of an optimizer of PyTorch, each of which `plans` has one plan for, if nothing but gradients,
-// values and step counts has changed since the last; otherwise false, and nothing has changed. `state` is that of the
-// optimizer, and `known` what it was then. Raises what is wrong before anything is written.
+// values and step counts has changed since the last; otherwise false, and nothing has changed. `followed[i]`: what the
+// parameters of group i were; `state` is that of the optimizer, and `known` what it was. Raises what is wrong before
+// anything is written.
 template <class Backend>
-bool step_groups_again(const py::list& plans, const py::list& groups, const py::dict& state, const py::dict& known) {
+bool step_groups_again(const py::list& plans, const py::list& groups, const py::list& followed, const py::dict& state,
+                       const py::dict& known) {
   static const py::handle name = PyUnicode_InternFromString("params");
   if (groups.size() != plans.size() || !same_items(state, known)) return false;
-  std::vector<std::unique_ptr<typename Plan<Backend>::Repeat>> steps;
+  std::vector<py::list> gradients;
   for (size_t i = 0; i < plans.size(); ++i) {
     const py::object params = groups[i].cast<py::dict>()[name];
     if (!py::isinstance<py::list>(params)) return false;
-    steps.push_back(plans[i].cast<Plan<Backend>&>().repeat(params));
+    auto found = plans[i].cast<const Plan<Backend>&>().gradients_to_repeat(params, followed[i].cast<py::tuple>());
+    if (!found) return false;
+    gradients.push_back(*std::move(found));
+  }
+  std::vector<std::unique_ptr<typename Plan<Backend>::Repeat>> steps;
+  for (size_t i = 0; i < plans.size(); ++i) {
+    steps.push_back(plans[i].cast<Plan<Backend>&>().repeat(gradients[i]));
     if (steps.back() == nullptr) return false;
   }
   for (const auto& step : steps) step->run();

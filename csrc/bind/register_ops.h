@@ -93,11 +93,11 @@ inline int64_t* place_of(const py::object& counter) {
 
 // Steps of parameters of PyTorch that are repeated without Python.
 template <class Backend>
-void register_repeats(py::module_& m, py::class_<Plan<Backend>>& plan) {
+void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
   m.def("same_items", &same_items, py::arg("a"), py::arg("b"));
-  plan.def("follow", &Plan<Backend>::follow, py::arg("params"), py::arg("states"), py::arg("keys"));
-  m.def("step_groups_again", &step_groups_again<Backend>, py::arg("plans"), py::arg("groups"), py::arg("state"),
-        py::arg("known"));
+  type.def("follow", &Plan<Backend>::follow, py::arg("states"), py::arg("keys"));
+  m.def("step_groups_again", &step_groups_again<Backend>, py::arg("plans"), py::arg("groups"), py::arg("followed"),
+        py::arg("state"), py::arg("known"));
 }
 
 template <class Backend>
@@ -111,8 +111,8 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
       .def(py::init<>())
       .def_static("exist", &ClosedForms::exist, py::arg("beta_1"), py::arg("beta_2"), py::arg("amsgrad"));
   using BackendPlan = Plan<Backend>;
-  py::class_<BackendPlan> plan(m, "Plan", py::module_local());
-  plan.def(py::init<std::vector<Buffer>, const py::dict&, const std::vector<bool>&, std::vector<int64_t>, bool,
+  py::class_<BackendPlan> type(m, "Plan", py::module_local());
+  type.def(py::init<std::vector<Buffer>, const py::dict&, const std::vector<bool>&, std::vector<int64_t>, bool,
                     const typename TensorSet<Backend>::Histories&, const py::object&>(),
            py::arg("variables"), py::arg("slots"), py::arg("decays"), py::arg("positions"), py::arg("lazy"),
            py::arg("histories"), py::arg("context") = py::none())
@@ -168,8 +168,8 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
           },
           py::arg("gradients"), py::arg("scale"), py::arg("require_finite"), py::arg("restart"), py::arg("update"),
           py::arg("hyper"), py::arg("counter"));
-  if constexpr (std::is_same_v<typename Backend::Arrays, HostArrays>) register_repeats<Backend>(m, plan);
-  return plan;
+  if constexpr (std::is_same_v<typename Backend::Arrays, HostArrays>) register_repeats<Backend>(m, type);
+  return type;
 }
 
 }  // namespace fastadam::bind

@@ -86,7 +86,7 @@ class Plan:
     ) -> list[int]: ...
     def remember(self, hyper: StepHyper, stamp: int, grad_factors: Sequence[float]) -> None: ...
     def step_again(self, pairs: list[Any], holder: type, stamp: int, counter: npt.NDArray[np.int64]) -> bool: ...
-    def follow(self, params: list[Any], states: Sequence[dict[str, Any]], keys: tuple[str, ...]) -> bool: ...
+    def follow(self, states: list[dict[str, Any]], keys: tuple[str, ...]) -> bool: ...
     def accumulate(
         self,
         gradients: list[Any],
@@ -102,7 +102,11 @@ def same_items(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
     """Whether the dicts have the same objects as keys and values, in the same order; nothing is hashed."""
 
 def step_groups_again(
-    plans: list[Plan], groups: list[dict[str, Any]], state: dict[Any, Any], known: dict[Any, Any]
+    plans: list[Plan],
+    groups: list[dict[str, Any]],
+    followed: list[tuple[Any, ...]],
+    state: dict[Any, Any],
+    known: dict[Any, Any],
 ) -> bool:
     """A step of PyTorch's groups like the last one, each with its plan; False, and no change, if it is not like it."""
 

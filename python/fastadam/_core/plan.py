@@ -153,15 +153,14 @@ class Plan:
         """
         return self._native.step_again(pairs, Variable, stamp, counter)
 
-    def follow(self, params: list[Tensor], states: list[Config], keys: tuple[str, ...]) -> bool:
+    def follow(self, states: list[Config], keys: tuple[str, ...]) -> bool:
         """Whether steps can be repeated by :class:`RepeatedSteps`; for a plan of PyTorch's parameters on the host.
 
         Args:
-            params: The parameters of a group, among which are the plan's, at its positions.
-            states: For each of the plan's parameters the dict that has its step count, ``step``, and its slots.
+            states: For each parameter the dict that has its step count, ``step``, and its slots.
             keys: The keys of the slots there, in the order of the plan.
         """
-        return self._native.follow(params, states, keys)
+        return self._native.follow(states, keys)
 
     def accumulate(
         self,
@@ -226,18 +225,26 @@ class Plan:
 
 
 class RepeatedSteps:
-    """Steps of all groups of an optimizer of PyTorch, one plan for each; the plans follow the parameters."""
+    """Steps of all groups of an optimizer of PyTorch, with one plan for each, like the steps before.
 
-    def __init__(self, plans: list[Plan]) -> None:
+    Args:
+        plans: Plans that follow their states, and remember the numbers of a step.
+        groups: The groups as they are now; a plan has the parameters at its positions.
+        state: ``optimizer.state`` as it is now.
+    """
+
+    def __init__(self, plans: list[Plan], groups: list[Config], state: dict[Tensor, Config]) -> None:
         self._natives = [plan._native for plan in plans]
+        self._params = [tuple(group["params"]) for group in groups]
+        self._state = {**state}
 
-    def make(self, groups: list[Config], state: dict[Tensor, Config], known: dict[Tensor, Config]) -> bool:
-        """Make a step with the numbers that the plans remember, and count it; False, and no change, if it is another.
+    def make(self, groups: list[Config], state: dict[Tensor, Config]) -> bool:
+        """Make the next step and count it; False, and no change, if it is another one.
 
-        It is if ``state`` differs from ``known``, parameters, states or their memory have been replaced, other
-        parameters than in the last step have a gradient, step counts differ, or a gradient has to be converted.
+        It is if parameters, states or their memory have been replaced, other parameters than before have a gradient,
+        step counts differ, or a gradient has to be converted.
         """
-        return _cpu.step_groups_again(self._natives, groups, state, known)
+        return _cpu.step_groups_again(self._natives, groups, self._params, state, self._state)
 
 
 class BoundedCache(Generic[Key, Value]):

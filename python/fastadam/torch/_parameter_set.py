@@ -146,10 +146,10 @@ class ParameterSet:
         is_special = self._views or self.tables or self._gradients.were_converted
         return self.context is None and not is_special and self.counts.are_plain
 
-    def follow(self, group_params: list[Tensor]) -> bool:
-        """Let the plan compare parameters and states by itself from here on."""
+    def follow(self) -> bool:
+        """Have the plan compare the states by itself from here on; False if it cannot."""
         keys = tuple(SLOTS[name] for name in self.kind.slots)
-        return self.plan.follow(group_params, self.states, keys)
+        return self.plan.follow(self.states, keys)
 
     @property
     def written(self) -> list[Tensor]:

@@ -24,30 +24,28 @@ _CONSTANTS = {float, int, bool, type(None)}
 class RepeatedStep:
     """The last step, of one set for each group on the host; only gradients, values, counts and options may change."""
 
-    def __init__(self, sets: list[ParameterSet], known: States) -> None:
-        self._sets, self._known = sets, known
-        self._steps = RepeatedSteps([each.plan for each in sets])
+    def __init__(self, sets: list[ParameterSet], groups: list[Group], state: States) -> None:
+        self._sets = sets
+        self._steps = RepeatedSteps([each.plan for each in sets], groups, state)
         self._written = [tensor for each in sets for tensor in each.written]
         # With which the plans remember the numbers of the step: the scale of the gradients, then options of the group.
         self._numbers: list[tuple[object, ...] | None] = [None] * len(sets)
 
     @classmethod
-    def after(cls, last: list[tuple[int, ParameterSet]], groups: list[Group], known: States) -> RepeatedStep | None:
+    def after(cls, last: list[tuple[int, ParameterSet]], groups: list[Group], state: States) -> RepeatedStep | None:
         """What repeats a step with these groups and sets; None if native code cannot.
 
         Args:
             last: The sets that were stepped, each with the place of its group.
             groups: All groups.
-            known: What ``optimizer.state`` is.
+            state: ``optimizer.state``.
         """
         if [place for place, _ in last] != list(range(len(groups))):
             return None
         sets = [each for _, each in last]
-        if not all(each.can_be_followed for each in sets):
+        if not all(each.can_be_followed for each in sets) or not all(each.follow() for each in sets):
             return None
-        if not all(each.follow(group["params"]) for each, group in zip(sets, groups, strict=True)):
-            return None
-        return cls(sets, known)
+        return cls(sets, groups, state)
 
     def make(self, groups: list[Group], state: States, gradient_scale: float) -> bool:
         """Make the step, or raise what is wrong and change nothing; False, and no change, if it is another step."""
@@ -59,7 +57,7 @@ class RepeatedStep:
                 return False
         was_made = True  # a signal may come as the call returns
         try:
-            was_made = self._steps.make(groups, state, self._known)
+            was_made = self._steps.make(groups, state)
         finally:
             if was_made:
                 increment_version(self._written)

@@ -120,8 +120,8 @@ class GroupStepper:
         for call in calls:
             self._make(call, state)
         before, self._last = self._last, [(call.group, call.chosen) for call in calls]
-        if self._last == before and self.partitions.known is not None:
-            self._repeated = RepeatedStep.after(self._last, groups, self.partitions.known)
+        if self._last == before:
+            self._repeated = RepeatedStep.after(self._last, groups, state)
 
     def _ready(
         self, index: int, group: Group, state: States, gradients: list[Tensor | None], scaled: ScaledStep

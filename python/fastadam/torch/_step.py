@@ -77,15 +77,14 @@ class GroupStepper:
     """
 
     def __init__(self, options: Options, previous: GroupStepper | None = None) -> None:
-        self._mode = options.sparse_update
         if previous is None:
             self.compiled = CompiledSteps()
-            self.tables = Tables(self._mode, options.readers)
+            self.tables = Tables(options.sparse_update, options.readers)
         else:
             self.compiled = previous.compiled
             self.tables = previous.tables.renewed()
         self.lock = self.compiled.lock
-        self.partitions = Partitions(self._mode, options.moments_dtype, self.tables)
+        self.partitions = Partitions(options.sparse_update, options.moments_dtype, self.tables)
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
         self._pending: Pending | None = None
         self._last: list[tuple[int, ParameterSet]] = []  # the sets of the last step, and their groups

@@ -272,3 +272,10 @@ def test_version_counters_rise(name):
     twins.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize(("cls", "ours"), [(fastadam.torch.Adam, ["Adam"]), (fastadam.torch.AdamW, ["AdamW", "Adam"])])
+def test_an_optimizer_inherits_from_torchs_and_holds_its_parts(cls, ours):
+    assert [base.__name__ for base in cls.__mro__ if base.__module__.startswith("fastadam")] == ours
+    held = vars(cls([torch.nn.Parameter(torch.ones(2))])).keys() - vars(torch.optim.Adam([torch.ones(2)])).keys()
+    assert held == {"_options", "_stepper"}

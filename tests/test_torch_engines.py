@@ -171,6 +171,6 @@ def test_the_operator_says_what_it_mutates():
     params = [parameter.detach().clone() for parameter in model.parameters()]
     grads, m, v, vhat = ([torch.ones_like(p) for p in params] for _ in range(4))
     steps = list(torch.zeros(len(params)).unbind())
-    numbers = (None, None, None, 0.1, 0.9, 0.99, 1e-8, 0.0, False, False, 0)
+    numbers = (None, None, None, 0.1, 0.9, 0.99, 1e-8, 0.0, False, False, 0, 0)
     arguments = (params, grads, m, v, vhat, steps, *numbers)
     torch.library.opcheck(torch.ops.fastadam.adam_.default, arguments, test_utils=("test_schema", "test_faketensor"))

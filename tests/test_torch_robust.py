@@ -120,7 +120,7 @@ for thread in threads:
 assert not errors, errors
 assert float(optimizer.state[table.weight]["step"]) == 400
 for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-    assert twin._lock is not optimizer._lock
+    assert twin._stepper.lock is not optimizer._stepper.lock
     twin.param_groups[0]["params"][0].grad = table.weight.grad
     twin.step()
 """
@@ -169,7 +169,7 @@ def test_a_step_that_was_made_is_counted_though_a_signal_came(apart, first, fini
         if apart:
             for w in weights:
                 optimizer.state[w]["step"] = optimizer.state[w]["step"].clone()
-    together = fastadam.torch._sets.ParameterSet
+    together = fastadam.torch._parameter_set.ParameterSet
     make, finish = together.__init__, together.finish
 
     def with_signal(self, *arguments):
@@ -184,11 +184,11 @@ def test_a_step_that_was_made_is_counted_though_a_signal_came(apart, first, fini
     monkeypatch.setattr(together, "__init__", with_signal)
     if not finished:
         monkeypatch.setattr(together, "finish", cut_off)
-    optimizer._sets.clear()
+    optimizer._stepper.partitions.clear()
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     monkeypatch.undo()
-    optimizer._sets.clear()
+    optimizer._stepper.partitions.clear()
     for k in range(2):
         saved = optimizer.state_dict()["state"]
         assert [float(named["step"]) for named in saved.values()] == [stepped + 1 + k] * 2

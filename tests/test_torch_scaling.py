@@ -10,9 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fastadam.torch import _counts as counts  # noqa: E402
-from fastadam.torch import _scaling as scaling  # noqa: E402
-from fastadam.torch import _sets as sets  # noqa: E402
+from fastadam.torch import _grad_scaler as scaling  # noqa: E402
+from fastadam.torch import _parameter_set as sets  # noqa: E402
+from fastadam.torch import _step_count as counts  # noqa: E402
 from torch_twins import PAIRS, Twins, parameters  # noqa: E402
 
 SHAPES = ((3,), (2, 4), ())
@@ -70,8 +70,8 @@ class Device:
 def waits(monkeypatch):
     """Every tensor counts as one of a GPU; the list of the counts for which the host has waited."""
     for module in (counts, scaling, sets):
-        monkeypatch.setattr(module, "lies_on_gpu", lambda number: isinstance(number, torch.Tensor))
-    make_plan, wait = sets.ParameterSet._make_plan, counts.StepCounts._wait
+        monkeypatch.setattr(module, "is_on_gpu", lambda number: isinstance(number, torch.Tensor))
+    make_plan, wait = sets.ParameterSet.make_plan, counts.StepCounts._wait
     found = []
 
     def make_device(together):
@@ -92,12 +92,12 @@ def waits(monkeypatch):
         assert own._grad_scale is None, "the host has waited for a GPU"
         return 1.0
 
-    monkeypatch.setattr(sets.ParameterSet, "_make_plan", make_device)
-    monkeypatch.setattr(sets.ParameterSet, "is_capturing", lambda _: False)
+    monkeypatch.setattr(sets.ParameterSet, "make_plan", make_device)
+    monkeypatch.setattr(sets.ParameterSet, "is_capturing", property(lambda _: False))
     monkeypatch.setattr(sets.ParameterSet, "rate_on_gpu", lambda *_: None)
     monkeypatch.setattr(counts.StepCounts, "_wait", note_wait)
     for known in (skips, gradient_scale):
-        monkeypatch.setattr(scaling.Scaling, known.__name__, property(known))
+        monkeypatch.setattr(scaling.ScaledStep, known.__name__, property(known))
     return found
 
 
@@ -258,7 +258,8 @@ def test_a_step_that_a_gpu_found_wrong_is_taken_back(waits):
     twins = Scaled(lr=0.1, fused=True)
     for found_inf in (False, True, False):
         twins.scaled_step(found_inf=found_inf)
-    context = next(iter(twins.tested._contexts.values()))
+    (chosen,) = twins.tested._stepper.partitions
+    context = chosen.context
     for parameter in twins.ours:
         twins.tested.state[parameter]["step"].add_(2)  # of steps that have done nothing
     context.failure = 1, "a bad index"
@@ -333,7 +334,7 @@ def test_inference_tensors_have_no_version(waits):
 
 @pytest.mark.parametrize("found_inf", [0, 0.0, np.float32(0), None])
 def test_what_the_host_knows_is_not_waited_for(found_inf):
-    assert not scaling.Scaling(None, found_inf).host_skips
-    assert scaling.Scaling(None, torch.tensor(float("nan"))).host_skips
-    assert scaling.Scaling(4, found_inf).gradient_scale == 0.25
-    assert scaling.Scaling(torch.tensor(4.0), 1).on(torch.device("cpu")) == (None, None)
+    assert not scaling.ScaledStep(None, found_inf).host_skips
+    assert scaling.ScaledStep(None, torch.tensor(float("nan"))).host_skips
+    assert scaling.ScaledStep(4, found_inf).gradient_scale == 0.25
+    assert scaling.ScaledStep(torch.tensor(4.0), 1).on(torch.device("cpu")) == (None, None)

@@ -5,18 +5,23 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "../capi/prepare.h"
 #include "../capi/step_checks.h"
+#include "parameters.h"
 #include "tensors.h"
 
 namespace fastadam::bind {
 
 template <class Backend>
 class Plan {
+  using Scope = typename Backend::Scope;
+  using Call = typename TensorSet<Backend>::Call;
+
  public:
   template <class... Arguments>
   explicit Plan(Arguments&&... arguments) : set_(std::forward<Arguments>(arguments)...) {}
@@ -51,9 +56,10 @@ class Plan {
   }
 
   // Keeps the numbers of the last step for step_again(). They are good as long as the caller's `stamp` is the same.
-  void remember(const AdamHyper& hyper, int64_t stamp) {
+  void remember(const AdamHyper& hyper, int64_t stamp, std::vector<double> factors) {
     remembered_ = hyper;
     stamp_ = stamp;
+    remembered_factors_ = std::move(factors);
   }
 
   // A step with the remembered numbers and the next t. Returns false, with nothing done, if the stamp differs, if the
@@ -65,7 +71,57 @@ class Plan {
     if (!gradients || *counter < 0 || *counter == std::numeric_limits<int64_t>::max()) return false;
     AdamHyper hyper = *remembered_;
     hyper.step = *counter + 1;
-    return step(*gradients, hyper, {}, counter).empty();
+    return step(*gradients, hyper, remembered_factors_, counter).empty();
+  }
+
+  // The variables are parameters of PyTorch with these states. Returns whether a step can be repeated: see Repeat.
+  bool follow(const py::list& states, const py::tuple& keys) {
+    parameters_.emplace(states, keys);
+    if (!parameters_->are_usable()) parameters_.reset();
+    return parameters_.has_value();
+  }
+
+  // A step with the remembered numbers for the parameters that the plan follows, checked but not made yet.
+  class Repeat {
+   public:
+    Repeat(Plan& plan, const py::list& gradients, int64_t count)
+        : plan_(plan), scope_(plan.backend(), plan.variables().place()), call_(plan.set_, gradients) {
+      hyper_ = *plan.remembered_;
+      hyper_.step = count + 1;
+      if (is_ready()) args_ = plan.arguments(hyper_, plan.remembered_factors_);
+    }
+
+    // False if a gradient must be converted.
+    bool is_ready() const { return call_.to_convert().empty(); }
+
+    // Makes the step and writes the step counts.
+    void run() {
+      plan_.run(call_, args_, hyper_, nullptr);
+      plan_.parameters_->counts().set(hyper_.step);
+    }
+
+   private:
+    Plan& plan_;
+    Scope scope_;
+    Call call_;
+    AdamHyper hyper_;
+    StepArgs args_;
+  };
+
+  // The gradients of the next step if `params`, those of a group, and their states are what the plan follows; otherwise
+  // empty.
+  std::optional<py::list> gradients_to_repeat(const py::list& params, const py::tuple& followed) const {
+    if (!parameters_ || !remembered_) return std::nullopt;
+    std::optional<py::list> gradients = parameters_->gradients_of(variables(), params, followed);
+    return gradients && parameters_->are_current(variables()) ? gradients : std::nullopt;
+  }
+
+  // The next step; null if step counts differ or a gradient must be converted.
+  std::unique_ptr<Repeat> repeat(const py::list& gradients) {
+    const std::optional<int64_t> count = parameters_->counts().get();
+    if (!count) return nullptr;
+    auto step = std::make_unique<Repeat>(*this, gradients, *count);
+    return step->is_ready() ? std::move(step) : nullptr;
   }
 
   // Adds the gradients, times `scale`, to their accumulators, which count as zero if `restart`; then `update`, if not
@@ -113,9 +169,6 @@ class Plan {
   bool all_finite() const { return all_finite_; }
 
  private:
-  using Scope = typename Backend::Scope;
-  using Call = typename TensorSet<Backend>::Call;
-
   static bool clips_norms(const AdamHyper& hyper) {
     return std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
   }
@@ -163,7 +216,35 @@ class Plan {
   TensorSet<Backend> set_;
   std::optional<AdamHyper> remembered_;
   int64_t stamp_ = 0;
+  std::vector<double> remembered_factors_;
+  std::optional<Parameters> parameters_;
   bool all_finite_ = true;
 };
+
+// A step of all groups of an optimizer of PyTorch, each of which `plans` has one plan for, if nothing but gradients,
+// values and step counts has changed since the last; otherwise false, and nothing has changed. `followed[i]`: what the
+// parameters of group i were; `state` is that of the optimizer, and `known` what it was. Raises what is wrong before
+// anything is written.
+template <class Backend>
+bool step_groups_again(const py::list& plans, const py::list& groups, const py::list& followed, const py::dict& state,
+                       const py::dict& known) {
+  static const py::handle name = PyUnicode_InternFromString("params");
+  if (groups.size() != plans.size() || !same_items(state, known)) return false;
+  std::vector<py::list> gradients;
+  for (size_t i = 0; i < plans.size(); ++i) {
+    const py::object params = groups[i].cast<py::dict>()[name];
+    if (!py::isinstance<py::list>(params)) return false;
+    auto found = plans[i].cast<const Plan<Backend>&>().gradients_to_repeat(params, followed[i].cast<py::tuple>());
+    if (!found) return false;
+    gradients.push_back(*std::move(found));
+  }
+  std::vector<std::unique_ptr<typename Plan<Backend>::Repeat>> steps;
+  for (size_t i = 0; i < plans.size(); ++i) {
+    steps.push_back(plans[i].cast<Plan<Backend>&>().repeat(gradients[i]));
+    if (steps.back() == nullptr) return false;
+  }
+  for (const auto& step : steps) step->run();
+  return true;
+}
 
 }  // namespace fastadam::bind

@@ -181,8 +181,10 @@ std::optional<ArrayAddress> address_if_like(const py::object& object, const Buff
 template <class Arrays>
 Buffer from_any_dlpack(py::object object, const Label& label) {
   if (is_true(object, "is_neg")) throw py::value_error(label() + ": tensor with the negative bit; resolve it first");
-  // torch refuses to export a tensor that requires gradients. The detached tensor has the same memory.
-  if (py::hasattr(object, "requires_grad") && py::hasattr(object, "detach")) object = object.attr("detach")();
+  // A torch tensor that requires gradients refuses to be exported; detached it is the same memory. Any other is not
+  // detached: tensor_address_if_like() is twice as fast for a tensor that its own capsule holds.
+  const bool is_traced = py::hasattr(object, "requires_grad") && object.attr("requires_grad").ptr() != Py_False;
+  if (is_traced && py::hasattr(object, "detach")) object = object.attr("detach")();
   const auto device = object.attr("__dlpack_device__")().cast<py::tuple>();
   const auto type = device[0].cast<int32_t>();
   if (type == dlpack::kDLCPU) return from_dlpack(object, label, py::dict());

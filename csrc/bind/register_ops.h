@@ -8,6 +8,9 @@
 
 #include <limits>
 #include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "plan.h"
 
@@ -88,6 +91,15 @@ inline int64_t* place_of(const py::object& counter) {
   return static_cast<int64_t*>(array.mutable_data());
 }
 
+// Steps of parameters of PyTorch that are repeated without Python.
+template <class Backend>
+void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
+  m.def("same_items", &same_items, py::arg("a"), py::arg("b"));
+  type.def("follow", &Plan<Backend>::follow, py::arg("states"), py::arg("keys"));
+  m.def("step_groups_again", &step_groups_again<Backend>, py::arg("plans"), py::arg("groups"), py::arg("followed"),
+        py::arg("state"), py::arg("known"));
+}
+
 template <class Backend>
 py::class_<Plan<Backend>> register_ops(py::module_& m) {
   register_buffer<typename Backend::Arrays>(m);
@@ -99,8 +111,8 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
       .def(py::init<>())
       .def_static("exist", &ClosedForms::exist, py::arg("beta_1"), py::arg("beta_2"), py::arg("amsgrad"));
   using BackendPlan = Plan<Backend>;
-  return py::class_<BackendPlan>(m, "Plan", py::module_local())
-      .def(py::init<std::vector<Buffer>, const py::dict&, const std::vector<bool>&, std::vector<int64_t>, bool,
+  py::class_<BackendPlan> type(m, "Plan", py::module_local());
+  type.def(py::init<std::vector<Buffer>, const py::dict&, const std::vector<bool>&, std::vector<int64_t>, bool,
                     const typename TensorSet<Backend>::Histories&, const py::object&>(),
            py::arg("variables"), py::arg("slots"), py::arg("decays"), py::arg("positions"), py::arg("lazy"),
            py::arg("histories"), py::arg("context") = py::none())
@@ -138,8 +150,10 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
           py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter"))
       .def(
           "remember",
-          [](BackendPlan& plan, const py::tuple& hyper, int64_t stamp) { plan.remember(hyper_of(hyper), stamp); },
-          py::arg("hyper"), py::arg("stamp"))
+          [](BackendPlan& plan, const py::tuple& hyper, int64_t stamp, std::vector<double> grad_factors) {
+            plan.remember(hyper_of(hyper), stamp, std::move(grad_factors));
+          },
+          py::arg("hyper"), py::arg("stamp"), py::arg("grad_factors"))
       .def(
           "step_again",
           [](BackendPlan& plan, const py::list& pairs, const py::type& holder, int64_t stamp,
@@ -154,6 +168,8 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
           },
           py::arg("gradients"), py::arg("scale"), py::arg("require_finite"), py::arg("restart"), py::arg("update"),
           py::arg("hyper"), py::arg("counter"));
+  if constexpr (std::is_same_v<typename Backend::Arrays, HostArrays>) register_repeats<Backend>(m, type);
+  return type;
 }
 
 }  // namespace fastadam::bind

@@ -80,6 +80,12 @@ class VariableSet {
     return true;
   }
 
+  // Whether `object` is at the address of variable i (`column` 0) or of its slot `column - 1`, and like it.
+  bool has(size_t i, size_t column, const py::object& object) const {
+    const size_t slots = state_.size() / variables_.size();
+    return is_same_array(object, column == 0 ? variables_[i] : state_[i * slots + column - 1], Sign::kTrust);
+  }
+
   void require_length(const char* name, size_t length) const {
     if (length == variables_.size()) return;
     throw py::value_error(std::string(name) + ": " + std::to_string(length) + " arrays, expected " +

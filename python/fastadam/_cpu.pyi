@@ -84,8 +84,9 @@ class Plan:
         grad_factors: Sequence[float],
         counter: npt.NDArray[np.int64] | None,
     ) -> list[int]: ...
-    def remember(self, hyper: StepHyper, stamp: int) -> None: ...
+    def remember(self, hyper: StepHyper, stamp: int, grad_factors: Sequence[float]) -> None: ...
     def step_again(self, pairs: list[Any], holder: type, stamp: int, counter: npt.NDArray[np.int64]) -> bool: ...
+    def follow(self, states: list[dict[str, Any]], keys: tuple[str, ...]) -> bool: ...
     def accumulate(
         self,
         gradients: list[Any],
@@ -99,6 +100,18 @@ class Plan:
 
 def copy_all(copies: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], counter: npt.NDArray[np.int64]) -> None:
     """Copy each second array over the first, of the same size in bytes, then raise the counter; nothing in between."""
+
+def same_items(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
+    """Whether the dicts have the same objects as keys and values, in the same order; nothing is hashed."""
+
+def step_groups_again(
+    plans: list[Plan],
+    groups: list[dict[str, Any]],
+    followed: list[tuple[Any, ...]],
+    state: dict[Any, Any],
+    known: dict[Any, Any],
+) -> bool:
+    """A step of PyTorch's groups like the last one, each with its plan; False, and no change, if it is not like it."""
 
 def require_place(buffer: Buffer, like: Buffer) -> None:
     """Raise unless the two lie on one device, or both in memory of the host."""

@@ -1,35 +1,48 @@
-"""Options that are refused, and what messages call a parameter."""
+"""Checks of arguments and options, and what error messages call a parameter."""
 
 from __future__ import annotations
 
 import math
 import numbers as numbers_abc
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastadam._core.common.frameworks import first_of, hint_for_variable, is_array
-from fastadam._core.native.slices import DEFERRED
-from fastadam.torch._views import is_lazy_view
+from fastadam._core.native.slices import DEFERRED, check_ids
+from fastadam.torch._layout import is_lazy_view
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
 
 __all__ = [
+    "Group",
     "OfGroups",
+    "ParamState",
+    "States",
     "check_flags",
-    "check_ids",
     "check_kinds",
     "check_module",
     "check_numbers",
     "check_options",
     "check_params",
+    "check_rows",
     "check_tensor",
     "label_of",
 ]
 
 
+Group: TypeAlias = dict[str, Any]  # a parameter group: "params", and its values of the options
+ParamState: TypeAlias = dict[str, Any]  # "step", "exp_avg", ..., and what others have put there
+States: TypeAlias = dict[Tensor, ParamState]  # `optimizer.state`
+
+
 class OfGroups:
-    """A name whose value the groups have: as an attribute of the optimizer, it would be set and never read."""
+    """An option that belongs to the groups: as an attribute of the optimizer, it would be set and never read."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -37,10 +50,10 @@ class OfGroups:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+    def __get__(self, optimizer: object, owner: type | None = None) -> object:
         raise AttributeError(self._message(owner or type(optimizer)))
 
-    def __set__(self, optimizer: Any, value: Any) -> None:
+    def __set__(self, optimizer: object, value: object) -> None:
         raise AttributeError(self._message(type(optimizer)))
 
     def _message(self, owner: type) -> str:
@@ -48,14 +61,14 @@ class OfGroups:
         return f"{name}, expected group[{self._key!r}] of each group in param_groups"
 
 
-def label_of(group: dict[str, Any], index: int, place: int) -> str:
-    """What messages call a parameter: its name, or its place in the groups."""
+def label_of(group: Group, index: int, place: int) -> str:
+    """What error messages call a parameter: its name, or its place in the groups."""
     names = group.get("param_names")
     return f"parameter '{names[place]}'" if names else f"param_groups[{index}]['params'][{place}]"
 
 
-def check_flags(group: dict[str, Any], param: Tensor, label: str, sparse_update: str) -> None:
-    """Options of a group that a parameter, or the kernels, do not allow."""
+def check_flags(group: Group, param: Tensor, label: str, sparse_update: str) -> None:
+    """Refuse a parameter that the kernels cannot step, or not with the options of its group."""
     if param.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{label}: on {param.device}, expected CPU memory or a CUDA device")
     if is_lazy_view(param):
@@ -66,16 +79,16 @@ def check_flags(group: dict[str, Any], param: Tensor, label: str, sparse_update:
         raise ValueError(f"sparse_update: {sparse_update!r} with {label} on {param.device}, expected CPU memory")
 
 
-def check_options(group: dict[str, Any]) -> None:
-    """Options that may have been set since they were given."""
+def check_options(group: Group) -> None:
+    """Check the options that may have been changed in a group since they were given."""
     if group.get("differentiable"):
         raise ValueError("differentiable: True, expected False: the kernels have no derivative")
     if not 0.0 <= group.get("weight_decay", 0.0) < math.inf:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
 
 
-def check_tensor(name: str, value: Any, *, foreach: bool, capturable: bool) -> None:
-    """What torch requires of a number that comes as a tensor."""
+def check_tensor(name: str, value: object, *, foreach: bool, capturable: bool) -> None:
+    """Check a number that is given as a tensor as torch does."""
     if not isinstance(value, Tensor):
         return
     if foreach and not capturable:
@@ -84,8 +97,8 @@ def check_tensor(name: str, value: Any, *, foreach: bool, capturable: bool) -> N
         raise ValueError(f"Tensor {name} must be 1-element")
 
 
-def check_kinds(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
-    """Numbers, before they are compared."""
+def check_kinds(lr: object, betas: object, eps: object, weight_decay: object) -> None:
+    """Check that these are numbers, before they are compared."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas: {betas!r:.60}, expected a pair of numbers")
     numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "betas[0]": betas[0], "betas[1]": betas[1]}
@@ -100,8 +113,10 @@ def check_kinds(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
             raise TypeError(f"{name}: {type(value).__name__}, expected a number{how}")
 
 
-def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
-    """The ranges that torch has, with its texts."""
+def check_numbers(
+    lr: float | Tensor, betas: tuple[float | Tensor, float | Tensor], eps: float, weight_decay: float
+) -> None:
+    """Check the ranges that torch checks, with its error texts."""
     if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not eps >= 0.0:
@@ -115,8 +130,8 @@ def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
         raise ValueError("betas must be either both floats or both Tensors")
 
 
-def check_params(params: Any) -> Any:
-    """What can be parameters of torch, in a list if it was an iterator; torch's own check follows."""
+def check_params(params: ParamsT) -> ParamsT:
+    """Refuse what cannot be parameters of torch; an iterator becomes a list. Torch's own check follows."""
     if isinstance(params, torch.nn.Module):
         raise TypeError(f"params: {type(params).__name__}, expected its parameters: model.parameters()")
     if not isinstance(params, Iterable):
@@ -132,13 +147,13 @@ def check_params(params: Any) -> Any:
     return items
 
 
-def check_module(module: Any, groups: list[dict[str, Any]], sparse_update: str) -> None:
-    """One whose rows can be brought up to date when it looks them up."""
+def check_module(module: torch.nn.Module, groups: list[Group], sparse_update: str) -> None:
+    """Check that rows can be brought up to date when the module looks them up."""
     weight = getattr(module, "weight", None)
     if not isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
         raise TypeError(f"module: {type(module).__name__}, expected an Embedding or EmbeddingBag")
     if not any(weight is param for group in groups for param in group["params"]):
-        raise ValueError("module: its weight is no parameter of this optimizer")
+        raise ValueError("module: its weight is not a parameter of this optimizer")
     if module.max_norm is not None and sparse_update in DEFERRED:
         raise ValueError(
             f"module: max_norm={module.max_norm} with sparse_update={sparse_update!r}, expected None: it writes to "
@@ -146,10 +161,8 @@ def check_module(module: Any, groups: list[dict[str, Any]], sparse_update: str) 
         )
 
 
-def check_ids(param: Tensor, ids: Any) -> Tensor:
-    """Rows of a parameter, each of which exists."""
+def check_rows(param: Tensor, ids: object) -> npt.NDArray[np.signedinteger]:
+    """Check that these are rows of a parameter; return them flat, on the host."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids: {getattr(ids, 'dtype', type(ids).__name__)}, expected a tensor of int32 or int64")
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= len(param)):
-        raise ValueError(f"ids: from {int(ids.min())} to {int(ids.max())}, expected rows of {len(param)}")
-    return ids.detach()
+    return check_ids(ids.detach().cpu().reshape(-1).numpy(), tuple(param.shape), "param")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,26 +13,30 @@ from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.native.slices import check_sparse_update
 from fastadam.torch._checks import (
     OfGroups,
-    check_ids,
+    check_flags,
     check_kinds,
     check_module,
     check_numbers,
     check_options,
     check_params,
+    check_rows,
     check_tensor,
+    label_of,
 )
-from fastadam.torch._compiled import traced_step
-from fastadam.torch._scaling import Scaling
-from fastadam.torch._states import fill_groups, keep_tensors, restore_states
-from fastadam.torch._stepping import Stepper
-from fastadam.torch._tables import Reader
+from fastadam.torch._compiled import Columns, traced_step
+from fastadam.torch._deferred import Reader
+from fastadam.torch._state import fill_groups, keep_tensors, restore_states, states_of
+from fastadam.torch._step import GroupStepper, Options
 
 if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
+    from torch.optim.optimizer import ParamsT, StateDict
 
     from fastadam._core.common.types import SparseUpdate
+    from fastadam.torch._checks import Group
 
 __all__ = ["Adam", "AdamW"]
+
+Loss = TypeVar("Loss")
 
 _ELSEWHERE = {
     "clipnorm": "torch.nn.utils.clip_grad_norm_ clips gradients before the step",
@@ -45,56 +49,62 @@ _ELSEWHERE = {
 
 
 @named_in_keras
-class Adam(Stepper):
+class Adam(torch.optim.Optimizer):
     r"""Adam, AMSGrad and, with ``decoupled_weight_decay``, AdamW, for parameters of PyTorch.
 
     .. math::
         m \mathrel{+}= (g - m)(1 - \beta_1), \quad v \mathrel{+}= (g^2 - v)(1 - \beta_2), \quad
         \theta \mathrel{-}= \gamma \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    A drop-in for ``torch.optim.Adam``, with its arguments, groups, hooks and state dicts, which go both ways. Float32,
-    float64, bfloat16, float16 and complex parameters of any strides. Gradients are not modified: after
+    A drop-in for ``torch.optim.Adam``: it takes the same arguments, groups and hooks, and state dicts go both ways.
+    Parameters may be float32, float64, bfloat16, float16 or complex, of any strides. Gradients are not modified: after
     ``GradScaler.step`` they are still scaled, unless ``unscale_`` was called.
 
-    On a GPU with ``fused`` or ``capturable``, ``step`` is counted there, and what a GradScaler found is read there: the
-    host waits for neither, but at a first step, after others or a graph may have written to ``step``, and where betas
-    have changed since the first step. A step with infinite gradients then changes nothing, ``step`` included. Without
-    the two flags the host waits for the scaler, under ``torch.compile`` for ``step`` too.
+    On a GPU with ``fused`` or ``capturable``, ``step`` is counted on the GPU, which also reads what a GradScaler found.
+    The host waits only for a first step, after something else or a graph may have written to ``step``, and if the betas
+    have changed since the first step. A step with infinite gradients then changes nothing, not even ``step``. Without
+    the two flags the host waits for the scaler; under ``torch.compile`` it also waits for ``step``.
 
-    The second moment is summed as in TensorFlow: a gradient whose square overflows its arithmetic (1.9e19 in float32)
-    makes it infinite and in the next step NaN, where torch's order of operations stays at infinity; and a ``beta_2``
-    below 1e-3 leaves rounding errors of the last squares, of ``1e-7 / beta_2`` of a much smaller one.
+    Two differences from torch follow from the order of operations, which is TensorFlow's. A gradient whose square
+    overflows (1.9e19 in float32) makes the second moment infinite and, in the next step, NaN; in torch it stays
+    infinite. A ``beta_2`` below 1e-3 keeps rounding errors of large squares: a relative error of ``1e-7 / beta_2`` in
+    a much smaller square that follows.
 
-    Sparse COO gradients, as of ``nn.Embedding(sparse=True)``, are taken coalesced or not. "dense" does what
-    ``torch.optim.Adam`` does with their ``to_dense()``; "lazy" moves the rows that a gradient names and no other, as
-    ``torch.optim.SparseAdam`` does; "deferred" gives the bits that "dense" gives by rows, in the time of "lazy": rows
-    are brought up to date when they are touched, or read through :meth:`gather`, :meth:`sync` or :meth:`attach`; call
-    :meth:`sync` before a module with such a table is deep-copied, pickled or read, which ``state_dict()`` of an
-    attached module does by itself. "deferred_fast" sums the steps that a row missed in closed form. But for "dense" the
-    epsilon of parameters with sparse gradients is that of SparseAdam and Keras, added to :math:`\sqrt v` before the
-    bias correction.
+    Sparse COO gradients, as from ``nn.Embedding(sparse=True)``, may be coalesced or not. ``sparse_update`` says what a
+    step does with them:
+
+    - "dense": what ``torch.optim.Adam`` does with their ``to_dense()``.
+    - "lazy": only the rows in the gradient move, as with ``torch.optim.SparseAdam``.
+    - "deferred": every row gets the bits of dense steps, in the time of "lazy". Rows are brought up to date when a step
+      touches them and when they are read through :meth:`gather`, :meth:`sync` or an attached module (:meth:`attach`).
+      Call :meth:`sync` before a module with such a table is deep-copied, pickled or read in any other way;
+      ``state_dict()`` of an attached module does so by itself.
+    - "deferred_fast": like "deferred", but the steps that a row missed are summed in closed form.
+
+    Except with "dense", epsilon means what it means in SparseAdam and Keras for parameters with sparse gradients: it is
+    added to :math:`\sqrt v` before the bias correction.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of them.
         lr: Step size; a number or a tensor of one element.
         betas: Decay rates of the moments, in [0, 1); numbers or tensors.
         eps: Added to the root of the corrected second moment.
-        weight_decay: Added to the gradient, times the parameter; or decoupled.
+        weight_decay: The parameter times this is added to the gradient; or see ``decoupled_weight_decay``.
         amsgrad: Divide by the root of the largest second moment so far.
-        foreach: Accepted; there is one implementation, which takes all parameters at once.
-        maximize: Go up instead of down.
-        capturable: For CUDA graphs: ``step`` is counted on the GPU. A graph reads ``lr``, where it is a tensor there,
-            ``grad_scale`` and ``found_inf`` in every replay.
+        foreach: Accepted without effect: every step takes all parameters at once.
+        maximize: Maximize the objective instead of minimizing it.
+        capturable: Allow CUDA graphs: ``step`` is counted on the GPU. Each replay reads ``grad_scale``, ``found_inf``
+            and, if it is a tensor on the GPU, ``lr``.
         differentiable: Refused if True.
-        fused: Accepted, likewise; on a GPU ``step`` is counted there.
+        fused: Accepted without effect on the host; on a GPU it has ``step`` counted there.
         decoupled_weight_decay: Shrink the parameters by ``lr * weight_decay`` instead (AdamW).
-        sparse_update: "dense", "deferred", "deferred_fast" or "lazy". Not in the groups: loading a state dict does not
+        sparse_update: "dense", "deferred", "deferred_fast" or "lazy", for all groups; loading a state dict does not
             change it.
         moments_dtype: ``torch.float32`` for float32 moments of half parameters; None for the parameter's dtype.
 
     Raises:
-        TypeError: An argument is not what it must be.
-        ValueError: A number is out of range, or options exclude each other. A step that raises has changed nothing.
+        TypeError: An argument has the wrong type.
+        ValueError: A number is out of range, or two options exclude each other.
 
     Source: Kingma and Ba, "Adam" (arXiv:1412.6980); Loshchilov and Hutter (arXiv:1711.05101) for AdamW;
     https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html.
@@ -137,12 +147,11 @@ class Adam(Stepper):
         sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
         moments_dtype: torch.dtype | None = None,
     ) -> None:
-        self._sparse_update = check_sparse_update(sparse_update)
+        check_sparse_update(sparse_update)
         if moments_dtype not in (None, torch.float32):
             raise ValueError(f"moments_dtype: {moments_dtype}, expected None or torch.float32")
-        self._moments_dtype = moments_dtype
-        self._readers: list[Reader] = []  # of attached modules
-        self._reset()
+        self._options = Options(sparse_update, moments_dtype, readers=[])
+        self._stepper = GroupStepper(self._options)
         check_kinds(lr, betas, eps, weight_decay)
         tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
         for name, value in tensors.items():
@@ -166,7 +175,7 @@ class Adam(Stepper):
         }
         super().__init__(check_params(params), defaults)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Update every parameter that has a gradient.
 
         Args:
@@ -176,76 +185,115 @@ class Adam(Stepper):
             What ``closure`` returned.
 
         Raises:
-            TypeError: A gradient or a state of another kind of number.
-            ValueError: A gradient, a state or a number that cannot be used; all are checked before one is written.
+            TypeError: A gradient or a state has the wrong dtype.
+            ValueError: A gradient, a state or an option cannot be used. A step that raises has changed nothing.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(False):  # no_grad as a decorator takes longer
-            if torch.compiler.is_compiling():
-                traced_step(self)
-                return loss
-            scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-            if not scaling.host_skips:
-                with self._lock:
-                    self._step_all(scaling)
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        stepper = self._stepper
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                for index, group in enumerate(self.param_groups):
+                    columns = Columns([], [], [], [], [], [])
+                    self._init_group(group, *columns)
+                    if columns.params:
+                        traced_step(index, group, columns, grad_scale, found_inf, stepper.compiled.number)
+            return loss
+        with stepper.lock:
+            stepper.step(self.param_groups, self.state, grad_scale, found_inf)
         return loss
+
+    def _init_group(
+        self,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+    ) -> None:
+        """Fill the lists for ``torch.compile``, which calls this while it traces; new states are the optimizer's."""
+        check_options(group)
+        index = next(index for index, other in enumerate(self.param_groups) if other is group)
+        options, labels = self._options, []
+        for place, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            label = label_of(group, index, place)
+            check_flags(group, param, label, options.sparse_update)
+            if param.grad.layout != torch.strided:
+                raise ValueError(f"grad of {label}: sparse under torch.compile, expected a dense gradient")
+            params.append(param)
+            labels.append(label)
+        if not params:
+            return
+        states = states_of(self.state, params, labels, group, options.moments_dtype)
+        for param, state in zip(params, states, strict=True):
+            self.state[param] = state
+            grads.append(param.grad)
+            exp_avgs.append(state["exp_avg"])
+            exp_avg_sqs.append(state["exp_avg_sq"])
+            if group["amsgrad"]:
+                max_exp_avg_sqs.append(state["max_exp_avg_sq"])
+            state_steps.append(state["step"])
 
     # ---- tables ----------------------------------------------------------------------------------------------------
 
     @property
     def sparse_update(self) -> SparseUpdate:
         """How sparse gradients are applied; see the class."""
-        return self._sparse_update
+        return self._options.sparse_update
 
     @property
     def moments_dtype(self) -> torch.dtype | None:
-        """That of the moments of half parameters; None for their own."""
-        return self._moments_dtype
+        """The dtype of the moments of half parameters; None for the parameter's dtype."""
+        return self._options.moments_dtype
 
     @torch.no_grad()
     def sync(self, param: Tensor | None = None) -> None:
-        """Bring every row of a parameter, or of all, up to date: in a deferred mode before it is read or written.
+        """Bring every row of a parameter, or of all, up to date. In a deferred mode call it before reading or writing.
 
         Raises:
             RuntimeError: A parameter was written to while rows waited for their steps.
         """
-        with self._lock:
-            self._finish()
-            for table in self._tables.of(param):
+        with self._stepper.lock:
+            self._stepper.finish(self.state)
+            for table in self._stepper.tables.of(param):
                 table.catch_up()
 
     @torch.no_grad()
     def gather(self, param: Tensor, ids: Tensor) -> Tensor:
-        """The rows ``param[ids]`` as they are after all steps so far, a copy; those of ``param`` become so too.
+        """A copy of the rows ``param[ids]`` after all steps so far; ``param`` has them up to date then, too.
 
         Args:
             param: A parameter.
             ids: Integers of any shape, repeated or not.
 
         Raises:
-            TypeError: ``ids`` are no integers.
+            TypeError: ``ids`` are not integers.
             ValueError: An id that is not a row.
         """
-        rows = check_ids(param, ids)
-        with self._lock:
-            self._finish()
-            for table in self._tables.of(param):
-                table.catch_up(rows.cpu().reshape(-1).numpy())
-            return param.detach()[rows]
+        rows = check_rows(param, ids)
+        with self._stepper.lock:
+            self._stepper.finish(self.state)
+            for table in self._stepper.tables.of(param):
+                table.catch_up(rows)
+            return param.detach()[ids]
 
     def attach(self, module: torch.nn.Module) -> None:
         """Bring rows up to date when ``module``, an Embedding or EmbeddingBag, looks them up or makes a state dict.
 
-        A module that is copied or pickled stays attached if its optimizer is so with it. In a deferred mode call
-        :meth:`sync` before its weight is read in any other way, or it is deep-copied or pickled.
+        A module that is copied or pickled together with its optimizer stays attached to it. In a deferred mode call
+        :meth:`sync` before the module is deep-copied or pickled, or its weight is read in any other way.
 
         Raises:
             TypeError: Another kind of module.
-            ValueError: Its weight is no parameter of this optimizer; or it has ``max_norm``, which writes to rows that
-                may wait, in a deferred mode.
+            ValueError: Its weight is not a parameter of this optimizer; or, in a deferred mode, it has ``max_norm``,
+                which writes to rows that may wait.
 
         >>> import importlib.util
         >>> if importlib.util.find_spec("torch"):
@@ -258,39 +306,37 @@ class Adam(Stepper):
         ...         words(torch.tensor(ids)).square().sum().backward()
         ...         opt.step()
         """
-        check_module(module, self.param_groups, self._sparse_update)
+        check_module(module, self.param_groups, self._options.sparse_update)
         reader = Reader()
-        reader.optimizer = self
-        self._readers.append(reader)
-        self._attached.add(id(module.weight))
+        reader.optimizer, reader.weight = self, id(module.weight)
+        self._options.readers.append(reader)
         module.register_forward_pre_hook(reader.before_forward, with_kwargs=True)
         module.register_state_dict_pre_hook(reader.before_state_dict)
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Adam`` has it; every row of every table is brought up to date first."""
-        with self._lock:
+    def state_dict(self) -> StateDict:
+        """The state dict of ``torch.optim.Adam``; every row of every table is brought up to date first."""
+        with self._stepper.lock:
             self.sync()
-            found: dict[str, Any] = super().state_dict()
-            return found
+            return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a state dict, ours or torch's, as clones; moments of half parameters keep their dtype.
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Take clones of a state dict, from this class or from torch; moments of half parameters keep their dtype.
 
-        The groups become those that were saved, but for ``foreach``, ``fused``, ``capturable`` and
-        ``differentiable``, which stay as they are here. Rows that wait are brought up to date first; those of a
-        parameter that has been written to since are not: it is taken to have been loaded.
+        The groups become the saved ones, except for ``foreach``, ``fused``, ``capturable`` and ``differentiable``,
+        which keep their values. Rows that wait are brought up to date first, except in a parameter that has been
+        written to since the last step: it is assumed to have been loaded.
 
         Raises:
-            TypeError: A state that is no dict, or a moment that is no tensor.
-            ValueError: Groups of another number or size, a moment that is sparse or without data, or a step that is no
-                number. A call that raises leaves the optimizer as it was.
+            TypeError: A state that is not a dict, or a moment that is not a tensor.
+            ValueError: A different number or size of groups, a moment that is sparse or has no data, or a step that is
+                not a number. A call that raises leaves the optimizer unchanged.
         """
-        with self._lock:
-            self._finish()
+        with self._stepper.lock:
+            self._stepper.finish(self.state)
             with torch.no_grad():
-                for table in self._tables.of(None):
+                for table in self._stepper.tables.of(None):
                     if table.is_untouched:
                         table.catch_up()
             before = self.__dict__.copy()
@@ -303,29 +349,25 @@ class Adam(Stepper):
             finally:
                 last.remove()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Add parameters, with their own values of the options or the defaults."""
         if isinstance(param_group, dict):
             check_options(param_group)
         super().add_param_group(param_group)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         self.sync()
-        own = {name: self.__dict__[name] for name in ("_sparse_update", "_moments_dtype", "_readers")}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), "_options": self._options}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        before = self.__dict__.get("param_groups", [])
+    def __setstate__(self, state: StateDict) -> None:
+        known = self.__dict__
+        before, previous = known.get("param_groups", []), known.get("_stepper")
         super().__setstate__(state)
-        self._reset()
-        for reader in self._readers:
+        self._stepper = GroupStepper(self._options, previous)
+        for reader in self._options.readers:
             reader.optimizer = self
         fill_groups(self.param_groups, before)
-        restore_states(self.state, self.param_groups, self._moments_dtype)
-
-    def _look_up(self, param: Tensor, ids: Tensor) -> None:
-        if self._tables.of(param):
-            self.gather(param, ids)
+        restore_states(self.state, self.param_groups, self._options.moments_dtype)
 
 
 class AdamW(Adam):
@@ -333,7 +375,7 @@ class AdamW(Adam):
 
     .. math:: \theta \mathrel{-}= \gamma \lambda \theta, \quad \text{then Adam's step}
 
-    Args and errors are those of :class:`Adam`. Loading the state of an Adam does not make it one.
+    Arguments and errors are the same as for :class:`Adam`. After loading the state of an Adam it is still an AdamW.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
 
@@ -379,7 +421,7 @@ class AdamW(Adam):
             moments_dtype=moments_dtype,
         )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True

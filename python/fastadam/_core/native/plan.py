@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.common.types import AnyArray, AnyGradient, Foreign, NativeHistory
+from fastadam._core.common.types import AnyArray, AnyGradient, Config, Foreign, NativeHistory
 from fastadam._core.native.arrays import native_of
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gradients import convert_gradient
 from fastadam._core.native.slices import convert_slices, is_slices, native_gradient
 from fastadam._core.native.variable import Variable
 
-__all__ = ["BoundedCache", "Plan", "StepHyper"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["BoundedCache", "Plan", "RepeatedSteps", "StepHyper"]
 
 Convert: TypeAlias = Callable[[AnyGradient, int], AnyGradient]
 Key = TypeVar("Key")
@@ -139,9 +142,9 @@ class Plan:
             gradients = self._converted(gradients, unfit, convert)
         return self._native.all_finite
 
-    def remember(self, hyper: StepHyper, stamp: int) -> None:
+    def remember(self, hyper: StepHyper, stamp: int = 0, factors: Sequence[float] = ()) -> None:
         """Keep the numbers of the last step for ``step_again``; they are good as long as the stamp is the same."""
-        self._native.remember(hyper, stamp)
+        self._native.remember(hyper, stamp, factors)
 
     def step_again(self, pairs: list[object], stamp: int, counter: npt.NDArray[np.int64]) -> bool:
         """A step like the one remembered, with other gradients and the next t; False, and no change, if it is not.
@@ -149,6 +152,15 @@ class Plan:
         It is not if the stamp or a variable differs, or a gradient is missing or has to be converted.
         """
         return self._native.step_again(pairs, Variable, stamp, counter)
+
+    def follow(self, states: list[Config], keys: tuple[str, ...]) -> bool:
+        """Whether steps can be repeated by :class:`RepeatedSteps`; for a plan of PyTorch's parameters on the host.
+
+        Args:
+            states: For each parameter the dict that has its step count, ``step``, and its slots.
+            keys: The keys of the slots there, in the order of the plan.
+        """
+        return self._native.follow(states, keys)
 
     def accumulate(
         self,
@@ -210,6 +222,29 @@ class Plan:
         """Whether the GPU can count steps, or read a rate, with these betas; not to be asked in a capture."""
         native: Foreign = self._native
         return bool(native.can_count(hyper))
+
+
+class RepeatedSteps:
+    """Steps of all groups of an optimizer of PyTorch, with one plan for each, like the steps before.
+
+    Args:
+        plans: Plans that follow their states, and remember the numbers of a step.
+        groups: The groups as they are now; a plan has the parameters at its positions.
+        state: ``optimizer.state`` as it is now.
+    """
+
+    def __init__(self, plans: list[Plan], groups: list[Config], state: dict[Tensor, Config]) -> None:
+        self._natives = [plan._native for plan in plans]
+        self._params = [tuple(group["params"]) for group in groups]
+        self._state = {**state}
+
+    def make(self, groups: list[Config], state: dict[Tensor, Config]) -> bool:
+        """Make the next step and count it; False, and no change, if it is another one.
+
+        It is if parameters, states or their memory have been replaced, other parameters than before have a gradient,
+        step counts differ, or a gradient has to be converted.
+        """
+        return _cpu.step_groups_again(self._natives, groups, self._params, state, self._state)
 
 
 class BoundedCache(Generic[Key, Value]):

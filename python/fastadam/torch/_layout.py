@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,26 +11,36 @@ from torch import Tensor
 __all__ = ["View", "gradient_like", "is_lazy_view", "is_plain", "local_of"]
 
 
+class Layout(NamedTuple):
+    """What a view depends on."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    is_lazy: bool
+
+
 def local_of(tensor: Tensor) -> Tensor:
-    """The shard of a DTensor that this process holds; any other tensor as it is."""
+    """The shard of a DTensor that this process holds; any other tensor unchanged."""
     if not hasattr(tensor, "_local_tensor"):
         return tensor
     local: Tensor = tensor.to_local()
-    return local.wait() if hasattr(local, "wait") else local  # of a collective that is still running
+    return local.wait() if hasattr(local, "wait") else local  # a collective may still be running
 
 
 def is_lazy_view(tensor: Tensor) -> bool:
-    """Whether its memory holds other values than it has: their conjugates, or their negatives."""
+    """Whether the memory holds the conjugates or the negatives of the tensor's values."""
     return bool(tensor.is_conj() or tensor.is_neg())
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether a plan reads a parameter and its moments as they are."""
+    """Whether a plan can read a parameter and its moments without a view."""
     return all(t.is_contiguous() and not hasattr(t, "_local_tensor") and not t.is_complex() for t in tensors)
 
 
 def gradient_like(gradient: Tensor, parameter: Tensor, label: str) -> Tensor:
-    """A gradient laid out over processes as its parameter is."""
+    """The gradient, distributed over processes as its parameter is."""
     if gradient.shape != parameter.shape:
         raise ValueError(f"grad of {label}: shape {tuple(gradient.shape)}, expected {tuple(parameter.shape)}")
     if not hasattr(parameter, "_local_tensor"):
@@ -43,17 +53,17 @@ def gradient_like(gradient: Tensor, parameter: Tensor, label: str) -> Tensor:
 
 
 def _order_of(tensor: Tensor) -> tuple[int, ...]:
-    """Of the axes, the one with the largest stride first."""
+    """The axes by decreasing stride."""
     strides = tensor.stride()
     return tuple(sorted(range(len(strides)), key=lambda axis: (-strides[axis], axis)))
 
 
 class View:
-    """Of a parameter and its moments that a plan cannot read as they are.
+    """A parameter and its moments that a plan cannot read directly.
 
-    A DTensor is its local shard, a complex tensor its real and imaginary parts, and axes are permuted into the order in
-    which the parameter lies in memory. What has gaps even then (a slice of a larger tensor, or moments in another order
-    than their parameter) is copied before a step and copied back after it.
+    A DTensor is read as its local shard, a complex tensor as its real and imaginary parts. The axes are permuted into
+    the order in which the parameter is stored. If there still are gaps (a slice of a larger tensor, or moments in
+    another order than their parameter), the tensor is copied before a step and copied back after it.
 
     Raises:
         ValueError: Elements of the parameter share memory (``expand``).
@@ -65,7 +75,7 @@ class View:
         self.order = _order_of(parameter)
         if parameter.numel() and any(n > 1 and not s for n, s in zip(parameter.shape, parameter.stride(), strict=True)):
             raise ValueError(f"{label}: strides {parameter.stride()}, elements share memory; expected a clone of it")
-        self.signature = self._signature_of(tensors)
+        self.layouts = _layouts_of(tensors)
         self.copies: dict[int, Tensor] = {}
         for k, tensor in enumerate(tensors):
             seen = self.of(tensor)
@@ -73,31 +83,31 @@ class View:
                 self.copies[k] = torch.empty_like(seen, memory_format=torch.contiguous_format)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """``tensor``, of the parameter's shape, in the order of the parameter's memory."""
+        """A tensor of the parameter's shape, its axes in the order in which the parameter is stored."""
         seen = local_of(tensor).detach()
         if not self.is_complex:
             return seen.permute(self.order)
         return torch.view_as_real(seen.resolve_conj().permute(self.order))
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these lie as those that the view was made of."""
-        return self._signature_of(tensors) == self.signature
+        """Whether these tensors have the layouts that the view was made for."""
+        return _layouts_of(tensors) == self.layouts
 
     def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """As the plan reads them; copies are those of the last :meth:`load`."""
+        """The tensors as the plan reads them; copies have the values of the last :meth:`load`."""
         return [self.copies[k] if k in self.copies else self.of(tensor) for k, tensor in enumerate(tensors)]
 
     def load(self, tensors: Sequence[Tensor]) -> None:
-        """Before a step: copy what has gaps."""
+        """Before a step: copy the tensors that have gaps."""
         for k, copy in self.copies.items():
             copy.copy_(self.of(tensors[k]))
 
     def store(self, tensors: Sequence[Tensor]) -> None:
-        """After it: copy it back."""
+        """After a step: copy them back."""
         for k, copy in self.copies.items():
             self.of(tensors[k]).copy_(copy)
 
-    @staticmethod
-    def _signature_of(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-        locals_ = [local_of(tensor) for tensor in tensors]
-        return [(t.shape, t.stride(), t.dtype, t.device, is_lazy_view(t)) for t in locals_]
+
+def _layouts_of(tensors: Sequence[Tensor]) -> list[Layout]:
+    locals_ = [local_of(tensor) for tensor in tensors]
+    return [Layout(t.shape, t.stride(), t.dtype, t.device, is_lazy_view(t)) for t in locals_]

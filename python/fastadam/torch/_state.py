@@ -1,26 +1,41 @@
-"""States of parameters: as they begin, and as they and groups are loaded; moments are clones that keep their dtype."""
+"""States of parameters: what they contain, how they begin, and how states and groups are loaded, as clones."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastadam.torch._checks import label_of
+from fastadam._core.common.types import SparseUpdate
+from fastadam.torch._checks import Group, ParamState, States, label_of
 
-__all__ = ["HALF", "SLOTS", "fill_groups", "keep_tensors", "restore_states", "states_of"]
+__all__ = ["HALF", "SLOTS", "Kind", "fill_groups", "keep_tensors", "restore_states", "states_of"]
 
 HALF = (torch.float16, torch.bfloat16)
-SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}  # ours, torch's
-_FLAGS = ("foreach", "capturable", "differentiable", "fused")  # of the implementation, not of the rule
+SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}  # fastadam's names: torch's
+_FLAGS = ("foreach", "capturable", "differentiable", "fused")  # they belong to the implementation, not to the rule
 _NAMES = ("step", *SLOTS.values())
 
 
+class Kind(NamedTuple):
+    """How the parameters of a set are stepped."""
+
+    mode: SparseUpdate
+    rows: bool  # sparse gradients are rows; otherwise they are dense gradients that are mostly zero
+    amsgrad: bool
+    decays: bool  # by decoupled weight decay, if there is any
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """What native code calls the moments."""
+        return tuple(SLOTS) if self.amsgrad else ("m", "v")
+
+
 def states_of(
-    known: Any, params: list[Tensor], labels: list[str], group: dict[str, Any], moments_dtype: torch.dtype | None
-) -> list[dict[str, Any]]:
-    """Their states among those of the optimizer; where there is none a new one, which is not yet the optimizer's."""
+    known: States, params: list[Tensor], labels: list[str], group: Group, moments_dtype: torch.dtype | None
+) -> list[ParamState]:
+    """The optimizer's states of these parameters, and new ones for the others, which are not the optimizer's yet."""
 
     def zeros_like(param: Tensor) -> Tensor:
         dtype = moments_dtype if param.dtype in HALF else None
@@ -43,27 +58,27 @@ def states_of(
     return states
 
 
-def fill_groups(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
-    """Options that older versions and other optimizers have not saved, and flags as they were ``before``, if any."""
+def fill_groups(groups: list[Group], before: list[Group]) -> None:
+    """Add the options that older versions and other optimizers do not save; keep the flags of the groups ``before``."""
     for index, group in enumerate(groups):
         for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
             group.setdefault(name, False)
         for name in ("foreach", "fused"):
             group.setdefault(name, None)
-        group.setdefault("weight_decay", 0)  # which SparseAdam has not
+        group.setdefault("weight_decay", 0)  # SparseAdam has none
         if before:
             group.update({name: before[index][name] for name in _FLAGS})
 
 
 class _Kept:
-    """What ``torch.optim.Optimizer.load_state_dict`` neither casts to the parameter's dtype nor looks into."""
+    """Hides a value from ``torch.optim.Optimizer.load_state_dict``, which would cast it to the parameter's dtype."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: object) -> None:
         self.value = value
 
 
-def keep_tensors(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A hook before loading, the last one; states of no parameter are left to torch, which takes them as they are."""
+def keep_tensors(_optimizer: torch.optim.Optimizer, state_dict: ParamState) -> ParamState:
+    """The last hook before loading; torch takes entries that belong to no parameter unchanged."""
     known = {key for group in state_dict["param_groups"] for key in group["params"]}
     state = {
         key: {name: _Kept(x) if isinstance(x, Tensor) or name in _NAMES else x for name, x in value.items()}
@@ -74,15 +89,15 @@ def keep_tensors(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state}
 
 
-def restore_states(state: Any, groups: list[dict[str, Any]], moments_dtype: torch.dtype | None) -> None:
-    """Replace what :func:`keep_tensors` kept by clones beside their parameters, and lay step counts side by side.
+def restore_states(state: States, groups: list[Group], moments_dtype: torch.dtype | None) -> None:
+    """Replace what :func:`keep_tensors` kept by clones on the parameters' devices, with step counts side by side.
 
-    Moments keep their dtype if it is the parameter's, or float32 for a half parameter. Any other, which the kernels do
-    not have, becomes the parameter's, or ``moments_dtype``.
+    A moment keeps its dtype if that is the parameter's, or if it is float32 and the parameter is half precision. Other
+    dtypes, which the kernels do not support, become the parameter's, or ``moments_dtype``.
 
     Raises:
-        TypeError: A state is no dict, or a moment no tensor.
-        ValueError: A moment that is sparse or has no data, or a step that is no number.
+        TypeError: A state is not a dict, or a moment is not a tensor.
+        ValueError: A moment is sparse or has no data, or a step is not a number.
     """
     for index, group in enumerate(groups):
         states = []
@@ -101,15 +116,15 @@ def restore_states(state: Any, groups: list[dict[str, Any]], moments_dtype: torc
         _place_steps(states, on_device=group["capturable"] or bool(group["fused"]))
 
 
-def _number_of(step: Any, label: str) -> float:
+def _number_of(step: object, label: str) -> float:
     value = step.value if isinstance(step, _Kept) else step
     try:
-        return float(value)
+        return float(value)  # type: ignore[arg-type]  # that is the question
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{label}: step: {value!r}, expected a number") from error
 
 
-def _moment_like(param: Tensor, value: Any, moments_dtype: torch.dtype | None, label: str) -> Tensor:
+def _moment_like(param: Tensor, value: object, moments_dtype: torch.dtype | None, label: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{label}: {type(value).__name__}, expected a tensor")
     if value.layout != torch.strided:
@@ -124,8 +139,8 @@ def _moment_like(param: Tensor, value: Any, moments_dtype: torch.dtype | None, l
     return value.detach().to(device=param.device, dtype=dtype).clone(memory_format=torch.preserve_format)
 
 
-def _place_steps(states: list[tuple[Tensor, dict[str, Any]]], *, on_device: bool) -> None:
-    places: dict[torch.device, list[tuple[dict[str, Any], float]]] = {}
+def _place_steps(states: list[tuple[Tensor, ParamState]], *, on_device: bool) -> None:
+    places: dict[torch.device, list[tuple[ParamState, float]]] = {}
     for param, named in states:
         if "step" not in named:
             continue
@@ -138,7 +153,7 @@ def _place_steps(states: list[tuple[Tensor, dict[str, Any]]], *, on_device: bool
 
 
 def _zero_steps(count: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Step counts side by side, of torch's dtype; on a GPU each has a version of its own, which tells of writes."""
+    """Step counts side by side, in torch's dtype; on a GPU each has its own version, which shows who wrote to it."""
     in_double = device.type == "cpu" and torch.get_default_dtype() == torch.float64
     whole = torch.zeros(count, dtype=torch.float64 if in_double else torch.float32, device=device)
     return tuple(whole.unbind() if device.type == "cpu" else (step.data for step in whole.unbind()))

@@ -1,41 +1,56 @@
-"""Step counts, of which torch has a tensor for each parameter, perhaps on its GPU."""
+"""Step counts: torch keeps a tensor ``step`` for each parameter, which may be on its GPU."""
 
 from __future__ import annotations
 
 import math
 from operator import is_
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["StepCounts", "lies_on_gpu", "whole_count"]
+from fastadam.torch._checks import ParamState
+
+__all__ = ["StepCounts", "is_on_gpu", "whole_count"]
 
 
 class StepCounts:
-    """The ``step`` tensors of some parameters. Those that are neighbours in one tensor are read and raised at once.
+    """The ``step`` tensors of some parameters. If they are neighbours in one tensor they are read and written at once.
 
-    Of counts on a GPU, for which a reader waits, is remembered what was last read or written here, until another
-    writes to them. A write through ``.data``, and one by a CUDA graph, goes unnoticed.
+    Reading a count on a GPU waits for the GPU, so the last value is cached until someone else writes to a count.
+    Writes through ``.data`` and by CUDA graphs are not noticed.
     """
 
     def __init__(self, steps: list[Tensor]) -> None:
         self.steps = steps
         self.device = steps[0].device if all(step.device == steps[0].device for step in steps) else None
         self._whole = _whole_of(steps)
-        self._remembers = any(map(lies_on_gpu, steps))
-        self._versions: list[int] | None = None  # when they were last read or written; None: nothing is remembered
-        self._count: float | None = None  # that all of them had then; None: the GPU alone knows
+        self._addresses = [step.data_ptr() for step in steps]
+        self._caches = any(map(is_on_gpu, steps))
+        self._versions: list[int] | None = None  # of the tensors when the count was cached; None: nothing is cached
+        self._count: float | None = None  # the cached count; None: only the GPU knows it
 
-    def are(self, states: list[dict[str, Any]]) -> bool:
-        """Whether these are still the tensors in the parameters' states."""
-        return all(map(is_, [state.get("step") for state in states], self.steps))
+    def are_in(self, states: list[ParamState]) -> bool:
+        """Whether these are still the tensors in the parameters' states, with the same memory."""
+        if not all(map(is_, [state.get("step") for state in states], self.steps)):
+            return False
+        return [step.data_ptr() for step in self.steps] == self._addresses
 
-    # ---- what they are ---------------------------------------------------------------------------------------------
+    @property
+    def are_plain(self) -> bool:
+        """Whether native code can read and write them: floating point numbers in CPU memory."""
+        kinds = {(step.device.type, step.dtype, step.dim()) for step in self.steps}
+        return kinds <= {("cpu", torch.float32, 0), ("cpu", torch.float64, 0)}
+
+    @property
+    def written(self) -> list[Tensor]:
+        """What :meth:`set` writes."""
+        return self.steps if self._whole is None else [self._whole]
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
 
     def read(self) -> list[float]:
-        """One count for each parameter; waits for a GPU that holds them, unless they are remembered."""
-        if not self._remembers:
+        """One count for each parameter; waits for a GPU if they are on one and not cached."""
+        if not self._caches:
             return self._wait()
         if self._count is not None and self._are_untouched():
             return [self._count] * len(self.steps)
@@ -52,44 +67,44 @@ class StepCounts:
         return counts
 
     def are_followed(self) -> bool:
-        """Whether they are what :meth:`follow` last wrote: one count, which the GPU alone knows."""
+        """Whether they are as :meth:`follow` wrote them: all the same, and only the GPU knows the value."""
         return self._count is None and self._are_untouched()
 
     def forget(self) -> None:
-        """They may have been written to without notice."""
+        """Someone may have written to them unnoticed."""
         self._versions = None
 
     def after(self, found_inf: Tensor) -> Tensor:
-        """On their GPU: the one count that they have after a step that is skipped unless ``found_inf`` is 0."""
+        """The count, on its GPU, after a step that is skipped unless ``found_inf`` is 0."""
         return self.steps[0] + (found_inf.reshape(()) == 0)
 
-    # ---- what they become ------------------------------------------------------------------------------------------
+    # ---- writing ---------------------------------------------------------------------------------------------------
 
     def take_back(self, count: int) -> None:
-        """Steps that turned out to have done nothing."""
+        """Subtract steps that turned out to have done nothing."""
         torch._foreach_sub_(self.steps, float(count))
 
     def set(self, count: int) -> None:
-        """After a step; once more does no harm."""
+        """Write the count after a step; calling it twice is harmless."""
         self.forget()
         if self._whole is not None:
             self._whole.fill_(count)
         else:
             first = self.steps[0]
             self._copy(torch.full((), float(count), dtype=first.dtype, device=first.device))
-        self._remember(count)
+        self._cache(count)
 
     def follow(self, after: Tensor) -> None:
-        """After a step of which the GPU knows whether it was made; once more does no harm."""
+        """Write the count after a step that the GPU may have skipped; calling it twice is harmless."""
         self.forget()
         if self._whole is not None:
             self._whole.copy_(after)
         else:
             self._copy(after)
-        self._remember(None)
+        self._cache(None)
 
     def raise_in_graph(self, found_inf: Tensor | None) -> None:
-        """After a step that a CUDA graph captures."""
+        """Count a step that a CUDA graph captures."""
         self.forget()
         if found_inf is None:
             torch._foreach_add_(self.steps, 1)
@@ -100,12 +115,12 @@ class StepCounts:
     def _copy(self, count: Tensor) -> None:
         torch._foreach_copy_(self.steps, [count] * len(self.steps))
 
-    # ---- memory ----------------------------------------------------------------------------------------------------
+    # ---- the cache -------------------------------------------------------------------------------------------------
 
-    def _remember(self, count: float | None) -> None:
-        if not self._remembers or self._versions_now() is None:
+    def _cache(self, count: float | None) -> None:
+        if not self._caches or self._versions_now() is None:
             return
-        if self._whole is not None:  # written through a tensor of our own, which need not share its version with all
+        if self._whole is not None:  # a tensor of our own, which may not share its version with the step tensors
             torch.autograd.graph.increment_version(self.steps)
         self._count, self._versions = count, self._versions_now()
 
@@ -113,8 +128,8 @@ class StepCounts:
         return self._versions is not None and self._versions == self._versions_now()
 
     def _versions_now(self) -> list[int] | None:
-        """How often each was written to; None where that is not worth a look or, of inference tensors, not known."""
-        if not self._remembers:
+        """The versions of the tensors; None if nothing is cached, or if they are inference tensors, which have none."""
+        if not self._caches:
             return None
         try:
             return [step._version for step in self.steps]
@@ -122,8 +137,8 @@ class StepCounts:
             return None
 
 
-def lies_on_gpu(number: Any) -> bool:
-    """Whether the host would wait for a GPU to read it."""
+def is_on_gpu(number: object) -> bool:
+    """Whether reading it on the host waits for a GPU."""
     return isinstance(number, Tensor) and number.is_cuda
 
 
@@ -135,7 +150,7 @@ def whole_count(count: float, label: str) -> int:
 
 
 def _whole_of(steps: list[Tensor]) -> Tensor | None:
-    """One tensor over all of these, if they lie side by side in one."""
+    """One tensor over all of these, if they are neighbours in one."""
     first, size = steps[0], steps[0].element_size()
     start, storage = first.data_ptr(), first.untyped_storage().data_ptr()
     for i, step in enumerate(steps):

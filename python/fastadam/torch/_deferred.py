@@ -1,0 +1,165 @@
+"""Embedding tables in a deferred mode: rows are brought up to date when they are touched or read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fastadam._core.common.warning import warn
+from fastadam._core.deferred.history import History, Numbers
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.slices import DEFERRED
+from fastadam.torch._checks import ParamState
+from fastadam.torch._state import SLOTS
+
+if TYPE_CHECKING:
+    from fastadam._core.common.types import AnyArray, SparseUpdate
+
+__all__ = ["Reader", "Table", "Tables"]
+
+
+class Table:
+    """A parameter some of whose rows wait for steps."""
+
+    def __init__(self, param: Tensor, state: ParamState, label: str, numbers: Numbers, exact: bool) -> None:
+        self.param, self.state, self.label = param, state, label
+        self.history = History.of(_cpu.Buffer(param, label), numbers, exact)
+        self._note()
+
+    def _note(self) -> None:
+        self._seen = (self.param._version, self.param.data_ptr())
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether only the optimizer has written to the parameter since its last step."""
+        return self._seen == (self.param._version, self.param.data_ptr())
+
+    def require_untouched(self) -> None:
+        """Raise if the waiting steps would be made with values that they were not meant for."""
+        if self.history.waits and not self.is_untouched:
+            raise RuntimeError(
+                f"{self.label}: written to while rows waited for their steps; call sync() before writing"
+            )
+
+    def note_step(self) -> None:
+        """The optimizer has written to the parameter."""
+        self._note()
+        self.history.is_read = False
+
+    def catch_up(self, ids: AnyArray = None) -> None:
+        """Make the steps that rows have missed: the rows ``ids``, or all."""
+        self.history.is_read = True
+        self.require_untouched()
+        slots = {name: self.state[key] for name, key in SLOTS.items() if key in self.state}
+        if self.history.catch_up(_cpu.Buffer(self.param, self.label), slots, ids):
+            increment_version([self.param, *slots.values()])
+            self._note()
+
+    def before_step(self, numbers: Numbers, *, touches_rows: bool) -> bool:
+        """Bring rows up to date that cannot wait for a step; return whether its numbers are new to the history."""
+        self.require_untouched()
+        if self.history.must_catch_up(numbers, touches_rows=touches_rows):
+            self.catch_up()
+        if self.history.numbers == numbers:
+            return False
+        self.history.change_numbers(numbers)
+        return True
+
+
+class Tables:
+    """The deferred tables of an optimizer, by parameter."""
+
+    def __init__(self, mode: SparseUpdate, readers: list[Reader]) -> None:
+        self._mode, self._readers = mode, readers
+        self._tables: dict[Tensor, Table] = {}
+        self._has_warned = False
+
+    def renewed(self) -> Tables:
+        """No tables; a warning that was given is not repeated."""
+        tables = Tables(self._mode, self._readers)
+        tables._has_warned = self._has_warned
+        return tables
+
+    def __bool__(self) -> bool:
+        return bool(self._tables)
+
+    def __contains__(self, param: Tensor) -> bool:
+        return param in self._tables
+
+    def of(self, param: Tensor | None) -> list[Table]:
+        """The table of a parameter, if it is one; all tables for None."""
+        return [table for key, table in self._tables.items() if param is None or key is param]
+
+    def make(self, param: Tensor, state: ParamState, label: str, numbers: Numbers) -> Table:
+        """The table of a parameter with this state; a new one becomes known by :meth:`keep`."""
+        found = self._tables.get(param)
+        if found is None or found.state is not state:
+            if found is not None:
+                found.catch_up()  # with the moments that its rows waited with
+            found = Table(param, state, label, numbers, exact=self._mode == "deferred")
+        if found.history.is_full:
+            found.history.make_room()
+        return found
+
+    def keep(self, tables: Iterable[Table]) -> None:
+        """Add tables, after their first step."""
+        for table in tables:
+            self._tables[table.param] = table
+
+    def warn_of_unread(self, tables: list[Table]) -> None:
+        """Once: the loss read rows that wait from memory, so this gradient belongs to stale values.
+
+        There is no warning in a table's first step: no row waits before it, and only the second one shows whether rows
+        are read through the optimizer.
+        """
+        if self._has_warned:
+            return
+        attached = {reader.weight for reader in self._readers}
+        for table in tables:
+            if table.history.waits and not table.history.is_read and id(table.param) not in attached:
+                self._has_warned = True
+                warn(
+                    f"{table.label}: its rows were read from its memory, where with sparse_update={self._mode!r} they "
+                    "lag behind; call opt.attach(embedding) once, with the module that looks them up, or read them by "
+                    "opt.gather(param, ids) or after opt.sync()"
+                )
+                return
+
+
+class Readable(Protocol):
+    """What a reader asks of its optimizer."""
+
+    @property
+    def sparse_update(self) -> SparseUpdate: ...
+    def gather(self, param: Tensor, ids: Tensor) -> Tensor: ...
+    def sync(self, param: Tensor | None = None) -> None: ...
+
+
+class Reader:
+    """The hooks of an attached module.
+
+    It is copied and pickled without its optimizer. The optimizer owns it and, if both are copied or pickled together,
+    links itself to it again; a reader without an optimizer does nothing.
+    """
+
+    optimizer: Readable | None = None
+    weight: int | None = None  # id of the module's weight; a copy does not know it
+
+    def __getstate__(self) -> dict[str, object]:
+        return {}
+
+    def before_forward(self, module: torch.nn.Module, inputs: tuple[object, ...], named: dict[str, object]) -> None:
+        """Bring the rows that the module looks up up to date."""
+        ids = inputs[0] if inputs else named.get("input")
+        if self.optimizer is None or ids is None or self.optimizer.sparse_update not in DEFERRED:
+            return  # without ids the module raises what is missing
+        self.optimizer.gather(module.weight, ids)
+
+    def before_state_dict(self, module: torch.nn.Module, *_: object) -> None:
+        """Bring all rows up to date."""
+        if self.optimizer is not None:
+            self.optimizer.sync(module.weight)

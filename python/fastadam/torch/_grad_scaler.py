@@ -1,0 +1,64 @@
+"""What a GradScaler says about a step: the host reads it, which may wait for a GPU, or the GPU reads it by itself."""
+
+from __future__ import annotations
+
+from typing import SupportsFloat, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastadam.torch._step_count import is_on_gpu
+
+__all__ = ["Number", "ScaledStep"]
+
+Number: TypeAlias = "SupportsFloat | None"  # a Python number, or a tensor of one element
+
+
+class ScaledStep:
+    """The factor of the gradients, and whether the step is to be skipped.
+
+    Args:
+        grad_scale: What the gradients were multiplied by; None for 1.
+        found_inf: Anything but 0 skips the step; None for 0.
+    """
+
+    def __init__(self, grad_scale: Number, found_inf: Number) -> None:
+        self._grad_scale, self._found_inf = grad_scale, found_inf
+        self._gradient_scale = 1.0 if grad_scale is None else None  # None: not read yet
+        self._skips = False if found_inf is None else None
+        self._placed: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
+
+    @property
+    def gradient_scale(self) -> float:
+        """The factor that the gradients are multiplied by; reading it may wait for a GPU, once."""
+        if self._gradient_scale is None:
+            self._gradient_scale = 1.0 / _float_of(self._grad_scale)
+        return self._gradient_scale
+
+    @property
+    def skips(self) -> bool:
+        """Whether the step is to be skipped; reading it may wait for a GPU, once."""
+        if self._skips is None:
+            self._skips = bool(_float_of(self._found_inf))
+        return self._skips
+
+    @property
+    def host_skips(self) -> bool:
+        """Whether the host knows, without waiting, that the step is to be skipped."""
+        return self._skips is not False and not is_on_gpu(self._found_inf) and self.skips
+
+    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Both numbers as float32 on a GPU, without waiting; None for a number that is not on a GPU."""
+        if device not in self._placed:
+            self._placed[device] = _place(self._grad_scale, device), _place(self._found_inf, device)
+        return self._placed[device]
+
+
+def _float_of(number: Number) -> float:
+    return 0.0 if number is None else float(number)
+
+
+def _place(number: Number, device: torch.device) -> Tensor | None:
+    if not isinstance(number, Tensor) or not is_on_gpu(number):
+        return None
+    return number.detach().to(device, torch.float32, non_blocking=True)

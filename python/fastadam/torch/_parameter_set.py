@@ -1,0 +1,291 @@
+"""Parameters that step together, and the native plan that steps them."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastadam._core.common.types import AnyGradient, Foreign
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.gpu import cuda_module, late_error
+from fastadam._core.native.plan import Plan, StepHyper
+from fastadam.torch._checks import Group, ParamState, check_options
+from fastadam.torch._deferred import Table
+from fastadam.torch._gradients import GradientReader
+from fastadam.torch._layout import View, is_lazy_view, is_plain, local_of
+from fastadam.torch._state import SLOTS, Kind
+from fastadam.torch._step_count import StepCounts, is_on_gpu
+
+__all__ = ["ParameterSet"]
+
+
+class ParameterSet:
+    """Parameters of one group and device with one step count, their states, and a native plan of both.
+
+    Args:
+        params: The parameters.
+        states: Their states, with torch's keys.
+        labels: What error messages call them.
+        positions: Their places in the group.
+        kind: How they are stepped.
+        tables: In a deferred mode, the table that each of them is.
+        counts: The step counts in the states, if there is an object of them.
+        context: On a GPU, the context of the set that this one replaces.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        states: list[ParamState],
+        labels: list[str],
+        positions: list[int],
+        kind: Kind,
+        tables: list[Table],
+        counts: StepCounts | None = None,
+        context: Foreign = None,
+    ) -> None:
+        self.params, self.states, self.labels = params, states, labels
+        self.positions, self.kind, self.tables = positions, kind, tables
+        self.device = params[0].device
+        self._reversed = [-1.0] * len(params)  # factors of gradients to be maximized
+        self.counts = counts or StepCounts([state["step"] for state in states])
+        self.is_new = True  # no step was made yet, and the states may not be the optimizer's yet
+        self.is_captured = False  # by a CUDA graph, whose memory this is from then on
+        # Of native steps. It goes up where no signal can come between; a GPU says later which step failed.
+        self.counter = np.zeros((), np.int64)
+        self._is_scaled = False  # whether some step was made, only the GPU knows
+        self._columns = self._read_columns()
+        self._check_slots()
+        self._views: dict[int, View] = {}
+        for i, row in enumerate(zip(*self._columns, strict=True)):
+            if not is_plain(row):
+                self._views[i] = View(row, labels[i])
+        self.context = context
+        self.make_plan()
+        dtypes = [getattr(torch, buffer.dtype) for buffer in self.buffers]
+        self._gradients = GradientReader(params, labels, kind, self._columns[1], self._views, dtypes)
+
+    # ---- the plan --------------------------------------------------------------------------------------------------
+
+    def _read_columns(self) -> list[list[Tensor]]:
+        """The parameters, then each of their slots."""
+        keys = [SLOTS[name] for name in self.kind.slots]
+        return [self.params, *[[state[key] for state in self.states] for key in keys]]
+
+    def _check_slots(self) -> None:
+        for name, column in zip(self.kind.slots, self._columns[1:], strict=True):
+            for label, param, slot in zip(self.labels, self.params, column, strict=True):
+                found = f"state of {label}: {SLOTS[name]}"
+                if not isinstance(slot, Tensor):
+                    raise TypeError(f"{found}: {type(slot).__name__}, expected a tensor")
+                if slot.shape != param.shape:
+                    raise ValueError(f"{found}: shape {tuple(slot.shape)}, expected {tuple(param.shape)}")
+                if is_lazy_view(slot):
+                    raise ValueError(f"{found}: a conjugated or negated view, expected a tensor of its own")
+                if slot.device != param.device:
+                    raise ValueError(f"{found}: on {slot.device}, expected {param.device}")
+
+    def _natives(self) -> list[list[Tensor]]:
+        """The columns as the plan reads them."""
+        if not self._views:
+            return self._columns
+        columns = [column[:] for column in self._columns]
+        for i, view in self._views.items():
+            for column, seen in zip(columns, view.read([c[i] for c in self._columns]), strict=True):
+                column[i] = seen
+        return columns
+
+    def make_plan(self) -> None:
+        """Make the native plan; again after the numbers of a table's history have changed."""
+        native = cuda_module() if self.device.type == "cuda" else _cpu
+        params, *slots = self._natives()
+        named = dict(zip(self.kind.slots, slots, strict=True))
+        self.buffers = [native.Buffer(param, label) for param, label in zip(params, self.labels, strict=True)]
+        if self.device.type == "cuda" and self.context is None:
+            self.context = native.Context(self.buffers[0].device)
+        self.plan = Plan(
+            self.buffers,
+            named,
+            decays=[self.kind.decays] * len(params),
+            positions=self.positions,
+            lazy=self.kind.mode == "lazy",
+            histories=[table.history.native for table in self.tables] or None,
+            context=self.context,
+        )
+
+    def is_current(self) -> bool:
+        """Whether the states still have the tensors, and all tensors the memory, that the plan was made of."""
+        if self.is_captured or not self.counts.are_in(self.states):
+            return False
+        if any(table.history.is_full for table in self.tables):
+            return False
+        try:
+            self._columns = self._read_columns()
+        except KeyError:
+            return False
+        for i, view in self._views.items():
+            if not view.fits([column[i] for column in self._columns]):
+                return False
+        params, *slots = self._natives()
+        return self.plan.holds(params, dict(zip(self.kind.slots, slots, strict=True)))
+
+    def move_to(self, params: list[Tensor], states: list[ParamState]) -> bool:
+        """Continue with other tensors that have the same memory; False if they have not."""
+        self.params, self.states = params, states
+        self.counts = StepCounts([state["step"] for state in states])
+        return self.is_current()
+
+    # ---- repeating the last step natively --------------------------------------------------------------------------
+
+    @property
+    def can_be_followed(self) -> bool:
+        """Whether the last step was so plain that :class:`RepeatedSteps` can repeat it."""
+        is_special = self._views or self.tables or self._gradients.were_converted
+        return self.context is None and not is_special and self.counts.are_plain
+
+    def follow(self) -> bool:
+        """Have the plan compare the states by itself from here on; False if it cannot."""
+        keys = tuple(SLOTS[name] for name in self.kind.slots)
+        return self.plan.follow(self.states, keys)
+
+    @property
+    def written(self) -> list[Tensor]:
+        """Every tensor that a step writes, for torch's version counters."""
+        written = [tensor for column in self._columns for tensor in column]
+        return written + self.counts.written
+
+    # ---- on a GPU --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, when nothing can be read."""
+        return self.context is not None and torch.cuda.is_current_stream_capturing()
+
+    @property
+    def counts_on_gpu(self) -> bool:
+        """Whether the parameters and their step counts are on one GPU, which can skip a step by itself."""
+        return self.context is not None and self.counts.device == self.device
+
+    def can_count(self, hyper: StepHyper) -> bool:
+        """Whether the GPU can count its steps, or read a rate, with these betas; do not call it during a capture."""
+        return self.plan.can_count(hyper)
+
+    def rate_on_gpu(self, rate: float | Tensor, hyper: StepHyper) -> Tensor | None:
+        """A learning rate that the GPU can read by itself; None if the host has to read it."""
+        if not isinstance(rate, Tensor) or not is_on_gpu(rate) or not (self.is_capturing or self.can_count(hyper)):
+            return None
+        return rate
+
+    def set_device_numbers(
+        self,
+        rate: Tensor | None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        *,
+        counts: bool = False,
+    ) -> None:
+        """Set the numbers that the GPU reads in the next step; ``counts``: it also knows the number of the step."""
+        self.plan.set_device_numbers(rate, grad_scale, found_inf, counts)
+
+    def raise_late(self) -> None:
+        """Raise what a GPU found wrong with a step after it had returned."""
+        failure = None if self.context is None or self.is_capturing else self.context.take_failure()
+        if failure is None:
+            return
+        calls, message = failure
+        if self._is_scaled or self.context.is_captured:  # the host does not know how many steps were made since
+            self.counts.set(self.context.step())
+        else:
+            self.counts.take_back(int(self.counter) - calls)
+            self.counter[...] = calls
+        raise late_error(message, "that step")
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def numbers_of(self, group: Group, step: int, gradient_scale: float) -> StepHyper:
+        """The numbers of a step with the options of a group; on a GPU without the rate.
+
+        The epsilon of rows is not bias-corrected, as in ``torch.optim.SparseAdam``.
+        """
+        check_options(group)
+        (beta_1, beta_2), weight_decay = group["betas"], float(group["weight_decay"])
+        decoupled = group["decoupled_weight_decay"]
+        if weight_decay and not decoupled and self.kind.rows:
+            raise ValueError(
+                f"weight_decay: {weight_decay} with sparse_update={self.kind.mode!r}, expected 0 or "
+                "decoupled_weight_decay=True, for parameters with sparse gradients"
+            )
+        return StepHyper(
+            step=step,
+            learning_rate=float(group["lr"]) if self.context is None else 0.0,
+            beta_1=float(beta_1),
+            beta_2=float(beta_2),
+            epsilon=float(group["eps"]),
+            gradient_scale=gradient_scale,
+            weight_decay=weight_decay if decoupled else 0.0,
+            l2=0.0 if decoupled else weight_decay,
+            epsilon_corrected=not self.kind.rows,
+        )
+
+    def factors_of(self, group: Group) -> list[float]:
+        """The factors of the gradients besides their scale; empty for 1."""
+        return self._reversed if group["maximize"] else []
+
+    def read_gradients(self, gradients: list[Tensor], *, densify: bool) -> list[AnyGradient]:
+        """The gradients as the plan takes them; ``densify``: without rows."""
+        return self._gradients.read(gradients, densify=densify)
+
+    def check(self, gradients: list[AnyGradient], hyper: StepHyper, factors: list[float]) -> list[AnyGradient]:
+        """Raise what is wrong with a step; return the gradients, converted as far as necessary."""
+        gradients = self.plan.check(gradients, self._gradients.convert)
+        self.plan.check_numbers(hyper, factors)
+        return gradients
+
+    def step(
+        self,
+        gradients: list[AnyGradient],
+        hyper: StepHyper,
+        factors: list[float],
+        counter: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Make a step, or raise what is wrong and change nothing; call :meth:`finish` if the counter has gone up."""
+        for i, view in self._views.items():
+            view.load([column[i] for column in self._columns])
+        self.plan.step(gradients, hyper, factors, self.counter if counter is None else counter, self._gradients.convert)
+
+    def finish(self, count: int | Tensor) -> None:
+        """Note that the ``count``-th step was made; calling it again, after a signal, is harmless.
+
+        The count is a tensor if only the GPU knows it.
+        """
+        self._note_written()
+        if isinstance(count, Tensor):
+            self.counts.follow(count)
+        else:
+            self.counts.set(count)
+        for table in self.tables:
+            table.note_step()
+
+    def count_after(self, found_inf: Tensor | None) -> Tensor | None:
+        """The step count after the next step, on the GPU if that decides whether to skip the step; else None."""
+        if found_inf is None:
+            return None
+        self._is_scaled = True
+        return self.counts.after(found_inf)
+
+    def finish_in_graph(self, found_inf: Tensor | None) -> None:
+        """Note that a step was captured; a replay skips it unless ``found_inf`` is None or 0."""
+        self._note_written()
+        self.counts.raise_in_graph(found_inf)
+        self.is_captured = True
+
+    def _note_written(self) -> None:
+        columns = self._columns
+        for i, view in self._views.items():
+            view.store([column[i] for column in columns])
+        written = [tensor for column in columns for tensor in column]
+        if self._views:
+            written += [local_of(column[i]) for i in self._views for column in columns]
+        torch.autograd.graph.increment_version(written)

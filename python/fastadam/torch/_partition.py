@@ -1,0 +1,183 @@
+"""Which parameters of a group step together: those with one kind of gradient, one device and one step count."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from operator import is_
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastadam._core.common.types import Foreign, SparseUpdate
+from fastadam._core.deferred.history import Numbers
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.plan import BoundedCache
+from fastadam._core.native.slices import DEFERRED
+from fastadam.torch._checks import Group, ParamState, States, check_flags, label_of
+from fastadam.torch._deferred import Table, Tables
+from fastadam.torch._parameter_set import ParameterSet
+from fastadam.torch._state import Kind, states_of
+from fastadam.torch._step_count import StepCounts
+
+__all__ = ["Partitions", "refuse_new_in_capture"]
+
+Value = TypeVar("Value", bound=Hashable)
+
+_NONE, _WHOLE, _ROWS = 0, 1, 2  # a parameter without a gradient; its gradient moves all of it; or the rows it names
+
+
+class Key(NamedTuple):
+    """What sets are made of beside tensors."""
+
+    group: int  # its place
+    gradients: bytes  # the kind of each parameter's gradient
+    amsgrad: bool
+    decays: bool
+
+
+class Partition(NamedTuple):
+    """The sets of one group, and what shows that they are not out of date."""
+
+    params: list[Tensor]  # of the whole group
+    sets: list[ParameterSet]
+    epoch: list[int]  # of `optimizer.state`, when the states were last compared; one number
+
+    def is_current(self, params: list[Tensor], state: States, epoch: int) -> bool:
+        """Whether parameters, states and their memory are the same as when the sets were made."""
+        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
+            return False
+        if self.epoch[0] != epoch:
+            for each in self.sets:
+                if not all(state.get(p) is known for p, known in zip(each.params, each.states, strict=True)):
+                    return False
+            self.epoch[0] = epoch
+        return all(each.is_current() for each in self.sets)
+
+
+class Partitions:
+    """The sets of all groups, of which the most recently used are kept."""
+
+    def __init__(self, mode: SparseUpdate, moments_dtype: torch.dtype | None, tables: Tables) -> None:
+        self._mode, self._moments_dtype, self._tables = mode, moments_dtype, tables
+        self._kept: BoundedCache[Key, Partition] = BoundedCache()
+        self._epoch = 0
+        self.known: States | None = None  # a copy of `optimizer.state` when it was last compared
+
+    def note_state(self, state: States) -> None:
+        """Before a step: have the states compared again if the optimizer has got others."""
+        if self.known is None or not _cpu.same_items(state, self.known):
+            self.known = {**state}
+            self._epoch += 1
+
+    def of(
+        self, index: int, group: Group, state: States, gradients: list[Tensor | None], *, renew: bool
+    ) -> list[ParameterSet]:
+        """The sets of the parameters of a group that have a gradient, made anew if need be or if told to."""
+        kinds = self._kinds_of(group["params"], gradients)
+        if not any(kinds):
+            return []
+        key = Key(index, kinds, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]))
+        kept = self._kept.get(key)
+        if kept is not None and not renew and kept.is_current(group["params"], state, self._epoch):
+            return kept.sets
+        made = Partition(list(group["params"]), self._make(key, group, state, kept), [self._epoch])
+        self._kept.put(key, made)
+        return made.sets
+
+    def clear(self) -> None:
+        """Forget all sets."""
+        self._kept.clear()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __iter__(self) -> Iterator[ParameterSet]:
+        return (each for partition in self._kept for each in partition.sets)
+
+    def _kinds_of(self, params: list[Tensor], gradients: list[Tensor | None]) -> bytes:
+        if self._mode == "dense":
+            return bytes([gradient is not None for gradient in gradients])
+        kinds = [_NONE if g is None else _ROWS if g.is_sparse else _WHOLE for g in gradients]
+        if self._tables:  # a table keeps the epsilon of its history
+            kinds = [kind and (_ROWS if p in self._tables else kind) for kind, p in zip(kinds, params, strict=True)]
+        return bytes(kinds)
+
+    # ---- new sets --------------------------------------------------------------------------------------------------
+
+    def _make(self, key: Key, group: Group, state: States, replaced: Partition | None) -> list[ParameterSet]:
+        """New sets; on a GPU they continue with the contexts of those that they replace."""
+        sets: list[ParameterSet] = []
+        contexts = {tuple(old.positions): old.context for old in replaced.sets} if replaced else {}
+        params = group["params"]
+        for code in (_WHOLE, _ROWS):
+            places = [place for place, kind in enumerate(key.gradients) if kind == code]
+            kind = Kind(self._mode, code == _ROWS, key.amsgrad, key.decays)
+            for there in _by_value(places, [params[place].device for place in places]):
+                sets += self._make_sets(key.group, group, kind, there, state, contexts)
+        return sets
+
+    def _make_sets(
+        self,
+        index: int,
+        group: Group,
+        kind: Kind,
+        places: list[int],
+        known: States,
+        contexts: dict[tuple[int, ...], Foreign],
+    ) -> list[ParameterSet]:
+        """The sets of parameters with one kind of gradient on one device: one for each step count."""
+        params = [group["params"][place] for place in places]
+        labels = [label_of(group, index, place) for place in places]
+        for param, label in zip(params, labels, strict=True):
+            check_flags(group, param, label, self._mode)
+        refuse_new_in_capture(params[0])
+        states = states_of(known, params, labels, group, self._moments_dtype)
+        counts = StepCounts([state["step"] for state in states])
+        parts = _by_value(range(len(places)), counts.read())
+        if len(parts) == 1:
+            context = contexts.get(tuple(places))
+            return [self._make_set(group, params, states, labels, places, kind, counts, context)]
+        sets = []
+        for which in parts:
+            chosen, named, called = [params[k] for k in which], [states[k] for k in which], [labels[k] for k in which]
+            positions = [places[k] for k in which]
+            counts = StepCounts([state["step"] for state in named])
+            context = contexts.get(tuple(positions))
+            sets.append(self._make_set(group, chosen, named, called, positions, kind, counts, context))
+        return sets
+
+    def _make_set(
+        self,
+        group: Group,
+        params: list[Tensor],
+        states: list[ParamState],
+        labels: list[str],
+        positions: list[int],
+        kind: Kind,
+        counts: StepCounts,
+        context: Foreign,
+    ) -> ParameterSet:
+        tables: list[Table] = []
+        if kind.rows and self._mode in DEFERRED:
+            beta_1, beta_2 = map(float, group["betas"])
+            numbers = Numbers(beta_1, beta_2, float(group["eps"]), kind.amsgrad)
+            for param, state, label in zip(params, states, labels, strict=True):
+                tables.append(self._tables.make(param, state, label, numbers))
+        return ParameterSet(params, states, labels, positions, kind, tables, counts, context)
+
+
+def refuse_new_in_capture(param: Tensor) -> None:
+    """Raise if a CUDA graph is captured: parameters must have been stepped before."""
+    if param.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step is captured by a CUDA graph, expected capturable=True and a step before it that is not captured"
+        )
+
+
+def _by_value(places: Sequence[int], values: Sequence[Value]) -> list[list[int]]:
+    """The places, in lists with one value each."""
+    parts: dict[Value, list[int]] = {}
+    for place, value in zip(places, values, strict=True):
+        parts.setdefault(value, []).append(place)
+    return list(parts.values())

@@ -1,0 +1,78 @@
+"""A step like the last one: one native call, which compares what can have changed."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+from torch.autograd.graph import increment_version
+
+from fastadam._core.native.plan import RepeatedSteps
+from fastadam.torch._checks import Group, States
+
+if TYPE_CHECKING:
+    from fastadam.torch._parameter_set import ParameterSet
+
+__all__ = ["RepeatedStep"]
+
+# What a step reads of a group besides its parameters.
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay", "differentiable")
+_read_options = itemgetter(*_OPTIONS)
+_CONSTANTS = {float, int, bool, type(None)}
+
+
+class RepeatedStep:
+    """The last step, of one set for each group on the host; only gradients, values, counts and options may change."""
+
+    def __init__(self, sets: list[ParameterSet], groups: list[Group], state: States) -> None:
+        self._sets = sets
+        self._steps = RepeatedSteps([each.plan for each in sets], groups, state)
+        self._written = [tensor for each in sets for tensor in each.written]
+        # With which the plans remember the numbers of the step: the scale of the gradients, then options of the group.
+        self._numbers: list[tuple[object, ...] | None] = [None] * len(sets)
+
+    @classmethod
+    def after(cls, last: list[tuple[int, ParameterSet]], groups: list[Group], state: States) -> RepeatedStep | None:
+        """What repeats a step with these groups and sets; None if native code cannot.
+
+        Args:
+            last: The sets that were stepped, each with the place of its group.
+            groups: All groups.
+            state: ``optimizer.state``.
+        """
+        if [place for place, _ in last] != list(range(len(groups))):
+            return None
+        sets = [each for _, each in last]
+        if not all(each.can_be_followed for each in sets) or not all(each.follow() for each in sets):
+            return None
+        return cls(sets, groups, state)
+
+    def make(self, groups: list[Group], state: States, gradient_scale: float) -> bool:
+        """Make the step, or raise what is wrong and change nothing; False, and no change, if it is another step."""
+        if len(groups) != len(self._sets):
+            return False
+        for index, group in enumerate(groups):
+            numbers = (gradient_scale, *_read_options(group))
+            if numbers != self._numbers[index] and not self._remember(index, group, gradient_scale, numbers):
+                return False
+        was_made = True  # a signal may come as the call returns
+        try:
+            was_made = self._steps.make(groups, state)
+        finally:
+            if was_made:
+                increment_version(self._written)
+        return was_made
+
+    def _remember(self, index: int, group: Group, gradient_scale: float, numbers: tuple[object, ...]) -> bool:
+        """Give the plan of a group other numbers; False if they ask for another plan."""
+        chosen, kind = self._sets[index], self._sets[index].kind
+        if (kind.amsgrad, kind.decays) != (bool(group["amsgrad"]), bool(group["decoupled_weight_decay"])):
+            return False
+        chosen.plan.remember(chosen.numbers_of(group, 1, gradient_scale), factors=chosen.factors_of(group))
+        self._numbers[index] = numbers if _are_constant(*numbers) else None
+        return True
+
+
+def _are_constant(scale: object, lr: object, betas: object, *others: object) -> bool:
+    """Whether these can only be replaced; a tensor or a list may change and stay the same object."""
+    return type(betas) is tuple and {type(each) for each in (scale, lr, *betas, *others)} <= _CONSTANTS

@@ -1,0 +1,224 @@
+"""The step of all parameter groups: which sets are stepped, with which numbers, natively."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadam._core.common.types import AnyGradient, SparseUpdate
+from fastadam._core.deferred.history import Numbers
+from fastadam._core.native.plan import StepHyper
+from fastadam.torch._checks import Group, States
+from fastadam.torch._compiled import CompiledSteps
+from fastadam.torch._deferred import Reader, Tables
+from fastadam.torch._grad_scaler import Number, ScaledStep
+from fastadam.torch._parameter_set import ParameterSet
+from fastadam.torch._partition import Partitions, refuse_new_in_capture
+from fastadam.torch._repeated import RepeatedStep
+from fastadam.torch._step_count import whole_count
+
+__all__ = ["GroupStepper", "Options"]
+
+
+@dataclass(eq=False)
+class Options:
+    """What the constructor was given beside parameters and options of groups; it is copied and pickled."""
+
+    sparse_update: SparseUpdate
+    moments_dtype: torch.dtype | None
+    readers: list[Reader]  # of attached modules
+
+
+class OnGpu(NamedTuple):
+    """What the GPU of a set reads by itself in a step."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None  # it skips the step unless this is 0
+    counts: bool  # the number of the step
+
+
+_ON_HOST = OnGpu(None, None, counts=False)
+
+
+class Ready(NamedTuple):
+    """A set that takes part in a step, and its step count."""
+
+    chosen: ParameterSet
+    there: OnGpu
+    counts: list[float]  # one for each parameter; empty if the GPU counts
+
+
+class Call(NamedTuple):
+    """A native step that is ready to be made."""
+
+    group: int  # its place
+    chosen: ParameterSet
+    gradients: list[AnyGradient]
+    hyper: StepHyper
+    factors: list[float]
+    found_inf: Tensor | None  # on the GPU, which skips the step unless it is 0
+
+
+class Pending(NamedTuple):
+    """A native step that may have been made, but was not noted yet."""
+
+    call: Call
+    counter: int  # before the step
+    after: int | Tensor  # the step count after it
+
+
+class GroupStepper:
+    """Steps the groups of an optimizer. What it keeps belongs to one process and is made anew for a copy.
+
+    Whoever calls it holds the lock.
+    """
+
+    def __init__(self, options: Options, previous: GroupStepper | None = None) -> None:
+        if previous is None:
+            self.compiled = CompiledSteps()
+            self.tables = Tables(options.sparse_update, options.readers)
+        else:
+            self.compiled = previous.compiled
+            self.tables = previous.tables.renewed()
+        self.lock = self.compiled.lock
+        self.partitions = Partitions(options.sparse_update, options.moments_dtype, self.tables)
+        self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
+        self._pending: Pending | None = None
+        self._last: list[tuple[int, ParameterSet]] = []  # the sets of the last step, and their groups
+        self._repeated: RepeatedStep | None = None
+
+    def step(self, groups: list[Group], state: States, grad_scale: Number, found_inf: Number) -> None:
+        """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
+        self.finish(state)
+        scaled = ScaledStep(grad_scale, found_inf)
+        if scaled.host_skips:
+            return
+        if self._repeated is not None:  # on the host, which therefore waits for the scaler
+            if scaled.skips or self._repeated.make(groups, state, scaled.gradient_scale):
+                return
+            self._repeated = None
+        with torch.no_grad():
+            self._step(groups, state, scaled)
+
+    # ---- any step --------------------------------------------------------------------------------------------------
+
+    def _step(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
+        self.partitions.note_state(state)
+        calls: list[Call] = []
+        for index, group in enumerate(groups):
+            gradients = [param.grad for param in group["params"]]
+            for ready in self._ready(index, group, state, gradients, scaled):
+                calls.append(self._call_of(index, ready, group, gradients, scaled))
+        if len(calls) > 1:
+            for i, call in enumerate(calls):
+                checked = call.chosen.check(call.gradients, call.hyper, call.factors)
+                calls[i] = call._replace(gradients=checked)
+        for call in calls:
+            self._make(call, state)
+        before, self._last = self._last, [(call.group, call.chosen) for call in calls]
+        if self._last == before:
+            self._repeated = RepeatedStep.after(self._last, groups, state)
+
+    def _ready(
+        self, index: int, group: Group, state: States, gradients: list[Tensor | None], scaled: ScaledStep
+    ) -> list[Ready]:
+        """The sets of a group that are to be stepped, each with one step count."""
+        ready = self._read_counts(self.partitions.of(index, group, state, gradients, renew=False), group, scaled)
+        if _are_apart(ready):
+            return ready
+        return self._read_counts(self.partitions.of(index, group, state, gradients, renew=True), group, scaled)
+
+    def _read_counts(self, sets: list[ParameterSet], group: Group, scaled: ScaledStep) -> list[Ready]:
+        ready = []
+        for chosen in sets:
+            there = _ON_HOST if chosen.context is None else self._numbers_on_gpu(chosen, group, scaled)
+            if there.found_inf is not None or not scaled.skips:
+                ready.append(Ready(chosen, there, [] if there.counts else chosen.counts.read()))
+        return ready
+
+    def _numbers_on_gpu(self, chosen: ParameterSet, group: Group, scaled: ScaledStep) -> OnGpu:
+        """The numbers of the next step that the GPU of a set knows, so that the host need not wait for them."""
+        chosen.raise_late()
+        if self._captured:
+            chosen.counts.forget()  # graphs may have raised them
+        is_captured = chosen.is_capturing
+        if is_captured and (chosen.is_new or not group["capturable"]):
+            refuse_new_in_capture(chosen.params[0])
+        grad_scale, found_inf = scaled.on(chosen.device) if chosen.counts_on_gpu else (None, None)
+        is_followed = found_inf is not None and chosen.counts.are_followed()  # the GPU's last step is the last one
+        counts = is_captured or (is_followed and chosen.can_count(chosen.numbers_of(group, 1, 1.0)))
+        return OnGpu(grad_scale, found_inf, counts)
+
+    def _call_of(
+        self, index: int, ready: Ready, group: Group, gradients: list[Tensor | None], scaled: ScaledStep
+    ) -> Call:
+        """What the set does natively; rows of its tables that cannot wait are brought up to date."""
+        chosen, there, counts = ready
+        step = whole_count(counts[0], chosen.labels[0]) if counts else 1
+        hyper = chosen.numbers_of(group, step, scaled.gradient_scale if there.grad_scale is None else 1.0)
+        mine = [gradient for place in chosen.positions if (gradient := gradients[place]) is not None]
+        if chosen.tables:
+            self._settle_before(chosen, mine, hyper)
+        if chosen.context is not None:
+            rate = chosen.rate_on_gpu(group["lr"], hyper)
+            if rate is None:
+                hyper = hyper._replace(learning_rate=float(group["lr"]))
+            chosen.set_device_numbers(rate, there.grad_scale, there.found_inf, counts=there.counts)
+        mine = chosen.read_gradients(mine, densify=hyper.l2 != 0)
+        return Call(index, chosen, mine, hyper, chosen.factors_of(group), there.found_inf)
+
+    def _settle_before(self, chosen: ParameterSet, gradients: list[Tensor], hyper: StepHyper) -> None:
+        """Bring rows up to date that cannot wait for this step."""
+        self.tables.warn_of_unread(chosen.tables)
+        numbers = Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, chosen.kind.amsgrad)
+        changed = [
+            table.before_step(numbers, touches_rows=gradient.is_sparse)
+            for table, gradient in zip(chosen.tables, gradients, strict=True)
+        ]
+        if any(changed):
+            chosen.make_plan()
+
+    # ---- native steps ----------------------------------------------------------------------------------------------
+
+    def _make(self, call: Call, state: States) -> None:
+        chosen = call.chosen
+        if chosen.is_capturing:
+            chosen.step(call.gradients, call.hyper, call.factors)
+            chosen.finish_in_graph(call.found_inf)
+            self._captured.append(chosen)
+            return
+        after = chosen.count_after(call.found_inf)
+        self._pending = Pending(call, int(chosen.counter), call.hyper.step if after is None else after)
+        try:
+            chosen.step(call.gradients, call.hyper, call.factors)
+        finally:
+            self.finish(state)
+
+    def finish(self, state: States) -> None:
+        """Note the native step that was made, even if a signal came after it; call it again if one cut this off."""
+        if self._pending is None:
+            return
+        call, counter, after = self._pending
+        chosen = call.chosen
+        if int(chosen.counter) > counter:
+            chosen.finish(after)
+            if chosen.is_new:
+                for param, named in zip(chosen.params, chosen.states, strict=True):
+                    state[param] = named
+                self.partitions.known = None
+                self.tables.keep(chosen.tables)
+                chosen.is_new = False
+        else:
+            chosen.counts.forget()
+        self._pending = None
+
+
+def _are_apart(ready: list[Ready]) -> bool:
+    """Whether each set has one step count, and sets of one kind on the host have different ones."""
+    if any(each.counts.count(each.counts[0]) != len(each.counts) for each in ready if each.counts):
+        return False
+    on_host = [(each.chosen.kind, each.counts[0]) for each in ready if each.chosen.context is None]
+    return len(set(on_host)) == len(on_host)

@@ -40,6 +40,7 @@ class OnGpu(NamedTuple):
     counts: bool  # the number of the step
 
 
+_UNSCALED = ScaledStep(None, None)
 _ON_HOST = OnGpu(None, None, counts=False)
 
 
@@ -93,7 +94,7 @@ class GroupStepper:
     def step(self, groups: list[Group], state: States, grad_scale: Number, found_inf: Number) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
         self.finish(state)
-        scaled = ScaledStep(grad_scale, found_inf)
+        scaled = _UNSCALED if grad_scale is None and found_inf is None else ScaledStep(grad_scale, found_inf)
         if scaled.host_skips:
             return
         if self._repeated is not None:  # on the host, which therefore waits for the scaler

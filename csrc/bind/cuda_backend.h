@@ -218,7 +218,7 @@ class CudaBackend {
     const int64_t bytes = indices.size * indices.item_size;
     if (copies_[i].bytes < bytes) copies_[i] = {std::shared_ptr<void>(cuda::allocate(bytes), &cuda::release), bytes};
     const auto* data = static_cast<const char*>(indices.data);
-    const std::vector<char> pageable(data, data + bytes);  // which the runtime stages, as it would not pinned memory
+    const std::vector<char> pageable(data, data + bytes);  // the runtime copies pageable memory before it returns, but not pinned memory
     cuda::copy_to_device(copies_[i].memory.get(), pageable.data(), bytes, context_->native->stream());
     return copies_[i].memory.get();
   }
@@ -233,7 +233,7 @@ class CudaBackend {
   std::vector<std::unique_ptr<cuda::SortedRows>> sorted_;  // by tensor; their memory is reused
   std::vector<Copy> copies_;                               // of indices in CPU memory
   cuda::DeviceNumbers numbers_{};
-  std::vector<Buffer> number_buffers_;  // keep the numbers alive, and know the streams that write them
+  std::vector<Buffer> number_buffers_;  // keep the numbers alive, and know which streams write them
 };
 
 }  // namespace fastadam::bind

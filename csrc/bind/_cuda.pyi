@@ -1,4 +1,4 @@
-"""What csrc/bind registers for arrays on a GPU: as _cpu.pyi, and what only they need. Private to fastadam."""
+"""The extension module for arrays on a GPU: what _cpu.pyi declares, and what only GPUs need. Private to fastadam."""
 
 from typing import Any
 
@@ -17,15 +17,15 @@ class Plan(_cpu.Plan):
     def set_device_numbers(
         self, rate: Any, grad_scale: Any = None, found_inf: Any = None, counts: bool = False
     ) -> None:
-        """Numbers that lie on the GPU, or None, for the steps from here on, each of which reads them anew.
+        """Set numbers on the GPU, or None, that every later step reads.
 
-        rate: in the place of ``learning_rate``; one float32 or float64.
+        rate: replaces ``learning_rate``; one float32 or float64.
         grad_scale: what gradients have been multiplied by; one float32.
-        found_inf: not 0 skips a step: nothing is written, and t is not counted; one float32.
-        counts: t is that of the last step of the context and one more, whatever ``step`` is.
+        found_inf: a step is skipped if this is not 0: nothing is written, and t is not counted; one float32.
+        counts: t is one more than in the last step of the context, and ``step`` is ignored.
         """
     def can_count(self, hyper: tuple[Any, ...]) -> bool:
-        """Whether the GPU can count t, or read a rate, with these betas; not to be asked in a capture."""
+        """Whether the GPU can count t, or read a rate, with these betas. Do not call it during a capture."""
 
 class Context:
     """What the plans of one optimizer share on one device."""
@@ -34,12 +34,12 @@ class Context:
     @property
     def device(self) -> int: ...
     def take_failure(self) -> tuple[int, str] | None:
-        """The counter before the first step that did nothing because an index was no row, and which; not twice."""
+        """The counter before the first step that was skipped for an invalid index, and the message; reported once."""
     def wait(self) -> None: ...
     @property
     def is_captured(self) -> bool: ...
     def step(self) -> int:
-        """T of the last step that was made; waits."""
+        """The t of the last step; waits for the GPU."""
 
 class History:
     """The rates of a deferred table on its device."""
@@ -55,12 +55,12 @@ class History:
     ) -> None: ...
 
 class Gather:
-    """Rows by ids that lie on a GPU."""
+    """Reads rows by ids on a GPU."""
 
     def __init__(self, device: int) -> None: ...
     def run(self, table: Buffer, ids: Any, out: Any) -> None: ...
     def take_failure(self) -> tuple[int, int] | None:
-        """Place and id of one that was no row, found in a call before."""
+        """Position and value of an invalid id in an earlier call."""
 
 class DeviceArray:
     """Memory of a GPU with a shape and a dtype."""

@@ -264,6 +264,16 @@ print(np.asarray(step(w, g, fastadam.jax.init(w))[0]).tobytes().hex())
     assert result.stdout.split() == [np.asarray(compiled(w, g, state)[0]).tobytes().hex()], result.stderr
 
 
+def test_a_step_is_exported_with_the_check_that_the_guide_names():
+    from jax import export
+
+    w, g = arrays(5, count=2)
+    state = fj.init(w)
+    check = export.DisabledSafetyCheck.custom_call("fastadam_dense_step")
+    exported = export.export(jax.jit(STEP), disabled_checks=[check])(w, g, state)
+    assert_same_bits(exported.call(w, g, state)[0], STEP(w, g, state)[0])
+
+
 def test_a_handler_that_jax_rejects_is_an_error_of_ours_and_jax_goes_on():
     code = """
 import ctypes

@@ -253,3 +253,35 @@ def test_a_deep_copy_goes_on_with_copies_of_its_variables_in_any_order():
     stepped(optimizer, *variables)
     stepped(copied, *twins[::-1])
     assert all(np.array_equal(w, twin) for w, twin in zip(variables, twins, strict=True))
+
+
+def test_a_deep_copy_that_follows_copies_never_updates_a_variable_of_the_original():
+    w, x = np.ones(3, np.float32), np.ones(2, np.float32)
+    optimizer = fastadam.Adam(0.1, gradient_accumulation_steps=2)
+    for _ in range(2):
+        stepped(optimizer, w, x)
+    stepped(optimizer, x)
+    copied, (twin, _) = copy.deepcopy((optimizer, (w, x)))
+    before = x.copy()
+    with pytest.raises(ValueError, match=r"accumulated for float32 \(2,\), whose variable a restored or copied .* build"):
+        stepped(copied, twin)
+    assert np.array_equal(x, before)
+
+
+def test_a_deep_copy_that_follows_copies_never_writes_to_a_table_of_the_original():
+    w, table = np.ones(3, np.float32), np.ones((50_000, 2), np.float32)
+    optimizer = fastadam.Adam(0.1, sparse_update="deferred")
+    slices = fastadam.IndexedSlices(np.ones((1, 2), np.float32), [7])
+    for _ in range(3):
+        optimizer.apply_gradients([(slices, table), (np.ones(3, np.float32), w)])
+    optimizer.apply_gradients([(fastadam.IndexedSlices(np.ones((1, 2), np.float32), [3]), table)])
+    copied, (twin, other) = copy.deepcopy((optimizer, (w, table)))
+    before = table.copy()
+    stepped(copied, twin)
+    with pytest.raises(ValueError, match=r"rows of the table float32 \(50000, 2\) waited .* call build\(\)"):
+        copied.sync()
+    assert np.array_equal(table, before)
+    copied.build([other])
+    copied.sync()
+    optimizer.sync()
+    assert np.array_equal(table[:, 0], other[:, 0])

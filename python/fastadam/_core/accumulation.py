@@ -66,9 +66,12 @@ def _update_plan(parts: Parts, plan: Plan, places: list[int], cycle: Cycle) -> P
         return plan
     buffers = []
     for entry in waiting:
-        buffer = entry.buffer or entry.origin
+        buffer = state.slots.variable_of(entry)
         if buffer is None:
-            raise ValueError(f"gradients were accumulated for {entry.spec} and saved; build it, the step needs it")
+            raise ValueError(
+                f"gradients were accumulated for {entry.spec}, whose variable a restored or copied optimizer has not "
+                "seen yet; call build() with all variables first"
+            )
         buffers.append(buffer)
     prepared = state.slots.prepare(buffers, options.slot_names)
     prepared.commit()  # of a deep copy: it goes on with the same variables

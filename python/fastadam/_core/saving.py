@@ -229,7 +229,7 @@ class _Reader:
             optimizer.build(variables)
         except ValueError as error:
             self._fail(str(error), "the variables it was saved with")
-        self._require(not state.slots.waiting(), "the same variable is given twice", "each variable once")
+        self._require(not state.slots.unclaimed(), "the same variable is given twice", "each variable once")
         self._exclude(optimizer, variables)
         return optimizer
 

@@ -288,7 +288,7 @@ class Stepper:
         names = {name for name in (*named, *(entry.spec.name for entry in entries)) if name}
         met = {key_of(entry.buffer) for entry in entries if entry.buffer}
         met.update(map(key_of, buffers_of(variables, range(len(variables)))))
-        if missing := extras.missing(names, met if not self.state.slots.waiting() else None):
+        if missing := extras.missing(names, met if not self.state.slots.unclaimed() else None):
             hint = ""
             if extras.excluded_names:
                 unnamed = "without names: wrap them, fastadam.Variable(w, name=...)"

@@ -105,7 +105,7 @@ class History:
 
     @property
     def waits(self) -> bool:
-        """Whether some row may be behind."""
+        """Whether some row may be behind; False again once all rows have been brought up to date in one call."""
         return self.steps != (0 if self.calls is None else int(self.rates.counts[2]))
 
     @property

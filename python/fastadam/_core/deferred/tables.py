@@ -16,12 +16,12 @@ from fastadam._core.native.gpu import late_error
 from fastadam._core.native.gradients import bfloat16_to_float32
 from fastadam._core.native.slices import check_ids, is_native_sparse
 from fastadam._core.native.variable import label_of, unwrap
+from fastadam._core.state.slots import Entry, Spec
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, AnyGradient, ArrayLike, VariableLike
     from fastadam._core.options.options import Options
     from fastadam._core.runtime import Runtime, StepPlan
-    from fastadam._core.state.slots import Entry
     from fastadam._core.state.state import State
 
 __all__ = ["Tables"]
@@ -98,10 +98,9 @@ class Tables:
             self._catch_up_entry(entry, ids)
             return
         slots.require_new_memory(buffer)  # another view of a table would show rows that wait
-        if any(waiting.history and waiting.history.waits for waiting in slots.waiting()):
-            raise ValueError(
-                f"{buffer.label}: not met since the state was restored, rows may lag behind; build all variables first"
-            )
+        for unclaimed in slots.unclaimed():
+            if unclaimed.history and unclaimed.history.waits and unclaimed.spec.admits(Spec.of(buffer)):
+                raise _not_seen_yet(unclaimed, buffer.label)
 
     def has_any(self) -> bool:
         """Whether some variable is a deferred table."""
@@ -112,13 +111,11 @@ class Tables:
         if history is None:
             return
         if history.waits:
-            if entry.buffer is None and entry.origin is not None and entry.origin.is_current():
-                self._state.slots.prepare([entry.origin], []).commit()  # a deep copy goes on with the same variable
+            if entry.buffer is None and (variable := self._state.slots.variable_of(entry)) is not None:
+                self._state.slots.prepare([variable], []).commit()  # a deep copy goes on with the same variable
                 entry = self._state.entries[entry.place]
             if entry.buffer is None:
-                raise ValueError(
-                    f"{entry.spec}: rows wait for steps since before the state was restored; build it first"
-                )
+                raise _not_seen_yet(entry, str(entry.spec))
             history = entry.history or history  # on a GPU the entry has got another one
             context = self._runtime.context_of(entry.buffer)
             slots = self._state.slots.slots_of(entry)
@@ -204,6 +201,13 @@ class Tables:
         for entry in self._state.entries:
             entry.history = None
         self._runtime.clear_plans()
+
+
+def _not_seen_yet(entry: Entry, label: str) -> ValueError:
+    return ValueError(
+        f"{label}: rows of the table {entry.spec} waited for steps when this optimizer was saved or copied, and it has "
+        "not seen its variables since; call build() with all variables, in their old order, before rows are read"
+    )
 
 
 def _readable(variable: VariableLike, buffer: _cpu.Buffer) -> npt.NDArray[np.generic]:

@@ -122,6 +122,7 @@ class SlotStore:
         self._known: dict[Key, Entry] = {}
         self._origins: dict[Key, Entry] = {}
         self._intervals: list[tuple[int, int, _cpu.Buffer]] = []
+        self.follows_copies = False  # of the variables, in a deep copy, which some have shown
         self._has_warned = False  # of a variable that could be a changed copy
 
     def entry_of(self, buffer: _cpu.Buffer) -> Entry | None:
@@ -150,9 +151,15 @@ class SlotStore:
         """The slots of an entry by name."""
         return {name: self.arrays[at] for name, at in entry.slots.items()}
 
-    def waiting(self) -> list[Entry]:
+    def unclaimed(self) -> list[Entry]:
         """Restored entries whose variable has not come."""
         return [entry for entry in self.entries if entry.buffer is None]
+
+    def variable_of(self, entry: Entry) -> _cpu.Buffer | None:
+        """The variable of an entry; in a deep copy the original's, unless it has been used with copies of others."""
+        if entry.buffer is not None or entry.origin is None or self.follows_copies:
+            return entry.buffer
+        return entry.origin if entry.origin.is_current() else None
 
     def prepare(self, buffers: Sequence[_cpu.Buffer], names: Sequence[str], make: Maker | None = None) -> Prepared:
         """The slots of these variables, made by ``make`` where there are none; nothing is registered yet.
@@ -185,7 +192,7 @@ class SlotStore:
             elif entry.buffer is None:
                 chosen[key] = entry
         taken = {id(entry) for entry in chosen.values()}
-        rest = [entry for entry in self.waiting() if id(entry) not in taken]
+        rest = [entry for entry in self.unclaimed() if id(entry) not in taken]
         for key, buffer in buffers.items() if rest else ():
             if key not in chosen and key not in self._known and (entry := self._next_for(buffer, rest)) is not None:
                 rest.remove(entry)
@@ -251,7 +258,7 @@ class SlotStore:
         draft.arrays, draft.names, draft.entries = self.arrays[:], self.names[:], self.entries[:]
         draft.version = self.version + 1
         draft._known, draft._origins, draft._intervals = {**self._known}, {**self._origins}, self._intervals[:]
-        draft._has_warned = self._has_warned
+        draft.follows_copies, draft._has_warned = self.follows_copies, self._has_warned
         return draft
 
     def become(self, draft: SlotStore) -> None:
@@ -267,6 +274,7 @@ class SlotStore:
         self._put(Entry(spec, dict(entry.slots), buffer, history, place=entry.place))
         if entry.origin:
             self._origins.pop(key_of(entry.origin), None)
+            self.follows_copies = self.follows_copies or key_of(entry.origin) != key_of(buffer)
         self._register(buffer)
 
     def add(self, buffer: _cpu.Buffer, name: str, array: AnyArray) -> None:

@@ -103,7 +103,12 @@ def load_floor(function: str):
     """A function of bench/floor.cpp, compiled with the widest instruction set that fastadam uses here."""
     import fastadam
 
-    flags = {"avx512": ["-mavx512f", "-mprefer-vector-width=512"], "avx2": ["-mavx2"]}.get(fastadam.isas()[-1], [])
+    flags = {
+        "avx512": ["-mavx512f", "-mprefer-vector-width=512"],
+        "avx2": ["-mavx2"],
+        "baseline": [],
+        "neon": [],
+    }[fastadam.isas()[-1]]
     library = Path(tempfile.mkdtemp()) / "floor.so"
     compiler = os.environ.get("CXX", "c++")
     command = [compiler, "-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", *flags, "-shared", "-fPIC"]

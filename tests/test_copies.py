@@ -263,7 +263,9 @@ def test_a_deep_copy_that_follows_copies_never_updates_a_variable_of_the_origina
     stepped(optimizer, x)
     copied, (twin, _) = copy.deepcopy((optimizer, (w, x)))
     before = x.copy()
-    with pytest.raises(ValueError, match=r"accumulated for float32 \(2,\), whose variable a restored or copied .* build"):
+    with pytest.raises(
+        ValueError, match=r"accumulated for float32 \(2,\), whose variable a restored or copied .* build"
+    ):
         stepped(copied, twin)
     assert np.array_equal(x, before)
 

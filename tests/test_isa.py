@@ -17,10 +17,26 @@ from fastadam._core.native.backend import _cpu
 from helpers import run_python
 
 ROOT = Path(__file__).parents[1]
-# Of this kind of machine, from the plainest to the widest.
-KNOWN = {"x86_64": ["baseline", "avx2", "avx512"], "aarch64": ["neon"], "arm64": ["neon"]}.get(
-    platform.machine(), ["baseline"]
+X86, ARM, _ = (
+    names.split() for names in re.findall(r"known_isas ([\w ]+)\)", (ROOT / "csrc/cpu/isas.cmake").read_text())[:3]
 )
+# Of this kind of machine, from the plainest to the widest.
+KNOWN = {"x86_64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine(), ["baseline"])
+
+
+@pytest.mark.parametrize("name", X86[1:])
+def test_an_instruction_set_is_named_wherever_it_has_to_be(name):
+    """.github/CONTRIBUTING.md has the recipe."""
+    for path, text in {
+        "CMakeLists.txt": f"flags_{name} ",
+        "csrc/cpu/kernels.h": f"namespace {name} ",
+        "csrc/cpu/cpu_features.h": f"inline bool has_{name}() {{ return false; }}",
+        "csrc/cpu/dispatch.cpp": f'{{"{name}", &{name}::kernels, has_{name}()}}',
+        "csrc/cpu/widest_isa.cpp": f'has_{name}() ? "{name}"',
+        "csrc/README.md": f"`{name}` kernels",
+        "bench/common.py": f'"{name}": [',
+    }.items():
+        assert text in (ROOT / path).read_text(), path
 
 
 def test_isas_of_this_machine():

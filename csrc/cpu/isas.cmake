@@ -17,6 +17,7 @@ if(asked_for STREQUAL "auto" OR asked_for STREQUAL "")
             RUN_OUTPUT_VARIABLE widest)
     string(STRIP "${widest}" widest)
     list(FIND known_isas "${widest}" last)
+    # A compiler that cannot build or run the probe builds all of them.
     if(compiled AND last GREATER_EQUAL 0)
       math(EXPR count "${last} + 1")
       list(SUBLIST known_isas 0 ${count} isas)

@@ -15,6 +15,7 @@ from fastadam._core.common.checks import (
     check_list,
     check_non_negative,
 )
+from fastadam._core.common.configs import adam_arguments
 from fastadam._core.common.display import adam_settings, call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.common.frameworks import named_in_keras, refuse_parameters
 from fastadam._core.common.keywords import ELSEWHERE, suggests_keywords
@@ -374,15 +375,21 @@ class Adam(Optimizer):
         """An optimizer from ``get_config``; ``config`` is not modified.
 
         Args:
-            config: Arguments of the constructor by name; ``lr`` means ``learning_rate``, which may be a schedule as
-                TF 2.x or Keras 3 serialize it.
+            config: What ``get_config`` or ``keras.optimizers.serialize`` of TF 2.x, Keras 3 or this class gave for an
+                Adam or AdamW. ``lr`` means ``learning_rate``. Keys of Keras that change no number (``jit_compile``,
+                ``is_legacy_optimizer``) are dropped.
             custom_objects: Schedule classes of your own by name.
+
+        Raises:
+            TypeError: ``config`` is not a dict, or has a key that is not an argument.
+            ValueError: The dict of another class, or an argument that the constructor refuses.
+
+        >>> import fastadam
+        >>> of_keras = {"class_name": "Adam", "config": {"learning_rate": 0.5, "jit_compile": True}}
+        >>> fastadam.Adam.from_config(of_keras)
+        Adam(learning_rate=0.5)
         """
-        if not isinstance(config, dict):
-            raise TypeError(f"config: {type(config).__name__}, expected a dict as get_config gives it")
-        arguments = dict(config)
-        if "lr" in arguments:
-            arguments["learning_rate"] = arguments.pop("lr")
+        arguments = adam_arguments(config, ("Adam", "AdamW", cls.__name__))
         if isinstance(arguments.get("learning_rate"), dict):
             arguments["learning_rate"] = deserialize(arguments["learning_rate"], custom_objects)
         return cls(**arguments)

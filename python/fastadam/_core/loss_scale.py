@@ -12,6 +12,7 @@ from fastadam._core import saving as serialization
 from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
 from fastadam._core.common.checks import check_count, check_iterations, check_number
+from fastadam._core.common.configs import class_of, loss_scale_arguments
 from fastadam._core.common.display import call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
@@ -177,15 +178,16 @@ class LossScaleOptimizer(Minimizer):
 
     @class_only
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
-        """Make an optimizer from the result of ``get_config``; ``config`` is not modified."""
-        arguments = dict(config)
+        """Make an optimizer from ``get_config`` or ``keras.optimizers.serialize``, as :meth:`Adam.from_config` does."""
+        arguments = loss_scale_arguments(config)
         inner = arguments.pop("inner_optimizer", None)
         if not isinstance(inner, Mapping) or not {"class_name", "config"} <= set(inner):
             raise ValueError(f"inner_optimizer: {inner!r}, expected a dict with 'class_name' and 'config'")
         classes = {"Adam": Adam, "AdamW": AdamW, **(custom_objects or {})}
-        if inner["class_name"] not in classes:
-            raise ValueError(f"inner_optimizer: {inner['class_name']!r}, expected one of {sorted(classes)}")
-        return cls(classes[inner["class_name"]].from_config(inner["config"], custom_objects), **arguments)
+        kind = class_of(inner)
+        if kind not in classes:
+            raise ValueError(f"inner_optimizer: {kind!r}, expected one of {sorted(classes)}")
+        return cls(classes[kind].from_config(inner["config"], custom_objects), **arguments)
 
     def save(self, path: str | os.PathLike[str], variables: Iterable[VariableLike] | None = None) -> None:
         """Save the optimizer as :meth:`Adam.save` does, with the scale and the number of good steps."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 import numpy as np
 
 from fastadam._core.common.checks import check_iterations, check_list
+from fastadam._core.common.files import replace_whole, require_regular
 from fastadam._core.common.frameworks import require
 from fastadam._core.common.types import AnyArray, Config, Foreign, HostArray
 from fastadam._core.native.arrays import copy_beside, to_host
@@ -42,7 +42,8 @@ def save(
     loss_scale: Config | None = None,
 ) -> None:
     """Save as described at ``Adam.save``; ``loss_scale`` is the state of a LossScaleOptimizer."""
-    target = Path(os.fsdecode(path))
+    name = os.fsdecode(path)
+    target = Path(name)
     if target.suffix.lower() in _OTHER_SUFFIXES:
         raise ValueError(
             f"path: '{target}' has the suffix of another format, expected {target.stem}.safetensors: the file would be "
@@ -58,7 +59,7 @@ def save(
             text = json.dumps(header, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"get_config of {optimizer.name}: not plain JSON ({error})") from None
-        _replace_whole(target, [_safetensors_header(tensors, text), *(_memory(a) for a in tensors.values())])
+        replace_whole(name, [_safetensors_header(tensors, text), *(_memory(a) for a in tensors.values())])
 
 
 def _safetensors_header(tensors: dict[str, HostArray], text: str) -> bytes:
@@ -127,34 +128,6 @@ def _excluded(extras: Extras, entries: list[Entry]) -> Config:
     return {"names": list(extras.excluded_names), "variables": indices}
 
 
-def _replace_whole(target: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a temporary file, sync it to the disk and rename it: ``target`` is always the old file or the new one."""
-    temporary = target.parent / f".fastadam-{secrets.token_hex(8)}.tmp"
-    try:
-        with temporary.open("xb", buffering=0) as file:
-            for part in parts:
-                rest = memoryview(part)
-                while rest:  # a write may be short: the disk is full, or more than 2 GiB are left
-                    rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
-        os.replace(temporary, target)  # noqa: PTH105
-        _sync_directory(target.parent)
-    except OSError as error:
-        raise OSError(error.errno, f"not saved: {error.strerror}", str(target)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):
-        return  # Windows
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def load(
     classes: Sequence[type[Optimizer]],
     path: str | os.PathLike[str],
@@ -170,7 +143,8 @@ def load(
     variables = check_list("variables", variables)
     buffers = buffers_of(variables, range(len(variables)))
     safetensors = _safetensors()
-    Path(name).open("rb").close()  # a missing file raises the usual OSError
+    require_regular(name)
+    Path(name).open("rb").close()  # an unreadable file raises the usual OSError
     try:
         with safetensors.safe_open(name, framework="numpy") as file:
             reader = _Reader(name, file)

@@ -21,6 +21,7 @@ from fastadam._core.common.frameworks import named_in_keras, refuse_parameters
 from fastadam._core.common.keywords import ELSEWHERE, suggests_keywords
 from fastadam._core.common.strict import class_only, strict
 from fastadam._core.hyperparameters import Clip, Extra, Hyper, check_rate
+from fastadam._core.minimize import scaled
 from fastadam._core.native.arrays import on_gpu, to_host
 from fastadam._core.native.buffers import buffers_of
 from fastadam._core.native.slices import check_sparse_update
@@ -284,7 +285,7 @@ class Adam(Optimizer):
     def scale_loss(self, loss: Any) -> Any:
         """``loss * loss_scale_factor``, whose gradients ``apply_gradients`` divides by the factor again."""
         factor = self.loss_scale_factor
-        return loss if factor is None else loss * factor
+        return loss if factor is None else scaled(loss, factor)
 
     def finalize_variable_values(self, var_list: Iterable[VariableLike]) -> None:
         """Overwrite the variables with their moving averages (``use_ema``), at the end of training.

@@ -17,7 +17,7 @@ from fastadam._core.common.display import call_text, html_or_none, html_table, n
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.strict import class_only, is_own, settable, unknown_attribute
-from fastadam._core.minimize import Minimizer
+from fastadam._core.minimize import Minimizer, scaled
 from fastadam._core.pairs import check_pairs_list
 from fastadam._core.parts import parts_of
 from fastadam._core.step import Stepper
@@ -123,7 +123,7 @@ class LossScaleOptimizer(Minimizer):
 
     def scale_loss(self, loss: AnyArray) -> AnyArray:
         """Return ``loss * dynamic_scale``. ``apply_gradients`` takes the gradients of this."""
-        return loss * self.dynamic_scale
+        return scaled(loss, self.dynamic_scale)
 
     def apply_gradients(
         self,

@@ -42,7 +42,7 @@ def save(
     loss_scale: Config | None = None,
 ) -> None:
     """Save as described at ``Adam.save``; ``loss_scale`` is the state of a LossScaleOptimizer."""
-    name = os.fsdecode(path)
+    name = _path_of(path)
     target = Path(name)
     if target.suffix.lower() in _OTHER_SUFFIXES:
         raise ValueError(
@@ -139,7 +139,7 @@ def load(
     Returns:
         An optimizer of one of the classes, and the state of a LossScaleOptimizer if the file has one.
     """
-    name = os.fsdecode(path)
+    name = _path_of(path)
     variables = check_list("variables", variables)
     buffers = buffers_of(variables, range(len(variables)))
     safetensors = _safetensors()
@@ -152,6 +152,13 @@ def load(
     except safetensors.SafetensorError as error:
         actual = _format_of(name) or f"not a complete safetensors file ({error})"
         raise ValueError(f"{name}: {actual}, expected a file that `save` wrote") from error
+
+
+def _path_of(path: str | os.PathLike[str]) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError as error:
+        raise TypeError(f"path: {type(path).__name__}, expected a string or a path") from error
 
 
 def _format_of(path: str) -> str | None:

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fastadam._core.common.checks import check_bool, check_count, check_list, check_non_negative, check_number
+from fastadam._core.common.checks import (
+    check_bool,
+    check_count,
+    check_integer,
+    check_list,
+    check_non_negative,
+    check_number,
+)
 from fastadam._core.native.arrays import assign, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, buffers_of, key_of
@@ -116,20 +123,25 @@ class Extras:
 
 def _accumulation_steps(value: int) -> int | None:
     """As in Keras, 0 switches it off and 1 is invalid."""
-    steps = None if value == 0 and not isinstance(value, bool) else check_count("gradient_accumulation_steps", value)
-    if steps == 1:
-        raise ValueError("gradient_accumulation_steps: 1, expected an integer of at least 2, or None")
+    name, expected = "gradient_accumulation_steps", "an integer of at least 2, or None"
+    steps = check_integer(name, value, expected)
+    if steps == 0:
+        return None
+    if not 2 <= steps < 2**63 - 1:
+        raise ValueError(f"{name}: {steps}, expected {expected}")
     return steps
 
 
 def excluded(var_list: Iterable[VariableLike] | None, var_names: Iterable[str] | None) -> Config:
     """Fields of Extras for ``exclude_from_weight_decay``."""
-    variables = [] if var_list is None else check_list("var_list", var_list)
+    variables = (
+        [] if var_list is None else [var_list] if isinstance(var_list, str) else check_list("var_list", var_list)
+    )
     if any(isinstance(variable, str) for variable in variables):
         raise TypeError(f"var_list: {variables!r:.60}, expected variables; patterns of names go to var_names=[...]")
-    names = [] if var_names is None else check_list("var_names", var_names)
     if isinstance(var_names, str):
         raise TypeError(f"var_names: {var_names!r}, expected a list of patterns")
+    names = [] if var_names is None else check_list("var_names", var_names)
     for i, name in enumerate(names):
         try:
             re.compile(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from fastadam._core.common.checks import (
     check_non_negative,
     check_number,
 )
+from fastadam._core.common.patterns import check_pattern, found
 from fastadam._core.native.arrays import assign, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, buffers_of, key_of
@@ -93,7 +93,7 @@ class Extras:
         ]
 
     def _excludes(self, name: str) -> bool:
-        return any(re.search(pattern, name) for pattern in self.excluded_names) if name else False
+        return any(found(pattern, name) for pattern in self.excluded_names) if name else False
 
     @property
     def excludes(self) -> bool:
@@ -109,7 +109,7 @@ class Extras:
         patterns = [
             f"var_names[{i}] {pattern!r}"
             for i, pattern in enumerate(self.excluded_names)
-            if not any(re.search(pattern, name) for name in names)
+            if not any(found(pattern, name) for name in names)
         ]
         listed = enumerate(map(key_of, self.kept_alive))
         absent = [f"var_list[{i}]" for i, key in listed if met is not None and key not in met]
@@ -144,9 +144,9 @@ def excluded(var_list: Iterable[VariableLike] | None, var_names: Iterable[str] |
     names = [] if var_names is None else check_list("var_names", var_names)
     for i, name in enumerate(names):
         try:
-            re.compile(name)
-        except (TypeError, re.error) as error:
-            raise ValueError(f"var_names[{i}]: {name!r}, expected a pattern ({error})") from None
+            check_pattern(name)
+        except ValueError as error:
+            raise ValueError(f"var_names[{i}]: {error}") from None
     buffers = buffers_of(variables, range(len(variables)))
     keys = frozenset(map(key_of, buffers))
     return {"excluded_keys": keys, "excluded_names": tuple(names), "kept_alive": tuple(buffers)}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fastadam._core.averages import overwrite, refuse_while_swapped, swapped
 from fastadam._core.common.checks import (
     check_beta,
     check_bool,
@@ -26,7 +28,7 @@ from fastadam._core.native.arrays import on_gpu, to_host
 from fastadam._core.native.buffers import buffers_of
 from fastadam._core.native.slices import check_sparse_update
 from fastadam._core.optimizer import Optimizer
-from fastadam._core.options.keras3 import Extras, excluded, overwrite
+from fastadam._core.options.keras3 import Extras, excluded
 from fastadam._core.pairs import check_pairs_list
 from fastadam._core.parts import parts_of
 from fastadam._core.step import rate_after
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from fastadam._core.common.types import (
+        Array,
         Config,
         Gradient,
         Hyperparameter,
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
         SparseUpdate,
         VariableLike,
     )
+    from fastadam._core.native.backend import _cpu
 
 __all__ = ["Adam"]
 
@@ -293,11 +297,41 @@ class Adam(Optimizer):
         Raises:
             KeyError: A variable without an average.
         """
+        overwrite(*self._averages_of(var_list))
+
+    @contextlib.contextmanager
+    def averages(self, var_list: Iterable[VariableLike]) -> Iterator[None]:
+        """``with opt.averages([w, b]):`` evaluate the moving averages (``use_ema``) in the place of the variables.
+
+        At the end of the block, also after an exception, the variables get their own values back, to the bit: what the
+        block wrote into them is lost. Needs memory for a copy of the variables.
+
+        Args:
+            var_list: Variables of any dtype; averages are rounded to it.
+
+        Raises:
+            KeyError: A variable without an average. No variable has changed.
+            RuntimeError: A second block inside of this one; ``apply_gradients`` raises it inside of the block.
+
+        >>> import numpy as np, fastadam
+        >>> w = np.array([2.0])
+        >>> opt = fastadam.Adam(0.5, use_ema=True, ema_momentum=0.5)
+        >>> for _ in range(2):
+        ...     step = opt.apply_gradients([(np.array([1.0]), w)])
+        >>> with opt.averages([w]):
+        ...     print(w.round(4))
+        [1.25]
+        >>> w.round(4)
+        array([1.])
+        """
+        buffers, averages = self._averages_of(var_list)
+        with swapped(self._parts, buffers, averages):
+            yield
+
+    def _averages_of(self, var_list: Iterable[VariableLike]) -> tuple[list[_cpu.Buffer], list[Array]]:
         variables = check_list("var_list", var_list)
         buffers = buffers_of(variables, range(len(variables)))
-        averages = [self.get_slot(variable, "average") for variable in variables]
-        for buffer, average in zip(buffers, averages, strict=True):
-            overwrite(buffer, average)
+        return buffers, [self.get_slot(variable, "average") for variable in variables]
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -333,6 +367,7 @@ class Adam(Optimizer):
         pairs = check_pairs_list(grads_and_vars)
         if not pairs:
             return None
+        refuse_while_swapped(self._parts)
         self._stepper.apply(self, pairs)
         return self.iterations
 

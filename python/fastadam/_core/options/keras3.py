@@ -15,15 +15,13 @@ from fastadam._core.common.checks import (
     check_number,
 )
 from fastadam._core.common.patterns import check_pattern, found
-from fastadam._core.native.arrays import assign, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, buffers_of, key_of
-from fastadam._core.native.gradients import float32_to_bfloat16
 
 if TYPE_CHECKING:
-    from fastadam._core.common.types import AnyArray, Array, Config, VariableLike
+    from fastadam._core.common.types import Config, VariableLike
 
-__all__ = ["ACCUMULATOR", "EXTRA_NAMES", "Extras", "excluded", "overwrite"]
+__all__ = ["ACCUMULATOR", "EXTRA_NAMES", "Extras", "excluded"]
 
 ACCUMULATOR = "gradient_accumulator"  # the slot of gradient_accumulation_steps
 
@@ -150,13 +148,3 @@ def excluded(var_list: Iterable[VariableLike] | None, var_names: Iterable[str] |
     buffers = buffers_of(variables, range(len(variables)))
     keys = frozenset(map(key_of, buffers))
     return {"excluded_keys": keys, "excluded_names": tuple(names), "kept_alive": tuple(buffers)}
-
-
-def overwrite(variable: _cpu.Buffer, average: Array) -> None:
-    """Round a moving average into its variable."""
-    values: AnyArray = to_host(average)
-    values = float32_to_bfloat16(values) if variable.dtype == "bfloat16" else values.astype(variable.dtype)
-    if variable.device < 0:
-        variable.array()[...] = values
-    else:
-        assign(variable.source, values)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastadam._core.averages import overwrite, refuse_while_swapped, swapped
+from fastadam._core.averages import holders, overwrite, refuse_while_swapped, swapped
 from fastadam._core.common.checks import (
     check_beta,
     check_bool,
@@ -367,7 +367,8 @@ class Adam(Optimizer):
         pairs = check_pairs_list(grads_and_vars)
         if not pairs:
             return None
-        refuse_while_swapped(self._parts)
+        if holders:
+            refuse_while_swapped(self._parts)
         self._stepper.apply(self, pairs)
         return self.iterations
 
@@ -423,7 +424,7 @@ class Adam(Optimizer):
         >>> import fastadam
         >>> of_keras = {"class_name": "Adam", "config": {"learning_rate": 0.5, "jit_compile": True}}
         >>> fastadam.Adam.from_config(of_keras)
-        Adam(learning_rate=0.5)
+        fastadam.Adam(learning_rate=0.5)
         """
         arguments = adam_arguments(config, ("Adam", "AdamW", cls.__name__))
         if isinstance(arguments.get("learning_rate"), dict):

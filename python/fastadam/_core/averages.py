@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from fastadam._core.native.backend import _cpu
     from fastadam._core.parts import Parts
 
-__all__ = ["overwrite", "refuse_while_swapped", "swapped"]
+__all__ = ["holders", "overwrite", "refuse_while_swapped", "swapped"]
 
-_holders: set[int] = set()  # ids of the runtimes whose optimizer has averages swapped in
+holders: set[int] = set()  # ids of the runtimes whose optimizer has averages swapped in
 
 
 def overwrite(variables: Sequence[_cpu.Buffer], averages: Sequence[Array]) -> None:
@@ -37,12 +37,12 @@ def swapped(parts: Parts, variables: Sequence[_cpu.Buffer], averages: Sequence[A
     """Round averages into their variables, and put back what was there at the end."""
     holder, lock = id(parts.runtime), parts.runtime.lock
     with lock:
-        if holder in _holders:
+        if holder in holders:
             raise RuntimeError("averages: they are in the variables already, expected one block with all variables")
         before = [_contents(variable) for variable in variables]
     try:
         with lock:
-            _holders.add(holder)
+            holders.add(holder)
             overwrite(variables, averages)
         yield
     finally:
@@ -53,12 +53,12 @@ def swapped(parts: Parts, variables: Sequence[_cpu.Buffer], averages: Sequence[A
                 _write(variables, before)
                 raise
             finally:
-                _holders.discard(holder)
+                holders.discard(holder)
 
 
 def refuse_while_swapped(parts: Parts) -> None:
     """Raise RuntimeError for a step that the end of the block would undo."""
-    if _holders and id(parts.runtime) in _holders:
+    if id(parts.runtime) in holders:
         raise RuntimeError("apply_gradients: inside of `with averages(...)`, expected after it: its end undoes a step")
 
 

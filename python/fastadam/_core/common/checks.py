@@ -122,6 +122,8 @@ def check_list(name: str, values: object, expected: str = "a list") -> list[Any]
 
     An exception of the caller's own iterator passes through.
     """
+    if isinstance(values, (list, tuple)):  # quickly, for every step comes here
+        return list(values)
     if isinstance(values, np.ndarray) and values.dtype.kind != "O":  # whose rows would become the items
         raise TypeError(f"{name}: one {type(values).__name__}, expected {expected}")
     if isinstance(values, (str, bytes, bytearray, Mapping)):  # whose characters or keys would become the items

@@ -92,6 +92,8 @@ class IndexedSlices:
 
 
 def _as_shape(dense_shape: Sequence[int]) -> tuple[int, ...]:
+    if type(dense_shape) is tuple and set(map(type, dense_shape)) <= {int} and min(dense_shape, default=0) >= 0:
+        return dense_shape  # quickly, for most steps on tables come here
     is_array = isinstance(dense_shape, np.ndarray) and dense_shape.ndim == 1
     lengths = check_list("dense_shape", list(dense_shape) if is_array else dense_shape, "the shape of the variable")
     shape = tuple(check_integer(f"dense_shape[{i}]", length) for i, length in enumerate(lengths))

@@ -105,7 +105,7 @@ def test_variables_and_moments_are_updated_in_place_by_one_plan(monkeypatch):
     module = sys.modules["fastadam.keras._plans"]
     plan = module.KerasPlan
     step = plan.step
-    monkeypatch.setattr(module, "KerasPlan", lambda *args: plans.append(plan(*args)) or plans[-1])
+    monkeypatch.setattr(module, "KerasPlan", lambda *args, **keys: plans.append(plan(*args, **keys)) or plans[-1])
     monkeypatch.setattr(plan, "step", lambda *args: calls.append(1) or step(*args))
     optimizer, made = fastadam.keras.Adam(0.5), variables()
     optimizer.build(made)

@@ -266,3 +266,27 @@ def test_an_update_step_of_a_subclass_is_called_for_each_variable(kind):
     plain = trained(getattr(fastadam.keras, kind)(0.0078125, weight_decay=0.125, **EXACT))
     same = [np.array_equal(array(a), array(b)) for a, b in zip(made[0], plain, strict=True)]
     assert same == [False, True, False, True, False]  # w3 is empty
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+def test_an_assign_of_a_subclass_stores_every_new_value(kind):
+    written = []
+
+    class Recorded(getattr(fastadam.keras, kind)):
+        def assign(self, variable, value):
+            written.append(variable.path)
+            super().assign(variable, value)
+
+    class Frozen(getattr(fastadam.keras, kind)):
+        def assign(self, variable, value):
+            """Stores nothing."""
+
+    optimizer = Recorded(0.0078125, amsgrad=True)
+    found = trained(optimizer, steps=2)
+    expected = trained(getattr(fastadam.keras, kind)(0.0078125, amsgrad=True), steps=2)
+    assert all(np.array_equal(array(a), array(b)) for a, b in zip(found, expected, strict=True))
+    slots = [*optimizer._momentums, *optimizer._velocities, *optimizer._velocity_hats]
+    assert sorted(written) == sorted([v.path for v in (*found, *slots)] * 2)
+    frozen = Frozen(0.0078125, weight_decay=None if kind == "Adam" else 0.0)
+    assert all(np.array_equal(array(a), b) for a, b in zip(trained(frozen), values(), strict=True))
+    assert not any(array(m).any() for m in frozen._momentums)

@@ -112,7 +112,7 @@ def test_a_bad_gradient_of_a_known_variable_changes_nothing(kind):
         ([GRADIENT], TypeError, "grads_and_vars[0]: ndarray, expected a (gradient, variable) pair"),
         ([(GRADIENT,)], ValueError, "grads_and_vars[0]: 1 items, expected a (gradient, variable) pair"),
         ([(GRADIENT, np.ones(5, F32), 1)], ValueError, "grads_and_vars[0]: 3 items, expected a (gradient, variable) pair"),
-        ("ab", TypeError, "grads_and_vars[0]: str, expected a (gradient, variable) pair"),
+        ("ab", TypeError, "grads_and_vars: str, expected an iterable of (gradient, variable) pairs"),
     ],
 )  # fmt: skip
 def test_what_is_not_pairs_changes_nothing(pairs, error, message, snapshot):

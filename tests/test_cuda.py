@@ -141,6 +141,20 @@ def test_finalize_puts_the_averages_into_the_variables(gpu):
     pair.check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_averages_are_swapped_in_and_back(gpu, dtype):
+    pair = Pair(gpu, arrays_of(dtype), use_ema=True, ema_momentum=0.5)
+    for seed in (1, 2):
+        pair.step(arrays_of(dtype, seed))
+    with pair.host.averages(pair.arrays), pair.device.averages(pair.twins):
+        pair.check()
+        inside = pair.arrays[2].copy()
+    pair.check()
+    assert not same(pair.arrays[2], inside)
+    pair.step(arrays_of(dtype, 3))
+    pair.check()
+
+
 def test_a_dynamic_loss_scale_sees_infinities(gpu):
     w = np.ones(4, F32)
     twin = gpu.array(w)

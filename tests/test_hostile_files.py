@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 import zlib
 
 import fastadam
@@ -95,9 +96,19 @@ HOSTILE = {
     "weights missing": lambda h: h["weights"].pop(),
     "iterations not first": lambda h: h["weights"].reverse(),
     "checksum": lambda h: h["weights"][1].__setitem__(1, 5),
+    "slots": lambda h: h.update(slots=5),
+    "slots of no variable": lambda h: h.update(slots=[]),
+    "slots empty": lambda h: h.update(slots=[[]]),
+    "slots text": lambda h: h.update(slots=["mv"]),
+    "slots numbers": lambda h: h.update(slots=[[1, 2]]),
+    "slots more": lambda h: h.update(slots=[["m", "v", "vhat"]]),
+    "slots fewer": lambda h: h.update(slots=[["m"]]),
+    "accumulating without accumulator": lambda h: h.update(accumulating=[0]),
     "excluded": lambda h: h.update(excluded={}),
     "excluded number": lambda h: h.update(excluded={"names": [], "variables": [5]}),
     "excluded pattern": lambda h: h.update(excluded={"names": ["("], "variables": []}),
+    "excluded backreference": lambda h: h.update(excluded={"names": [r"(a)\1"], "variables": []}),
+    "excluded list": lambda h: h.update(excluded={"names": [["a"]], "variables": []}),
 }  # fmt: skip
 
 
@@ -151,3 +162,72 @@ def test_files_of_others_are_refused(small):
     refuses(path, variables, "not a complete safetensors file")
     with pytest.raises(OSError, match=re.escape(str(path.parent))):
         fastadam.Adam.load(path.parent, variables)
+
+
+def without_tensor(path, name, change=lambda header: None):
+    """The file as someone who knows the format would write it without a tensor."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["fastadam"])
+        arrays = {key: file.get_tensor(key) for key in file.keys() if key != name}  # noqa: SIM118
+    header["weights"] = [item for item in header["weights"] if item[0] != name]
+    change(header)
+    text = json.dumps(header)
+    safetensors.numpy.save_file(arrays, path, {"fastadam": text, "fastadam_crc32": str(zlib.crc32(text.encode()))})
+
+
+OPTIONS = {
+    "plain": ({}, ("m", "v")),
+    "amsgrad": ({"amsgrad": True}, ("m", "v", "vhat")),
+    "average": ({"use_ema": True}, ("m", "v", "average")),
+    "accumulated": ({"gradient_accumulation_steps": 2}, ("m", "v", "gradient_accumulator")),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "slot"), [(options, slot) for options, slots in OPTIONS.values() for slot in slots], ids=str
+)
+@pytest.mark.parametrize("i", [0, 1])
+def test_a_file_without_some_moments_is_refused(options, slot, i, tmp_path):
+    path, variables = tmp_path / "opt", [np.ones(2, F32), np.ones((2, 2), F32)]
+    optimizer = fastadam.Adam(0.1, **options)
+    for _ in range(3):
+        optimizer.apply_gradients([(np.ones(w.shape, F32), w) for w in variables])
+    optimizer.save(path)
+    assert_same(fastadam.Adam.load(path, variables).get_weights(), optimizer.get_weights())
+    without_tensor(path, f"{i}/{slot}")
+    refuses(path, variables, re.escape(f"no tensor '{i}/{slot}', expected every slot of each variable"))
+
+
+@pytest.mark.parametrize("slot", ["m", "v"])
+def test_a_file_of_version_0_1_without_some_moments_is_refused(slot, small):
+    path, variables = small
+    without_tensor(path, f"0/{slot}", lambda header: header.pop("slots"))
+    refuses(path, variables, re.escape(f"no tensor '0/{slot}', expected every slot of each variable"))
+
+
+def test_slots_that_no_step_has_made_yet_can_be_saved(tmp_path):
+    """A slot of the user's own, and moments that he set himself: what is missing starts anew there, too."""
+    w, u = np.ones(2, F32), np.ones(3, F32)
+    optimizer = fastadam.Adam(0.1)
+    optimizer.apply_gradients([(np.ones(2, F32), w)])
+    optimizer.add_slot(u, "mine", "ones")
+    optimizer.amsgrad = True
+    optimizer.save(tmp_path / "opt")
+    again = fastadam.Adam.load(tmp_path / "opt", others := [w.copy(), u.copy()])
+    for made, pair in ((optimizer, (w, u)), (again, others)):
+        made.apply_gradients([(np.ones(x.shape, F32), x) for x in pair])
+    assert_same(again.get_weights(), optimizer.get_weights())
+    assert_same(others, [w, u])
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*$", "(.*a){25}$", "(a*)*b", "((a?){30}a{30})$", "(?=(a+)+$)b"])
+def test_a_stored_pattern_cannot_hang_a_step(pattern, tmp_path):
+    w = fastadam.Variable(np.ones(2, F32), "a" * 200 + "!")
+    optimizer = fastadam.AdamW(0.1)
+    optimizer.apply_gradients([(np.ones(2, F32), w)])
+    optimizer.save(tmp_path / "opt")
+    rewrite(tmp_path / "opt", lambda h: h.update(excluded={"names": [pattern, "!$"], "variables": []}))
+    start = time.perf_counter()
+    again = fastadam.AdamW.load(tmp_path / "opt", [w])
+    again.apply_gradients([(np.ones(2, F32), w)])
+    assert time.perf_counter() - start < 5  # with backtracking none of them ends in a lifetime

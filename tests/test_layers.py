@@ -24,7 +24,7 @@ LAYERS = [
     ["_core.replaced", "_core.runtime"],
     ["_core.deferred.tables"],
     ["_core.parts"],
-    ["_core.pairs", "_core.accumulation", "_core.hyperparameters", "_core.step"],
+    ["_core.pairs", "_core.accumulation", "_core.hyperparameters", "_core.step", "_core.averages"],
     ["_core.autodiff", "_core.minimize", "_core.saving"],
     ["_core.optimizer"],
     ["_core.adam", "_core.adamw", "_core.loss_scale"],

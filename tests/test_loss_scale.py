@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import bits, random_array
+from helpers import warned
 
 F32 = np.float32
 
@@ -175,6 +176,7 @@ def test_config_files_and_pickles_keep_scale_and_count(tmp_path):
         ),
         ((fastadam.Adam(), 0.5), ValueError, "initial_scale: 0.5, expected 1 <= initial_scale"),
         ((fastadam.Adam(), 2.0**127), ValueError, "initial_scale: "),
+        ((fastadam.Adam(), 0.0), ValueError, "initial_scale: 0.0, expected 1 <= initial_scale"),
         ((fastadam.Adam(), 2.0, 0), ValueError, "dynamic_growth_steps: 0, expected an integer of at least 1"),
     ],
 )
@@ -208,3 +210,125 @@ def test_what_is_set_later_is_checked(name, value, message):
     assert optimizer.dynamic_scale == 1024
     with pytest.raises(ValueError, match="inner_optimizer: None, expected a dict"):
         fastadam.LossScaleOptimizer.from_config({})
+
+
+INF, SKIPPED = np.full(2, np.inf, F32), np.ones(2, F32)
+
+
+def skip(optimizer, steps, w=SKIPPED):
+    """Steps that change nothing."""
+    for _ in range(steps):
+        optimizer.apply_gradients([(INF, w)])
+
+
+@pytest.mark.parametrize("least", [2.0**-126, 0.25, 1.0, 4.0, 3.0])
+def test_min_scale_is_as_far_as_the_scale_falls(least):
+    optimizer = fastadam.LossScaleOptimizer(fastadam.Adam(0.1), 8.0, min_scale=least)
+    scales = []
+    for _ in range(9):
+        skip(optimizer, 1)
+        scales.append(optimizer.dynamic_scale)
+    expected = [max(8.0 / 2**i, least) for i in range(1, 10)]
+    assert scales == expected
+    w, plain = np.ones(2, F32), np.ones(2, F32)
+    g = np.array([0.5, -2.0], F32)
+    if least != 3:
+        optimizer.apply_gradients([(optimizer.scale_loss(g), w)])
+        fastadam.Adam(0.1).apply_gradients([(g, plain)])
+        np.testing.assert_array_equal(bits(w), bits(plain))
+
+
+def test_a_scale_below_one_lets_gradients_be_finite_that_overflow():
+    """float16 gradients of about 1e5, whose largest number is 65504."""
+    w, optimizer = np.ones(2, F32), fastadam.LossScaleOptimizer(fastadam.Adam(0.1), 1.0, min_scale=2.0**-10)
+    for _ in range(3):
+        with np.errstate(over="ignore"):
+            optimizer.apply_gradients([(np.float16(np.array([1e5, -1e5]) * optimizer.dynamic_scale), w)])
+    assert (optimizer.iterations, optimizer.dynamic_scale) == (2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (0.0, ValueError, "min_scale: 0.0, expected 1.17549e-38 <= min_scale"),
+        (-1.0, ValueError, "min_scale: -1.0, expected"),
+        (2.0**-127, ValueError, "min_scale: "),
+        (2.0**127, ValueError, "min_scale: "),
+        (np.nan, ValueError, "min_scale: nan, expected a finite number"),
+        (None, TypeError, "min_scale: None, expected a number"),
+        ("1", TypeError, "min_scale: '1', expected a number"),
+    ],
+)
+def test_a_bad_min_scale_is_refused(value, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        fastadam.LossScaleOptimizer(fastadam.Adam(), min_scale=value)
+    optimizer = make()
+    with pytest.raises(error, match=re.escape(message)):
+        optimizer.min_scale = value
+    assert optimizer.min_scale == 1
+
+
+def test_the_scales_stay_in_order():
+    with pytest.raises(ValueError, match=re.escape("initial_scale: 2.0, expected 4 <= initial_scale")):
+        fastadam.LossScaleOptimizer(fastadam.Adam(), 2.0, min_scale=4.0)
+    optimizer = make(scale=8.0)
+    with pytest.raises(ValueError, match=re.escape("min_scale: 16.0, expected at most dynamic_scale, which is 8.0")):
+        optimizer.min_scale = 16.0
+    with pytest.raises(ValueError, match=re.escape("dynamic_scale: 0.5, expected 1 <= dynamic_scale")):
+        optimizer.dynamic_scale = 0.5
+    optimizer.min_scale = 0.25
+    optimizer.dynamic_scale = 0.5
+    assert (optimizer.min_scale, optimizer.dynamic_scale) == (0.25, 0.5)
+    assert "min_scale=0.25" in repr(optimizer)
+    assert "min_scale" not in repr(make())
+
+
+def test_configs_files_and_pickles_keep_min_scale(tmp_path):
+    w, optimizer = np.ones(2, F32), fastadam.LossScaleOptimizer(fastadam.Adam(0.1), 0.5, min_scale=0.25)
+    skip(optimizer, 1, w)
+    config = json.loads(json.dumps(optimizer.get_config()))
+    optimizer.save(tmp_path / "state")
+    others = [
+        fastadam.LossScaleOptimizer.from_config(config),
+        fastadam.LossScaleOptimizer.load(tmp_path / "state", [w]),
+        pickle.loads(pickle.dumps(optimizer)),
+    ]
+    assert [other.min_scale for other in others] == [0.25] * 3
+    assert [other.dynamic_scale for other in others] == [0.5, 0.25, 0.25]
+    assert "min_scale" not in make().get_config()  # which Keras would not know
+
+
+def test_a_pickle_of_version_0_1_has_the_former_bound():
+    optimizer = make(scale=2.0)
+    del vars(optimizer)["min_scale"]
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert again.min_scale == 1
+    skip(again, 3)
+    assert again.dynamic_scale == 1
+
+
+@pytest.mark.parametrize("least", [1.0, 0.25])
+def test_a_scale_that_is_stuck_is_warned_of_once(least):
+    optimizer = fastadam.LossScaleOptimizer(fastadam.Adam(0.1), 4 * least, min_scale=least)
+    skip(optimizer, 2 + 9)  # two halve the scale
+    message = warned(lambda: skip(optimizer, 1), "dynamic_scale: 10 steps in a row were skipped at min_scale")
+    assert "set min_scale lower" in message
+    skip(optimizer, 50)
+
+
+def test_a_scale_that_recovers_is_not_warned_of():
+    optimizer, w = make(scale=1.0), np.ones(2, F32)
+    for _ in range(5):
+        skip(optimizer, 9, w)
+        optimizer.apply_gradients([(np.ones(2, F32), w)])
+    assert (optimizer.iterations, optimizer.dynamic_scale) == (5, 1)
+
+
+def test_a_warning_that_raises_leaves_the_scale_adjusted():
+    optimizer, w = make(scale=1.0), np.ones(2, F32)
+    skip(optimizer, 9, w)
+    with pytest.raises(UserWarning, match="10 steps in a row"):
+        skip(optimizer, 1, w)
+    assert (optimizer.dynamic_scale, optimizer.step_counter, optimizer.iterations) == (1, 0, 0)
+    skip(optimizer, 20, w)
+    assert w.tolist() == [1, 1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fastadam._core.averages import holders, overwrite, refuse_while_swapped, swapped
 from fastadam._core.common.checks import (
     check_beta,
     check_bool,
@@ -15,16 +17,18 @@ from fastadam._core.common.checks import (
     check_list,
     check_non_negative,
 )
+from fastadam._core.common.configs import adam_arguments
 from fastadam._core.common.display import adam_settings, call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.common.frameworks import named_in_keras, refuse_parameters
 from fastadam._core.common.keywords import ELSEWHERE, suggests_keywords
 from fastadam._core.common.strict import class_only, strict
 from fastadam._core.hyperparameters import Clip, Extra, Hyper, check_rate
+from fastadam._core.minimize import scaled
 from fastadam._core.native.arrays import on_gpu, to_host
 from fastadam._core.native.buffers import buffers_of
 from fastadam._core.native.slices import check_sparse_update
 from fastadam._core.optimizer import Optimizer
-from fastadam._core.options.keras3 import Extras, excluded, overwrite
+from fastadam._core.options.keras3 import Extras, excluded
 from fastadam._core.pairs import check_pairs_list
 from fastadam._core.parts import parts_of
 from fastadam._core.step import rate_after
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from fastadam._core.common.types import (
+        Array,
         Config,
         Gradient,
         Hyperparameter,
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
         SparseUpdate,
         VariableLike,
     )
+    from fastadam._core.native.backend import _cpu
 
 __all__ = ["Adam"]
 
@@ -283,7 +289,7 @@ class Adam(Optimizer):
     def scale_loss(self, loss: Any) -> Any:
         """``loss * loss_scale_factor``, whose gradients ``apply_gradients`` divides by the factor again."""
         factor = self.loss_scale_factor
-        return loss if factor is None else loss * factor
+        return loss if factor is None else scaled(loss, factor)
 
     def finalize_variable_values(self, var_list: Iterable[VariableLike]) -> None:
         """Overwrite the variables with their moving averages (``use_ema``), at the end of training.
@@ -291,11 +297,41 @@ class Adam(Optimizer):
         Raises:
             KeyError: A variable without an average.
         """
+        overwrite(*self._averages_of(var_list))
+
+    @contextlib.contextmanager
+    def averages(self, var_list: Iterable[VariableLike]) -> Iterator[None]:
+        """``with opt.averages([w, b]):`` evaluate the moving averages (``use_ema``) in the place of the variables.
+
+        At the end of the block, also after an exception, the variables get their own values back, to the bit: what the
+        block wrote into them is lost. Needs memory for a copy of the variables.
+
+        Args:
+            var_list: Variables of any dtype; averages are rounded to it.
+
+        Raises:
+            KeyError: A variable without an average. No variable has changed.
+            RuntimeError: A second block inside of this one; ``apply_gradients`` raises it inside of the block.
+
+        >>> import numpy as np, fastadam
+        >>> w = np.array([2.0])
+        >>> opt = fastadam.Adam(0.5, use_ema=True, ema_momentum=0.5)
+        >>> for _ in range(2):
+        ...     step = opt.apply_gradients([(np.array([1.0]), w)])
+        >>> with opt.averages([w]):
+        ...     print(w.round(4))
+        [1.25]
+        >>> w.round(4)
+        array([1.])
+        """
+        buffers, averages = self._averages_of(var_list)
+        with swapped(self._parts, buffers, averages):
+            yield
+
+    def _averages_of(self, var_list: Iterable[VariableLike]) -> tuple[list[_cpu.Buffer], list[Array]]:
         variables = check_list("var_list", var_list)
         buffers = buffers_of(variables, range(len(variables)))
-        averages = [self.get_slot(variable, "average") for variable in variables]
-        for buffer, average in zip(buffers, averages, strict=True):
-            overwrite(buffer, average)
+        return buffers, [self.get_slot(variable, "average") for variable in variables]
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -331,6 +367,8 @@ class Adam(Optimizer):
         pairs = check_pairs_list(grads_and_vars)
         if not pairs:
             return None
+        if holders:
+            refuse_while_swapped(self._parts)
         self._stepper.apply(self, pairs)
         return self.iterations
 
@@ -374,15 +412,21 @@ class Adam(Optimizer):
         """An optimizer from ``get_config``; ``config`` is not modified.
 
         Args:
-            config: Arguments of the constructor by name; ``lr`` means ``learning_rate``, which may be a schedule as
-                TF 2.x or Keras 3 serialize it.
+            config: What ``get_config`` or ``keras.optimizers.serialize`` of TF 2.x, Keras 3 or this class gave for an
+                Adam or AdamW. ``lr`` means ``learning_rate``. Keys of Keras that change no number (``jit_compile``,
+                ``is_legacy_optimizer``) are dropped.
             custom_objects: Schedule classes of your own by name.
+
+        Raises:
+            TypeError: ``config`` is not a dict, or has a key that is not an argument.
+            ValueError: The dict of another class, or an argument that the constructor refuses.
+
+        >>> import fastadam
+        >>> of_keras = {"class_name": "Adam", "config": {"learning_rate": 0.5, "jit_compile": True}}
+        >>> fastadam.Adam.from_config(of_keras)
+        fastadam.Adam(learning_rate=0.5)
         """
-        if not isinstance(config, dict):
-            raise TypeError(f"config: {type(config).__name__}, expected a dict as get_config gives it")
-        arguments = dict(config)
-        if "lr" in arguments:
-            arguments["learning_rate"] = arguments.pop("lr")
+        arguments = adam_arguments(config, ("Adam", "AdamW", cls.__name__))
         if isinstance(arguments.get("learning_rate"), dict):
             arguments["learning_rate"] = deserialize(arguments["learning_rate"], custom_objects)
         return cls(**arguments)

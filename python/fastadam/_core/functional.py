@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from fastadam._core.common.checks import (
     check_beta,
     check_clip,
@@ -114,6 +112,7 @@ def adam_step(
     if not isinstance(vars, (list, tuple)):
         gradients = [grads]  # a list given for a single variable is its gradient
     positions = list(range(len(variables)))
+    factors = _check_factors(grad_factor, len(variables))
     if not variables and not any((gradients, *slots.values())):
         return
     buffers = buffers_of(variables, positions)
@@ -121,7 +120,7 @@ def adam_step(
     context = cuda_module().Context(buffers[0].device) if on_gpu else None
     decays = [weight_decay != 0] * len(variables)
     plan = Plan(buffers, slots, decays=decays, lazy=sparse_update == "lazy", context=context)
-    plan.step(gradients, hyper, _check_factors(grad_factor, len(variables)))
+    plan.step(gradients, hyper, factors)
     if context is not None:
         context.wait()  # nobody else would be told
         if failure := context.take_failure():
@@ -135,7 +134,7 @@ def _as_list(argument: Any) -> list[Any]:
 def _check_factors(grad_factor: float | Sequence[float] | None, count: int) -> list[float]:
     if grad_factor is None:
         return []
-    if np.ndim(grad_factor) == 0:
+    if not isinstance(grad_factor, (list, tuple)) and not getattr(grad_factor, "ndim", 0):
         return [check_number("grad_factor", grad_factor)] * count
     factors = [check_number(f"grad_factor[{i}]", factor) for i, factor in enumerate(list(grad_factor))]  # type: ignore[arg-type]
     if len(factors) != count:

@@ -11,12 +11,15 @@ import numpy as np
 from fastadam._core import saving as serialization
 from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
+from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_count, check_iterations, check_number
+from fastadam._core.common.configs import class_of, loss_scale_arguments
 from fastadam._core.common.display import call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.strict import class_only, is_own, settable, unknown_attribute
-from fastadam._core.minimize import Minimizer
+from fastadam._core.common.warning import warn
+from fastadam._core.minimize import Minimizer, scaled
 from fastadam._core.pairs import check_pairs_list
 from fastadam._core.parts import parts_of
 from fastadam._core.step import Stepper
@@ -36,8 +39,9 @@ class LossScaleOptimizer(Minimizer):
 
     ``apply_gradients`` divides the gradients of ``scale_loss(loss)`` by the scale. If any element of any gradient is
     not finite, it skips the whole step, does not count it in ``iterations``, and halves the scale. After
-    ``dynamic_growth_steps`` good steps in a row the scale is doubled. The scale stays within [1, 2**126]; in Keras 3 it
-    can fall to 0. Gradients are checked before they are clipped, in the same pass that computes their norm.
+    ``dynamic_growth_steps`` good steps in a row the scale is doubled. The scale stays within [``min_scale``, 2**126];
+    in Keras 3 it can fall to 0. Ten skipped steps in a row at ``min_scale`` cause a UserWarning, once. Gradients are
+    checked before they are clipped, in the same pass that computes their norm.
 
     Attributes of the inner optimizer (``iterations``, ``learning_rate``, ``get_slot`` ...) can be used on this one.
 
@@ -45,10 +49,11 @@ class LossScaleOptimizer(Minimizer):
         inner_optimizer: An :class:`Adam` without a ``loss_scale_factor``.
         initial_scale: The first scale. Scaling by a power of two does not change results.
         dynamic_growth_steps: Number of good steps after which the scale is doubled.
+        min_scale: The scale is not halved below this, at least 2**-126. Under 1 it makes large gradients smaller.
 
     Raises:
         TypeError: ``inner_optimizer`` is not an Adam, or a number has the wrong type.
-        ValueError: ``inner_optimizer`` has a ``loss_scale_factor``; a scale is outside [1, 2**126];
+        ValueError: ``inner_optimizer`` has a ``loss_scale_factor``; a scale is outside [``min_scale``, 2**126];
             ``dynamic_growth_steps`` is under 1.
 
     Source: https://keras.io/api/optimizers/loss_scale_optimizer/; Micikevicius et al., "Mixed Precision Training"
@@ -68,10 +73,20 @@ class LossScaleOptimizer(Minimizer):
     dynamic_scale: float
     dynamic_growth_steps: int
     step_counter: int
+    min_scale: float = 1.0  # of optimizers that version 0.1 pickled
+    _skipped: int = 0  # steps in a row that were skipped at min_scale
 
     @suggests_keywords("optimizer")
-    def __init__(self, inner_optimizer: Adam, initial_scale: float = 2.0**15, dynamic_growth_steps: int = 2000) -> None:
+    def __init__(
+        self,
+        inner_optimizer: Adam,
+        initial_scale: float = 2.0**15,
+        dynamic_growth_steps: int = 2000,
+        *,
+        min_scale: float = 1.0,
+    ) -> None:
         self.inner_optimizer = inner_optimizer
+        self.min_scale = min_scale
         self.initial_scale = initial_scale
         self.dynamic_growth_steps = dynamic_growth_steps
         self.dynamic_scale = self.initial_scale
@@ -93,7 +108,9 @@ class LossScaleOptimizer(Minimizer):
         """Set an attribute of this optimizer or a hyperparameter of the inner one."""
         inner = self.__dict__.get("inner_optimizer")
         if name in _CHECKS:
-            super().__setattr__(name, _CHECKS[name](name, value))
+            checked = _CHECKS[name](name, value)
+            self._check_bounds(name, checked)
+            super().__setattr__(name, checked)
         elif hasattr(type(self), name):
             super().__setattr__(name, value)
         elif inner is not None and (name in vars(inner) or hasattr(type(inner), name)):
@@ -103,10 +120,20 @@ class LossScaleOptimizer(Minimizer):
         else:
             super().__setattr__(name, value)
 
+    def _check_bounds(self, name: str, value: Any) -> None:
+        """Raise ValueError unless min_scale <= dynamic_scale, initial_scale, with a new value of one of them."""
+        if not name.endswith("_scale"):
+            return
+        least = 1 / _LARGEST if name == "min_scale" else self.min_scale
+        if not least <= value <= _LARGEST:
+            raise ValueError(f"{name}: {value}, expected {least:g} <= {name} <= {_LARGEST}")
+        if name == "min_scale" and value > (present := vars(self).get("dynamic_scale", _LARGEST)):
+            raise ValueError(f"min_scale: {value}, expected at most dynamic_scale, which is {present}")
+
     @never_raises
     def __repr__(self) -> str:
         """The constructor's call with all arguments that are not at their defaults."""
-        defaults = {"initial_scale": 2.0**15, "dynamic_growth_steps": 2000}
+        defaults = {"initial_scale": 2.0**15, "dynamic_growth_steps": 2000, "min_scale": 1.0}
         changed = [(name, getattr(self, name)) for name in defaults if getattr(self, name) != defaults[name]]
         return call_text(type(self), [("", vars(self)["inner_optimizer"]), *changed])
 
@@ -122,7 +149,7 @@ class LossScaleOptimizer(Minimizer):
 
     def scale_loss(self, loss: AnyArray) -> AnyArray:
         """Return ``loss * dynamic_scale``. ``apply_gradients`` takes the gradients of this."""
-        return loss * self.dynamic_scale
+        return scaled(loss, self.dynamic_scale)
 
     def apply_gradients(
         self,
@@ -140,6 +167,7 @@ class LossScaleOptimizer(Minimizer):
         inner = self.inner_optimizer
         with parts_of(inner).runtime.lock:
             _require_no_factor(inner)
+            refuse_while_swapped(parts_of(inner))
             pairs = check_pairs_list(grads_and_vars)
             if not pairs:
                 return None
@@ -148,12 +176,27 @@ class LossScaleOptimizer(Minimizer):
 
     def _adjust(self, all_finite: bool) -> None:
         if not all_finite:
-            self.dynamic_scale, self.step_counter = max(self.dynamic_scale / 2, 1.0), 0
-        elif self.step_counter + 1 < self.dynamic_growth_steps:
+            self._skipped = self._skipped + 1 if self.dynamic_scale == self.min_scale else 0
+            self.dynamic_scale, self.step_counter = max(self.dynamic_scale / 2, self.min_scale), 0
+            if self._skipped == _STUCK:
+                self._warn_of_stuck_scale()
+            return
+        if self._skipped:
+            self._skipped = 0
+        if self.step_counter + 1 < self.dynamic_growth_steps:
             self.step_counter += 1
         else:
             doubled = self.dynamic_scale * 2
             self.dynamic_scale, self.step_counter = doubled if doubled <= _LARGEST else self.dynamic_scale, 0
+
+    def _warn_of_stuck_scale(self) -> None:
+        if "loss scale" not in self._told:
+            self._told.add("loss scale")
+            warn(
+                f"dynamic_scale: {_STUCK} steps in a row were skipped at min_scale, {self.min_scale:g}; their "
+                "gradients are not finite: look for NaN or infinity in the loss and the variables, or set min_scale "
+                "lower if gradients overflow"
+            )
 
     def _refresh(self, variable: Variable | None, ids: HostArray | None) -> None:
         self.inner_optimizer._refresh(variable, ids)
@@ -173,24 +216,30 @@ class LossScaleOptimizer(Minimizer):
             "inner_optimizer": inner,
             "initial_scale": self.initial_scale,
             "dynamic_growth_steps": self.dynamic_growth_steps,
+            **self._own_config(),
         }
+
+    def _own_config(self) -> Config:
+        """What Keras does not know, if it is not at its default."""
+        return {} if self.min_scale == 1 else {"min_scale": self.min_scale}
 
     @class_only
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
-        """Make an optimizer from the result of ``get_config``; ``config`` is not modified."""
-        arguments = dict(config)
+        """Make an optimizer from ``get_config`` or ``keras.optimizers.serialize``, as :meth:`Adam.from_config` does."""
+        arguments = loss_scale_arguments(config)
         inner = arguments.pop("inner_optimizer", None)
         if not isinstance(inner, Mapping) or not {"class_name", "config"} <= set(inner):
             raise ValueError(f"inner_optimizer: {inner!r}, expected a dict with 'class_name' and 'config'")
         classes = {"Adam": Adam, "AdamW": AdamW, **(custom_objects or {})}
-        if inner["class_name"] not in classes:
-            raise ValueError(f"inner_optimizer: {inner['class_name']!r}, expected one of {sorted(classes)}")
-        return cls(classes[inner["class_name"]].from_config(inner["config"], custom_objects), **arguments)
+        kind = class_of(inner)
+        if kind not in classes:
+            raise ValueError(f"inner_optimizer: {kind!r}, expected one of {sorted(classes)}")
+        return cls(classes[kind].from_config(inner["config"], custom_objects), **arguments)
 
     def save(self, path: str | os.PathLike[str], variables: Iterable[VariableLike] | None = None) -> None:
         """Save the optimizer as :meth:`Adam.save` does, with the scale and the number of good steps."""
         with parts_of(self.inner_optimizer).runtime.lock:
-            state = {name: getattr(self, name) for name in _SAVED}
+            state = {**{name: getattr(self, name) for name in _SAVED}, **self._own_config()}
             serialization.save(self.inner_optimizer, path, variables, state)
 
     @class_only
@@ -205,9 +254,10 @@ class LossScaleOptimizer(Minimizer):
         classes: list[type[Adam]] = [Adam, AdamW, *(entry for entry in others if issubclass(entry, Adam))]
         inner, state = serialization.load(classes, path, variables, custom_objects)
         try:
-            if not isinstance(state, dict) or set(state) != set(_SAVED):
+            if not isinstance(state, dict) or {*state, "min_scale"} != {*_SAVED, "min_scale"}:
                 raise ValueError(f"state of {type(inner).__name__}, expected LossScaleOptimizer")
-            optimizer = cls(inner, state["initial_scale"], state["dynamic_growth_steps"])
+            scales: Config = {name: state[name] for name in ("initial_scale", "dynamic_growth_steps")}
+            optimizer = cls(inner, **scales, min_scale=state.get("min_scale", 1.0))
             optimizer.dynamic_scale = state["dynamic_scale"]
             optimizer.step_counter = state["step_counter"]
         except (TypeError, ValueError) as error:
@@ -216,19 +266,13 @@ class LossScaleOptimizer(Minimizer):
 
 
 _LARGEST = 2.0**126  # its inverse is the smallest normal float32
+_STUCK = 10
 _SAVED = ("initial_scale", "dynamic_growth_steps", "dynamic_scale", "step_counter")
 
 
 def _require_no_factor(inner_optimizer: Adam) -> None:
     if inner_optimizer.loss_scale_factor is not None:
         raise ValueError("inner_optimizer: has a loss_scale_factor, expected None: the scale is dynamic")
-
-
-def _check_scale(name: str, value: AnyArray) -> float:
-    scale = check_number(name, value)
-    if not 1 <= scale <= _LARGEST:
-        raise ValueError(f"{name}: {scale}, expected 1 <= {name} <= {_LARGEST}")
-    return scale
 
 
 def _check_inner(name: str, value: object) -> Adam:
@@ -240,8 +284,9 @@ def _check_inner(name: str, value: object) -> Adam:
 
 _CHECKS: dict[str, Callable[[str, AnyArray], object]] = {
     "inner_optimizer": _check_inner,
-    "initial_scale": _check_scale,
-    "dynamic_scale": _check_scale,
+    "initial_scale": check_number,
+    "dynamic_scale": check_number,
+    "min_scale": check_number,
     "dynamic_growth_steps": check_count,
     "step_counter": check_iterations,
 }

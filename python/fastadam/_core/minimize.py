@@ -19,7 +19,7 @@ from fastadam._core.native.variable import Variable, reading
 if TYPE_CHECKING:
     from fastadam._core.common.types import ArrayLike, Provider, VariableTree
 
-__all__ = ["Minimizer", "set_gradient_provider"]
+__all__ = ["Minimizer", "scaled", "set_gradient_provider"]
 
 _default: Provider | None = None
 
@@ -168,6 +168,15 @@ class Minimizer:
         return [self.apply_gradients(list(zip(gradients, variables, strict=True)))]
 
 
+def scaled(loss: AnyArray, scale: float) -> AnyArray:
+    """``loss * scale``; raises TypeError for what is not an array of numbers."""
+    try:
+        return loss * scale
+    except TypeError as error:
+        kind = f"dtype {loss.dtype}" if hasattr(loss, "dtype") else type(loss).__name__
+        raise TypeError(f"loss: {kind}, expected a number or an array of numbers ({error})") from error
+
+
 def _all_gradients(
     optimizer: Minimizer,
     loss: Loss,
@@ -212,12 +221,14 @@ def _differentiate(
     targets = _Targets(var_list, argument)
     shapes: list[tuple[int, ...]] = []
 
-    def scaled() -> AnyArray:
+    def scaled_loss() -> AnyArray:
         value = loss()
         shapes.append(tuple(getattr(value, "shape", ())))
-        return value if scale is None else value * scale
+        return value if scale is None else scaled(value, scale)
 
-    gradients = run_and_differentiate(provider, scaled, targets.flat, targets.resolve, upstream, optimizer._refresh)
+    gradients = run_and_differentiate(
+        provider, scaled_loss, targets.flat, targets.resolve, upstream, optimizer._refresh
+    )
     if upstream is None and math.prod(shapes[-1]) > 1 and "loss" not in optimizer._told:
         optimizer._told.add("loss")
         warn(

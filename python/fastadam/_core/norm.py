@@ -44,8 +44,10 @@ def global_norm(grads: Iterable[Gradient | None]) -> float:
     >>> fastadam.global_norm([np.array([3.0, 0.0]), None, np.array([[4.0]])])
     5.0
     """
-    is_array = isinstance(grads, np.ndarray)  # the norm of its rows is the norm of the array
-    items = list(grads) if is_array else check_list("grads", grads, "a list of arrays")
+    if isinstance(grads, np.ndarray):
+        items = list(grads) if grads.ndim else [grads]  # the norm of its rows is the norm of the array
+    else:
+        items = check_list("grads", grads, "a list of arrays")
     arrays = [_readable(_values(unwrap(g)), f"grads[{i}]") for i, g in enumerate(items) if g is not None]
     return math.sqrt(sum(_cpu.sums_of_squares(arrays)))
 

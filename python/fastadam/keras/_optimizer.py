@@ -44,7 +44,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     The arguments, the optimizer's variables and their order are those of ``keras.optimizers.Adam``, so states can be
     exchanged in both directions (``load_own_variables``, ``.weights.h5`` and ``.keras`` files). On the torch and NumPy
     backends variables change in place (on NumPy ``variable.value`` stays the same array; Keras makes a new one); on
-    JAX the update is an operation that ``jit`` compiles. On TensorFlow use ``keras.optimizers.Adam``.
+    JAX the update is an operation that ``jit`` compiles, and ``self.assign`` stores its results. A subclass that
+    overrides ``assign`` gets every new value on every backend. On TensorFlow use ``keras.optimizers.Adam``.
 
     Float32 variables have TensorFlow's arithmetic: :math:`1 - \beta` is computed in float32, while Keras 3 computes it
     in double and rounds. With ``beta_2 = 0.999`` that changes an update by 0.7e-5 of itself. Half variables have
@@ -239,7 +240,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         )
         for variables, values in zip(held, results, strict=False):  # without AMSGrad there is no vhat
             for variable, value in zip(variables, values or (), strict=True):
-                variable.assign(value)
+                self.assign(variable, value)
 
     @outside_of_graphs
     def _update_in_place(
@@ -247,7 +248,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     ) -> None:
         step = int(_value_of(self.iterations)) + 1
         hyper = StepHyper(step, check_number("learning_rate", _value_of(learning_rate)), *self._numbers())
-        self._plans.of(held, names).step(grads, hyper)
+        in_place = getattr(self.assign, "__func__", None) is keras.optimizers.Optimizer.assign
+        self._plans.of(held, names, in_place=in_place).step(grads, hyper, self.assign)
 
 
 @keras.saving.register_keras_serializable(package="fastadam")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from operator import is_
 from typing import TYPE_CHECKING
 
@@ -26,13 +27,21 @@ class KerasPlans:
     def __init__(self) -> None:
         self._cache: BoundedCache[tuple[int, int], KerasPlan] = BoundedCache()
 
-    def of(self, held: list[list[Foreign]], names: list[str]) -> KerasPlan:
-        """``held``: variables, then the slots of each name."""
+    def of(self, held: list[list[Foreign]], names: list[str], *, in_place: bool) -> KerasPlan:
+        """The plan of these variables.
+
+        Args:
+            held: Variables, then the slots of each name.
+            names: The names of the slots.
+            in_place: Whether arrays may be written without an ``assign``.
+        """
         values = values_of([variable for variables in held for variable in variables])
+        if not in_place:
+            return KerasPlan(held, names, values, in_place=False)
         key = id(held[0][0]), len(held[0])
         plan = self._cache.get(key)
         if plan is None or not plan.fits(values):
-            plan = KerasPlan(held, names, values)
+            plan = KerasPlan(held, names, values, in_place=True)
             self._cache.put(key, plan)
         return plan
 
@@ -40,8 +49,9 @@ class KerasPlans:
 class KerasPlan:
     """A plan for the arrays that Keras's variables hold; :meth:`fits` says whether they still hold these."""
 
-    def __init__(self, held: list[list[Foreign]], names: list[str], values: list[AnyArray]) -> None:
+    def __init__(self, held: list[list[Foreign]], names: list[str], values: list[AnyArray], *, in_place: bool) -> None:
         """``held``: variables, then the slots of each name; ``values``: the arrays in them, in one list."""
+        self._in_place = in_place and not in_stateless_scope()
         self._values = values
         self._copies: list[tuple[Foreign, AnyArray]] = []  # variables whose value cannot be written in place
         self._tensors: list[AnyArray] = []  # of PyTorch, written in place
@@ -65,11 +75,11 @@ class KerasPlan:
         variables, *slots = (values[i : i + self._count] for i in range(0, len(values), self._count))
         return self._plan.holds(variables, dict(zip(self._names, slots, strict=True)))
 
-    def step(self, grads: list[AnyArray], hyper: StepHyper) -> None:
-        """Update variables and slots."""
+    def step(self, grads: list[AnyArray], hyper: StepHyper, assign: Callable[[Foreign, AnyArray], None]) -> None:
+        """Update variables and slots; ``assign`` stores what could not be written in place."""
         self._plan.step(list(map(_apart, grads, self._values)), hyper)
         for variable, copy in self._copies:
-            variable.assign(copy)
+            assign(variable, copy)
         if self._tensors:
             import torch
 
@@ -82,7 +92,7 @@ class KerasPlan:
         else:
             value = value.detach()  # shares the version counter
             is_writable = value.is_contiguous()
-        if is_writable and not in_stateless_scope():
+        if is_writable and self._in_place:
             if not isinstance(value, np.ndarray):
                 self._tensors.append(value)
             return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,13 @@ __all__ = [
     "check_clip",
     "check_count",
     "check_epsilon",
+    "check_integer",
     "check_iterations",
     "check_list",
     "check_non_negative",
     "check_number",
     "check_one_norm",
+    "is_real",
 ]
 
 # tf.keras.backend.epsilon(): what `epsilon=None` and `epsilon=0` mean in TF's Adam (`epsilon or backend.epsilon()`).
@@ -29,17 +31,36 @@ DEFAULT_EPSILON = 1e-7
 
 def check_number(name: str, value: AnyArray) -> float:
     """A finite float from any real scalar or 0-d array; an int becomes a float."""
-    if isinstance(value, (bool, np.bool_, str, bytes)) or value is None or np.ndim(value) != 0:
-        raise TypeError(f"{name}: {value!r}, expected a number")
+    if type(value) is not float:
+        value = _real_scalar(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: {value}, expected a finite number")
+    return float(value)
+
+
+def _real_scalar(name: str, value: AnyArray) -> float:
+    """Refuses what ``float`` would convert with a loss, such as the real part of a complex number, or parse."""
+    if isinstance(value, _NOT_SCALARS) or np.ndim(value) != 0:
+        raise TypeError(f"{name}: {value!r:.200}, expected a number")
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and not is_real(dtype):
+        raise TypeError(f"{name}: {value!r:.200} of dtype {dtype}, expected a real number")
     try:
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: {type(value).__name__}, expected a number") from None
     except OverflowError:
         raise ValueError(f"{name}: {type(value).__name__} too large for a float, expected a finite number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: {number}, expected a finite number")
-    return number
+
+
+_NOT_SCALARS = (bool, np.bool_, str, bytes, bytearray, list, tuple, dict, set, type(None))
+
+
+def is_real(dtype: object) -> bool:
+    """Whether a dtype of any library holds integers or floats: no bool, complex number, string, date or object."""
+    # PyTorch's have no name: "torch.float32". The kind would not do, for it is "V" for bfloat16.
+    name = str(getattr(dtype, "name", dtype)).rpartition(".")[2]
+    return name.startswith(("float", "bfloat", "int", "uint", "longdouble"))
 
 
 def check_non_negative(name: str, value: AnyArray) -> float:
@@ -80,22 +101,39 @@ def check_iterations(name: str, value: AnyArray) -> int:
 
 def check_count(name: str, value: object) -> int:
     """An integer of at least 1; True and 2.0 are refused."""
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: {value!r}, expected an integer of at least 1")
-    count = int(value.__index__())
+    count = check_integer(name, value, "an integer of at least 1")
     if not 1 <= count < 2**63 - 1:
         raise ValueError(f"{name}: {count}, expected an integer of at least 1")
     return count
 
 
+def check_integer(name: str, value: object, expected: str = "an integer") -> int:
+    """An int from an integer of any library; True, 2.0 and arrays of several are refused."""
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: {value!r:.200}, expected {expected}")
+    try:
+        return int(value.__index__())
+    except TypeError:  # arrays have the method, whatever they hold
+        raise TypeError(f"{name}: {value!r:.200}, expected {expected}") from None
+
+
 def check_list(name: str, values: object, expected: str = "a list") -> list[Any]:
-    """The items of an iterable. An iterator must yield one, since an exhausted one looks like an empty list."""
+    """The items of an iterable. An iterator must yield one, since an exhausted one looks like an empty list.
+
+    An exception of the caller's own iterator passes through.
+    """
+    if isinstance(values, (list, tuple)):  # quickly, for every step comes here
+        return list(values)
     if isinstance(values, np.ndarray) and values.dtype.kind != "O":  # whose rows would become the items
         raise TypeError(f"{name}: one {type(values).__name__}, expected {expected}")
+    if isinstance(values, (str, bytes, bytearray, Mapping)):  # whose characters or keys would become the items
+        raise TypeError(f"{name}: {type(values).__name__}, expected {expected}")
     try:
-        items: list[Any] = list(values)  # type: ignore[call-overload]  # raises if it is not iterable
-    except TypeError:
-        raise TypeError(f"{name}: {type(values).__name__}, expected {expected}") from None
+        iterator = iter(values)  # type: ignore[call-overload]  # raises if it is not iterable
+    except TypeError as error:
+        own = error.__traceback__ is not None and error.__traceback__.tb_next is not None  # of an __iter__ in Python
+        raise TypeError(f"{name}: {type(values).__name__}, expected {expected}") from (error if own else None)
+    items: list[Any] = list(iterator)
     if not items and isinstance(values, Iterator):
         raise ValueError(
             f"{name}: {type(values).__name__}, an iterator that yielded nothing (was it used before?), expected "

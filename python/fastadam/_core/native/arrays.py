@@ -64,9 +64,9 @@ def to_host(array: AnyArray) -> npt.NDArray[np.generic]:
 
 
 def assign(array: AnyArray, values: npt.ArrayLike) -> None:
-    """Overwrite an array on any device with values in host memory or one number."""
+    """Overwrite an array on any device with values in host memory or one number; all of it, or nothing if it raises."""
     if isinstance(array, np.ndarray):
-        array[...] = values
+        array[...] = np.asarray(values, array.dtype)  # a conversion that raises has written nothing
         return
     present = to_host(array)
     present[...] = values

@@ -27,8 +27,13 @@ def float32_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint1
     return np.asarray(np.where(np.isnan(values), quiet_nan, rounded), np.uint16)
 
 
-def as_float_array(values: ArrayLike, label: str) -> HostArray:
+def as_float_array(values: ArrayLike, label: str, kinds: str = "fiu") -> HostArray:
     """Any array or nested list of real numbers as a NumPy array; bfloat16 without ml_dtypes becomes float32.
+
+    Args:
+        values: The numbers.
+        label: How messages call them.
+        kinds: Of dtypes that are numbers; "fiub" to take bools as well.
 
     Raises:
         TypeError: Not real numbers.
@@ -39,7 +44,7 @@ def as_float_array(values: ArrayLike, label: str) -> HostArray:
     array, is_bfloat16 = read if read is not None else (_as_array(values, label), False)
     if is_bfloat16:
         return bfloat16_to_float32(array)
-    if array.dtype.kind not in "fiu":
+    if array.dtype.kind not in kinds and array.dtype.name != "bfloat16":
         raise TypeError(f"{label}: dtype {array.dtype}, expected real numbers")
     return array
 
@@ -66,7 +71,7 @@ def _as_array(gradient: ArrayLike, label: str) -> HostArray:
     try:
         array = np.asarray(gradient)
     except (ValueError, TypeError) as error:
-        raise TypeError(f"{label}: {type(gradient).__name__} that is not an array of numbers ({error})") from None
+        raise TypeError(f"{label}: {type(gradient).__name__} that is not an array of numbers ({error})") from error
     if array.dtype == object and array.ndim == 0:
         raise TypeError(f"{label}: {type(gradient).__name__}, expected an array of numbers")
     return array

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from fastadam._core.common.checks import check_integer, check_list
 from fastadam._core.common.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.native.arrays import native_of, on_gpu
@@ -91,10 +92,14 @@ class IndexedSlices:
 
 
 def _as_shape(dense_shape: Sequence[int]) -> tuple[int, ...]:
-    try:
-        return tuple(int(length) for length in dense_shape)
-    except (TypeError, ValueError):
-        raise TypeError(f"dense_shape: {dense_shape!r}, expected the shape of the variable") from None
+    if type(dense_shape) is tuple and set(map(type, dense_shape)) <= {int} and min(dense_shape, default=0) >= 0:
+        return dense_shape  # quickly, for most steps on tables come here
+    is_array = isinstance(dense_shape, np.ndarray) and dense_shape.ndim == 1
+    lengths = check_list("dense_shape", list(dense_shape) if is_array else dense_shape, "the shape of the variable")
+    shape = tuple(check_integer(f"dense_shape[{i}]", length) for i, length in enumerate(lengths))
+    if any(length < 0 for length in shape):
+        raise ValueError(f"dense_shape: {shape}, expected no negative length")
+    return shape
 
 
 def check_sparse_update(value: object) -> SparseUpdate:
@@ -126,7 +131,10 @@ def _as_indices(indices: ArrayLike) -> AnyArray:
 
 def _as_integers(name: str, values: ArrayLike) -> HostArray:
     """In int32 or int64, as the kernels read them."""
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: {type(values).__name__} that is not an array of integers ({error})") from error
     if array.size == 0 and not isinstance(values, np.ndarray):
         array = array.astype(np.int64)  # an empty list has no dtype
     if array.dtype.kind not in "iu":

@@ -16,6 +16,7 @@ from fastadam._core.common.frameworks import hint_for_variable
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.strict import unknown_attribute
 from fastadam._core.native.arrays import assign, native_for, on_gpu, to_host
+from fastadam._core.native.gradients import as_float_array
 from fastadam._core.native.slices import check_ids
 
 if TYPE_CHECKING:
@@ -145,12 +146,15 @@ class Variable:
         return np.array(to_host(self._value))
 
     def assign(self, value: ArrayLike) -> Self:
-        """Overwrite the elements; raises ValueError unless ``value`` has the variable's shape."""
-        new = to_host(value) if on_gpu(value) else np.asarray(value)
+        """Overwrite the elements, of any real dtype; a call that raises has changed none.
+
+        Raises:
+            TypeError: ``value`` does not hold real numbers: complex numbers, strings, dates, objects.
+            ValueError: ``value`` does not have the variable's shape.
+        """
+        new = as_float_array(value, "value", "fiub")
         if new.shape != tuple(self._value.shape):
             raise ValueError(f"value: shape {new.shape}, expected {self._value.shape} like this variable")
-        if new.dtype.kind == "c" or new.dtype == object:
-            raise TypeError(f"value: dtype {new.dtype}, expected real numbers")
         assign(self._value, new)
         return self
 
@@ -239,7 +243,12 @@ class Variable:
         """`w *= 0.999` changes the array and keeps the Variable; inside a loss it makes a new array."""
         if self.value is not self._value:
             return make(self.value, _values(other))
-        change(self._value, _values(other))
+        operand = _values(other)
+        try:
+            change(self._value, operand)
+        except TypeError as error:
+            kind = type(operand).__name__ + (f" of dtype {operand.dtype}" if hasattr(operand, "dtype") else "")
+            raise TypeError(f"other: {kind}, expected real numbers that {self.dtype} can hold ({error})") from error
         return self
 
     def __neg__(self) -> AnyArray:
@@ -294,7 +303,7 @@ def _new_array(value: ArrayLike, name: str | None) -> npt.NDArray[np.float32]:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{label}: {type(value).__name__} that is not an array of numbers ({error})") from None
+        raise TypeError(f"{label}: {type(value).__name__} that is not an array of numbers ({error})") from error
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{label}: dtype {array.dtype}, expected real numbers")
     return np.array(array, dtype=np.float32)

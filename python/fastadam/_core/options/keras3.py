@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fastadam._core.common.checks import check_bool, check_count, check_list, check_non_negative, check_number
-from fastadam._core.native.arrays import assign, to_host
+from fastadam._core.common.checks import (
+    check_bool,
+    check_count,
+    check_integer,
+    check_list,
+    check_non_negative,
+    check_number,
+)
+from fastadam._core.common.patterns import check_pattern, found
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, buffers_of, key_of
-from fastadam._core.native.gradients import float32_to_bfloat16
 
 if TYPE_CHECKING:
-    from fastadam._core.common.types import AnyArray, Array, Config, VariableLike
+    from fastadam._core.common.types import Config, VariableLike
 
-__all__ = ["ACCUMULATOR", "EXTRA_NAMES", "Extras", "excluded", "overwrite"]
+__all__ = ["ACCUMULATOR", "EXTRA_NAMES", "Extras", "excluded"]
 
 ACCUMULATOR = "gradient_accumulator"  # the slot of gradient_accumulation_steps
 
@@ -86,7 +91,7 @@ class Extras:
         ]
 
     def _excludes(self, name: str) -> bool:
-        return any(re.search(pattern, name) for pattern in self.excluded_names) if name else False
+        return any(found(pattern, name) for pattern in self.excluded_names) if name else False
 
     @property
     def excludes(self) -> bool:
@@ -102,7 +107,7 @@ class Extras:
         patterns = [
             f"var_names[{i}] {pattern!r}"
             for i, pattern in enumerate(self.excluded_names)
-            if not any(re.search(pattern, name) for name in names)
+            if not any(found(pattern, name) for name in names)
         ]
         listed = enumerate(map(key_of, self.kept_alive))
         absent = [f"var_list[{i}]" for i, key in listed if met is not None and key not in met]
@@ -116,35 +121,30 @@ class Extras:
 
 def _accumulation_steps(value: int) -> int | None:
     """As in Keras, 0 switches it off and 1 is invalid."""
-    steps = None if value == 0 and not isinstance(value, bool) else check_count("gradient_accumulation_steps", value)
-    if steps == 1:
-        raise ValueError("gradient_accumulation_steps: 1, expected an integer of at least 2, or None")
+    name, expected = "gradient_accumulation_steps", "an integer of at least 2, or None"
+    steps = check_integer(name, value, expected)
+    if steps == 0:
+        return None
+    if not 2 <= steps < 2**63 - 1:
+        raise ValueError(f"{name}: {steps}, expected {expected}")
     return steps
 
 
 def excluded(var_list: Iterable[VariableLike] | None, var_names: Iterable[str] | None) -> Config:
     """Fields of Extras for ``exclude_from_weight_decay``."""
-    variables = [] if var_list is None else check_list("var_list", var_list)
+    variables = (
+        [] if var_list is None else [var_list] if isinstance(var_list, str) else check_list("var_list", var_list)
+    )
     if any(isinstance(variable, str) for variable in variables):
         raise TypeError(f"var_list: {variables!r:.60}, expected variables; patterns of names go to var_names=[...]")
-    names = [] if var_names is None else check_list("var_names", var_names)
     if isinstance(var_names, str):
         raise TypeError(f"var_names: {var_names!r}, expected a list of patterns")
+    names = [] if var_names is None else check_list("var_names", var_names)
     for i, name in enumerate(names):
         try:
-            re.compile(name)
-        except (TypeError, re.error) as error:
-            raise ValueError(f"var_names[{i}]: {name!r}, expected a pattern ({error})") from None
+            check_pattern(name)
+        except ValueError as error:
+            raise ValueError(f"var_names[{i}]: {error}") from None
     buffers = buffers_of(variables, range(len(variables)))
     keys = frozenset(map(key_of, buffers))
     return {"excluded_keys": keys, "excluded_names": tuple(names), "kept_alive": tuple(buffers)}
-
-
-def overwrite(variable: _cpu.Buffer, average: Array) -> None:
-    """Round a moving average into its variable."""
-    values: AnyArray = to_host(average)
-    values = float32_to_bfloat16(values) if variable.dtype == "bfloat16" else values.astype(variable.dtype)
-    if variable.device < 0:
-        variable.array()[...] = values
-    else:
-        assign(variable.source, values)

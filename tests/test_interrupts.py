@@ -140,3 +140,27 @@ def test_a_first_step():
         step(optimizer, variables)
         assert all((w < a).all() for w, a in zip(variables, again, strict=True))
         assert optimizer.iterations == made + 1
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_step_under_a_loss_scale_and_its_scale_belong_together(bad):
+    """Every second good step doubles the scale."""
+
+    def make():
+        optimizer = fastadam.LossScaleOptimizer(fastadam.Adam(0.1), 8.0, 2)
+        variables = ones(3, 4)
+        optimizer.apply_gradients([(np.full_like(w, 8), w) for w in variables])
+        return optimizer, variables
+
+    def step(optimizer, variables):
+        gradient = np.inf if bad else 8.0
+        optimizer.apply_gradients([(np.full_like(w, gradient), w) for w in variables])
+
+    for place in itertools.count():
+        optimizer, variables = make()
+        if not interrupted(lambda o=optimizer, v=variables: step(o, v), place):
+            break
+        made = int(optimizer.iterations) == 2
+        found = optimizer.dynamic_scale, optimizer.step_counter
+        assert found == ((16.0, 0) if made else (8.0, 1)) or (bad and found == (4.0, 0)), place
+        assert not (bad and made)

@@ -298,15 +298,6 @@ def test_configs_files_and_pickles_keep_min_scale(tmp_path):
     assert "min_scale" not in make().get_config()  # which Keras would not know
 
 
-def test_a_pickle_of_version_0_1_has_the_former_bound():
-    optimizer = make(scale=2.0)
-    del vars(optimizer)["min_scale"]
-    again = pickle.loads(pickle.dumps(optimizer))
-    assert again.min_scale == 1
-    skip(again, 3)
-    assert again.dynamic_scale == 1
-
-
 @pytest.mark.parametrize("least", [1.0, 0.25])
 def test_a_scale_that_is_stuck_is_warned_of_once(least):
     optimizer = fastadam.LossScaleOptimizer(fastadam.Adam(0.1), 4 * least, min_scale=least)

@@ -231,7 +231,7 @@ std::optional<Buffer> read_array(py::object object, const Label& label) {
 }
 
 template <class Arrays>
-Buffer read_variable(const py::object& object, const std::string& label) {
+Buffer read_writable(const py::object& object, const std::string& label) {
   std::optional<Buffer> b = read_array<Arrays>(object, Label{label});
   if (!b) {
     throw py::type_error(label + ": " + type_name(object) +
@@ -242,10 +242,17 @@ Buffer read_variable(const py::object& object, const std::string& label) {
   return *std::move(b);
 }
 
+template <class Arrays>
+Buffer read_variable(const py::object& object, const std::string& label) {
+  // A detached tensor keeps the memory alive but not the caller's object, whose end shows that it was replaced.
+  const bool is_tensor = exchange_api_of(object) != nullptr && py::hasattr(object, "detach");
+  return read_writable<Arrays>(is_tensor ? object.attr("detach")() : object, label);
+}
+
 // Reads a slot of `var`. Its dtype must be the state dtype or, if `may_be_half`, the dtype of `var`.
 template <class Arrays>
 Buffer read_state(const py::object& object, const std::string& label, const Buffer& var, bool may_be_half) {
-  Buffer b = read_variable<Arrays>(object, label);
+  Buffer b = read_writable<Arrays>(object, label);
   require_place(b, label, var);
   if (b.shape != var.shape) {
     throw py::value_error(label + ": shape " + tuple_text(b.shape) + ", expected " + tuple_text(var.shape) + " like " +

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,32 @@ if TYPE_CHECKING:
     from fastadam._core.native.variable import Variable
 
 __all__ = ["LossScaleOptimizer"]
+
+
+class _Scaling(NamedTuple):
+    """What a dynamic scale goes by."""
+
+    scale: float
+    good_steps: int  # since the scale has changed
+    skipped: int  # steps in a row that were skipped at min_scale
+
+    def after_good_step(self, growth_steps: int) -> _Scaling:
+        if self.good_steps + 1 < growth_steps:
+            return _Scaling(self.scale, self.good_steps + 1, 0)
+        doubled = self.scale * 2
+        return _Scaling(doubled if doubled <= _LARGEST else self.scale, 0, 0)
+
+    def after_skipped_step(self, min_scale: float) -> _Scaling:
+        skipped = self.skipped + 1 if self.scale == min_scale else 0
+        return _Scaling(max(self.scale / 2, min_scale), 0, skipped)
+
+
+class _Journal(NamedTuple):
+    """The scaling changes together with the count of calls, which no signal handler can separate from the step."""
+
+    before: _Scaling
+    calls: int
+    after: _Scaling  # once there were more calls
 
 
 @named_in_keras
@@ -70,11 +96,9 @@ class LossScaleOptimizer(Minimizer):
 
     inner_optimizer: Adam
     initial_scale: float
-    dynamic_scale: float
     dynamic_growth_steps: int
-    step_counter: int
-    min_scale: float = 1.0  # of optimizers that version 0.1 pickled
-    _skipped: int = 0  # steps in a row that were skipped at min_scale
+    min_scale: float
+    _journal: _Journal
 
     @suggests_keywords("optimizer")
     def __init__(
@@ -89,8 +113,33 @@ class LossScaleOptimizer(Minimizer):
         self.min_scale = min_scale
         self.initial_scale = initial_scale
         self.dynamic_growth_steps = dynamic_growth_steps
-        self.dynamic_scale = self.initial_scale
-        self.step_counter = 0
+        self._set(_Scaling(self.initial_scale, 0, 0))
+
+    @property
+    def dynamic_scale(self) -> float:
+        """The present scale."""
+        return self._scaling.scale
+
+    @dynamic_scale.setter
+    def dynamic_scale(self, value: float) -> None:
+        self._set(self._scaling._replace(scale=value))
+
+    @property
+    def step_counter(self) -> int:
+        """Good steps since the scale has changed."""
+        return self._scaling.good_steps
+
+    @step_counter.setter
+    def step_counter(self, value: int) -> None:
+        self._set(self._scaling._replace(good_steps=value))
+
+    @property
+    def _scaling(self) -> _Scaling:
+        before, calls, after = self._journal
+        return after if int(parts_of(self.inner_optimizer).state.calls) > calls else before
+
+    def _set(self, scaling: _Scaling) -> None:
+        self._journal = _Journal(scaling, -1, scaling)
 
     def __getattr__(self, name: str) -> Any:
         """All other attributes are the inner optimizer's: ``iterations``, ``learning_rate``, ``get_slot`` ..."""
@@ -111,7 +160,7 @@ class LossScaleOptimizer(Minimizer):
             checked = _CHECKS[name](name, value)
             self._check_bounds(name, checked)
             super().__setattr__(name, checked)
-        elif hasattr(type(self), name):
+        elif hasattr(type(self), name) or name[0] == "_":
             super().__setattr__(name, value)
         elif inner is not None and (name in vars(inner) or hasattr(type(inner), name)):
             setattr(inner, name, value)
@@ -127,7 +176,7 @@ class LossScaleOptimizer(Minimizer):
         least = 1 / _LARGEST if name == "min_scale" else self.min_scale
         if not least <= value <= _LARGEST:
             raise ValueError(f"{name}: {value}, expected {least:g} <= {name} <= {_LARGEST}")
-        if name == "min_scale" and value > (present := vars(self).get("dynamic_scale", _LARGEST)):
+        if name == "min_scale" and "_journal" in vars(self) and value > (present := self.dynamic_scale):
             raise ValueError(f"min_scale: {value}, expected at most dynamic_scale, which is {present}")
 
     @never_raises
@@ -171,23 +220,17 @@ class LossScaleOptimizer(Minimizer):
             pairs = check_pairs_list(grads_and_vars)
             if not pairs:
                 return None
-            self._adjust(Stepper(parts_of(inner)).apply(inner, pairs, self.dynamic_scale))
-            return inner.iterations
-
-    def _adjust(self, all_finite: bool) -> None:
-        if not all_finite:
-            self._skipped = self._skipped + 1 if self.dynamic_scale == self.min_scale else 0
-            self.dynamic_scale, self.step_counter = max(self.dynamic_scale / 2, self.min_scale), 0
-            if self._skipped == _STUCK:
+            scaling, calls = self._scaling, int(parts_of(inner).state.calls)
+            good = scaling.after_good_step(self.dynamic_growth_steps)
+            self._journal = _Journal(scaling, calls, good)  # holds as soon as the native code has counted the step
+            if Stepper(parts_of(inner)).apply(inner, pairs, scaling.scale):
+                self._set(good)
+                return inner.iterations
+            bad = scaling.after_skipped_step(self.min_scale)
+            self._set(bad)
+            if bad.skipped == _STUCK:
                 self._warn_of_stuck_scale()
-            return
-        if self._skipped:
-            self._skipped = 0
-        if self.step_counter + 1 < self.dynamic_growth_steps:
-            self.step_counter += 1
-        else:
-            doubled = self.dynamic_scale * 2
-            self.dynamic_scale, self.step_counter = doubled if doubled <= _LARGEST else self.dynamic_scale, 0
+            return inner.iterations
 
     def _warn_of_stuck_scale(self) -> None:
         if "loss scale" not in self._told:

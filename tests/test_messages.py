@@ -162,7 +162,9 @@ def test_a_dense_shape_that_is_no_shape(shape, message):
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 3), [2, 3], np.array([2, 3]), (np.int64(2), np.uint8(3)), iter((2, 3))], ids=repr
+    "shape",
+    [(2, 3), [2, 3], np.array([2, 3]), (np.int64(2), np.uint8(3)), iter((2, 3))],
+    ids=lambda shape: type(shape).__name__,
 )
 def test_a_dense_shape_of_integers_of_any_kind(shape):
     assert fastadam.IndexedSlices(np.ones((1, 3), F32), [0], shape).dense_shape == (2, 3)
@@ -188,7 +190,11 @@ def test_an_array_as_a_count_is_refused_by_its_name(name, use, value):
         use(value)
 
 
-@pytest.mark.parametrize("loss", [None, "a", [1.0], {}, np.array(["a"]), np.datetime64("2020"), object()], ids=repr)
+@pytest.mark.parametrize(
+    "loss",
+    [None, "a", [1.0], {}, np.array(["a"]), np.datetime64("2020"), object()],
+    ids=lambda loss: type(loss).__name__,
+)
 def test_a_loss_that_cannot_be_scaled_is_named(loss):
     for optimizer in (fastadam.LossScaleOptimizer(fastadam.Adam()), fastadam.Adam(loss_scale_factor=2.0)):
         with pytest.raises(TypeError, match=r"^loss: .*, expected a number or an array of numbers") as error:

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 from helpers import saved, train
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="modes and special files of POSIX")
-
 W = np.ones(3, np.float32)
 
 

@@ -194,3 +194,34 @@ def test_gradients_slices_and_ids_that_are_not_numbers_are_refused(kind):
     with pytest.raises(TypeError, match=re.escape("grads[0]: ")):
         fastadam.global_norm([bad])
     assert w.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["value", "callable"])
+@pytest.mark.parametrize("kind", BAD_VALUES)
+def test_slots_and_weights_start_from_real_numbers(kind, called):
+    bad = BAD_VALUES[kind]
+    initializer = (lambda shape, dtype: bad) if called else bad
+    w, optimizer = np.ones(3, F32), fastadam.Adam()
+    for make in (
+        lambda: optimizer.add_slot(w, "extra", initializer),
+        lambda: optimizer.add_weight("extra", (3,), F32, initializer),
+    ):
+        with pytest.raises(TypeError, match="^initializer: "):
+            make()
+    assert len(optimizer.weights) == 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BAD_VALUES if kind not in ("ragged",)])
+def test_weights_that_are_set_are_real_numbers(kind):
+    w, optimizer = np.ones(3, F32), fastadam.Adam()
+    optimizer.build([w])
+    with pytest.raises(TypeError, match=r"^weights\[1\]: "):
+        optimizer.set_weights([1, BAD_VALUES[kind], np.ones(3)])
+    assert optimizer.get_weights()[1].tolist() == [0, 0, 0]
+
+
+def test_names_of_slots_are_strings():
+    w, optimizer = np.ones(3, F32), fastadam.Adam()
+    optimizer.build([w])
+    with pytest.raises(TypeError, match=r"^slot_name: \['m'\], expected a string"):
+        optimizer.get_slot(w, ["m"])

@@ -76,5 +76,5 @@ def _update_plan(parts: Parts, plan: Plan, places: list[int], cycle: Cycle) -> P
     prepared = state.slots.prepare(buffers, options.slot_names)
     prepared.commit()  # of a deep copy: it goes on with the same variables
     slots = dict(zip(options.slot_names, prepared.slots, strict=True))
-    decays = options.extras.decays([entry.spec.name for entry in waiting], buffers)
+    decays = options.decays([entry.spec.name for entry in waiting], buffers)
     return Plan(buffers, slots, decays=decays, context=parts.runtime.context_of(buffers[0]))

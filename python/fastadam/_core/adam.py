@@ -22,13 +22,14 @@ from fastadam._core.common.display import adam_settings, call_text, html_or_none
 from fastadam._core.common.frameworks import named_in_keras, refuse_parameters
 from fastadam._core.common.keywords import ELSEWHERE, suggests_keywords
 from fastadam._core.common.strict import class_only, strict
-from fastadam._core.hyperparameters import Clip, Extra, Hyper, check_rate
+from fastadam._core.hyperparameters import Clip, Hyper, Keras3Option, check_rate
 from fastadam._core.minimize import scaled
 from fastadam._core.native.arrays import on_gpu, to_host
 from fastadam._core.native.buffers import buffers_of
 from fastadam._core.native.slices import check_sparse_update
 from fastadam._core.optimizer import Optimizer
-from fastadam._core.options.keras3 import Extras, excluded
+from fastadam._core.options.exclusions import Exclusions
+from fastadam._core.options.keras3 import Keras3Options
 from fastadam._core.pairs import check_pairs_list
 from fastadam._core.parts import parts_of
 from fastadam._core.step import rate_after
@@ -131,13 +132,12 @@ class Adam(Optimizer):
     clipvalue: Clip = Clip()
     clipnorm: Clip = Clip()
     global_clipnorm: Clip = Clip()
-    weight_decay: Extra[float | None] = Extra()
-    use_ema: Extra[bool] = Extra()
-    ema_momentum: Extra[float] = Extra()
-    ema_overwrite_frequency: Extra[int | None] = Extra()
-    loss_scale_factor: Extra[float | None] = Extra()
-    gradient_accumulation_steps: Extra[int | None] = Extra(fixed=True)  # `weights[0]` counts in its units
-    clip_after_dedupe: Extra[bool] = Extra()
+    weight_decay: Keras3Option[float | None] = Keras3Option()
+    use_ema: Keras3Option[bool] = Keras3Option()
+    ema_momentum: Keras3Option[float] = Keras3Option()
+    ema_overwrite_frequency: Keras3Option[int | None] = Keras3Option()
+    loss_scale_factor: Keras3Option[float | None] = Keras3Option()
+    gradient_accumulation_steps: Keras3Option[int | None] = Keras3Option(fixed=True)  # `weights[0]` counts in its units
 
     @suggests_keywords("optimizer", ELSEWHERE)
     def __init__(
@@ -182,15 +182,15 @@ class Adam(Optimizer):
         self.clipvalue = clipvalue
         self.global_clipnorm = global_clipnorm
         self.amsgrad = amsgrad
-        parts_of(self).options.extras = Extras(
+        parts_of(self).options.keras3 = Keras3Options(
             weight_decay=weight_decay,
             use_ema=use_ema,
             ema_momentum=ema_momentum,
             ema_overwrite_frequency=ema_overwrite_frequency,
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=gradient_accumulation_steps,
-            clip_after_dedupe=clip_after_dedupe,
         )
+        self.clip_after_dedupe = clip_after_dedupe
         self.sparse_update = sparse_update
         if not isinstance(name, (str, type(None))):
             raise TypeError(f"name: {name!r}, expected a string")
@@ -249,7 +249,7 @@ class Adam(Optimizer):
     def sparse_update(self, value: SparseUpdate) -> None:
         check_sparse_update(value)
         options, _, runtime, tables = parts_of(self)
-        if value != "dense" and (options.extras.use_ema or options.accumulation):
+        if value != "dense" and (options.keras3.use_ema or options.accumulation):
             raise ValueError(f"sparse_update: {value!r} with use_ema or gradient_accumulation_steps, expected 'dense'")
         with runtime.lock:
             if runtime.step_lock.locked():
@@ -267,6 +267,15 @@ class Adam(Optimizer):
     def max_staleness(self, value: int | None) -> None:
         parts_of(self).options.max_staleness = None if value is None else check_count("max_staleness", value)
 
+    @property
+    def clip_after_dedupe(self) -> bool:
+        """Whether IndexedSlices are clipped after repeated rows have been summed."""
+        return parts_of(self).options.clip_after_dedupe
+
+    @clip_after_dedupe.setter
+    def clip_after_dedupe(self, value: bool) -> None:
+        parts_of(self).options.clip_after_dedupe = check_bool("clip_after_dedupe", value)
+
     def exclude_from_weight_decay(
         self, var_list: Iterable[VariableLike] | None = None, var_names: Iterable[str] | None = None
     ) -> None:
@@ -279,8 +288,8 @@ class Adam(Optimizer):
         Warns once if none of the variables seen so far is named.
         """
         options, _, runtime, _ = parts_of(self)
-        options.exclude(**excluded(var_list, var_names))
-        runtime.checks_exclusions = options.extras.excludes
+        options.exclusions = Exclusions.of(var_list, var_names)
+        runtime.checks_exclusions = bool(options.exclusions)
 
     @property
     def _loss_scale(self) -> float | None:
@@ -404,7 +413,9 @@ class Adam(Optimizer):
             config["sparse_update"] = self.sparse_update
         if self.max_staleness is not None:
             config["max_staleness"] = self.max_staleness
-        config.update(options.extras.config())
+        config.update(options.keras3.config())
+        if options.clip_after_dedupe:
+            config["clip_after_dedupe"] = True
         return config
 
     @class_only

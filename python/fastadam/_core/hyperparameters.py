@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastadam._core.common.types import AnyArray, Foreign
 
-__all__ = ["Clip", "Extra", "Hyper", "check_rate"]
+__all__ = ["Clip", "Hyper", "Keras3Option", "check_rate"]
 
 Read = TypeVar("Read")
 Written = TypeVar("Written")
@@ -86,7 +86,7 @@ class Clip:
         )
 
 
-class Extra(Generic[Value]):
+class Keras3Option(Generic[Value]):
     """Attribute of an optimizer: an option that is checked when it is set and used from the next step on."""
 
     def __init__(self, *, fixed: bool = False) -> None:
@@ -100,9 +100,9 @@ class Extra(Generic[Value]):
     @overload
     def __get__(self, optimizer: object, owner: type | None = None) -> Value: ...
     def __get__(self, optimizer: Foreign, owner: type | None = None) -> object:
-        return self if optimizer is None else getattr(parts_of(optimizer).options.extras, self._name)
+        return self if optimizer is None else getattr(parts_of(optimizer).options.keras3, self._name)
 
     def __set__(self, optimizer: Foreign, value: Value) -> None:
         if self._fixed:
             raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
-        parts_of(optimizer).options.set_extra(self._name, value)
+        parts_of(optimizer).options.set_keras3(self._name, value)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core import saving as serialization
-from fastadam._core.common.checks import check_iterations, check_list
+from fastadam._core.common.checks import check_integer, check_iterations, check_list
 from fastadam._core.common.strict import class_only
 from fastadam._core.minimize import Minimizer
 from fastadam._core.native.arrays import copy_beside
@@ -113,6 +113,8 @@ class Optimizer(Minimizer):
 
     def get_slot(self, var: VariableLike, slot_name: str) -> AnyArray:
         """The live state array "m", "v" or "vhat" of a variable; KeyError if there is none."""
+        if not isinstance(slot_name, str):
+            raise TypeError(f"slot_name: {slot_name!r:.200}, expected a string")
         label = label_of(var, 0)
         _, state, runtime, tables = self._parts
         with runtime.lock:
@@ -162,7 +164,8 @@ class Optimizer(Minimizer):
         """A new array for a subclass to keep state in; as in TF it is not part of ``weights``."""
         if not isinstance(name, str):
             raise TypeError(f"name: {name!r}, expected a string")
-        return initial_value(initializer, tuple(shape), dtype)
+        lengths = check_list("shape", list(shape) if isinstance(shape, np.ndarray) and shape.ndim == 1 else shape)
+        return initial_value(initializer, tuple(check_integer("shape", length) for length in lengths), dtype)
 
     # ---- tables ----------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     def around(cls, options: Options, state: State) -> Parts:
         """The parts of an optimizer with these options and this state."""
         runtime = Runtime()
-        runtime.checks_exclusions = options.extras.excludes
+        runtime.checks_exclusions = bool(options.exclusions)
         return cls(options, state, runtime, Tables(options, state, runtime))
 
 

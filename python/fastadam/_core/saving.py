@@ -19,7 +19,8 @@ from fastadam._core.common.types import AnyArray, Config, Foreign, HostArray
 from fastadam._core.native.arrays import copy_beside, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import buffers_of, key_of
-from fastadam._core.options.keras3 import ACCUMULATOR, Extras
+from fastadam._core.options.exclusions import Exclusions
+from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.parts import parts_of
 from fastadam._core.state.slots import Entry, SlotStore, Spec
 from fastadam._core.state.state import State
@@ -88,7 +89,7 @@ def _contents(optimizer: Foreign, selection: list[AnyArray] | None) -> tuple[dic
         "config": optimizer.get_config(),
         "variables": [entry.spec._asdict() for entry in entries],
         "weights": [[name, _crc32(array)] for name, array in tensors.items()],
-        "excluded": _excluded(options.extras, entries),
+        "excluded": _excluded(options.exclusions, entries),
         "slots": [list(entry.slots) for entry in entries],
         "accumulating": [i for i, e in enumerate(entries) if _is_accumulating(state, e, options.calls_per_step)],
     }
@@ -121,16 +122,16 @@ def _entries_of(store: SlotStore, variables: list[AnyArray]) -> list[Entry]:
     return entries
 
 
-def _excluded(extras: Extras, entries: list[Entry]) -> Config:
+def _excluded(exclusions: Exclusions, entries: list[Entry]) -> Config:
     """The variables and names given to ``exclude_from_weight_decay``, which are not part of the configuration."""
     keys = [entry.buffer and key_of(entry.buffer) for entry in entries]
-    if None in keys and not extras.excluded_keys <= set(keys):
+    if None in keys and not exclusions.keys <= set(keys):
         raise ValueError(
             "exclude_from_weight_decay: var_list has a variable that was not used since the optimizer was restored, "
             "expected build() with all variables first"
         )
-    indices = [i for i, key in enumerate(keys) if key in extras.excluded_keys]
-    return {"names": list(extras.excluded_names), "variables": indices}
+    indices = [i for i, key in enumerate(keys) if key in exclusions.keys]
+    return {"names": list(exclusions.patterns), "variables": indices}
 
 
 def load(

@@ -86,7 +86,7 @@ class Stepper:
         first, rate = first_variable(pairs), options.numbers["learning_rate"]
         if runtime.has_gpus or on_gpu(first) or on_gpu(rate):
             rate = self._rate_on_gpu(first, rate)
-        scale = 1.0 / (loss_scale or options.extras.loss_scale_factor or 1.0)
+        scale = 1.0 / (loss_scale or options.keras3.loss_scale_factor or 1.0)
         accumulates = options.accumulation is not None
         hyper = self._hyper(optimizer, 1.0 / options.calls_per_step if accumulates else scale)
         match = self._find_plan(pairs)
@@ -142,7 +142,8 @@ class Stepper:
             clip_norm=check_clip("clipnorm", optimizer.clipnorm),
             global_clip_norm=check_clip("global_clipnorm", optimizer.global_clipnorm),
             gradient_scale=gradient_scale,
-            **options.extras.step_numbers(steps),
+            clip_after_dedupe=options.clip_after_dedupe,
+            **options.keras3.step_numbers(steps + 1),
         )
         runtime.numbers = (version, gradient_scale, hyper) if self._are_constant(optimizer) else None
         return hyper
@@ -150,7 +151,7 @@ class Stepper:
     def _are_constant(self, optimizer: Hyperparameters) -> bool:
         """Whether the next step has the same numbers, as long as none is set."""
         numbers = self.options.numbers
-        if self.options.extras.use_ema or not all(isinstance(number, float) for number in numbers.values()):
+        if self.options.keras3.use_ema or not all(isinstance(number, float) for number in numbers.values()):
             return False
         # a subclass may compute a hyperparameter whenever it is read
         return all(isinstance(getattr(type(optimizer), name), (Hyper, Clip)) for name in (*numbers, *CLIP_NAMES))
@@ -164,7 +165,7 @@ class Stepper:
             and loss_scale is None
             and plan.plan.device < 0
             and not options.is_deferred
-            and not options.extras.excluded_names  # a variable may come with another name
+            and not options.exclusions.patterns  # a variable may come with another name
             and not runtime.checks_exclusions
             and not runtime.has_gpus
             and len(plan.plan.buffers) == pairs
@@ -200,10 +201,9 @@ class Stepper:
         if match is None:
             return None
         plan, gradients = match
-        extras = self.options.extras
-        if self.runtime.checks_exclusions and extras.weight_decay:
+        if self.runtime.checks_exclusions and self.options.keras3.weight_decay:
             self._check_exclusions(pairs)
-        if extras.excluded_names and plan.decays != self._decays(pairs, plan.plan.buffers):
+        if self.options.exclusions.patterns and plan.decays != self._decays(pairs, plan.plan.buffers):
             return None  # a variable comes with another name
         if not self.options.is_deferred:
             return match
@@ -270,7 +270,7 @@ class Stepper:
         """Whether each variable with a gradient decays."""
         variables = [variable for gradient, variable in pairs if gradient is not None]
         names = [self._name_of(variable, buffer) for variable, buffer in zip(variables, buffers, strict=True)]
-        return self.options.extras.decays(names, buffers)
+        return self.options.decays(names, buffers)
 
     def _name_of(self, variable: object, buffer: _cpu.Buffer) -> str | None:
         """The name of a Variable, or the one that its array came with before."""
@@ -282,15 +282,15 @@ class Stepper:
     def _check_exclusions(self, pairs: list[AnyPair]) -> None:
         """Warn if ``exclude_from_weight_decay`` named no variable."""
         self.runtime.checks_exclusions = False
-        extras, entries = self.options.extras, self.state.entries
+        exclusions, entries = self.options.exclusions, self.state.entries
         variables = [variable for _, variable in pairs]  # those without gradient, too
         named = [variable.name for variable in variables if isinstance(variable, Variable)]
         names = {name for name in (*named, *(entry.spec.name for entry in entries)) if name}
         met = {key_of(entry.buffer) for entry in entries if entry.buffer}
         met.update(map(key_of, buffers_of(variables, range(len(variables)))))
-        if missing := extras.missing(names, met if not self.state.slots.unclaimed() else None):
+        if missing := exclusions.missing(names, met if not self.state.slots.unclaimed() else None):
             hint = ""
-            if extras.excluded_names:
+            if exclusions.patterns:
                 unnamed = "without names: wrap them, fastadam.Variable(w, name=...)"
                 hint = ", which are " + (f"named {sorted(names)!s:.200}" if names else unnamed)
             warn(f"exclude_from_weight_decay: {', '.join(missing)} excludes none of the variables so far{hint}")

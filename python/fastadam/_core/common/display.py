@@ -158,7 +158,7 @@ def adam_settings(optimizer: object) -> Settings:
     """
     state = vars(optimizer)
     options = getattr(state.get("_parts"), "options", None)  # None while it is being made
-    values = {} if options is None else {**vars(options), **options.numbers, **options.clips, **vars(options.extras)}
+    values = {} if options is None else {**vars(options), **options.numbers, **options.clips, **vars(options.keras3)}
     settings: Settings = [("learning_rate", values["learning_rate"])] if "learning_rate" in values else []
     for name, default in _ADAM_DEFAULTS.items():
         value = values.get(name, default)

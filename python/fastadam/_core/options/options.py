@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastadam._core.common.checks import check_one_norm
 from fastadam._core.native.arrays import on_gpu, to_host
+from fastadam._core.native.backend import _cpu
 from fastadam._core.native.slices import DEFERRED
-from fastadam._core.options.keras3 import ACCUMULATOR, Extras
+from fastadam._core.options.exclusions import Exclusions
+from fastadam._core.options.keras3 import ACCUMULATOR, Keras3Options
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import Config, SparseUpdate
@@ -17,7 +20,7 @@ __all__ = ["CLIP_NAMES", "Options"]
 
 CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 
-_OF_PLANS = ("amsgrad", "extras", "sparse_update")
+_OF_PLANS = ("amsgrad", "exclusions", "keras3", "sparse_update")
 
 
 class Options:
@@ -31,7 +34,9 @@ class Options:
     numbers: dict[str, object]  # learning_rate, beta_1, ... as they were set: floats, callables, schedules
     clips: dict[str, float | None]  # clipnorm, clipvalue, global_clipnorm
     amsgrad: bool
-    extras: Extras
+    keras3: Keras3Options
+    exclusions: Exclusions  # from weight decay
+    clip_after_dedupe: bool
     sparse_update: SparseUpdate
     max_staleness: int | None
 
@@ -40,7 +45,9 @@ class Options:
         self.numbers = {}
         self.clips = dict.fromkeys(CLIP_NAMES)
         self.amsgrad = False
-        self.extras = Extras()
+        self.keras3 = Keras3Options()
+        self.exclusions = Exclusions()
+        self.clip_after_dedupe = False
         self.sparse_update = "dense"
         self.max_staleness = None
 
@@ -63,44 +70,44 @@ class Options:
         check_one_norm(clips["clipnorm"], clips["global_clipnorm"])
         self.clips = clips
 
-    def set_extra(self, name: str, value: Any) -> None:
+    def set_keras3(self, name: str, value: Any) -> None:
         """Check and set one of Keras 3's options."""
         if name == "use_ema" and value and self.sparse_update != "dense":
             raise ValueError(f"use_ema: with sparse_update={self.sparse_update!r}, expected False")
-        self.extras = dataclasses.replace(self.extras, **{name: value})
-
-    def exclude(self, **fields: Any) -> None:
-        """Set what is excluded from weight decay: fields of Extras."""
-        self.extras = dataclasses.replace(self.extras, **fields)
+        self.keras3 = dataclasses.replace(self.keras3, **{name: value})
 
     # ---- what follows from them ------------------------------------------------------------------------------------
 
     @property
     def accumulation(self) -> int | None:
         """Calls of ``apply_gradients`` in a step; None without accumulation."""
-        return self.extras.gradient_accumulation_steps
+        return self.keras3.gradient_accumulation_steps
 
     @property
     def calls_per_step(self) -> int:
         """Calls of ``apply_gradients`` in a step."""
-        return self.extras.gradient_accumulation_steps or 1
+        return self.keras3.gradient_accumulation_steps or 1
 
     @property
     def is_deferred(self) -> bool:
         """Whether rows of tables may wait."""
         return self.sparse_update in DEFERRED
 
+    def decays(self, names: Sequence[str | None], buffers: Sequence[_cpu.Buffer]) -> list[bool]:
+        """For each variable whether it decays."""
+        return [bool(self.keras3.weight_decay) and spared for spared in self.exclusions.spare(names, buffers)]
+
     @property
     def slot_names(self) -> list[str]:
         """The slots that a step needs, in TensorFlow's order."""
-        needed = {"vhat": self.amsgrad, "average": self.extras.use_ema, ACCUMULATOR: self.accumulation}
+        needed = {"vhat": self.amsgrad, "average": self.keras3.use_ema, ACCUMULATOR: self.accumulation}
         return ["m", "v", *(name for name, is_needed in needed.items() if is_needed)]
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> Config:
         """A learning rate on a GPU becomes a number of the host."""
-        if self.extras.excluded_keys:
+        if self.exclusions.keys:
             raise ValueError(
                 "exclude_from_weight_decay: var_list names variables by their memory, which a copy of the optimizer "
                 "does not share; expected var_names, to copy or pickle it"

@@ -17,7 +17,7 @@ from fastadam._core.deferred.history import History
 from fastadam._core.native.arrays import assign, beside, copy_beside, to_host, zeros_beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, fingerprint_of, key_of
-from fastadam._core.native.gradients import bfloat16_to_float32
+from fastadam._core.native.gradients import as_float_array, bfloat16_to_float32
 
 __all__ = ["Entry", "Initializer", "SlotStore", "Spec", "initial_value"]
 
@@ -35,7 +35,9 @@ def initial_value(
         if initializer not in makers:
             raise ValueError(f"initializer: {initializer!r}, expected 'zeros', 'ones', a callable or an array")
         return makers[initializer](shape, dtype, order=layout)
-    value = initializer(shape, dtype=dtype) if callable(initializer) else initializer
+    value: AnyArray = initializer(shape, dtype=dtype) if callable(initializer) else initializer
+    if np.dtype(dtype).kind in "fiu":  # a conversion from text, dates or complex numbers would lose something
+        value = as_float_array(value, "initializer", "fiub")
     array = np.array(value, dtype=dtype, order=layout)
     if array.shape != shape:
         raise ValueError(f"initializer: shape {array.shape}, expected {shape}")

@@ -163,7 +163,10 @@ class State:
 
 def _like(old: AnyArray, value: AnyArray, label: str) -> npt.NDArray[np.generic]:
     """A copy of ``value`` that can be assigned to ``old``; a copy, for it may be one of the arrays assigned before."""
-    array = to_host(value) if on_gpu(value) else np.asarray(value)
+    try:
+        array = to_host(value) if on_gpu(value) else np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{label}: {type(value).__name__} that is not an array of numbers ({error})") from error
     if array.shape != tuple(old.shape):
         raise ValueError(
             f"{label}: Optimizer weight shape {old.shape} not compatible with provided weight shape {array.shape}"

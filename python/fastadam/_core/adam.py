@@ -386,11 +386,11 @@ class Adam(Optimizer):
     @never_raises
     def __repr__(self) -> str:
         """The constructor's call, with the rate and the options that are not at their defaults; callables by name."""
-        return call_text(type(self), adam_settings(self))
+        return call_text(type(self), adam_settings(self, Adam))
 
     @html_or_none
     def _repr_html_(self) -> str:
-        return html_table(name_of(type(self)), [*adam_settings(self), ("iterations", int(self.iterations))])
+        return html_table(name_of(type(self)), [*adam_settings(self, Adam), ("iterations", int(self.iterations))])
 
     # ---- configuration ---------------------------------------------------------------------------------------------
 

@@ -61,7 +61,10 @@ class Optimizer(Minimizer):
         self._parts.state.restart_accumulation([], per_step)
 
     def build(self, var_list: Iterable[VariableLike]) -> None:
-        """Create the slots of these variables now, so that ``set_weights`` works before the first step."""
+        """Create the slots of these variables now, so that ``set_weights`` works before the first step.
+
+        An unpickled optimizer assigns its state to them, in the order in which the variables first came.
+        """
         variables = check_list("var_list", var_list)
         buffers = buffers_of(variables, range(len(variables)))
         options, state, runtime, _ = self._parts
@@ -182,7 +185,8 @@ class Optimizer(Minimizer):
 
         Raises:
             TypeError: Indices that are not integers.
-            ValueError: An index out of range; ``out`` of another shape.
+            ValueError: An index out of range; ``out`` of another shape; an unpickled optimizer whose variables have not
+                been given to :meth:`build` yet, if rows waited when it was pickled.
 
         >>> import numpy as np, fastadam
         >>> table = np.ones((1000, 2), np.float32)

@@ -35,27 +35,6 @@ __all__ = [
 Settings = list[tuple[str, object]]
 Shown = TypeVar("Shown")
 _LONGEST_ARRAY = 1000  # elements; longer arrays are abbreviated, as NumPy does by default
-# Adam's arguments in the order in which they are shown if they differ from these defaults.
-_ADAM_DEFAULTS: dict[str, object] = {
-    "weight_decay": None,
-    "beta_1": 0.9,
-    "beta_2": 0.999,
-    "epsilon": 1e-7,
-    "amsgrad": False,
-    "decay": 0.0,
-    "clipnorm": None,
-    "clipvalue": None,
-    "global_clipnorm": None,
-    "sparse_update": "dense",
-    "max_staleness": None,
-    "use_ema": False,
-    "ema_momentum": 0.99,
-    "ema_overwrite_frequency": None,
-    "loss_scale_factor": None,
-    "gradient_accumulation_steps": None,
-    "clip_after_dedupe": False,
-}
-
 _short = reprlib.Repr()
 _short.maxlist = _short.maxtuple = _short.maxdict = 8
 _short.maxstring = _short.maxother = 80
@@ -150,8 +129,8 @@ def array_text(array: AnyArray, indent: int = 0, longest: int = _LONGEST_ARRAY) 
     return f"array({values},{' ' if fits else chr(10) + ' ' * len(prefix)}{end}"
 
 
-def adam_settings(optimizer: object) -> Settings:
-    """The learning rate of an Adam, its options that are not at their defaults, then those of a subclass.
+def adam_settings(optimizer: object, adam: type) -> Settings:
+    """The learning rate of an Adam, its options that are not at the defaults of ``adam``, then those of a subclass.
 
     A subclass's options are the arguments of its constructor that it keeps in attributes of the same name, with or
     without a ``_``. Attributes are read, not computed: callables are shown, not called.
@@ -160,11 +139,12 @@ def adam_settings(optimizer: object) -> Settings:
     options = getattr(state.get("_parts"), "options", None)  # None while it is being made
     values = {} if options is None else {**vars(options), **options.numbers, **options.clips, **vars(options.keras3)}
     settings: Settings = [("learning_rate", values["learning_rate"])] if "learning_rate" in values else []
-    for name, default in _ADAM_DEFAULTS.items():
+    defaults = {name: value for name, value in _parameters(adam).items() if name not in ("learning_rate", "lr", "name")}
+    for name, default in defaults.items():
         value = values.get(name, default)
         if not _same(value, default):
             settings.append((name, value))
-    own = [name for name in _parameters(type(optimizer)) if name not in (*_ADAM_DEFAULTS, "learning_rate", "name")]
+    own = [name for name in _parameters(type(optimizer)) if name not in _parameters(adam)]
     settings += _kept(state, own, _parameters(type(optimizer)))
     if (own_name := state.get("name")) not in (None, *(cls.__name__ for cls in type(optimizer).__mro__)):
         settings.append(("name", own_name))

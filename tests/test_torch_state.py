@@ -288,7 +288,7 @@ def test_a_scale_that_users_set():
     twins.tested.step()
     twins.reference.step()
     assert twins.difference() < 1e-12
-    assert all(bool((parameter.grad == 8).all()) for parameter in twins.ours)  # gradients are not modified
+    assert all(bool((parameter.grad == 1).all()) for parameter in twins.ours)
     twins.tested.found_inf = torch.tensor(1.0)
     before = copy.deepcopy(twins.tested.state_dict())
     twins.tested.step()

@@ -83,6 +83,11 @@ def traced_step(
         index,
         number,
     )
+    if grad_scale is not None:
+        for gradient in columns.grads:
+            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # which has the scale
+            unscaled = wide / grad_scale
+            gradient.copy_(unscaled if found_inf is None else torch.where(found_inf == 0, unscaled, wide))
 
 
 def _adam(

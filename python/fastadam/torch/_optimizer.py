@@ -57,8 +57,12 @@ class Adam(torch.optim.Optimizer):
         \theta \mathrel{-}= \gamma \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     A drop-in for ``torch.optim.Adam``: it takes the same arguments, groups and hooks, and state dicts go both ways.
-    Parameters may be float32, float64, bfloat16, float16 or complex, of any strides. Gradients are not modified: after
-    ``GradScaler.step`` they are still scaled, unless ``unscale_`` was called.
+    Parameters may be float32, float64, bfloat16, float16 or complex, of any strides.
+
+    With a GradScaler it behaves as torch's optimizers do. Without ``fused`` the scaler unscales the gradients and does
+    not call ``step`` if some are not finite. With ``fused=True`` it always calls ``step`` (and so its hooks), which
+    reads ``optimizer.grad_scale`` and ``optimizer.found_inf``, changes nothing if some gradients are not finite, and
+    otherwise leaves the gradients unscaled. The scaler takes float16 gradients only with ``fused=True``.
 
     On a GPU with ``fused`` or ``capturable``, ``step`` is counted on the GPU, which also reads what a GradScaler found.
     The host waits only for a first step, after something else or a graph may have written to ``step``, and if the betas
@@ -96,7 +100,8 @@ class Adam(torch.optim.Optimizer):
         capturable: Allow CUDA graphs: ``step`` is counted on the GPU. Each replay reads ``grad_scale``, ``found_inf``
             and, if it is a tensor on the GPU, ``lr``.
         differentiable: Refused if True.
-        fused: Accepted without effect on the host; on a GPU it has ``step`` counted there.
+        fused: Let a GradScaler leave skipping and unscaling to ``step``; on a GPU also count ``step`` there. The kernels
+            are the same.
         decoupled_weight_decay: Shrink the parameters by ``lr * weight_decay`` instead (AdamW).
         sparse_update: "dense", "deferred", "deferred_fast" or "lazy", for all groups; loading a state dict does not
             change it.
@@ -126,7 +131,7 @@ class Adam(torch.optim.Optimizer):
     weight_decay: OfGroups = OfGroups("weight_decay")
     amsgrad: OfGroups = OfGroups("amsgrad")
     maximize: OfGroups = OfGroups("maximize")
-    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
+    _step_supports_amp_scaling: bool  # as in torch only with `fused`: GradScaler hands over grad_scale and found_inf
 
     @suggests_keywords("optimizer", _ELSEWHERE)
     def __init__(
@@ -174,6 +179,8 @@ class Adam(torch.optim.Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(check_params(params), defaults)
+        if fused:
+            self._step_supports_amp_scaling = True
 
     def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Update every parameter that has a gradient.

@@ -92,21 +92,32 @@ class GroupStepper:
         self._repeated: RepeatedStep | None = None
 
     def step(self, groups: list[Group], state: States, grad_scale: Number, found_inf: Number) -> None:
-        """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
+        """Step every parameter that has a gradient, or raise what is wrong and change nothing.
+
+        Gradients that were scaled are unscaled then, unless the step was skipped.
+        """
         self.finish(state)
-        scaled = _UNSCALED if grad_scale is None and found_inf is None else ScaledStep(grad_scale, found_inf)
+        if grad_scale is None and found_inf is None:
+            self._step(groups, state, _UNSCALED)
+            return
+        scaled = ScaledStep(grad_scale, found_inf)
         if scaled.host_skips:
             return
+        self._step(groups, state, scaled)
+        with torch.no_grad():
+            scaled.unscale(p.grad for group in groups for p in group["params"] if p.grad is not None)
+
+    # ---- any step --------------------------------------------------------------------------------------------------
+
+    def _step(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
         if self._repeated is not None:  # on the host, which therefore waits for the scaler
             if scaled.skips or self._repeated.make(groups, state, scaled.gradient_scale):
                 return
             self._repeated = None
         with torch.no_grad():
-            self._step(groups, state, scaled)
+            self._step_anew(groups, state, scaled)
 
-    # ---- any step --------------------------------------------------------------------------------------------------
-
-    def _step(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
+    def _step_anew(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
         self.partitions.note_state(state)
         calls: list[Call] = []
         for index, group in enumerate(groups):

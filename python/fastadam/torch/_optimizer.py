@@ -100,8 +100,8 @@ class Adam(torch.optim.Optimizer):
         capturable: Allow CUDA graphs: ``step`` is counted on the GPU. Each replay reads ``grad_scale``, ``found_inf``
             and, if it is a tensor on the GPU, ``lr``.
         differentiable: Refused if True.
-        fused: Let a GradScaler leave skipping and unscaling to ``step``; on a GPU also count ``step`` there. The kernels
-            are the same.
+        fused: Have a GradScaler leave skipping and unscaling to ``step``; on a GPU also count ``step`` there. The
+            kernels are the same.
         decoupled_weight_decay: Shrink the parameters by ``lr * weight_decay`` instead (AdamW).
         sparse_update: "dense", "deferred", "deferred_fast" or "lazy", for all groups; loading a state dict does not
             change it.
@@ -336,9 +336,10 @@ class Adam(torch.optim.Optimizer):
         written to since the last step: it is assumed to have been loaded.
 
         Raises:
-            TypeError: A state that is not a dict, or a moment that is not a tensor.
-            ValueError: A different number or size of groups, a moment that is sparse or has no data, or a step that is
-                not a number. A call that raises leaves the optimizer unchanged.
+            TypeError: A state that is not a dict, or a moment that is not a plain tensor.
+            ValueError: A different number or size of groups; a group or a state without what Adam keeps, as other
+                optimizers save them; a moment that is sparse, has no data or has another shape than its parameter; or a
+                step that is not a number. A call that raises leaves the optimizer unchanged.
         """
         with self._stepper.lock:
             self._stepper.finish(self.state)

@@ -55,7 +55,7 @@ def test_a_worker_process_steps_the_state_that_it_shares():
 def test_unpickling_keeps_the_tensors_of_a_state(dtype, moments):
     """`__setstate__` replaces none, so tensors that are the same object before are the same object after."""
     optimizer = shared(fastadam.torch.Adam, dtype, moments_dtype=moments)
-    held = [named for named in optimizer.state.values()]
+    held = list(optimizer.state.values())
     twin, twin_held = copy.deepcopy((optimizer, held))
     other, other_held = pickle.loads(pickle.dumps((optimizer, held)))
     for copied, copied_held in ((twin, twin_held), (other, other_held)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from operator import is_
 from typing import NamedTuple, TypeVar
 
@@ -39,13 +39,18 @@ class Key(NamedTuple):
 class Partition(NamedTuple):
     """The sets of one group, and what shows that they are not out of date."""
 
+    group: int  # its place
     params: list[Tensor]  # of the whole group
     sets: list[ParameterSet]
     epoch: list[int]  # of `optimizer.state`, when the states were last compared; one number
 
+    def is_of(self, params: list[Tensor]) -> bool:
+        """Whether the group still has the same parameters."""
+        return len(params) == len(self.params) and all(map(is_, params, self.params))
+
     def is_current(self, params: list[Tensor], state: States, epoch: int) -> bool:
         """Whether parameters, states and their memory are the same as when the sets were made."""
-        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
+        if not self.is_of(params):
             return False
         if self.epoch[0] != epoch:
             for each in self.sets:
@@ -62,10 +67,14 @@ class Partitions:
         self._mode, self._moments_dtype, self._tables = mode, moments_dtype, tables
         self._kept: BoundedCache[Key, Partition] = BoundedCache()
         self._epoch = 0
+        self._groups = 0
         self.known: States | None = None  # a copy of `optimizer.state` when it was last compared
 
-    def note_state(self, state: States) -> None:
+    def note_state(self, state: States, groups: int) -> None:
         """Before a step: have the states compared again if the optimizer has got others."""
+        if groups < self._groups:
+            self._forget(lambda kept: kept.group >= groups)
+        self._groups = groups
         if self.known is None or not _cpu.same_items(state, self.known):
             self.known = {**state}
             self._epoch += 1
@@ -81,9 +90,14 @@ class Partitions:
         kept = self._kept.get(key)
         if kept is not None and not renew and kept.is_current(group["params"], state, self._epoch):
             return kept.sets
-        made = Partition(list(group["params"]), self._make(key, group, state, kept), [self._epoch])
+        made = Partition(index, list(group["params"]), self._make(key, group, state, kept), [self._epoch])
+        self._forget(lambda other: other.group == index and not other.is_of(made.params))
         self._kept.put(key, made)
         return made.sets
+
+    def _forget(self, is_old: Callable[[Partition], bool]) -> None:
+        for partition in [kept for kept in self._kept if is_old(kept)]:
+            self._kept.remove(partition)
 
     def clear(self) -> None:
         """Forget all sets."""

@@ -111,8 +111,8 @@ def restore_states(state: States, groups: list[Group], moments_dtype: torch.dtyp
     """Replace what :func:`keep_tensors` kept by clones on the parameters' devices, with step counts side by side.
 
     Other tensors, which were unpickled or copied with the optimizer, stay as they are: another process may share them.
-    A moment that was kept keeps its dtype if that is the parameter's, or if it is float32 and the parameter is half precision. Other
-    dtypes, which the kernels do not support, become the parameter's, or ``moments_dtype``.
+    A moment that is loaded keeps its dtype if that is the parameter's, or if it is float32 and the parameter is half
+    precision. Other dtypes, which the kernels do not support, become the parameter's, or ``moments_dtype``.
 
     Raises:
         TypeError: A state is not a dict, or a moment is not a tensor.

@@ -118,7 +118,8 @@ class GroupStepper:
             self._step_anew(groups, state, scaled)
 
     def _step_anew(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
-        self.partitions.note_state(state)
+        self.tables.forget_removed(groups)
+        self.partitions.note_state(state, len(groups))
         calls: list[Call] = []
         for index, group in enumerate(groups):
             gradients = [param.grad for param in group["params"]]

@@ -140,7 +140,7 @@ def test_a_table_that_left_the_groups_is_refused_before_anything_is_written(remo
 
 @pytest.mark.parametrize("remove", [shrink, grow, replace])
 def test_a_table_that_left_the_groups_after_sync_is_forgotten(remove):
-    optimizer, (first, second) = trained(groups=2)
+    optimizer, (_, second) = trained(groups=2)
     optimizer.sync()
     remove(optimizer, second)
     optimizer.state.pop(second, None)

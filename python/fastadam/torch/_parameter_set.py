@@ -14,9 +14,9 @@ from fastadam._core.native.plan import Plan, StepHyper
 from fastadam.torch._checks import Group, ParamState, check_options
 from fastadam.torch._deferred import Table
 from fastadam.torch._gradients import GradientReader
-from fastadam.torch._layout import View, is_lazy_view, is_plain, local_of
+from fastadam.torch._layout import ALONE, Turn, View, is_lazy_view, is_plain, local_of
 from fastadam.torch._state import SLOTS, Kind
-from fastadam.torch._step_count import StepCounts, is_on_gpu
+from fastadam.torch._step_count import StepCounts, is_on_gpu, whole_count
 
 __all__ = ["ParameterSet"]
 
@@ -31,6 +31,7 @@ class ParameterSet:
         positions: Their places in the group.
         kind: How they are stepped.
         tables: In a deferred mode, the table that each of them is.
+        turn: When they are stepped among others that share memory with them.
         counts: The step counts in the states, if there is an object of them.
         context: On a GPU, the context of the set that this one replaces.
     """
@@ -43,11 +44,12 @@ class ParameterSet:
         positions: list[int],
         kind: Kind,
         tables: list[Table],
+        turn: Turn = ALONE,
         counts: StepCounts | None = None,
         context: Foreign = None,
     ) -> None:
         self.params, self.states, self.labels = params, states, labels
-        self.positions, self.kind, self.tables = positions, kind, tables
+        self.positions, self.kind, self.tables, self.turn = positions, kind, tables, turn
         self.device = params[0].device
         self._reversed = [-1.0] * len(params)  # factors of gradients to be maximized
         self.counts = counts or StepCounts([state["step"] for state in states])
@@ -267,6 +269,10 @@ class ParameterSet:
             self.counts.set(count)
         for table in self.tables:
             table.note_step()
+
+    def next_step(self, count: float) -> int:
+        """The number of the next step, when the step count was this before any set was stepped."""
+        return whole_count(count, self.labels[0]) + self.turn.earlier
 
     def count_after(self, found_inf: Tensor | None) -> Tensor | None:
         """The step count after the next step, on the GPU if that decides whether to skip the step; else None."""

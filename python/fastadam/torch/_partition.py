@@ -1,4 +1,4 @@
-"""Which parameters of a group step together: those with one kind of gradient, one device and one step count."""
+"""Which parameters of a group step together: with one kind of gradient, one device, one step count, apart in memory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fastadam._core.native.plan import BoundedCache
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, States, check_flags, label_of
 from fastadam.torch._deferred import Table, Tables
+from fastadam.torch._layout import Turn, turns_of
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._state import Kind, states_of
 from fastadam.torch._step_count import StepCounts
@@ -120,15 +121,24 @@ class Partitions:
     # ---- new sets --------------------------------------------------------------------------------------------------
 
     def _make(self, key: Key, group: Group, state: States, replaced: Partition | None) -> list[ParameterSet]:
-        """New sets; on a GPU they continue with the contexts of those that they replace."""
+        """New sets in the order of steps; on a GPU they continue with the contexts of those that they replace."""
         sets: list[ParameterSet] = []
         contexts = {tuple(old.positions): old.context for old in replaced.sets} if replaced else {}
         params = group["params"]
-        for code in (_WHOLE, _ROWS):
-            places = [place for place, kind in enumerate(key.gradients) if kind == code]
-            kind = Kind(self._mode, code == _ROWS, key.amsgrad, key.decays)
-            for there in _by_value(places, [params[place].device for place in places]):
-                sets += self._make_sets(key.group, group, kind, there, state, contexts)
+        chosen = [place for place, code in enumerate(key.gradients) if code]
+        turns = dict(zip(chosen, turns_of([params[place] for place in chosen]), strict=True))
+        known = {**state}  # and the states that are new
+        for turn in sorted(set(turns.values())):
+            for code in (_WHOLE, _ROWS):
+                places = [place for place in chosen if key.gradients[place] == code and turns[place] == turn]
+                kind = Kind(self._mode, code == _ROWS, key.amsgrad, key.decays)
+                for there in _by_value(places, [params[place].device for place in places]):
+                    made = self._make_sets(key.group, group, kind, there, turn, known, contexts)
+                    sets += made
+                    if not turn.is_alone:
+                        known.update(
+                            (p, named) for each in made for p, named in zip(each.params, each.states, strict=True)
+                        )
         return sets
 
     def _make_sets(
@@ -137,28 +147,31 @@ class Partitions:
         group: Group,
         kind: Kind,
         places: list[int],
+        turn: Turn,
         known: States,
         contexts: dict[tuple[int, ...], Foreign],
     ) -> list[ParameterSet]:
-        """The sets of parameters with one kind of gradient on one device: one for each step count."""
+        """The sets of parameters with one kind of gradient and one turn on one device: one for each step count."""
         params = [group["params"][place] for place in places]
         labels = [label_of(group, index, place) for place in places]
         for param, label in zip(params, labels, strict=True):
             check_flags(group, param, label, self._mode)
+        if kind.rows and self._mode in DEFERRED and not turn.is_alone:
+            raise ValueError(
+                f"{labels[0]}: shares memory with another parameter of its group, expected each to have its own with "
+                f"sparse_update={self._mode!r}"
+            )
         refuse_new_in_capture(params[0])
         states = states_of(known, params, labels, group, self._moments_dtype)
         counts = StepCounts([state["step"] for state in states])
-        parts = _by_value(range(len(places)), counts.read())
-        if len(parts) == 1:
-            context = contexts.get(tuple(places))
-            return [self._make_set(group, params, states, labels, places, kind, counts, context)]
-        sets = []
+        sets, parts = [], _by_value(range(len(places)), counts.read())
         for which in parts:
+            if len(parts) > 1:
+                counts = StepCounts([states[k]["step"] for k in which])
             chosen, named, called = [params[k] for k in which], [states[k] for k in which], [labels[k] for k in which]
             positions = [places[k] for k in which]
-            counts = StepCounts([state["step"] for state in named])
             context = contexts.get(tuple(positions))
-            sets.append(self._make_set(group, chosen, named, called, positions, kind, counts, context))
+            sets.append(self._make_set(group, chosen, named, called, positions, kind, turn, counts, context))
         return sets
 
     def _make_set(
@@ -169,6 +182,7 @@ class Partitions:
         labels: list[str],
         positions: list[int],
         kind: Kind,
+        turn: Turn,
         counts: StepCounts,
         context: Foreign,
     ) -> ParameterSet:
@@ -178,7 +192,7 @@ class Partitions:
             numbers = Numbers(beta_1, beta_2, float(group["eps"]), kind.amsgrad)
             for param, state, label in zip(params, states, labels, strict=True):
                 tables.append(self._tables.make(param, state, label, numbers))
-        return ParameterSet(params, states, labels, positions, kind, tables, counts, context)
+        return ParameterSet(params, states, labels, positions, kind, tables, turn, counts, context)
 
 
 def refuse_new_in_capture(param: Tensor) -> None:

@@ -44,12 +44,14 @@ def states_of(
         dtype = moments_dtype if param.dtype in HALF else None
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
-    states = [known.get(param) or {} for param in params]
-    fresh = [k for k, state in enumerate(states) if not state]
+    made: dict[int, ParamState] = {}  # a parameter may come twice
+    states = [known.get(param) or made.setdefault(id(param), {}) for param in params]
+    places = {id(param): k for k, param in enumerate(params)}
+    fresh = [places[key] for key in made]
     on_device = group["capturable"] or (group["fused"] and params[0].is_cuda)
     steps = _zero_steps(len(fresh), params[0].device if on_device else torch.device("cpu"))
     for k, step in zip(fresh, steps, strict=True):
-        states[k] = {"step": step, **{SLOTS[name]: zeros_like(params[k]) for name in ("m", "v")}}
+        states[k].update({"step": step, **{SLOTS[name]: zeros_like(params[k]) for name in ("m", "v")}})
     for state, label in zip(states, labels, strict=True):
         if "step" in state and not isinstance(state["step"], Tensor):
             state["step"] = torch.tensor(float(state["step"]))

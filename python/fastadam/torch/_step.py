@@ -18,7 +18,6 @@ from fastadam.torch._grad_scaler import Number, ScaledStep
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._partition import Partitions, refuse_new_in_capture
 from fastadam.torch._repeated import RepeatedStep
-from fastadam.torch._step_count import whole_count
 
 __all__ = ["GroupStepper", "Options"]
 
@@ -160,8 +159,13 @@ class GroupStepper:
         is_captured = chosen.is_capturing
         if is_captured and (chosen.is_new or not group["capturable"]):
             refuse_new_in_capture(chosen.params[0])
+        if is_captured and not chosen.turn.is_alone:
+            raise RuntimeError(
+                f"{chosen.labels[0]}: shares memory with another parameter, which no CUDA graph may step"
+            )
         grad_scale, found_inf = scaled.on(chosen.device) if chosen.counts_on_gpu else (None, None)
         is_followed = found_inf is not None and chosen.counts.are_followed()  # the GPU's last step is the last one
+        is_followed = is_followed and chosen.turn.is_alone
         counts = is_captured or (is_followed and chosen.can_count(chosen.numbers_of(group, 1, 1.0)))
         return OnGpu(grad_scale, found_inf, counts)
 
@@ -170,7 +174,7 @@ class GroupStepper:
     ) -> Call:
         """What the set does natively; rows of its tables that cannot wait are brought up to date."""
         chosen, there, counts = ready
-        step = whole_count(counts[0], chosen.labels[0]) if counts else 1
+        step = chosen.next_step(counts[0]) if counts else 1
         hyper = chosen.numbers_of(group, step, scaled.gradient_scale if there.grad_scale is None else 1.0)
         mine = [gradient for place in chosen.positions if (gradient := gradients[place]) is not None]
         if chosen.tables:
@@ -233,5 +237,5 @@ def _are_apart(ready: list[Ready]) -> bool:
     """Whether each set has one step count, and sets of one kind on the host have different ones."""
     if any(each.counts.count(each.counts[0]) != len(each.counts) for each in ready if each.counts):
         return False
-    on_host = [(each.chosen.kind, each.counts[0]) for each in ready if each.chosen.context is None]
+    on_host = [(each.chosen.kind, each.chosen.turn, each.counts[0]) for each in ready if each.chosen.context is None]
     return len(set(on_host)) == len(on_host)

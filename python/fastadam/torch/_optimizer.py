@@ -193,7 +193,9 @@ class Adam(torch.optim.Optimizer):
 
         Raises:
             TypeError: A gradient or a state has the wrong dtype.
-            ValueError: A gradient, a state or an option cannot be used. A step that raises has changed nothing.
+            ValueError: A gradient, a state or an option cannot be used.
+            RuntimeError: Tensors are on devices that cannot be used, or a table was written to or left the groups while
+                rows waited for their steps. A step that raises has changed nothing.
         """
         loss = None
         if closure is not None:

@@ -87,7 +87,7 @@ class ParameterSet:
                 if is_lazy_view(slot):
                     raise ValueError(f"{found}: a conjugated or negated view, expected a tensor of its own")
                 if slot.device != param.device:
-                    raise ValueError(f"{found}: on {slot.device}, expected {param.device}")
+                    raise RuntimeError(f"{found}: on {slot.device}, expected {param.device}")
 
     def _natives(self) -> list[list[Tensor]]:
         """The columns as the plan reads them."""

@@ -15,6 +15,7 @@ from fastadam.torch._checks import Group, States
 from fastadam.torch._compiled import CompiledSteps
 from fastadam.torch._deferred import Reader, Tables
 from fastadam.torch._grad_scaler import Number, ScaledStep
+from fastadam.torch._no_memory import Simulated, hide_gradients, is_simulation, refuse_simulation
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._partition import Partitions, refuse_new_in_capture
 from fastadam.torch._repeated import RepeatedStep
@@ -84,7 +85,8 @@ class GroupStepper:
             self.compiled = previous.compiled
             self.tables = previous.tables.renewed()
         self.lock = self.compiled.lock
-        self.partitions = Partitions(options.sparse_update, options.moments_dtype, self.tables)
+        self._how = options.sparse_update, options.moments_dtype
+        self.partitions = Partitions(*self._how, self.tables)
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
         self._pending: Pending | None = None
         self._last: list[tuple[int, ParameterSet]] = []  # the sets of the last step, and their groups
@@ -109,7 +111,8 @@ class GroupStepper:
     # ---- any step --------------------------------------------------------------------------------------------------
 
     def _step(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
-        if self._repeated is not None:  # on the host, which therefore waits for the scaler
+        if self._repeated is not None and not is_simulation():
+            # On the host, which therefore waits for the scaler.
             if scaled.skips or self._repeated.make(groups, state, scaled.gradient_scale):
                 return
             self._repeated = None
@@ -120,8 +123,12 @@ class GroupStepper:
         self.tables.forget_removed(groups)
         self.partitions.note_state(state, len(groups))
         calls: list[Call] = []
+        simulated = Simulated()
         for index, group in enumerate(groups):
             gradients = [param.grad for param in group["params"]]
+            if places := hide_gradients(group["params"], gradients):
+                simulated.add(index, group, places, state, *self._how)
+            refuse_simulation(gradients)
             for ready in self._ready(index, group, state, gradients, scaled):
                 calls.append(self._call_of(index, ready, group, gradients, scaled))
         if len(calls) > 1:
@@ -130,6 +137,7 @@ class GroupStepper:
                 calls[i] = call._replace(gradients=checked)
         for call in calls:
             self._make(call, state)
+        simulated.finish(state)
         before, self._last = self._last, [(call.group, call.chosen) for call in calls]
         if self._last == before:
             self._repeated = RepeatedStep.after(self._last, groups, state)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ALONE", "Turn", "View", "gradient_like", "is_lazy_view", "is_plain", "local_of", "turns_of"]
+__all__ = ["ALONE", "Turn", "View", "flattened", "gradient_like", "is_lazy_view", "is_plain", "local_of", "turns_of"]
 
 
 class Layout(NamedTuple):
@@ -87,6 +87,11 @@ def is_lazy_view(tensor: Tensor) -> bool:
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether a plan can read a parameter and its moments without a view."""
     return all(t.is_contiguous() and not hasattr(t, "_local_tensor") and not t.is_complex() for t in tensors)
+
+
+def flattened(tensor: Tensor, axes: int) -> Tensor:
+    """A view in which the first axes are one; a tensor for which there is none stays as it is."""
+    return tensor.detach().flatten(0, axes - 1) if is_plain([tensor]) else tensor
 
 
 def gradient_like(gradient: Tensor, parameter: Tensor, label: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
-from fastadam._core.native.slices import check_sparse_update
+from fastadam._core.native.slices import DEFERRED, check_sparse_update
 from fastadam.torch._checks import (
     OfGroups,
     check_flags,
@@ -203,17 +203,28 @@ class Adam(torch.optim.Optimizer):
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         stepper = self._stepper
-        if torch.compiler.is_compiling():
-            with torch.no_grad():
-                for index, group in enumerate(self.param_groups):
-                    columns = Columns([], [], [], [], [], [])
-                    self._init_group(group, *columns)
-                    if columns.params:
-                        traced_step(index, group, columns, grad_scale, found_inf, stepper.compiled.number)
+        if not torch.compiler.is_compiling():
+            with stepper.lock:
+                stepper.step(self.param_groups, self.state, grad_scale, found_inf)
             return loss
-        with stepper.lock:
-            stepper.step(self.param_groups, self.state, grad_scale, found_inf)
+        traced = [Columns([], [], [], [], [], []) for _ in self.param_groups]
+        are_traceable = [
+            self._init_group(group, *columns) for group, columns in zip(self.param_groups, traced, strict=True)
+        ]
+        if not all(are_traceable):
+            self._step_eagerly(grad_scale, found_inf)
+            return loss
+        with torch.no_grad():
+            for index, group in enumerate(self.param_groups):
+                if traced[index].params:
+                    traced_step(index, group, traced[index], grad_scale, found_inf, stepper.compiled.number)
         return loss
+
+    @torch._disable_dynamo
+    def _step_eagerly(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """The step where ``torch.compile`` breaks the graph."""
+        with self._stepper.lock:
+            self._stepper.step(self.param_groups, self.state, grad_scale, found_inf)
 
     def _init_group(
         self,
@@ -224,24 +235,27 @@ class Adam(torch.optim.Optimizer):
         exp_avg_sqs: list[Tensor],
         max_exp_avg_sqs: list[Tensor],
         state_steps: list[Tensor],
-    ) -> None:
-        """Fill the lists for ``torch.compile``, which calls this while it traces; new states are the optimizer's."""
-        check_options(group)
+    ) -> bool:
+        """Fill the lists for ``torch.compile``, which calls this while it traces; new states are the optimizer's.
+
+        Returns:
+            False, with empty lists, if only an eager step can use the gradients or say what is wrong.
+        """
+        stepped = [param for param in group["params"] if param.grad is not None]
+        options = self._options
+        if options.sparse_update in DEFERRED or any(param.grad.layout != torch.strided for param in stepped):
+            return False
         index = next(index for index, other in enumerate(self.param_groups) if other is group)
-        options, labels = self._options, []
-        for place, param in enumerate(group["params"]):
-            if param.grad is None:
-                continue
-            label = label_of(group, index, place)
-            check_flags(group, param, label, options.sparse_update)
-            if param.grad.layout != torch.strided:
-                raise ValueError(f"grad of {label}: sparse under torch.compile, expected a dense gradient")
+        labels = [label_of(group, index, k) for k, param in enumerate(group["params"]) if param.grad is not None]
+        try:
+            check_options(group)
+            for param, label in zip(stepped, labels, strict=True):
+                check_flags(group, param, label, options.sparse_update)
+            states = states_of(self.state, stepped, labels, group, options.moments_dtype) if stepped else []
+        except (RuntimeError, TypeError, ValueError):
+            return False  # in the compiler these would be internal errors
+        for param, state in zip(stepped, states, strict=True):
             params.append(param)
-            labels.append(label)
-        if not params:
-            return
-        states = states_of(self.state, params, labels, group, options.moments_dtype)
-        for param, state in zip(params, states, strict=True):
             self.state[param] = state
             grads.append(param.grad)
             exp_avgs.append(state["exp_avg"])
@@ -249,6 +263,7 @@ class Adam(torch.optim.Optimizer):
             if group["amsgrad"]:
                 max_exp_avg_sqs.append(state["max_exp_avg_sq"])
             state_steps.append(state["step"])
+        return True
 
     # ---- tables ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from fastadam._core.native.plan import Plan, StepHyper
 from fastadam.torch._checks import Group, ParamState, check_options
 from fastadam.torch._deferred import Table
 from fastadam.torch._gradients import GradientReader
-from fastadam.torch._layout import ALONE, Turn, View, is_lazy_view, is_plain, local_of
+from fastadam.torch._layout import ALONE, Turn, View, flattened, is_lazy_view, is_plain, local_of
 from fastadam.torch._state import SLOTS, Kind
 from fastadam.torch._step_count import StepCounts, is_on_gpu, whole_count
 
@@ -91,9 +91,10 @@ class ParameterSet:
 
     def _natives(self) -> list[list[Tensor]]:
         """The columns as the plan reads them."""
-        if not self._views:
+        axes = self.kind.axes
+        if not self._views and axes == 1:
             return self._columns
-        columns = [column[:] for column in self._columns]
+        columns = [[flattened(t, axes) for t in column] if axes > 1 else column[:] for column in self._columns]
         for i, view in self._views.items():
             for column, seen in zip(columns, view.read([c[i] for c in self._columns]), strict=True):
                 column[i] = seen
@@ -144,7 +145,7 @@ class ParameterSet:
     @property
     def can_be_followed(self) -> bool:
         """Whether the last step was so plain that :class:`RepeatedSteps` can repeat it."""
-        is_special = self._views or self.tables or self._gradients.were_converted
+        is_special = self._views or self.tables or self.kind.axes > 1 or self._gradients.were_converted
         return self.context is None and not is_special and self.counts.are_plain
 
     def follow(self) -> bool:

@@ -25,7 +25,9 @@ __all__ = ["Partitions", "refuse_new_in_capture"]
 
 Value = TypeVar("Value", bound=Hashable)
 
-_NONE, _WHOLE, _ROWS = 0, 1, 2  # a parameter without a gradient; its gradient moves all of it; or the rows it names
+# A parameter without a gradient; its gradient moves all of it; or the rows it names; with "lazy" one more for each further
+# axis of the indices.
+_NONE, _WHOLE, _ROWS = 0, 1, 2
 
 
 class Key(NamedTuple):
@@ -114,6 +116,10 @@ class Partitions:
         if self._mode == "dense":
             return bytes([gradient is not None for gradient in gradients])
         kinds = [_NONE if g is None else _ROWS if g.is_sparse else _WHOLE for g in gradients]
+        if self._mode == "lazy":
+            for place, gradient in enumerate(gradients):
+                if kinds[place] == _ROWS and gradient is not None:
+                    kinds[place] += max(gradient.sparse_dim() - 1, 0)
         if self._tables:  # a table keeps the epsilon of its history
             kinds = [kind and (_ROWS if p in self._tables else kind) for kind, p in zip(kinds, params, strict=True)]
         return bytes(kinds)
@@ -129,9 +135,10 @@ class Partitions:
         turns = dict(zip(chosen, turns_of([params[place] for place in chosen]), strict=True))
         known = {**state}  # and the states that are new
         for turn in sorted(set(turns.values())):
-            for code in (_WHOLE, _ROWS):
+            for code in sorted(set(key.gradients) - {_NONE}):
                 places = [place for place in chosen if key.gradients[place] == code and turns[place] == turn]
-                kind = Kind(self._mode, code == _ROWS, key.amsgrad, key.decays)
+                axes = max(code - _ROWS + 1, 1)
+                kind = Kind(self._mode, code >= _ROWS, key.amsgrad, key.decays, axes)
                 for there in _by_value(places, [params[place].device for place in places]):
                     made = self._make_sets(key.group, group, kind, there, turn, known, contexts)
                     sets += made

@@ -28,6 +28,7 @@ class Kind(NamedTuple):
     rows: bool  # sparse gradients are rows; otherwise they are dense gradients that are mostly zero
     amsgrad: bool
     decays: bool  # by decoupled weight decay, if there is any
+    axes: int = 1  # how many axes, from the first, the indices of sparse gradients have; a "row" is one element of them
 
     @property
     def slots(self) -> tuple[str, ...]:

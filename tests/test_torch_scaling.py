@@ -122,6 +122,8 @@ class Scaled(Twins):
             theirs, ours = (t.state[p] for t, p in ((self.reference, a), (self.tested, b)))
             assert theirs.keys() == ours.keys()
             assert not ours or float(theirs["step"]) == float(ours["step"])
+            if a.grad is not None:  # unscaled, unless the step was skipped
+                torch.testing.assert_close(b.grad, a.grad, rtol=1e-6, atol=0)
         assert self.difference() < tolerance
 
 

@@ -187,15 +187,13 @@ def test_half_tables(mode, dtype):
     assert wide.state[twin.weight]["exp_avg"].dtype == torch.float32
 
 
-def test_two_sparse_axes_are_made_dense_or_refused():
+def test_two_sparse_axes_are_made_dense():
     weight, twin = (torch.nn.Parameter(torch.ones(3, 4).double()) for _ in range(2))
     weight.grad = coo([[0, 2, 0], [1, 3, 1]], [1.0, -2.0, 3.0], (3, 4)).double()
     twin.grad = weight.grad.to_dense()
     fastadam.torch.Adam([weight], lr=0.1).step()
     fastadam.torch.Adam([twin], lr=0.1).step()
     assert torch.equal(weight, twin)
-    with pytest.raises(ValueError, match="2 sparse axes, expected the first alone"):
-        fastadam.torch.Adam([weight], sparse_update="lazy").step()
 
 
 def test_options_that_rows_do_not_have_are_refused():
@@ -291,3 +289,130 @@ def test_ids_and_modules_that_are_refused():
         ValueError, match=r"grads\[0\].indices\[0\]: 2000 is not a row of param_groups\[0\]\['params'\]\[0\]"
     ):
         optimizer.step()
+
+
+# ---- more sparse axes than the first --------------------------------------------------------------------------------
+
+AXES_SHAPE = (70, 4, 3)
+
+
+def gradient_of_axes(axes, seed, shape=AXES_SHAPE):
+    """Uncoalesced, with an element that comes twice."""
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.stack([torch.randint(0, n, (5,), generator=generator) for n in shape[:axes]])
+    indices = torch.cat([indices, indices[:, :1]], 1)
+    values = torch.randn(6, *shape[axes:], dtype=torch.float64, generator=generator)
+    return coo(indices, values, shape)
+
+
+def stepped(optimizer, weight, gradients):
+    for gradient in gradients:
+        weight.grad = gradient
+        optimizer.step()
+    return weight.detach()
+
+
+@pytest.mark.parametrize("axes", [(2,), (3,), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"maximize": True}], ids=str)
+def test_lazy_moves_the_elements_that_sparse_adam_moves(axes, options):
+    gradients = [gradient_of_axes(axes[k % len(axes)], k) for k in range(12)]
+    found = []
+    for make in (torch.optim.SparseAdam, lambda w, **named: fastadam.torch.Adam(w, sparse_update="lazy", **named)):
+        weight = torch.nn.Parameter(torch.ones(AXES_SHAPE, dtype=torch.float64))
+        found.append(stepped(make([weight], lr=0.1, **options), weight, gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("axes", [(2,), (3,), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("mode", ["deferred", "deferred_fast"])
+@pytest.mark.usefixtures("rows_wait")
+def test_deferred_rows_of_elements_get_the_dense_step(mode, axes):
+    found = []
+    for as_rows in (True, False):
+        weight = torch.nn.Parameter(torch.ones(AXES_SHAPE, dtype=torch.float64))
+        optimizer = fastadam.torch.Adam([weight], lr=0.1, sparse_update=mode)
+        gradients = [gradient_of_axes(axes[k % len(axes)], k) for k in range(12)]
+        if as_rows:
+            gradients = [g.to_dense().to_sparse(1) for g in gradients]
+        for gradient in gradients:
+            stepped(optimizer, weight, [gradient])
+            optimizer.gather(weight, torch.tensor([0]))
+        optimizer.sync()
+        found.append(weight.detach())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["lazy", "deferred"])
+@pytest.mark.parametrize("index", [[1, 4], [1, -1], [70, 0], [-1, 3]])
+def test_an_element_outside_of_the_parameter_is_refused(mode, index):
+    weight = torch.nn.Parameter(torch.ones(70, 4, dtype=torch.float64))
+    optimizer = fastadam.torch.Adam([weight], sparse_update=mode)
+    indices = torch.tensor([[0, index[0]], [0, index[1]]])
+    weight.grad = torch.sparse_coo_tensor(indices, torch.ones(2).double(), weight.shape, check_invariants=False)
+    with pytest.raises(ValueError, match="ind"):
+        optimizer.step()
+    assert bool((weight == 1).all())
+    assert not optimizer.state
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # of Dynamo
+@pytest.mark.parametrize("whole", [False, True], ids=["step", "training step"])
+@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
+def test_sparse_gradients_under_torch_compile_take_the_eager_step(mode, whole):
+    """Where the graph breaks; with dense gradients between, whose step is traced."""
+    found = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        table, head = embedding(), torch.nn.Linear(WIDTH, 1).double()
+        optimizer = fastadam.torch.Adam([*table.parameters(), *head.parameters()], lr=0.1, sparse_update=mode)
+        optimizer.attach(table)
+
+        def backward(ids):
+            optimizer.zero_grad()  # noqa: B023
+            head(table(ids)).sum().backward()  # noqa: B023
+
+        def train(ids):
+            backward(ids)  # noqa: B023
+            optimizer.step()  # noqa: B023
+
+        step = optimizer.step
+        if compiles:
+            train = torch.compile(train, backend="eager")
+            step = torch.compile(lambda: optimizer.step(), backend="eager")  # noqa: B023
+        for k, ids in enumerate(batches(5)):
+            if whole:
+                train(ids)
+                continue
+            backward(ids)
+            if k in (2, 3):
+                table.weight.grad = table.weight.grad.to_dense()
+            step()
+        optimizer.sync()
+        torch._dynamo.reset()
+        found.append([table.weight.detach(), head.weight.detach()])
+        assert [float(named["step"]) for named in optimizer.state.values()] == [5, 5, 5]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("spoil", "error", "text"),
+    [
+        (lambda o: o.param_groups[0].update(differentiable=True), ValueError, "differentiable: True"),
+        (lambda o: o.param_groups[0].update(weight_decay=-1.0), ValueError, "Invalid weight_decay value"),
+        (lambda o: o.param_groups[0].update(amsgrad=True, capturable=True), ValueError, "capturable: True"),
+        (lambda o: next(iter(o.state.values())).pop("exp_avg"), ValueError, "without 'exp_avg'"),
+    ],
+)
+def test_a_refusal_under_torch_compile_is_that_of_the_eager_step(spoil, error, text):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = fastadam.torch.Adam([weight])
+    optimizer.step()
+    spoil(optimizer)
+    with pytest.raises(error, match=text):
+        torch.compile(lambda: optimizer.step(), backend="eager")()
+    torch._dynamo.reset()

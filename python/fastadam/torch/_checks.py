@@ -69,8 +69,9 @@ def label_of(group: Group, index: int, place: int) -> str:
 
 def check_flags(group: Group, param: Tensor, label: str, sparse_update: str) -> None:
     """Refuse a parameter that the kernels cannot step, or not with the options of its group."""
-    if param.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{label}: on {param.device}, expected CPU memory or a CUDA device")
+    if param.device.type not in ("cpu", "cuda", "meta") or (param.is_meta and group["fused"]):
+        fused = " with fused=True" if group["fused"] else ""
+        raise RuntimeError(f"{label}: on {param.device}{fused}, expected CPU memory or a CUDA device")
     if is_lazy_view(param):
         raise ValueError(f"{label}: a conjugated or negated view, expected resolve_conj() of it")
     if group["capturable"] and param.device.type != "cuda":

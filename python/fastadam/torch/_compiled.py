@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastadam._core.native.plan import BoundedCache, StepHyper
 from fastadam.torch._checks import Group
+from fastadam.torch._layout import Turn, turns_of
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._state import SLOTS, Kind
 from fastadam.torch._step_count import is_on_gpu, whole_count
@@ -83,6 +84,11 @@ def traced_step(
         index,
         number,
     )
+    if grad_scale is not None:
+        for gradient in columns.grads:
+            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # which has the scale
+            unscaled = wide / grad_scale
+            gradient.copy_(unscaled if found_inf is None else torch.where(found_inf == 0, unscaled, wide))
 
 
 def _adam(
@@ -112,13 +118,13 @@ def _adam(
     with contextlib.nullcontext() if steps is None else steps.lock:
         calls = []
         kind = Kind("dense", rows=False, amsgrad=bool(max_exp_avg_sqs), decays=decoupled)
-        for count, places in _by_count(state_steps).items():
+        for (turn, count), places in _by_turn_and_count(params, state_steps).items():
             chosen = _set_of(steps, SetKey(group, tuple(places), kind), columns)
             rate = lr_tensor if chosen.context is not None and is_on_gpu(lr_tensor) else None
             if chosen.context is not None:
                 chosen.set_device_numbers(rate)
             hyper = StepHyper(
-                step=whole_count(count, chosen.labels[0]),
+                step=whole_count(count, chosen.labels[0]) + turn.earlier,
                 learning_rate=lr if lr_tensor is None else float(lr_tensor) if rate is None else 0.0,
                 beta_1=beta1,
                 beta_2=beta2,
@@ -140,11 +146,11 @@ def _adam(
                     chosen.finish(hyper.step)
 
 
-def _by_count(steps: list[Tensor]) -> dict[float, list[int]]:
-    places: dict[float, list[int]] = {}
-    for place, step in enumerate(steps):
-        places.setdefault(float(step), []).append(place)
-    return places
+def _by_turn_and_count(params: list[Tensor], steps: list[Tensor]) -> dict[tuple[Turn, float], list[int]]:
+    places: dict[tuple[Turn, float], list[int]] = {}
+    for place, key in enumerate(zip(turns_of(params), map(float, steps), strict=True)):
+        places.setdefault(key, []).append(place)
+    return dict(sorted(places.items()))
 
 
 def _set_of(steps: CompiledSteps | None, key: SetKey, columns: Columns) -> ParameterSet:

@@ -13,7 +13,7 @@ from fastadam._core.common.warning import warn
 from fastadam._core.deferred.history import History, Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.slices import DEFERRED
-from fastadam.torch._checks import ParamState
+from fastadam.torch._checks import Group, ParamState
 from fastadam.torch._state import SLOTS
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ __all__ = ["Reader", "Table", "Tables"]
 
 
 class Table:
-    """A parameter some of whose rows wait for steps."""
+    """A parameter some of whose rows wait for steps, and the moments with which they wait."""
 
     def __init__(self, param: Tensor, state: ParamState, label: str, numbers: Numbers, exact: bool) -> None:
         self.param, self.state, self.label = param, state, label
@@ -31,19 +31,25 @@ class Table:
         self._note()
 
     def _note(self) -> None:
-        self._seen = (self.param._version, self.param.data_ptr())
+        self._moments = self._moments_now()
+        self._seen = [_mark_of(tensor) for tensor in (self.param, *self._moments.values())]
+
+    def _moments_now(self) -> dict[str, Tensor]:
+        return {name: self.state[key] for name, key in SLOTS.items() if key in self.state}
 
     @property
     def is_untouched(self) -> bool:
         """Whether only the optimizer has written to the parameter since its last step."""
-        return self._seen == (self.param._version, self.param.data_ptr())
+        return self._seen[0] == _mark_of(self.param)
 
     def require_untouched(self) -> None:
         """Raise if the waiting steps would be made with values that they were not meant for."""
-        if self.history.waits and not self.is_untouched:
-            raise RuntimeError(
-                f"{self.label}: written to while rows waited for their steps; call sync() before writing"
-            )
+        if not self.history.waits:
+            return
+        labels = [self.label, *[f"state of {self.label}: {SLOTS[name]}" for name in self._moments]]
+        for tensor, seen, label in zip((self.param, *self._moments.values()), self._seen, labels, strict=True):
+            if _mark_of(tensor) != seen:
+                raise RuntimeError(f"{label}: written to while rows waited for their steps; call sync() before writing")
 
     def note_step(self) -> None:
         """The optimizer has written to the parameter."""
@@ -54,13 +60,28 @@ class Table:
         """Make the steps that rows have missed: the rows ``ids``, or all."""
         self.history.is_read = True
         self.require_untouched()
-        slots = {name: self.state[key] for name, key in SLOTS.items() if key in self.state}
-        if self.history.catch_up(_cpu.Buffer(self.param, self.label), slots, ids):
-            increment_version([self.param, *slots.values()])
+        are_replaced = self._are_replaced()
+        if self.history.catch_up(_cpu.Buffer(self.param, self.label), self._moments, None if are_replaced else ids):
+            increment_version([self.param, *self._moments.values()])
+        elif not are_replaced:
+            return
+        self._note()
+
+    def _are_replaced(self) -> bool:
+        """Whether the state has other moments than those that rows wait with."""
+        now = self._moments_now()
+        return any(name in now and now[name] is not known for name, known in self._moments.items())
+
+    def take_moments(self) -> None:
+        """Go on with the moments that the state has now, after the waiting steps were made with those before."""
+        if self._are_replaced():
+            self.catch_up()
+        elif not self.history.waits:
             self._note()
 
     def before_step(self, numbers: Numbers, *, touches_rows: bool) -> bool:
         """Bring rows up to date that cannot wait for a step; return whether its numbers are new to the history."""
+        self.take_moments()
         self.require_untouched()
         if self.history.must_catch_up(numbers, touches_rows=touches_rows):
             self.catch_up()
@@ -68,6 +89,14 @@ class Table:
             return False
         self.history.change_numbers(numbers)
         return True
+
+
+def _mark_of(tensor: Tensor) -> tuple[int | None, int]:
+    """What changes when a tensor is written to or gets other memory."""
+    try:
+        return tensor._version, tensor.data_ptr()
+    except RuntimeError:  # an inference tensor has no version
+        return None, tensor.data_ptr()
 
 
 class Tables:
@@ -97,7 +126,9 @@ class Tables:
     def make(self, param: Tensor, state: ParamState, label: str, numbers: Numbers) -> Table:
         """The table of a parameter with this state; a new one becomes known by :meth:`keep`."""
         found = self._tables.get(param)
-        if found is None or found.state is not state:
+        if found is not None:
+            found.take_moments()
+        if found is None or found.state is not state or found.history.shape != tuple(param.shape):
             if found is not None:
                 found.catch_up()  # with the moments that its rows waited with
             found = Table(param, state, label, numbers, exact=self._mode == "deferred")
@@ -109,6 +140,24 @@ class Tables:
         """Add tables, after their first step."""
         for table in tables:
             self._tables[table.param] = table
+
+    def forget_removed(self, groups: list[Group]) -> None:
+        """Forget the tables whose parameters have left the groups.
+
+        Raises:
+            RuntimeError: Rows of one of them wait for their steps.
+        """
+        if not self._tables:
+            return
+        stepped = {id(param) for group in groups for param in group["params"]}
+        removed = [table for param, table in self._tables.items() if id(param) not in stepped]
+        for table in removed:
+            if table.history.waits:
+                raise RuntimeError(
+                    f"{table.label}: left param_groups while rows waited for their steps; call sync() before the step"
+                )
+        for table in removed:
+            del self._tables[table.param]
 
     def warn_of_unread(self, tables: list[Table]) -> None:
         """Once: the loss read rows that wait from memory, so this gradient belongs to stale values.

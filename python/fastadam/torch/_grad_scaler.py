@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import SupportsFloat, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fastadam.torch._layout import local_of
 from fastadam.torch._step_count import is_on_gpu
 
 __all__ = ["Number", "ScaledStep"]
@@ -52,6 +54,38 @@ class ScaledStep:
         if device not in self._placed:
             self._placed[device] = _place(self._grad_scale, device), _place(self._found_inf, device)
         return self._placed[device]
+
+    def unscale(self, gradients: Iterable[Tensor]) -> None:
+        """After the step: divide the gradients by the scale, as torch's fused optimizers do, unless it was skipped."""
+        if self._grad_scale is None:
+            return
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for gradient in {id(each): each for each in gradients}.values():  # parameters may share one
+            by_device.setdefault(gradient.device, []).append(_values_of(gradient))
+        for device, values in by_device.items():
+            scale, found_inf = self.on(device) if is_on_gpu(values[0]) else (None, None)
+            if scale is not None or found_inf is not None:
+                _unscale_on_gpu(values, scale, found_inf, self._grad_scale)
+            elif not self.skips:
+                torch._foreach_div_(values, _float_of(self._grad_scale))
+
+
+def _values_of(gradient: Tensor) -> Tensor:
+    """What an operator in place has to change of a gradient: real numbers of this process."""
+    values = local_of(gradient.detach())
+    values = values._values() if values.is_sparse else values
+    return torch.view_as_real(values.resolve_conj()) if values.is_complex() and not values.is_conj() else values
+
+
+def _unscale_on_gpu(values: list[Tensor], scale: Tensor | None, found_inf: Tensor | None, known: Number) -> None:
+    """Divide by ``scale``, or by ``known`` if the host has it, unless ``found_inf`` says that the step was skipped."""
+    like = values[0]
+    if scale is None:
+        scale = torch.full((), _float_of(known), device=like.device)
+    inverse = scale.reshape(()).double().reciprocal().float()
+    if found_inf is not None:
+        inverse = torch.where(found_inf.reshape(()) == 0, inverse, torch.ones_like(inverse))
+    torch._amp_foreach_non_finite_check_and_unscale_(values, torch.zeros_like(inverse), inverse)
 
 
 def _float_of(number: Number) -> float:

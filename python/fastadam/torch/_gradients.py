@@ -87,8 +87,8 @@ class GradientReader:
         if gradient.shape != param.shape:
             raise ValueError(f"{label}: shape {tuple(gradient.shape)}, expected {tuple(param.shape)}")
         reason = ""
-        if gradient.sparse_dim() != 1:
-            reason = f"{gradient.sparse_dim()} sparse axes, expected the first alone"
+        if gradient.sparse_dim() == 0 or (gradient.sparse_dim() > 1 and not self._kind.rows):
+            reason = f"{gradient.sparse_dim()} sparse axes, expected one or more"
         elif i in self._views:
             reason = "for a parameter that is not contiguous and real, expected one that is"
         elif i in self._half:
@@ -98,6 +98,36 @@ class GradientReader:
         if reason or self._densify:
             dense = gradient.to_dense()
             return self._views[i].of(dense).contiguous() if i in self._views else dense
-        values = gradient._values().detach().resolve_neg().to(param.dtype).contiguous()
-        indices = gradient._indices()[0]
-        return self._slices(values, indices.numpy() if indices.is_cpu else indices)
+        values = gradient._values().detach().resolve_neg().to(param.dtype)
+        indices = gradient._indices()
+        if self._kind.axes > 1:
+            rows = _elements(indices, gradient.shape)
+        elif gradient.sparse_dim() > 1:
+            rows, values = _whole_rows(indices, values, label, gradient.shape)
+        else:
+            rows = indices[0]
+        return self._slices(values.contiguous(), rows.numpy() if rows.is_cpu else rows)
+
+
+def _are_inside(indices: Tensor, shape: torch.Size) -> Tensor:
+    sizes = torch.tensor(shape[: len(indices)], device=indices.device).unsqueeze(1)
+    return ((indices >= 0) & (indices < sizes)).all(0)
+
+
+def _elements(indices: Tensor, shape: torch.Size) -> Tensor:
+    """Places in the flattened axes; -1, which is refused later, for indices outside of the shape."""
+    places = indices[0]
+    for axis in range(1, len(indices)):
+        places = places * shape[axis] + indices[axis]
+    return torch.where(_are_inside(indices, shape), places, -1)
+
+
+def _whole_rows(indices: Tensor, values: Tensor, label: str, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The rows that elements are in, and their gradients, which are zero elsewhere."""
+    outside = (~_are_inside(indices, shape)).nonzero()
+    if len(outside):
+        found = indices[:, outside[0, 0]].tolist()
+        raise ValueError(f"{label}: index {found}, expected one inside of {tuple(shape)}")
+    rows, place = indices[0].unique(return_inverse=True)
+    whole = values.new_zeros((len(rows), *shape[1:]))
+    return rows, whole.index_put_((place, *indices[1:]), values, accumulate=True)

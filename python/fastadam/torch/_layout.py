@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["View", "gradient_like", "is_lazy_view", "is_plain", "local_of"]
+__all__ = ["ALONE", "Turn", "View", "flattened", "gradient_like", "is_lazy_view", "is_plain", "local_of", "turns_of"]
 
 
 class Layout(NamedTuple):
@@ -29,6 +29,56 @@ def local_of(tensor: Tensor) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local  # a collective may still be running
 
 
+class Turn(NamedTuple):
+    """When a parameter is stepped among others that may share memory with it: torch steps them one after another."""
+
+    after: int  # how many turns come before, for parameters that share memory
+    earlier: int  # how often the parameter itself is stepped before
+    is_alone: bool  # no other parameter shares memory with it, and it comes once
+
+
+ALONE = Turn(0, 0, is_alone=True)
+
+
+def turns_of(params: Sequence[Tensor]) -> list[Turn]:
+    """The turn of each parameter; those with one turn are apart in memory and can be stepped together."""
+    spans = [_span_of(param) for param in params]
+    turns = [ALONE] * len(params)
+    for places in _clusters_of(spans):
+        for k, place in enumerate(places):
+            before = [
+                turns[p].after for p in places[:k] if spans[p][1] > spans[place][0] and spans[place][1] > spans[p][0]
+            ]
+            earlier = sum(params[p] is params[place] for p in places[:k])
+            turns[place] = Turn(max(before, default=-1) + 1, earlier, is_alone=False)
+    return turns
+
+
+def _span_of(tensor: Tensor) -> tuple[tuple[str, int], tuple[str, int]]:
+    """The first byte of a tensor and the one after its last, with the device."""
+    local = local_of(tensor)
+    start, device = local.data_ptr(), str(local.device)
+    if local.is_contiguous():
+        size = local.numel()
+    else:
+        size = 1 + sum((n - 1) * stride for n, stride in zip(local.shape, local.stride(), strict=True))
+    return (device, start), (device, start + size * local.element_size())
+
+
+def _clusters_of(spans: list[tuple[tuple[str, int], tuple[str, int]]]) -> list[list[int]]:
+    """The places of spans that overlap, directly or through others, in order; those that are alone are left out."""
+    clusters: list[list[int]] = []
+    order = sorted((place for place, (start, end) in enumerate(spans) if end > start), key=lambda place: spans[place])
+    end = ("", 0)
+    for place in order:
+        if clusters and spans[place][0] < end:
+            clusters[-1].append(place)
+        else:
+            clusters.append([place])
+        end = max(end, spans[place][1])
+    return [sorted(places) for places in clusters if len(places) > 1]
+
+
 def is_lazy_view(tensor: Tensor) -> bool:
     """Whether the memory holds the conjugates or the negatives of the tensor's values."""
     return bool(tensor.is_conj() or tensor.is_neg())
@@ -37,6 +87,11 @@ def is_lazy_view(tensor: Tensor) -> bool:
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether a plan can read a parameter and its moments without a view."""
     return all(t.is_contiguous() and not hasattr(t, "_local_tensor") and not t.is_complex() for t in tensors)
+
+
+def flattened(tensor: Tensor, axes: int) -> Tensor:
+    """A view in which the first axes are one; a tensor for which there is none stays as it is."""
+    return tensor.detach().flatten(0, axes - 1) if is_plain([tensor]) else tensor
 
 
 def gradient_like(gradient: Tensor, parameter: Tensor, label: str) -> Tensor:

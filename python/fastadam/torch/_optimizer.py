@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
-from fastadam._core.native.slices import check_sparse_update
+from fastadam._core.native.slices import DEFERRED, check_sparse_update
 from fastadam.torch._checks import (
     OfGroups,
     check_flags,
@@ -57,8 +57,12 @@ class Adam(torch.optim.Optimizer):
         \theta \mathrel{-}= \gamma \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     A drop-in for ``torch.optim.Adam``: it takes the same arguments, groups and hooks, and state dicts go both ways.
-    Parameters may be float32, float64, bfloat16, float16 or complex, of any strides. Gradients are not modified: after
-    ``GradScaler.step`` they are still scaled, unless ``unscale_`` was called.
+    Parameters may be float32, float64, bfloat16, float16 or complex, of any strides.
+
+    With a GradScaler it behaves as torch's optimizers do. Without ``fused`` the scaler unscales the gradients and does
+    not call ``step`` if some are not finite. With ``fused=True`` it always calls ``step`` (and so its hooks), which
+    reads ``optimizer.grad_scale`` and ``optimizer.found_inf``, changes nothing if some gradients are not finite, and
+    otherwise leaves the gradients unscaled. The scaler takes float16 gradients only with ``fused=True``.
 
     On a GPU with ``fused`` or ``capturable``, ``step`` is counted on the GPU, which also reads what a GradScaler found.
     The host waits only for a first step, after something else or a graph may have written to ``step``, and if the betas
@@ -96,7 +100,8 @@ class Adam(torch.optim.Optimizer):
         capturable: Allow CUDA graphs: ``step`` is counted on the GPU. Each replay reads ``grad_scale``, ``found_inf``
             and, if it is a tensor on the GPU, ``lr``.
         differentiable: Refused if True.
-        fused: Accepted without effect on the host; on a GPU it has ``step`` counted there.
+        fused: Have a GradScaler leave skipping and unscaling to ``step``; on a GPU also count ``step`` there. The
+            kernels are the same.
         decoupled_weight_decay: Shrink the parameters by ``lr * weight_decay`` instead (AdamW).
         sparse_update: "dense", "deferred", "deferred_fast" or "lazy", for all groups; loading a state dict does not
             change it.
@@ -126,7 +131,7 @@ class Adam(torch.optim.Optimizer):
     weight_decay: OfGroups = OfGroups("weight_decay")
     amsgrad: OfGroups = OfGroups("amsgrad")
     maximize: OfGroups = OfGroups("maximize")
-    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
+    _step_supports_amp_scaling: bool  # as in torch only with `fused`: GradScaler hands over grad_scale and found_inf
 
     @suggests_keywords("optimizer", _ELSEWHERE)
     def __init__(
@@ -174,6 +179,8 @@ class Adam(torch.optim.Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(check_params(params), defaults)
+        if fused:
+            self._step_supports_amp_scaling = True
 
     def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Update every parameter that has a gradient.
@@ -186,7 +193,9 @@ class Adam(torch.optim.Optimizer):
 
         Raises:
             TypeError: A gradient or a state has the wrong dtype.
-            ValueError: A gradient, a state or an option cannot be used. A step that raises has changed nothing.
+            ValueError: A gradient, a state or an option cannot be used.
+            RuntimeError: Tensors are on devices that cannot be used, or a table was written to or left the groups while
+                rows waited for their steps. A step that raises has changed nothing.
         """
         loss = None
         if closure is not None:
@@ -194,17 +203,28 @@ class Adam(torch.optim.Optimizer):
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         stepper = self._stepper
-        if torch.compiler.is_compiling():
-            with torch.no_grad():
-                for index, group in enumerate(self.param_groups):
-                    columns = Columns([], [], [], [], [], [])
-                    self._init_group(group, *columns)
-                    if columns.params:
-                        traced_step(index, group, columns, grad_scale, found_inf, stepper.compiled.number)
+        if not torch.compiler.is_compiling():
+            with stepper.lock:
+                stepper.step(self.param_groups, self.state, grad_scale, found_inf)
             return loss
-        with stepper.lock:
-            stepper.step(self.param_groups, self.state, grad_scale, found_inf)
+        traced = [Columns([], [], [], [], [], []) for _ in self.param_groups]
+        are_traceable = [
+            self._init_group(group, *columns) for group, columns in zip(self.param_groups, traced, strict=True)
+        ]
+        if not all(are_traceable):
+            self._step_eagerly(grad_scale, found_inf)
+            return loss
+        with torch.no_grad():
+            for index, group in enumerate(self.param_groups):
+                if traced[index].params:
+                    traced_step(index, group, traced[index], grad_scale, found_inf, stepper.compiled.number)
         return loss
+
+    @torch._disable_dynamo
+    def _step_eagerly(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """The step where ``torch.compile`` breaks the graph."""
+        with self._stepper.lock:
+            self._stepper.step(self.param_groups, self.state, grad_scale, found_inf)
 
     def _init_group(
         self,
@@ -215,24 +235,27 @@ class Adam(torch.optim.Optimizer):
         exp_avg_sqs: list[Tensor],
         max_exp_avg_sqs: list[Tensor],
         state_steps: list[Tensor],
-    ) -> None:
-        """Fill the lists for ``torch.compile``, which calls this while it traces; new states are the optimizer's."""
-        check_options(group)
+    ) -> bool:
+        """Fill the lists for ``torch.compile``, which calls this while it traces; new states are the optimizer's.
+
+        Returns:
+            False, with empty lists, if only an eager step can use the gradients or say what is wrong.
+        """
+        stepped = [param for param in group["params"] if param.grad is not None]
+        options = self._options
+        if options.sparse_update in DEFERRED or any(param.grad.layout != torch.strided for param in stepped):
+            return False
         index = next(index for index, other in enumerate(self.param_groups) if other is group)
-        options, labels = self._options, []
-        for place, param in enumerate(group["params"]):
-            if param.grad is None:
-                continue
-            label = label_of(group, index, place)
-            check_flags(group, param, label, options.sparse_update)
-            if param.grad.layout != torch.strided:
-                raise ValueError(f"grad of {label}: sparse under torch.compile, expected a dense gradient")
+        labels = [label_of(group, index, k) for k, param in enumerate(group["params"]) if param.grad is not None]
+        try:
+            check_options(group)
+            for param, label in zip(stepped, labels, strict=True):
+                check_flags(group, param, label, options.sparse_update)
+            states = states_of(self.state, stepped, labels, group, options.moments_dtype) if stepped else []
+        except (RuntimeError, TypeError, ValueError):
+            return False  # in the compiler these would be internal errors
+        for param, state in zip(stepped, states, strict=True):
             params.append(param)
-            labels.append(label)
-        if not params:
-            return
-        states = states_of(self.state, params, labels, group, options.moments_dtype)
-        for param, state in zip(params, states, strict=True):
             self.state[param] = state
             grads.append(param.grad)
             exp_avgs.append(state["exp_avg"])
@@ -240,6 +263,7 @@ class Adam(torch.optim.Optimizer):
             if group["amsgrad"]:
                 max_exp_avg_sqs.append(state["max_exp_avg_sq"])
             state_steps.append(state["step"])
+        return True
 
     # ---- tables ----------------------------------------------------------------------------------------------------
 
@@ -329,9 +353,10 @@ class Adam(torch.optim.Optimizer):
         written to since the last step: it is assumed to have been loaded.
 
         Raises:
-            TypeError: A state that is not a dict, or a moment that is not a tensor.
-            ValueError: A different number or size of groups, a moment that is sparse or has no data, or a step that is
-                not a number. A call that raises leaves the optimizer unchanged.
+            TypeError: A state that is not a dict, or a moment that is not a plain tensor.
+            ValueError: A different number or size of groups; a group or a state without what Adam keeps, as other
+                optimizers save them; a moment that is sparse, has no data or has another shape than its parameter; or a
+                step that is not a number. A call that raises leaves the optimizer unchanged.
         """
         with self._stepper.lock:
             self._stepper.finish(self.state)

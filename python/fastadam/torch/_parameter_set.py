@@ -14,9 +14,9 @@ from fastadam._core.native.plan import Plan, StepHyper
 from fastadam.torch._checks import Group, ParamState, check_options
 from fastadam.torch._deferred import Table
 from fastadam.torch._gradients import GradientReader
-from fastadam.torch._layout import View, is_lazy_view, is_plain, local_of
+from fastadam.torch._layout import ALONE, Turn, View, flattened, is_lazy_view, is_plain, local_of
 from fastadam.torch._state import SLOTS, Kind
-from fastadam.torch._step_count import StepCounts, is_on_gpu
+from fastadam.torch._step_count import StepCounts, is_on_gpu, whole_count
 
 __all__ = ["ParameterSet"]
 
@@ -31,6 +31,7 @@ class ParameterSet:
         positions: Their places in the group.
         kind: How they are stepped.
         tables: In a deferred mode, the table that each of them is.
+        turn: When they are stepped among others that share memory with them.
         counts: The step counts in the states, if there is an object of them.
         context: On a GPU, the context of the set that this one replaces.
     """
@@ -43,11 +44,12 @@ class ParameterSet:
         positions: list[int],
         kind: Kind,
         tables: list[Table],
+        turn: Turn = ALONE,
         counts: StepCounts | None = None,
         context: Foreign = None,
     ) -> None:
         self.params, self.states, self.labels = params, states, labels
-        self.positions, self.kind, self.tables = positions, kind, tables
+        self.positions, self.kind, self.tables, self.turn = positions, kind, tables, turn
         self.device = params[0].device
         self._reversed = [-1.0] * len(params)  # factors of gradients to be maximized
         self.counts = counts or StepCounts([state["step"] for state in states])
@@ -85,13 +87,14 @@ class ParameterSet:
                 if is_lazy_view(slot):
                     raise ValueError(f"{found}: a conjugated or negated view, expected a tensor of its own")
                 if slot.device != param.device:
-                    raise ValueError(f"{found}: on {slot.device}, expected {param.device}")
+                    raise RuntimeError(f"{found}: on {slot.device}, expected {param.device}")
 
     def _natives(self) -> list[list[Tensor]]:
         """The columns as the plan reads them."""
-        if not self._views:
+        axes = self.kind.axes
+        if not self._views and axes == 1:
             return self._columns
-        columns = [column[:] for column in self._columns]
+        columns = [[flattened(t, axes) for t in column] if axes > 1 else column[:] for column in self._columns]
         for i, view in self._views.items():
             for column, seen in zip(columns, view.read([c[i] for c in self._columns]), strict=True):
                 column[i] = seen
@@ -142,7 +145,7 @@ class ParameterSet:
     @property
     def can_be_followed(self) -> bool:
         """Whether the last step was so plain that :class:`RepeatedSteps` can repeat it."""
-        is_special = self._views or self.tables or self._gradients.were_converted
+        is_special = self._views or self.tables or self.kind.axes > 1 or self._gradients.were_converted
         return self.context is None and not is_special and self.counts.are_plain
 
     def follow(self) -> bool:
@@ -267,6 +270,10 @@ class ParameterSet:
             self.counts.set(count)
         for table in self.tables:
             table.note_step()
+
+    def next_step(self, count: float) -> int:
+        """The number of the next step, when the step count was this before any set was stepped."""
+        return whole_count(count, self.labels[0]) + self.turn.earlier
 
     def count_after(self, found_inf: Tensor | None) -> Tensor | None:
         """The step count after the next step, on the GPU if that decides whether to skip the step; else None."""

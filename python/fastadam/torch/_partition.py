@@ -1,8 +1,8 @@
-"""Which parameters of a group step together: those with one kind of gradient, one device and one step count."""
+"""Which parameters of a group step together: with one kind of gradient, one device, one step count, apart in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from operator import is_
 from typing import NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ from fastadam._core.native.plan import BoundedCache
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, States, check_flags, label_of
 from fastadam.torch._deferred import Table, Tables
+from fastadam.torch._layout import Turn, turns_of
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._state import Kind, states_of
 from fastadam.torch._step_count import StepCounts
@@ -24,7 +25,9 @@ __all__ = ["Partitions", "refuse_new_in_capture"]
 
 Value = TypeVar("Value", bound=Hashable)
 
-_NONE, _WHOLE, _ROWS = 0, 1, 2  # a parameter without a gradient; its gradient moves all of it; or the rows it names
+# A parameter without a gradient; its gradient moves all of it; or the rows it names; with "lazy" one more for each further
+# axis of the indices.
+_NONE, _WHOLE, _ROWS = 0, 1, 2
 
 
 class Key(NamedTuple):
@@ -39,13 +42,18 @@ class Key(NamedTuple):
 class Partition(NamedTuple):
     """The sets of one group, and what shows that they are not out of date."""
 
+    group: int  # its place
     params: list[Tensor]  # of the whole group
     sets: list[ParameterSet]
     epoch: list[int]  # of `optimizer.state`, when the states were last compared; one number
 
+    def is_of(self, params: list[Tensor]) -> bool:
+        """Whether the group still has the same parameters."""
+        return len(params) == len(self.params) and all(map(is_, params, self.params))
+
     def is_current(self, params: list[Tensor], state: States, epoch: int) -> bool:
         """Whether parameters, states and their memory are the same as when the sets were made."""
-        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
+        if not self.is_of(params):
             return False
         if self.epoch[0] != epoch:
             for each in self.sets:
@@ -62,10 +70,14 @@ class Partitions:
         self._mode, self._moments_dtype, self._tables = mode, moments_dtype, tables
         self._kept: BoundedCache[Key, Partition] = BoundedCache()
         self._epoch = 0
+        self._groups = 0
         self.known: States | None = None  # a copy of `optimizer.state` when it was last compared
 
-    def note_state(self, state: States) -> None:
+    def note_state(self, state: States, groups: int) -> None:
         """Before a step: have the states compared again if the optimizer has got others."""
+        if groups < self._groups:
+            self._forget(lambda kept: kept.group >= groups)
+        self._groups = groups
         if self.known is None or not _cpu.same_items(state, self.known):
             self.known = {**state}
             self._epoch += 1
@@ -81,9 +93,14 @@ class Partitions:
         kept = self._kept.get(key)
         if kept is not None and not renew and kept.is_current(group["params"], state, self._epoch):
             return kept.sets
-        made = Partition(list(group["params"]), self._make(key, group, state, kept), [self._epoch])
+        made = Partition(index, list(group["params"]), self._make(key, group, state, kept), [self._epoch])
+        self._forget(lambda other: other.group == index and not other.is_of(made.params))
         self._kept.put(key, made)
         return made.sets
+
+    def _forget(self, is_old: Callable[[Partition], bool]) -> None:
+        for partition in [kept for kept in self._kept if is_old(kept)]:
+            self._kept.remove(partition)
 
     def clear(self) -> None:
         """Forget all sets."""
@@ -99,6 +116,10 @@ class Partitions:
         if self._mode == "dense":
             return bytes([gradient is not None for gradient in gradients])
         kinds = [_NONE if g is None else _ROWS if g.is_sparse else _WHOLE for g in gradients]
+        if self._mode == "lazy":
+            for place, gradient in enumerate(gradients):
+                if kinds[place] == _ROWS and gradient is not None:
+                    kinds[place] += max(gradient.sparse_dim() - 1, 0)
         if self._tables:  # a table keeps the epsilon of its history
             kinds = [kind and (_ROWS if p in self._tables else kind) for kind, p in zip(kinds, params, strict=True)]
         return bytes(kinds)
@@ -106,15 +127,25 @@ class Partitions:
     # ---- new sets --------------------------------------------------------------------------------------------------
 
     def _make(self, key: Key, group: Group, state: States, replaced: Partition | None) -> list[ParameterSet]:
-        """New sets; on a GPU they continue with the contexts of those that they replace."""
+        """New sets in the order of steps; on a GPU they continue with the contexts of those that they replace."""
         sets: list[ParameterSet] = []
         contexts = {tuple(old.positions): old.context for old in replaced.sets} if replaced else {}
         params = group["params"]
-        for code in (_WHOLE, _ROWS):
-            places = [place for place, kind in enumerate(key.gradients) if kind == code]
-            kind = Kind(self._mode, code == _ROWS, key.amsgrad, key.decays)
-            for there in _by_value(places, [params[place].device for place in places]):
-                sets += self._make_sets(key.group, group, kind, there, state, contexts)
+        chosen = [place for place, code in enumerate(key.gradients) if code]
+        turns = dict(zip(chosen, turns_of([params[place] for place in chosen]), strict=True))
+        known = {**state}  # and the states that are new
+        for turn in sorted(set(turns.values())):
+            for code in sorted(set(key.gradients) - {_NONE}):
+                places = [place for place in chosen if key.gradients[place] == code and turns[place] == turn]
+                axes = max(code - _ROWS + 1, 1)
+                kind = Kind(self._mode, code >= _ROWS, key.amsgrad, key.decays, axes)
+                for there in _by_value(places, [params[place].device for place in places]):
+                    made = self._make_sets(key.group, group, kind, there, turn, known, contexts)
+                    sets += made
+                    if not turn.is_alone:
+                        known.update(
+                            (p, named) for each in made for p, named in zip(each.params, each.states, strict=True)
+                        )
         return sets
 
     def _make_sets(
@@ -123,28 +154,31 @@ class Partitions:
         group: Group,
         kind: Kind,
         places: list[int],
+        turn: Turn,
         known: States,
         contexts: dict[tuple[int, ...], Foreign],
     ) -> list[ParameterSet]:
-        """The sets of parameters with one kind of gradient on one device: one for each step count."""
+        """The sets of parameters with one kind of gradient and one turn on one device: one for each step count."""
         params = [group["params"][place] for place in places]
         labels = [label_of(group, index, place) for place in places]
         for param, label in zip(params, labels, strict=True):
             check_flags(group, param, label, self._mode)
+        if kind.rows and self._mode in DEFERRED and not turn.is_alone:
+            raise ValueError(
+                f"{labels[0]}: shares memory with another parameter of its group, expected each to have its own with "
+                f"sparse_update={self._mode!r}"
+            )
         refuse_new_in_capture(params[0])
         states = states_of(known, params, labels, group, self._moments_dtype)
         counts = StepCounts([state["step"] for state in states])
-        parts = _by_value(range(len(places)), counts.read())
-        if len(parts) == 1:
-            context = contexts.get(tuple(places))
-            return [self._make_set(group, params, states, labels, places, kind, counts, context)]
-        sets = []
+        sets, parts = [], _by_value(range(len(places)), counts.read())
         for which in parts:
+            if len(parts) > 1:
+                counts = StepCounts([states[k]["step"] for k in which])
             chosen, named, called = [params[k] for k in which], [states[k] for k in which], [labels[k] for k in which]
             positions = [places[k] for k in which]
-            counts = StepCounts([state["step"] for state in named])
             context = contexts.get(tuple(positions))
-            sets.append(self._make_set(group, chosen, named, called, positions, kind, counts, context))
+            sets.append(self._make_set(group, chosen, named, called, positions, kind, turn, counts, context))
         return sets
 
     def _make_set(
@@ -155,6 +189,7 @@ class Partitions:
         labels: list[str],
         positions: list[int],
         kind: Kind,
+        turn: Turn,
         counts: StepCounts,
         context: Foreign,
     ) -> ParameterSet:
@@ -164,7 +199,7 @@ class Partitions:
             numbers = Numbers(beta_1, beta_2, float(group["eps"]), kind.amsgrad)
             for param, state, label in zip(params, states, labels, strict=True):
                 tables.append(self._tables.make(param, state, label, numbers))
-        return ParameterSet(params, states, labels, positions, kind, tables, counts, context)
+        return ParameterSet(params, states, labels, positions, kind, tables, turn, counts, context)
 
 
 def refuse_new_in_capture(param: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""States of parameters: what they contain, how they begin, and how states and groups are loaded, as clones."""
+"""States of parameters: what they contain, how they begin, and how states and groups are loaded or unpickled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastadam._core.common.types import SparseUpdate
 from fastadam.torch._checks import Group, ParamState, States, label_of
@@ -16,6 +17,8 @@ HALF = (torch.float16, torch.bfloat16)
 SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}  # fastadam's names: torch's
 _FLAGS = ("foreach", "capturable", "differentiable", "fused")  # they belong to the implementation, not to the rule
 _NAMES = ("step", *SLOTS.values())
+_NEEDED = ("step", "exp_avg", "exp_avg_sq")  # in a state that is not empty
+_NEEDED_IN_GROUP = ("lr", "betas", "eps")
 
 
 class Kind(NamedTuple):
@@ -25,6 +28,7 @@ class Kind(NamedTuple):
     rows: bool  # sparse gradients are rows; otherwise they are dense gradients that are mostly zero
     amsgrad: bool
     decays: bool  # by decoupled weight decay, if there is any
+    axes: int = 1  # how many axes, from the first, the indices of sparse gradients have; a "row" is one element of them
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -41,21 +45,28 @@ def states_of(
         dtype = moments_dtype if param.dtype in HALF else None
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
-    states = [known.get(param) or {} for param in params]
-    fresh = [k for k, state in enumerate(states) if not state]
+    made: dict[int, ParamState] = {}  # a parameter may come twice
+    states = [known.get(param) or made.setdefault(id(param), {}) for param in params]
+    places = {id(param): k for k, param in enumerate(params)}
+    fresh = [places[key] for key in made]
     on_device = group["capturable"] or (group["fused"] and params[0].is_cuda)
     steps = _zero_steps(len(fresh), params[0].device if on_device else torch.device("cpu"))
     for k, step in zip(fresh, steps, strict=True):
-        states[k] = {"step": step, **{SLOTS[name]: zeros_like(params[k]) for name in ("m", "v")}}
+        states[k].update({"step": step, **{SLOTS[name]: zeros_like(params[k]) for name in ("m", "v")}})
     for state, label in zip(states, labels, strict=True):
         if "step" in state and not isinstance(state["step"], Tensor):
             state["step"] = torch.tensor(float(state["step"]))
-        missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in state]
-        if missing:
-            raise ValueError(f"state of {label}: without {missing[0]!r}, expected step, exp_avg and exp_avg_sq")
+        _require(_NEEDED, state, f"state of {label}")
         if group["amsgrad"] and SLOTS["vhat"] not in state:
             state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
     return states
+
+
+def _require(needed: tuple[str, ...], found: ParamState, label: str) -> None:
+    missing = [repr(name) for name in needed if name not in found]
+    if missing:
+        expected = f"{', '.join(needed[:-1])} and {needed[-1]}"
+        raise ValueError(f"{label}: without {', '.join(missing)}, expected {expected}, as Adam and AdamW have them")
 
 
 def fill_groups(groups: list[Group], before: list[Group]) -> None:
@@ -77,8 +88,18 @@ class _Kept:
         self.value = value
 
 
-def keep_tensors(_optimizer: torch.optim.Optimizer, state_dict: ParamState) -> ParamState:
-    """The last hook before loading; torch takes entries that belong to no parameter unchanged."""
+def keep_tensors(optimizer: torch.optim.Optimizer, state_dict: ParamState) -> ParamState:
+    """The last hook before loading; torch takes entries that belong to no parameter unchanged.
+
+    Raises:
+        ValueError: A group or a state of another optimizer, such as SGD.
+    """
+    for index, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=False)):
+        _require(_NEEDED_IN_GROUP, saved, f"state_dict: param_groups[{index}]")
+        for place, key in enumerate(saved["params"][: len(group["params"])]):
+            state = state_dict["state"].get(key)
+            if state and isinstance(state, dict):
+                _require(_NEEDED, state, f"state of {label_of(group, index, place)}")
     known = {key for group in state_dict["param_groups"] for key in group["params"]}
     state = {
         key: {name: _Kept(x) if isinstance(x, Tensor) or name in _NAMES else x for name, x in value.items()}
@@ -92,12 +113,13 @@ def keep_tensors(_optimizer: torch.optim.Optimizer, state_dict: ParamState) -> P
 def restore_states(state: States, groups: list[Group], moments_dtype: torch.dtype | None) -> None:
     """Replace what :func:`keep_tensors` kept by clones on the parameters' devices, with step counts side by side.
 
-    A moment keeps its dtype if that is the parameter's, or if it is float32 and the parameter is half precision. Other
-    dtypes, which the kernels do not support, become the parameter's, or ``moments_dtype``.
+    Other tensors, which were unpickled or copied with the optimizer, stay as they are: another process may share them.
+    A moment that is loaded keeps its dtype if that is the parameter's, or if it is float32 and the parameter is half
+    precision. Other dtypes, which the kernels do not support, become the parameter's, or ``moments_dtype``.
 
     Raises:
         TypeError: A state is not a dict, or a moment is not a tensor.
-        ValueError: A moment is sparse or has no data, or a step is not a number.
+        ValueError: A moment is sparse, has no data or another shape, or a step is not a number.
     """
     for index, group in enumerate(groups):
         states = []
@@ -108,7 +130,7 @@ def restore_states(state: States, groups: list[Group], moments_dtype: torch.dtyp
             if not isinstance(named, dict):
                 raise TypeError(f"{label}: {type(named).__name__}, expected a dict")
             for name, value in named.items():
-                if name == "step":
+                if name == "step" and not isinstance(value, Tensor):
                     named[name] = _number_of(value, label)
                 elif isinstance(value, _Kept):
                     named[name] = _moment_like(param, value.value, moments_dtype, f"{label}: {name}")
@@ -127,6 +149,10 @@ def _number_of(step: object, label: str) -> float:
 def _moment_like(param: Tensor, value: object, moments_dtype: torch.dtype | None, label: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{label}: {type(value).__name__}, expected a tensor")
+    if is_traceable_wrapper_subclass(value) and not hasattr(value, "_local_tensor"):
+        raise TypeError(f"{label}: {type(value).__name__}, expected a plain tensor, as its dequantize() may return")
+    if value.shape != param.shape:
+        raise ValueError(f"{label}: shape {tuple(value.shape)}, expected {tuple(param.shape)}")
     if value.layout != torch.strided:
         raise ValueError(f"{label}: {value.layout}, expected a dense tensor")
     if value.is_meta and not param.is_meta:
@@ -142,8 +168,8 @@ def _moment_like(param: Tensor, value: object, moments_dtype: torch.dtype | None
 def _place_steps(states: list[tuple[Tensor, ParamState]], *, on_device: bool) -> None:
     places: dict[torch.device, list[tuple[ParamState, float]]] = {}
     for param, named in states:
-        if "step" not in named:
-            continue
+        if not isinstance(named.get("step"), float):
+            continue  # a tensor that was unpickled, or none
         device = param.device if on_device else torch.device("cpu")
         places.setdefault(device, []).append((named, named["step"]))
     for device, found in places.items():

@@ -15,10 +15,10 @@ from fastadam.torch._checks import Group, States
 from fastadam.torch._compiled import CompiledSteps
 from fastadam.torch._deferred import Reader, Tables
 from fastadam.torch._grad_scaler import Number, ScaledStep
+from fastadam.torch._no_memory import Simulated, hide_gradients, is_simulation, refuse_simulation
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._partition import Partitions, refuse_new_in_capture
 from fastadam.torch._repeated import RepeatedStep
-from fastadam.torch._step_count import whole_count
 
 __all__ = ["GroupStepper", "Options"]
 
@@ -85,32 +85,50 @@ class GroupStepper:
             self.compiled = previous.compiled
             self.tables = previous.tables.renewed()
         self.lock = self.compiled.lock
-        self.partitions = Partitions(options.sparse_update, options.moments_dtype, self.tables)
+        self._how = options.sparse_update, options.moments_dtype
+        self.partitions = Partitions(*self._how, self.tables)
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
         self._pending: Pending | None = None
         self._last: list[tuple[int, ParameterSet]] = []  # the sets of the last step, and their groups
         self._repeated: RepeatedStep | None = None
 
     def step(self, groups: list[Group], state: States, grad_scale: Number, found_inf: Number) -> None:
-        """Step every parameter that has a gradient, or raise what is wrong and change nothing."""
+        """Step every parameter that has a gradient, or raise what is wrong and change nothing.
+
+        Gradients that were scaled are unscaled then, unless the step was skipped.
+        """
         self.finish(state)
-        scaled = _UNSCALED if grad_scale is None and found_inf is None else ScaledStep(grad_scale, found_inf)
+        if grad_scale is None and found_inf is None:
+            self._step(groups, state, _UNSCALED)
+            return
+        scaled = ScaledStep(grad_scale, found_inf)
         if scaled.host_skips:
             return
-        if self._repeated is not None:  # on the host, which therefore waits for the scaler
-            if scaled.skips or self._repeated.make(groups, state, scaled.gradient_scale):
-                return
-            self._repeated = None
+        self._step(groups, state, scaled)
         with torch.no_grad():
-            self._step(groups, state, scaled)
+            scaled.unscale(p.grad for group in groups for p in group["params"] if p.grad is not None)
 
     # ---- any step --------------------------------------------------------------------------------------------------
 
     def _step(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
-        self.partitions.note_state(state)
+        if self._repeated is not None and not is_simulation():
+            # On the host, which therefore waits for the scaler.
+            if scaled.skips or self._repeated.make(groups, state, scaled.gradient_scale):
+                return
+            self._repeated = None
+        with torch.no_grad():
+            self._step_anew(groups, state, scaled)
+
+    def _step_anew(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
+        self.tables.forget_removed(groups)
+        self.partitions.note_state(state, len(groups))
         calls: list[Call] = []
+        simulated = Simulated()
         for index, group in enumerate(groups):
             gradients = [param.grad for param in group["params"]]
+            if places := hide_gradients(group["params"], gradients):
+                simulated.add(index, group, places, state, *self._how)
+            refuse_simulation(gradients)
             for ready in self._ready(index, group, state, gradients, scaled):
                 calls.append(self._call_of(index, ready, group, gradients, scaled))
         if len(calls) > 1:
@@ -119,6 +137,7 @@ class GroupStepper:
                 calls[i] = call._replace(gradients=checked)
         for call in calls:
             self._make(call, state)
+        simulated.finish(state)
         before, self._last = self._last, [(call.group, call.chosen) for call in calls]
         if self._last == before:
             self._repeated = RepeatedStep.after(self._last, groups, state)
@@ -148,8 +167,13 @@ class GroupStepper:
         is_captured = chosen.is_capturing
         if is_captured and (chosen.is_new or not group["capturable"]):
             refuse_new_in_capture(chosen.params[0])
+        if is_captured and not chosen.turn.is_alone:
+            raise RuntimeError(
+                f"{chosen.labels[0]}: shares memory with another parameter, which no CUDA graph may step"
+            )
         grad_scale, found_inf = scaled.on(chosen.device) if chosen.counts_on_gpu else (None, None)
         is_followed = found_inf is not None and chosen.counts.are_followed()  # the GPU's last step is the last one
+        is_followed = is_followed and chosen.turn.is_alone
         counts = is_captured or (is_followed and chosen.can_count(chosen.numbers_of(group, 1, 1.0)))
         return OnGpu(grad_scale, found_inf, counts)
 
@@ -158,7 +182,7 @@ class GroupStepper:
     ) -> Call:
         """What the set does natively; rows of its tables that cannot wait are brought up to date."""
         chosen, there, counts = ready
-        step = whole_count(counts[0], chosen.labels[0]) if counts else 1
+        step = chosen.next_step(counts[0]) if counts else 1
         hyper = chosen.numbers_of(group, step, scaled.gradient_scale if there.grad_scale is None else 1.0)
         mine = [gradient for place in chosen.positions if (gradient := gradients[place]) is not None]
         if chosen.tables:
@@ -221,5 +245,5 @@ def _are_apart(ready: list[Ready]) -> bool:
     """Whether each set has one step count, and sets of one kind on the host have different ones."""
     if any(each.counts.count(each.counts[0]) != len(each.counts) for each in ready if each.counts):
         return False
-    on_host = [(each.chosen.kind, each.counts[0]) for each in ready if each.chosen.context is None]
+    on_host = [(each.chosen.kind, each.chosen.turn, each.counts[0]) for each in ready if each.chosen.context is None]
     return len(set(on_host)) == len(on_host)

@@ -93,10 +93,11 @@ class CudaBackend {
               const py::object& context)
       : context_(context.is_none() ? std::make_shared<CudaContext>(place.device())
                                    : context.cast<std::shared_ptr<CudaContext>>()) {
-    const Scope scope(*this, place);
-    if (context_->native->is_capturing()) {
+    void* stream = launch_stream(place);
+    if (reinterpret_cast<uintptr_t>(stream) >= 2 && cuda::is_capturing(stream)) {
       throw std::runtime_error("a step with these variables was not made before it was captured; make one first");
     }
+    const Scope scope(*this, place);
     launch_ = std::make_unique<cuda::Launch>(context_->native, tensors, chains);
     sorted_.resize(tensors.size());
     copies_.resize(tensors.size());
@@ -218,7 +219,8 @@ class CudaBackend {
     const int64_t bytes = indices.size * indices.item_size;
     if (copies_[i].bytes < bytes) copies_[i] = {std::shared_ptr<void>(cuda::allocate(bytes), &cuda::release), bytes};
     const auto* data = static_cast<const char*>(indices.data);
-    const std::vector<char> pageable(data, data + bytes);  // the runtime copies pageable memory before it returns, but not pinned memory
+    const std::vector<char> pageable(
+        data, data + bytes);  // the runtime copies pageable memory before it returns, but not pinned memory
     cuda::copy_to_device(copies_[i].memory.get(), pageable.data(), bytes, context_->native->stream());
     return copies_[i].memory.get();
   }

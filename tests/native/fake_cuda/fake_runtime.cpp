@@ -48,14 +48,14 @@ cudaError_t copy(Runtime& state, Stream& stream, void* to, const void* from, siz
 }
 
 cudaError_t allocate(Runtime& state, void** pointer, size_t bytes, cudaMemoryType type) {
-  if (state.is_capturing()) return state.refuse_in_capture();
+  if (!state.may_allocate()) return state.refuse_in_capture();
   *pointer = bytes == 0 ? nullptr : state.memory.allocate(bytes, type, current_device());
   return bytes > 0 && *pointer == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 
 cudaError_t free_memory(Runtime& state, void* pointer, cudaMemoryType type) {
-  if (state.is_capturing()) return state.refuse_in_capture();
   if (pointer == nullptr) return cudaSuccess;
+  if (!state.may_allocate()) return state.refuse_in_capture();
   const cudaError_t error = state.run_queue();
   if (error != cudaSuccess) return error;
   const bool is_managed = type == cudaMemoryTypeDevice && state.memory.find(pointer).type == cudaMemoryTypeManaged;

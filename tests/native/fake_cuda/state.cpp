@@ -22,6 +22,11 @@ cudaError_t& last_error() {
   return error;
 }
 
+cudaStreamCaptureMode& capture_mode() {
+  thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+  return mode;
+}
+
 int device_of(const Stream& stream) { return stream.device == kCallersDevice ? current_device() : stream.device; }
 
 cudaError_t remember(cudaError_t error) {
@@ -93,6 +98,9 @@ bool Runtime::is_capturing() const {
   }
   return false;
 }
+
+// Captures are global, as PyTorch's are: they forbid it to every thread that has not relaxed its mode.
+bool Runtime::may_allocate() const { return !is_capturing() || capture_mode() == cudaStreamCaptureModeRelaxed; }
 
 cudaError_t Runtime::refuse_in_capture() {
   for (auto& [handle, stream] : streams) {

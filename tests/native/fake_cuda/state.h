@@ -62,14 +62,16 @@ struct Runtime {
   cudaError_t run_queue();
   bool is_capturing() const;
   cudaError_t refuse_in_capture();  // also invalidates every capture
+  bool may_allocate() const;        // or free, in the calling thread
 
  private:
   uintptr_t next_handle_ = 0x1000;  // never used twice; not an address
 };
 
 Runtime& runtime();
-int& current_device();      // of the calling thread
-cudaError_t& last_error();  // of the calling thread
+int& current_device();                  // of the calling thread
+cudaError_t& last_error();              // of the calling thread
+cudaStreamCaptureMode& capture_mode();  // of the calling thread
 int device_of(const Stream& stream);
 
 const auto kNoStream = reinterpret_cast<cudaStream_t>(~uintptr_t{0});

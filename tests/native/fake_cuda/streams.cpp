@@ -87,6 +87,14 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t on, cudaStreamCaptureStatus* stat
   });
 }
 
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  return call("cudaThreadExchangeStreamCaptureMode", std::to_string(*mode), [&](Runtime&) {
+    if (*mode > cudaStreamCaptureModeRelaxed) return cudaErrorInvalidValue;
+    std::swap(*mode, capture_mode());
+    return cudaSuccess;
+  });
+}
+
 cudaError_t cudaStreamGetDevice(cudaStream_t on, int* device) {
   return call("cudaStreamGetDevice", on, "", [&](Runtime&, const Stream& stream) {
     *device = device_of(stream);

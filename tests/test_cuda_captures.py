@@ -107,7 +107,7 @@ def test_later_steps_of_other_kinds_leave_a_graph_its_memory(gpu, kind, clip_nor
 def test_steps_and_replays_in_turns_each_read_their_own_gradients(gpu, captured):
     """The GPU has one table of addresses, which a replay overwrites when the host does not see it."""
     plans = Plans(gpu, dense("float32", 0))
-    (_, host, _), (native, device, _) = plans.plans
+    (_, host, _), (_, device, _) = plans.plans
     plans.step(dense("float32", 1), HYPER, scale=1.0)
     plans.set_numbers()
     gradients = [dense("float32", seed) for seed in (2, 3)]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "state.h"
 
+#include <set>
 #include <utility>
 
 #include "../../../csrc/cpu/flush_denormals.h"
@@ -60,14 +61,23 @@ Stream* Runtime::find_stream(cudaStream_t stream) {
 
 cudaStream_t Runtime::make_stream(int device) {
   const auto stream = reinterpret_cast<cudaStream_t>(make_handle());
-  streams[stream] = {device, {}};
+  streams[stream] = {device, {}, {}};
   return stream;
 }
 
 cudaError_t Runtime::issue(Stream& stream, Work work) {
   if (stream.capture == nullptr) {
-    queue.push_back(std::move(work));
-    ++issued;
+    // The two built-in streams wait for each other.
+    const bool is_built_in = &stream == find_stream(nullptr) || &stream == find_stream(cudaStreamPerThread);
+    WorkIds after = stream.last;
+    if (is_built_in) {
+      for (cudaStream_t other : {cudaStream_t{}, cudaStreamPerThread}) {
+        const WorkIds& last = find_stream(other)->last;
+        after.insert(after.end(), last.begin(), last.end());
+      }
+    }
+    queue[++issued] = {std::move(work), std::move(after)};
+    stream.last = {issued};
     return cudaSuccess;
   }
   if (!stream.capture->is_valid) return cudaErrorStreamCaptureInvalidated;
@@ -75,11 +85,20 @@ cudaError_t Runtime::issue(Stream& stream, Work work) {
   return cudaSuccess;
 }
 
-cudaError_t Runtime::run_queue() {
+cudaError_t Runtime::run_until(const WorkIds& ids) {
+  std::set<uint64_t> needed;
+  WorkIds open = ids;
+  while (!open.empty()) {
+    const uint64_t id = open.back();
+    open.pop_back();
+    const auto entry = queue.find(id);
+    if (entry == queue.end() || !needed.insert(id).second) continue;
+    open.insert(open.end(), entry->second.after.begin(), entry->second.after.end());
+  }
   const fastadam::cpu::FlushDenormals flush;
-  while (!queue.empty()) {
-    const Work work = std::move(queue.front());
-    queue.pop_front();
+  for (uint64_t id : needed) {
+    const Work work = std::move(queue[id].work);
+    queue.erase(id);
     if (fault != cudaSuccess) continue;
     memory.open_only(work.devices);
     try {
@@ -89,6 +108,11 @@ cudaError_t Runtime::run_queue() {
     }
   }
   memory.open_only(0);
+  return fault;
+}
+
+cudaError_t Runtime::run_queue() {
+  while (!queue.empty()) static_cast<void>(run_until({queue.rbegin()->first}));
   return fault;
 }
 

@@ -60,6 +60,16 @@ struct CudaContext {
   }
 };
 
+// Launches of the context from here on wait for the work on stream `other`. Not in a graph: whoever replays it decides
+// when it runs.
+inline void order_after(const cuda::Context& context, const std::optional<uintptr_t>& other) {
+  if (!other || context.is_capturing()) return;
+  void* stream = context.stream();
+  const auto on = reinterpret_cast<uintptr_t>(stream);
+  const bool is_legacy = *other <= 1 && on <= 1;
+  if (*other != on && !is_legacy) cuda::order_after(stream, reinterpret_cast<void*>(*other));
+}
+
 class CudaBackend {
  public:
   using Arrays = CudaArrays;
@@ -122,14 +132,7 @@ class CudaBackend {
     return true;
   }
 
-  // Launches from here on wait for the work on stream `other`. Not in a graph: whoever replays it decides when it runs.
-  void order_after(const std::optional<uintptr_t>& other) const {
-    if (!other || context_->native->is_capturing()) return;
-    void* stream = context_->native->stream();
-    const auto on = reinterpret_cast<uintptr_t>(stream);
-    const bool is_legacy = *other <= 1 && on <= 1;
-    if (*other != on && !is_legacy) cuda::order_after(stream, reinterpret_cast<void*>(*other));
-  }
+  void order_after(const std::optional<uintptr_t>& other) const { bind::order_after(*context_->native, other); }
 
   void* make_sums(Index& index, const TensorArgs& tensor) const { return index.sum(tensor, *context_->native); }
   void run_sum_rows(const std::vector<TensorArgs>&, const std::vector<void*>&) const {}  // make_sums did it

@@ -134,7 +134,8 @@ class FASTADAM_API DeviceHistory {
   std::unique_ptr<Memory> memory_;
 };
 
-// Gathers rows of a table by ids on the device. An invalid id gives zeros, and take_failure() reports it later.
+// Gathers rows of a table by ids on the device. An invalid id gives zeros, and take_failure() reports the first of a
+// call later. The caller sees to it that calls on several streams do not overlap.
 class FASTADAM_API Gather {
  public:
   Gather();

@@ -151,11 +151,17 @@ void DeviceHistory::point(StaleRows& stale) const {
 
 struct Gather::Memory {
   HostReport report;
+  DeviceArray<unsigned long long> bad{1};
+  bool is_fresh = true;
 
   template <class Word>
   void run(GatherRows<Word> kernel, cudaStream_t stream) {
-    kernel.report = report.on_device();
+    const bool is_captured = is_capturing(stream);
+    if (is_fresh || is_captured) check(cudaMemsetAsync(bad.get(), 0xff, sizeof(kNoPosition), stream));
+    is_fresh = is_fresh && is_captured;  // a captured memset has not run
+    kernel.bad = bad.get();
     launch(kernel, row_grid(kernel.id_count, kernel.width), stream);
+    launch(ReportBadId{kernel.ids, kernel.is_int64, bad.get(), report.on_device()}, 1, stream);
   }
 };
 
@@ -178,8 +184,9 @@ void Gather::run(const void* table, int64_t row_count, int64_t width, DType dtyp
 std::optional<Failure> Gather::take_failure() {
   volatile Report& report = *memory_->report.get();
   if (report.failed == 0) return std::nullopt;
-  report.failed = 0;
-  return Failure{0, 0, report.position, report.index};
+  const Failure failure{0, 0, report.position, report.index};
+  report.failed = 0;  // the device may write the next one
+  return failure;
 }
 
 void step_rows(const StepArgs& step, const TensorArgs& tensor, const double* factor, const StepState* state,

@@ -113,6 +113,7 @@ cudaError_t Runtime::run_until(const WorkIds& ids) {
 
 cudaError_t Runtime::run_queue() {
   while (!queue.empty()) static_cast<void>(run_until({queue.rbegin()->first}));
+  for (void* pointer : std::exchange(dropped, {})) memory.free(pointer, memory.find(pointer).type);
   return fault;
 }
 

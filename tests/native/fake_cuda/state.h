@@ -51,7 +51,8 @@ struct Runtime {
   std::mutex mutex;  // held by every call, so that only one thread at a time runs work
   Memory memory;
   std::map<uint64_t, QueuedWork> queue;
-  uint64_t issued = 0;  // the total number of pieces of work
+  uint64_t issued = 0;         // the total number of pieces of work
+  std::vector<void*> dropped;  // memory of libraries that is freed when no work is queued
   std::map<cudaStream_t, Stream> streams{{nullptr, {kCallersDevice, {}, {}}},
                                          {cudaStreamPerThread, {kCallersDevice, {}, {}}}};
   std::map<cudaEvent_t, Event> events;

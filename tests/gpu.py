@@ -49,6 +49,9 @@ class FakeGpu:
         self.runtime.fake_cuda_reset()
         self.stream = self.new_stream()
 
+    def use_new_stream(self):
+        self.stream = self.new_stream()
+
     def new_stream(self, device=0):
         return int(self.runtime.fake_cuda_stream(device))
 
@@ -129,6 +132,9 @@ class RealGpu:
         self.native = cuda_module()
 
     def start(self):
+        self.use_new_stream()
+
+    def use_new_stream(self):
         self.cupy_stream = self.cupy.cuda.Stream(non_blocking=True)
         self.cupy_stream.use()
         self.stream = self.cupy_stream.ptr

@@ -58,9 +58,10 @@ class Gather:
     """Reads rows by ids on a GPU."""
 
     def __init__(self, device: int) -> None: ...
-    def run(self, table: Buffer, ids: Any, out: Any) -> None: ...
+    def run(self, table: Buffer, ids: Any, out: Any, context: Context) -> None:
+        """Waits, on the GPU, for the work of the context, as its later work waits for this."""
     def take_failure(self) -> tuple[int, int] | None:
-        """Position and value of an invalid id in an earlier call."""
+        """Position and value of the first invalid id of an earlier call; reported once."""
 
 class DeviceArray:
     """Memory of a GPU with a shape and a dtype."""

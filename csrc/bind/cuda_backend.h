@@ -60,6 +60,16 @@ struct CudaContext {
   }
 };
 
+// Launches of the context from here on wait for the work on stream `other`. Not in a graph: whoever replays it decides
+// when it runs.
+inline void order_after(const cuda::Context& context, const std::optional<uintptr_t>& other) {
+  if (!other || context.is_capturing()) return;
+  void* stream = context.stream();
+  const auto on = reinterpret_cast<uintptr_t>(stream);
+  const bool is_legacy = *other <= 1 && on <= 1;
+  if (*other != on && !is_legacy) cuda::order_after(stream, reinterpret_cast<void*>(*other));
+}
+
 class CudaBackend {
  public:
   using Arrays = CudaArrays;
@@ -93,10 +103,11 @@ class CudaBackend {
               const py::object& context)
       : context_(context.is_none() ? std::make_shared<CudaContext>(place.device())
                                    : context.cast<std::shared_ptr<CudaContext>>()) {
-    const Scope scope(*this, place);
-    if (context_->native->is_capturing()) {
+    void* stream = launch_stream(place);
+    if (reinterpret_cast<uintptr_t>(stream) >= 2 && cuda::is_capturing(stream)) {
       throw std::runtime_error("a step with these variables was not made before it was captured; make one first");
     }
+    const Scope scope(*this, place);
     launch_ = std::make_unique<cuda::Launch>(context_->native, tensors, chains);
     sorted_.resize(tensors.size());
     copies_.resize(tensors.size());
@@ -121,14 +132,7 @@ class CudaBackend {
     return true;
   }
 
-  // Launches from here on wait for the work on stream `other`. Not in a graph: whoever replays it decides when it runs.
-  void order_after(const std::optional<uintptr_t>& other) const {
-    if (!other || context_->native->is_capturing()) return;
-    void* stream = context_->native->stream();
-    const auto on = reinterpret_cast<uintptr_t>(stream);
-    const bool is_legacy = *other <= 1 && on <= 1;
-    if (*other != on && !is_legacy) cuda::order_after(stream, reinterpret_cast<void*>(*other));
-  }
+  void order_after(const std::optional<uintptr_t>& other) const { bind::order_after(*context_->native, other); }
 
   void* make_sums(Index& index, const TensorArgs& tensor) const { return index.sum(tensor, *context_->native); }
   void run_sum_rows(const std::vector<TensorArgs>&, const std::vector<void*>&) const {}  // make_sums did it
@@ -218,7 +222,8 @@ class CudaBackend {
     const int64_t bytes = indices.size * indices.item_size;
     if (copies_[i].bytes < bytes) copies_[i] = {std::shared_ptr<void>(cuda::allocate(bytes), &cuda::release), bytes};
     const auto* data = static_cast<const char*>(indices.data);
-    const std::vector<char> pageable(data, data + bytes);  // the runtime copies pageable memory before it returns, but not pinned memory
+    const std::vector<char> pageable(
+        data, data + bytes);  // the runtime copies pageable memory before it returns, but not pinned memory
     cuda::copy_to_device(copies_[i].memory.get(), pageable.data(), bytes, context_->native->stream());
     return copies_[i].memory.get();
   }

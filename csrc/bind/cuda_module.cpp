@@ -56,8 +56,9 @@ void register_context(py::module_& m) {
            py::arg("stream"));
 }
 
-// Rows of a table by ids, both on one device.
-void gather(cuda::Gather& gather, const Buffer& table, const py::object& ids, const py::object& out) {
+// Rows of a table by ids, both on one device, after all earlier work of the context and before all later work.
+void gather(cuda::Gather& gather, const Buffer& table, const py::object& ids, const py::object& out,
+            CudaContext& context) {
   const Buffer indices = require_cuda_array(ids, "ids");
   const Buffer to = require_cuda_array(out, "out");
   for (const Buffer* b : {&indices, &to}) require_place(*b, b->label, table);
@@ -75,17 +76,11 @@ void gather(cuda::Gather& gather, const Buffer& table, const py::object& ids, co
   if (to.begin() < table.end() && table.begin() < to.end()) {
     throw py::value_error("out: shares memory with " + table.label + ", expected a separate array");
   }
-  const cuda::DeviceScope scope(table.device());
+  const CudaBackend::Scope scope(context.device, *context.native, table);
   const int64_t width = table.shape[0] == 0 ? 0 : table.size / table.shape[0];
-  void* stream = reinterpret_cast<void*>(table.gpu ? stream_of(table.gpu->source).value_or(0) : 0);
-  for (const Buffer* b : {&indices, &to}) {
-    const std::optional<uintptr_t> other = b->stream();
-    if (other && reinterpret_cast<void*>(*other) != stream) {
-      cuda::order_after(stream, reinterpret_cast<void*>(*other));
-    }
-  }
+  for (const Buffer* b : {&indices, &to}) order_after(*context.native, b->stream());
   gather.run(table.data, table.shape[0], width, *table.dtype, indices.data, indices.item_size == 8, indices.size,
-             to.data, stream);
+             to.data, context.native->stream());
 }
 
 void register_gather(py::module_& m) {
@@ -95,7 +90,7 @@ void register_gather(py::module_& m) {
              return std::make_unique<cuda::Gather>();
            }),
            py::arg("device"))
-      .def("run", &gather, py::arg("table"), py::arg("ids"), py::arg("out"))
+      .def("run", &gather, py::arg("table"), py::arg("ids"), py::arg("out"), py::arg("context"))
       .def("take_failure", [](cuda::Gather& g) -> std::optional<std::pair<int64_t, int64_t>> {
         const std::optional<cuda::Failure> failure = g.take_failure();
         if (!failure) return std::nullopt;

@@ -61,7 +61,7 @@ class DeviceIndex {
     rows_ = sorted.rows();
   }
 
-  void* sum(const TensorArgs& tensor, const cuda::Context& context) {
+  void* sum(const TensorArgs& tensor, cuda::Context& context) {
     return sorted_->sum(tensor.grad, tensor.grad_dtype, context);
   }
 

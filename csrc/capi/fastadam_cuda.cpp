@@ -83,8 +83,8 @@ struct fastadam_cuda_plan {
     const Entered entered(device, *context_, stream);
     Sorted& sorted = sorted_[static_cast<size_t>(place)];
     if (sorted.rows == nullptr) sorted.rows = std::make_unique<cuda::SortedRows>();
-    sorted.row_count = indices.row_count;
     sorted.rows->sort(indices.indices, indices.is_int64, indices.count, indices.row_count, width, place, *context_);
+    sorted.row_count = indices.row_count;
     return &sorted.rows->rows();
   }
 

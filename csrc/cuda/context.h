@@ -2,6 +2,12 @@
 // The internals of a Context, for the .cu files of this folder only.
 #pragma once
 
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
 #include "launch.h"
 #include "runtime.h"
 
@@ -30,6 +36,26 @@ struct Context::Parts {
   double beta_1 = 0;  // the betas of the tables
   double beta_2 = 0;
   bool has_powers = false;
+  std::vector<std::shared_ptr<void>> retired;  // what was replaced and a captured graph may still use
+
+  // Returns memory for `count` elements, like the function of this name. In a capture it must be there already.
+  template <class T>
+  T* room_for(DeviceArray<T>& memory, int64_t count) {
+    if (memory.count() >= count) return memory.get();
+    if (is_capturing) {
+      throw std::runtime_error(
+          "a captured step needs more memory than any step before the capture; make a step with as many indices first");
+    }
+    auto replaced = std::make_unique<DeviceArray<T>>(std::max(count, 2 * memory.count()));
+    std::swap(*replaced, memory);
+    retire(std::move(replaced));
+    return memory.get();
+  }
+
+  template <class T>
+  void retire(std::unique_ptr<T> replaced) {
+    if (is_captured && replaced != nullptr) retired.push_back(std::move(replaced));
+  }
 
   // Called at the first step, because a capture cannot allocate memory.
   void make_powers(const AdamHyper& hyper);

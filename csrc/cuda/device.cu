@@ -38,13 +38,9 @@ DeviceScope::~DeviceScope() {
   if (before_ != device_) static_cast<void>(cudaSetDevice(before_));
 }
 
-void* allocate(int64_t bytes) {
-  void* data = nullptr;
-  if (bytes > 0) check(cudaMalloc(&data, static_cast<size_t>(bytes)));
-  return data;
-}
+void* allocate(int64_t bytes) { return device_memory(static_cast<size_t>(bytes)); }
 
-void release(void* data) { static_cast<void>(cudaFree(data)); }
+void release(void* data) { free_device_memory(data); }
 
 void set_zero(void* data, int64_t bytes) {
   if (bytes > 0) check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), nullptr));

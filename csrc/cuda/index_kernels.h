@@ -28,6 +28,10 @@ FASTADAM_INLINE void keep_lowest(unsigned long long* lowest, unsigned long long 
 #endif
 }
 
+FASTADAM_INLINE int64_t index_at(const void* indices, bool is_int64, int64_t i) {
+  return is_int64 ? static_cast<const int64_t*>(indices)[i] : static_cast<const int32_t*>(indices)[i];
+}
+
 constexpr int kIndexThreads = 256;
 
 FASTADAM_INLINE int64_t index_grid(int64_t count) { return (count + kIndexThreads - 1) / kIndexThreads; }
@@ -48,7 +52,7 @@ struct ReadIndices {
   FASTADAM_INLINE void phase(int, int64_t block, int64_t thread, Shared&) const {
     const int64_t i = block * kThreads + thread;
     if (i >= count) return;
-    const int64_t row = is_int64 ? static_cast<const int64_t*>(indices)[i] : static_cast<const int32_t*>(indices)[i];
+    const int64_t row = index_at(indices, is_int64, i);
     keys[i] = row;
     order[i] = i;
     if (row < 0 || row >= row_count) keep_lowest(bad, static_cast<unsigned long long>(i));

@@ -87,7 +87,7 @@ struct Launch::Tables {
   DeviceArray<TensorArgs> tensors;
   DeviceArray<Gradient> gradients;
   std::unique_ptr<Layout> layout;
-  NormTables norms;
+  std::unique_ptr<NormTables> norms = std::make_unique<NormTables>();
   std::vector<Gradient> last_gradients;  // what `gradients` contains
   std::shared_ptr<Context> owner;
   Context::Parts& context;
@@ -112,14 +112,20 @@ struct Launch::Tables {
     std::vector<bool> are_slices = slices_among(args);
     if (layout != nullptr && layout->are_slices == are_slices) return *layout;
     refuse_in_capture();
+    context.retire(std::move(layout));
     layout = std::make_unique<Layout>(std::move(are_slices), args, rounds, stream);
     return *layout;
   }
 
   const NormTables& norms_of(const std::vector<TensorArgs>& args, cudaStream_t stream) {
-    if (norms.host_offsets != norm_offsets(args)) refuse_in_capture();
-    norms.fit(args, stream);
-    return norms;
+    if (norms->host_offsets == norm_offsets(args)) return *norms;
+    refuse_in_capture();
+    if (context.is_captured) {  // a graph reads the tables again in every replay
+      context.retire(std::move(norms));
+      norms = std::make_unique<NormTables>();
+    }
+    norms->fit(args, stream);
+    return *norms;
   }
 
   // A capture cannot allocate the memory that a new kind of step needs.
@@ -163,7 +169,8 @@ struct Launch::Tables {
     for (const TensorArgs& tensor : args) current.push_back(gradient_of(tensor));
     const bool unchanged =
         std::equal(current.begin(), current.end(), last_gradients.begin(), last_gradients.end(), same);
-    if (unchanged && !context.is_capturing) return;  // a graph must set its own
+    // A graph sets its own whenever it is replayed, which the host does not see.
+    if (unchanged && !context.is_captured && !context.is_capturing) return;
     last_gradients.clear();
     for (size_t first = 0; first < current.size(); first += SetGradients::kCount) {
       SetGradients set{};
@@ -241,7 +248,7 @@ bool Launch::step(const StepArgs& args, const std::vector<TensorArgs>& tensors, 
   tables.set_gradients(tensors, stream);
   const double* factors = nullptr;
   if (needs_norms) {
-    const NormTables& norms = tables.norms;
+    const NormTables& norms = *tables.norms;
     const StepState* clip_state = numbers.grad_scale == nullptr ? nullptr : tables.state();
     tables.sum_squares(norms, clip_state, raw_clip_value(hyper), hyper.require_finite, stream);
     if (hyper.require_finite && !tables.all_finite(norms, true, stream)) return false;
@@ -268,8 +275,8 @@ bool Launch::accumulate(bool restart, bool require_finite, const std::vector<Ten
   if (require_finite) tables.norms_of(tensors, stream);
   tables.begin(StepArgs{}, call, stream);
   tables.set_gradients(tensors, stream);
-  if (require_finite) tables.sum_squares(tables.norms, nullptr, HUGE_VAL, true, stream);
-  if (require_finite && !tables.all_finite(tables.norms, false, stream)) return false;
+  if (require_finite) tables.sum_squares(*tables.norms, nullptr, HUGE_VAL, true, stream);
+  if (require_finite && !tables.all_finite(*tables.norms, false, stream)) return false;
   for (const Layout::Round& round : layout.rounds) {
     const bool is_first = &round == &layout.rounds.front();
     for (size_t i = 0; i < kDTypeCount; ++i) {

@@ -99,13 +99,14 @@ class FASTADAM_API SortedRows {
   SortedRows(const SortedRows&) = delete;
   SortedRows& operator=(const SortedRows&) = delete;
 
-  // `indices` are in device memory. Context::take_failure() reports an invalid one, with this `source`.
+  // `indices` are in device memory. Context::take_failure() reports an invalid one, with this `source`. Throws before
+  // anything is launched if a captured call would have to allocate.
   void sort(const void* indices, bool is_int64, int64_t count, int64_t row_count, int64_t width, int64_t source,
             Context& context);
   const DeviceRows& rows() const;
 
   // Returns the sums of the rows in the state dtype, rows().count of them; sums after the last row are zero.
-  void* sum(const void* values, DType dtype, const Context& context);
+  void* sum(const void* values, DType dtype, Context& context);
 
  private:
   struct Memory;
@@ -133,7 +134,8 @@ class FASTADAM_API DeviceHistory {
   std::unique_ptr<Memory> memory_;
 };
 
-// Gathers rows of a table by ids on the device. An invalid id gives zeros, and take_failure() reports it later.
+// Gathers rows of a table by ids on the device. An invalid id gives zeros, and take_failure() reports the first of a
+// call later. The caller sees to it that calls on several streams do not overlap.
 class FASTADAM_API Gather {
  public:
   Gather();

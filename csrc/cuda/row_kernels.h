@@ -230,7 +230,7 @@ struct AccumulateRows {
   }
 };
 
-// Copies one row of a table for each id, as items of type Word. An invalid id gives zeros and is reported.
+// Copies one row of a table for each id, as items of type Word. An invalid id gives zeros.
 template <class Word>
 struct GatherRows {
   static constexpr int kThreads = kRowThreads;
@@ -242,24 +242,42 @@ struct GatherRows {
   int64_t row_count;
   int64_t width;
   Word* out;
-  Report* report;
+  unsigned long long* bad;  // must hold kNoPosition; receives the position of the first invalid id
 
   FASTADAM_INLINE int phases() const { return 1; }
   FASTADAM_INLINE void phase(int, int64_t block, int64_t thread, Shared&) const {
     const RowPlace place = row_place(block, thread, width);
     const int64_t i = place.row;
     if (i >= id_count) return;
-    const int64_t row = is_int64 ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
+    const int64_t row = index_at(ids, is_int64, i);
     const bool exists = row >= 0 && row < row_count;
-    if (!exists && place.column == 0) {
-      report->position = i;
-      report->index = row;
-      fence_for_host();
-      report->failed = 1;
-    }
+    if (!exists && place.column == 0) keep_lowest(bad, static_cast<unsigned long long>(i));
     for (int64_t column = place.column; column < width; column += place.lanes) {
       out[i * width + column] = exists ? table[row * width + column] : Word{};
     }
+  }
+};
+
+// Reports the first invalid id after a GatherRows. One thread writes all of the report, and not before the host has
+// taken the last one.
+struct ReportBadId {
+  static constexpr int kThreads = 1;
+  using Shared = NoShared;
+  const void* ids;
+  bool is_int64;
+  unsigned long long* bad;
+  volatile Report* report;
+
+  FASTADAM_INLINE int phases() const { return 1; }
+  FASTADAM_INLINE void phase(int, int64_t, int64_t, Shared&) const {
+    if (*bad == kNoPosition) return;
+    if (report->failed == 0) {
+      report->position = static_cast<int64_t>(*bad);
+      report->index = index_at(ids, is_int64, static_cast<int64_t>(*bad));
+      fence_for_host();
+      report->failed = 1;
+    }
+    *bad = kNoPosition;
   }
 };
 

@@ -19,23 +19,20 @@ int bits_of(int64_t row_count) {
 }  // namespace
 
 struct SortedRows::Memory {
-  DeviceArray<int64_t> unsorted, keys, places, order, marks, rows, starts, unique{1};
-  DeviceArray<unsigned long long> bad{1};
+  DeviceArray<int64_t> unsorted, keys, places, order, marks, rows, starts, unique;
+  DeviceArray<unsigned long long> bad;
   DeviceArray<unsigned char> scratch, sums;
   DeviceRows result{};
-  bool is_fresh = true;
 
-  void reserve(int64_t count) {
-    for (DeviceArray<int64_t>* memory : {&unsorted, &keys, &places, &order, &marks, &rows}) room_for(*memory, count);
-    room_for(starts, count + 1);
-  }
-
-  // Calls work(memory, size) twice: first without memory, to learn the size that it needs.
-  template <class Work>
-  void with_scratch(Work work) {
-    size_t size = 0;
-    check(work(nullptr, size));
-    check(work(room_for(scratch, std::max<int64_t>(1, static_cast<int64_t>(size))), size));
+  void reserve(int64_t count, size_t scratch_size, Context::Parts& context) {
+    context.room_for(unique, 1);
+    context.room_for(scratch, static_cast<int64_t>(scratch_size));
+    for (DeviceArray<int64_t>* memory : {&unsorted, &keys, &places, &order, &marks, &rows}) {
+      context.room_for(*memory, count);
+    }
+    context.room_for(starts, count + 1);
+    if (bad.count() > 0) return;
+    check(cudaMemsetAsync(context.room_for(bad, 1), 0xff, sizeof(kNoPosition), context.stream));
   }
 };
 
@@ -44,25 +41,30 @@ SortedRows::~SortedRows() = default;
 
 void SortedRows::sort(const void* indices, bool is_int64, int64_t count, int64_t row_count, int64_t width,
                       int64_t source, Context& context) {
-  const cudaStream_t stream = context.parts().stream;
+  Context::Parts& parts = context.parts();
+  const cudaStream_t stream = parts.stream;
   Memory& m = *memory_;
-  m.reserve(count);
-  if (m.is_fresh) check(cudaMemsetAsync(m.bad.get(), 0xff, sizeof(kNoPosition), stream));
-  m.is_fresh = false;
+  const auto sort_keys = [&](void* memory, size_t& size) {
+    check(cub::DeviceRadixSort::SortPairs(memory, size, m.unsorted.get(), m.keys.get(), m.places.get(), m.order.get(),
+                                          count, 0, bits_of(row_count), stream));
+  };
+  const auto sum_marks = [&](void* memory, size_t& size) {
+    check(cub::DeviceScan::InclusiveSum(memory, size, m.marks.get(), m.places.get(), count, stream));
+  };
+  size_t sort_size = 0;
+  size_t sum_size = 0;
+  sort_keys(nullptr, sort_size);
+  sum_marks(nullptr, sum_size);
+  m.reserve(count, std::max({size_t{1}, sort_size, sum_size}), parts);
   const int64_t grid = index_grid(count);
   launch(ReadIndices{indices, is_int64, count, row_count, m.unsorted.get(), m.places.get(), m.bad.get()}, grid, stream);
   if (count > 0) {
-    m.with_scratch([&](void* memory, size_t& size) {
-      return cub::DeviceRadixSort::SortPairs(memory, size, m.unsorted.get(), m.keys.get(), m.places.get(),
-                                             m.order.get(), count, 0, bits_of(row_count), stream);
-    });
+    sort_keys(m.scratch.get(), sort_size);
     launch(MarkRows{m.keys.get(), count, m.marks.get()}, grid, stream);
-    m.with_scratch([&](void* memory, size_t& size) {
-      return cub::DeviceScan::InclusiveSum(memory, size, m.marks.get(), m.places.get(), count, stream);
-    });
+    sum_marks(m.scratch.get(), sum_size);
   }
   launch(ListRows{m.keys.get(), m.places.get(), count, m.rows.get(), m.starts.get(), m.unique.get(), m.unsorted.get(),
-                  source, m.bad.get(), context.parts().state.get(), context.parts().report.on_device()},
+                  source, m.bad.get(), parts.state.get(), parts.report.on_device()},
          std::max<int64_t>(1, grid), stream);
   static_cast<Rows&>(m.result) = {m.rows.get(), m.starts.get(), m.order.get(), count, width};
   m.result.unique = m.unique.get();
@@ -70,11 +72,11 @@ void SortedRows::sort(const void* indices, bool is_int64, int64_t count, int64_t
 
 const DeviceRows& SortedRows::rows() const { return memory_->result; }
 
-void* SortedRows::sum(const void* values, DType dtype, const Context& context) {
-  const auto stream = static_cast<cudaStream_t>(context.stream());
+void* SortedRows::sum(const void* values, DType dtype, Context& context) {
+  const cudaStream_t stream = context.parts().stream;
   Memory& m = *memory_;
   const DeviceRows& rows = m.result;
-  unsigned char* sums = room_for(m.sums, rows.count * rows.width * size_of(state_dtype(dtype)));
+  unsigned char* sums = context.parts().room_for(m.sums, rows.count * rows.width * size_of(state_dtype(dtype)));
   with_storage(dtype, [&](auto zero) {
     using Grad = decltype(zero);
     launch(RowSums<Grad>{values, rows, reinterpret_cast<Compute<Grad>*>(sums)}, row_grid(rows.count, rows.width),
@@ -149,11 +151,17 @@ void DeviceHistory::point(StaleRows& stale) const {
 
 struct Gather::Memory {
   HostReport report;
+  DeviceArray<unsigned long long> bad{1};
+  bool is_fresh = true;
 
   template <class Word>
   void run(GatherRows<Word> kernel, cudaStream_t stream) {
-    kernel.report = report.on_device();
+    const bool is_captured = is_capturing(stream);
+    if (is_fresh || is_captured) check(cudaMemsetAsync(bad.get(), 0xff, sizeof(kNoPosition), stream));
+    is_fresh = is_fresh && is_captured;  // a captured memset has not run
+    kernel.bad = bad.get();
     launch(kernel, row_grid(kernel.id_count, kernel.width), stream);
+    launch(ReportBadId{kernel.ids, kernel.is_int64, bad.get(), report.on_device()}, 1, stream);
   }
 };
 
@@ -176,8 +184,9 @@ void Gather::run(const void* table, int64_t row_count, int64_t width, DType dtyp
 std::optional<Failure> Gather::take_failure() {
   volatile Report& report = *memory_->report.get();
   if (report.failed == 0) return std::nullopt;
-  report.failed = 0;
-  return Failure{0, 0, report.position, report.index};
+  const Failure failure{0, 0, report.position, report.index};
+  report.failed = 0;  // the device may write the next one
+  return failure;
 }
 
 void step_rows(const StepArgs& step, const TensorArgs& tensor, const double* factor, const StepState* state,

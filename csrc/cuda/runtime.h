@@ -43,18 +43,45 @@ void launch(const Kernel& kernel, int64_t blocks, cudaStream_t stream) {
   check(cudaLaunchKernelEx(&config, run_phases<Kernel>, kernel));
 }
 
+// Lets this thread allocate and free memory while any thread captures a CUDA graph. Without it a capture in global
+// mode, as PyTorch makes, fails when Python collects garbage of ours.
+class DuringCaptures {
+ public:
+  DuringCaptures() { exchange(); }
+  ~DuringCaptures() { exchange(); }
+  DuringCaptures(const DuringCaptures&) = delete;
+  DuringCaptures& operator=(const DuringCaptures&) = delete;
+
+ private:
+  void exchange() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&other_)); }
+
+  cudaStreamCaptureMode other_ = cudaStreamCaptureModeRelaxed;  // the mode that the thread does not have now
+};
+
+inline void* device_memory(size_t bytes) {
+  void* data = nullptr;
+  const DuringCaptures may_allocate;
+  if (bytes > 0) check(cudaMalloc(&data, bytes));
+  return data;
+}
+
+inline void free_device_memory(void* data) {
+  if (data == nullptr) return;
+  const DuringCaptures may_free;
+  static_cast<void>(cudaFree(data));
+}
+
 // Device memory. Freeing it waits for the device, so it is allocated before a step and kept for later ones.
 template <class T>
 class DeviceArray {
  public:
   DeviceArray() = default;
-  explicit DeviceArray(int64_t count) : count_(count) {
-    if (count > 0) check(cudaMalloc(&data_, static_cast<size_t>(count) * sizeof(T)));
-  }
+  explicit DeviceArray(int64_t count)
+      : data_(static_cast<T*>(device_memory(static_cast<size_t>(count) * sizeof(T)))), count_(count) {}
   DeviceArray(const std::vector<T>& values, cudaStream_t stream) : DeviceArray(static_cast<int64_t>(values.size())) {
     write(values.data(), static_cast<int64_t>(values.size()), stream);
   }
-  ~DeviceArray() { static_cast<void>(cudaFree(data_)); }
+  ~DeviceArray() { free_device_memory(data_); }
   DeviceArray(DeviceArray&& other) noexcept { *this = std::move(other); }
   DeviceArray& operator=(DeviceArray&& other) noexcept {
     std::swap(data_, other.data_);
@@ -88,13 +115,17 @@ class HostReport {
  public:
   HostReport() {
     void* memory = nullptr;
+    const DuringCaptures may_allocate;
     check(cudaHostAlloc(&memory, sizeof(Report), cudaHostAllocMapped));
     report_ = static_cast<Report*>(memory);
     *report_ = Report{};
     check(cudaHostGetDevicePointer(&memory, report_, 0));
     on_device_ = static_cast<Report*>(memory);
   }
-  ~HostReport() { static_cast<void>(cudaFreeHost(report_)); }
+  ~HostReport() {
+    const DuringCaptures may_free;
+    static_cast<void>(cudaFreeHost(report_));
+  }
   HostReport(const HostReport&) = delete;
   HostReport& operator=(const HostReport&) = delete;
 

@@ -20,11 +20,9 @@ struct Copy {
   int64_t bytes;
 };
 
-// Copies between host and device memory at once, after the queue has run.
+// Copies between host and device memory at once.
 void copy_now(const Copy* copies, int64_t count) {
   Runtime& state = runtime();
-  const std::lock_guard lock(state.mutex);
-  state.run_queue();
   unsigned devices = 0;
   for (int64_t i = 0; i < count; ++i) {
     devices |= state.memory.device_bit(copies[i].to) | state.memory.device_bit(copies[i].from);
@@ -89,23 +87,30 @@ void* fake_cuda_allocate(int64_t bytes, int device, int managed) {
   return runtime().memory.allocate(static_cast<size_t>(bytes), type, device);
 }
 
+// Waits for nothing, as where a library has a pool of memory: queued work may go on using it.
 void fake_cuda_free(void* pointer) {
   const std::lock_guard lock(runtime().mutex);
-  runtime().run_queue();
-  runtime().memory.free(pointer, runtime().memory.find(pointer).type);
+  runtime().dropped.push_back(pointer);
+  if (runtime().queue.empty()) runtime().run_queue();
 }
 
+// Fills new memory, which no queued work uses.
 void fake_cuda_write(void* device_to, const void* host_from, int64_t bytes) {
+  const std::lock_guard lock(runtime().mutex);
   const Copy copy{device_to, host_from, bytes};
   copy_now(&copy, 1);
 }
 
-void fake_cuda_read(void* host_to, const void* device_from, int64_t bytes) {
-  const Copy copy{host_to, device_from, bytes};
-  copy_now(&copy, 1);
+void fake_cuda_copy(const Copy* copies, int64_t count) {
+  const std::lock_guard lock(runtime().mutex);
+  runtime().run_queue();
+  copy_now(copies, count);
 }
 
-void fake_cuda_copy(const Copy* copies, int64_t count) { copy_now(copies, count); }
+void fake_cuda_read(void* host_to, const void* device_from, int64_t bytes) {
+  const Copy copy{host_to, device_from, bytes};
+  fake_cuda_copy(&copy, 1);
+}
 
 void* fake_cuda_stream(int device) {
   const std::lock_guard lock(runtime().mutex);

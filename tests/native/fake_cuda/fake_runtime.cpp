@@ -28,7 +28,8 @@ bool may_copy(const Memory& memory, void* to, const void* from, size_t bytes, cu
          target != (to_host ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered);
 }
 
-// Pageable memory is read at once, and a copy to it waits. In a capture neither holds: the graph keeps the pointer.
+// Pageable memory is read at once, although the copy comes later, and a copy to it waits for its stream. In a capture
+// neither holds: the graph keeps the pointer.
 cudaError_t copy(Runtime& state, Stream& stream, void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   if (kind > cudaMemcpyDefault) return cudaErrorInvalidMemcpyDirection;
   if (bytes == 0) return cudaSuccess;
@@ -44,18 +45,18 @@ cudaError_t copy(Runtime& state, Stream& stream, void* to, const void* from, siz
     const cudaError_t error = state.issue(stream, {devices, [=] { std::memmove(to, from, bytes); }});
     if (error != cudaSuccess) return error;
   }
-  return to_pageable && stream.capture == nullptr ? state.run_queue() : cudaSuccess;
+  return to_pageable && stream.capture == nullptr ? state.run_until(stream.last) : cudaSuccess;
 }
 
 cudaError_t allocate(Runtime& state, void** pointer, size_t bytes, cudaMemoryType type) {
-  if (state.is_capturing()) return state.refuse_in_capture();
+  if (!state.may_allocate()) return state.refuse_in_capture();
   *pointer = bytes == 0 ? nullptr : state.memory.allocate(bytes, type, current_device());
   return bytes > 0 && *pointer == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 
 cudaError_t free_memory(Runtime& state, void* pointer, cudaMemoryType type) {
-  if (state.is_capturing()) return state.refuse_in_capture();
   if (pointer == nullptr) return cudaSuccess;
+  if (!state.may_allocate()) return state.refuse_in_capture();
   const cudaError_t error = state.run_queue();
   if (error != cudaSuccess) return error;
   const bool is_managed = type == cudaMemoryTypeDevice && state.memory.find(pointer).type == cudaMemoryTypeManaged;
@@ -164,8 +165,10 @@ cudaError_t cudaHostGetDevicePointer(void** on_device, void* host, unsigned) {
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   return call("cudaMemcpy", nullptr, copy_detail(bytes, kind), [&](Runtime& state, Stream& stream) {
     if (state.is_capturing()) return state.refuse_in_capture();
-    const cudaError_t error = copy(state, stream, to, from, bytes, kind);
-    return error == cudaSuccess ? state.run_queue() : error;
+    const bool is_staged = state.memory.find(from).type == cudaMemoryTypeUnregistered;
+    cudaError_t error = state.run_until(stream.last);
+    if (error == cudaSuccess) error = copy(state, stream, to, from, bytes, kind);
+    return error == cudaSuccess && !is_staged ? state.run_until(stream.last) : error;
   });
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "state.h"
 
+#include <set>
 #include <utility>
 
 #include "../../../csrc/cpu/flush_denormals.h"
@@ -20,6 +21,11 @@ int& current_device() {
 cudaError_t& last_error() {
   thread_local cudaError_t error = cudaSuccess;
   return error;
+}
+
+cudaStreamCaptureMode& capture_mode() {
+  thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+  return mode;
 }
 
 int device_of(const Stream& stream) { return stream.device == kCallersDevice ? current_device() : stream.device; }
@@ -55,14 +61,23 @@ Stream* Runtime::find_stream(cudaStream_t stream) {
 
 cudaStream_t Runtime::make_stream(int device) {
   const auto stream = reinterpret_cast<cudaStream_t>(make_handle());
-  streams[stream] = {device, {}};
+  streams[stream] = {device, {}, {}};
   return stream;
 }
 
 cudaError_t Runtime::issue(Stream& stream, Work work) {
   if (stream.capture == nullptr) {
-    queue.push_back(std::move(work));
-    ++issued;
+    // The two built-in streams wait for each other.
+    const bool is_built_in = &stream == find_stream(nullptr) || &stream == find_stream(cudaStreamPerThread);
+    WorkIds after = stream.last;
+    if (is_built_in) {
+      for (cudaStream_t other : {cudaStream_t{}, cudaStreamPerThread}) {
+        const WorkIds& last = find_stream(other)->last;
+        after.insert(after.end(), last.begin(), last.end());
+      }
+    }
+    queue[++issued] = {std::move(work), std::move(after)};
+    stream.last = {issued};
     return cudaSuccess;
   }
   if (!stream.capture->is_valid) return cudaErrorStreamCaptureInvalidated;
@@ -70,11 +85,20 @@ cudaError_t Runtime::issue(Stream& stream, Work work) {
   return cudaSuccess;
 }
 
-cudaError_t Runtime::run_queue() {
+cudaError_t Runtime::run_until(const WorkIds& ids) {
+  std::set<uint64_t> needed;
+  WorkIds open = ids;
+  while (!open.empty()) {
+    const uint64_t id = open.back();
+    open.pop_back();
+    const auto entry = queue.find(id);
+    if (entry == queue.end() || !needed.insert(id).second) continue;
+    open.insert(open.end(), entry->second.after.begin(), entry->second.after.end());
+  }
   const fastadam::cpu::FlushDenormals flush;
-  while (!queue.empty()) {
-    const Work work = std::move(queue.front());
-    queue.pop_front();
+  for (uint64_t id : needed) {
+    const Work work = std::move(queue[id].work);
+    queue.erase(id);
     if (fault != cudaSuccess) continue;
     memory.open_only(work.devices);
     try {
@@ -87,12 +111,21 @@ cudaError_t Runtime::run_queue() {
   return fault;
 }
 
+cudaError_t Runtime::run_queue() {
+  while (!queue.empty()) static_cast<void>(run_until({queue.rbegin()->first}));
+  for (void* pointer : std::exchange(dropped, {})) memory.free(pointer, memory.find(pointer).type);
+  return fault;
+}
+
 bool Runtime::is_capturing() const {
   for (const auto& [handle, stream] : streams) {
     if (stream.capture != nullptr) return true;
   }
   return false;
 }
+
+// Captures are global, as PyTorch's are: they forbid it to every thread that has not relaxed its mode.
+bool Runtime::may_allocate() const { return !is_capturing() || capture_mode() == cudaStreamCaptureModeRelaxed; }
 
 cudaError_t Runtime::refuse_in_capture() {
   for (auto& [handle, stream] : streams) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The functions of cuda_runtime.h for streams, events and errors.
+#include <algorithm>
 #include <utility>
 
 #include "state.h"
@@ -74,7 +75,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t on) {
 
 cudaError_t cudaStreamSynchronize(cudaStream_t on) {
   return call("cudaStreamSynchronize", on, "", [](Runtime& state, const Stream& stream) {
-    return stream.capture != nullptr ? state.refuse_in_capture() : state.run_queue();
+    return stream.capture != nullptr ? state.refuse_in_capture() : state.run_until(stream.last);
   });
 }
 
@@ -87,6 +88,14 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t on, cudaStreamCaptureStatus* stat
   });
 }
 
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  return call("cudaThreadExchangeStreamCaptureMode", std::to_string(*mode), [&](Runtime&) {
+    if (*mode > cudaStreamCaptureModeRelaxed) return cudaErrorInvalidValue;
+    std::swap(*mode, capture_mode());
+    return cudaSuccess;
+  });
+}
+
 cudaError_t cudaStreamGetDevice(cudaStream_t on, int* device) {
   return call("cudaStreamGetDevice", on, "", [&](Runtime&, const Stream& stream) {
     *device = device_of(stream);
@@ -94,9 +103,12 @@ cudaError_t cudaStreamGetDevice(cudaStream_t on, int* device) {
   });
 }
 
-// Queued work already runs in the order of issue, so waiting matters only for captures.
 cudaError_t cudaStreamWaitEvent(cudaStream_t on, cudaEvent_t event, unsigned) {
   return call_on_event("cudaStreamWaitEvent", on, event, [&](Runtime& state, Stream& stream, const Event& awaited) {
+    if (stream.capture == nullptr && awaited.capture == nullptr) {
+      stream.last.insert(stream.last.end(), awaited.after.begin(), awaited.after.end());
+      return cudaSuccess;
+    }
     if (stream.capture == awaited.capture || (stream.capture != nullptr && !awaited.is_recorded)) return cudaSuccess;
     if (stream.capture == nullptr) {
       stream.capture = awaited.capture;
@@ -116,10 +128,10 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t on) {
-  return call_on_event("cudaEventRecord", on, event, [](const Runtime& state, const Stream& stream, Event& recorded) {
+  return call_on_event("cudaEventRecord", on, event, [](const Runtime&, const Stream& stream, Event& recorded) {
     if (recorded.device != device_of(stream)) return cudaErrorInvalidResourceHandle;
     recorded.is_recorded = true;
-    recorded.after = state.issued;
+    recorded.after = stream.last;
     recorded.capture = stream.capture;
     return cudaSuccess;
   });
@@ -130,7 +142,10 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
     if (state.is_capturing()) return state.refuse_in_capture();
     const auto entry = state.events.find(event);
     if (entry == state.events.end()) return cudaErrorInvalidResourceHandle;
-    return entry->second.after <= state.issued - state.queue.size() ? cudaSuccess : cudaErrorNotReady;
+    const WorkIds& after = entry->second.after;
+    const bool has_happened =
+        std::none_of(after.begin(), after.end(), [&](uint64_t id) { return state.queue.count(id) > 0; });
+    return has_happened ? cudaSuccess : cudaErrorNotReady;
   });
 }
 

@@ -69,7 +69,7 @@ class Tables:
         if out is None:
             out = zeros_beside(buffer, buffer.dtype, (*ids.shape, *buffer.shape[1:]))
         self.catch_up(buffer, ids)
-        gatherer.run(buffer, ids, out)
+        gatherer.run(buffer, ids, out, self._runtime.context_of(buffer))
         return out
 
     # ---- bringing rows up to date ----------------------------------------------------------------------------------

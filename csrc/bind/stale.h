@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The history of a table in a deferred mode, in arrays that Python owns (python/fastadam/_core/deferred/history.py): which
-// steps each row has had, and the rate of every step. Native views of it for one plan.
+// The history of a table in a deferred mode, in arrays that Python owns (python/fastadam/_core/deferred/history.py):
+// which steps each row has had, and the rate of every step. Native views of it for one plan.
 #pragma once
 
 #include <pybind11/numpy.h>

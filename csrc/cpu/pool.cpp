@@ -153,7 +153,7 @@ Job::Job(int shares, int64_t blocks_per_share, RunBlock run_block, const void* c
 void Job::work(int own_share) {
   for (int turn = 0; turn < shares_; ++turn) {
     const int share = (own_share + turn) % shares_;
-    std::atomic<int64_t>& next = cursors_[share].next;
+    std::atomic<int64_t>& next = cursors_[static_cast<size_t>(share)].next;
     while (next.load(std::memory_order_relaxed) < blocks_per_share_) {
       const int64_t block = next.fetch_add(1, std::memory_order_relaxed);
       if (block >= blocks_per_share_) break;

@@ -31,17 +31,17 @@ struct Gradient {
 struct NoShared {};
 
 // kCount consecutive elements, read and written in units of up to 16 bytes.
-template <class T, int kCount>
+template <class T, size_t kCount>
 struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
   T of[kCount];
 };
 
-template <int kCount, class T>
+template <size_t kCount, class T>
 FASTADAM_INLINE Pack<T, kCount>& pack_at(T* values, int64_t at) {
   return *reinterpret_cast<Pack<T, kCount>*>(values + at);
 }
 
-template <int kCount, class T>
+template <size_t kCount, class T>
 FASTADAM_INLINE const Pack<T, kCount>& pack_at(const T* values, int64_t at) {
   return *reinterpret_cast<const Pack<T, kCount>*>(values + at);
 }

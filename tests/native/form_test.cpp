@@ -146,7 +146,7 @@ void check_cache(double beta_1, double beta_2, bool amsgrad, bool decays, Claims
     steps.add(all.alphas[static_cast<size_t>(now)], all.keeps[static_cast<size_t>(now)]);
     if (now % 371 != 0) continue;
     std::vector<int32_t> from{0, 0, static_cast<int32_t>(now)};
-    for (int i = 0; i < 40; ++i) from.push_back(static_cast<int32_t>(random.below(static_cast<int>(now + 1))));
+    for (int i = 0; i < 40; ++i) from.push_back(static_cast<int32_t>(random.below(static_cast<uint32_t>(now + 1))));
     cache.prepare(from.data(), static_cast<int64_t>(from.size()), steps.view(), hyper, amsgrad);
     for (const int32_t first : from) {
       const int64_t gap = steps.count() - first;
@@ -247,7 +247,7 @@ void check_kernels() {
         TensorArgs tensor = table.args(0, amsgrad);
         tensor.grad = nullptr;
         tensor.stale = &stale;
-        const cpu::FlushDenormals flush;
+        const FlushDenormals flush;
         isa.kernels->touched_rows[static_cast<int>(dtype)](step_of(0, amsgrad, false), tensor, 0, table.size);
         claims.note(isa.name + std::string(": a row jumps as in the scalar loop"), table == expected);
       });

@@ -25,8 +25,8 @@ __all__ = ["Partitions", "refuse_new_in_capture"]
 
 Value = TypeVar("Value", bound=Hashable)
 
-# A parameter without a gradient; its gradient moves all of it; or the rows it names; with "lazy" one more for each further
-# axis of the indices.
+# A parameter without a gradient; with one that moves all of it; with one that moves the rows it names; with "lazy" one
+# more for each further axis of the indices.
 _NONE, _WHOLE, _ROWS = 0, 1, 2
 
 

@@ -375,7 +375,7 @@ def test_sparse_gradients_under_torch_compile_take_the_eager_step(mode, whole):
             head(table(ids)).sum().backward()  # noqa: B023
 
         def train(ids):
-            backward(ids)  # noqa: B023
+            backward(ids)
             optimizer.step()  # noqa: B023
 
         step = optimizer.step

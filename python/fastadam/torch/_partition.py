@@ -25,8 +25,8 @@ __all__ = ["Partitions", "refuse_new_in_capture"]
 
 Value = TypeVar("Value", bound=Hashable)
 
-# A parameter without a gradient; its gradient moves all of it; or the rows it names; with "lazy" one more for each further
-# axis of the indices.
+# A parameter without a gradient; its gradient moves all of it; or the rows it names. With "lazy" there is one more code
+# for each further axis of the indices.
 _NONE, _WHOLE, _ROWS = 0, 1, 2
 
 

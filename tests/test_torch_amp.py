@@ -187,3 +187,46 @@ def test_a_compiled_fused_step_unscales(found_inf):
 
     theirs, ours = by_both(act, fused=True)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [2.0**126, 2.0**127, 3e38, 2.0**-126, 2.0**-127, 1e-40, INF, 0.0, float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of Dynamo
+def test_extreme_scales_do_what_torch_does(scale, dtype, compiled):
+    found = []
+    for cls in PAIRS["AdamW"]:
+        weight = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        optimizer = cls([weight], lr=0.1, fused=True)
+        step = optimizer.step
+        if compiled and cls is fastadam.torch.AdamW:
+            step = torch.compile(lambda: optimizer.step(), backend="eager")  # noqa: B023
+        for k in range(4):
+            weight.grad = torch.tensor([1.0, -0.5, 2.0]).to(dtype) * (k + 1) * min(max(scale, 1e-30), 2.0**124)
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+            step()
+        found.append([weight.detach(), *optimizer.state[weight].values(), weight.grad])
+    torch._dynamo.reset()
+    if scale == 0:  # infinite second moments become NaN: see the docstring of the class
+        found = [each[:1] for each in found]
+    torch.testing.assert_close(found[1], found[0], rtol=2e-6, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_grad_scaler_whose_scale_grows_above_2_to_126(fused):
+    """As GradScaler grows it where all gradients are small; no message names a factor that users do not give."""
+
+    def act(optimizer, weights):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**124, growth_interval=1)
+        found = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            scaler.scale(sum((w * 1e-6).sum() for w in weights)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            found += [w.detach().clone() for w in weights]
+        return found, scaler.get_scale()
+
+    theirs, ours = by_both(act, fused=fused)
+    assert theirs[1] == ours[1] == 2.0**127
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)

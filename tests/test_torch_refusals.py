@@ -86,9 +86,16 @@ def test_a_step_that_is_refused_changes_nothing():
     refuse("Invalid weight_decay value: nan", spoil=set_option(weight_decay=float("nan")))
     refuse("Invalid weight_decay value: -1", spoil=set_option(weight_decay=-1))
     refuse("capturable: True with", spoil=set_option(capturable=True, amsgrad=True))
-    refuse("beta_1", spoil=set_option(betas=(1.0, 0.5)))
+    refuse(r"betas: \(1.0, 0.5\), expected 0 or more", spoil=set_option(betas=(1.0, 0.5)))
+    refuse("eps: -1.0, expected 0 or more", spoil=set_option(eps=-1.0))
+    refuse("lr: inf, expected a finite number", spoil=set_option(lr=float("inf")))
+    refuse("lr: nan, expected a finite number", spoil=set_option(lr=torch.tensor(float("nan"))))
     refuse("elements share memory", spoil=expand)
-    refuse(r"m\[0\]: float32, expected float64", TypeError, spoil=put(exp_avg=torch.zeros(4)))
+    refuse(
+        f"state of {second}: exp_avg: torch.float32, expected torch.float64",
+        TypeError,
+        spoil=put(exp_avg=torch.zeros(4)),
+    )
 
 
 def test_parameters_of_other_dtypes_are_refused_by_name():

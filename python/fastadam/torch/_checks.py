@@ -31,6 +31,7 @@ __all__ = [
     "check_options",
     "check_params",
     "check_rows",
+    "check_rule",
     "check_tensor",
     "label_of",
 ]
@@ -86,6 +87,18 @@ def check_options(group: Group) -> None:
         raise ValueError("differentiable: True, expected False: the kernels have no derivative")
     if not 0.0 <= group.get("weight_decay", 0.0) < math.inf:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+
+
+def check_rule(group: Group) -> None:
+    """Check the numbers of a group that native code checks under other names."""
+    rate = group["lr"]
+    is_on_gpu = isinstance(rate, Tensor) and rate.is_cuda  # reading it would wait
+    if not is_on_gpu and not math.isfinite(rate):
+        raise ValueError(f"lr: {float(rate)}, expected a finite number")
+    if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
+        raise ValueError(f"betas: {group['betas']}, expected 0 or more and less than 1")
+    if not group["eps"] >= 0.0:
+        raise ValueError(f"eps: {group['eps']}, expected 0 or more")
 
 
 def check_tensor(name: str, value: object, *, foreach: bool, capturable: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastadam._core.native.plan import BoundedCache, StepHyper
 from fastadam.torch._checks import Group
+from fastadam.torch._grad_scaler import ScaledStep
 from fastadam.torch._layout import Turn, turns_of
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._state import SLOTS, Kind
@@ -111,7 +112,8 @@ def _adam(
     group: int,
     owner: int,
 ) -> None:
-    if found_inf is not None and float(found_inf):
+    scaled = ScaledStep(grad_scale, found_inf)
+    if scaled.skips:
         return
     columns = Columns(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
     steps = _known.get(owner)
@@ -129,12 +131,12 @@ def _adam(
                 beta_1=beta1,
                 beta_2=beta2,
                 epsilon=eps,
-                gradient_scale=1.0 if grad_scale is None else 1.0 / float(grad_scale),
+                gradient_scale=scaled.gradient_scale,
                 weight_decay=weight_decay if decoupled else 0.0,
                 l2=0.0 if decoupled else weight_decay,
                 epsilon_corrected=True,
             )
-            gradients = chosen.read_gradients([grads[place] for place in places], densify=True)
+            gradients = chosen.read_gradients(scaled.divided([grads[place] for place in places]), densify=True)
             factors = chosen.factors_of({"maximize": maximize})
             calls.append((chosen, chosen.check(gradients, hyper, factors), hyper, factors))
         for chosen, gradients, hyper, factors in calls:

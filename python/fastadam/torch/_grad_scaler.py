@@ -14,6 +14,7 @@ from fastadam.torch._step_count import is_on_gpu
 __all__ = ["Number", "ScaledStep"]
 
 Number: TypeAlias = "SupportsFloat | None"  # a Python number, or a tensor of one element
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127  # factors that float32 has with all digits, whatever they are rounded to
 
 
 class ScaledStep:
@@ -26,16 +27,37 @@ class ScaledStep:
 
     def __init__(self, grad_scale: Number, found_inf: Number) -> None:
         self._grad_scale, self._found_inf = grad_scale, found_inf
-        self._gradient_scale = 1.0 if grad_scale is None else None  # None: not read yet
+        self._factor = 1.0 if grad_scale is None else None  # None: not read yet
+        self._is_extreme = False
         self._skips = False if found_inf is None else None
         self._placed: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
 
     @property
     def gradient_scale(self) -> float:
-        """The factor that the gradients are multiplied by; reading it may wait for a GPU, once."""
-        if self._gradient_scale is None:
-            self._gradient_scale = 1.0 / _float_of(self._grad_scale)
-        return self._gradient_scale
+        """The factor that a native step is to multiply the gradients by, after :meth:`divided`.
+
+        Reading it may wait for a GPU, once.
+        """
+        if self._factor is None:
+            self._factor = self._read()
+        return self._factor
+
+    @property
+    def is_extreme(self) -> bool:
+        """Whether kernels cannot multiply by 1 / the scale, which is not a normal number above 0 in float32."""
+        return self.gradient_scale == 1.0 and self._is_extreme
+
+    def _read(self) -> float:
+        scale = _float_of(self._grad_scale)
+        self._is_extreme = not 1 / _LARGEST <= scale <= 1 / _SMALLEST
+        return 1.0 if self._is_extreme else 1.0 / scale
+
+    def divided(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The gradients, divided by the scale if kernels cannot do it."""
+        if not self.is_extreme:
+            return gradients
+        scale = _float_of(self._grad_scale)
+        return [gradient / scale for gradient in gradients]
 
     @property
     def skips(self) -> bool:

@@ -11,11 +11,11 @@ from fastadam._core.common.types import AnyGradient, Foreign
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gpu import cuda_module, late_error
 from fastadam._core.native.plan import Plan, StepHyper
-from fastadam.torch._checks import Group, ParamState, check_options
+from fastadam.torch._checks import Group, ParamState, check_options, check_rule
 from fastadam.torch._deferred import Table
 from fastadam.torch._gradients import GradientReader
 from fastadam.torch._layout import ALONE, Turn, View, flattened, is_lazy_view, is_plain, local_of
-from fastadam.torch._state import SLOTS, Kind
+from fastadam.torch._state import HALF, SLOTS, Kind
 from fastadam.torch._step_count import StepCounts, is_on_gpu, whole_count
 
 __all__ = ["ParameterSet"]
@@ -84,6 +84,8 @@ class ParameterSet:
                     raise TypeError(f"{found}: {type(slot).__name__}, expected a tensor")
                 if slot.shape != param.shape:
                     raise ValueError(f"{found}: shape {tuple(slot.shape)}, expected {tuple(param.shape)}")
+                if slot.dtype != param.dtype and not (param.dtype in HALF and slot.dtype == torch.float32):
+                    raise TypeError(f"{found}: {slot.dtype}, expected {param.dtype}")
                 if is_lazy_view(slot):
                     raise ValueError(f"{found}: a conjugated or negated view, expected a tensor of its own")
                 if slot.device != param.device:
@@ -213,6 +215,7 @@ class ParameterSet:
         The epsilon of rows is not bias-corrected, as in ``torch.optim.SparseAdam``.
         """
         check_options(group)
+        check_rule(group)
         (beta_1, beta_2), weight_decay = group["betas"], float(group["weight_decay"])
         decoupled = group["decoupled_weight_decay"]
         if weight_decay and not decoupled and self.kind.rows:

@@ -28,6 +28,7 @@ Value = TypeVar("Value", bound=Hashable)
 # A parameter without a gradient; with one that moves all of it; with one that moves the rows it names; with "lazy" one
 # more for each further axis of the indices.
 _NONE, _WHOLE, _ROWS = 0, 1, 2
+_MOST_PARAMETERS = 8192  # in all sets that are kept, each with about 4 KB
 
 
 class Key(NamedTuple):
@@ -46,6 +47,10 @@ class Partition(NamedTuple):
     params: list[Tensor]  # of the whole group
     sets: list[ParameterSet]
     epoch: list[int]  # of `optimizer.state`, when the states were last compared; one number
+
+    def size(self) -> int:
+        """How many parameters are in the sets."""
+        return sum(len(each.params) for each in self.sets)
 
     def is_of(self, params: list[Tensor]) -> bool:
         """Whether the group still has the same parameters."""
@@ -68,7 +73,7 @@ class Partitions:
 
     def __init__(self, mode: SparseUpdate, moments_dtype: torch.dtype | None, tables: Tables) -> None:
         self._mode, self._moments_dtype, self._tables = mode, moments_dtype, tables
-        self._kept: BoundedCache[Key, Partition] = BoundedCache()
+        self._kept: BoundedCache[Key, Partition] = BoundedCache(_MOST_PARAMETERS, Partition.size, least=4)
         self._epoch = 0
         self._groups = 0
         self.known: States | None = None  # a copy of `optimizer.state` when it was last compared

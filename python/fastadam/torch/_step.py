@@ -113,7 +113,9 @@ class GroupStepper:
     def _step(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
         if self._repeated is not None and not is_simulation():
             # On the host, which therefore waits for the scaler.
-            if scaled.skips or self._repeated.make(groups, state, scaled.gradient_scale):
+            if scaled.skips:
+                return
+            if not scaled.is_extreme and self._repeated.make(groups, state, scaled.gradient_scale):
                 return
             self._repeated = None
         with torch.no_grad():
@@ -185,6 +187,8 @@ class GroupStepper:
         step = chosen.next_step(counts[0]) if counts else 1
         hyper = chosen.numbers_of(group, step, scaled.gradient_scale if there.grad_scale is None else 1.0)
         mine = [gradient for place in chosen.positions if (gradient := gradients[place]) is not None]
+        if there.grad_scale is None:
+            mine = scaled.divided(mine)
         if chosen.tables:
             self._settle_before(chosen, mine, hyper)
         if chosen.context is not None:

@@ -248,10 +248,16 @@ class RepeatedSteps:
 
 
 class BoundedCache(Generic[Key, Value]):
-    """What was made for the sets of variables used last: at most ``most`` values, the least recently used go first."""
+    """What was made for the sets of variables used last; the least recently used go first.
 
-    def __init__(self, most: int = 256) -> None:
-        self._most = most
+    Args:
+        most: How many values are kept; or, with ``size_of``, up to which sum of their sizes.
+        size_of: The size of a value, about in proportion to its memory.
+        least: So many values are kept whatever their sizes are.
+    """
+
+    def __init__(self, most: int = 256, size_of: Callable[[Value], int] = lambda _: 1, least: int = 1) -> None:
+        self._most, self._size_of, self._least = most, size_of, least
         self._values: dict[Key, Value] = {}
 
     def get(self, key: Key) -> Value | None:
@@ -264,9 +270,10 @@ class BoundedCache(Generic[Key, Value]):
     def put(self, key: Key, value: Value) -> None:
         """Add or replace a value."""
         self._values.pop(key, None)
-        if len(self._values) >= self._most:
-            del self._values[next(iter(self._values))]
         self._values[key] = value
+        size = sum(map(self._size_of, self._values.values()))
+        while size > self._most and len(self._values) > self._least:
+            size -= self._size_of(self._values.pop(next(iter(self._values))))
 
     def remove(self, value: Value) -> None:
         """Forget a value, under whatever key."""

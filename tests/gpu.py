@@ -77,6 +77,10 @@ class FakeGpu:
     def fail(self, function, error):
         self.runtime.fake_cuda_fail(function.encode(), error)
 
+    def watch_the_gil(self):
+        """From here on `calls` has "locked" in calls that wait for the GPU and hold the GIL."""
+        self.runtime.fake_cuda_watch_waits(ctypes.cast(ctypes.pythonapi.PyGILState_Check, ctypes.c_void_p))
+
     def begin_capture(self):
         assert self.runtime.fake_cuda_begin_capture(ctypes.c_void_p(self.stream)) == 0
 

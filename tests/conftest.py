@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 
@@ -9,6 +10,9 @@ from gpu import FakeGpu, build_fake, real_or_skip
 from helpers import Snapshot
 from hypothesis import settings
 from providers import NAMES, Provider
+
+# JAX would take most of the memory of a GPU at once, and leave CuPy and PyTorch none.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # The default run finds the same on every machine. `--hypothesis-profile=random`, which .ci/run adds, looks further.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -100,7 +104,7 @@ def gpu(request):
     if request.param == "fake":
         yield request.getfixturevalue("fake_gpu")
         return
-    real = real_or_skip()
+    real = real_or_skip(request.config)
     real.start()
     yield real
-    real.cupy.cuda.Stream.null.use()
+    real.stop()

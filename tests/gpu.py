@@ -9,6 +9,7 @@ import ctypes
 import gc
 import importlib.util
 import os
+import re
 import sys
 
 import fastadam
@@ -77,6 +78,10 @@ class FakeGpu:
     def fail(self, function, error):
         self.runtime.fake_cuda_fail(function.encode(), error)
 
+    def watch_the_gil(self):
+        """From here on `calls` has "locked" in calls that wait for the GPU and hold the GIL."""
+        self.runtime.fake_cuda_watch_waits(ctypes.cast(ctypes.pythonapi.PyGILState_Check, ctypes.c_void_p))
+
     def begin_capture(self):
         assert self.runtime.fake_cuda_begin_capture(ctypes.c_void_p(self.stream)) == 0
 
@@ -139,8 +144,16 @@ class RealGpu:
         self.cupy_stream.use()
         self.stream = self.cupy_stream.ptr
 
+    def stop(self):
+        """Free what CuPy keeps for later: other libraries need the memory."""
+        self.cupy.cuda.Stream.null.use()
+        gc.collect()
+        self.cupy.get_default_memory_pool().free_all_blocks()
+
     def array(self, values):
         values = np.asarray(values)
+        if values.dtype.name == "bfloat16" and int(self.cupy.__version__.split(".")[0]) < 14:
+            pytest.skip("needs CuPy 14, the first with bfloat16")
         return self.cupy.asarray(values, order="F" if values.flags.f_contiguous and values.ndim > 1 else "C")
 
     def get(self, array):
@@ -156,9 +169,19 @@ class RealGpu:
         graph.launch(self.cupy_stream)
 
 
-def real_or_skip():
+def asks_for_gpu(config):
+    """Whether this run has been told, by ``-m gpu``, that there is a GPU."""
+    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr or "") is not None
+
+
+def skip_or_fail(config, reason):
+    """Skip; but with ``-m gpu`` fail, or a run in which nothing ran would look like one that passed."""
+    (pytest.fail if asks_for_gpu(config) else pytest.skip)(reason)
+
+
+def real_or_skip(config):
     if not fastadam.cuda.is_available():
-        pytest.skip(f"needs a GPU: {why_not()}")
+        skip_or_fail(config, f"needs a GPU: {why_not()}")
     if importlib.util.find_spec("cupy") is None:
-        pytest.skip("needs CuPy, which brings the arrays of a GPU")
+        skip_or_fail(config, "needs CuPy, which brings the arrays of a GPU")
     return RealGpu()

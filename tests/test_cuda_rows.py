@@ -76,6 +76,19 @@ def test_rows_of_any_width(gpu, mode, shape):
     tables.check()
 
 
+@pytest.mark.parametrize("width", [1, 3, 8])
+@pytest.mark.parametrize("count", [300, 70_000])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_more_rows_than_a_block_has_threads(gpu, width, count, accumulate):
+    if accumulate and count > 300 and width > 1:
+        count = 3000  # each is about a second on the fake GPU
+    tables = Tables(gpu, "dense", (count, width), **({"gradient_accumulation_steps": 2} if accumulate else {}))
+    for part in (count, count // 2, 3):
+        tables.step(tables.rng.permutation(count)[:part])
+        tables.step(tables.rng.randint(0, count, 5))
+    tables.check()
+
+
 @pytest.mark.parametrize("mode", ["deferred", "deferred_fast"])
 def test_many_steps_and_histories_that_grow(gpu, mode, monkeypatch):
     monkeypatch.setattr("fastadam._core.deferred.history._FIRST_ROOM", 64)

@@ -6,16 +6,17 @@ import fastadam
 import numpy as np
 import pytest
 from cases import bits
+from gpu import skip_or_fail
 from test_cuda import F32, same
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("gpu", ["real"], indirect=True)]
 
 
 @pytest.fixture
-def torch():
+def torch(request):
     found = pytest.importorskip("torch")
     if not found.cuda.is_available():
-        pytest.skip("needs a CUDA build of PyTorch")
+        skip_or_fail(request.config, "needs a CUDA build of PyTorch")
     return found
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gpu import skip_or_fail
 from helpers import run_python
 
 jax = pytest.importorskip("jax")
@@ -65,18 +66,19 @@ print(*[a > b for (a, _), (b, _) in zip(counts[2:], counts[1:])], counts[-1][1] 
     assert result.stdout.split() == ["False", "False", "False", "True"], result.stderr
 
 
-def on_a_gpu():
+@pytest.fixture
+def on_a_gpu(request):
     if not operation.has_cuda():
-        pytest.skip("needs a GPU, JAX for it and a CUDA build of fastadam")
+        skip_or_fail(request.config, "needs a GPU, JAX for it and a CUDA build of fastadam")
     return jax.devices("cuda")[0]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_a_gpu_has_the_bits_of_the_cpu(dtype, amsgrad):
+def test_a_gpu_has_the_bits_of_the_cpu(on_a_gpu, dtype, amsgrad):
     results = []
-    for device in (on_a_gpu(), jax.devices("cpu")[0]):
+    for device in (on_a_gpu, jax.devices("cpu")[0]):
         params = {"w": jnp.linspace(-1, 1, 100_000).astype(dtype), "b": jnp.ones((3, 5), dtype)}
         params = jax.device_put(params, device)
         state = jax.device_put(fj.init(params, amsgrad=amsgrad), device)
@@ -91,9 +93,9 @@ def test_a_gpu_has_the_bits_of_the_cpu(dtype, amsgrad):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["dense", "lazy"])
-def test_rows_on_a_gpu_have_the_bits_of_the_cpu(mode):
+def test_rows_on_a_gpu_have_the_bits_of_the_cpu(on_a_gpu, mode):
     results = []
-    for device in (on_a_gpu(), jax.devices("cpu")[0]):
+    for device in (on_a_gpu, jax.devices("cpu")[0]):
         table = jax.device_put(jnp.linspace(-1, 1, 6400).reshape(100, 64), device)
         state = jax.device_put(fj.init(table), device)
         step = jax.jit(functools.partial(fj.sparse_update, learning_rate=0.1, mode=mode), donate_argnums=(0, 3))

@@ -7,13 +7,19 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fastadam.torch  # noqa: E402
+from gpu import skip_or_fail  # noqa: E402
 from torch_twins import PAIRS  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.parametrize("gpu", ["real"], indirect=True),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA build of PyTorch"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _torch_has_cuda(request):
+    if not torch.cuda.is_available():
+        skip_or_fail(request.config, "needs a CUDA build of PyTorch")
 
 
 def pair(name, dtype=torch.float64, **options):

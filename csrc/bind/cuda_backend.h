@@ -29,8 +29,13 @@ struct CudaContext {
 
   // If a step did nothing because of an invalid index: the counter before that step, and the error text.
   std::optional<std::pair<int64_t, std::string>> take_failure() {
-    const cuda::DeviceScope scope(device);
-    const std::optional<cuda::Failure> failure = native->take_failure();
+    if (!native->has_failed()) return std::nullopt;
+    std::optional<cuda::Failure> failure;
+    {
+      const cuda::DeviceScope scope(device);
+      const py::gil_scoped_release unlocked;
+      failure = native->take_failure();
+    }
     if (!failure) return std::nullopt;
     const IndexSource& source = sources.at(static_cast<size_t>(failure->source));
     return std::make_pair(failure->call, source.indices + "[" + std::to_string(failure->position) + "]: " +
@@ -46,6 +51,7 @@ struct CudaContext {
 
   int64_t step() {
     const cuda::DeviceScope scope(device);
+    const py::gil_scoped_release unlocked;
     return native->step();
   }
 
@@ -108,7 +114,10 @@ class CudaBackend {
       throw std::runtime_error("a step with these variables was not made before it was captured; make one first");
     }
     const Scope scope(*this, place);
-    launch_ = std::make_unique<cuda::Launch>(context_->native, tensors, chains);
+    {
+      const py::gil_scoped_release unlocked;
+      launch_ = std::make_unique<cuda::Launch>(context_->native, tensors, chains);
+    }
     sorted_.resize(tensors.size());
     copies_.resize(tensors.size());
   }
@@ -222,8 +231,8 @@ class CudaBackend {
     const int64_t bytes = indices.size * indices.item_size;
     if (copies_[i].bytes < bytes) copies_[i] = {std::shared_ptr<void>(cuda::allocate(bytes), &cuda::release), bytes};
     const auto* data = static_cast<const char*>(indices.data);
-    const std::vector<char> pageable(
-        data, data + bytes);  // the runtime copies pageable memory before it returns, but not pinned memory
+    // The runtime copies pageable memory before it returns, but not pinned memory.
+    const std::vector<char> pageable(data, data + bytes);
     cuda::copy_to_device(copies_[i].memory.get(), pageable.data(), bytes, context_->native->stream());
     return copies_[i].memory.get();
   }

@@ -48,8 +48,12 @@ void register_context(py::module_& m) {
       .def(py::init([](const py::array& alphas, const py::array& keeps, const py::array& peaks, int64_t steps,
                        int device, uintptr_t stream) {
              const cuda::DeviceScope scope(device);
-             auto history = std::make_shared<cuda::DeviceHistory>(alphas.itemsize() == 8, alphas.size());
-             history->write(alphas.data(), keeps.data(), peaks.data(), steps, reinterpret_cast<void*>(stream));
+             const bool is_double = alphas.itemsize() == 8;
+             const int64_t room = alphas.size();
+             const void* const rates[] = {alphas.data(), keeps.data(), peaks.data()};
+             const py::gil_scoped_release unlocked;
+             auto history = std::make_shared<cuda::DeviceHistory>(is_double, room);
+             history->write(rates[0], rates[1], rates[2], steps, reinterpret_cast<void*>(stream));
              return history;
            }),
            py::arg("alphas"), py::arg("keeps"), py::arg("peaks"), py::arg("steps"), py::arg("device"),

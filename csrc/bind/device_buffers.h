@@ -48,9 +48,11 @@ inline DeviceArray make_device_array(std::vector<int64_t> shape, const std::stri
   const bool is_bfloat16 = dtype == "bfloat16";
   DeviceArray array{
       std::move(shape), py::dtype(is_bfloat16 ? "uint16" : dtype), is_bfloat16, order == "F", device, stream, nullptr};
+  const int64_t bytes = array.nbytes();
   const cuda::DeviceScope scope(device);
-  array.memory = std::shared_ptr<void>(cuda::allocate(array.nbytes()), &cuda::release);
-  cuda::set_zero(array.memory.get(), array.nbytes());
+  const py::gil_scoped_release unlocked;
+  array.memory = std::shared_ptr<void>(cuda::allocate(bytes), &cuda::release);
+  cuda::set_zero(array.memory.get(), bytes);
   return array;
 }
 
@@ -242,6 +244,7 @@ inline void assign(const py::object& object, const py::array& values) {
   const bool same_layout = from.same_layout(b) && from.shape == b.shape && from.item_size == b.item_size;
   if (!same_layout) throw py::value_error("values: expected the shape, dtype and order of the array");
   const cuda::DeviceScope scope(b.device());
+  const py::gil_scoped_release unlocked;
   cuda::overwrite(b.data, from.data, b.size * b.item_size);
 }
 

@@ -76,7 +76,10 @@ bool Context::is_capturing() const { return parts_->is_capturing; }
 
 void Context::wait() { check(cudaDeviceSynchronize()); }
 
+bool Context::has_failed() const { return parts_->report.get()->failed != 0; }
+
 std::optional<Failure> Context::take_failure() {
+  const std::lock_guard lock(parts_->taking);
   volatile Report& report = *parts_->report.get();
   if (report.failed == 0) return std::nullopt;
   const Failure failure{report.call, report.source, report.position, report.index};

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -36,6 +37,7 @@ struct Context::Parts {
   double beta_1 = 0;  // the betas of the tables
   double beta_2 = 0;
   bool has_powers = false;
+  std::mutex taking;                           // the failure: of several threads one reports it
   std::vector<std::shared_ptr<void>> retired;  // what was replaced and a captured graph may still use
 
   // Returns memory for `count` elements, like the function of this name. In a capture it must be there already.

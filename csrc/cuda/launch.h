@@ -46,6 +46,7 @@ class FASTADAM_API Context {
   // Returns and clears the invalid index that the device has reported so far, if any; then steps run again. Waits only
   // if there is one.
   std::optional<Failure> take_failure();
+  bool has_failed() const;  // whether there is one; quick, and needs no current device
 
   bool is_captured() const;  // whether any step was captured
   int64_t step();            // t of the last step; waits for the device

@@ -78,12 +78,11 @@ FASTADAM_INLINE void replay_element(const StaleRows& stale, int64_t from, Elemen
 }
 
 enum class RowMode {
-  kAll,      // TF's rule: updates every row, with or without a gradient
   kTouched,  // updates the listed rows; in a deferred table first by the steps that they missed
   kCatchUp,  // applies to every row the steps that it missed
 };
 
-// Updates rows of one tensor.
+// Updates rows of one tensor, which are listed or wait for their steps. table_kernels.h has TF's rule, for all rows.
 template <class Storage, bool kAmsgrad, bool kTransform>
 struct RowStep {
   static constexpr int kThreads = kRowThreads;
@@ -108,13 +107,10 @@ struct RowStep {
     const RowPlace place = row_place(block, thread, width);
     if (place.row >= row_count) return;
     const Rows rows = slices.unique == nullptr ? Rows{} : slices.counted();
-    int64_t k = place.row;  // position in rows.rows
+    const int64_t k = place.row;  // position in rows.rows
     int64_t row = place.row;
-    bool has_gradient = tensor.grad != nullptr;
-    if (mode == RowMode::kAll) {
-      k = first_row_from(rows, row);
-      has_gradient = has_gradient && k < rows.count && rows.rows[k] == row;
-    } else if (mode == RowMode::kTouched) {
+    const bool has_gradient = tensor.grad != nullptr;
+    if (mode == RowMode::kTouched) {
       if (k >= rows.count) return;
       row = rows.rows[k];
     }
@@ -124,7 +120,7 @@ struct RowStep {
     }
     const Scalars scalars = scalars_of<T>(*state);
     const int64_t from = last == nullptr ? stale.now : last[row];
-    if (!has_gradient && mode != RowMode::kAll && from >= stale.now) return;
+    if (!has_gradient && from >= stale.now) return;
     for (int64_t column = place.column; column < width; column += place.lanes) {
       T g = T(0);
       if (has_gradient) {
@@ -153,8 +149,6 @@ struct RowStep {
     if (has_gradient) {
       e.var = load(store<Storage>(e.var));
       adam_update_row<kAmsgrad, true>(e.var, g, e.m, e.v, e.vhat, keep, scalars);
-    } else if (mode == RowMode::kAll) {
-      adam_update_row<kAmsgrad, false>(e.var, T(0), e.m, e.v, e.vhat, keep, scalars);
     }
     var[at] = store<Storage>(e.var);
     m[at] = e.m;
@@ -190,43 +184,6 @@ struct RowSums {
       sums[place.row * slices.width + column] =
           exists ? sum_values<false, Grad>(slices, values, place.row, column, T(0), T(1)) : T(0);
     }
-  }
-};
-
-// Adds IndexedSlices times their factor to the accumulator of a table.
-template <class Storage>
-struct AccumulateRows {
-  static constexpr int kThreads = kRowThreads;
-  using Shared = NoShared;
-  using T = Compute<Storage>;
-  const StepState* state;
-  TensorArgs tensor;
-  DeviceRows slices;
-  int64_t row_count;  // of the table
-  bool restart;       // the accumulator counts as zero
-
-  FASTADAM_INLINE int phases() const { return 1; }
-  FASTADAM_INLINE void phase(int, int64_t block, int64_t thread, Shared&) const {
-    if (state->skip) return;
-    const RowPlace place = row_place(block, thread, slices.width);
-    if (place.row >= row_count) return;
-    const Rows rows = slices.counted();
-    const int64_t k = first_row_from(rows, place.row);
-    const bool has_gradient = k < rows.count && rows.rows[k] == place.row;
-    T* accumulator = static_cast<T*>(tensor.accumulator) + place.row * slices.width;
-    for (int64_t column = place.column; column < slices.width; column += place.lanes) {
-      if (restart) accumulator[column] = T(0);
-      if (!has_gradient) continue;
-      accumulator[column] +=
-          tensor.grad_dtype == tensor.dtype ? sum<Storage>(rows, k, column) : sum<T>(rows, k, column);
-    }
-  }
-
- private:
-  template <class Grad>
-  FASTADAM_INLINE T sum(const Rows& rows, int64_t k, int64_t column) const {
-    constexpr T kNoClip = static_cast<T>(__builtin_huge_val());
-    return sum_values<true, Grad>(rows, tensor.grad, k, column, kNoClip, static_cast<T>(tensor.grad_factor));
   }
 };
 

@@ -5,7 +5,7 @@
 
 #include "chunks.h"
 #include "context.h"
-#include "row_kernels.h"
+#include "table_kernels.h"
 
 namespace fastadam::cuda {
 namespace {
@@ -190,16 +190,21 @@ std::optional<Failure> Gather::take_failure() {
 }
 
 void step_rows(const StepArgs& step, const TensorArgs& tensor, const double* factor, const StepState* state,
-               void* stream) {
+               void* on_stream) {
+  const auto stream = static_cast<cudaStream_t>(on_stream);
   const auto* slices = static_cast<const DeviceRows*>(tensor.rows);
   const auto* stale = static_cast<const DeviceStale*>(tensor.stale);
   const int64_t width = slices != nullptr ? slices->width : stale->width;
-  const bool all = stale == nullptr && !step.lazy;
-  const RowMode mode = slices == nullptr ? RowMode::kCatchUp : all ? RowMode::kAll : RowMode::kTouched;
+  const int64_t table_rows = width == 0 ? 0 : tensor.size / width;
   with_storage(tensor.dtype, [&](auto zero) {
+    using Storage = decltype(zero);
     with_options(step.amsgrad, tensor.grad == nullptr ? kAsItIs : step.transform, [&](auto amsgrad, auto transform) {
-      using Kernel = RowStep<decltype(zero), amsgrad.value, transform.value != kAsItIs>;
-      Kernel kernel{};
+      constexpr bool kTransforms = transform.value != kAsItIs;
+      if (stale == nullptr && !step.lazy) {
+        const TableStep<Storage, amsgrad.value, kTransforms> kernel{state, tensor, *slices, factor, table_rows};
+        return launch(kernel, row_grid(table_rows, kernel.units()), stream);
+      }
+      RowStep<Storage, amsgrad.value, kTransforms> kernel{};
       kernel.state = state;
       kernel.tensor = tensor;
       if (slices != nullptr) kernel.slices = *slices;
@@ -210,9 +215,9 @@ void step_rows(const StepArgs& step, const TensorArgs& tensor, const double* fac
       }
       kernel.factor = factor;
       kernel.width = width;
-      kernel.mode = mode;
-      kernel.row_count = mode == RowMode::kTouched ? slices->count : width == 0 ? 0 : tensor.size / width;
-      launch(kernel, row_grid(kernel.row_count, width), static_cast<cudaStream_t>(stream));
+      kernel.mode = slices == nullptr ? RowMode::kCatchUp : RowMode::kTouched;
+      kernel.row_count = slices == nullptr ? table_rows : slices->count;
+      launch(kernel, row_grid(kernel.row_count, width), stream);
     });
   });
 }

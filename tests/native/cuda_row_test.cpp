@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the CUDA kernels for rows (csrc/cuda/row_kernels.h) on the CPU and compares them bit for bit with plain scalar
-// loops or, where rows jump, with the CPU kernel. Prints a line per check.
+// Runs the CUDA kernels for rows (csrc/cuda/row_kernels.h, table_kernels.h) on the CPU and compares them bit for bit
+// with plain scalar loops or, where rows jump, with the CPU kernel. Prints a line per check.
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "../../csrc/bind/closed_forms.h"
 #include "../../csrc/cpu/launch.h"
-#include "../../csrc/cuda/row_kernels.h"
+#include "../../csrc/cuda/table_kernels.h"
 #include "emulate.h"
 #include "harness.h"
 #include "row_reference.h"
@@ -22,7 +23,7 @@ struct RowArgs {
   const StaleRows* stale;
   int32_t* last;
   int64_t width;
-  RowMode mode;
+  std::optional<RowMode> mode;  // of a RowStep; none: TableStep
   double unscale = 1;
   bool skip = false;
 };
@@ -35,18 +36,26 @@ void run_rows(const RowArgs& args, int t) {
   state.scalars_f64 = scalars<double>(t);
   state.unscale = args.unscale;
   state.skip = args.skip;
+  cuda::DeviceRows slices{};
+  static_cast<Rows&>(slices) = args.rows;
+  slices.unique = args.rows.rows == nullptr ? nullptr : &args.rows.count;
+  if (!args.mode) {
+    slices.unique = &args.rows.count;
+    slices.count += 3;  // on a GPU the host knows only the number of indices, an upper bound
+    const cuda::TableStep<Storage, kAmsgrad, kTransform> all{&state, args.tensor, slices, nullptr,
+                                                             args.tensor.size / args.width};
+    return emulate(all, cuda::row_grid(all.row_count, all.units()));
+  }
   Kernel kernel{};
   kernel.state = &state;
   kernel.tensor = args.tensor;
-  static_cast<Rows&>(kernel.slices) = args.rows;
-  kernel.slices.unique = args.rows.rows == nullptr ? nullptr : &args.rows.count;
+  kernel.slices = slices;
   if (args.stale != nullptr) kernel.stale = *args.stale;
   kernel.last = args.last;
   kernel.new_last = static_cast<int32_t>(kernel.stale.now);
   kernel.width = args.width;
-  // On a GPU the host knows only the number of indices, an upper bound.
   kernel.row_count = args.mode == RowMode::kTouched ? args.rows.count + 3 : args.tensor.size / args.width;
-  kernel.mode = args.mode;
+  kernel.mode = *args.mode;
   emulate(kernel, cuda::row_grid(kernel.row_count, kernel.width));
 }
 
@@ -82,7 +91,7 @@ void check_slices(const Pair& pair, int64_t width, bool amsgrad, bool transform,
     scaled.grad_factor *= unscale;
     expect_slices(scaled, kIndices[t], width, t, transform, lazy);
     const TensorArgs tensor = with_slices(table.args(t, amsgrad), values, pair, t, rows);
-    RowArgs args{tensor, rows, nullptr, nullptr, width, lazy ? RowMode::kTouched : RowMode::kAll};
+    RowArgs args{tensor, rows, nullptr, nullptr, width, lazy ? std::optional(RowMode::kTouched) : std::nullopt};
     args.skip = true;
     run_rows(args, t, amsgrad, transform);
     args.skip = false;
@@ -164,10 +173,47 @@ void check_jumps(DType dtype, bool amsgrad, Claims& claims) {
   claims.note("row kernel, closed forms: has the bits of the CPU kernel", table == expected);
 }
 
+// The search as a kernel: stores the position of each row in the list, or -1.
+struct Search {
+  static constexpr int kThreads = cuda::kRowThreads;
+  using Shared = cuda::RowSearch::Shared;
+  Rows rows;
+  int64_t most;    // an upper bound of the length of the list
+  int64_t number;  // of rows of a block
+  int64_t* found;
+
+  int phases() const { return cuda::RowSearch::phases(most) + 1; }
+  void phase(int phase, int64_t block, int64_t thread, Shared& shared) const {
+    if (phase + 1 < phases()) {
+      return cuda::RowSearch{rows, block * number, number}.phase(phase, phases() - 1, thread, shared);
+    }
+    if (thread < number) found[block * number + thread] = shared.places[thread];
+  }
+};
+
+void check_search(int64_t count, int64_t gap, int64_t number, Claims& claims) {
+  const int64_t row_count = (count + 2) * gap + 3 * number;
+  std::vector<int64_t> list;
+  for (int64_t k = 0; k < count; ++k) list.push_back(gap + k * gap + k % gap);
+  const Rows rows{list.data(), nullptr, nullptr, count, 1};
+  const int64_t blocks = (row_count + number - 1) / number;
+  std::vector<int64_t> expected(static_cast<size_t>(blocks * number), -1);
+  for (int64_t k = 0; k < count; ++k) expected[static_cast<size_t>(list[static_cast<size_t>(k)])] = k;
+  for (const int64_t most : {count, 2 * count + 1}) {
+    std::vector<int64_t> found(expected.size(), -2);
+    emulate(Search{rows, most, number, found.data()}, blocks);
+    claims.note("row search: finds every row of a block", found == expected);
+  }
+}
+
 }  // namespace
 
 int main() {
   Claims claims;
+  for (const int64_t count : {0, 1, 2, 255, 256, 257, 700, 65537}) {
+    for (const int64_t gap : {1, 3}) check_search(count, gap, cuda::kRowThreads, claims);
+    if (count < 1000) check_search(count, 40, 8, claims);
+  }
   for (const Pair& pair : kPairs) {
     for (const bool amsgrad : {false, true}) {
       for (const bool flag : {false, true}) {

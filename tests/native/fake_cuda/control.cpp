@@ -49,6 +49,7 @@ void fake_cuda_reset() {
   state.device_count = 1;
   state.device_error = state.fault = last_error() = cudaSuccess;
   state.failures.clear();
+  state.is_locked = nullptr;
   state.log.clear();
   current_device() = 0;
 }
@@ -110,6 +111,12 @@ void fake_cuda_copy(const Copy* copies, int64_t count) {
 void fake_cuda_read(void* host_to, const void* device_from, int64_t bytes) {
   const Copy copy{host_to, device_from, bytes};
   fake_cuda_copy(&copy, 1);
+}
+
+// Calls that wait ask it: see Runtime::is_locked. Null: they do not.
+void fake_cuda_watch_waits(int (*is_locked)()) {
+  const std::lock_guard lock(runtime().mutex);
+  runtime().is_locked = is_locked;
 }
 
 void* fake_cuda_stream(int device) {

@@ -11,9 +11,12 @@ using namespace fake_cuda;
 
 namespace {
 
-std::string copy_detail(size_t bytes, cudaMemcpyKind kind) {
+constexpr size_t kStagedAtOnce = 65536;  // an asynchronous copy of more pageable memory may wait for its stream
+
+std::string copy_detail(size_t bytes, cudaMemcpyKind kind, bool waits) {
   static const char* const names[] = {"HostToHost", "HostToDevice", "DeviceToHost", "DeviceToDevice", "Default"};
-  return std::to_string(bytes) + " " + (kind <= cudaMemcpyDefault ? names[kind] : "?");
+  return std::to_string(bytes) + " " + (kind <= cudaMemcpyDefault ? names[kind] : "?") +
+         (waits ? " " + wait_detail() : "");
 }
 
 bool may_copy(const Memory& memory, void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
@@ -123,7 +126,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 
 cudaError_t cudaDeviceSynchronize() {
-  return call("cudaDeviceSynchronize", "",
+  return call("cudaDeviceSynchronize", wait_detail(),
               [](Runtime& state) { return state.is_capturing() ? state.refuse_in_capture() : state.run_queue(); });
 }
 
@@ -163,7 +166,7 @@ cudaError_t cudaHostGetDevicePointer(void** on_device, void* host, unsigned) {
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-  return call("cudaMemcpy", nullptr, copy_detail(bytes, kind), [&](Runtime& state, Stream& stream) {
+  return call("cudaMemcpy", nullptr, copy_detail(bytes, kind, true), [&](Runtime& state, Stream& stream) {
     if (state.is_capturing()) return state.refuse_in_capture();
     const bool is_staged = state.memory.find(from).type == cudaMemoryTypeUnregistered;
     cudaError_t error = state.run_until(stream.last);
@@ -173,7 +176,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t on) {
-  return call("cudaMemcpyAsync", on, copy_detail(bytes, kind),
+  return call("cudaMemcpyAsync", on, copy_detail(bytes, kind, bytes > kStagedAtOnce || kind == cudaMemcpyDeviceToHost),
               [&](Runtime& state, Stream& stream) { return copy(state, stream, to, from, bytes, kind); });
 }
 

@@ -46,6 +46,11 @@ cudaError_t log_call(const char* name, cudaStream_t stream, const std::string& d
   return failure.empty() ? cudaSuccess : failure.mapped();
 }
 
+std::string wait_detail() {
+  int (*const is_locked)() = runtime().is_locked;
+  return is_locked != nullptr && is_locked() != 0 ? "locked" : "";
+}
+
 cudaError_t begin_call(const char* name, cudaStream_t stream, const std::string& detail) {
   const Runtime& state = runtime();
   const cudaError_t failure = log_call(name, stream, detail);

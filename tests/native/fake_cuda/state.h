@@ -62,6 +62,7 @@ struct Runtime {
   cudaError_t fault = cudaSuccess;  // raised by work; it stays, as in CUDA
   std::map<std::string, cudaError_t> failures;
   std::string log;
+  int (*is_locked)() = nullptr;  // whether the calling thread holds a lock that it must not hold while it waits
 
   Stream* find_stream(cudaStream_t stream);
   cudaStream_t make_stream(int device);
@@ -96,6 +97,9 @@ cudaError_t log_call(const char* name, cudaStream_t stream, const std::string& d
 // Logs a call, and returns a requested failure or the error that every call would return now.
 cudaError_t begin_call(const char* name, cudaStream_t stream, const std::string& detail);
 cudaError_t remember(cudaError_t error);
+
+// The detail of a call that waits for the device: "locked" or nothing.
+std::string wait_detail();
 
 template <class Run>
 cudaError_t call(const char* name, const std::string& detail, Run run) {

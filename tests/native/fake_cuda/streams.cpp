@@ -74,7 +74,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t on) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t on) {
-  return call("cudaStreamSynchronize", on, "", [](Runtime& state, const Stream& stream) {
+  return call("cudaStreamSynchronize", on, wait_detail(), [](Runtime& state, const Stream& stream) {
     return stream.capture != nullptr ? state.refuse_in_capture() : state.run_until(stream.last);
   });
 }

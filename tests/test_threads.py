@@ -100,6 +100,44 @@ def test_other_threads_of_python_run_during_a_step():
     assert during
 
 
+STEPS_OF_A_DAEMON = {
+    "small": "o.apply_gradients([(np.ones(36, 'f'), small)])",
+    "large": "o.apply_gradients([(ones, large)])",
+    "clipped": "clipped.apply_gradients([(ones, large)])",
+    "accumulated": "accumulates.apply_gradients([(ones, large)])",
+    "rows": "deferred.apply_gradients([(fastadam.IndexedSlices(rows, ids), table)]); deferred.gather(table, ids)",
+    "stateless": "fastadam.adam_step(large, ones, m, v, step=1)",
+    "norm": "fastadam.global_norm([ones])",
+}
+
+
+@pytest.mark.parametrize("step", STEPS_OF_A_DAEMON)
+def test_daemon_threads_that_step_do_not_abort_the_interpreter_when_it_exits(step):
+    code = f"""
+import threading, time
+import fastadam, numpy as np
+ones, rows, ids = np.ones(200_000, 'f'), np.ones((1000, 8), 'f'), np.arange(1000) * 7 % 900
+started = threading.Event()
+
+def work():
+    small, large, table = np.ones(36, 'f'), np.ones(200_000, 'f'), np.ones((1000, 8), 'f')
+    m, v = np.zeros_like(large), np.zeros_like(large)
+    o, clipped = fastadam.Adam(), fastadam.Adam(global_clipnorm=1.0)
+    accumulates, deferred = fastadam.Adam(gradient_accumulation_steps=2), fastadam.Adam(sparse_update="deferred")
+    while True:
+        {STEPS_OF_A_DAEMON[step]}
+        started.set()
+
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+started.wait()
+time.sleep(0.1)
+"""
+    for _ in range(2):
+        result = run_python(code)
+        assert (result.returncode, result.stderr) == (0, "")
+
+
 PRINT_THREADS = "import fastadam; print(fastadam.get_num_threads())"
 
 

@@ -12,6 +12,7 @@
 #include "cpu_backend.h"
 #include "register_ops.h"
 
+#include "gil.h"
 namespace {
 
 namespace py = pybind11;
@@ -82,7 +83,7 @@ std::vector<double> sums_of_squares(const py::list& objects) {
   const fastadam_list list = {FASTADAM_ABI, tensors.data(), static_cast<int64_t>(tensors.size()), nullptr, nullptr, 0};
   {
     // Safe: only the memory that `buffers` keeps alive is read.
-    const py::gil_scoped_release unlocked;
+    const ReleasedGil unlocked;
     require_ok(fastadam_sum_squares(&list, sums.data()));
   }
   return sums;

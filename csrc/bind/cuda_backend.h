@@ -13,6 +13,7 @@
 #include "device_buffers.h"
 #include "device_rows.h"
 #include "variables.h"
+#include "gil.h"
 
 namespace fastadam::bind {
 
@@ -40,7 +41,7 @@ struct CudaContext {
 
   void wait() {
     const cuda::DeviceScope scope(device);
-    const py::gil_scoped_release unlocked;
+    const ReleasedGil unlocked;
     native->wait();
   }
 

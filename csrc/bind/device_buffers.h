@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../cuda/device.h"
+#include "gil.h"
 #include "read_buffer.h"
 
 namespace fastadam::bind {
@@ -230,7 +231,7 @@ inline py::array copy_to_numpy(const Buffer& b) {
   py::array host(dtype, b.shape, b.strides);
   const cuda::DeviceScope scope(b.device());
   void* to = host.mutable_data();
-  const py::gil_scoped_release unlocked;
+  const ReleasedGil unlocked;
   cuda::copy_to_host(to, b.data, b.size * b.item_size);
   return host;
 }

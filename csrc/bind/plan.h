@@ -11,6 +11,7 @@
 
 #include "../capi/prepare.h"
 #include "../capi/step_checks.h"
+#include "gil.h"
 #include "tensors.h"
 
 namespace fastadam::bind {
@@ -43,7 +44,7 @@ class Plan {
     const StepArgs args = arguments(hyper, factors);
     if (hyper.clip_after_dedupe && clips(hyper)) call.sum_rows(clips_norms(hyper));
     call.read_histories(hyper, [&](const TensorArgs& table) {
-      const py::gil_scoped_release unlocked;
+      const ReleasedGil unlocked;
       backend().catch_up(table, args, value_of(counter));
     });
     run(call, args, hyper, counter);
@@ -81,7 +82,7 @@ class Plan {
         update->arguments(hyper, {});
       }
       for (size_t i = 0; i < set_.tensors().size(); ++i) set_.tensors()[i].grad_factor = usable_factor(scale, i);
-      const py::gil_scoped_release unlocked;
+      const ReleasedGil unlocked;
       all_finite_ =
           backend().accumulate({variables().chains(), restart}, require_finite, set_.tensors(), value_of(counter));
     }
@@ -102,7 +103,7 @@ class Plan {
     const StepArgs args = arguments(hyper, {});
     Call call(set_, ids, hyper);
     {
-      const py::gil_scoped_release unlocked;
+      const ReleasedGil unlocked;
       backend().catch_up(set_.tensors()[0], args, value_of(counter));
     }
     if (ids) call.note_histories(nullptr, 0);
@@ -132,7 +133,7 @@ class Plan {
   void run(Call& call, const StepArgs& args, const AdamHyper& hyper, int64_t* counter) {
     {
       // Safe: the kernels touch only memory that this Plan and the gradients' owners keep alive.
-      const py::gil_scoped_release unlocked;
+      const ReleasedGil unlocked;
       all_finite_ = backend().step(args, set_.tensors(), hyper, value_of(counter));
     }
     if (!all_finite_) return;

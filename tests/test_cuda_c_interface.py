@@ -75,6 +75,29 @@ def test_dense_lists_of_all_dtypes_have_the_bits_of_the_cpu(twins, numbers, slot
     pair.check()
 
 
+@pytest.mark.parametrize(
+    "numbers", [{"clip_norm": 0.3}, {"global_clip_norm": 0.5}, {"clip_norm": 1e250, "global_clip_norm": 0.5}]
+)
+@pytest.mark.parametrize("require_finite", [False, True])
+def test_norms_of_float64_gradients_whose_squares_overflow(twins, numbers, require_finite):
+    rng = np.random.default_rng(1)
+    pair = twins(dense_tensors(rng))
+    hyper = hyper_of(1, require_finite=require_finite, **numbers)
+    gradients = gradients_of(rng, pair.host)
+    gradients[1] *= 2.0**700
+    pair.give(gradients)
+    assert pair.step(hyper) == OK, pair.error()
+    assert pair.host.arrays[1]["m"].any()
+    pair.check()
+    gradients[1][:] = 1.7e308  # a norm that is not finite
+    pair.give(gradients)
+    before = pair.host.arrays[1]["var"].copy()
+    hyper.step = 2
+    assert pair.step(hyper) == (NOT_FINITE if require_finite else OK)
+    assert np.array_equal(before, pair.host.arrays[1]["var"]) == require_finite
+    pair.check()
+
+
 def test_half_moments_and_wide_gradients(twins):
     rng = np.random.default_rng(2)
     tensors = [variable(rng, 100, "bfloat16", "bfloat16"), variable(rng, 50, "float16", "float16", decays=False)]

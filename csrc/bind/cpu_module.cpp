@@ -3,16 +3,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "../core/float_mode.h"
 #include "../core/split.h"
 #include "../include/fastadam.h"
 #include "cpu_backend.h"
+#include "gil.h"
 #include "register_ops.h"
 
-#include "gil.h"
 namespace {
 
 namespace py = pybind11;
@@ -59,8 +61,13 @@ std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t>>> split(const std:
   return result;
 }
 
-// Sums of squares of arrays of the four dtypes, contiguous in any order.
-std::vector<double> sums_of_squares(const py::list& objects) {
+// A context manager for numbers that Python computes.
+struct ArithmeticScope {
+  std::optional<fastadam::DefaultArithmetic> mode;
+};
+
+// The norm of all elements of arrays of the four dtypes, contiguous in any order.
+double norm(const py::list& objects) {
   using namespace fastadam::bind;
   using fastadam::TensorArgs;
   std::vector<TensorArgs> tensors;
@@ -79,14 +86,14 @@ std::vector<double> sums_of_squares(const py::list& objects) {
     tensors.push_back(tensor);
     buffers.push_back(*std::move(b));
   }
-  std::vector<double> sums(tensors.size());
+  double result = 0;
   const fastadam_list list = {FASTADAM_ABI, tensors.data(), static_cast<int64_t>(tensors.size()), nullptr, nullptr, 0};
   {
     // Safe: only the memory that `buffers` keeps alive is read.
     const ReleasedGil unlocked;
-    require_ok(fastadam_sum_squares(&list, sums.data()));
+    require_ok(fastadam_norm(&list, &result));
   }
-  return sums;
+  return result;
 }
 
 }  // namespace
@@ -96,7 +103,11 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("compiler") = FASTADAM_COMPILER;
   m.attr("cuda_build") = FASTADAM_CUDA_BUILD;
   fastadam::bind::register_ops<fastadam::bind::CpuBackend>(m);
-  m.def("sums_of_squares", &sums_of_squares, py::arg("arrays"));
+  m.def("norm", &norm, py::arg("arrays"));
+  py::class_<ArithmeticScope>(m, "DefaultArithmetic", py::module_local())
+      .def(py::init<>())
+      .def("__enter__", [](ArithmeticScope& scope) { scope.mode.emplace(); })
+      .def("__exit__", [](ArithmeticScope& scope, const py::args&) { scope.mode.reset(); });
   m.def("compiled_isas", &compiled_isas);
   m.def("current_isa", &fastadam_current_isa);
   m.def("set_isa", &set_isa, py::arg("name"));

@@ -9,11 +9,12 @@
 #include <utility>
 #include <vector>
 
+#include "../core/float_mode.h"
 #include "../cuda/launch.h"
 #include "device_buffers.h"
 #include "device_rows.h"
-#include "variables.h"
 #include "gil.h"
+#include "variables.h"
 
 namespace fastadam::bind {
 
@@ -85,6 +86,7 @@ class CudaBackend {
     Scope& operator=(const Scope&) = delete;
 
    private:
+    DefaultArithmetic arithmetic_;
     cuda::DeviceScope device_;
     cuda::Context& context_;
   };

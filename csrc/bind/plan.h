@@ -11,6 +11,7 @@
 
 #include "../capi/prepare.h"
 #include "../capi/step_checks.h"
+#include "../core/float_mode.h"
 #include "gil.h"
 #include "tensors.h"
 
@@ -32,7 +33,10 @@ class Plan {
   }
 
   // Raises what is wrong with the numbers of a step.
-  void check_numbers(const AdamHyper& hyper, const std::vector<double>& factors) { arguments(hyper, factors); }
+  void check_numbers(const AdamHyper& hyper, const std::vector<double>& factors) {
+    const DefaultArithmetic arithmetic;
+    arguments(hyper, factors);
+  }
 
   // Does the step, or nothing if some gradients must be converted first: these are returned.
   // `counter`, if not null, goes up by one after the update, where no signal can come between.

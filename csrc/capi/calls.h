@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../core/float_mode.h"
 #include "prepare.h"
 #include "step_checks.h"
 
@@ -21,9 +22,10 @@ inline fastadam_status fail(fastadam_status status, const char* what) {
   return status;
 }
 
-// No exception leaves the library.
+// No exception leaves the library, and the caller's floating-point mode does not enter it.
 template <class Work>
 fastadam_status guarded(Work work) {
+  const DefaultArithmetic arithmetic;
   try {
     return work();
   } catch (const std::invalid_argument& refusal) {

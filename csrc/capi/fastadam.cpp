@@ -2,6 +2,7 @@
 // The entry points of fastadam.h: they check and prepare, then call run.h.
 #include "../include/fastadam.h"
 
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -59,6 +60,14 @@ fastadam_status status_of(bool is_done) {
 
 const cpu::Isa* isa_at(int32_t i) {
   const std::vector<cpu::Isa>& isas = cpu::isas();
+// Of the gradients of a list, which it checks, as they are.
+Norms norms_of_checked(const fastadam_list& list) {
+  for (int64_t i = 0; i < list.count; ++i) {
+    TensorCheck(list.tensors[i], i, RowChecks::kAll).check_gradient_alone();
+  }
+  return Norms(list.tensors, list.count, std::numeric_limits<double>::infinity(), false);
+}
+
   return i >= 0 && static_cast<size_t>(i) < isas.size() ? &isas[static_cast<size_t>(i)] : nullptr;
 }
 
@@ -138,10 +147,17 @@ fastadam_status fastadam_sum_squares(const fastadam_list* list, double* sums) {
   return guarded([&] {
     check_list(list);
     if (sums == nullptr && list->count > 0) throw std::invalid_argument("sums: null");
-    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, RowChecks::kAll).check_gradient_alone();
-    Norms norms(list->tensors, list->count, std::numeric_limits<double>::infinity(), false);
-    cpu::run_norm(norms.args());
-    for (int64_t i = 0; i < list->count; ++i) sums[i] = norms.sum_squares(static_cast<size_t>(i));
+    const Norms norms = norms_of_checked(*list);
+    for (int64_t i = 0; i < list->count; ++i) sums[i] = norms.sum_of_squares(i);
+    return fastadam_status{FASTADAM_OK};
+  });
+}
+
+fastadam_status fastadam_norm(const fastadam_list* list, double* norm) {
+  return guarded([&] {
+    check_list(list);
+    if (norm == nullptr) throw std::invalid_argument("norm: null");
+    *norm = norms_of_checked(*list).joint();
     return fastadam_status{FASTADAM_OK};
   });
 }

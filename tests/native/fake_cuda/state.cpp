@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "../../../csrc/cpu/flush_denormals.h"
+#include "../../../csrc/core/float_mode.h"
 
 namespace fake_cuda {
 
@@ -71,7 +71,7 @@ cudaError_t Runtime::issue(Stream& stream, Work work) {
 }
 
 cudaError_t Runtime::run_queue() {
-  const fastadam::cpu::FlushDenormals flush;
+  const fastadam::FlushDenormals flush;
   while (!queue.empty()) {
     const Work work = std::move(queue.front());
     queue.pop_front();

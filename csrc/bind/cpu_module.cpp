@@ -102,6 +102,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("__version__") = fastadam_version();
   m.attr("compiler") = FASTADAM_COMPILER;
   m.attr("cuda_build") = FASTADAM_CUDA_BUILD;
+  m.attr("most_threads") = FASTADAM_MOST_THREADS;
   fastadam::bind::register_ops<fastadam::bind::CpuBackend>(m);
   m.def("norm", &norm, py::arg("arrays"));
   py::class_<ArithmeticScope>(m, "DefaultArithmetic", py::module_local())

@@ -163,8 +163,11 @@ fastadam_status fastadam_norm(const fastadam_list* list, double* norm) {
 }
 
 fastadam_status fastadam_set_num_threads(int32_t count) {
-  if (count < 0 || count > 65536)
-    return fail(FASTADAM_INVALID, ("count: " + std::to_string(count) + ", expected 0 to 65536").c_str());
+  if (count < 0 || count > FASTADAM_MOST_THREADS) {
+    return fail(
+        FASTADAM_INVALID,
+        ("count: " + std::to_string(count) + ", expected 0 to " + std::to_string(FASTADAM_MOST_THREADS)).c_str());
+  }
   cpu::set_num_threads(count);
   return FASTADAM_OK;
 }

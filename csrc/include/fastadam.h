@@ -37,6 +37,9 @@
 /* Increases when a struct of this header changes. The library refuses lists of another ABI. */
 #define FASTADAM_ABI 1
 
+/* The largest argument of fastadam_set_num_threads. */
+#define FASTADAM_MOST_THREADS 1024
+
 #if defined(__cplusplus)
 enum fastadam_dtype : int32_t
 #else

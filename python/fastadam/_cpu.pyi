@@ -11,6 +11,7 @@ from fastadam._core.native.plan import StepHyper
 __version__: str
 compiler: str
 cuda_build: str
+most_threads: int
 
 class Buffer:
     """A writable variable as it lies in memory; keeps its owner alive."""

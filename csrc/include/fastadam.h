@@ -143,7 +143,7 @@ FASTADAM_API fastadam_status fastadam_step(const fastadam_list* list, const fast
 /* Adds the gradients, times grad_factor, to the accumulators; with `restart` the accumulators count as zero. */
 FASTADAM_API fastadam_status fastadam_accumulate(const fastadam_list* list, bool restart, bool require_finite);
 
-/* The number of int64_t that fastadam_sort_rows needs as memory for `count` indices; -1 if `count` is invalid. */
+/* The number of int64_t that fastadam_sort_rows needs as memory for `count` indices; -1 if `count` is not 0 to 2^57. */
 FASTADAM_API int64_t fastadam_sort_memory(int64_t count);
 
 /* Sorts indices, int32 or int64, into `rows`, whose arrays are stored in `memory`. Repeated rows keep their order.
@@ -221,13 +221,15 @@ static inline fastadam_tensor fastadam_dense(void* var, const void* grad, void* 
   return tensor;
 }
 
-/* A table with a sparse gradient: `values` has rows->width elements for each of `index_count` indices. */
+/* A table with a sparse gradient: `values` has rows->width elements for each of `index_count` indices. If their product
+ * overflows, calls with the tensor are refused. */
 static inline fastadam_tensor fastadam_sparse(void* var, const void* values, int64_t index_count,
                                               const fastadam_rows* rows, void* m, void* v, int64_t size,
                                               fastadam_dtype dtype) {
   fastadam_tensor tensor = fastadam_dense(var, values, m, v, size, dtype);
   tensor.rows = rows;
-  tensor.grad_size = index_count * rows->width;
+  const int64_t most = rows->width > 0 ? INT64_MAX / rows->width : INT64_MAX;
+  tensor.grad_size = index_count >= 0 && index_count <= most ? index_count * rows->width : -1;
   return tensor;
 }
 

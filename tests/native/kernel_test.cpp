@@ -132,15 +132,8 @@ struct Mixed {
   void run_all() const { run(tensors.data(), static_cast<int64_t>(variables.size()), 0, true, true); }
 };
 
-uint64_t floating_point_mode() {
-#if defined(__aarch64__)
-  uint64_t mode;
-  asm volatile("mrs %0, fpcr" : "=r"(mode));
-  return mode;
-#else
-  return _mm_getcsr() & ~0x3fu;  // without the sticky exception flags
-#endif
-}
+// Without the record of exceptions that have happened.
+uint64_t floating_point_mode() { return read_float_mode() & kModeBits; }
 
 // `mode`: the floating-point mode of this thread at the start of the program.
 void check_threads(uint64_t mode) {

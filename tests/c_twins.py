@@ -18,6 +18,7 @@ SIGNATURES = {
     "fastadam_sort_rows": [POINTER, BOOL, INT, INT, INT, POINTER, POINTER, POINTER],
     "fastadam_sum_rows": [POINTER, POINTER],
     "fastadam_sum_squares": [POINTER, POINTER],
+    "fastadam_norm": [POINTER, POINTER],
     "fastadam_cuda_device_count": [],
     "fastadam_cuda_plan_create": [ctypes.c_int32, POINTER, POINTER],
     "fastadam_cuda_plan_destroy": [POINTER],

@@ -75,6 +75,29 @@ def test_dense_lists_of_all_dtypes_have_the_bits_of_the_cpu(twins, numbers, slot
     pair.check()
 
 
+@pytest.mark.parametrize(
+    "numbers", [{"clip_norm": 0.3}, {"global_clip_norm": 0.5}, {"clip_norm": 1e250, "global_clip_norm": 0.5}]
+)
+@pytest.mark.parametrize("require_finite", [False, True])
+def test_norms_of_float64_gradients_whose_squares_overflow(twins, numbers, require_finite):
+    rng = np.random.default_rng(1)
+    pair = twins(dense_tensors(rng))
+    hyper = hyper_of(1, require_finite=require_finite, **numbers)
+    gradients = gradients_of(rng, pair.host)
+    gradients[1] *= 2.0**700
+    pair.give(gradients)
+    assert pair.step(hyper) == OK, pair.error()
+    assert pair.host.arrays[1]["m"].any()
+    pair.check()
+    gradients[1][:] = 1.7e308  # a norm that is not finite
+    pair.give(gradients)
+    before = pair.host.arrays[1]["var"].copy()
+    hyper.step = 2
+    assert pair.step(hyper) == (NOT_FINITE if require_finite else OK)
+    assert np.array_equal(before, pair.host.arrays[1]["var"]) == require_finite
+    pair.check()
+
+
 def test_half_moments_and_wide_gradients(twins):
     rng = np.random.default_rng(2)
     tensors = [variable(rng, 100, "bfloat16", "bfloat16"), variable(rng, 50, "float16", "float16", decays=False)]
@@ -240,14 +263,17 @@ def test_what_cannot_be_is_refused_with_a_reason_and_changes_nothing(twins):
     refused("tensors[0].var: expected the array of the plan", var=Side.address(other))
     refused("tensors[0].vhat: expected the array of the plan", vhat=Side.address(other))
     refused("tensors[0].size, dtype, next, decays, half_slots: expected the values of the plan", decays=False)
-    refused("tensors[0].grad_dtype: expected dtype, or float32 for a half variable", grad_dtype=3)
-    refused("tensors[0].grad_size: expected the same as size for a dense gradient", grad_size=5)
+    wide = "tensors[0].grad_dtype: 3 for dtype 2, expected the same, or float32 for a half variable"
+    refused(wide, grad_dtype=3)
+    refused("tensors[0].grad_size: 5, expected 6 for a dense gradient", grad_size=5)
+    refused("tensors[0].grad: shares memory with var, expected its own", grad=tensors[0].var)
+    refused("tensors[1].grad: shares memory with m, expected its own", place=1, grad=tensors[1].m + 4)
     rows_of_the_plan = "tensors[{}].rows: expected the result of fastadam_cuda_sort_rows for this tensor"
     refused(rows_of_the_plan.format(1), place=1, rows=host_rows)
     refused(rows_of_the_plan.format(0), rows=tensors[1].rows)
-    refused("tensors[1].grad_size: expected rows->width times the number of indices", place=1, grad_size=6)
-    refused("tensors[1].l2: expected 0 with a sparse gradient; use weight_decay", hyper_of(l2=0.1))
-    refused("tensors[0].stale: expected null", stale=1)
+    refused("tensors[1].grad_size: 6, expected rows->width times the number of indices", place=1, grad_size=6)
+    refused("tensors[1].l2: 0.100000, expected 0 with a sparse gradient; use weight_decay", hyper_of(l2=0.1))
+    refused("tensors[0].stale: not null, expected null", stale=1)
     refused("step: 0, expected 1 or more", hyper_of(0))
     refused("beta_2: 1.000000 is 1 in float32, expected less", hyper_of(beta_2=1 - 1e-10))
     assert cuda.fastadam_cuda_step(None, pair.device.listed, ctypes.byref(hyper_of()), False, None) == INVALID
@@ -263,6 +289,14 @@ def test_what_cannot_be_is_refused_with_a_reason_and_changes_nothing(twins):
     assert pair.error() == "row_count, width: do not match tensors[1].size"
     assert cuda.fastadam_cuda_sort_rows(pair.plan, 2, *sort[1:]) == INVALID
     assert pair.error() == "place: 2, expected one of 2 tensors"
+    for count, row_count, width, text in [
+        (1 << 60, 4, 2, f"count: {1 << 60}, expected 0 to 2^57"),
+        (-1, 4, 2, "count: -1, expected 0 to 2^57"),
+        (1, 1 << 62, 4, f"row_count, width: {1 << 62}, 4, expected 0 or more each"),
+        (1 << 50, 4, 1 << 10, f"row_count, width: 4, {1 << 10}, expected 0 or more each"),
+    ]:
+        assert cuda.fastadam_cuda_sort_rows(pair.plan, *sort[:3], count, row_count, width, *sort[6:]) == INVALID
+        assert pair.error().startswith(text)
     pair.check()
 
 

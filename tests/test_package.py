@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import fastadam
+from helpers import run_python
 
 METADATA = importlib.metadata.metadata("fastadam")
 PACKAGE = Path(fastadam.__file__).parent
@@ -48,3 +49,27 @@ def test_a_build_without_cuda_has_nothing_of_it():
 def test_the_command_is_installed():
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="fastadam")
     assert command.load().__module__ == "fastadam.__main__"
+
+
+def test_an_import_in_a_subinterpreter_is_refused_in_one_sentence():
+    """Where it would hang, or share state that belongs to the process."""
+    code = """
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+made = interpreters.create()
+script = "try: import fastadam\\nexcept ImportError as error: print(error)"
+run = getattr(interpreters, "run_string", None) or interpreters.exec
+run(made, script)
+interpreters.destroy(made)
+import fastadam, numpy  # the main interpreter may
+fastadam.Adam().apply_gradients([(numpy.ones(3), numpy.ones(3))])
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (
+        "fastadam: imported in a subinterpreter, expected the main interpreter, or a process of its own "
+        "(multiprocessing): its compiled extension does not support subinterpreters.\n"
+    )
+    assert result.stderr == ""

@@ -103,6 +103,13 @@ def test_core_includes_nothing_but_core_and_the_structs_of_the_c_interface():
         assert set(re.findall(r"#include (\S+)", path.read_text())) <= allowed, path.name
 
 
+def test_the_gil_is_released_in_one_way():
+    """bind/gil.h says why: a daemon thread must not be ended in a destructor when the interpreter exits."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu"}]
+    assert [path.name for path in sources if "gil_scoped_release" in path.read_text()] == []
+    assert [path.name for path in sources if "PyEval_SaveThread" in path.read_text()] == ["gil.h"]
+
+
 def test_public_headers_include_only_c99():
     for path in (ROOT / "csrc" / "include").iterdir():
         included = set(re.findall(r"#include (\S+)", path.read_text()))
@@ -114,7 +121,7 @@ def test_public_headers_include_only_c99():
     [
         ("cpu", {"core"}, {}),
         ("cuda", {"core"}, {}),
-        ("capi", {"core"}, {"fastadam.cpp": "cpu", "run.cpp": "cpu", "fastadam_cuda.cpp": "cuda"}),
+        ("capi", {"core"}, {"fastadam.cpp": "cpu", "run.cpp": "cpu", "norms.h": "cpu", "fastadam_cuda.cpp": "cuda"}),
         ("bind", {"core", "capi"}, dict.fromkeys(["cuda_module.cpp", "cuda_backend.h"], "cuda")),
     ],
 )

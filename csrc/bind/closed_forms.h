@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../core/closed_form.h"
+#include "../core/float_mode.h"
 #include "../core/step_args.h"
 #include "../core/step_scalars.h"
 
@@ -54,6 +55,7 @@ class ClosedForms {
 
   // Whether the longest gaps have a form if the rate is constant.
   static bool exist(double beta_1, double beta_2, bool amsgrad) {
+    const DefaultArithmetic arithmetic;
     const double single_1 = rounded_to_float(beta_1);
     const double single_2 = rounded_to_float(beta_2);
     StepMeasure measure(single_1, single_2, amsgrad);

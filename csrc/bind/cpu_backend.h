@@ -8,6 +8,7 @@
 
 #include "../capi/prepare.h"
 #include "../capi/run.h"
+#include "../core/float_mode.h"
 #include "slices.h"
 #include "stale.h"
 #include "variables.h"
@@ -20,9 +21,13 @@ class CpuBackend {
   using Index = RowIndex;
   using Table = StaleTable;
 
-  // What must surround the calls of one step: nothing on the CPU.
-  struct Scope {
+  // What must surround the calls of one step.
+  class Scope {
+   public:
     Scope(CpuBackend&, const Buffer&) {}
+
+   private:
+    DefaultArithmetic arithmetic_;
   };
 
   CpuBackend(const Buffer&, const std::vector<TensorArgs>&, const Chains&, const py::object&) {}

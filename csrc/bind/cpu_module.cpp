@@ -5,14 +5,17 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "../core/float_mode.h"
 #include "../core/split.h"
 #include "../include/fastadam.h"
 #include "cpu_backend.h"
+#include "gil.h"
 #include "register_ops.h"
 
 namespace {
@@ -74,8 +77,13 @@ void copy_all(const std::vector<std::pair<py::array, py::array>>& copies, const 
   ++*count;
 }
 
-// Sums of squares of arrays of the four dtypes, contiguous in any order.
-std::vector<double> sums_of_squares(const py::list& objects) {
+// A context manager for numbers that Python computes.
+struct ArithmeticScope {
+  std::optional<fastadam::DefaultArithmetic> mode;
+};
+
+// The norm of all elements of arrays of the four dtypes, contiguous in any order.
+double norm(const py::list& objects) {
   using namespace fastadam::bind;
   using fastadam::TensorArgs;
   std::vector<TensorArgs> tensors;
@@ -94,14 +102,14 @@ std::vector<double> sums_of_squares(const py::list& objects) {
     tensors.push_back(tensor);
     buffers.push_back(*std::move(b));
   }
-  std::vector<double> sums(tensors.size());
+  double result = 0;
   const fastadam_list list = {FASTADAM_ABI, tensors.data(), static_cast<int64_t>(tensors.size()), nullptr, nullptr, 0};
   {
     // Safe: only the memory that `buffers` keeps alive is read.
-    const py::gil_scoped_release unlocked;
-    require_ok(fastadam_sum_squares(&list, sums.data()));
+    const ReleasedGil unlocked;
+    require_ok(fastadam_norm(&list, &result));
   }
-  return sums;
+  return result;
 }
 
 }  // namespace
@@ -110,9 +118,14 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("__version__") = fastadam_version();
   m.attr("compiler") = FASTADAM_COMPILER;
   m.attr("cuda_build") = FASTADAM_CUDA_BUILD;
+  m.attr("most_threads") = FASTADAM_MOST_THREADS;
   fastadam::bind::register_ops<fastadam::bind::CpuBackend>(m);
   m.def("copy_all", &copy_all, py::arg("copies"), py::arg("counter"));
-  m.def("sums_of_squares", &sums_of_squares, py::arg("arrays"));
+  m.def("norm", &norm, py::arg("arrays"));
+  py::class_<ArithmeticScope>(m, "DefaultArithmetic", py::module_local())
+      .def(py::init<>())
+      .def("__enter__", [](ArithmeticScope& scope) { scope.mode.emplace(); })
+      .def("__exit__", [](ArithmeticScope& scope, const py::args&) { scope.mode.reset(); });
   m.def("compiled_isas", &compiled_isas);
   m.def("current_isa", &fastadam_current_isa);
   m.def("set_isa", &set_isa, py::arg("name"));

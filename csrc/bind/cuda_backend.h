@@ -9,9 +9,11 @@
 #include <utility>
 #include <vector>
 
+#include "../core/float_mode.h"
 #include "../cuda/launch.h"
 #include "device_buffers.h"
 #include "device_rows.h"
+#include "gil.h"
 #include "variables.h"
 
 namespace fastadam::bind {
@@ -33,7 +35,7 @@ struct CudaContext {
     std::optional<cuda::Failure> failure;
     {
       const cuda::DeviceScope scope(device);
-      const py::gil_scoped_release unlocked;
+      const ReleasedGil unlocked;
       failure = native->take_failure();
     }
     if (!failure) return std::nullopt;
@@ -45,13 +47,13 @@ struct CudaContext {
 
   void wait() {
     const cuda::DeviceScope scope(device);
-    const py::gil_scoped_release unlocked;
+    const ReleasedGil unlocked;
     native->wait();
   }
 
   int64_t step() {
     const cuda::DeviceScope scope(device);
-    const py::gil_scoped_release unlocked;
+    const ReleasedGil unlocked;
     return native->step();
   }
 
@@ -100,6 +102,7 @@ class CudaBackend {
     Scope& operator=(const Scope&) = delete;
 
    private:
+    DefaultArithmetic arithmetic_;
     cuda::DeviceScope device_;
     cuda::Context& context_;
   };
@@ -115,7 +118,7 @@ class CudaBackend {
     }
     const Scope scope(*this, place);
     {
-      const py::gil_scoped_release unlocked;
+      const ReleasedGil unlocked;
       launch_ = std::make_unique<cuda::Launch>(context_->native, tensors, chains);
     }
     sorted_.resize(tensors.size());

@@ -51,7 +51,7 @@ void register_context(py::module_& m) {
              const bool is_double = alphas.itemsize() == 8;
              const int64_t room = alphas.size();
              const void* const rates[] = {alphas.data(), keeps.data(), peaks.data()};
-             const py::gil_scoped_release unlocked;
+             const ReleasedGil unlocked;
              auto history = std::make_shared<cuda::DeviceHistory>(is_double, room);
              history->write(rates[0], rates[1], rates[2], steps, reinterpret_cast<void*>(stream));
              return history;

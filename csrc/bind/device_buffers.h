@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../cuda/device.h"
+#include "gil.h"
 #include "read_buffer.h"
 
 namespace fastadam::bind {
@@ -50,7 +51,7 @@ inline DeviceArray make_device_array(std::vector<int64_t> shape, const std::stri
       std::move(shape), py::dtype(is_bfloat16 ? "uint16" : dtype), is_bfloat16, order == "F", device, stream, nullptr};
   const int64_t bytes = array.nbytes();
   const cuda::DeviceScope scope(device);
-  const py::gil_scoped_release unlocked;
+  const ReleasedGil unlocked;
   array.memory = std::shared_ptr<void>(cuda::allocate(bytes), &cuda::release);
   cuda::set_zero(array.memory.get(), bytes);
   return array;
@@ -232,7 +233,7 @@ inline py::array copy_to_numpy(const Buffer& b) {
   py::array host(dtype, b.shape, b.strides);
   const cuda::DeviceScope scope(b.device());
   void* to = host.mutable_data();
-  const py::gil_scoped_release unlocked;
+  const ReleasedGil unlocked;
   cuda::copy_to_host(to, b.data, b.size * b.item_size);
   return host;
 }
@@ -244,7 +245,7 @@ inline void assign(const py::object& object, const py::array& values) {
   const bool same_layout = from.same_layout(b) && from.shape == b.shape && from.item_size == b.item_size;
   if (!same_layout) throw py::value_error("values: expected the shape, dtype and order of the array");
   const cuda::DeviceScope scope(b.device());
-  const py::gil_scoped_release unlocked;
+  const ReleasedGil unlocked;
   cuda::overwrite(b.data, from.data, b.size * b.item_size);
 }
 

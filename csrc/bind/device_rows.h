@@ -142,7 +142,7 @@ class DeviceTable : public History {
     forms_->prepare(every.data(), since.now, since, hyper, amsgrad);
     std::vector<int32_t> places(static_cast<size_t>(steps()) + 1, 0);
     std::copy_n(forms_->places(), count + 1, places.begin() + static_cast<std::ptrdiff_t>(first));
-    const py::gil_scoped_release unlocked;
+    const ReleasedGil unlocked;
     history_->write_forms(forms_->forms(), forms_->count(), places.data(), steps() + 1, context_->stream());
   }
 

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "gil.h"
 #include "read_buffer.h"
 #include "variables.h"
 
@@ -92,7 +93,7 @@ class Gradients {
     if (!has_sums) return;
     {
       // Safe: only the gradients are read, which the caller and `owners_` keep alive.
-      const py::gil_scoped_release unlocked;
+      const ReleasedGil unlocked;
       backend_.run_sum_rows(tensors, sums);
     }
     for (size_t i = 0; i < tensors.size(); ++i) {
@@ -206,7 +207,7 @@ class Gradients {
   }
 
   bool sort(size_t i) {
-    const py::gil_scoped_release unlocked;
+    const ReleasedGil unlocked;
     return backend_.sort(*indexes_[i], static_cast<int64_t>(i));
   }
 

@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../core/float_mode.h"
 #include "../include/fastadam.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -164,9 +165,10 @@ class Step {
   size_t parts_ = 0;
 };
 
-// No exception leaves a handler.
+// No exception leaves a handler, and the floating-point mode of XLA's thread does not enter.
 template <class Work>
 ffi::Error guarded(Work work) {
+  const DefaultArithmetic arithmetic;
   try {
     work();
     return ffi::Error::Success();

@@ -12,6 +12,8 @@
 
 #include "../capi/prepare.h"
 #include "../capi/step_checks.h"
+#include "../core/float_mode.h"
+#include "gil.h"
 #include "parameters.h"
 #include "tensors.h"
 
@@ -36,7 +38,10 @@ class Plan {
   }
 
   // Raises what is wrong with the numbers of a step.
-  void check_numbers(const AdamHyper& hyper, const std::vector<double>& factors) { arguments(hyper, factors); }
+  void check_numbers(const AdamHyper& hyper, const std::vector<double>& factors) {
+    const DefaultArithmetic arithmetic;
+    arguments(hyper, factors);
+  }
 
   // Does the step, or nothing if some gradients must be converted first: these are returned.
   // `counter`, if not null, goes up by one after the update, where no signal can come between.
@@ -48,7 +53,7 @@ class Plan {
     const StepArgs args = arguments(hyper, factors);
     if (hyper.clip_after_dedupe && clips(hyper)) call.sum_rows(clips_norms(hyper));
     call.read_histories(hyper, [&](const TensorArgs& table) {
-      const py::gil_scoped_release unlocked;
+      const ReleasedGil unlocked;
       backend().catch_up(table, args, value_of(counter));
     });
     run(call, args, hyper, counter);
@@ -137,7 +142,7 @@ class Plan {
         update->arguments(hyper, {});
       }
       for (size_t i = 0; i < set_.tensors().size(); ++i) set_.tensors()[i].grad_factor = usable_factor(scale, i);
-      const py::gil_scoped_release unlocked;
+      const ReleasedGil unlocked;
       all_finite_ =
           backend().accumulate({variables().chains(), restart}, require_finite, set_.tensors(), value_of(counter));
     }
@@ -158,7 +163,7 @@ class Plan {
     const StepArgs args = arguments(hyper, {});
     Call call(set_, ids, hyper);
     {
-      const py::gil_scoped_release unlocked;
+      const ReleasedGil unlocked;
       backend().catch_up(set_.tensors()[0], args, value_of(counter));
     }
     if (ids) call.note_histories(nullptr, 0);
@@ -185,7 +190,7 @@ class Plan {
   void run(Call& call, const StepArgs& args, const AdamHyper& hyper, int64_t* counter) {
     {
       // Safe: the kernels touch only memory that this Plan and the gradients' owners keep alive.
-      const py::gil_scoped_release unlocked;
+      const ReleasedGil unlocked;
       all_finite_ = backend().step(args, set_.tensors(), hyper, value_of(counter));
     }
     if (!all_finite_) return;

@@ -48,8 +48,8 @@ void register_buffer(py::module_& m) {
       py::arg("object"), py::arg("label"));
 }
 
-// From StepHyper (python/fastadam/_core/native/plan.py), a tuple in the order of AdamHyper. The caster of std::tuple would
-// get each item of a NamedTuple through Python, which is slow.
+// From StepHyper (python/fastadam/_core/native/plan.py), a tuple in the order of AdamHyper. The caster of std::tuple
+// would get each item of a NamedTuple through Python, which is slow.
 inline AdamHyper hyper_of(const py::tuple& numbers) {
   constexpr py::ssize_t kFields = 17;
   if (PyTuple_GET_SIZE(numbers.ptr()) != kFields) throw py::type_error("hyper: expected a StepHyper");

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../core/float_mode.h"
 #include "prepare.h"
 #include "step_checks.h"
 
@@ -21,9 +22,10 @@ inline fastadam_status fail(fastadam_status status, const char* what) {
   return status;
 }
 
-// No exception leaves the library.
+// No exception leaves the library, and the caller's floating-point mode does not enter it.
 template <class Work>
 fastadam_status guarded(Work work) {
+  const DefaultArithmetic arithmetic;
   try {
     return work();
   } catch (const std::invalid_argument& refusal) {
@@ -41,9 +43,42 @@ inline void check_list(const fastadam_list* list) {
     throw std::invalid_argument("list: ABI " + std::to_string(list->abi) + ", expected " +
                                 std::to_string(FASTADAM_ABI) + ", the ABI of this library");
   }
-  if (list->count < 0 || (list->tensors == nullptr && list->count > 0)) throw std::invalid_argument("tensors: null");
+  if (list->count < 0) {
+    throw std::invalid_argument("count: " + std::to_string(list->count) + ", expected 0 or more tensors");
+  }
+  if (list->tensors == nullptr && list->count > 0) throw std::invalid_argument("tensors: null");
   if (list->heads == nullptr && list->offsets != nullptr) {
     throw std::invalid_argument("offsets: expected null without heads");
+  }
+}
+
+// Raises if a sum of the sizes of all tensors could overflow. The sizes themselves have been checked.
+inline void check_total(const fastadam_list& list, int64_t TensorArgs::* size) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < list.count; ++i) {
+    total += list.tensors[i].*size;
+    if (total > kMostElements) throw std::invalid_argument("tensors: more than 2^59 elements together, expected fewer");
+  }
+}
+
+inline void check_totals(const fastadam_list& list) {
+  check_total(list, &TensorArgs::size);
+  check_total(list, &TensorArgs::grad_size);
+}
+
+// The arguments of fastadam_sort_rows and fastadam_cuda_sort_rows.
+inline void check_indices(const void* indices, bool is_int64, int64_t count, int64_t row_count, int64_t width) {
+  if (count < 0 || count > kMostIndices) {
+    throw std::invalid_argument("count: " + std::to_string(count) + ", expected 0 to 2^57");
+  }
+  if (product(row_count, width) < 0 || product(count, width) < 0) {
+    throw std::invalid_argument("row_count, width: " + std::to_string(row_count) + ", " + std::to_string(width) +
+                                ", expected 0 or more each and tables and gradients of at most 2^59 elements");
+  }
+  const uintptr_t item_size = is_int64 ? 8 : 4;
+  if (count > 0 && (indices == nullptr || reinterpret_cast<uintptr_t>(indices) % item_size != 0)) {
+    throw std::invalid_argument("indices: null or misaligned, expected an array of " +
+                                std::string(is_int64 ? "int64" : "int32"));
   }
 }
 
@@ -91,6 +126,7 @@ inline StepArgs step_args(const fastadam_list& list, const AdamHyper& hyper, boo
   const bool amsgrad =
       std::any_of(list.tensors, list.tensors + list.count, [](const auto& t) { return t.vhat != nullptr; });
   for (int64_t i = 0; i < list.count; ++i) TensorCheck(list.tensors[i], i, row_checks).check_step(hyper, amsgrad);
+  check_totals(list);
   return prepare_step(list.tensors, list.count, hyper, lazy);
 }
 

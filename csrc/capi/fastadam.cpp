@@ -2,6 +2,7 @@
 // The entry points of fastadam.h: they check and prepare, then call run.h.
 #include "../include/fastadam.h"
 
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -29,7 +30,7 @@ class Variables {
     offsets_.push_back(0);
     for (int64_t i = 0; i < list.count; ++i) {
       heads_.push_back(i);
-      offsets_.push_back(offsets_.back() + moved_elements(list.tensors[i], lazy));
+      offsets_.push_back(offsets_.back() + moved_elements(list.tensors[i], lazy));  // at most check_totals()
     }
     chains_ = {list.tensors, heads_.data(), offsets_.data(), list.count};
   }
@@ -42,8 +43,10 @@ class Variables {
   static void check(const fastadam_list& list, bool lazy) {
     heads_of(list);
     bool fits = list.offsets != nullptr && list.variable_count >= 0 && list.offsets[0] == 0;
+    int64_t total = 0;
     for (int64_t k = 0; fits && k < list.variable_count; ++k) {
-      fits = list.offsets[k + 1] - list.offsets[k] == moved_elements(list.tensors[list.heads[k]], lazy);
+      total += moved_elements(list.tensors[list.heads[k]], lazy);
+      fits = list.offsets[k + 1] == total;
     }
     if (!fits) throw std::invalid_argument("heads, offsets: do not match the tensors");
   }
@@ -55,6 +58,15 @@ class Variables {
 
 fastadam_status status_of(bool is_done) {
   return is_done ? fastadam_status{FASTADAM_OK} : fail(FASTADAM_NOT_FINITE, "a gradient is not finite");
+}
+
+// Of the gradients of a list, which it checks, as they are.
+Norms norms_of_checked(const fastadam_list& list) {
+  for (int64_t i = 0; i < list.count; ++i) {
+    TensorCheck(list.tensors[i], i, RowChecks::kAll).check_gradient_alone();
+  }
+  check_total(list, &TensorArgs::grad_size);
+  return Norms(list.tensors, list.count, std::numeric_limits<double>::infinity(), false);
 }
 
 const cpu::Isa* isa_at(int32_t i) {
@@ -84,19 +96,21 @@ fastadam_status fastadam_accumulate(const fastadam_list* list, bool restart, boo
     check_list(list);
     check_chains(list, false);
     for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, RowChecks::kAll).check_accumulate();
+    check_totals(*list);
     const Variables variables(*list, false);
     return status_of(run_accumulate({variables.chains(), restart}, list->count, require_finite));
   });
 }
 
-int64_t fastadam_sort_memory(int64_t count) { return count < 0 || count >> 59 != 0 ? -1 : 4 * count + 2; }
+int64_t fastadam_sort_memory(int64_t count) { return count < 0 || count > kMostIndices ? -1 : 4 * count + 2; }
 
 fastadam_status fastadam_sort_rows(const void* indices, bool is_int64, int64_t count, int64_t row_count, int64_t width,
                                    int64_t* memory, fastadam_rows* rows, int64_t* bad) {
   return guarded([&] {
-    if (count < 0 || row_count < 0 || width < 0) throw std::invalid_argument("count, row_count or width: below 0");
-    if ((indices == nullptr && count > 0) || memory == nullptr || rows == nullptr) {
-      throw std::invalid_argument("indices, memory or rows: null");
+    check_indices(indices, is_int64, count, row_count, width);
+    if (memory == nullptr || rows == nullptr) throw std::invalid_argument("memory or rows: null");
+    if (reinterpret_cast<uintptr_t>(memory) % sizeof(int64_t) != 0) {
+      throw std::invalid_argument("memory: misaligned, expected an array of int64");
     }
     IndexArgs args{};
     args.indices = indices;
@@ -122,12 +136,19 @@ fastadam_status fastadam_sum_rows(const fastadam_list* list, void* const* sums) 
   return guarded([&] {
     check_list(list);
     if (sums == nullptr && list->count > 0) throw std::invalid_argument("sums: null");
+    int64_t value_count = 0;
     for (int64_t i = 0; i < list->count; ++i) {
       const TensorArgs& tensor = list->tensors[i];
       if (sums[i] == nullptr) continue;
       if (tensor.rows == nullptr) throw std::invalid_argument("tensors[" + std::to_string(i) + "].rows: null");
-      TensorCheck(tensor, i, RowChecks::kAll).check_gradient_alone();
-      TensorCheck(tensor, i, RowChecks::kAll).check_rows();
+      const TensorCheck check(tensor, i, RowChecks::kAll);
+      check.check_gradient_alone();
+      check.check_rows();
+      check.check_sums(sums[i]);
+      value_count += tensor.grad_size;
+      if (value_count > kMostElements) {
+        throw std::invalid_argument("tensors: more than 2^59 elements together, expected fewer");
+      }
     }
     run_sum_rows(list->tensors, list->count, sums);
     return fastadam_status{FASTADAM_OK};
@@ -138,17 +159,27 @@ fastadam_status fastadam_sum_squares(const fastadam_list* list, double* sums) {
   return guarded([&] {
     check_list(list);
     if (sums == nullptr && list->count > 0) throw std::invalid_argument("sums: null");
-    for (int64_t i = 0; i < list->count; ++i) TensorCheck(list->tensors[i], i, RowChecks::kAll).check_gradient_alone();
-    Norms norms(list->tensors, list->count, std::numeric_limits<double>::infinity(), false);
-    cpu::run_norm(norms.args());
-    for (int64_t i = 0; i < list->count; ++i) sums[i] = norms.sum_squares(static_cast<size_t>(i));
+    const Norms norms = norms_of_checked(*list);
+    for (int64_t i = 0; i < list->count; ++i) sums[i] = norms.sum_of_squares(i);
+    return fastadam_status{FASTADAM_OK};
+  });
+}
+
+fastadam_status fastadam_norm(const fastadam_list* list, double* norm) {
+  return guarded([&] {
+    check_list(list);
+    if (norm == nullptr) throw std::invalid_argument("norm: null");
+    *norm = norms_of_checked(*list).joint();
     return fastadam_status{FASTADAM_OK};
   });
 }
 
 fastadam_status fastadam_set_num_threads(int32_t count) {
-  if (count < 0 || count > 65536)
-    return fail(FASTADAM_INVALID, ("count: " + std::to_string(count) + ", expected 0 to 65536").c_str());
+  if (count < 0 || count > FASTADAM_MOST_THREADS) {
+    return fail(
+        FASTADAM_INVALID,
+        ("count: " + std::to_string(count) + ", expected 0 to " + std::to_string(FASTADAM_MOST_THREADS)).c_str());
+  }
   cpu::set_num_threads(count);
   return FASTADAM_OK;
 }

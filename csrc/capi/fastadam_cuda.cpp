@@ -154,7 +154,7 @@ struct fastadam_cuda_plan {
     const TensorArgs& tensor = tensors_[static_cast<size_t>(i)];
     const TensorCheck check(tensor, i, RowChecks::kShape);
     check.check_variable();
-    if (tensor.stale != nullptr) check.refuse("stale", "expected null");
+    if (tensor.stale != nullptr) check.refuse("stale", "not null, expected null");
     for (const PlanArray& array : kPlanArrays) {
       require_on_device(tensor.*array.data, tensor.size, device, name_of(i, array.name));
     }
@@ -169,7 +169,7 @@ struct fastadam_cuda_plan {
     const bool same = tensor.size == own.size && tensor.dtype == own.dtype && tensor.next == own.next &&
                       tensor.decays == own.decays && tensor.half_slots == own.half_slots;
     if (!same) check.refuse("size, dtype, next, decays, half_slots", "expected the values of the plan");
-    if (tensor.stale != nullptr) check.refuse("stale", "expected null");
+    if (tensor.stale != nullptr) check.refuse("stale", "not null, expected null");
     const cuda::SortedRows* sorted = sorted_[static_cast<size_t>(i)].rows.get();
     if (tensor.rows != nullptr && (sorted == nullptr || tensor.rows != &sorted->rows())) {
       check.refuse("rows", "expected the result of fastadam_cuda_sort_rows for this tensor");
@@ -261,11 +261,7 @@ fastadam_status fastadam_cuda_sort_rows(fastadam_cuda_plan* plan, int64_t place,
                                         const fastadam_rows** rows) {
   return guarded_cuda([&] {
     if (plan == nullptr || rows == nullptr) throw std::invalid_argument("plan or rows: null");
-    if (count < 0 || row_count < 0 || width < 0) throw std::invalid_argument("count, row_count or width: below 0");
-    const uintptr_t item_size = is_int64 ? 8 : 4;
-    if (count > 0 && (indices == nullptr || reinterpret_cast<uintptr_t>(indices) % item_size != 0)) {
-      throw std::invalid_argument("indices: null or misaligned");
-    }
+    check_indices(indices, is_int64, count, row_count, width);
     IndexArgs args{};
     args.indices = indices;
     args.is_int64 = is_int64;
@@ -314,6 +310,7 @@ fastadam_status fastadam_cuda_accumulate(fastadam_cuda_plan* plan, const fastada
     for (int64_t i = 0; i < list->count; ++i) {
       TensorCheck(list->tensors[i], i, RowChecks::kShape).check_accumulate();
     }
+    check_totals(*list);
     return plan->run(*list, stream,
                      [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool is_capturing) {
                        if (is_capturing)
@@ -334,6 +331,7 @@ fastadam_status fastadam_cuda_sum_squares(fastadam_cuda_plan* plan, const fastad
     for (int64_t i = 0; i < list->count; ++i) {
       TensorCheck(list->tensors[i], i, RowChecks::kShape).check_gradient_alone();
     }
+    check_total(*list, &TensorArgs::grad_size);
     return plan->run(*list, stream, [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool) {
       require_on_device(sums, list->count, plan->device, "sums");
       launch.sum_squares(tensors, sums);

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "../cpu/launch.h"
@@ -14,11 +15,14 @@ bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper) {
   const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
   std::vector<double> factors;
   if (clip_norms || hyper.require_finite) {
-    Norms norms(args.chains.tensors, tensor_count, raw_clip_value(hyper), hyper.require_finite);
-    cpu::run_norm(norms.args());
+    const Norms norms(args.chains.tensors, tensor_count, raw_clip_value(hyper), hyper.require_finite);
     if (hyper.require_finite && !norms.all_finite()) return false;
-    if (clip_norms) factors = norms.clip_factors(hyper);
-    if (clip_norms) args.factors = factors.data();
+    if (clip_norms) {
+      Norms::Clipping clipping = norms.clip(hyper);
+      if (hyper.require_finite && !clipping.is_finite) return false;
+      factors = std::move(clipping.factors);
+      args.factors = factors.data();
+    }
   }
   cpu::run_step(args);
   return true;
@@ -29,7 +33,6 @@ void run_catch_up(const StepArgs& args) { cpu::run_step(args); }
 bool run_accumulate(const AccumulateArgs& args, int64_t tensor_count, bool require_finite) {
   if (require_finite) {
     const Norms norms(args.chains.tensors, tensor_count, std::numeric_limits<double>::infinity(), true);
-    cpu::run_norm(norms.args());
     if (!norms.all_finite()) return false;
   }
   cpu::run_accumulate(args);

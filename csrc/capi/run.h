@@ -9,7 +9,7 @@
 namespace fastadam {
 
 // Norms, clipping and the step of args.chains, whose gradients belong to `tensor_count` tensors. Returns false, with
-// nothing written, if hyper.require_finite is set and a gradient is not finite.
+// nothing written, if hyper.require_finite is set and a gradient, or a norm that is to be clipped, is not finite.
 FASTADAM_API bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper);
 
 // Brings the rows of args.chains, whose tensors have no gradients, up to date.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -64,6 +65,16 @@ inline const char* lost_factor(double factor, DType dtype) {
   return is_lost ? "so small that it is flushed to zero in float32, expected more" : nullptr;
 }
 
+// The limits of sizes: with them bytes, and sums of a few sizes, fit in an int64_t.
+constexpr int64_t kMostElements = int64_t{1} << 59;
+constexpr int64_t kMostIndices = int64_t{1} << 57;  // sorting needs four int64_t for each
+
+// a * b, or -1 if a factor is below 0 or the product above kMostElements.
+inline int64_t product(int64_t a, int64_t b) {
+  if (a < 0 || b < 0) return -1;
+  return b == 0 || a <= kMostElements / b ? a * b : -1;
+}
+
 // How `rows` are checked. kShape does not read their arrays, and `count` is the number of indices: it is for rows on a
 // device, which checks them itself, and for rows that this library has sorted.
 enum class RowChecks { kAll, kShape };
@@ -87,19 +98,27 @@ class TensorCheck {
     if (t_.vhat != nullptr) require(t_.vhat, slot, t_.size, "vhat");
     if (t_.average != nullptr) require(t_.average, state_dtype(t_.dtype), t_.size, "average");
     const bool needs_vhat = amsgrad && t_.size > 0;  // the memory of an empty array may be null
-    if (needs_vhat && t_.vhat == nullptr) refuse("vhat", "expected in all tensors or in none");
-    if (t_.stale != nullptr) refuse("stale", "expected null");
+    if (needs_vhat && t_.vhat == nullptr) refuse("vhat", "null, expected in all tensors or in none");
+    if (t_.stale != nullptr) refuse("stale", "not null, expected null");
     check_gradient();
     if (t_.half_slots && (size_of(t_.dtype) != 2 || t_.rows != nullptr || t_.grad_dtype != t_.dtype)) {
-      refuse("half_slots", "expected only for a float16 or bfloat16 variable with a dense gradient of its dtype");
+      refuse("half_slots", "true, expected only for a float16 or bfloat16 variable with a dense gradient of its dtype");
     }
-    if (hyper.l2 != 0 && t_.rows != nullptr) refuse("l2", "expected 0 with a sparse gradient; use weight_decay");
+    if (hyper.l2 != 0 && t_.rows != nullptr)
+      refuse("l2", (std::to_string(hyper.l2) + ", expected 0 with a sparse gradient; use weight_decay").c_str());
+    const DType wide = state_dtype(t_.dtype);
+    check_apart({{"var", t_.var, t_.size * size_of(t_.dtype)},
+                 {"m", t_.m, t_.size * size_of(slot)},
+                 {"v", t_.v, t_.size * size_of(slot)},
+                 {"vhat", t_.vhat, t_.size * size_of(slot)},
+                 {"average", t_.average, t_.size * size_of(wide)}});
   }
 
   void check_accumulate() const {
     check_variable();
     check_gradient();
     require(t_.accumulator, state_dtype(t_.dtype), t_.size, "accumulator");
+    check_apart({{"accumulator", t_.accumulator, t_.size * size_of(state_dtype(t_.dtype))}});
   }
 
   void check_gradient_alone() const {
@@ -109,20 +128,31 @@ class TensorCheck {
 
   void check_rows() const {
     const Rows& rows = *t_.rows;
-    if (row_checks_ == RowChecks::kShape) {
-      if (rows.count * rows.width != t_.grad_size)
-        refuse("grad_size", "expected rows->width times the number of indices");
-      return;
+    if (rows.count < 0) refuse("rows", ("count " + std::to_string(rows.count) + ", expected 0 or more").c_str());
+    if (rows.width < 0 || (rows.width == 0 ? t_.size != 0 : t_.size % rows.width != 0)) {
+      refuse(
+          "rows",
+          ("width " + std::to_string(rows.width) + ", expected a divisor of size " + std::to_string(t_.size)).c_str());
     }
-    if (rows.count < 0 || rows.width < 0) refuse("rows", "count or width below 0, expected 0 or more");
-    if (rows.count == 0 || (rows.width == 0 && t_.size == 0)) return;
+    if (row_checks_ == RowChecks::kShape) return check_values(rows.count, rows.width);
+    if (rows.count == 0 || rows.width == 0) return check_values(0, 0);
     check_sorted(rows);
-    if (rows.width == 0 || rows.rows[0] < 0 || rows.rows[rows.count - 1] >= t_.size / rows.width) {
+    if (rows.rows[0] < 0 || rows.rows[rows.count - 1] >= t_.size / rows.width) {
       refuse("rows", "a row out of range, expected rows of the variable");
     }
-    if (rows.starts[rows.count] * rows.width != t_.grad_size) {
-      refuse("grad_size", "expected rows->width times the number of indices");
+    check_values(rows.starts[rows.count], rows.width);
+  }
+
+  // Where fastadam_sum_rows stores the sums of this tensor.
+  void check_sums(const void* sums) const {
+    const DType dtype = state_dtype(t_.grad_dtype);
+    if (reinterpret_cast<uintptr_t>(sums) % static_cast<uintptr_t>(size_of(dtype)) != 0) {
+      throw std::invalid_argument("sums[" + std::to_string(place_) + "]: misaligned, expected an array of " +
+                                  (dtype == FASTADAM_FLOAT64 ? "float64" : "float32"));
     }
+    const Array written{"", sums, t_.rows->count * t_.rows->width * size_of(dtype)};
+    if (!written.overlaps(gradient())) return;
+    throw std::invalid_argument("sums[" + std::to_string(place_) + "]: shares memory with grad, expected its own");
   }
 
   [[noreturn]] void refuse_dtype(const char* name, DType dtype) const {
@@ -134,6 +164,41 @@ class TensorCheck {
   }
 
  private:
+  struct Array {
+    const char* name;
+    const void* data;
+    int64_t bytes;
+
+    bool overlaps(const Array& other) const {
+      const auto begin = reinterpret_cast<uintptr_t>(data);
+      const auto other_begin = reinterpret_cast<uintptr_t>(other.data);
+      if (data == nullptr || other.data == nullptr || bytes == 0 || other.bytes == 0) return false;
+      return begin < other_begin ? other_begin - begin < static_cast<uintptr_t>(bytes)
+                                 : begin - other_begin < static_cast<uintptr_t>(other.bytes);
+    }
+  };
+
+  Array gradient() const { return {"grad", t_.grad, t_.grad_size * size_of(t_.grad_dtype)}; }
+
+  // Raises if arrays that are written share memory with each other or with the gradient.
+  void check_apart(std::initializer_list<Array> written) const {
+    for (const Array* array = written.begin(); array != written.end(); ++array) {
+      for (const Array* before = written.begin(); before != array; ++before) refuse_overlap(*array, *before);
+      refuse_overlap(gradient(), *array);
+    }
+  }
+
+  void refuse_overlap(const Array& array, const Array& written) const {
+    if (!array.overlaps(written)) return;
+    refuse(array.name, (std::string("shares memory with ") + written.name + ", expected its own").c_str());
+  }
+
+  // Raises unless the gradient has a row of values for each index.
+  void check_values(int64_t index_count, int64_t width) const {
+    if (product(index_count, width) == t_.grad_size) return;
+    refuse("grad_size", (std::to_string(t_.grad_size) + ", expected rows->width times the number of indices").c_str());
+  }
+
   // Raises unless fastadam_sort_rows could have made the rows.
   void check_sorted(const Rows& rows) const {
     if (rows.rows == nullptr || rows.starts == nullptr || rows.order == nullptr)
@@ -143,7 +208,7 @@ class TensorCheck {
       if (k > 0 && rows.rows[k] <= rows.rows[k - 1]) refuse("rows", "expected unique rows in ascending order");
       if (rows.starts[k + 1] <= rows.starts[k]) refuse("rows", "expected starts in ascending order");
     }
-    const int64_t values = rows.width == 0 ? 0 : t_.grad_size / rows.width;
+    const int64_t values = t_.grad_size / rows.width;
     for (int64_t at = 0; at < rows.starts[rows.count] && at < values; ++at) {
       if (rows.order[at] < 0 || rows.order[at] >= values)
         refuse("rows", "order out of range, expected positions of values");
@@ -153,22 +218,31 @@ class TensorCheck {
   void check_gradient() const {
     if (const char* why = lost_factor(t_.grad_factor, t_.dtype)) refuse("grad_factor", why);
     const bool is_wide = size_of(t_.dtype) == 2 && t_.grad_dtype == FASTADAM_FLOAT32;
-    if (t_.grad_dtype != t_.dtype && !is_wide) refuse("grad_dtype", "expected dtype, or float32 for a half variable");
+    if (t_.grad_dtype != t_.dtype && !is_wide) {
+      refuse("grad_dtype",
+             (std::to_string(static_cast<int>(t_.grad_dtype)) + " for dtype " +
+              std::to_string(static_cast<int>(t_.dtype)) + ", expected the same, or float32 for a half variable")
+                 .c_str());
+    }
     require(t_.grad, t_.grad_dtype, t_.grad_size, "grad");
     if (t_.rows != nullptr) return check_rows();
-    if (t_.grad_size != t_.size) refuse("grad_size", "expected the same as size for a dense gradient");
+    if (t_.grad_size != t_.size) {
+      refuse(
+          "grad_size",
+          (std::to_string(t_.grad_size) + ", expected " + std::to_string(t_.size) + " for a dense gradient").c_str());
+    }
   }
 
   void require(const void* data, DType dtype, int64_t size, const char* name) const {
-    if (size < 0 || size > kMostElements) refuse(name, "expected a size from 0 to 2^59");
+    if (size < 0 || size > kMostElements) {
+      refuse(name, (std::to_string(size) + " elements, expected 0 to 2^59").c_str());
+    }
     if (size == 0) return;
     if (data == nullptr) refuse(name, "null");
     if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(size_of(dtype)) != 0) {
       refuse(name, "misaligned, expected an address that is a multiple of the item size");
     }
   }
-
-  static constexpr int64_t kMostElements = int64_t{1} << 59;  // their bytes fit in an int64_t
 
   const TensorArgs& t_;
   int64_t place_;

@@ -74,6 +74,7 @@ struct NormArgs {
   double clip_value;    // applied before squaring
   bool require_finite;  // the sum of a block is NaN if an element is not finite before clipping
   double* sums;         // receives one sum per block
+  bool rescaled;        // float64 gradients, whose elements are multiplied by kNormUnit; require_finite is ignored
 };
 
 // Adds gradients times grad_factor to the accumulators.

@@ -41,8 +41,9 @@ std::atomic<const Isa*>& current() {
 
 }  // namespace
 
+// Never destroyed: daemon threads may still make steps while the process exits.
 const std::vector<Isa>& isas() {
-  static const std::vector<Isa> list = list_isas();
+  static const std::vector<Isa>& list = *new std::vector<Isa>(list_isas());
   return list;
 }
 

@@ -191,19 +191,19 @@ FASTADAM_INLINE void prefetch_gradient(const Storage* g) {
 }
 
 // Adds the square of element i to lanes[i], for `count` elements, and 0 (or NaN if it is not finite) to not_finite[i].
-template <bool kRequireFinite, class Storage, class T>
+template <bool kRequireFinite, bool kRescaled, class Storage, class T>
 FASTADAM_INLINE void add_squares(const Storage* __restrict g, int64_t count, T limit, double* __restrict lanes,
                                  T* __restrict not_finite) {
 #pragma omp simd
   for (int64_t lane = 0; lane < count; ++lane) {
     const T g_i = load(g[lane]);
     if constexpr (kRequireFinite) not_finite[lane] += g_i - g_i;
-    const auto x = static_cast<double>(transform_gradient(g_i, limit, T(1)));
+    const auto x = static_cast<double>(transform_gradient(g_i, limit, kRescaled ? static_cast<T>(kNormUnit) : T(1)));
     lanes[lane] += x * x;
   }
 }
 
-template <class Storage, bool kRequireFinite>
+template <class Storage, bool kRequireFinite, bool kRescaled = false>
 double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_value) {
   using T = Compute<Storage>;
   const Storage* g = static_cast<const Storage*>(grad) + begin;
@@ -213,9 +213,9 @@ double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_va
   int64_t at = 0;
   for (; at + kNormLanes <= size; at += kNormLanes) {
     prefetch_gradient(g + at);
-    add_squares<kRequireFinite>(g + at, kNormLanes, limit, lanes, not_finite);
+    add_squares<kRequireFinite, kRescaled>(g + at, kNormLanes, limit, lanes, not_finite);
   }
-  add_squares<kRequireFinite>(g + at, size - at, limit, lanes, not_finite);
+  add_squares<kRequireFinite, kRescaled>(g + at, size - at, limit, lanes, not_finite);
   if constexpr (kRequireFinite) {
     for (int64_t lane = 0; lane < kNormLanes; ++lane) lanes[lane] += static_cast<double>(not_finite[lane]);
   }
@@ -293,6 +293,7 @@ extern const Kernels kernels = {
      {sum_squares<BFloat16, false>, sum_squares<BFloat16, true>},
      {sum_squares<float, false>, sum_squares<float, true>},
      {sum_squares<double, false>, sum_squares<double, true>}},
+    sum_squares<double, false, true>,
     {average<Float16>, average<BFloat16>, average<float>, average<double>},
     {accumulate<Float16>, accumulate<BFloat16>, accumulate<float>, accumulate<double>},
     {sum_rows<Float16>, sum_rows<BFloat16>, sum_rows<float>, sum_rows<double>}};

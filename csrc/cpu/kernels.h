@@ -30,6 +30,7 @@ struct Kernels {
   UpdateKernel all_rows[kDTypeCount];      // IndexedSlices, TF's rule: updates every row
   UpdateKernel touched_rows[kDTypeCount];  // updates only the rows of the gradient, first by the steps that they missed
   NormKernel norm[kDTypeCount][2];         // [dtype of the gradient][require_finite]
+  NormKernel rescaled_norm;                // of a float64 gradient whose elements are multiplied by kNormUnit
   AverageKernel average[kDTypeCount];
   AccumulateKernel accumulate[kDTypeCount];  // [dtype of the gradient]
   SumKernel sum_rows[kDTypeCount];           // [dtype of the gradient]

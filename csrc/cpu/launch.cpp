@@ -10,10 +10,10 @@
 #include <thread>
 #include <utility>
 
+#include "../core/float_mode.h"
 #include "../core/norm.h"
 #include "../core/split.h"
 #include "dispatch.h"
-#include "flush_denormals.h"
 #include "pool.h"
 
 namespace fastadam::cpu {
@@ -133,7 +133,9 @@ struct NormTask {
       const TensorArgs& tensor = args.tensors[t];
       const int64_t begin = (i - args.block_offsets[t]) * kNormBlock;
       const int64_t size = std::min(kNormBlock, tensor.grad_size - begin);
-      const NormKernel sum_squares = kernels->norm[static_cast<int>(tensor.grad_dtype)][args.require_finite];
+      const NormKernel sum_squares = args.rescaled
+                                         ? kernels->rescaled_norm
+                                         : kernels->norm[static_cast<int>(tensor.grad_dtype)][args.require_finite];
       args.sums[i] = sum_squares(tensor.grad, begin, size, args.clip_value);
     }
   }

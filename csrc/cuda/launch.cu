@@ -58,8 +58,9 @@ struct NormTables {
   std::vector<int64_t> host_offsets;
   DeviceArray<int64_t> offsets;
   DeviceArray<double> sums, factors, squares;
+  DeviceArray<double> rescaled;  // sums, if a gradient is float64
 
-  void fit(const std::vector<TensorArgs>& tensors, cudaStream_t stream) {
+  void fit(const std::vector<TensorArgs>& tensors, bool has_f64, cudaStream_t stream) {
     std::vector<int64_t> new_offsets = norm_offsets(tensors);
     if (new_offsets == host_offsets) return;
     const auto count = static_cast<int64_t>(tensors.size());
@@ -67,6 +68,7 @@ struct NormTables {
     room_for(sums, new_offsets.back());
     room_for(factors, count);
     room_for(squares, count);
+    if (has_f64) room_for(rescaled, new_offsets.back());
     offsets.write(new_offsets.data(), count + 1, stream);
     host_offsets = std::move(new_offsets);
   }
@@ -124,7 +126,7 @@ struct Launch::Tables {
       context.retire(std::move(norms));
       norms = std::make_unique<NormTables>();
     }
-    norms->fit(args, stream);
+    norms->fit(args, has_f64, stream);
     return *norms;
   }
 
@@ -184,26 +186,37 @@ struct Launch::Tables {
   // `clip_state`: null, or the state whose value clip is used because the grad_scale is on the device.
   void sum_squares(const NormTables& norms_now, const StepState* clip_state, double clip_value, bool require_finite,
                    cudaStream_t stream) {
-    launch(SumSquares{gradients.get(), norms_now.offsets.get(), norms_now.count(), clip_state, clip_value,
-                      require_finite, norms_now.sums.get()},
-           norm_grid(norms_now.host_offsets), stream);
-    launch(SumBlocks{norms_now.offsets.get(), norms_now.sums.get(), most_blocks(norms_now.host_offsets)},
-           norms_now.count(), stream);
+    sum_blocks(norms_now, clip_state, clip_value, require_finite, norms_now.sums.get(), nullptr, stream);
   }
 
-  bool all_finite(const NormTables& norms_now, bool is_step, cudaStream_t stream) {
-    launch(CheckFinite{state(), report(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count(), is_step}, 1,
-           stream);
+  void sum_blocks(const NormTables& norms_now, const StepState* clip_state, double clip_value, bool require_finite,
+                  double* sums, const double* overflowed, cudaStream_t stream) {
+    launch(SumSquares{gradients.get(), norms_now.offsets.get(), norms_now.count(), clip_state, clip_value,
+                      require_finite, sums, overflowed},
+           norm_grid(norms_now.host_offsets), stream);
+    launch(SumBlocks{norms_now.offsets.get(), sums, most_blocks(norms_now.host_offsets)}, norms_now.count(), stream);
+  }
+
+  // `factors`: what clip() returned, or null.
+  bool all_finite(const NormTables& norms_now, bool is_step, const double* factors, cudaStream_t stream) {
+    launch(CheckFinite{state(), report(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count(), is_step,
+                       factors, norms_now.squares.get()},
+           1, stream);
     check(cudaStreamSynchronize(stream));
     return context.report.get()->not_finite == 0;
   }
 
-  // Returns the factors of norm clipping, or null if norms are not clipped.
-  const double* clip(const NormTables& norms_now, const AdamHyper& hyper, cudaStream_t stream) {
+  // Returns the factors of norm clipping, or null if norms are not clipped. Only float64 sums can have overflowed.
+  const double* clip(const NormTables& norms_now, const StepState* clip_state, const AdamHyper& hyper,
+                     cudaStream_t stream) {
     if (!std::isfinite(hyper.clip_norm) && !std::isfinite(hyper.global_clip_norm)) return nullptr;
+    double* rescaled = has_f64 ? norms_now.rescaled.get() : nullptr;
+    if (has_f64) {
+      sum_blocks(norms_now, clip_state, raw_clip_value(hyper), false, rescaled, norms_now.sums.get(), stream);
+    }
     launch(ClipFactors{state(), gradients.get(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count(),
                        hyper.clip_norm, hyper.global_clip_norm, hyper.gradient_scale, norms_now.factors.get(),
-                       norms_now.squares.get()},
+                       norms_now.squares.get(), rescaled},
            1, stream);
     return norms_now.factors.get();
   }
@@ -251,8 +264,8 @@ bool Launch::step(const StepArgs& args, const std::vector<TensorArgs>& tensors, 
     const NormTables& norms = *tables.norms;
     const StepState* clip_state = numbers.grad_scale == nullptr ? nullptr : tables.state();
     tables.sum_squares(norms, clip_state, raw_clip_value(hyper), hyper.require_finite, stream);
-    if (hyper.require_finite && !tables.all_finite(norms, true, stream)) return false;
-    factors = tables.clip(norms, hyper, stream);
+    factors = tables.clip(norms, clip_state, hyper, stream);
+    if (hyper.require_finite && !tables.all_finite(norms, true, factors, stream)) return false;
   }
   for (const Layout::Round& round : layout.rounds) {
     for (size_t i = 0; i < kDTypeCount; ++i) {
@@ -276,7 +289,7 @@ bool Launch::accumulate(bool restart, bool require_finite, const std::vector<Ten
   tables.begin(StepArgs{}, call, stream);
   tables.set_gradients(tensors, stream);
   if (require_finite) tables.sum_squares(*tables.norms, nullptr, HUGE_VAL, true, stream);
-  if (require_finite && !tables.all_finite(*tables.norms, false, stream)) return false;
+  if (require_finite && !tables.all_finite(*tables.norms, false, nullptr, stream)) return false;
   for (const Layout::Round& round : layout.rounds) {
     const bool is_first = &round == &layout.rounds.front();
     for (size_t i = 0; i < kDTypeCount; ++i) {

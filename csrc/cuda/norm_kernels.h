@@ -20,6 +20,8 @@ struct SumSquares {
   double clip_value;
   bool require_finite;
   double* sums;
+  const double* overflowed;  // null; or sums whose blocks were summed: then only float64 gradients of which the sum is
+                             // not finite are read, times kNormUnit, and the other sums are 0
 
   FASTADAM_INLINE int phases() const { return 2; }
 
@@ -29,13 +31,19 @@ struct SumSquares {
     const int64_t i = block * kWarps + warp;
     if (i >= block_offsets[tensor_count]) return;
     if (phase == 0) {
-      shared.lanes[warp][lane] = sum_lane(i, lane);
+      shared.lanes[warp][lane] = is_wanted(i) ? sum_lane(i, lane) : 0.0;
     } else if (lane == 0) {
       sums[i] = pairwise_sum(shared.lanes[warp], kNormLanes);
     }
   }
 
  private:
+  FASTADAM_INLINE bool is_wanted(int64_t i) const {
+    if (overflowed == nullptr) return true;
+    const int64_t t = find_variable(block_offsets, tensor_count, i);
+    return gradients[t].dtype == FASTADAM_FLOAT64 && !is_finite(overflowed[block_offsets[t]]);
+  }
+
   FASTADAM_INLINE double sum_lane(int64_t i, int64_t lane) const {
     const int64_t t = find_variable(block_offsets, tensor_count, i);
     const int64_t begin = (i - block_offsets[t]) * kNormBlock;
@@ -59,11 +67,12 @@ struct SumSquares {
     using T = Compute<Storage>;
     double total = 0;
     const T raw_clip = state == nullptr ? static_cast<T>(clip_value) : scalars_of<T>(*state).clip_value;
+    const T unit = overflowed == nullptr ? T(1) : static_cast<T>(kNormUnit);
     T not_finite = T(0);  // becomes NaN if an element is not finite
     for (int64_t at = lane; at < size; at += kNormLanes) {
       const T g = load(grad[at]);
       if (require_finite) not_finite += g - g;
-      const auto x = static_cast<double>(transform_gradient(g, raw_clip, T(1)));
+      const auto x = static_cast<double>(transform_gradient(g, raw_clip, unit));
       total += x * x;
     }
     return require_finite ? total + static_cast<double>(not_finite) : total;
@@ -111,7 +120,7 @@ struct ListSums {
   }
 };
 
-// Skips the step if an element of any gradient is not finite.
+// Skips the step if an element of any gradient is not finite, or a norm that is clipped.
 struct CheckFinite {
   static constexpr int kThreads = 256;
   struct Shared {
@@ -122,7 +131,9 @@ struct CheckFinite {
   const int64_t* block_offsets;
   const double* sums;  // after SumBlocks
   int64_t tensor_count;
-  bool is_step;  // otherwise an accumulation, which does not count in t
+  bool is_step;           // otherwise an accumulation, which does not count in t
+  const double* factors;  // with norm clipping: what ClipFactors wrote; or null
+  const double* squares;
 
   FASTADAM_INLINE int phases() const { return 2; }
 
@@ -131,7 +142,9 @@ struct CheckFinite {
       shared.not_finite[thread] = false;
       for (int64_t t = thread; t < tensor_count; t += kThreads) {
         const bool is_empty = block_offsets[t] == block_offsets[t + 1];
-        if (!is_empty && sums[block_offsets[t]] != sums[block_offsets[t]]) shared.not_finite[thread] = true;
+        const bool is_element = !is_empty && is_nan(sums[block_offsets[t]]);
+        const bool is_norm = factors != nullptr && (is_nan(factors[t]) || is_nan(squares[t]));
+        if (is_element || is_norm) shared.not_finite[thread] = true;
       }
     } else if (thread == 0) {
       bool not_finite = false;
@@ -141,9 +154,13 @@ struct CheckFinite {
       if (not_finite) state->skip = true;
     }
   }
+
+ private:
+  static FASTADAM_INLINE bool is_nan(double x) { return x != x; }
 };
 
-// Computes the factor of each gradient with norm clipping, like Norms::clip_factors in csrc/capi/norms.h.
+// Computes the factor of each gradient with norm clipping, like Norms::clip in csrc/capi/norms.h. A norm that is not
+// finite makes a factor or a square NaN.
 struct ClipFactors {
   static constexpr int kThreads = 256;
   using Shared = NoShared;
@@ -156,7 +173,8 @@ struct ClipFactors {
   double global_clip_norm;
   double gradient_scale;
   double* factors;
-  double* squares;  // memory for the squares of the clipped norms
+  double* squares;         // memory for the squares of the clipped norms
+  const double* rescaled;  // sums of float64 gradients whose sum is not finite, of elements times kNormUnit; or null
 
   FASTADAM_INLINE int phases() const { return 3; }
 
@@ -173,17 +191,27 @@ struct ClipFactors {
 
  private:
   FASTADAM_INLINE void clip(int64_t t) const {
-    const bool is_empty = block_offsets[t] == block_offsets[t + 1];
-    const NormClip clipped = clip_gradient(is_empty ? 0.0 : sums[block_offsets[t]], gradient_scale * state->unscale,
-                                           gradients[t].factor * state->unscale, clip_norm);
+    const NormClip clipped = clip_of(t);
     factors[t] = clipped.factor;
     squares[t] = clipped.square;
   }
 
+  FASTADAM_INLINE NormClip clip_of(int64_t t) const {
+    return clip_gradient(norm(t), gradients[t].factor * state->unscale, clip_norm);
+  }
+
+  FASTADAM_INLINE double norm(int64_t t) const {
+    const double scale = gradient_scale * state->unscale;
+    if (block_offsets[t] == block_offsets[t + 1]) return 0;
+    const double sum = sums[block_offsets[t]];
+    const bool is_rescaled = rescaled != nullptr && gradients[t].dtype == FASTADAM_FLOAT64 && !is_finite(sum);
+    return is_rescaled ? norm_of_rescaled(rescaled[block_offsets[t]], scale) : norm_of(sum, scale);
+  }
+
   FASTADAM_INLINE double global_factor() const {
-    double sum = 0;
-    for (int64_t t = 0; t < tensor_count; ++t) sum += squares[t];
-    return global_clip_factor(std::sqrt(sum), global_clip_norm);
+    const double norm = joint_norm(
+        tensor_count, [this](int64_t t) { return squares[t]; }, [this](int64_t t) { return clip_of(t).norm; });
+    return global_clip_factor(norm, global_clip_norm);
   }
 };
 

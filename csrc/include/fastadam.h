@@ -5,10 +5,20 @@
  *   m += (g - m) * (1 - beta_1)      v += (g * g - v) * (1 - beta_2)
  *   var -= m * alpha / (sqrt(v) + epsilon)      alpha = learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t)
  *
- * Arrays have no strides: element i of every array of a tensor belongs to element i of `var`. Arrays must not overlap;
- * the library does not check that. Everything else is checked before anything is written: a call that returns an error
- * has changed nothing. Calls are thread-safe as long as they write to different memory. They use the library's own
- * threads and return when the work is done; a forked child may call too.
+ * Arrays have no strides: element i of every array of a tensor belongs to element i of `var`. Arrays that a call writes
+ * must not share memory with any other array. The library looks for that within each tensor, not between tensors.
+ * Everything else is checked before anything is written: a call that returns an error has changed nothing. Sizes may be
+ * at most 2^59 elements, also of all tensors of a list together. Calls are thread-safe as long as they write to
+ * different memory. They use the library's own threads and return when the work is done; a forked child may call too.
+ *
+ * Results do not depend on the caller's floating-point mode (rounding, flush-to-zero, denormals-are-zero, traps), which
+ * calls restore.
+ *
+ * Norms are computed in double, over a tree of fixed shape: the same bits whatever the threads and the CPU. They are
+ * right up to the largest float64, even if their squares are not. A norm above that, or of a gradient that is not
+ * finite, is not finite: with require_finite such a step is not made; otherwise clip_norm makes finite elements of that
+ * gradient 0, and global_clip_norm makes all variables NaN, as in TensorFlow. Squares below 2.3e-308 count as 0, and a
+ * clip factor too small for a normal number of the variable's arithmetic (1.2e-38 in float32) makes the gradient 0.
  */
 #ifndef FASTADAM_H
 #define FASTADAM_H
@@ -26,6 +36,9 @@
 
 /* Increases when a struct of this header changes. The library refuses lists of another ABI. */
 #define FASTADAM_ABI 1
+
+/* The largest argument of fastadam_set_num_threads. */
+#define FASTADAM_MOST_THREADS 1024
 
 #if defined(__cplusplus)
 enum fastadam_dtype : int32_t
@@ -51,7 +64,7 @@ enum
   FASTADAM_OK,
   FASTADAM_INVALID,    /* an invalid argument: fastadam_error() says which */
   FASTADAM_NO_MEMORY,  /* the call could not allocate CPU memory for its own work */
-  FASTADAM_NOT_FINITE, /* a gradient is not finite, and require_finite is set: no step was made */
+  FASTADAM_NOT_FINITE, /* a gradient or its norm is not finite, and require_finite is set: no step was made */
   FASTADAM_CUDA_ERROR, /* the CUDA runtime failed (only fastadam_cuda.h) */
 };
 
@@ -71,7 +84,7 @@ typedef struct fastadam_hyper {
   double weight_decay;     /* decoupled (AdamW): the variable is first multiplied by 1 - weight_decay * learning_rate */
   double ema_momentum;     /* momentum of the averages, if any */
   bool ema_overwrite;      /* after this step the averages are copied to the variables */
-  bool require_finite;     /* no step is made if an element of a gradient is not finite */
+  bool require_finite;     /* no step is made if an element of a gradient, or a norm to be clipped, is not finite */
   bool clip_after_dedupe;  /* for callers that sum repeated rows first (fastadam_sum_rows): ignored here */
   double l2;               /* coupled: l2 * variable is added to the gradient, after clip and factor; dense only */
   bool epsilon_corrected;  /* epsilon is added to the bias-corrected root, as PyTorch and optax do */
@@ -130,7 +143,7 @@ FASTADAM_API fastadam_status fastadam_step(const fastadam_list* list, const fast
 /* Adds the gradients, times grad_factor, to the accumulators; with `restart` the accumulators count as zero. */
 FASTADAM_API fastadam_status fastadam_accumulate(const fastadam_list* list, bool restart, bool require_finite);
 
-/* The number of int64_t that fastadam_sort_rows needs as memory for `count` indices; -1 if `count` is invalid. */
+/* The number of int64_t that fastadam_sort_rows needs as memory for `count` indices; -1 if `count` is not 0 to 2^57. */
 FASTADAM_API int64_t fastadam_sort_memory(int64_t count);
 
 /* Sorts indices, int32 or int64, into `rows`, whose arrays are stored in `memory`. Repeated rows keep their order.
@@ -142,11 +155,15 @@ FASTADAM_API fastadam_status fastadam_sort_rows(const void* indices, bool is_int
  * each row, in sums[i]; in float32, or in float64 for a float64 gradient. */
 FASTADAM_API fastadam_status fastadam_sum_rows(const fastadam_list* list, void* const* sums);
 
-/* The sum of squares of each gradient, in double: the same bits whatever the threads and the CPU. Only grad,
- * grad_dtype and grad_size are read. */
+/* The sum of squares of each gradient, in double; infinite if it is above the largest float64. Only grad, grad_dtype
+ * and grad_size are read. */
 FASTADAM_API fastadam_status fastadam_sum_squares(const fastadam_list* list, double* sums);
 
-/* The number of threads for all later calls; 0: one for each CPU that this process may run on. */
+/* The norm of all gradients together. Only grad, grad_dtype and grad_size are read. */
+FASTADAM_API fastadam_status fastadam_norm(const fastadam_list* list, double* norm);
+
+/* The number of threads for all later calls, at most FASTADAM_MOST_THREADS; 0: one for each CPU that this process may
+ * run on. */
 FASTADAM_API fastadam_status fastadam_set_num_threads(int32_t count);
 FASTADAM_API int32_t fastadam_num_threads(void);       /* the number in use */
 FASTADAM_API int32_t fastadam_requested_threads(void); /* the number last set */
@@ -204,13 +221,15 @@ static inline fastadam_tensor fastadam_dense(void* var, const void* grad, void* 
   return tensor;
 }
 
-/* A table with a sparse gradient: `values` has rows->width elements for each of `index_count` indices. */
+/* A table with a sparse gradient: `values` has rows->width elements for each of `index_count` indices. If their product
+ * overflows, calls with the tensor are refused. */
 static inline fastadam_tensor fastadam_sparse(void* var, const void* values, int64_t index_count,
                                               const fastadam_rows* rows, void* m, void* v, int64_t size,
                                               fastadam_dtype dtype) {
   fastadam_tensor tensor = fastadam_dense(var, values, m, v, size, dtype);
   tensor.rows = rows;
-  tensor.grad_size = index_count * rows->width;
+  const int64_t most = rows->width > 0 ? INT64_MAX / rows->width : INT64_MAX;
+  tensor.grad_size = index_count >= 0 && index_count <= most ? index_count * rows->width : -1;
   return tensor;
 }
 

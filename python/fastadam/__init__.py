@@ -18,6 +18,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import fastadam._core.native.backend as _backend  # first: it refuses where NumPy would only warn
 from fastadam import cuda, exchange, reference, schedules
 from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
@@ -27,7 +28,6 @@ from fastadam._core.functional import adam_step
 from fastadam._core.loss_scale import LossScaleOptimizer
 from fastadam._core.machine import current_isa, get_num_threads, isas, set_isa, set_num_threads, show_config
 from fastadam._core.minimize import set_gradient_provider
-from fastadam._core.native.backend import _cpu
 from fastadam._core.native.slices import IndexedSlices
 from fastadam._core.native.variable import Variable
 from fastadam._core.norm import global_norm
@@ -45,7 +45,7 @@ else:  # not for type checkers, for which every name would exist
         raise AttributeError(f"module 'fastadam' has no attribute {name!r}")
 
 
-__version__: str = _cpu.__version__
+__version__ = _backend.__version__
 
 __all__ = [
     "Adam",

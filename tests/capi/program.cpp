@@ -135,6 +135,9 @@ void refusals() {
   hyper = usual;
   hyper.l2 = -1;
   refused(good, hyper);
+  const fastadam_rows no_rows{nullptr, nullptr, nullptr, 0, int64_t{1} << 40};
+  refused(fastadam_sparse(w.data(), g.data(), int64_t{1} << 24, &no_rows, m.data(), v.data(), 4, FASTADAM_FLOAT32),
+          usual);
   refuse_rows(good);
   const int64_t index = 4;
   std::vector<int64_t> memory(static_cast<size_t>(fastadam_sort_memory(1)));

@@ -162,7 +162,7 @@ void check_jumps(DType dtype, bool amsgrad, Claims& claims) {
   tensor.grad = nullptr;
   tensor.stale = &stale;
   {
-    const cpu::FlushDenormals flush;
+    const FlushDenormals flush;
     const auto kernel = cpu::current_isa().kernels->touched_rows[static_cast<int>(dtype)];
     kernel(step_of(0, amsgrad, false), tensor, 0, tensor.size);
   }

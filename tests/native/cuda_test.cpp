@@ -235,10 +235,13 @@ void check_failure() {
   report(state.step == 7 && state.skip && failure.failed == 1 && failure.call == 108, "t stays at the last good step");
 }
 
-// Includes gradients with no blocks and with a number of blocks that is not a power of two.
+// Includes gradients with no blocks and with a number of blocks that is not a power of two, and float64 gradients whose
+// squares overflow.
 void check_norms() {
   Claims claims;
-  for (const bool finite : {true, false}) {
+  enum Gradients { kUsual, kNotFinite, kHuge };
+  for (const Gradients kind : {kUsual, kNotFinite, kHuge}) {
+    const bool finite = kind != kNotFinite;
     std::vector<Variable> variables;
     for (const int64_t size :
          {int64_t{5 * kNormBlock + 17}, int64_t{0}, int64_t{1}, int64_t{kNormBlock}, int64_t{37 * kNormBlock}}) {
@@ -246,7 +249,11 @@ void check_norms() {
         variables.emplace_back(pair.dtype, size, pair.grad_dtype);
         const Array& grads = variables.back().grads;
         for (int64_t i = 0; finite && i < size; ++i) {
-          if (!std::isfinite(read(grads.at(0), pair.grad_dtype, i))) variables.back().grads.set(i, 0.25);
+          const double g = read(grads.at(0), pair.grad_dtype, i);
+          if (!std::isfinite(g)) variables.back().grads.set(i, 0.25);
+          if (std::isfinite(g) && kind == kHuge && pair.grad_dtype == FASTADAM_FLOAT64) {
+            variables.back().grads.set(i, std::ldexp(g, 700));
+          }
         }
       }
     }
@@ -256,39 +263,51 @@ void check_norms() {
     const auto count = static_cast<int64_t>(tensors.size());
     const std::vector<int64_t> offsets = cuda::norm_offsets(tensors);
     for (const double clip_value : {0.5, HUGE_VAL}) {
-      Norms norms(tensors.data(), count, clip_value, true);
-      cpu::run_norm(norms.args());
+      const Norms norms(tensors.data(), count, clip_value, true);
       claims.note("norm kernels: find gradients that are not finite", norms.all_finite() == finite);
+      std::vector<double> block_sums(static_cast<size_t>(offsets.back()));
+      cpu::run_norm({tensors.data(), offsets.data(), count, clip_value, true, block_sums.data(), false});
       std::vector<double> sums(static_cast<size_t>(offsets.back()));
-      emulate(cuda::SumSquares{gradients.data(), offsets.data(), count, nullptr, clip_value, true, sums.data()},
-              cuda::norm_grid(offsets));
+      emulate(
+          cuda::SumSquares{gradients.data(), offsets.data(), count, nullptr, clip_value, true, sums.data(), nullptr},
+          cuda::norm_grid(offsets));
       bool same = true;
       for (size_t i = 0; i < sums.size(); ++i) {
-        const double other = norms.args().sums[i];
+        const double other = block_sums[i];
         same = same && (std::isnan(other) ? std::isnan(sums[i]) : sums[i] == other);
       }
       claims.note("norm kernels: give the sums of the CPU kernels", same);
       emulate(cuda::SumBlocks{offsets.data(), sums.data(), cuda::most_blocks(offsets)}, count);
+      std::vector<double> rescaled(sums.size());
+      emulate(cuda::SumSquares{gradients.data(), offsets.data(), count, nullptr, clip_value, false, rescaled.data(),
+                               sums.data()},
+              cuda::norm_grid(offsets));
+      emulate(cuda::SumBlocks{offsets.data(), rescaled.data(), cuda::most_blocks(offsets)}, count);
       for (int which = 1; which < 4; ++which) {
         AdamHyper hyper{};
         hyper.clip_norm = which % 2 != 0 ? 0.75 : HUGE_VAL;
         hyper.global_clip_norm = which / 2 != 0 ? 0.25 : HUGE_VAL;
         hyper.gradient_scale = 0.125;
-        Norms again(tensors.data(), count, clip_value, true);
-        cpu::run_norm(again.args());
-        const std::vector<double> expected = again.clip_factors(hyper);
+        const Norms::Clipping expected = norms.clip(hyper);
         std::vector<double> factors(tensors.size());
         std::vector<double> squares(tensors.size());
         const cuda::StepState state = state_of(StepArgs{});
         emulate(cuda::ClipFactors{&state, gradients.data(), offsets.data(), sums.data(), count, hyper.clip_norm,
-                                  hyper.global_clip_norm, hyper.gradient_scale, factors.data(), squares.data()},
+                                  hyper.global_clip_norm, hyper.gradient_scale, factors.data(), squares.data(),
+                                  rescaled.data()},
                 1);
         bool equal = true;
-        for (size_t t = 0; t < expected.size(); ++t) {
-          const double other = expected[t];
+        for (size_t t = 0; t < factors.size(); ++t) {
+          const double other = expected.factors[t];
           equal = equal && (std::isnan(other) ? std::isnan(factors[t]) : factors[t] == other);
         }
         claims.note("norm kernels: give the clip factors of the host", equal);
+        cuda::StepState checked{};
+        cuda::Report found{};
+        emulate(cuda::CheckFinite{&checked, &found, offsets.data(), sums.data(), count, true, factors.data(),
+                                  squares.data()},
+                1);
+        claims.note("norm kernels: find norms that are not finite", (found.not_finite == 0) == expected.is_finite);
       }
     }
   }

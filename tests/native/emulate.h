@@ -2,7 +2,7 @@
 // For the native tests: runs a launch of CUDA threads on the CPU.
 #pragma once
 
-#include "../../csrc/cpu/flush_denormals.h"
+#include "../../csrc/core/float_mode.h"
 
 namespace kernel_test {
 
@@ -10,7 +10,7 @@ namespace kernel_test {
 // order on a GPU.
 template <class Kernel>
 void emulate(const Kernel& kernel, int64_t blocks) {
-  const fastadam::cpu::FlushDenormals flush;
+  const fastadam::FlushDenormals flush;
   for (int64_t block = 0; block < blocks; ++block) {
     typename Kernel::Shared shared{};
     for (int phase = 0; phase < kernel.phases(); ++phase) {

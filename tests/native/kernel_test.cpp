@@ -51,7 +51,7 @@ void check_kernels() {
           for (int t = 0; t < kSteps; ++t) {
             const TensorArgs tensor = plain.args(t, amsgrad);
             run(&tensor, 1, t, amsgrad, transform);
-            const cpu::FlushDenormals flush;
+            const FlushDenormals flush;
             StepArgs step = step_of(t, amsgrad, transform);
             step.prefetch = true;
             isa.kernels->dense[static_cast<int>(pair.dtype)](step, prefetching.args(t, amsgrad), 0, size);
@@ -79,7 +79,7 @@ void check_conversions(const Format& f) {
     const auto pattern = static_cast<uint16_t>(bits);
     const double value = decode(pattern, f);
     if (canonical(static_cast<double>(load(Storage{pattern}))) != canonical(value)) same_load = false;
-    const cpu::FlushDenormals flush;
+    const FlushDenormals flush;
     const uint16_t again = store<Storage>(load(Storage{pattern})).bits;
     if (std::isnan(value) ? !std::isnan(decode(again, f)) : again != pattern) same_round_trip = false;
   }
@@ -132,15 +132,8 @@ struct Mixed {
   void run_all() const { run(tensors.data(), static_cast<int64_t>(variables.size()), 0, true, true); }
 };
 
-uint64_t floating_point_mode() {
-#if defined(__aarch64__)
-  uint64_t mode;
-  asm volatile("mrs %0, fpcr" : "=r"(mode));
-  return mode;
-#else
-  return _mm_getcsr() & ~0x3fu;  // without the sticky exception flags
-#endif
-}
+// Without the record of exceptions that have happened.
+uint64_t floating_point_mode() { return read_float_mode() & kModeBits; }
 
 // `mode`: the floating-point mode of this thread at the start of the program.
 void check_threads(uint64_t mode) {

@@ -10,8 +10,8 @@
 #include <limits>
 #include <new>
 
+#include "../../csrc/core/float_mode.h"
 #include "../../csrc/core/step_args.h"
-#include "../../csrc/cpu/flush_denormals.h"
 
 namespace kernel_test {
 
@@ -238,7 +238,7 @@ __attribute__((noinline)) void adam(const TensorArgs& tensor, const StepScalars<
 }
 
 inline void expect(const TensorArgs& tensor, int t, int transform) {
-  const cpu::FlushDenormals flush;
+  const FlushDenormals flush;
   if (tensor.dtype == FASTADAM_FLOAT64) adam(tensor, scalars<double>(t), transform);
   if (tensor.dtype != FASTADAM_FLOAT64) adam(tensor, scalars<float>(t), transform);
 }

@@ -13,7 +13,7 @@ namespace kernel_test {
 // Calls visit(T) with a zero of the compute type of this dtype, while denormals are flushed.
 template <class Visit>
 void in_compute_type(DType dtype, Visit visit) {
-  const cpu::FlushDenormals flush;
+  const FlushDenormals flush;
   if (dtype == FASTADAM_FLOAT64) visit(double{});
   if (dtype != FASTADAM_FLOAT64) visit(float{});
 }

@@ -18,7 +18,7 @@ constexpr uint64_t kDigest = 0x1f8c392025921785;
 
 void run_pieces(cpu::UpdateKernel kernel, const StepArgs& step, const TensorArgs& tensor, int64_t total,
                 int64_t piece) {
-  const cpu::FlushDenormals flush;
+  const FlushDenormals flush;
   for_each_cut(total, piece, [&](int64_t begin, int64_t end) { kernel(step, tensor, begin, end); });
 }
 

@@ -77,7 +77,7 @@ void check_accumulate(const Pair& pair, int64_t width, bool dense, bool restart,
           const Occurrences sorted(kIndices[t]);
           const Rows rows = sorted.view(width);
           const TensorArgs tensor = sum.args(t, dense ? nullptr : &rows);
-          const cpu::FlushDenormals flush;
+          const FlushDenormals flush;
           for_each_cut(sum.size, piece, [&](int64_t begin, int64_t end) {
             isa.kernels->accumulate[static_cast<int>(tensor.grad_dtype)](tensor, begin, end, restart && t % 3 == 0);
           });
@@ -119,7 +119,7 @@ __attribute__((noinline)) double squares(const void* grad, DType dtype, int64_t 
 
 double expect_squares(const void* grad, DType dtype, int64_t begin, int64_t size, double clip_value,
                       bool require_finite) {
-  const cpu::FlushDenormals flush;
+  const FlushDenormals flush;
   return squares(grad, dtype, begin, size, clip_value, require_finite);
 }
 
@@ -148,7 +148,7 @@ void check_norms(DType dtype, int64_t size, Claims& claims, Digests& digests) {
         const int64_t begin = size > 40 ? 7 : 0;
         const double expected = expect_squares(grad.at(0), dtype, begin, size - begin, clip_value, require_finite);
         for_each_isa([&](const cpu::Isa& isa) {
-          const cpu::FlushDenormals flush;
+          const FlushDenormals flush;
           const auto kernel = isa.kernels->norm[static_cast<int>(dtype)][require_finite];
           Array sum(FASTADAM_FLOAT64, 1);
           sum.set(0, kernel(grad.at(0), begin, size - begin, clip_value));
@@ -173,7 +173,7 @@ void check_row_sums(DType dtype, int64_t width, Claims& claims, Digests& digests
         const Array moved(values, offset);
         for (const int64_t piece : {kRows * width, width * 2 / 3 + 2}) {
           const RowSums actual(indices, width, moved, dtype, offset);
-          const cpu::FlushDenormals flush;
+          const FlushDenormals flush;
           for_each_cut(actual.rows.count * width, piece, [&](int64_t begin, int64_t end) {
             isa.kernels->sum_rows[static_cast<int>(dtype)](actual.tensor, begin, end, actual.sums.at(0));
           });
@@ -258,7 +258,7 @@ void check_threads() {
     const std::vector<TensorArgs> tensors = tensors_of(sums);
     cpu::run_accumulate({{tensors.data(), heads.data(), offsets.data(), count}, true});
     std::vector<double> actual_squares(expected_squares.size());
-    cpu::run_norm({reads.data(), blocks.data(), count, 0.3, false, actual_squares.data()});
+    cpu::run_norm({reads.data(), blocks.data(), count, 0.3, false, actual_squares.data(), false});
     bool same = true;
     for (size_t k = 0; k < sums.size(); ++k) same = same && sums[k].total == expected[k].total;
     for (size_t i = 0; i < actual_squares.size(); ++i)

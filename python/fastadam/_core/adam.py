@@ -104,7 +104,9 @@ class Adam(Optimizer):
         clip_after_dedupe: Clip IndexedSlices after repeated rows have been summed, like the dense gradient; by default
             the values are clipped as they come, as in TF.
 
-    Gradients are unscaled, accumulated and clipped; then the variables decay, are updated and averaged.
+    Gradients are unscaled, accumulated and clipped; then the variables decay, are updated and averaged. Norms are
+    computed in float64 and are right up to its largest number. Above it, and for a gradient that is not finite,
+    ``clipnorm`` makes finite elements 0 and ``global_clipnorm`` makes all variables NaN, as in TF.
 
     Raises:
         TypeError: An unknown keyword, or a hyperparameter that is not a number.

@@ -63,11 +63,11 @@ class _Journal(NamedTuple):
 class LossScaleOptimizer(Minimizer):
     r"""Dynamic loss scaling for an optimizer: the loss is multiplied by a scale that adapts to the gradients.
 
-    ``apply_gradients`` divides the gradients of ``scale_loss(loss)`` by the scale. If any element of any gradient is
-    not finite, it skips the whole step, does not count it in ``iterations``, and halves the scale. After
-    ``dynamic_growth_steps`` good steps in a row the scale is doubled. The scale stays within [``min_scale``, 2**126];
-    in Keras 3 it can fall to 0. Ten skipped steps in a row at ``min_scale`` cause a UserWarning, once. Gradients are
-    checked before they are clipped, in the same pass that computes their norm.
+    ``apply_gradients`` divides the gradients of ``scale_loss(loss)`` by the scale. If any element of any gradient, or a
+    norm that is to be clipped, is not finite, it skips the whole step, does not count it in ``iterations``, and halves
+    the scale. After ``dynamic_growth_steps`` good steps in a row the scale is doubled. The scale stays within
+    [``min_scale``, 2**126]; in Keras 3 it can fall to 0. Ten skipped steps in a row at ``min_scale`` cause a
+    UserWarning, once. Gradients are checked before they are clipped, in the same pass that computes their norm.
 
     Attributes of the inner optimizer (``iterations``, ``learning_rate``, ``get_slot`` ...) can be used on this one.
 

@@ -66,11 +66,12 @@ def set_num_threads(count: int | None) -> None:
     """Set the maximum number of threads of a step for the whole process. Results do not depend on it.
 
     Args:
-        count: The number of threads. None restores the default: ``FASTADAM_NUM_THREADS`` if it was set at import,
-            else ``OMP_NUM_THREADS``, else the number of CPUs that this process may use.
+        count: The number of threads, at most 1024, which then exist until the process ends. None restores the default:
+            ``FASTADAM_NUM_THREADS`` if it was set at import, else ``OMP_NUM_THREADS`` (1024 if that is more), else the
+            number of CPUs that this process may use.
 
     Raises:
-        ValueError: ``count`` is not an integer from 1 to 65536.
+        ValueError: ``count`` is not an integer from 1 to 1024.
 
     >>> import fastadam
     >>> fastadam.set_num_threads(2)
@@ -79,7 +80,7 @@ def set_num_threads(count: int | None) -> None:
     >>> fastadam.set_num_threads(None)
     """
     if isinstance(count, str):
-        raise ValueError(f"count: {count!r}, expected an integer from 1 to 65536")
+        raise ValueError(f"count: {count!r}, expected an integer from 1 to {_cpu.most_threads}")
     _cpu.set_num_threads(_DEFAULT_THREADS if count is None else parse_thread_count(count, "count"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -27,8 +26,8 @@ def global_norm(grads: Iterable[Gradient | None]) -> float:
     .. math:: \sqrt{\sum_i \sum_j g_{ij}^2}
 
     The sums run over a tree of fixed shape, so the result does not depend on the number of threads, the instruction
-    set or alignment. None entries are skipped, as in TensorFlow. If any gradient contains a NaN or an infinity, the
-    result is not finite.
+    set or alignment. None entries are skipped, as in TensorFlow. The result is right up to the largest float64, even if
+    squares of the elements overflow. If any gradient contains a NaN or an infinity, the result is not finite.
 
     Args:
         grads: Arrays of any real dtype and layout. For IndexedSlices the values are used as they are, as in
@@ -48,8 +47,9 @@ def global_norm(grads: Iterable[Gradient | None]) -> float:
         items = list(grads) if grads.ndim else [grads]  # the norm of its rows is the norm of the array
     else:
         items = check_list("grads", grads, "a list of arrays")
-    arrays = [_readable(_values(unwrap(g)), f"grads[{i}]") for i, g in enumerate(items) if g is not None]
-    return math.sqrt(sum(_cpu.sums_of_squares(arrays)))
+    with _cpu.DefaultArithmetic():
+        arrays = [_readable(_values(unwrap(g)), f"grads[{i}]") for i, g in enumerate(items) if g is not None]
+    return _cpu.norm(arrays)
 
 
 def _values(gradient: AnyArray) -> AnyArray:

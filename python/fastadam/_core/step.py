@@ -79,7 +79,8 @@ class Stepper:
                     last, stamp = runtime.last, self.options.version + self.state.slots.version
                     if last is not None and last.plan.step_again(pairs, stamp, self.state.calls):
                         return True
-                return self._step(optimizer, pairs, loss_scale)
+                with _cpu.DefaultArithmetic():  # for rates and scales; the native code sets it by itself
+                    return self._step(optimizer, pairs, loss_scale)
 
     def _step(self, optimizer: Hyperparameters, pairs: list[AnyPair], loss_scale: float | None) -> bool:
         options, state, runtime, tables = self.options, self.state, self.runtime, self.tables

@@ -4,7 +4,7 @@
 #include <set>
 #include <utility>
 
-#include "../../../csrc/cpu/flush_denormals.h"
+#include "../../../csrc/core/float_mode.h"
 
 namespace fake_cuda {
 
@@ -100,7 +100,7 @@ cudaError_t Runtime::run_until(const WorkIds& ids) {
     if (entry == queue.end() || !needed.insert(id).second) continue;
     open.insert(open.end(), entry->second.after.begin(), entry->second.after.end());
   }
-  const fastadam::cpu::FlushDenormals flush;
+  const fastadam::FlushDenormals flush;
   for (uint64_t id : needed) {
     const Work work = std::move(queue[id].work);
     queue.erase(id);

@@ -5,6 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 
+
+def _require_main_interpreter() -> None:
+    try:
+        import _interpreters as interpreters  # type: ignore[import-not-found]  # Python 3.13
+    except ImportError:
+        try:
+            import _xxsubinterpreters as interpreters  # type: ignore[import-not-found]
+        except ImportError:
+            return
+    if interpreters.get_current() != interpreters.get_main():
+        raise ImportError(
+            "fastadam: imported in a subinterpreter, expected the main interpreter, or a process of its own "
+            "(multiprocessing): its compiled extension does not support subinterpreters."
+        )
+
+
+_require_main_interpreter()  # where the extension would hang
+
 try:
     from fastadam import _cpu
 except ImportError as error:
@@ -14,17 +32,19 @@ except ImportError as error:
         "with the same Python that imports it."
     ) from error
 
-__all__ = ["_cpu", "parse_thread_count"]
+__all__ = ["__version__", "_cpu", "parse_thread_count"]
+
+__version__: str = _cpu.__version__
 
 
 def parse_thread_count(count: object, name: str) -> int:
-    """An int >= 1 from an integer or a string; the ValueError names the argument."""
+    """An int from 1 to the limit of the library, from an integer or a string; the ValueError names the argument."""
     try:
         threads = int(count) if isinstance(count, str) else count.__index__()  # type: ignore[attr-defined]
     except (ValueError, AttributeError):
         threads = 0
-    if not 1 <= threads <= 65536 or isinstance(count, bool):
-        raise ValueError(f"{name}: {count!r}, expected an integer from 1 to 65536")
+    if not 1 <= threads <= _cpu.most_threads or isinstance(count, bool):
+        raise ValueError(f"{name}: {count!r}, expected an integer from 1 to {_cpu.most_threads}")
     return int(threads)
 
 
@@ -39,9 +59,11 @@ def _read_environment() -> None:
     if threads:
         _cpu.set_num_threads(parse_thread_count(threads, "environment variable FASTADAM_NUM_THREADS"))
     elif openmp_threads := os.environ.get("OMP_NUM_THREADS"):
-        # In a list such as "4,2" for nested regions the first number counts. OpenMP reports invalid values itself.
+        # In a list such as "4,2" for nested regions the first number counts. OpenMP reports invalid values itself, and
+        # may allow more threads.
         with contextlib.suppress(ValueError):
-            _cpu.set_num_threads(parse_thread_count(openmp_threads.split(",")[0], "OMP_NUM_THREADS"))
+            count = min(int(openmp_threads.split(",")[0]), _cpu.most_threads)
+            _cpu.set_num_threads(parse_thread_count(count, "OMP_NUM_THREADS"))
 
 
 _read_environment()

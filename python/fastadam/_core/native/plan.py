@@ -198,8 +198,9 @@ class Plan:
 
     def _converted(self, gradients: list[AnyGradient], which: list[int], convert: Convert | None) -> list[AnyGradient]:
         gradients = gradients[:]
-        for i in which:
-            gradients[i] = self._convert(gradients[i], i) if convert is None else convert(gradients[i], i)
+        with _cpu.DefaultArithmetic():
+            for i in which:
+                gradients[i] = self._convert(gradients[i], i) if convert is None else convert(gradients[i], i)
         return gradients
 
     def _convert(self, gradient: AnyGradient, i: int) -> AnyGradient:

@@ -37,7 +37,11 @@ TESTS = Path(__file__).parent
 def test_the_tests_of_the_cpu_pass(fake_jax_cuda, chosen):
     """But for those that take long there."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "fake_xla", "-p", "no:cacheprovider", *chosen]
-    environment = {**os.environ, "FASTADAM_FAKE_JAX_CUDA": str(fake_jax_cuda), "PYTHONPATH": str(TESTS)}
+    environment = {
+        **os.environ,
+        "FASTADAM_FAKE_JAX_CUDA": str(fake_jax_cuda),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+    }
     result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     if chosen[0] != "test_jax_sharded.py":  # whose steps are made in processes of their own

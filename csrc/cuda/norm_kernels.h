@@ -67,7 +67,8 @@ struct SumSquares {
     using T = Compute<Storage>;
     double total = 0;
     const T raw_clip = state == nullptr ? static_cast<T>(clip_value) : scalars_of<T>(*state).clip_value;
-    const T unit = overflowed == nullptr ? T(1) : static_cast<T>(kNormUnit);
+    // float32 does not represent the unit: beside a sum that overflows in float64 these gradients count as zero.
+    const T unit = overflowed == nullptr ? T(1) : T(sizeof(T) == sizeof(double) ? kNormUnit : 0.0);
     T not_finite = T(0);  // becomes NaN if an element is not finite
     for (int64_t at = lane; at < size; at += kNormLanes) {
       const T g = load(grad[at]);

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from fastadam.torch import _grad_scaler as scaling  # noqa: E402
 from fastadam.torch import _parameter_set as sets  # noqa: E402
+from fastadam.torch import _partition as partition  # noqa: E402
 from fastadam.torch import _step_count as counts  # noqa: E402
 from torch_twins import PAIRS, Twins, parameters  # noqa: E402
 
@@ -69,7 +70,7 @@ class Device:
 @pytest.fixture
 def waits(monkeypatch):
     """Every tensor counts as one of a GPU; the list of the counts for which the host has waited."""
-    for module in (counts, scaling, sets):
+    for module in (counts, scaling, sets, partition):
         monkeypatch.setattr(module, "is_on_gpu", lambda number: isinstance(number, torch.Tensor))
     make_plan, wait = sets.ParameterSet.make_plan, counts.StepCounts._wait
     found = []

@@ -28,7 +28,7 @@ inline bool same_items(const py::dict& a, const py::dict& b) {
   return true;
 }
 
-// The step counts of some parameters: float tensors of shape () in CPU memory, all of one dtype.
+// The step counts of some parameters, which may differ: float tensors of shape () in CPU memory, all of one dtype.
 class StepCounts {
  public:
   // Returns false if it cannot be read and written here.
@@ -47,23 +47,24 @@ class StepCounts {
     return now && now->data == addresses_[i];
   }
 
-  // The number of steps made, if it is the same whole number for all parameters.
-  std::optional<int64_t> get() const {
+  // The number of the next step of each parameter; empty if a count is not a whole number.
+  std::optional<std::vector<int64_t>> next() const {
     constexpr double kMost = 9007199254740992.0;  // 2^53: up to here each whole number is a double
-    const double first = get(0);
-    if (!(first >= 0 && first < kMost) || first != std::floor(first)) return std::nullopt;
-    for (size_t i = 1; i < addresses_.size(); ++i) {
-      if (get(i) != first) return std::nullopt;
+    std::vector<int64_t> steps(addresses_.size());
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const double count = get(i);
+      if (!(count >= 0 && count < kMost) || count != std::floor(count)) return std::nullopt;
+      steps[i] = static_cast<int64_t>(count) + 1;
     }
-    return static_cast<int64_t>(first);
+    return steps;
   }
 
-  void set(int64_t count) const {
-    for (void* address : addresses_) {
+  void set(const std::vector<int64_t>& counts) const {
+    for (size_t i = 0; i < addresses_.size(); ++i) {
       if (*first_.dtype == FASTADAM_FLOAT32) {
-        *static_cast<float*>(address) = static_cast<float>(count);
+        *static_cast<float*>(addresses_[i]) = static_cast<float>(counts[i]);
       } else {
-        *static_cast<double*>(address) = static_cast<double>(count);
+        *static_cast<double*>(addresses_[i]) = static_cast<double>(counts[i]);
       }
     }
   }

@@ -3,8 +3,11 @@
 // holds pointers, not state.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -23,6 +26,14 @@ template <class Backend>
 class Plan {
   using Scope = typename Backend::Scope;
   using Call = typename TensorSet<Backend>::Call;
+
+  // Variables of one call that make steps of one number.
+  struct Part {
+    std::vector<int64_t> heads;
+    std::vector<int64_t> offsets{0};
+    StepArgs args;
+  };
+  using Parts = std::map<int64_t, Part>;  // by the number of the step
 
  public:
   template <class... Arguments>
@@ -60,6 +71,16 @@ class Plan {
     return {};
   }
 
+  // As step(), where variable i makes its `steps[i]`-th step. For variables on the host that are no tables.
+  std::vector<size_t> step_apart(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
+                                 int64_t* counter, const std::vector<int64_t>& steps) {
+    const Scope scope(backend(), variables().place());
+    const Call call(set_, gradients);
+    if (!call.to_convert().empty()) return call.to_convert();
+    run(parts_of(hyper, factors, steps), hyper, counter);
+    return {};
+  }
+
   // Keeps the numbers of the last step for step_again(). They are good as long as the caller's `stamp` is the same.
   void remember(const AdamHyper& hyper, int64_t stamp, std::vector<double> factors) {
     remembered_ = hyper;
@@ -89,11 +110,21 @@ class Plan {
   // A step with the remembered numbers for the parameters that the plan follows, checked but not made yet.
   class Repeat {
    public:
-    Repeat(Plan& plan, const py::list& gradients, int64_t count)
-        : plan_(plan), scope_(plan.backend(), plan.variables().place()), call_(plan.set_, gradients) {
+    // `steps[i]`: the number of the step of variable i.
+    Repeat(Plan& plan, const py::list& gradients, std::vector<int64_t> steps)
+        : plan_(plan),
+          scope_(plan.backend(), plan.variables().place()),
+          call_(plan.set_, gradients),
+          steps_(std::move(steps)) {
       hyper_ = *plan.remembered_;
-      hyper_.step = count + 1;
-      if (is_ready()) args_ = plan.arguments(hyper_, plan.remembered_factors_);
+      hyper_.step = steps_[0];
+      if (!is_ready()) return;
+      is_apart_ = std::adjacent_find(steps_.begin(), steps_.end(), std::not_equal_to<>()) != steps_.end();
+      if (is_apart_) {
+        parts_ = plan.parts_of(hyper_, plan.remembered_factors_, steps_);
+      } else {
+        args_ = plan.arguments(hyper_, plan.remembered_factors_);
+      }
     }
 
     // False if a gradient must be converted.
@@ -101,16 +132,23 @@ class Plan {
 
     // Makes the step and writes the step counts.
     void run() {
-      plan_.run(call_, args_, hyper_, nullptr);
-      plan_.parameters_->counts().set(hyper_.step);
+      if (is_apart_) {
+        plan_.run(parts_, hyper_, nullptr);
+      } else {
+        plan_.run(call_, args_, hyper_, nullptr);
+      }
+      plan_.parameters_->counts().set(steps_);
     }
 
    private:
     Plan& plan_;
     Scope scope_;
     Call call_;
+    std::vector<int64_t> steps_;
+    bool is_apart_ = false;  // step counts differ
     AdamHyper hyper_;
-    StepArgs args_;
+    StepArgs args_;  // of all variables, unless they are apart
+    Parts parts_;
   };
 
   // The gradients of the next step if `params`, those of a group, and their states are what the plan follows; otherwise
@@ -121,11 +159,11 @@ class Plan {
     return gradients && parameters_->are_current(variables()) ? gradients : std::nullopt;
   }
 
-  // The next step; null if step counts differ or a gradient must be converted.
+  // The next step; null if a step count is not a whole number or a gradient must be converted.
   std::unique_ptr<Repeat> repeat(const py::list& gradients) {
-    const std::optional<int64_t> count = parameters_->counts().get();
-    if (!count) return nullptr;
-    auto step = std::make_unique<Repeat>(*this, gradients, *count);
+    std::optional<std::vector<int64_t>> steps = parameters_->counts().next();
+    if (!steps) return nullptr;
+    auto step = std::make_unique<Repeat>(*this, gradients, *std::move(steps));
     return step->is_ready() ? std::move(step) : nullptr;
   }
 
@@ -196,6 +234,37 @@ class Plan {
     if (!all_finite_) return;
     call.note_histories(&args, value_of(counter));
     if (!backend().is_capturing()) count(counter);
+  }
+
+  // The step of variables whose step counts differ.
+  void run(const Parts& parts, AdamHyper hyper, int64_t* counter) {
+    {
+      const py::gil_scoped_release unlocked;
+      for (const auto& [step, part] : parts) {
+        hyper.step = step;
+        backend().step(part.args, set_.tensors(), hyper, value_of(counter));
+      }
+    }
+    all_finite_ = true;
+    count(counter);
+  }
+
+  // Raises if a number is not usable, in whichever step.
+  Parts parts_of(AdamHyper hyper, const std::vector<double>& factors, const std::vector<int64_t>& steps) {
+    variables().require_length("steps", steps.size());
+    const Chains all = variables().chains();
+    Parts parts;
+    for (int64_t k = 0; k < all.count; ++k) {
+      Part& part = parts[steps[static_cast<size_t>(all.heads[k])]];
+      part.heads.push_back(all.heads[k]);
+      part.offsets.push_back(part.offsets.back() + all.offsets[k + 1] - all.offsets[k]);
+    }
+    for (auto& [step, part] : parts) {
+      hyper.step = step;
+      part.args = arguments(hyper, factors);
+      part.args.chains = {all.tensors, part.heads.data(), part.offsets.data(), static_cast<int64_t>(part.heads.size())};
+    }
+    return parts;
   }
 
   // The arguments of the kernels. Raises if a number is not usable in the arithmetic of the variables.

@@ -95,6 +95,13 @@ inline int64_t* place_of(const py::object& counter) {
 template <class Backend>
 void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
   m.def("same_items", &same_items, py::arg("a"), py::arg("b"));
+  type.def(
+      "step_apart",
+      [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,
+         const std::vector<double>& grad_factors, const py::object& counter, const std::vector<int64_t>& steps) {
+        return plan.step_apart(gradients, hyper_of(hyper), grad_factors, place_of(counter), steps);
+      },
+      py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter"), py::arg("steps"));
   type.def("follow", &Plan<Backend>::follow, py::arg("states"), py::arg("keys"));
   m.def("step_groups_again", &step_groups_again<Backend>, py::arg("plans"), py::arg("groups"), py::arg("followed"),
         py::arg("state"), py::arg("known"));

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +21,9 @@ __all__ = ["ParameterSet"]
 
 
 class ParameterSet:
-    """Parameters of one group and device with one step count, their states, and a native plan of both.
+    """Parameters of one group and device, their states, and a native plan of both.
+
+    They have one step count on a GPU and if they are tables whose rows wait; otherwise each has its own.
 
     Args:
         params: The parameters.
@@ -243,10 +244,13 @@ class ParameterSet:
         """The gradients as the plan takes them; ``densify``: without rows."""
         return self._gradients.read(gradients, densify=densify)
 
-    def check(self, gradients: list[AnyGradient], hyper: StepHyper, factors: list[float]) -> list[AnyGradient]:
+    def check(
+        self, gradients: list[AnyGradient], hyper: StepHyper, factors: list[float], steps: list[int] | None = None
+    ) -> list[AnyGradient]:
         """Raise what is wrong with a step; return the gradients, converted as far as necessary."""
         gradients = self.plan.check(gradients, self._gradients.convert)
-        self.plan.check_numbers(hyper, factors)
+        for step in {hyper.step} if steps is None else set(steps):
+            self.plan.check_numbers(hyper._replace(step=step), factors)
         return gradients
 
     def step(
@@ -254,29 +258,45 @@ class ParameterSet:
         gradients: list[AnyGradient],
         hyper: StepHyper,
         factors: list[float],
-        counter: npt.NDArray[np.int64] | None = None,
+        steps: list[int] | None = None,
     ) -> None:
-        """Make a step, or raise what is wrong and change nothing; call :meth:`finish` if the counter has gone up."""
+        """Make a step, or raise what is wrong and change nothing; call :meth:`finish` if the counter has gone up.
+
+        Each parameter makes its own of ``steps``; for None all make that of ``hyper``.
+        """
         for i, view in self._views.items():
             view.load([column[i] for column in self._columns])
-        self.plan.step(gradients, hyper, factors, self.counter if counter is None else counter, self._gradients.convert)
+        if steps is None:
+            self.plan.step(gradients, hyper, factors, self.counter, self._gradients.convert)
+        else:
+            self.plan.step_apart(gradients, hyper, factors, self.counter, self._gradients.convert, steps)
 
-    def finish(self, count: int | Tensor) -> None:
+    def finish(self, count: int | list[int] | Tensor) -> None:
         """Note that the ``count``-th step was made; calling it again, after a signal, is harmless.
 
-        The count is a tensor if only the GPU knows it.
+        The count is a list if the parameters have different ones, and a tensor if only the GPU knows it.
         """
         self._note_written()
         if isinstance(count, Tensor):
             self.counts.follow(count)
+        elif isinstance(count, list):
+            self.counts.set_each(count)
         else:
             self.counts.set(count)
         for table in self.tables:
             table.note_step()
 
-    def next_step(self, count: float) -> int:
-        """The number of the next step, when the step count was this before any set was stepped."""
-        return whole_count(count, self.labels[0]) + self.turn.earlier
+    @property
+    def counts_may_differ(self) -> bool:
+        """Whether one step can be of another number for each parameter."""
+        return self.context is None and not self.tables
+
+    def next_steps(self, counts: list[float]) -> list[int]:
+        """The numbers of the next step, when these were the step counts before any set was stepped."""
+        if counts.count(counts[0]) == len(counts):
+            return [whole_count(counts[0], self.labels[0]) + self.turn.earlier] * len(counts)
+        named = zip(counts, self.labels, strict=True)
+        return [whole_count(count, label) + self.turn.earlier for count, label in named]
 
     def count_after(self, found_inf: Tensor | None) -> Tensor | None:
         """The step count after the next step, on the GPU if that decides whether to skip the step; else None."""

@@ -1,4 +1,4 @@
-"""Which parameters of a group step together: with one kind of gradient, one device, one step count, apart in memory."""
+"""Which parameters of a group step together: those with one kind of gradient, on one device, apart in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastadam.torch._deferred import Table, Tables
 from fastadam.torch._layout import Turn, turns_of
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._state import Kind, states_of
-from fastadam.torch._step_count import StepCounts
+from fastadam.torch._step_count import StepCounts, is_on_gpu
 
 __all__ = ["Partitions", "refuse_new_in_capture"]
 
@@ -163,7 +163,10 @@ class Partitions:
         known: States,
         contexts: dict[tuple[int, ...], Foreign],
     ) -> list[ParameterSet]:
-        """The sets of parameters with one kind of gradient and one turn on one device: one for each step count."""
+        """The sets of parameters with one kind of gradient and one turn on one device.
+
+        There is one set for each step count on a GPU and of tables whose rows wait, otherwise one set.
+        """
         params = [group["params"][place] for place in places]
         labels = [label_of(group, index, place) for place in places]
         for param, label in zip(params, labels, strict=True):
@@ -176,7 +179,9 @@ class Partitions:
         refuse_new_in_capture(params[0])
         states = states_of(known, params, labels, group, self._moments_dtype)
         counts = StepCounts([state["step"] for state in states])
-        sets, parts = [], _by_value(range(len(places)), counts.read())
+        sets, parts = [], [list(range(len(places)))]
+        if is_on_gpu(params[0]) or (kind.rows and self._mode in DEFERRED):
+            parts = _by_value(range(len(places)), counts.read())
         for which in parts:
             if len(parts) > 1:
                 counts = StepCounts([states[k]["step"] for k in which])

@@ -60,6 +60,7 @@ class Call(NamedTuple):
     gradients: list[AnyGradient]
     hyper: StepHyper
     factors: list[float]
+    steps: list[int] | None  # one for each parameter if they differ
     found_inf: Tensor | None  # on the GPU, which skips the step unless it is 0
 
 
@@ -68,7 +69,7 @@ class Pending(NamedTuple):
 
     call: Call
     counter: int  # before the step
-    after: int | Tensor  # the step count after it
+    after: int | list[int] | Tensor  # the step count after it
 
 
 class GroupStepper:
@@ -135,7 +136,7 @@ class GroupStepper:
                 calls.append(self._call_of(index, ready, group, gradients, scaled))
         if len(calls) > 1:
             for i, call in enumerate(calls):
-                checked = call.chosen.check(call.gradients, call.hyper, call.factors)
+                checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)
                 calls[i] = call._replace(gradients=checked)
         for call in calls:
             self._make(call, state)
@@ -147,7 +148,7 @@ class GroupStepper:
     def _ready(
         self, index: int, group: Group, state: States, gradients: list[Tensor | None], scaled: ScaledStep
     ) -> list[Ready]:
-        """The sets of a group that are to be stepped, each with one step count."""
+        """The sets of a group that are to be stepped, those whose counts may not differ with one step count."""
         ready = self._read_counts(self.partitions.of(index, group, state, gradients, renew=False), group, scaled)
         if _are_apart(ready):
             return ready
@@ -184,8 +185,8 @@ class GroupStepper:
     ) -> Call:
         """What the set does natively; rows of its tables that cannot wait are brought up to date."""
         chosen, there, counts = ready
-        step = chosen.next_step(counts[0]) if counts else 1
-        hyper = chosen.numbers_of(group, step, scaled.gradient_scale if there.grad_scale is None else 1.0)
+        steps = chosen.next_steps(counts) if counts else [1]
+        hyper = chosen.numbers_of(group, steps[0], scaled.gradient_scale if there.grad_scale is None else 1.0)
         mine = [gradient for place in chosen.positions if (gradient := gradients[place]) is not None]
         if there.grad_scale is None:
             mine = scaled.divided(mine)
@@ -197,7 +198,8 @@ class GroupStepper:
                 hyper = hyper._replace(learning_rate=float(group["lr"]))
             chosen.set_device_numbers(rate, there.grad_scale, there.found_inf, counts=there.counts)
         mine = chosen.read_gradients(mine, densify=hyper.l2 != 0)
-        return Call(index, chosen, mine, hyper, chosen.factors_of(group), there.found_inf)
+        apart = steps if steps.count(steps[0]) != len(steps) else None
+        return Call(index, chosen, mine, hyper, chosen.factors_of(group), apart, there.found_inf)
 
     def _settle_before(self, chosen: ParameterSet, gradients: list[Tensor], hyper: StepHyper) -> None:
         """Bring rows up to date that cannot wait for this step."""
@@ -220,9 +222,11 @@ class GroupStepper:
             self._captured.append(chosen)
             return
         after = chosen.count_after(call.found_inf)
-        self._pending = Pending(call, int(chosen.counter), call.hyper.step if after is None else after)
+        self._pending = Pending(
+            call, int(chosen.counter), after if after is not None else call.steps or call.hyper.step
+        )
         try:
-            chosen.step(call.gradients, call.hyper, call.factors)
+            chosen.step(call.gradients, call.hyper, call.factors, call.steps)
         finally:
             self.finish(state)
 
@@ -246,8 +250,9 @@ class GroupStepper:
 
 
 def _are_apart(ready: list[Ready]) -> bool:
-    """Whether each set has one step count, and sets of one kind on the host have different ones."""
-    if any(each.counts.count(each.counts[0]) != len(each.counts) for each in ready if each.counts):
+    """Whether each set that needs it has one step count, and such sets of one kind on the host have different ones."""
+    alike = [each for each in ready if each.counts and not each.chosen.counts_may_differ]
+    if any(each.counts.count(each.counts[0]) != len(each.counts) for each in alike):
         return False
-    on_host = [(each.chosen.kind, each.chosen.turn, each.counts[0]) for each in ready if each.chosen.context is None]
+    on_host = [(each.chosen.kind, each.chosen.turn, each.counts[0]) for each in alike if each.chosen.context is None]
     return len(set(on_host)) == len(on_host)

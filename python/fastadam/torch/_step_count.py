@@ -84,6 +84,12 @@ class StepCounts:
         """Subtract steps that turned out to have done nothing."""
         torch._foreach_sub_(self.steps, float(count))
 
+    def set_each(self, counts: list[int]) -> None:
+        """Write a count for each parameter, on the host; calling it twice is harmless."""
+        self.forget()
+        for step, count in zip(self.steps, counts, strict=True):
+            step.fill_(count)
+
     def set(self, count: int) -> None:
         """Write the count after a step; calling it twice is harmless."""
         self.forget()

@@ -142,6 +142,19 @@ class Plan:
             gradients = self._converted(gradients, unfit, convert)
         return self._native.all_finite
 
+    def step_apart(
+        self,
+        gradients: list[AnyGradient],
+        hyper: StepHyper,
+        factors: Sequence[float],
+        counter: npt.NDArray[np.int64],
+        convert: Convert,
+        steps: list[int],
+    ) -> None:
+        """As :meth:`step`, where each variable makes a step of its own number; on the host, without tables."""
+        while unfit := self._native.step_apart(gradients, hyper, factors, counter, steps):
+            gradients = self._converted(gradients, unfit, convert)
+
     def remember(self, hyper: StepHyper, stamp: int = 0, factors: Sequence[float] = ()) -> None:
         """Keep the numbers of the last step for ``step_again``; they are good as long as the stamp is the same."""
         self._native.remember(hyper, stamp, factors)
@@ -242,8 +255,8 @@ class RepeatedSteps:
     def make(self, groups: list[Config], state: dict[Tensor, Config]) -> bool:
         """Make the next step and count it; False, and no change, if it is another one.
 
-        It is if parameters, states or their memory have been replaced, other parameters than before have a gradient,
-        step counts differ, or a gradient has to be converted.
+        It is if parameters, states or their memory have been replaced, other parameters than before have a gradient, a
+        step count is not a whole number, or a gradient has to be converted.
         """
         return _cpu.step_groups_again(self._natives, groups, self._params, state, self._state)
 

@@ -239,7 +239,7 @@ class Plan {
   // The step of variables whose step counts differ.
   void run(const Parts& parts, AdamHyper hyper, int64_t* counter) {
     {
-      const py::gil_scoped_release unlocked;
+      const ReleasedGil unlocked;
       for (const auto& [step, part] : parts) {
         hyper.step = step;
         backend().step(part.args, set_.tensors(), hyper, value_of(counter));

@@ -287,3 +287,16 @@ def test_a_deep_copy_that_follows_copies_never_writes_to_a_table_of_the_original
     copied.sync()
     optimizer.sync()
     assert np.array_equal(table[:, 0], other[:, 0])
+
+
+def test_a_deep_copy_finds_the_copy_of_a_variable_that_was_renamed():
+    v = fastadam.Variable([1.0, 2.0], name="a")
+    optimizer = fastadam.Adam(0.1)
+    for _ in range(3):
+        optimizer.apply_gradients([(np.ones(2), v)])
+    v.name = "b"
+    copied, twin = copy.deepcopy((optimizer, v))
+    for o, w in ((optimizer, v), (copied, twin)):
+        o.apply_gradients([(-np.ones(2), w)])
+    assert np.array_equal(v.value, twin.value)
+    assert len(copied.weights) == 3

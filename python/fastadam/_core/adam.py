@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastadam._core.averages import holders, overwrite, refuse_while_swapped, swapped
+from fastadam._core.averages import overwrite, refuse_while_swapped, swapped
 from fastadam._core.common.checks import (
     check_beta,
     check_bool,
@@ -378,7 +378,7 @@ class Adam(Optimizer):
         pairs = check_pairs_list(grads_and_vars)
         if not pairs:
             return None
-        if holders:
+        if self._parts.runtime.has_swapped_averages:
             refuse_while_swapped(self._parts)
         self._stepper.apply(self, pairs)
         return self.iterations

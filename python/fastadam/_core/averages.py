@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from fastadam._core.native.backend import _cpu
     from fastadam._core.parts import Parts
 
-__all__ = ["holders", "overwrite", "refuse_while_swapped", "swapped"]
-
-holders: set[int] = set()  # ids of the runtimes whose optimizer has averages swapped in
+__all__ = ["overwrite", "refuse_while_swapped", "swapped"]
 
 
 def overwrite(variables: Sequence[_cpu.Buffer], averages: Sequence[Array]) -> None:
@@ -35,14 +33,14 @@ def overwrite(variables: Sequence[_cpu.Buffer], averages: Sequence[Array]) -> No
 @contextlib.contextmanager
 def swapped(parts: Parts, variables: Sequence[_cpu.Buffer], averages: Sequence[Array]) -> Iterator[None]:
     """Round averages into their variables, and put back what was there at the end."""
-    holder, lock = id(parts.runtime), parts.runtime.lock
+    runtime, lock = parts.runtime, parts.runtime.lock
     with lock:
-        if holder in holders:
+        if runtime.has_swapped_averages:
             raise RuntimeError("averages: they are in the variables already, expected one block with all variables")
         before = [_contents(variable) for variable in variables]
     try:
         with lock:
-            holders.add(holder)
+            runtime.has_swapped_averages = True
             overwrite(variables, averages)
         yield
     finally:
@@ -53,12 +51,12 @@ def swapped(parts: Parts, variables: Sequence[_cpu.Buffer], averages: Sequence[A
                 _write(variables, before)
                 raise
             finally:
-                holders.discard(holder)
+                runtime.has_swapped_averages = False
 
 
 def refuse_while_swapped(parts: Parts) -> None:
     """Raise RuntimeError for a step that the end of the block would undo."""
-    if id(parts.runtime) in holders:
+    if parts.runtime.has_swapped_averages:
         raise RuntimeError("apply_gradients: inside of `with averages(...)`, expected after it: its end undoes a step")
 
 

@@ -71,7 +71,7 @@ class Plan {
     return {};
   }
 
-  // As step(), where variable i makes its `steps[i]`-th step. For variables on the host that are no tables.
+  // Like step(), but t of variable i is `steps[i]`. Only for variables in CPU memory that are not deferred tables.
   std::vector<size_t> step_apart(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
                                  int64_t* counter, const std::vector<int64_t>& steps) {
     const Scope scope(backend(), variables().place());

@@ -20,8 +20,9 @@ struct SumSquares {
   double clip_value;
   bool require_finite;
   double* sums;
-  const double* overflowed;  // null; or sums whose blocks were summed: then only float64 gradients of which the sum is
-                             // not finite are read, times kNormUnit, and the other sums are 0
+  // Null in the first pass. In the second pass the sums of the first: only float64 gradients whose sum is not finite
+  // are read again, multiplied by kNormUnit; all other sums are 0.
+  const double* overflowed;
 
   FASTADAM_INLINE int phases() const { return 2; }
 

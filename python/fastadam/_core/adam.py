@@ -378,8 +378,7 @@ class Adam(Optimizer):
         pairs = check_pairs_list(grads_and_vars)
         if not pairs:
             return None
-        if self._parts.runtime.has_swapped_averages:
-            refuse_while_swapped(self._parts)
+        refuse_while_swapped(self._parts)
         self._stepper.apply(self, pairs)
         return self.iterations
 

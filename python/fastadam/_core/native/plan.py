@@ -151,7 +151,7 @@ class Plan:
         convert: Convert,
         steps: list[int],
     ) -> None:
-        """As :meth:`step`, where each variable makes a step of its own number; on the host, without tables."""
+        """Like :meth:`step`, but each variable has its own t. Only in CPU memory, and not for deferred tables."""
         while unfit := self._native.step_apart(gradients, hyper, factors, counter, steps):
             gradients = self._converted(gradients, unfit, convert)
 
@@ -160,9 +160,11 @@ class Plan:
         self._native.remember(hyper, stamp, factors)
 
     def step_again(self, pairs: list[object], stamp: int, counter: npt.NDArray[np.int64]) -> bool:
-        """A step like the one remembered, with other gradients and the next t; False, and no change, if it is not.
+        """Make the remembered step again with these gradients and the next t.
 
-        It is not if the stamp or a variable differs, or a gradient is missing or has to be converted.
+        Returns:
+            False, with nothing changed, if the stamp or a variable differs, or if a gradient is missing or has to be
+            converted.
         """
         return self._native.step_again(pairs, Variable, stamp, counter)
 
@@ -253,10 +255,11 @@ class RepeatedSteps:
         self._state = {**state}
 
     def make(self, groups: list[Config], state: dict[Tensor, Config]) -> bool:
-        """Make the next step and count it; False, and no change, if it is another one.
+        """Make the next step and count it.
 
-        It is if parameters, states or their memory have been replaced, other parameters than before have a gradient, a
-        step count is not a whole number, or a gradient has to be converted.
+        Returns:
+            False, with nothing changed, if parameters, states or their memory have been replaced, if other parameters
+            than before have a gradient, if a step count is not a whole number, or if a gradient has to be converted.
         """
         return _cpu.step_groups_again(self._natives, groups, self._params, state, self._state)
 

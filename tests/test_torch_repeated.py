@@ -306,3 +306,17 @@ def test_random_halves_of_many_parameters_keep_a_bounded_number_of_sets():
         float(twins.reference.state[a]["step"]) == float(twins.tested.state[b]["step"])
         for a, b in zip(twins.theirs, twins.ours, strict=True)
     )
+
+
+def test_a_repeated_step_that_is_refused_counts_as_no_write():
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = fastadam.torch.Adam([parameter])
+    for _ in range(4):
+        parameter.grad = torch.ones(4)
+        optimizer.step()
+    version, before = parameter._version, parameter.detach().clone()
+    parameter.grad = parameter.detach()  # shares the memory that the step writes
+    with pytest.raises(ValueError, match="shares memory"):
+        optimizer.step()
+    assert parameter._version == version
+    assert torch.equal(parameter.detach(), before)

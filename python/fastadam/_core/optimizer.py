@@ -49,7 +49,10 @@ class Optimizer(Minimizer):
 
     @property
     def iterations(self) -> np.int64:
-        """Steps made so far. Setting it continues from there: after ``opt.iterations = 5`` the next step uses t = 6."""
+        """Steps made so far. Setting it continues from there: after ``opt.iterations = 5`` the next step uses t = 6.
+
+        Setting it in the middle of an accumulation cycle drops the gradients of the cycle.
+        """
         count: np.int64 = np.int64(self._parts.state.calls.item() // self._parts.options.calls_per_step)
         return count
 

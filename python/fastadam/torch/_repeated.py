@@ -48,7 +48,7 @@ class RepeatedStep:
         return cls(sets, groups, state)
 
     def make(self, groups: list[Group], state: States, gradient_scale: float) -> bool:
-        """Make the step, or raise what is wrong and change nothing; False, and no change, if it is another step."""
+        """Make the step. Returns False, with nothing changed, if it differs from the last; raises if it is invalid."""
         if len(groups) != len(self._sets):
             return False
         for index, group in enumerate(groups):
@@ -58,6 +58,9 @@ class RepeatedStep:
         was_made = True  # a signal may come as the call returns
         try:
             was_made = self._steps.make(groups, state)
+        except Exception:  # a refusal, which has written nothing
+            was_made = False
+            raise
         finally:
             if was_made:
                 increment_version(self._written)

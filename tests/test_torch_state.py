@@ -386,3 +386,16 @@ def test_moments_are_made_at_the_first_gradient():
     assert list(optimizer.state) == [first]
     assert list(optimizer.state[first]) == ["step", "exp_avg", "exp_avg_sq"]
     assert optimizer.state[first]["step"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("count", [1e30, 2.0**63, 2.0**62])
+def test_a_step_count_that_no_integer_holds_is_refused_by_name(count):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = fastadam.torch.Adam([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.state[parameter]["step"] = torch.tensor(count)
+    before = parameter.detach().clone()
+    with pytest.raises(ValueError, match=r"state of .*: step .*, expected a whole number below 2\*\*62"):
+        optimizer.step()
+    assert torch.equal(parameter.detach(), before)

@@ -45,20 +45,15 @@ std::vector<std::pair<std::string, bool>> compiled_isas() {
   return list;
 }
 
-// The pieces of every share, as the launch walks them: addresses are only computed with, never read.
+// The pieces of every share, as the launch walks them.
 std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t>>> split(const std::vector<int64_t>& sizes,
-                                                                      const std::vector<uint64_t>& addresses,
-                                                                      const std::vector<int64_t>& item_sizes,
                                                                       int64_t shares) {
   std::vector<int64_t> offsets{0};
   for (int64_t size : sizes) offsets.push_back(offsets.back() + size);
-  const auto place = [&](int64_t k) {
-    return std::pair<uint64_t, int64_t>(addresses[static_cast<size_t>(k)], item_sizes[static_cast<size_t>(k)]);
-  };
   std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t>>> result(static_cast<size_t>(shares));
   for (int64_t share = 0; share < shares; ++share) {
     fastadam::for_each_piece(
-        offsets.data(), static_cast<int64_t>(sizes.size()), share, shares, place,
+        offsets.data(), static_cast<int64_t>(sizes.size()), share, shares,
         [&](int64_t k, int64_t begin, int64_t end) { result[static_cast<size_t>(share)].emplace_back(k, begin, end); });
   }
   return result;
@@ -132,5 +127,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("num_threads", &fastadam_num_threads);
   m.def("requested_threads", &fastadam_requested_threads);
   m.def("set_num_threads", [](int32_t count) { require_ok(fastadam_set_num_threads(count)); }, py::arg("count"));
-  m.def("split", &split, py::arg("sizes"), py::arg("addresses"), py::arg("item_sizes"), py::arg("shares"));
+  m.def("split", &split, py::arg("sizes"), py::arg("shares"));
 }

@@ -1,15 +1,61 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "run.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
 #include <vector>
 
+#include "../core/split.h"
+#include "../core/telemetry.h"
 #include "../cpu/launch.h"
 #include "norms.h"
 
 namespace fastadam {
+
+namespace {
+
+// Room for what a step reports; writes it to the variables' telemetry at the end.
+class Telemetry {
+ public:
+  explicit Telemetry(const Chains& chains) : chains_(chains) {
+    offsets_.push_back(0);
+    for (int64_t k = 0; k < chains.count; ++k) {
+      const int64_t tiles = head(k).telemetry == nullptr ? 0 : tiles_of(head(k).size);
+      offsets_.push_back(offsets_.back() + tiles);
+    }
+    measures_.resize(static_cast<size_t>(offsets_.back()));
+  }
+
+  void add_to(StepArgs& args) {
+    args.measures = measures_.data();
+    args.measure_offsets = offsets_.data();
+  }
+
+  void report(double gradient_scale) {
+    for (int64_t k = 0; k < chains_.count; ++k) {
+      if (head(k).telemetry == nullptr) continue;
+      const int64_t first = offsets_[static_cast<size_t>(k)];
+      const int64_t tiles = offsets_[static_cast<size_t>(k) + 1] - first;
+      *head(k).telemetry = summed(measures_.data() + first, tiles, head(k).size, gradient_scale);
+    }
+  }
+
+ private:
+  const TensorArgs& head(int64_t k) const { return chains_.tensors[chains_.heads[k]]; }
+
+  Chains chains_;
+  std::vector<int64_t> offsets_;
+  std::vector<TileMeasure> measures_;
+};
+
+bool has_telemetry(const Chains& chains) {
+  return std::any_of(chains.heads, chains.heads + chains.count,
+                     [&](int64_t head) { return chains.tensors[head].telemetry != nullptr; });
+}
+
+}  // namespace
 
 bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper) {
   const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
@@ -24,7 +70,14 @@ bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper) {
       args.factors = factors.data();
     }
   }
+  if (!has_telemetry(args.chains)) {
+    cpu::run_step(args);
+    return true;
+  }
+  Telemetry telemetry(args.chains);
+  telemetry.add_to(args);
   cpu::run_step(args);
+  telemetry.report(hyper.gradient_scale);
   return true;
 }
 

@@ -106,12 +106,17 @@ class TensorCheck {
     }
     if (hyper.l2 != 0 && t_.rows != nullptr)
       refuse("l2", (std::to_string(hyper.l2) + ", expected 0 with a sparse gradient; use weight_decay").c_str());
+    if (t_.copy != nullptr) check_copy();
+    if (t_.telemetry != nullptr && t_.rows != nullptr) {
+      refuse("telemetry", "not null, expected null with a sparse gradient");
+    }
     const DType wide = state_dtype(t_.dtype);
     check_apart({{"var", t_.var, t_.size * size_of(t_.dtype)},
                  {"m", t_.m, t_.size * size_of(slot)},
                  {"v", t_.v, t_.size * size_of(slot)},
                  {"vhat", t_.vhat, t_.size * size_of(slot)},
-                 {"average", t_.average, t_.size * size_of(wide)}});
+                 {"average", t_.average, t_.size * size_of(wide)},
+                 {"copy", t_.copy, t_.size * size_of(t_.copy_dtype)}});
   }
 
   void check_accumulate() const {
@@ -193,6 +198,16 @@ class TensorCheck {
     refuse(array.name, (std::string("shares memory with ") + written.name + ", expected its own").c_str());
   }
 
+  void check_copy() const {
+    if (t_.copy_dtype < FASTADAM_FLOAT16 || t_.copy_dtype > FASTADAM_FLOAT32) {
+      refuse("copy_dtype", (std::to_string(static_cast<int>(t_.copy_dtype)) +
+                            ", expected FASTADAM_FLOAT16, FASTADAM_BFLOAT16 or FASTADAM_FLOAT32")
+                               .c_str());
+    }
+    if (t_.dtype != FASTADAM_FLOAT32) refuse("copy", "not null, expected null unless dtype is FASTADAM_FLOAT32");
+    require(t_.copy, t_.copy_dtype, t_.size, "copy");
+  }
+
   // Raises unless the gradient has a row of values for each index.
   void check_values(int64_t index_count, int64_t width) const {
     if (product(index_count, width) == t_.grad_size) return;
@@ -218,10 +233,13 @@ class TensorCheck {
   void check_gradient() const {
     if (const char* why = lost_factor(t_.grad_factor, t_.dtype)) refuse("grad_factor", why);
     const bool is_wide = size_of(t_.dtype) == 2 && t_.grad_dtype == FASTADAM_FLOAT32;
-    if (t_.grad_dtype != t_.dtype && !is_wide) {
+    const bool is_half = t_.grad_dtype == FASTADAM_FLOAT16 || t_.grad_dtype == FASTADAM_BFLOAT16;
+    const bool is_narrow = t_.dtype == FASTADAM_FLOAT32 && is_half && t_.rows == nullptr;
+    if (t_.grad_dtype != t_.dtype && !is_wide && !is_narrow) {
       refuse("grad_dtype",
              (std::to_string(static_cast<int>(t_.grad_dtype)) + " for dtype " +
-              std::to_string(static_cast<int>(t_.dtype)) + ", expected the same, or float32 for a half variable")
+              std::to_string(static_cast<int>(t_.dtype)) +
+              ", expected the same, float32 for a half variable, or a half type for a dense gradient of float32")
                  .c_str());
     }
     require(t_.grad, t_.grad_dtype, t_.grad_size, "grad");

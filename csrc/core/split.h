@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cuts the elements of all variables of a step into equal shares, at cache-line boundaries of the variable. This is
-// pure index arithmetic in int64, which the tests exercise far beyond what can be allocated.
+// Cuts the elements of all variables of a step into equal shares. This is pure index arithmetic in int64, which the tests
+// exercise far beyond what can be allocated.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,16 @@ FASTADAM_INLINE int64_t elements_to_line(uint64_t address, int64_t item_size) {
   return static_cast<int64_t>((kCacheLineBytes - address % kCacheLineBytes) % kCacheLineBytes) / item_size;
 }
 
-// Moves a cut inside a variable up to the next cache line or to the end of the variable. `address` is a multiple of
-// `item_size`.
-FASTADAM_INLINE int64_t cut_at_line(uint64_t address, int64_t item_size, int64_t cut, int64_t size) {
+// Variables are cut at multiples of so many elements. What is done with a tile once it was updated finds it in cache, and
+// sums over tiles do not depend on how the work is shared.
+constexpr int64_t kTile = 512;
+
+FASTADAM_INLINE int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
+
+// Moves a cut inside a variable up to the end of a tile.
+FASTADAM_INLINE int64_t cut_at_tile(int64_t cut, int64_t size) {
   if (cut <= 0) return 0;
-  const int64_t aligned = cut + elements_to_line(address + static_cast<uint64_t>(cut * item_size), item_size);
-  return aligned < size ? aligned : size;
+  return cut < size - size % kTile ? tiles_of(cut) * kTile : size;
 }
 
 // The index of the last variable that starts at or before `element` in the concatenation of all variables.
@@ -57,17 +61,16 @@ FASTADAM_INLINE int64_t first_row_from(const Rows& rows, int64_t row) {
   return low;
 }
 
-// Calls visit(variable, begin, end) for each piece of the share. place(k) returns {address, item_size} of variable k.
-template <class Place, class Visit>
-void for_each_piece(const int64_t* offsets, int64_t count, int64_t share, int64_t shares, Place place, Visit visit) {
+// Calls visit(variable, begin, end) for each piece of the share.
+template <class Visit>
+void for_each_piece(const int64_t* offsets, int64_t count, int64_t share, int64_t shares, Visit visit) {
   const int64_t first = share_begin(offsets[count], share, shares);
   const int64_t last = share_begin(offsets[count], share + 1, shares);
   if (first == last) return;
   for (int64_t k = find_variable(offsets, count, first); k < count && offsets[k] < last; ++k) {
     const int64_t size = offsets[k + 1] - offsets[k];
-    const auto [address, item_size] = place(k);
-    const int64_t begin = cut_at_line(address, item_size, first - offsets[k], size);
-    const int64_t end = last >= offsets[k + 1] ? size : cut_at_line(address, item_size, last - offsets[k], size);
+    const int64_t begin = cut_at_tile(first - offsets[k], size);
+    const int64_t end = last >= offsets[k + 1] ? size : cut_at_tile(last - offsets[k], size);
     if (begin < end) visit(k, begin, end);
   }
 }

@@ -35,6 +35,8 @@ namespace fastadam {
 using StaleRows = fastadam_stale_rows;
 constexpr int64_t kPeakSteps = 64;
 
+struct TileMeasure;
+
 // All gradients of a step, grouped by variable: TensorArgs::next chains the gradients of one variable.
 struct Chains {
   const TensorArgs* tensors;
@@ -96,6 +98,8 @@ struct StepArgs {
   bool prefetch;  // the arrays of the step do not fit in cache
   bool ema_overwrite;
   bool lazy;              // IndexedSlices update only the rows that they name
+  TileMeasure* measures;           // of the tiles of variables with telemetry
+  const int64_t* measure_offsets;  // measures[measure_offsets[k]]: the first tile of variable k
   const double* factors;  // with norm clipping: the factor of each tensor, which replaces its grad_factor; or null
 };
 

@@ -8,6 +8,7 @@
 #include "../core/adam_math.h"
 #include "../core/norm.h"
 #include "../core/split.h"
+#include "finish_kernels.h"
 #include "lanes.h"
 #include "row_kernels.h"
 
@@ -77,7 +78,20 @@ constexpr int64_t kLong = 512;
 // The number of elements before the first cache line of a long variable; 0 for a short one.
 template <class Storage>
 FASTADAM_INLINE int64_t elements_to_begin(const Storage* var, int64_t size) {
-  return size < kLong ? 0 : elements_to_line(reinterpret_cast<uintptr_t>(var), sizeof(Storage));
+  return size <= kLong ? 0 : elements_to_line(reinterpret_cast<uintptr_t>(var), sizeof(Storage));
+}
+
+// Calls work(grad, at, size) for parts of a dense gradient of a half type, converted to float.
+template <class Half, class Work>
+FASTADAM_INLINE void in_floats(const void* grad, int64_t begin, int64_t end, Work work) {
+  constexpr int64_t kPart = 256;
+  const Half* half = static_cast<const Half*>(grad);
+  float floats[kPart];
+  for (int64_t at = begin; at < end; at += kPart) {
+    const int64_t size = end - at < kPart ? end - at : kPart;
+    convert(half + at, floats, size);
+    work(floats, at, size);
+  }
 }
 
 template <class T>
@@ -86,14 +100,22 @@ void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, i
   const T factor = static_cast<T>(factor_of(step, tensor));
   const T keep = tensor.decays ? s.keep : T(1);
   const UpdateRange<T> update = update_for<T>(step);
-  const auto update_part_at = [&](int64_t at, int64_t size, bool prefetch) {
+  const auto update_part_at = [&](const T* grad, int64_t at, int64_t size, bool prefetch) {
     T* vhat = tensor.vhat == nullptr ? nullptr : static_cast<T*>(tensor.vhat) + at;
-    update(static_cast<T*>(tensor.var) + at, static_cast<const T*>(tensor.grad) + at, static_cast<T*>(tensor.m) + at,
-           static_cast<T*>(tensor.v) + at, vhat, size, s, factor, keep, prefetch);
+    update(static_cast<T*>(tensor.var) + at, grad, static_cast<T*>(tensor.m) + at, static_cast<T*>(tensor.v) + at, vhat,
+           size, s, factor, keep, prefetch);
   };
+  if constexpr (sizeof(T) == 4) {
+    const auto update_floats = [&](const float* grad, int64_t at, int64_t size) {
+      update_part_at(grad, at, size, step.prefetch);
+    };
+    if (tensor.grad_dtype == FASTADAM_FLOAT16) return in_floats<Float16>(tensor.grad, begin, end, update_floats);
+    if (tensor.grad_dtype == FASTADAM_BFLOAT16) return in_floats<BFloat16>(tensor.grad, begin, end, update_floats);
+  }
+  const T* grad = static_cast<const T*>(tensor.grad);
   const int64_t first = elements_to_begin(static_cast<const T*>(tensor.var) + begin, end - begin);
-  if (first > 0) update_part_at(begin, first, false);
-  update_part_at(begin + first, end - begin - first, step.prefetch);
+  if (first > 0) update_part_at(grad + begin, begin, first, false);
+  update_part_at(grad + begin + first, begin + first, end - begin - first, step.prefetch);
 }
 
 // Returns kBlock elements as floats: the elements themselves, or a copy in `room` that put_floats() rounds back.
@@ -222,19 +244,6 @@ double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_va
   return pairwise_sum(lanes, kNormLanes);
 }
 
-template <class Storage>
-void average(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
-  using T = Compute<Storage>;
-  const T momentum = scalars_of<T>(step).ema_momentum;
-  Storage* __restrict var = static_cast<Storage*>(tensor.var) + begin;
-  T* __restrict averages = static_cast<T*>(tensor.average) + begin;
-#pragma omp simd
-  for (int64_t i = 0; i < end - begin; ++i) averages[i] = moving_average(averages[i], T(load(var[i])), momentum);
-  if (!step.ema_overwrite) return;
-#pragma omp simd
-  for (int64_t i = 0; i < end - begin; ++i) var[i] = store<Storage>(averages[i]);
-}
-
 // Adds IndexedSlices to elements [begin, end) of the accumulator, which has every row of the variable.
 template <class Grad, class T>
 void accumulate_rows(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart) {
@@ -295,6 +304,9 @@ extern const Kernels kernels = {
      {sum_squares<double, false>, sum_squares<double, true>}},
     sum_squares<double, false, true>,
     {average<Float16>, average<BFloat16>, average<float>, average<double>},
+    {copy<Float16>, copy<BFloat16>, copy<float>, nullptr},
+    {read<Float16>, read<BFloat16>, read<float>, read<double>},
+    {measure<Float16>, measure<BFloat16>, measure<float>, measure<double>},
     {accumulate<Float16>, accumulate<BFloat16>, accumulate<float>, accumulate<double>},
     {sum_rows<Float16>, sum_rows<BFloat16>, sum_rows<float>, sum_rows<double>}};
 

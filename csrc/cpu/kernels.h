@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../core/step_args.h"
+#include "../core/telemetry.h"
 
 namespace fastadam::cpu {
 
@@ -17,6 +18,16 @@ using NormKernel = double (*)(const void* grad, int64_t begin, int64_t size, dou
 
 // Moves the average of elements [begin, end) towards the variable, then copies it there if step.ema_overwrite is set.
 using AverageKernel = UpdateKernel;
+
+// Rounds elements [begin, end) of a float32 variable to its copy.
+using CopyKernel = UpdateKernel;
+
+// Reads elements [begin, end) into an array of the compute type of their dtype.
+using ReadKernel = void (*)(const void* from, int64_t begin, int64_t end, void* to);
+
+// Measures a tile of the variable whose first gradient is `head`. `before`: the elements before the step.
+using MeasureKernel = TileMeasure (*)(const TensorArgs* tensors, const TensorArgs& head, int64_t begin, int64_t end,
+                                      const void* before);
 
 // Adds a gradient to elements [begin, end) of the accumulator. `restart`: the accumulator counts as zero.
 using AccumulateKernel = void (*)(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart);
@@ -32,6 +43,9 @@ struct Kernels {
   NormKernel norm[kDTypeCount][2];         // [dtype of the gradient][require_finite]
   NormKernel rescaled_norm;                // of a float64 gradient whose elements are multiplied by kNormUnit
   AverageKernel average[kDTypeCount];
+  CopyKernel copy[kDTypeCount];  // [dtype of the copy]; null for float64
+  ReadKernel read[kDTypeCount];
+  MeasureKernel measure[kDTypeCount];
   AccumulateKernel accumulate[kDTypeCount];  // [dtype of the gradient]
   SumKernel sum_rows[kDTypeCount];           // [dtype of the gradient]
 };

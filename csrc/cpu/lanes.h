@@ -5,6 +5,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #include "../core/step_args.h"
@@ -46,6 +48,12 @@ FASTADAM_INLINE Operands<T> operands_of(const TensorArgs& tensor, int64_t at, T*
 
 // The number of columns of a row that are summed and updated at a time.
 constexpr int64_t kColumns = 128;
+
+// The number of columns to process next, starting at `column` of a row and at element `at`, before `end`.
+FASTADAM_INLINE int64_t columns_from(int64_t column, int64_t width, int64_t at, int64_t end) {
+  const int64_t left = width - column < end - at ? width - column : end - at;
+  return left < kColumns ? left : kColumns;
+}
 
 // The number of elements between two prefetches. Prefetching 1 KiB ahead gains 5 % in DRAM and costs 8 % in cache
 // (bench/README.md). Arrays of a half type are prefetched as many elements ahead as arrays of float.

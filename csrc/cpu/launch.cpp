@@ -4,6 +4,9 @@
 #if defined(__linux__)
 #include <sched.h>
 #endif
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -13,6 +16,7 @@
 #include "../core/float_mode.h"
 #include "../core/norm.h"
 #include "../core/split.h"
+#include "../core/telemetry.h"
 #include "dispatch.h"
 #include "pool.h"
 
@@ -42,17 +46,20 @@ int cpus_allowed() {
 // Calls visit(chain, begin, end) for each piece of one block of the elements of all variables.
 template <class Visit>
 void for_each_chain(const Chains& chains, int64_t block, int64_t blocks, Visit visit) {
-  const auto place = [&chains](int64_t k) {
-    const TensorArgs& tensor = chains.tensors[chains.heads[k]];
-    return std::pair<uint64_t, int64_t>(reinterpret_cast<uintptr_t>(tensor.var), size_of(tensor.dtype));
-  };
-  for_each_piece(chains.offsets, chains.count, block, blocks, place, visit);
+  for_each_piece(chains.offsets, chains.count, block, blocks, visit);
 }
 
 // Whether rows are brought up to date. They may have missed many steps, so such a step is never short.
 bool catches_up(const Chains& chains) {
   return std::any_of(chains.heads, chains.heads + chains.count,
                      [&](int64_t head) { return chains.tensors[head].stale != nullptr; });
+}
+
+// Makes stores that went past the caches visible to other threads.
+void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // Tasks for run_blocks(): each is cut into `blocks` equal parts, and run_block(i) does part i.
@@ -70,14 +77,33 @@ struct StepTask {
   void run_block(int64_t block) const {
     const FlushDenormals flush;
     for_each_chain(step.chains, block, blocks, [this](int64_t k, int64_t begin, int64_t end) {
-      const TensorArgs* tensors = step.chains.tensors;
-      const int64_t head = step.chains.heads[k];
-      for (int64_t t = head; t >= 0; t = tensors[t].next) {
-        kernel_for(tensors[t])(step, tensors[t], begin, end);
-      }
-      if (tensors[head].average == nullptr) return;
-      kernels->average[static_cast<int>(tensors[head].dtype)](step, tensors[head], begin, end);
+      const TensorArgs& head = step.chains.tensors[step.chains.heads[k]];
+      if (head.average == nullptr && head.copy == nullptr && head.telemetry == nullptr) return update(head, begin, end);
+      for (int64_t at = begin; at < end; at += kTile) run_tile(k, at, std::min(at + kTile, end));
     });
+    if (step.prefetch) finish_streams();
+  }
+
+  // The steps of all gradients of one variable.
+  void update(const TensorArgs& head, int64_t begin, int64_t end) const {
+    for (const TensorArgs* tensor = &head;; tensor = step.chains.tensors + tensor->next) {
+      kernel_for(*tensor)(step, *tensor, begin, end);
+      if (tensor->next < 0) return;
+    }
+  }
+
+  // The steps of one tile of variable k, and what is made of it while it is in cache.
+  void run_tile(int64_t k, int64_t begin, int64_t end) const {
+    const TensorArgs& head = step.chains.tensors[step.chains.heads[k]];
+    const auto dtype = static_cast<int>(head.dtype);
+    alignas(64) double before[kTile];  // in the arithmetic of the variable
+    if (head.telemetry != nullptr) kernels->read[dtype](head.var, begin, end, before);
+    update(head, begin, end);
+    if (head.average != nullptr) kernels->average[dtype](step, head, begin, end);
+    if (head.copy != nullptr) kernels->copy[static_cast<int>(head.copy_dtype)](step, head, begin, end);
+    if (head.telemetry == nullptr) return;
+    TileMeasure& measure = step.measures[step.measure_offsets[k] + begin / kTile];
+    measure = kernels->measure[dtype](step.chains.tensors, head, begin, end, before);
   }
 };
 
@@ -106,11 +132,7 @@ struct SumTask {
 
   void run_block(int64_t block) const {
     const FlushDenormals flush;
-    const auto place = [this](int64_t i) {
-      const DType state = state_dtype(args.tensors[i].grad_dtype);
-      return std::pair<uint64_t, int64_t>(reinterpret_cast<uintptr_t>(args.sums[i]), size_of(state));
-    };
-    for_each_piece(args.offsets, args.tensor_count, block, blocks, place,
+    for_each_piece(args.offsets, args.tensor_count, block, blocks,
                    [this](int64_t i, int64_t begin, int64_t end) {
                      const TensorArgs& tensor = args.tensors[i];
                      kernels->sum_rows[static_cast<int>(tensor.grad_dtype)](tensor, begin, end, args.sums[i]);

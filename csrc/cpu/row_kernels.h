@@ -122,12 +122,6 @@ FASTADAM_INLINE void prefetch_row(const TensorArgs& tensor, int64_t k) {
   for (int64_t i = 0; i < size; i += kStep) __builtin_prefetch(grad + i * item);
 }
 
-// The number of columns to process next, starting at `column` of a row and at element `at`, before `end`.
-FASTADAM_INLINE int64_t columns_from(int64_t column, int64_t width, int64_t at, int64_t end) {
-  const int64_t left = width - column < end - at ? width - column : end - at;
-  return left < kColumns ? left : kColumns;
-}
-
 // TF's rule: updates elements [begin, end) of the table, with or without a gradient.
 template <class Storage>
 void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {

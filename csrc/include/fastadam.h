@@ -35,7 +35,7 @@
 #endif
 
 /* Increases when a struct of this header changes. The library refuses lists of another ABI. */
-#define FASTADAM_ABI 1
+#define FASTADAM_ABI 2
 
 /* The largest argument of fastadam_set_num_threads. */
 #define FASTADAM_MOST_THREADS 1024
@@ -99,6 +99,16 @@ typedef struct fastadam_rows {
   int64_t width; /* elements of a row */
 } fastadam_rows;
 
+/* What a step did to a variable. Sums are in double, over a tree of fixed shape, and within 1e-6 of the exact ones. */
+typedef struct fastadam_telemetry {
+  double gradient_norm; /* times gradient_scale, before clipping; of all gradients of the variable together */
+  double update_rms;    /* root mean square of what was added to the variable */
+  double parameter_rms; /* of the variable after the step */
+  int64_t unchanged;    /* elements that the step left as they were: of the copy if there is one */
+  int64_t not_finite;   /* elements of the gradients that are infinite or NaN */
+  int64_t size;
+} fastadam_telemetry;
+
 struct fastadam_stale_rows; /* for the Python package's deferred tables; its layout is not part of this interface */
 
 /* One variable and its gradient. fastadam_dense() and fastadam_sparse() fill in the usual values. */
@@ -112,10 +122,14 @@ typedef struct fastadam_tensor {
   int64_t next;       /* a later tensor of the list, with the next gradient of the same variable; -1: none */
   double grad_factor; /* multiplies the gradient after the value clip */
   fastadam_dtype dtype;
-  fastadam_dtype grad_dtype; /* dtype; or float32 for a half variable */
+  fastadam_dtype grad_dtype; /* dtype; float32 for a half variable; a half type for a dense gradient of a float32 one */
   bool decays;               /* weight_decay applies; l2 always does */
   bool half_slots;           /* m, v and vhat of a half variable have its dtype. Its gradient must too, and be dense */
   void* average;             /* moving average of the variable, float32 or float64, or null */
+  void* copy;                /* receives a float32 variable after the step, rounded to nearest even; or null. If a variable
+                                has several gradients, that of the first counts */
+  fastadam_dtype copy_dtype; /* float16, bfloat16 or float32 */
+  fastadam_telemetry* telemetry; /* receives what the step did, or null. Likewise; not for sparse gradients */
   void* accumulator;         /* sum of gradients, float32 or float64, for fastadam_accumulate; or null */
   const fastadam_rows* rows; /* the rows of a sparse gradient, or null */
   const struct fastadam_stale_rows* stale; /* must be null */
@@ -209,11 +223,12 @@ static inline fastadam_tensor fastadam_dense(void* var, const void* grad, void* 
   tensor.grad = grad;
   tensor.m = m;
   tensor.v = v;
-  tensor.vhat = tensor.average = tensor.accumulator = NULL;
+  tensor.vhat = tensor.average = tensor.copy = tensor.accumulator = NULL;
+  tensor.telemetry = NULL;
   tensor.size = tensor.grad_size = size;
   tensor.next = -1;
   tensor.grad_factor = 1;
-  tensor.dtype = tensor.grad_dtype = dtype;
+  tensor.dtype = tensor.grad_dtype = tensor.copy_dtype = dtype;
   tensor.decays = true;
   tensor.half_slots = false;
   tensor.rows = NULL;

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a step reports of a variable, summed tile by tile over a tree of fixed shape: the same bits for every instruction
+// set, thread count and alignment.
+//
+// Squares are added in the arithmetic of the variable, eight at a time, and then in double: their sum is within 1e-6 of
+// the exact one. The sum of a tile that overflows, or in which float32 may have flushed squares to zero, is computed
+// again in double.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "norm.h"
+#include "split.h"
+
+namespace fastadam {
+
+struct TileMeasure {
+  double gradient;   // sum of squares of the gradients as they were passed
+  double update;     // of what was added to the variable
+  double parameter;  // of the variable after the step
+  int32_t unchanged;
+  int32_t not_finite;
+};
+
+// Below this a sum of squares in float32 may lack a share of 2^-37.
+constexpr double kLeastSum = 0x1p-80;
+
+// Reduces `count` tiles, which it overwrites, to a report of `size` elements.
+inline fastadam_telemetry summed(TileMeasure* tiles, int64_t count, int64_t size, double gradient_scale) {
+  fastadam_telemetry result{};
+  for (int64_t i = 0; i < count; ++i) {
+    result.unchanged += tiles[i].unchanged;
+    result.not_finite += tiles[i].not_finite;
+  }
+  for (int64_t left = count; left > 1; left = (left + 1) / 2) {
+    for (int64_t i = 0; i < left / 2; ++i) {
+      const TileMeasure& a = tiles[2 * i];
+      const TileMeasure& b = tiles[2 * i + 1];
+      tiles[i] = {a.gradient + b.gradient, a.update + b.update, a.parameter + b.parameter, 0, 0};
+    }
+    if (left % 2 == 1) tiles[left / 2] = tiles[left - 1];
+  }
+  result.size = size;
+  if (count == 0) return result;
+  result.gradient_norm = std::sqrt(tiles[0].gradient) * gradient_scale;
+  result.update_rms = std::sqrt(tiles[0].update / static_cast<double>(size));
+  result.parameter_rms = std::sqrt(tiles[0].parameter / static_cast<double>(size));
+  return result;
+}
+
+}  // namespace fastadam

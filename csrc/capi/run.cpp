@@ -28,7 +28,8 @@ class Telemetry {
     measures_.resize(static_cast<size_t>(offsets_.back()));
   }
 
-  void add_to(StepArgs& args) {
+  void add_to(StepArgs& args, double unit) {
+    args.telemetry_unit = unit_ = unit;
     args.measures = measures_.data();
     args.measure_offsets = offsets_.data();
   }
@@ -38,7 +39,7 @@ class Telemetry {
       if (head(k).telemetry == nullptr) continue;
       const int64_t first = offsets_[static_cast<size_t>(k)];
       const int64_t tiles = offsets_[static_cast<size_t>(k) + 1] - first;
-      *head(k).telemetry = summed(measures_.data() + first, tiles, head(k).size, gradient_scale);
+      *head(k).telemetry = summed(measures_.data() + first, tiles, head(k).size, gradient_scale, unit_);
     }
   }
 
@@ -46,6 +47,7 @@ class Telemetry {
   const TensorArgs& head(int64_t k) const { return chains_.tensors[chains_.heads[k]]; }
 
   Chains chains_;
+  double unit_ = 1;
   std::vector<int64_t> offsets_;
   std::vector<TileMeasure> measures_;
 };
@@ -75,7 +77,7 @@ bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper) {
     return true;
   }
   Telemetry telemetry(args.chains);
-  telemetry.add_to(args);
+  telemetry.add_to(args, telemetry_unit(hyper.learning_rate));
   cpu::run_step(args);
   telemetry.report(hyper.gradient_scale);
   return true;

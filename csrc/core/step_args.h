@@ -99,6 +99,7 @@ struct StepArgs {
   bool ema_overwrite;
   bool lazy;              // IndexedSlices update only the rows that they name
   TileMeasure* measures;           // of the tiles of variables with telemetry
+  double telemetry_unit;           // a power of two: what is added to a variable is measured times this
   const int64_t* measure_offsets;  // measures[measure_offsets[k]]: the first tile of variable k
   const double* factors;  // with norm clipping: the factor of each tensor, which replaces its grad_factor; or null
 };

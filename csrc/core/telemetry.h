@@ -3,8 +3,9 @@
 // set, thread count and alignment.
 //
 // Squares are added in the arithmetic of the variable, eight at a time, and then in double: their sum is within 1e-6 of
-// the exact one. The sum of a tile that overflows, or in which float32 may have flushed squares to zero, is computed
-// again in double.
+// the exact one. If float32 may have overflowed or flushed squares to zero, the sum of a tile is computed again in double,
+// except that of updates, which are gone then. These are measured in units of about the step size, so that their squares
+// are representable.
 #pragma once
 
 #include <cmath>
@@ -17,7 +18,7 @@ namespace fastadam {
 
 struct TileMeasure {
   double gradient;   // sum of squares of the gradients as they were passed
-  double update;     // of what was added to the variable
+  double update;     // of what was added to the variable, times telemetry_unit
   double parameter;  // of the variable after the step
   int32_t unchanged;
   int32_t not_finite;
@@ -26,8 +27,16 @@ struct TileMeasure {
 // Below this a sum of squares in float32 may lack a share of 2^-37.
 constexpr double kLeastSum = 0x1p-80;
 
+// The unit of updates for a step size: float32 can represent ratios of 1e-19 to 1e19 to it.
+inline double telemetry_unit(double step_size) {
+  int exponent = 0;
+  std::frexp(step_size, &exponent);
+  return std::ldexp(1.0, exponent > 100 ? -100 : exponent < -100 ? 100 : -exponent);
+}
+
 // Reduces `count` tiles, which it overwrites, to a report of `size` elements.
-inline fastadam_telemetry summed(TileMeasure* tiles, int64_t count, int64_t size, double gradient_scale) {
+inline fastadam_telemetry summed(TileMeasure* tiles, int64_t count, int64_t size, double gradient_scale,
+                                 double unit) {
   fastadam_telemetry result{};
   for (int64_t i = 0; i < count; ++i) {
     result.unchanged += tiles[i].unchanged;
@@ -44,7 +53,7 @@ inline fastadam_telemetry summed(TileMeasure* tiles, int64_t count, int64_t size
   result.size = size;
   if (count == 0) return result;
   result.gradient_norm = std::sqrt(tiles[0].gradient) * gradient_scale;
-  result.update_rms = std::sqrt(tiles[0].update / static_cast<double>(size));
+  result.update_rms = std::sqrt(tiles[0].update / static_cast<double>(size)) / unit;
   result.parameter_rms = std::sqrt(tiles[0].parameter / static_cast<double>(size));
   return result;
 }

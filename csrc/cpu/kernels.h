@@ -22,12 +22,8 @@ using AverageKernel = UpdateKernel;
 // Rounds elements [begin, end) of a float32 variable to its copy.
 using CopyKernel = UpdateKernel;
 
-// Reads elements [begin, end) into an array of the compute type of their dtype.
-using ReadKernel = void (*)(const void* from, int64_t begin, int64_t end, void* to);
-
-// Measures a tile of the variable whose first gradient is `head`. `before`: the elements before the step.
-using MeasureKernel = TileMeasure (*)(const TensorArgs* tensors, const TensorArgs& head, int64_t begin, int64_t end,
-                                      const void* before);
+// Like a dense UpdateKernel for one tile, which it also measures.
+using MeasuredKernel = TileMeasure (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end);
 
 // Adds a gradient to elements [begin, end) of the accumulator. `restart`: the accumulator counts as zero.
 using AccumulateKernel = void (*)(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart);
@@ -44,8 +40,7 @@ struct Kernels {
   NormKernel rescaled_norm;                // of a float64 gradient whose elements are multiplied by kNormUnit
   AverageKernel average[kDTypeCount];
   CopyKernel copy[kDTypeCount];  // [dtype of the copy]; null for float64
-  ReadKernel read[kDTypeCount];
-  MeasureKernel measure[kDTypeCount];
+  MeasuredKernel measured[kDTypeCount];
   AccumulateKernel accumulate[kDTypeCount];  // [dtype of the gradient]
   SumKernel sum_rows[kDTypeCount];           // [dtype of the gradient]
 };

@@ -181,6 +181,31 @@ __attribute__((noinline)) void convert(const From* from, To* to, int64_t size) {
   convert_here(from, to, size);
 }
 
+// The elements in their compute type: themselves, or a copy in `room`.
+template <class Storage, class T>
+FASTADAM_INLINE auto* in_compute_type_of(Storage* from, int64_t size, T* room) {
+  if constexpr (sizeof(Storage) == 2) {
+    convert(from, room, size);
+    return room;
+  } else {
+    return from;
+  }
+}
+
+// Elements of a dense gradient in the compute type of its variable.
+template <class T>
+FASTADAM_INLINE const T* gradient_of(const TensorArgs& tensor, int64_t begin, int64_t size, T* room) {
+  if constexpr (sizeof(T) == 4) {
+    if (tensor.grad_dtype == FASTADAM_FLOAT16) {
+      return in_compute_type_of(static_cast<const Float16*>(tensor.grad) + begin, size, room);
+    }
+    if (tensor.grad_dtype == FASTADAM_BFLOAT16) {
+      return in_compute_type_of(static_cast<const BFloat16*>(tensor.grad) + begin, size, room);
+    }
+  }
+  return static_cast<const T*>(tensor.grad) + begin;
+}
+
 // Calls work(var) with kBlock elements in their compute type: the elements themselves, or a copy that is rounded back.
 // Compilers vectorise a loop that mixes two-byte and four-byte elements badly, and float16 has conversion instructions.
 template <class Storage, class Work>

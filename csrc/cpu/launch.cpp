@@ -96,14 +96,14 @@ struct StepTask {
   void run_tile(int64_t k, int64_t begin, int64_t end) const {
     const TensorArgs& head = step.chains.tensors[step.chains.heads[k]];
     const auto dtype = static_cast<int>(head.dtype);
-    alignas(64) double before[kTile];  // in the arithmetic of the variable
-    if (head.telemetry != nullptr) kernels->read[dtype](head.var, begin, end, before);
-    update(head, begin, end);
+    if (head.telemetry == nullptr) {
+      update(head, begin, end);
+    } else {
+      const int64_t tile = step.measure_offsets[k] + begin / kTile;
+      step.measures[tile] = kernels->measured[dtype](step, head, begin, end);
+    }
     if (head.average != nullptr) kernels->average[dtype](step, head, begin, end);
     if (head.copy != nullptr) kernels->copy[static_cast<int>(head.copy_dtype)](step, head, begin, end);
-    if (head.telemetry == nullptr) return;
-    TileMeasure& measure = step.measures[step.measure_offsets[k] + begin / kTile];
-    measure = kernels->measure[dtype](step.chains.tensors, head, begin, end, before);
   }
 };
 

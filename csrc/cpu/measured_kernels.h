@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+// Part of kernels.cpp and included by nothing else: the loops over dense gradients that also measure the step
+// (../core/telemetry.h). A second pass over the same tile would add a third to the time of a step.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "../core/adam_math.h"
+#include "../core/norm.h"
+#include "../core/split.h"
+#include "../core/telemetry.h"
+#include "lanes.h"
+
+namespace fastadam::cpu::FASTADAM_ISA {
+namespace {
+
+// What the measured loop needs to count elements whose bits do not change when they are rounded.
+struct Rounding {
+  int shift;  // bits that are dropped: 16 of a float32 in bfloat16, 0 if nothing is rounded
+  uint32_t half;
+  uint32_t odd;
+};
+constexpr Rounding kNotRounded{0, 0, 0};
+constexpr Rounding kToBFloat16{16, 0x7fff, 1};
+
+// Whether two numbers, which are not NaN, are the same once they are rounded to nearest even.
+FASTADAM_INLINE int32_t is_same(float a, float b, const Rounding& r) {
+  const auto rounded = [&r](float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    return (bits + r.half + ((bits >> r.shift) & r.odd)) >> r.shift;
+  };
+  return rounded(a) == rounded(b) ? 1 : 0;
+}
+FASTADAM_INLINE int32_t is_same(double a, double b, const Rounding&) { return a == b ? 1 : 0; }
+
+// Sums over one tile, by lanes. Eight squares are added in T before they are added in double.
+template <class T>
+struct TileSums {
+  static constexpr int64_t kGroup = 8 * kNormLanes;
+  alignas(kCacheLineBytes) T gradient[kNormLanes];
+  alignas(kCacheLineBytes) T update[kNormLanes];
+  alignas(kCacheLineBytes) T parameter[kNormLanes];
+  alignas(kCacheLineBytes) double sums[3][kNormLanes] = {};
+  alignas(kCacheLineBytes) int32_t unchanged[kNormLanes] = {};
+
+  FASTADAM_INLINE void begin_group() {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kNormLanes; ++lane) gradient[lane] = update[lane] = parameter[lane] = T(0);
+  }
+  FASTADAM_INLINE void end_group() {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kNormLanes; ++lane) {
+      sums[0][lane] += static_cast<double>(gradient[lane]);
+      sums[1][lane] += static_cast<double>(update[lane]);
+      sums[2][lane] += static_cast<double>(parameter[lane]);
+    }
+  }
+};
+
+// Updates up to kNormLanes elements and adds them to the sums; what is added to a variable times `unit`.
+template <bool kAmsgrad, int kTransform, class T>
+FASTADAM_INLINE void update_lanes(const Operands<T>& operands, int64_t size, const StepScalars<T>& s, T factor, T keep,
+                                  T unit, const Rounding& rounding, TileSums<T>& sums) {
+  T* __restrict var = operands.var;
+  const T* __restrict grad = operands.grad;
+  T* __restrict m = operands.m;
+  T* __restrict v = operands.v;
+  T* __restrict vhat = operands.vhat;
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    T g = grad[i];
+    const T before = var[i];
+    T var_i = before;
+    sums.gradient[i] += g * g;
+    if constexpr (kTransform != kAsItIs) g = transform_gradient(g, s.clip_value, factor);
+    if constexpr (kTransform == kAndL2) g = add_l2(g, var_i, s.l2);
+    T m_i = m[i];
+    T v_i = v[i];
+    T vhat_i = kAmsgrad ? vhat[i] : T(0);
+    adam_update<kAmsgrad>(var_i, g, m_i, v_i, vhat_i, keep, s);
+    const T added = (var_i - before) * unit;
+    sums.update[i] += added * added;
+    sums.parameter[i] += var_i * var_i;
+    sums.unchanged[i] += is_same(before, var_i, rounding);
+    var[i] = var_i;
+    m[i] = m_i;
+    v[i] = v_i;
+    if constexpr (kAmsgrad) vhat[i] = vhat_i;
+  }
+}
+
+template <class T>
+using UpdateTile = TileMeasure (*)(const Operands<T>& operands, int64_t size, const StepScalars<T>& scalars, T factor,
+                                   T keep, T unit, const Rounding& rounding, bool prefetch);
+
+// Updates at most kTile elements, and measures the step.
+template <bool kAmsgrad, int kTransform, class T>
+TileMeasure update_tile(const Operands<T>& all, int64_t size, const StepScalars<T>& scalars, T factor, T keep, T unit,
+                        const Rounding& rounding, bool prefetch) {
+  const StepScalars<T> s = scalars;
+  TileSums<T> sums;
+  for (int64_t at = 0; at < size; at += kNormLanes) {
+    if (at % sums.kGroup == 0) sums.begin_group();
+    const Operands<T> lanes{all.var + at, all.grad + at, all.m + at, all.v + at, kAmsgrad ? all.vhat + at : nullptr};
+    if (prefetch) prefetch_block(sizeof(T), lanes.var, lanes.grad, lanes.m, lanes.v);
+    if (size - at >= kNormLanes) {
+      update_lanes<kAmsgrad, kTransform>(lanes, kNormLanes, s, factor, keep, unit, rounding, sums);
+    } else {
+      update_lanes<kAmsgrad, kTransform>(lanes, size - at, s, factor, keep, unit, rounding, sums);
+    }
+    if ((at + kNormLanes) % sums.kGroup == 0 || at + kNormLanes >= size) sums.end_group();
+  }
+  TileMeasure result{};
+  result.gradient = pairwise_sum(sums.sums[0], kNormLanes);
+  result.update = pairwise_sum(sums.sums[1], kNormLanes);
+  result.parameter = pairwise_sum(sums.sums[2], kNormLanes);
+  for (int32_t count : sums.unchanged) result.unchanged += count;
+  return result;
+}
+
+template <class T>
+UpdateTile<T> update_tile_for(const StepArgs& step) {
+  static constexpr UpdateTile<T> kUpdates[2][kTransformCount] = {
+      {update_tile<false, kAsItIs, T>, update_tile<false, kClipAndFactor, T>, update_tile<false, kAndL2, T>},
+      {update_tile<true, kAsItIs, T>, update_tile<true, kClipAndFactor, T>, update_tile<true, kAndL2, T>}};
+  return kUpdates[step.amsgrad][step.transform];
+}
+
+// Calls work(operands) for the arrays of one tile: themselves, or copies of arrays of a half type in their compute type,
+// which are rounded back.
+template <class Storage, class Work>
+FASTADAM_INLINE void in_compute_types(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t size,
+                                      Work work) {
+  using T = Compute<Storage>;
+  T room[5][kTile];
+  Storage* const var = static_cast<Storage*>(tensor.var) + begin;
+  T* const var_values = in_compute_type_of(var, size, room[0]);
+  void* const slots[] = {tensor.m, tensor.v, tensor.vhat};
+  const int slot_count = step.amsgrad ? 3 : 2;
+  T* values[3] = {};
+  for (int i = 0; i < slot_count; ++i) {
+    values[i] = tensor.half_slots ? in_compute_type_of(static_cast<Storage*>(slots[i]) + begin, size, room[2 + i])
+                                  : static_cast<T*>(slots[i]) + begin;
+  }
+  work(Operands<T>{var_values, gradient_of(tensor, begin, size, room[1]), values[0], values[1], values[2]});
+  if constexpr (sizeof(Storage) == 2) {
+    convert(var_values, var, size);
+    for (int i = 0; i < slot_count && tensor.half_slots; ++i) {
+      convert(values[i], static_cast<Storage*>(slots[i]) + begin, size);
+    }
+  }
+}
+
+// The sum of squares of `size` elements in double.
+template <class T>
+__attribute__((noinline)) double exact_sum(const T* values, int64_t size) {
+  double lanes[kNormLanes] = {};
+  for (int64_t i = 0; i < size; ++i) {
+    const auto x = static_cast<double>(values[i]);
+    lanes[i % kNormLanes] += x * x;
+  }
+  return pairwise_sum(lanes, kNormLanes);
+}
+
+// Whether a sum of squares in float32 may have overflowed, or lack elements whose squares were flushed to zero.
+template <class T>
+FASTADAM_INLINE bool is_doubtful(double sum) {
+  return sizeof(T) == 4 && !(sum >= kLeastSum && is_finite(sum));
+}
+
+template <class Copy, class T>
+__attribute__((noinline)) int32_t count_same(const T* before, const T* now, int64_t size) {
+  int32_t same = 0;
+  for (int64_t i = 0; i < size; ++i) same += store<Copy>(before[i]).bits == store<Copy>(now[i]).bits ? 1 : 0;
+  return same;
+}
+
+// Updates a tile of a dense variable, and measures the step.
+template <class Storage>
+TileMeasure adam_measured(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+  using T = Compute<Storage>;
+  const StepScalars<T>& s = scalars_of<T>(step);
+  const T factor = static_cast<T>(factor_of(step, tensor));
+  const T keep = tensor.decays ? s.keep : T(1);
+  const T unit = static_cast<T>(step.telemetry_unit);
+  const bool has_copy = tensor.copy != nullptr;
+  const bool is_rounded = std::is_same_v<Storage, BFloat16> || (has_copy && tensor.copy_dtype == FASTADAM_BFLOAT16);
+  const bool is_to_half = std::is_same_v<Storage, Float16> || (has_copy && tensor.copy_dtype == FASTADAM_FLOAT16);
+  TileMeasure result{};
+  const int64_t size = end - begin;
+  in_compute_types<Storage>(step, tensor, begin, size, [&](const Operands<T>& all) {
+    T before[kTile];
+    if (is_to_half) std::memcpy(before, all.var, static_cast<size_t>(size) * sizeof(T));
+    result = update_tile_for<T>(step)(all, size, s, factor, keep, unit, is_rounded ? kToBFloat16 : kNotRounded,
+                                      step.prefetch);
+    if (is_doubtful<T>(result.gradient)) result.gradient = exact_sum(all.grad, size);
+    if (is_doubtful<T>(result.parameter)) result.parameter = exact_sum(all.var, size);
+    if constexpr (sizeof(T) == 4) {
+      if (is_to_half) result.unchanged = count_same<Float16>(before, all.var, size);
+    }
+    for (int64_t i = 0; i < size && !is_finite(result.gradient); ++i) {
+      result.not_finite += is_finite(static_cast<double>(all.grad[i])) ? 0 : 1;
+    }
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace fastadam::cpu::FASTADAM_ISA

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from helpers import bits
-from test_c_interface import Hyper, List, Tensor, option
+from test_c_interface import ABI, Hyper, List, Tensor, option
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 OK, INVALID, NOT_FINITE, CUDA_ERROR = 0, 1, 3, 4
@@ -44,7 +44,7 @@ def with_signatures(library, prefix):
 
 
 def hyper_of(step=1, **numbers):
-    hyper = Hyper(step, 0.001, 0.9, 0.999, 1e-7, 0, *[np.inf] * 3, 1, 0, 0, *[False] * 3, 0, False)
+    hyper = Hyper(step, 0.001, 0.9, 0.999, 1e-7, 0, *[np.inf] * 3, 1, 0, 0, *[False] * 3, 0, False, False)
     for name, number in numbers.items():
         setattr(hyper, name, number)
     return hyper
@@ -106,7 +106,7 @@ class Side:
     def listed(self):
         chains = (None, None, 0) if self.heads is None else (self.heads.ctypes.data, self.offsets.ctypes.data)
         count = () if self.heads is None else (len(self.heads),)
-        return ctypes.byref(List(1, self.tensors, len(self.tensors), *chains, *count))
+        return ctypes.byref(List(ABI, self.tensors, len(self.tensors), *chains, *count))
 
 
 class Twins:

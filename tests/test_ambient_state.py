@@ -14,7 +14,7 @@ import pytest
 from cases import bits
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gradients import float32_to_bfloat16
-from test_c_interface import Hyper, List, Tensor, option
+from test_c_interface import ABI, Hyper, List, Tensor, option
 
 F32 = np.float32
 IS_ARM = platform.machine() in ("aarch64", "arm64")
@@ -142,7 +142,7 @@ def c_interface(**numbers):
     def run():
         w, m, v = start.copy(), np.zeros(100, F32), np.zeros(100, F32)
         tensor = Tensor(*(a.ctypes.data for a in (w, g, m, v)), None, 100, -1, 1.0, 2, 2, True, False, *[None] * 4, 100)
-        listed = List(1, ctypes.pointer(tensor), 1, None, None, 0)
+        listed = List(ABI, ctypes.pointer(tensor), 1, None, None, 0)
         hyper = Hyper(3, 0.001, 0.9, 0.999, 1e-7, 0, *[np.inf] * 3, 1, 0, 0, *[False] * 3, 0, False)
         for name, number in numbers.items():
             setattr(hyper, name, number)

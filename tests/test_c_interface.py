@@ -86,14 +86,17 @@ def assert_output_of_the_cpp_program(output):
     assert accumulator == 1
     assert re.findall(r"^status (\d) (.*)$", output, re.MULTILINE) == [
         ("1", "tensors[1].m: null"),
-        ("1", "tensors[1].grad_dtype: 3 for dtype 2, expected the same, or float32 for a half variable"),
+        (
+            "1",
+            "tensors[1].grad_dtype: 3 for dtype 2, expected the same, float32 for a half variable, or a half type for a dense gradient of float32",
+        ),
         ("1", "tensors[1].var: misaligned, expected an address that is a multiple of the item size"),
         ("1", "tensors[0].vhat: null, expected in all tensors or in none"),
         ("1", "tensors[1].next: 0, expected -1 or, in a list with heads, a later tensor of the same variable"),
         ("1", "beta_2: 1.000000 is 1 in float32, expected less"),
         ("1", "step: 0, expected 1 or more"),
         ("3", "a gradient is not finite"),
-        ("1", "list: ABI 2, expected 1, the ABI of this library"),
+        ("1", "list: ABI 3, expected 2, the ABI of this library"),
         ("1", "tensors[1].grad_factor: expected a finite number"),
         ("1", "tensors[1].grad_factor: infinite in float32, expected a finite number"),
         ("1", "tensors[1].grad_factor: so small that it is flushed to zero in float32, expected more"),
@@ -146,6 +149,9 @@ def test_pkg_config_tells_what_the_command_line_tells(tmp_path):
     assert_output_of_the_c_program(run(program))
 
 
+ABI = 2  # FASTADAM_ABI
+
+
 class Hyper(ctypes.Structure):
     _fields_ = [
         ("step", ctypes.c_int64),
@@ -154,7 +160,7 @@ class Hyper(ctypes.Structure):
         ("ema_momentum", ctypes.c_double),
         *((name, ctypes.c_bool) for name in ("ema_overwrite", "require_finite", "clip_after_dedupe")),
         ("l2", ctypes.c_double),
-        ("epsilon_corrected", ctypes.c_bool),
+        *((name, ctypes.c_bool) for name in ("epsilon_corrected", "zero_gradients")),
     ]
 
 
@@ -165,7 +171,9 @@ class Tensor(ctypes.Structure):
         ("grad_factor", ctypes.c_double),
         *((name, ctypes.c_int32) for name in ("dtype", "grad_dtype")),
         *((name, ctypes.c_bool) for name in ("decays", "half_slots")),
-        *((name, ctypes.c_void_p) for name in ("average", "accumulator", "rows", "stale")),
+        *((name, ctypes.c_void_p) for name in ("average", "copy")),
+        ("copy_dtype", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("telemetry", "accumulator", "rows", "stale")),
         ("grad_size", ctypes.c_int64),
     ]
 
@@ -188,11 +196,24 @@ def test_ctypes_steps_numpy_arrays():
     m, v = np.zeros_like(w), np.zeros_like(w)
     expected, optimizer = w.copy(), fastadam.Adam()
     tensor = Tensor(
-        *(a.ctypes.data for a in (w, g, m, v)), None, w.size, -1, 1.0, 2, 2, True, False, *[None] * 4, w.size
+        *(a.ctypes.data for a in (w, g, m, v)),
+        None,
+        w.size,
+        -1,
+        1.0,
+        2,
+        2,
+        True,
+        False,
+        None,
+        None,
+        2,
+        *[None] * 4,
+        w.size,
     )
     for step in (1, 2):
-        hyper = Hyper(step, 0.001, 0.9, 0.999, 1e-7, 0, *[np.inf] * 3, 1, 0, 0, *[False] * 3, 0, False)
-        listed = List(1, ctypes.pointer(tensor), 1, None, None, 0)
+        hyper = Hyper(step, 0.001, 0.9, 0.999, 1e-7, 0, *[np.inf] * 3, 1, 0, 0, *[False] * 3, 0, False, False)
+        listed = List(ABI, ctypes.pointer(tensor), 1, None, None, 0)
         assert library.fastadam_step(ctypes.byref(listed), ctypes.byref(hyper), ctypes.c_bool(False)) == 0
         optimizer.apply_gradients([(g, expected)])
     np.testing.assert_array_equal(bits(w), bits(expected))

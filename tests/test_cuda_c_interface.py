@@ -24,7 +24,7 @@ from c_twins import (
 )
 from compiled import ROOT, run, tool
 from helpers import bits
-from test_c_interface import WARNINGS, List
+from test_c_interface import ABI, WARNINGS, List
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_what_cannot_be_is_refused_with_a_reason_and_changes_nothing(twins):
     refused("beta_2: 1.000000 is 1 in float32, expected less", hyper_of(beta_2=1 - 1e-10))
     assert cuda.fastadam_cuda_step(None, pair.device.listed, ctypes.byref(hyper_of()), False, None) == INVALID
     assert pair.error() == "plan: null"
-    shorter = List(1, tensors, 1, None, None, 0)
+    shorter = List(ABI, tensors, 1, None, None, 0)
     assert cuda.fastadam_cuda_step(pair.plan, ctypes.byref(shorter), ctypes.byref(hyper_of()), False, None) == INVALID
     assert pair.error() == "list: 1 tensors, expected the 2 of the plan"
     assert cuda.fastadam_cuda_accumulate(pair.plan, pair.device.listed, True, False, None) == INVALID
@@ -314,9 +314,9 @@ def test_plans_that_cannot_be(twins):
     refused("CUDA: ", pair.device.listed, device=99, status=CUDA_ERROR)
     refused("list: null", None)
     tensors = pair.device.tensors
-    refused("list: ABI 2, expected 1, the ABI of this library", ctypes.byref(List(2, tensors, 2, None, None, 0)))
+    refused("list: ABI 3, expected 2, the ABI of this library", ctypes.byref(List(3, tensors, 2, None, None, 0)))
     heads = np.array([0, 0])
-    twice = List(1, tensors, 2, heads.ctypes.data, None, 2)
+    twice = List(ABI, tensors, 2, heads.ctypes.data, None, 2)
     refused("heads: expected each tensor to belong to exactly one variable", ctypes.byref(twice))
     tensors[1].dtype = 7
     refused("tensors[1].dtype: 7, expected a fastadam_dtype", pair.device.listed)

@@ -10,7 +10,7 @@ import pytest
 from c_twins import DTYPES, OK, with_signatures
 from cases import bits
 from helpers import first_step_gradients
-from test_c_interface import List, Tensor, option
+from test_c_interface import ABI, List, Tensor, option
 
 LARGE = 2.0**700  # a power of two: multiplication changes no other bit, and the squares overflow
 MOST = np.finfo(np.float64).max
@@ -132,7 +132,7 @@ def test_the_c_interface_gives_the_norm_where_the_sum_of_squares_is_infinite():
     tensors = (Tensor * 2)()
     for tensor, array in zip(tensors, arrays, strict=True):
         tensor.grad, tensor.grad_size, tensor.grad_dtype = array.ctypes.data, array.size, DTYPES[array.dtype.name]
-    listed, sums, norm = ctypes.byref(List(1, tensors, 2, None, None, 0)), np.zeros(2), ctypes.c_double()
+    listed, sums, norm = ctypes.byref(List(ABI, tensors, 2, None, None, 0)), np.zeros(2), ctypes.c_double()
     assert library.fastadam_sum_squares(listed, sums.ctypes.data) == OK
     assert sums.tolist() == [np.inf, 16.0]
     assert library.fastadam_norm(listed, ctypes.byref(norm)) == OK

@@ -33,7 +33,8 @@ class Gradients {
       : variables_(variables),
         backend_(backend),
         moves_rows_alone_(std::move(moves_rows_alone)),
-        last_on_gpu_(variables.size()),
+        last_(variables.size()),
+        is_writable_(variables.size()),
         indexes_(variables.size()) {}
   Gradients(const Gradients&) = delete;
   Gradients& operator=(const Gradients&) = delete;
@@ -101,6 +102,16 @@ class Gradients {
     }
   }
 
+  // Raises unless a step can set every gradient to zero.
+  void require_zeroable() const {
+    for (size_t i = 0; i < variables_.size(); ++i) {
+      if (variables_.tensors()[i].rows != nullptr) {
+        throw py::value_error("zero_grads: with IndexedSlices for " + variables_[i].label + ", expected dense gradients");
+      }
+      if (!is_writable_[i]) throw py::value_error(label(i)() + ": read-only, expected a writable array to set to zero");
+    }
+  }
+
   // The number of indices of an IndexedSlices.
   int64_t index_count(size_t i) const { return indexes_[i]->count(); }
 
@@ -111,6 +122,12 @@ class Gradients {
   }
 
  private:
+  // What a dense gradient of variable i is probably like.
+  const Buffer& known_of(size_t i) const {
+    const bool is_known = variables_[i].gpu || last_[i].dtype;
+    return is_known ? last_[i] : variables_[i];
+  }
+
   Label label(size_t i) const { return {"grads", variables_.position(i)}; }
 
   // False if Python has to convert the gradient.
@@ -120,14 +137,15 @@ class Gradients {
     tensor.rows = nullptr;
     tensor.stale = nullptr;
     tensor.grad_size = tensor.size;
-    std::optional<ArrayAddress> now = address_if_like<Arrays>(object, var.gpu ? last_on_gpu_[i] : var);
+    std::optional<ArrayAddress> now = address_if_like<Arrays>(object, known_of(i));
     if (now && now->device != var.device()) now = std::nullopt;
     if (!now && py::isinstance<Slices>(object)) return read_slices(object.cast<Slices>(), i);
     const bool may_be_negated = now ? now->kind == ArrayAddress::kTensor : exchange_api_of(object) != nullptr;
     if (may_be_negated && is_negated(object)) return refuse_negated(var, i);
     if (!now) return read_whole(object, i);
     if (now->kind == ArrayAddress::kOnGpu) backend_.order_after(now->stream);
-    set(now->data, var.gpu ? *last_on_gpu_[i].dtype : *var.dtype, i);
+    set(now->data, *known_of(i).dtype, i);
+    is_writable_[i] = now->writable;
     if (now->kind != ArrayAddress::kNdarray) owners_.push_back(object);
     return true;
   }
@@ -141,15 +159,18 @@ class Gradients {
                             " like " + var.label);
     }
     const bool may_be_wide = !variables_.tensors()[i].half_slots;
-    const bool readable = g->dtype == var.dtype || (may_be_wide && g->dtype == state_dtype(*var.dtype));
+    const bool may_be_narrow = g->on_host() && var.dtype == FASTADAM_FLOAT32;
+    const bool readable = g->dtype == var.dtype || (may_be_wide && g->dtype == state_dtype(*var.dtype)) ||
+                          (may_be_narrow && (g->dtype == FASTADAM_FLOAT16 || g->dtype == FASTADAM_BFLOAT16));
     require_place(*g, label(i)(), variables_.place());
     if (!readable || !g->native_order || !g->same_layout(var) || !g->aligned()) return refuse_on_gpu(*g, var, i);
     backend_.order_after(g->stream());
     set(g->data, *g->dtype, i);
+    is_writable_[i] = g->writable;
     owners_.push_back(g->owner);
-    if (g->on_host()) return true;
-    g->owner = g->gpu->source = py::object();  // the caller frees it
-    last_on_gpu_[i] = *std::move(g);
+    g->owner = py::object();  // the caller frees it
+    if (g->gpu) g->gpu->source = py::object();
+    last_[i] = *std::move(g);
     return true;
   }
 
@@ -229,7 +250,8 @@ class Gradients {
   VariableSet<Arrays>& variables_;
   Backend& backend_;
   std::vector<bool> moves_rows_alone_;
-  std::vector<Buffer> last_on_gpu_;  // dense gradients of the last call, whose arrays often come again
+  std::vector<Buffer> last_;  // dense gradients read last: arrays like these often come again
+  std::vector<bool> is_writable_;
   std::vector<py::object> owners_;   // of gradients that are not ndarrays
   std::vector<std::unique_ptr<typename Backend::Index>> indexes_;  // of the gradients that are IndexedSlices
 };

@@ -208,6 +208,9 @@ class Plan {
     if (!ids) call.clear_history();
   }
 
+  // Has later steps report what they do to each variable, or not.
+  void set_telemetry(bool wanted) { set_.set_telemetry(wanted); }
+
   // False if the last call required finite gradients and they were not: then it has written nothing.
   bool all_finite() const { return all_finite_; }
 

@@ -51,7 +51,7 @@ void register_buffer(py::module_& m) {
 // From StepHyper (python/fastadam/_core/native/plan.py), a tuple in the order of AdamHyper. The caster of std::tuple
 // would get each item of a NamedTuple through Python, which is slow.
 inline AdamHyper hyper_of(const py::tuple& numbers) {
-  constexpr py::ssize_t kFields = 17;
+  constexpr py::ssize_t kFields = 18;
   if (PyTuple_GET_SIZE(numbers.ptr()) != kFields) throw py::type_error("hyper: expected a StepHyper");
   py::ssize_t at = 0;
   const auto next = [&numbers, &at] { return py::handle(PyTuple_GET_ITEM(numbers.ptr(), at++)); };
@@ -77,6 +77,7 @@ inline AdamHyper hyper_of(const py::tuple& numbers) {
                    flag(),
                    flag(),
                    number(),
+                   flag(),
                    flag()};
 }
 
@@ -107,6 +108,19 @@ void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
         py::arg("state"), py::arg("known"));
 }
 
+// One row for each variable: gradient_norm, update_rms, parameter_rms, unchanged, not_finite, size.
+inline py::array_t<double> rows_of(const std::vector<fastadam_telemetry>& telemetry) {
+  py::array_t<double> rows({static_cast<py::ssize_t>(telemetry.size()), py::ssize_t{6}});
+  double* at = rows.mutable_data();
+  for (const fastadam_telemetry& t : telemetry) {
+    for (double number : {t.gradient_norm, t.update_rms, t.parameter_rms, static_cast<double>(t.unchanged),
+                          static_cast<double>(t.not_finite), static_cast<double>(t.size)}) {
+      *at++ = number;
+    }
+  }
+  return rows;
+}
+
 template <class Backend>
 py::class_<Plan<Backend>> register_ops(py::module_& m) {
   register_buffer<typename Backend::Arrays>(m);
@@ -120,9 +134,9 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
   using BackendPlan = Plan<Backend>;
   py::class_<BackendPlan> type(m, "Plan", py::module_local());
   type.def(py::init<std::vector<Buffer>, const py::dict&, const std::vector<bool>&, std::vector<int64_t>, bool,
-                    const typename TensorSet<Backend>::Histories&, const py::object&>(),
+                    const typename TensorSet<Backend>::Histories&, const py::list&, const py::object&>(),
            py::arg("variables"), py::arg("slots"), py::arg("decays"), py::arg("positions"), py::arg("lazy"),
-           py::arg("histories"), py::arg("context") = py::none())
+           py::arg("histories"), py::arg("copies") = py::list(), py::arg("context") = py::none())
       .def(
           "catch_up",
           [](BackendPlan& plan, const std::optional<py::object>& ids, const py::tuple& hyper,
@@ -137,10 +151,16 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
           py::arg("pairs"), py::arg("holder"))
       .def(
           "holds",
-          [](const BackendPlan& plan, const py::list& variables, const py::dict& slots) {
-            return plan.variables().holds(variables, slots);
+          [](const BackendPlan& plan, const py::list& variables, const py::dict& slots, const py::list& copies) {
+            return plan.variables().holds(variables, slots, copies);
           },
-          py::arg("variables"), py::arg("slots"))
+          py::arg("variables"), py::arg("slots"), py::arg("copies"))
+      .def(
+          "has_copies",
+          [](const BackendPlan& plan, const py::list& copies) { return plan.variables().has_copies(copies); },
+          py::arg("copies"))
+      .def("set_telemetry", &BackendPlan::set_telemetry, py::arg("wanted"))
+      .def("telemetry", [](const BackendPlan& plan) { return rows_of(plan.variables().telemetry()); })
       .def("check", &BackendPlan::check, py::arg("gradients"))
       .def(
           "check_numbers",

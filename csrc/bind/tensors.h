@@ -24,11 +24,12 @@ class TensorSet {
 
   // The first arguments are those of VariableSet.
   // `lazy`: IndexedSlices move only the rows that they touch.
-  // `histories[i]`: history of variable i if it is a table in a deferred mode.
+  // `histories[i]`: history of variable i if it is a table in a deferred mode. It cannot have a copy.
   // `context`: what the plans of one optimizer share on a device, or None.
   TensorSet(std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
-            std::vector<int64_t> positions, bool lazy, const Histories& histories, const py::object& context)
-      : variables_(std::move(variables), slots, decays, std::move(positions)),
+            std::vector<int64_t> positions, bool lazy, const Histories& histories, const py::list& copies,
+            const py::object& context)
+      : variables_(std::move(variables), slots, decays, std::move(positions), copies),
         backend_(variables_.place(), variables_.tensors(), variables_.chains(), context),
         lazy_(lazy),
         gradients_(variables_, backend_, moves_rows_alone(lazy, histories)) {
@@ -36,6 +37,8 @@ class TensorSet {
     for (size_t i = 0; i < histories.size(); ++i) {
       tables_.push_back(histories[i] ? backend_.table_of(*histories[i], variables_[i]) : nullptr);
       has_tables_ = has_tables_ || histories[i];
+      if (!histories[i] || tensors()[i].copy == nullptr) continue;
+      throw py::value_error("copies: of " + variables_[i].label + " in a deferred mode, expected None: rows wait");
     }
   }
 
@@ -118,9 +121,22 @@ class TensorSet {
   std::vector<TensorArgs>& tensors() { return variables_.tensors(); }
   Backend& backend() { return backend_; }
   bool lazy() const { return lazy_; }
+  void set_telemetry(bool wanted) {
+    if (wanted && variables_.place().gpu) throw py::value_error("telemetry: of variables on a GPU, expected False");
+    variables_.set_telemetry(wanted);
+    has_telemetry_ = wanted;
+  }
 
   // Raises if a table has an option that its kernel or its history does not support.
   void require_options(const AdamHyper& hyper) {
+    if (hyper.zero_gradients && variables_.place().gpu) {
+      throw py::value_error("zero_grads: of gradients on a GPU, expected False");
+    }
+    if (hyper.zero_gradients) gradients_.require_zeroable();
+    for (size_t i = 0; has_telemetry_ && i < variables_.size(); ++i) {
+      if (tensors()[i].rows == nullptr) continue;
+      throw py::value_error("telemetry: with IndexedSlices for " + variables_[i].label + ", expected dense gradients");
+    }
     if (hyper.l2 == 0 && !hyper.epsilon_corrected) return;
     for (size_t i = 0; i < variables_.size(); ++i) {
       if (hyper.l2 != 0 && (tensors()[i].rows != nullptr || tables_[i] != nullptr)) {
@@ -175,6 +191,7 @@ class TensorSet {
   Gradients<Backend> gradients_;
   std::vector<std::unique_ptr<typename Backend::Table>> tables_;  // of the variables in a deferred mode
   bool has_tables_ = false;
+  bool has_telemetry_ = false;
 };
 
 }  // namespace fastadam::bind

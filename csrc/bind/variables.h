@@ -26,14 +26,17 @@ class VariableSet {
   // `slots`: lists of arrays by name: m, v and, if used, vhat, average, gradient_accumulator.
   // `positions[i]`: position of variable i in the caller's list, for error texts about its gradient.
   // `decays[i]`: weight decay applies to variable i.
+  // `copies[i]`: the array that receives a rounded copy of variable i, or None.
   VariableSet(std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
-              std::vector<int64_t> positions)
-      : variables_(std::move(variables)), positions_(std::move(positions)) {
+              std::vector<int64_t> positions, const py::list& copies)
+      : variables_(std::move(variables)), positions_(std::move(positions)), copies_(variables_.size()) {
     for (const auto& [name, arrays] : slots) require_length(text(name).c_str(), py::len(arrays));
     require_length("decays", decays.size());
+    if (!copies.empty()) require_length("copies", copies.size());
     amsgrad_ = !variables_.empty() && slots.contains("vhat");
     for (const Buffer& b : variables_) require_place(b, b.label, place());
     for (size_t i = 0; i < variables_.size(); ++i) add_tensor(slots, i, decays[i]);
+    for (size_t i = 0; i < copies.size(); ++i) add_copy(copies[i], i);
     chain_repeats();
     refuse_overlaps();
   }
@@ -61,9 +64,22 @@ class VariableSet {
     return gradients;
   }
 
-  // Whether these are the variables and slots of this set, at the same addresses.
-  bool holds(const py::list& variables, const py::dict& slots) const {
+  // Whether these are the copies of this set, at the same addresses. Empty: none.
+  bool has_copies(const py::list& copies) const {
+    if (copies.empty()) return !has_copies_;
+    if (copies.size() != variables_.size()) return false;
+    for (size_t i = 0; i < copies.size(); ++i) {
+      const bool is_wanted = !copies[i].is_none();
+      if (is_wanted != copies_[i].dtype.has_value()) return false;
+      if (is_wanted && (!is_alive(copies_[i]) || !is_same_array(copies[i], copies_[i], Sign::kTrust))) return false;
+    }
+    return true;
+  }
+
+  // Whether these are the variables, slots and copies of this set, at the same addresses.
+  bool holds(const py::list& variables, const py::dict& slots, const py::list& copies) const {
     if (variables.size() != variables_.size() || slots.size() * variables_.size() != state_.size()) return false;
+    if (!has_copies(copies)) return false;
     for (size_t i = 0; i < variables_.size(); ++i) {
       if (!is_same_array(variables[i], variables_[i], Sign::kTrust)) return false;
     }
@@ -94,7 +110,7 @@ class VariableSet {
 
   // Raises if an array was replaced or made read-only. Comes last: reading a gradient may run Python code.
   void require_current() const {
-    for (const std::vector<Buffer>* buffers : {&variables_, &state_}) {
+    for (const std::vector<Buffer>* buffers : {&variables_, &state_, &copies_}) {
       for (const Buffer& b : *buffers) {
         if (!is_current(b)) throw py::value_error(b.label + ": was given other memory while the step was prepared");
         if (!is_still_writable(b)) throw py::value_error(b.label + ": was made read-only, expected a writable array");
@@ -107,6 +123,20 @@ class VariableSet {
   }
 
   std::vector<TensorArgs>& tensors() { return tensors_; }
+
+  // Has later steps report what they do, or not.
+  void set_telemetry(bool wanted) {
+    telemetry_.assign(wanted ? tensors_.size() : 0, fastadam_telemetry{});
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (wanted && is_repeated_[i]) {
+        throw py::value_error("telemetry: " + variables_[i].label + " comes twice, expected it once");
+      }
+      tensors_[i].telemetry = wanted ? &telemetry_[i] : nullptr;
+    }
+  }
+
+  // What the last step did to each variable.
+  const std::vector<fastadam_telemetry>& telemetry() const { return telemetry_; }
 
   size_t size() const { return variables_.size(); }
   const Buffer& operator[](size_t i) const { return variables_[i]; }
@@ -201,6 +231,30 @@ class VariableSet {
     tensors_.push_back(t);
   }
 
+  void add_copy(const py::object& array, size_t i) {
+    if (array.is_none()) return;
+    const Buffer& var = variables_[i];
+    Buffer b = read_writable<Arrays>(array, Label{"copies", positions_[i]}());
+    if (!b.on_host() || !var.on_host()) throw py::value_error(b.label + ": of " + var.label + " on a GPU, expected None");
+    if (b.shape != var.shape) {
+      throw py::value_error(b.label + ": shape " + tuple_text(b.shape) + ", expected " + tuple_text(var.shape) +
+                            " like " + var.label);
+    }
+    if (*var.dtype != FASTADAM_FLOAT32) {
+      throw py::type_error(b.label + ": of " + name_of(*var.dtype) + " " + var.label + ", expected a float32 variable");
+    }
+    if (*b.dtype == FASTADAM_FLOAT64) {
+      throw py::type_error(b.label + ": float64, expected bfloat16, float16 or float32");
+    }
+    if (!b.same_layout(var)) {
+      throw py::value_error(b.label + ": order " + b.order() + ", expected " + var.order() + " like " + var.label);
+    }
+    tensors_[i].copy = b.data;
+    tensors_[i].copy_dtype = *b.dtype;
+    copies_[i] = std::move(b);
+    has_copies_ = true;
+  }
+
   bool is_repeat(size_t earlier, size_t later) const {
     const TensorArgs& a = tensors_[earlier];
     const TensorArgs& b = tensors_[later];
@@ -227,6 +281,11 @@ class VariableSet {
       heads_.push_back(static_cast<int64_t>(i));
       offsets_.push_back(offsets_.back() + tensors_[i].size);
     }
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (is_head[i] || tensors_[i].copy == nullptr) continue;
+      throw py::value_error(copies_[i].label + ": of " + variables_[i].label +
+                            ", which comes twice, expected a copy only where it comes first");
+    }
     is_repeated_.resize(tensors_.size());
     for (size_t i = 0; i < tensors_.size(); ++i) is_repeated_[i] = tensors_[i].next >= 0 || !is_head[i];
   }
@@ -238,6 +297,7 @@ class VariableSet {
       if (variables_[i].size == 0) continue;
       write_set_.add(variables_[i]);
       for (size_t k = 0; k < per_variable; ++k) write_set_.add(state_[i * per_variable + k]);
+      if (copies_[i].dtype) write_set_.add(copies_[i]);
     }
     write_set_.refuse_overlaps(variables_.size());
   }
@@ -245,7 +305,10 @@ class VariableSet {
   std::vector<Buffer> variables_;
   std::vector<Buffer> state_;  // all slots of variable 0, then of variable 1, ...
   std::vector<int64_t> positions_;
+  std::vector<Buffer> copies_;  // without a dtype where there is none
+  bool has_copies_ = false;
   std::vector<TensorArgs> tensors_;
+  std::vector<fastadam_telemetry> telemetry_;  // of each variable; empty if none is wanted
   std::vector<int64_t> heads_;
   std::vector<int64_t> offsets_;
   std::vector<bool> is_repeated_;

@@ -225,6 +225,19 @@ void check_call(const fastadam_cuda_plan* plan, const fastadam_list* list) {
   plan->check_list(*list);
 }
 
+// Raises if an option is set that only the CPU has.
+void refuse_host_options(const fastadam_list& list, const AdamHyper& hyper) {
+  if (hyper.zero_gradients) throw std::invalid_argument("zero_gradients: true, expected false on a GPU");
+  for (int64_t i = 0; i < list.count; ++i) {
+    const TensorArgs& tensor = list.tensors[i];
+    const TensorCheck check(tensor, i, RowChecks::kShape);
+    if (tensor.copy != nullptr) check.refuse("copy", "not null, expected null on a GPU");
+    if (tensor.telemetry != nullptr) check.refuse("telemetry", "not null, expected null on a GPU");
+    const bool is_half = size_of(tensor.grad_dtype) == 2;
+    if (is_half && tensor.grad_dtype != tensor.dtype) check.refuse("grad_dtype", "a half type, expected dtype on a GPU");
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -289,6 +302,7 @@ fastadam_status fastadam_cuda_step(fastadam_cuda_plan* plan, const fastadam_list
     check_call(plan, list);
     if (hyper == nullptr) throw std::invalid_argument("hyper: null");
     check_hyper(*hyper);
+    refuse_host_options(*list, *hyper);
     const StepArgs args = step_args(*list, *hyper, lazy, RowChecks::kShape);
     return plan->run(
         *list, stream, [&](cuda::Launch& launch, const std::vector<TensorArgs>& tensors, bool is_capturing) {

@@ -21,6 +21,7 @@ inline StepArgs prepare_step(const TensorArgs* tensors, int64_t count, const Ada
   StepArgs args{};
   args.lazy = lazy;
   args.ema_overwrite = hyper.ema_overwrite;
+  args.zero_gradients = hyper.zero_gradients;
   bool has_single = false;
   bool has_double = false;
   bool has_factor =

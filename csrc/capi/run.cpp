@@ -52,6 +52,43 @@ class Telemetry {
   std::vector<TileMeasure> measures_;
 };
 
+template <class Storage>
+int64_t count_not_finite(const void* grad, int64_t size) {
+  const Storage* elements = static_cast<const Storage*>(grad);
+  int64_t count = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const Compute<Storage> x = load(elements[i]);
+    count += x - x == 0 ? 0 : 1;
+  }
+  return count;
+}
+
+int64_t count_not_finite(const TensorArgs& tensor) {
+  constexpr int64_t (*kCounts[kDTypeCount])(const void*, int64_t) = {
+      count_not_finite<Float16>, count_not_finite<BFloat16>, count_not_finite<float>, count_not_finite<double>};
+  return kCounts[static_cast<int>(tensor.grad_dtype)](tensor.grad, tensor.grad_size);
+}
+
+// Reports a step that is not made. Returns false.
+bool skip(const Chains& chains, const AdamHyper& hyper) {
+  for (int64_t k = 0; k < chains.count; ++k) {
+    const TensorArgs& tensor = chains.tensors[chains.heads[k]];
+    if (tensor.telemetry == nullptr) continue;
+    const Norms gradient(&tensor, 1, std::numeric_limits<double>::infinity(), false);
+    TensorArgs variable = tensor;
+    variable.grad = tensor.var;
+    variable.grad_dtype = tensor.dtype;
+    const Norms parameter(&variable, 1, std::numeric_limits<double>::infinity(), false);
+    fastadam_telemetry& report = *tensor.telemetry;
+    report = {};
+    report.gradient_norm = gradient.joint() * hyper.gradient_scale;
+    if (tensor.size > 0) report.parameter_rms = parameter.joint() / std::sqrt(static_cast<double>(tensor.size));
+    report.unchanged = report.size = tensor.size;
+    report.not_finite = count_not_finite(tensor);
+  }
+  return false;
+}
+
 bool has_telemetry(const Chains& chains) {
   return std::any_of(chains.heads, chains.heads + chains.count,
                      [&](int64_t head) { return chains.tensors[head].telemetry != nullptr; });
@@ -64,10 +101,10 @@ bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper) {
   std::vector<double> factors;
   if (clip_norms || hyper.require_finite) {
     const Norms norms(args.chains.tensors, tensor_count, raw_clip_value(hyper), hyper.require_finite);
-    if (hyper.require_finite && !norms.all_finite()) return false;
+    if (hyper.require_finite && !norms.all_finite()) return skip(args.chains, hyper);
     if (clip_norms) {
       Norms::Clipping clipping = norms.clip(hyper);
-      if (hyper.require_finite && !clipping.is_finite) return false;
+      if (hyper.require_finite && !clipping.is_finite) return skip(args.chains, hyper);
       factors = std::move(clipping.factors);
       args.factors = factors.data();
     }

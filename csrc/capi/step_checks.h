@@ -110,6 +110,9 @@ class TensorCheck {
     if (t_.telemetry != nullptr && t_.rows != nullptr) {
       refuse("telemetry", "not null, expected null with a sparse gradient");
     }
+    if (hyper.zero_gradients && t_.rows != nullptr) {
+      refuse("rows", "not null, expected null with zero_gradients");
+    }
     const DType wide = state_dtype(t_.dtype);
     check_apart({{"var", t_.var, t_.size * size_of(t_.dtype)},
                  {"m", t_.m, t_.size * size_of(slot)},

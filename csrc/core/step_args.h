@@ -97,6 +97,7 @@ struct StepArgs {
   int transform;  // a Transform
   bool prefetch;  // the arrays of the step do not fit in cache
   bool ema_overwrite;
+  bool zero_gradients;
   bool lazy;              // IndexedSlices update only the rows that they name
   TileMeasure* measures;           // of the tiles of variables with telemetry
   double telemetry_unit;           // a power of two: what is added to a variable is measured times this

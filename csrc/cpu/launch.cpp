@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <thread>
 #include <utility>
 
@@ -78,7 +79,8 @@ struct StepTask {
     const FlushDenormals flush;
     for_each_chain(step.chains, block, blocks, [this](int64_t k, int64_t begin, int64_t end) {
       const TensorArgs& head = step.chains.tensors[step.chains.heads[k]];
-      if (head.average == nullptr && head.copy == nullptr && head.telemetry == nullptr) return update(head, begin, end);
+      const bool is_followed = step.zero_gradients || head.average != nullptr || head.copy != nullptr;
+      if (!is_followed && head.telemetry == nullptr) return update(head, begin, end);
       for (int64_t at = begin; at < end; at += kTile) run_tile(k, at, std::min(at + kTile, end));
     });
     if (step.prefetch) finish_streams();
@@ -88,6 +90,15 @@ struct StepTask {
   void update(const TensorArgs& head, int64_t begin, int64_t end) const {
     for (const TensorArgs* tensor = &head;; tensor = step.chains.tensors + tensor->next) {
       kernel_for(*tensor)(step, *tensor, begin, end);
+      if (tensor->next < 0) return;
+    }
+  }
+
+  void zero_gradients(const TensorArgs& head, int64_t begin, int64_t end) const {
+    for (const TensorArgs* tensor = &head;; tensor = step.chains.tensors + tensor->next) {
+      const auto item = static_cast<size_t>(size_of(tensor->grad_dtype));
+      char* grad = static_cast<char*>(const_cast<void*>(tensor->grad));
+      std::memset(grad + static_cast<size_t>(begin) * item, 0, static_cast<size_t>(end - begin) * item);
       if (tensor->next < 0) return;
     }
   }
@@ -102,6 +113,7 @@ struct StepTask {
       const int64_t tile = step.measure_offsets[k] + begin / kTile;
       step.measures[tile] = kernels->measured[dtype](step, head, begin, end);
     }
+    if (step.zero_gradients) zero_gradients(head, begin, end);
     if (head.average != nullptr) kernels->average[dtype](step, head, begin, end);
     if (head.copy != nullptr) kernels->copy[static_cast<int>(head.copy_dtype)](step, head, begin, end);
   }

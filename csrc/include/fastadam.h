@@ -88,6 +88,7 @@ typedef struct fastadam_hyper {
   bool clip_after_dedupe;  /* for callers that sum repeated rows first (fastadam_sum_rows): ignored here */
   double l2;               /* coupled: l2 * variable is added to the gradient, after clip and factor; dense only */
   bool epsilon_corrected;  /* epsilon is added to the bias-corrected root, as PyTorch and optax do */
+  bool zero_gradients;     /* gradients, which must be dense and writable, are 0 after the step */
 } fastadam_hyper;
 
 /* The rows of a sparse gradient, unique and ascending, and the positions of their values. See fastadam_sort_rows. */
@@ -212,6 +213,7 @@ static inline fastadam_hyper fastadam_defaults(int64_t step) {
   hyper.gradient_scale = 1;
   hyper.weight_decay = hyper.ema_momentum = hyper.l2 = 0;
   hyper.ema_overwrite = hyper.require_finite = hyper.clip_after_dedupe = hyper.epsilon_corrected = false;
+  hyper.zero_gradients = false;
   return hyper;
 }
 

@@ -24,6 +24,7 @@ from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
 from fastadam._core.common.frameworks import can_load
 from fastadam._core.common.public import publish
+from fastadam._core.common.telemetry import Telemetry
 from fastadam._core.functional import adam_step
 from fastadam._core.loss_scale import LossScaleOptimizer
 from fastadam._core.machine import current_isa, get_num_threads, isas, set_isa, set_num_threads, show_config
@@ -52,6 +53,7 @@ __all__ = [
     "AdamW",
     "IndexedSlices",
     "LossScaleOptimizer",
+    "Telemetry",
     "Variable",
     "__version__",
     "adam_step",

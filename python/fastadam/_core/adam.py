@@ -30,7 +30,7 @@ from fastadam._core.native.slices import check_sparse_update
 from fastadam._core.optimizer import Optimizer
 from fastadam._core.options.exclusions import Exclusions
 from fastadam._core.options.keras3 import Keras3Options
-from fastadam._core.pairs import check_pairs_list
+from fastadam._core.pairs import check_copies, check_pairs_list
 from fastadam._core.parts import parts_of
 from fastadam._core.step import rate_after
 from fastadam.schedules import LearningRateSchedule, deserialize, serialize
@@ -39,6 +39,7 @@ from fastadam.schedules._foreign import adopt
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from fastadam._core.common.telemetry import Telemetry
     from fastadam._core.common.types import (
         Array,
         Config,
@@ -103,6 +104,7 @@ class Adam(Optimizer):
         max_staleness: The largest number of steps that a row of a deferred table waits; None for no limit.
         clip_after_dedupe: Clip IndexedSlices after repeated rows have been summed, like the dense gradient; by default
             the values are clipped as they come, as in TF.
+        telemetry: Measure in every step what it does to each variable, for :meth:`telemetry`. Gradients must be dense.
 
     Gradients are unscaled, accumulated and clipped; then the variables decay, are updated and averaged. Norms are
     computed in float64 and are right up to its largest number. Above it, and for a gradient that is not finite,
@@ -165,6 +167,7 @@ class Adam(Optimizer):
         sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
         max_staleness: int | None = None,
         clip_after_dedupe: bool = False,
+        telemetry: bool = False,
     ) -> None:
         super().__init__()
         if lr is not None:
@@ -194,6 +197,7 @@ class Adam(Optimizer):
         )
         self.clip_after_dedupe = clip_after_dedupe
         self.sparse_update = sparse_update
+        parts_of(self).options.telemetry = check_bool("telemetry", telemetry)
         if not isinstance(name, (str, type(None))):
             raise TypeError(f"name: {name!r}, expected a string")
         self.name = name or _unique_name(type(self).__name__.lower())
@@ -351,6 +355,9 @@ class Adam(Optimizer):
         grads_and_vars: Iterable[tuple[Gradient | None, VariableLike]],
         name: str | None = None,
         experimental_aggregate_gradients: bool = True,
+        *,
+        copies: Iterable[Array | None] | None = None,
+        zero_grads: bool = False,
     ) -> np.int64 | None:
         """Update every variable in place with its gradient, then count the step.
 
@@ -366,6 +373,11 @@ class Adam(Optimizer):
                 converted; gradients are not modified.
             name: Ignored; part of TF's signature.
             experimental_aggregate_gradients: Ignored; a single process has no replicas to sum over.
+            copies: For each pair None or an array of bfloat16, float16 or float32, like the variable, which must be
+                float32. In the same pass it receives the new values, rounded to nearest even: the weights that a model
+                computes with, beside float32 masters.
+            zero_grads: Set the gradients to zero, in the same pass. They must be dense and writable, and need no
+                conversion.
 
         Returns:
             ``iterations`` after the step; None for an empty list.
@@ -379,8 +391,22 @@ class Adam(Optimizer):
         if not pairs:
             return None
         refuse_while_swapped(self._parts)
-        self._stepper.apply(self, pairs)
+        if copies is None and not zero_grads:
+            self._stepper.apply(self, pairs)
+        else:
+            zeroes = check_bool("zero_grads", zero_grads)
+            self._stepper.apply(self, pairs, copies=check_copies(copies, pairs), zero_grads=zeroes)
         return self.iterations
+
+    def telemetry(self) -> Telemetry:
+        """What the last step did to each variable: ``telemetry=True`` in the constructor.
+
+        Raises:
+            RuntimeError: No step was measured.
+
+        See :class:`fastadam.Telemetry` for an example.
+        """
+        return self._stepper.telemetry()
 
     # ---- how it shows itself ---------------------------------------------------------------------------------------
 
@@ -415,8 +441,9 @@ class Adam(Optimizer):
         if self.max_staleness is not None:
             config["max_staleness"] = self.max_staleness
         config.update(options.keras3.config())
-        if options.clip_after_dedupe:
-            config["clip_after_dedupe"] = True
+        for name in ("clip_after_dedupe", "telemetry"):
+            if getattr(options, name):
+                config[name] = True
         return config
 
     @class_only

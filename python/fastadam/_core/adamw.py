@@ -43,6 +43,7 @@ class AdamW(Adam):
         sparse_update: How :class:`fastadam.IndexedSlices` are applied: "dense", "deferred", "deferred_fast" or "lazy".
         max_staleness: Maximum number of steps that a row of a deferred table waits.
         clip_after_dedupe: Clip IndexedSlices after repeated rows are summed, not before.
+        telemetry: Measure what every step does, for :meth:`telemetry`.
 
     Raises:
         ValueError: ``weight_decay`` is None; and all that :class:`Adam` raises.
@@ -78,6 +79,7 @@ class AdamW(Adam):
         sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
         max_staleness: int | None = None,
         clip_after_dedupe: bool = False,
+        telemetry: bool = False,
     ) -> None:
         if weight_decay is None:
             raise ValueError("Argument `weight_decay` must be a float. Received: weight_decay=None")
@@ -102,4 +104,5 @@ class AdamW(Adam):
             sparse_update=sparse_update,
             max_staleness=max_staleness,
             clip_after_dedupe=clip_after_dedupe,
+            telemetry=telemetry,
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastadam._core.common.checks import (
     check_beta,
+    check_bool,
     check_clip,
     check_count,
     check_epsilon,
@@ -47,6 +48,8 @@ def adam_step(
     grad_factor: float | Sequence[float] | None = None,
     weight_decay: float = 0.0,
     sparse_update: Literal["dense", "lazy"] = "dense",
+    copies: Array | Sequence[Array | None] | None = None,
+    zero_grads: bool = False,
 ) -> None:
     r"""One Adam step in place on arrays that the caller owns; AMSGrad if ``vhat`` is given.
 
@@ -77,6 +80,9 @@ def adam_step(
         weight_decay: Decoupled: the variables shrink by ``weight_decay * learning_rate`` first (AdamW).
         sparse_update: With a gradient that is an :class:`fastadam.IndexedSlices`, "dense" moves every row, as TF does;
             "lazy" only those that it touches.
+        copies: For each variable None or an array of bfloat16, float16 or float32, like the variable, which must be
+            float32. In the same pass it receives the new values, rounded to nearest even.
+        zero_grads: Set the gradients to zero, in the same pass. They must be dense, writable, and need no conversion.
 
     Raises:
         TypeError: An argument of the wrong type or dtype, or a list as variable.
@@ -105,6 +111,7 @@ def adam_step(
         clip_norm=check_clip("clipnorm", clipnorm),
         global_clip_norm=check_clip("global_clipnorm", global_clipnorm),
         weight_decay=check_non_negative("weight_decay", weight_decay),
+        zero_gradients=check_bool("zero_grads", zero_grads),
     )
     variables = list(vars) if isinstance(vars, (list, tuple)) else [vars]
     gradients = _as_list(grads)
@@ -119,7 +126,8 @@ def adam_step(
     on_gpu = bool(buffers) and buffers[0].device >= 0
     context = cuda_module().Context(buffers[0].device) if on_gpu else None
     decays = [weight_decay != 0] * len(variables)
-    plan = Plan(buffers, slots, decays=decays, lazy=sparse_update == "lazy", context=context)
+    receivers = [] if copies is None else _as_list(copies)
+    plan = Plan(buffers, slots, decays=decays, lazy=sparse_update == "lazy", copies=receivers, context=context)
     plan.step(gradients, hyper, factors)
     if context is not None:
         context.wait()  # nobody else would be told

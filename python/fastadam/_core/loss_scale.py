@@ -12,7 +12,7 @@ from fastadam._core import saving as serialization
 from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
 from fastadam._core.averages import refuse_while_swapped
-from fastadam._core.common.checks import check_count, check_iterations, check_number
+from fastadam._core.common.checks import check_bool, check_count, check_iterations, check_number
 from fastadam._core.common.configs import class_of, loss_scale_arguments
 from fastadam._core.common.display import call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.common.frameworks import named_in_keras
@@ -20,14 +20,14 @@ from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.strict import class_only, is_own, settable, unknown_attribute
 from fastadam._core.common.warning import warn
 from fastadam._core.minimize import Minimizer, scaled
-from fastadam._core.pairs import check_pairs_list
+from fastadam._core.pairs import check_copies, check_pairs_list
 from fastadam._core.parts import parts_of
 from fastadam._core.step import Stepper
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.common.types import AnyArray, Config, Gradient, HostArray, VariableLike
+    from fastadam._core.common.types import AnyArray, Array, Config, Gradient, HostArray, VariableLike
     from fastadam._core.native.variable import Variable
 
 __all__ = ["LossScaleOptimizer"]
@@ -205,6 +205,9 @@ class LossScaleOptimizer(Minimizer):
         grads_and_vars: Iterable[tuple[Gradient | None, VariableLike]],
         name: str | None = None,
         experimental_aggregate_gradients: bool = True,
+        *,
+        copies: Iterable[Array | None] | None = None,
+        zero_grads: bool = False,
     ) -> np.int64 | None:
         """Make a step if all gradients of the scaled loss are finite, then adjust the scale.
 
@@ -220,10 +223,11 @@ class LossScaleOptimizer(Minimizer):
             pairs = check_pairs_list(grads_and_vars)
             if not pairs:
                 return None
+            mine, zeroes = check_copies(copies, pairs), check_bool("zero_grads", zero_grads)
             scaling, calls = self._scaling, int(parts_of(inner).state.calls)
             good = scaling.after_good_step(self.dynamic_growth_steps)
             self._journal = _Journal(scaling, calls, good)  # holds as soon as the native code has counted the step
-            if Stepper(parts_of(inner)).apply(inner, pairs, scaling.scale):
+            if Stepper(parts_of(inner)).apply(inner, pairs, scaling.scale, mine, zero_grads=zeroes):
                 self._set(good)
                 return inner.iterations
             bad = scaling.after_skipped_step(self.min_scale)

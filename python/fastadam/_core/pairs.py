@@ -12,12 +12,22 @@ from fastadam._core.native.variable import Variable, unwrap
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, AnyPair
 
-__all__ = ["check_pairs", "check_pairs_list", "first_variable"]
+__all__ = ["check_copies", "check_pairs", "check_pairs_list", "first_variable"]
 
 
 def check_pairs_list(pairs: object) -> list[AnyPair]:
     """The items of ``grads_and_vars``, any iterable."""
     return check_list("grads_and_vars", pairs, "an iterable of (gradient, variable) pairs")
+
+
+def check_copies(copies: object, pairs: list[AnyPair]) -> list[AnyArray]:
+    """For each pair None or the array that receives a copy of the variable; empty if there is none."""
+    if copies is None:
+        return []
+    arrays = [unwrap(copy) for copy in check_list("copies", copies)]
+    if len(arrays) != len(pairs):
+        raise ValueError(f"copies: {len(arrays)} items, expected {len(pairs)}, an array or None for each pair")
+    return arrays if any(array is not None for array in arrays) else []
 
 
 def first_variable(pairs: list[AnyPair]) -> AnyArray:

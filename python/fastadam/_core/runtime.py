@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastadam._core.common.types import AnyGradient, Foreign
+from fastadam._core.common.types import AnyArray, AnyGradient, Foreign
 from fastadam._core.deferred.history import History
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gpu import cuda_module
@@ -40,10 +40,17 @@ class StepPlan:
     amsgrad: bool
     decays: list[bool]
     histories: list[History | None]  # of the variables that are deferred tables
+    has_copies: bool = False
 
     def __post_init__(self) -> None:
         """Compute once what every step asks."""
         self.has_tables = any(self.histories)
+
+    def takes(self, copies: list[AnyArray]) -> bool:
+        """Whether the plan writes these copies of the variables in ``grads_and_vars``; empty for none."""
+        if not copies:
+            return not self.has_copies
+        return self.has_copies and self.plan.has_copies([copies[place] for place in self.plan.positions])
 
 
 class Runtime:
@@ -58,7 +65,9 @@ class Runtime:
         self.replacements = Replacements()
         self.numbers: tuple[int, float, StepHyper] | None = None  # of the last step: version of the options, scale
         self.last: StepPlan | None = None  # the plan of the last step
+        self.measured: StepPlan | None = None  # the plan of the last step with telemetry
         self.repeats = False  # the last step can be made again: Plan.step_again
+        self.zeroes = False  # it set its gradients to zero
         self._plans: BoundedCache[tuple[int, int], StepPlan] = BoundedCache()
         self.contexts: dict[int, Foreign] = {}
         self._gatherers: dict[int, Foreign] = {}

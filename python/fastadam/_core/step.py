@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastadam._core import accumulation
 from fastadam._core.common.checks import check_clip, check_iterations, check_number
+from fastadam._core.common.telemetry import Telemetry
 from fastadam._core.common.warning import warn
 from fastadam._core.deferred.history import History, Numbers
 from fastadam._core.hyperparameters import Clip, Hyper
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from fastadam._core.state.slots import Entry
 
 __all__ = ["Stepper", "rate_after"]
+
+
+_NONE: list[Any] = []
 
 
 class Hyperparameters(Protocol):
@@ -59,13 +63,23 @@ class Stepper:
         self.parts = parts
         self.options, self.state, self.runtime, self.tables = parts
 
-    def apply(self, optimizer: Hyperparameters, pairs: list[AnyPair], loss_scale: float | None = None) -> bool:
+    def apply(
+        self,
+        optimizer: Hyperparameters,
+        pairs: list[AnyPair],
+        loss_scale: float | None = None,
+        copies: list[AnyArray] = _NONE,
+        *,
+        zero_grads: bool = False,
+    ) -> bool:
         """Make a step with these pairs, at least one.
 
         Args:
             optimizer: Whose hyperparameters to read: a subclass may compute them.
             pairs: (gradient, variable).
             loss_scale: A dynamic scale that the gradients are divided by; then they must be finite.
+            copies: For each pair None or an array that receives the rounded variable; empty for none.
+            zero_grads: Set the gradients to zero after the step.
 
         Returns:
             Whether the step was made; False only if gradients under a ``loss_scale`` were not finite.
@@ -75,14 +89,21 @@ class Stepper:
             if runtime.step_lock.locked():  # a callable hyperparameter or the code of a gradient called it
                 raise RuntimeError(f"apply_gradients of optimizer {optimizer.name} was called from within itself")
             with runtime.step_lock:
-                if runtime.repeats and loss_scale is None:
+                if runtime.repeats and loss_scale is None and runtime.zeroes == zero_grads:
                     last, stamp = runtime.last, self.options.version + self.state.slots.version
-                    if last is not None and last.plan.step_again(pairs, stamp, self.state.calls):
+                    if last is not None and last.takes(copies) and last.plan.step_again(pairs, stamp, self.state.calls):
                         return True
                 with _cpu.DefaultArithmetic():  # for rates and scales; the native code sets it by itself
-                    return self._step(optimizer, pairs, loss_scale)
+                    return self._step(optimizer, pairs, loss_scale, copies, zero_grads)
 
-    def _step(self, optimizer: Hyperparameters, pairs: list[AnyPair], loss_scale: float | None) -> bool:
+    def _step(
+        self,
+        optimizer: Hyperparameters,
+        pairs: list[AnyPair],
+        loss_scale: float | None,
+        copies: list[AnyArray],
+        zero_grads: bool,
+    ) -> bool:
         options, state, runtime, tables = self.options, self.state, self.runtime, self.tables
         first, rate = first_variable(pairs), options.numbers["learning_rate"]
         if runtime.has_gpus or on_gpu(first) or on_gpu(rate):
@@ -90,10 +111,12 @@ class Stepper:
         scale = 1.0 / (loss_scale or options.keras3.loss_scale_factor or 1.0)
         accumulates = options.accumulation is not None
         hyper = self._hyper(optimizer, 1.0 / options.calls_per_step if accumulates else scale)
-        match = self._find_plan(pairs)
+        if accumulates:
+            _refuse_with_accumulation(copies=bool(copies), zero_grads=zero_grads, telemetry=options.telemetry)
+        match = self._find_plan(pairs, copies)
         if match is None or len(match[1]) < len(pairs):
             check_pairs(pairs)
-        plan, gradients = match or self._make_plan(pairs, hyper, scale)
+        plan, gradients = match or self._make_plan(pairs, copies, hyper, scale)
         runtime.use_plan(plan)
         if plan.plan.device >= 0:
             plan.plan.set_device_numbers(rate)
@@ -102,6 +125,8 @@ class Stepper:
             return accumulation.accumulate(self.parts, plan, gradients, scale, hyper, require_finite=require_finite)
         if loss_scale is not None:
             hyper = hyper._replace(require_finite=True)
+        if zero_grads:
+            hyper = hyper._replace(zero_gradients=True)
         if plan.has_tables:
             tables.warn_of_unread(plan, gradients)
             numbers = Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, plan.amsgrad)
@@ -110,12 +135,27 @@ class Stepper:
                 plan.plan.check_numbers(hyper)
             tables.before_step(plan, gradients, numbers)
         is_finite = plan.plan.step(gradients, hyper, counter=state.calls)
+        if options.telemetry:
+            runtime.measured = plan
         if plan.has_tables:
             tables.after_step(plan)
         if runtime.has_gpus and loss_scale is not None:
             tables.raise_late()  # the step has been waited for
         self._remember(plan, hyper, len(pairs), loss_scale)
         return is_finite
+
+    def telemetry(self) -> Telemetry:
+        """What the last step measured; raises RuntimeError if it has not."""
+        if not self.options.telemetry:
+            raise RuntimeError("telemetry: the optimizer measures no steps, expected Adam(..., telemetry=True)")
+        with self.runtime.lock:
+            measured = self.runtime.measured
+            if measured is None:
+                raise RuntimeError("telemetry: no step was measured yet, expected a call of apply_gradients first")
+            entries = [self.state.slots.entry_of(buffer) for buffer in measured.plan.buffers]
+            places = zip(entries, measured.plan.positions, strict=True)
+            names = [entry.spec.name or f"vars[{place}]" if entry else f"vars[{place}]" for entry, place in places]
+            return Telemetry(names, measured.plan.telemetry())
 
     # ---- numbers ---------------------------------------------------------------------------------------------------
 
@@ -172,6 +212,7 @@ class Stepper:
             and len(plan.plan.buffers) == pairs
         )
         if runtime.repeats:
+            runtime.zeroes = hyper.zero_gradients
             plan.plan.remember(hyper, options.version + self.state.slots.version)
 
     def _rate_on_gpu(self, first: AnyArray, rate: object) -> AnyArray | None:
@@ -197,9 +238,9 @@ class Stepper:
     def _version(self) -> PlanVersion:
         return PlanVersion(self.state.slots.version, self.options.plan_version)
 
-    def _find_plan(self, pairs: list[AnyPair]) -> tuple[StepPlan, list[AnyGradient]] | None:
+    def _find_plan(self, pairs: list[AnyPair], copies: list[AnyArray]) -> tuple[StepPlan, list[AnyGradient]] | None:
         match = self.runtime.find_plan(pairs, self._version())
-        if match is None:
+        if match is None or not match[0].takes(copies):
             return None
         plan, gradients = match
         if self.runtime.checks_exclusions and self.options.keras3.weight_decay:
@@ -212,7 +253,9 @@ class Stepper:
         fits = all(not history.is_full if history else not is_sparse(gradient) for history, gradient in tables)
         return match if fits else None
 
-    def _make_plan(self, pairs: list[AnyPair], hyper: StepHyper, scale: float) -> tuple[StepPlan, list[AnyGradient]]:
+    def _make_plan(
+        self, pairs: list[AnyPair], copies: list[AnyArray], hyper: StepHyper, scale: float
+    ) -> tuple[StepPlan, list[AnyGradient]]:
         """A plan for variables not seen before, and gradients as far as they had to be converted to check the step."""
         version = self._version()  # before any code of a gradient runs: what that sets asks for another plan
         options, state, runtime = self.options, self.state, self.runtime
@@ -233,8 +276,10 @@ class Stepper:
             positions=positions,
             lazy=options.sparse_update == "lazy",
             histories=[None if history is None else history.native for history in histories],
+            copies=[copies[i] for i in positions] if copies else _NONE,
             context=runtime.context_of(buffers[0]),
         )
+        plan.set_telemetry(options.telemetry)
         gradients = plan.check(gradients)
         plan.check_numbers(hyper)
         plan.check_numbers(hyper._replace(gradient_scale=scale))  # of accumulated gradients, which have another scale
@@ -242,7 +287,8 @@ class Stepper:
         new = {slot_key for slot_key, _ in prepared.created if not state.slots.knows(slot_key)}
         runtime.replacements.look(given, buffers, new, [other.plan.buffers for other in runtime.plans])
         prepared.commit()  # slots are made once the whole step has been found good
-        made = StepPlan(plan, version._replace(slots=state.slots.version), amsgrad, decays, histories)
+        version = version._replace(slots=state.slots.version)
+        made = StepPlan(plan, version, amsgrad, decays, histories, has_copies=bool(copies))
         for buffer, history in zip(buffers, histories, strict=True):
             if history is not None and (entry := state.slots.entry_of(buffer)) and entry.history is not history:
                 runtime.clear_plans()  # one of them may know the variable without a history
@@ -300,3 +346,11 @@ class Stepper:
 def rate_after(rate: object, calls: int) -> AnyArray:
     """A learning rate after so many calls: a number, or one that is on a GPU."""
     return check_number("learning_rate", rate(calls)) if isinstance(rate, LearningRateSchedule) else rate
+
+
+def _refuse_with_accumulation(**given: bool) -> None:
+    """Raise if an option is given that needs the gradients of one step in one call."""
+    for name, is_given in given.items():
+        if is_given:
+            expected = "None" if name == "copies" else "False"
+            raise ValueError(f"{name}: with gradient_accumulation_steps, expected {expected}")

@@ -46,6 +46,7 @@ class StepHyper(NamedTuple):
     clip_after_dedupe: bool = False
     l2: float = 0.0  # coupled weight decay
     epsilon_corrected: bool = False  # PyTorch's: added to the bias-corrected root
+    zero_gradients: bool = False  # after the step
 
 
 class Plan:
@@ -60,6 +61,7 @@ class Plan:
         positions: Their places in the caller's list, for error texts; None for 0, 1, ...
         lazy: Sparse gradients move only the rows that they name.
         histories: For each variable its history if it is a deferred table; None for none.
+        copies: For each variable None or the array that receives a rounded copy of it after every step.
         context: What the plans of one optimizer share on a GPU; None on the host.
 
     Raises:
@@ -78,6 +80,7 @@ class Plan:
         positions: list[int] | None = None,
         lazy: bool = False,
         histories: Sequence[NativeHistory | None] | None = None,
+        copies: Sequence[AnyArray | None] = (),
         context: object = None,
     ) -> None:
         count = len(buffers)
@@ -91,6 +94,7 @@ class Plan:
             self.positions,
             lazy,
             [None] * count if histories is None else histories,
+            list(copies),
             context,
         )
 
@@ -100,9 +104,28 @@ class Plan:
         """The gradients of these (gradient, variable) pairs if the variables are the plan's, else None."""
         return self._native.gradients_of(pairs, Variable)
 
-    def holds(self, variables: Sequence[AnyArray], slots: Mapping[str, Sequence[AnyArray]]) -> bool:
-        """Whether these are the variables and slots of the plan, at the same addresses."""
-        return self._native.holds(variables, slots)
+    def holds(
+        self,
+        variables: Sequence[AnyArray],
+        slots: Mapping[str, Sequence[AnyArray]],
+        copies: Sequence[AnyArray | None] = (),
+    ) -> bool:
+        """Whether these are the variables, slots and copies of the plan, at the same addresses."""
+        return self._native.holds(variables, slots, copies)
+
+    def has_copies(self, copies: Sequence[AnyArray | None]) -> bool:
+        """Whether these are the copies of the plan, at the same addresses; empty for none."""
+        return self._native.has_copies(copies)
+
+    # ---- what a step reports ---------------------------------------------------------------------------------------
+
+    def set_telemetry(self, wanted: bool) -> None:
+        """Have later steps measure what they do to each variable; raises if one of them comes twice."""
+        self._native.set_telemetry(wanted)
+
+    def telemetry(self) -> npt.NDArray[np.float64]:
+        """A row for each variable: gradient_norm, update_rms, parameter_rms, unchanged, not_finite, size."""
+        return self._native.telemetry()
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -139,6 +162,11 @@ class Plan:
             Whether the gradients were finite, if ``hyper.require_finite``; else nothing has changed.
         """
         while unfit := self._native.step(gradients, hyper, factors, counter):
+            if hyper.zero_gradients:
+                raise ValueError(
+                    f"grads[{self.positions[unfit[0]]}]: {type(gradients[unfit[0]]).__name__} that has to be "
+                    f"converted, expected an array like {self.buffers[unfit[0]].label}, which can be set to zero"
+                )
             gradients = self._converted(gradients, unfit, convert)
         return self._native.all_finite
 

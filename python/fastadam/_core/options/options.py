@@ -20,7 +20,7 @@ __all__ = ["CLIP_NAMES", "Options"]
 
 CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 
-_OF_PLANS = ("amsgrad", "exclusions", "keras3", "sparse_update")
+_OF_PLANS = ("amsgrad", "exclusions", "keras3", "sparse_update", "telemetry")
 
 
 class Options:
@@ -39,6 +39,7 @@ class Options:
     clip_after_dedupe: bool
     sparse_update: SparseUpdate
     max_staleness: int | None
+    telemetry: bool  # steps report what they do
 
     def __init__(self) -> None:
         self._reset_versions()
@@ -50,6 +51,7 @@ class Options:
         self.clip_after_dedupe = False
         self.sparse_update = "dense"
         self.max_staleness = None
+        self.telemetry = False
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)

@@ -34,22 +34,30 @@ FASTADAM_INLINE T raise_vhat(T& vhat, T v) {
   return vhat;
 }
 
-// Updates one element of a variable from its moments. `keep` is 1 without weight decay, which leaves every bit
-// unchanged. Only AMSGrad reads and writes `vhat`.
+// What the moments subtract from an element of a variable. Only AMSGrad reads and writes `vhat`.
 template <bool kAmsgrad, class T>
-FASTADAM_INLINE void adam_move(T& var, T m, T v, T& vhat, T keep, T alpha, T epsilon) {
+FASTADAM_INLINE T adam_displacement(T m, T v, T& vhat, T alpha, T epsilon) {
   using std::sqrt;
   T second_moment = v;
   if constexpr (kAmsgrad) second_moment = raise_vhat(vhat, v);
-  var = var * keep - (m * alpha) / (sqrt(second_moment) + epsilon);
+  return (m * alpha) / (sqrt(second_moment) + epsilon);
 }
 
-// Updates one element that has a dense gradient.
+// Updates one element of a variable from its moments, and returns the displacement. `keep` is 1 without weight decay,
+// which leaves every bit unchanged.
 template <bool kAmsgrad, class T>
-FASTADAM_INLINE void adam_update(T& var, T g, T& m, T& v, T& vhat, T keep, const StepScalars<T>& s) {
+FASTADAM_INLINE T adam_move(T& var, T m, T v, T& vhat, T keep, T alpha, T epsilon) {
+  const T displacement = adam_displacement<kAmsgrad>(m, v, vhat, alpha, epsilon);
+  var = var * keep - displacement;
+  return displacement;
+}
+
+// Updates one element that has a dense gradient, and returns its displacement.
+template <bool kAmsgrad, class T>
+FASTADAM_INLINE T adam_update(T& var, T g, T& m, T& v, T& vhat, T keep, const StepScalars<T>& s) {
   m += (g - m) * s.one_minus_beta_1;
   v += (g * g - v) * s.one_minus_beta_2;
-  adam_move<kAmsgrad>(var, m, v, vhat, keep, s.alpha, s.epsilon);
+  return adam_move<kAmsgrad>(var, m, v, vhat, keep, s.alpha, s.epsilon);
 }
 
 // Updates one element of a row in TF's order of operations for IndexedSlices. `kTouched`: the row has a gradient.

@@ -36,6 +36,7 @@ using StaleRows = fastadam_stale_rows;
 constexpr int64_t kPeakSteps = 64;
 
 struct TileMeasure;
+struct StepLog;
 
 // All gradients of a step, grouped by variable: TensorArgs::next chains the gradients of one variable.
 struct Chains {
@@ -102,6 +103,7 @@ struct StepArgs {
   TileMeasure* measures;           // of the tiles of variables with telemetry
   double telemetry_unit;           // a power of two: what is added to a variable is measured times this
   const int64_t* measure_offsets;  // measures[measure_offsets[k]]: the first tile of variable k
+  const StepLog* log;              // receives what undoes the step, or null
   const double* factors;  // with norm clipping: the factor of each tensor, which replaces its grad_factor; or null
 };
 

@@ -13,6 +13,7 @@
 #include "lanes.h"
 #include "measured_kernels.h"
 #include "row_kernels.h"
+#include "undo_kernels.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
@@ -119,6 +120,8 @@ extern const Kernels kernels = {
     {average<Float16>, average<BFloat16>, average<float>, average<double>},
     {copy<Float16>, copy<BFloat16>, copy<float>, nullptr},
     {adam_measured<Float16>, adam_measured<BFloat16>, adam_measured<float>, adam_measured<double>},
+    adam_logged,
+    adam_undo,
     {accumulate<Float16>, accumulate<BFloat16>, accumulate<float>, accumulate<double>},
     {sum_rows<Float16>, sum_rows<BFloat16>, sum_rows<float>, sum_rows<double>}};
 

@@ -25,6 +25,9 @@ using CopyKernel = UpdateKernel;
 // Like a dense UpdateKernel for one tile, which it also measures.
 using MeasuredKernel = TileMeasure (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end);
 
+// Makes or undoes the logged step of one tile of a float32 variable; `place`: of the tile in the log.
+using LoggedKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end, int64_t place);
+
 // Adds a gradient to elements [begin, end) of the accumulator. `restart`: the accumulator counts as zero.
 using AccumulateKernel = void (*)(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart);
 
@@ -41,6 +44,8 @@ struct Kernels {
   AverageKernel average[kDTypeCount];
   CopyKernel copy[kDTypeCount];  // [dtype of the copy]; null for float64
   MeasuredKernel measured[kDTypeCount];
+  LoggedKernel logged;
+  LoggedKernel undo;
   AccumulateKernel accumulate[kDTypeCount];  // [dtype of the gradient]
   SumKernel sum_rows[kDTypeCount];           // [dtype of the gradient]
 };

@@ -18,6 +18,7 @@
 #include "../core/norm.h"
 #include "../core/split.h"
 #include "../core/telemetry.h"
+#include "../core/undo.h"
 #include "dispatch.h"
 #include "pool.h"
 
@@ -80,7 +81,8 @@ struct StepTask {
     for_each_chain(step.chains, block, blocks, [this](int64_t k, int64_t begin, int64_t end) {
       const TensorArgs& head = step.chains.tensors[step.chains.heads[k]];
       const bool is_followed = step.zero_gradients || head.average != nullptr || head.copy != nullptr;
-      if (!is_followed && head.telemetry == nullptr) return update(head, begin, end);
+      const bool is_recorded = step.log != nullptr || head.telemetry != nullptr;
+      if (!is_followed && !is_recorded) return update(head, begin, end);
       for (int64_t at = begin; at < end; at += kTile) run_tile(k, at, std::min(at + kTile, end));
     });
     if (step.prefetch) finish_streams();
@@ -107,7 +109,9 @@ struct StepTask {
   void run_tile(int64_t k, int64_t begin, int64_t end) const {
     const TensorArgs& head = step.chains.tensors[step.chains.heads[k]];
     const auto dtype = static_cast<int>(head.dtype);
-    if (head.telemetry == nullptr) {
+    if (step.log != nullptr) {
+      kernels->logged(step, head, begin, end, step.log->tile(k, begin));
+    } else if (head.telemetry == nullptr) {
       update(head, begin, end);
     } else {
       const int64_t tile = step.measure_offsets[k] + begin / kTile;
@@ -116,6 +120,25 @@ struct StepTask {
     if (step.zero_gradients) zero_gradients(head, begin, end);
     if (head.average != nullptr) kernels->average[dtype](step, head, begin, end);
     if (head.copy != nullptr) kernels->copy[static_cast<int>(head.copy_dtype)](step, head, begin, end);
+  }
+};
+
+struct UndoTask {
+  StepArgs step;
+  const Kernels* kernels;
+  int64_t blocks;
+
+  void run_block(int64_t block) const {
+    const FlushDenormals flush;
+    for_each_chain(step.chains, block, blocks, [this](int64_t k, int64_t begin, int64_t end) {
+      const TensorArgs& tensor = step.chains.tensors[step.chains.heads[k]];
+      for (int64_t at = begin; at < end; at += kTile) {
+        const int64_t last = std::min(at + kTile, end);
+        kernels->undo(step, tensor, at, last, step.log->tile(k, at));
+        if (tensor.copy != nullptr) kernels->copy[static_cast<int>(tensor.copy_dtype)](step, tensor, at, last);
+      }
+    });
+    if (step.prefetch) finish_streams();
   }
 };
 
@@ -202,6 +225,13 @@ void run_step(const StepArgs& step) {
   StepTask task{step, current_isa().kernels, 1};
   task.step.prefetch = elements >= kPrefetchElements;
   run_task(task, elements, !catches_up(step.chains));
+}
+
+void run_undo(const StepArgs& step) {
+  const int64_t elements = step.chains.offsets[step.chains.count];
+  UndoTask task{step, current_isa().kernels, 1};
+  task.step.prefetch = elements >= kPrefetchElements;
+  run_task(task, elements);
 }
 
 void run_accumulate(const AccumulateArgs& args) {

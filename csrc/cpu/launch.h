@@ -13,6 +13,9 @@ void index_rows(IndexArgs& args);
 // the caller's thread.
 void run_step(const StepArgs& step);
 
+// Undoes a step that filled step.log, whose arguments these are; its gradients must be as they were.
+void run_undo(const StepArgs& step);
+
 void run_accumulate(const AccumulateArgs& args);
 
 // Writes args.sums.

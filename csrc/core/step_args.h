@@ -6,6 +6,7 @@
 
 #include "closed_form.h"
 #include "dtypes.h"
+#include "factor.h"
 #include "step_scalars.h"
 
 namespace fastadam {
@@ -74,7 +75,7 @@ struct NormArgs {
   double clip_value;    // applied before squaring
   bool require_finite;  // the sum of a block is NaN if an element is not finite before clipping
   double* sums;         // receives one sum per block
-  bool rescaled;        // float64 gradients, whose elements are multiplied by kNormUnit; require_finite is ignored
+  const double* units;  // units[i] multiplies the elements of tensor i, all float64; require_finite is ignored; or null
 };
 
 // Adds gradients times grad_factor to the accumulators.
@@ -96,7 +97,7 @@ struct StepArgs {
   bool prefetch;  // the arrays of the step do not fit in cache
   bool ema_overwrite;
   bool lazy;              // IndexedSlices update only the rows that they name
-  const double* factors;  // with norm clipping: the factor of each tensor, which replaces its grad_factor; or null
+  const Factor* factors;  // with norm clipping: the factor of each tensor, which replaces its grad_factor; or null
 };
 
 }  // namespace fastadam

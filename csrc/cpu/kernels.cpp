@@ -15,8 +15,8 @@ namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
 template <bool kAmsgrad, int kTransform, class T>
-FASTADAM_INLINE void update_elements(const Operands<T>& operands, int64_t size, const StepScalars<T>& s, T factor,
-                                     T keep) {
+FASTADAM_INLINE void update_elements(const Operands<T>& operands, int64_t size, const StepScalars<T>& s,
+                                     FactorPair<T> factor, T keep) {
   // The caller has checked that arrays written here overlap no other array.
   T* __restrict var = operands.var;
   const T* __restrict grad = operands.grad;
@@ -44,11 +44,11 @@ FASTADAM_INLINE void update_elements(const Operands<T>& operands, int64_t size, 
 // small tensors.
 template <class T>
 using UpdateRange = void (*)(T* var, const T* grad, T* m, T* v, T* vhat, int64_t size, const StepScalars<T>& scalars,
-                             T factor, T keep, bool prefetch);
+                             FactorPair<T> factor, T keep, bool prefetch);
 
 template <bool kAmsgrad, int kTransform, class T>
-void update_range(T* var, const T* grad, T* m, T* v, T* vhat, int64_t size, const StepScalars<T>& scalars, T factor,
-                  T keep, bool prefetch) {
+void update_range(T* var, const T* grad, T* m, T* v, T* vhat, int64_t size, const StepScalars<T>& scalars,
+                  FactorPair<T> factor, T keep, bool prefetch) {
   const StepScalars<T> s = scalars;
   int64_t at = 0;
   for (; prefetch && at + kBlock <= size; at += kBlock) {
@@ -83,7 +83,7 @@ FASTADAM_INLINE int64_t elements_to_begin(const Storage* var, int64_t size) {
 template <class T>
 void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   const StepScalars<T>& s = scalars_of<T>(step);
-  const T factor = static_cast<T>(factor_of(step, tensor));
+  const FactorPair<T> factor = factor_of<T>(step, tensor);
   const T keep = tensor.decays ? s.keep : T(1);
   const UpdateRange<T> update = update_for<T>(step);
   const auto update_part_at = [&](int64_t at, int64_t size, bool prefetch) {
@@ -113,7 +113,7 @@ FASTADAM_INLINE void put_floats(const float* from, Half* to) {
 // Updates kBlock elements of a half type: converts them to float, and rounds the results.
 template <bool kAmsgrad, int kTransform, class Half, class Grad, class Slot>
 FASTADAM_INLINE void update_half(Half* var, const Grad* grad, Slot* m, Slot* v, Slot* vhat, const StepScalars<float>& s,
-                                 float factor, float keep) {
+                                 FactorPair<float> factor, float keep) {
   float room[5][kBlock];
   convert_here(var, room[0], kBlock);
   const Operands<float> floats{room[0], floats_of(grad, room[1]), floats_of(m, room[2]), floats_of(v, room[3]),
@@ -128,7 +128,7 @@ FASTADAM_INLINE void update_half(Half* var, const Grad* grad, Slot* m, Slot* v, 
 // Updates fewer than kBlock elements, starting at `at`, for any types of gradient and slots, with the loop for float.
 template <class Half>
 __attribute__((noinline)) void update_part(const StepArgs& step, const TensorArgs& tensor, int64_t at, int64_t size,
-                                           float factor, float keep) {
+                                           FactorPair<float> factor, float keep) {
   float room[5][kBlock];
   const auto read = [&](const void* array, bool is_half, int i) {
     if (is_half) convert(static_cast<const Half*>(array) + at, room[i], size);
@@ -148,7 +148,7 @@ __attribute__((noinline)) void update_part(const StepArgs& step, const TensorArg
 template <class Half, class Grad, class Slot, bool kAmsgrad, int kTransform>
 void adam_half(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   const StepScalars<float> s = step.scalars_f32;
-  const auto factor = static_cast<float>(factor_of(step, tensor));
+  const FactorPair<float> factor = factor_of<float>(step, tensor);
   const float keep = tensor.decays ? s.keep : 1.0f;
   Half* var = static_cast<Half*>(tensor.var);
   const Grad* grad = static_cast<const Grad*>(tensor.grad);
@@ -192,19 +192,21 @@ FASTADAM_INLINE void prefetch_gradient(const Storage* g) {
 
 // Adds the square of element i to lanes[i], for `count` elements, and 0 (or NaN if it is not finite) to not_finite[i].
 template <bool kRequireFinite, bool kRescaled, class Storage, class T>
-FASTADAM_INLINE void add_squares(const Storage* __restrict g, int64_t count, T limit, double* __restrict lanes,
+FASTADAM_INLINE void add_squares(const Storage* __restrict g, int64_t count, T limit, T unit, double* __restrict lanes,
                                  T* __restrict not_finite) {
 #pragma omp simd
   for (int64_t lane = 0; lane < count; ++lane) {
     const T g_i = load(g[lane]);
     if constexpr (kRequireFinite) not_finite[lane] += g_i - g_i;
-    const auto x = static_cast<double>(transform_gradient(g_i, limit, kRescaled ? static_cast<T>(kNormUnit) : T(1)));
+    const T clipped = clip_by_value(g_i, limit);
+    const auto x = static_cast<double>(kRescaled ? clipped * unit : clipped);
     lanes[lane] += x * x;
   }
 }
 
-template <class Storage, bool kRequireFinite, bool kRescaled = false>
-double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_value) {
+template <class Storage, bool kRequireFinite, bool kRescaled>
+FASTADAM_INLINE double sum_block(const void* grad, int64_t begin, int64_t size, double clip_value,
+                                 Compute<Storage> unit) {
   using T = Compute<Storage>;
   const Storage* g = static_cast<const Storage*>(grad) + begin;
   const T limit = static_cast<T>(clip_value);
@@ -213,13 +215,22 @@ double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_va
   int64_t at = 0;
   for (; at + kNormLanes <= size; at += kNormLanes) {
     prefetch_gradient(g + at);
-    add_squares<kRequireFinite, kRescaled>(g + at, kNormLanes, limit, lanes, not_finite);
+    add_squares<kRequireFinite, kRescaled>(g + at, kNormLanes, limit, unit, lanes, not_finite);
   }
-  add_squares<kRequireFinite, kRescaled>(g + at, size - at, limit, lanes, not_finite);
+  add_squares<kRequireFinite, kRescaled>(g + at, size - at, limit, unit, lanes, not_finite);
   if constexpr (kRequireFinite) {
     for (int64_t lane = 0; lane < kNormLanes; ++lane) lanes[lane] += static_cast<double>(not_finite[lane]);
   }
   return pairwise_sum(lanes, kNormLanes);
+}
+
+template <class Storage, bool kRequireFinite>
+double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_value) {
+  return sum_block<Storage, kRequireFinite, false>(grad, begin, size, clip_value, 1);
+}
+
+double sum_rescaled_squares(const void* grad, int64_t begin, int64_t size, double clip_value, double unit) {
+  return sum_block<double, false, true>(grad, begin, size, clip_value, unit);
 }
 
 template <class Storage>
@@ -239,6 +250,7 @@ void average(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int6
 template <class Grad, class T>
 void accumulate_rows(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart) {
   const Rows& rows = *tensor.rows;
+  const FactorPair<T> factor = pair_here<T>(tensor.grad_factor, 0);
   T* accumulator = static_cast<T*>(tensor.accumulator);
   if (restart) {
     for (int64_t i = begin; i < end; ++i) accumulator[i] = T(0);
@@ -250,7 +262,7 @@ void accumulate_rows(const TensorArgs& tensor, int64_t begin, int64_t end, bool 
     const int64_t last = row + rows.width < end ? row + rows.width : end;
     for (int64_t at = row > begin ? row : begin; at < last; at += kColumns) {
       const int64_t size = last - at < kColumns ? last - at : kColumns;
-      sum_row<true, Grad>(tensor, k, at - row, size, kNoClip<T>, static_cast<T>(tensor.grad_factor), sums);
+      sum_row<true, Grad>(tensor, k, at - row, size, kNoClip<T>, factor, sums);
       for (int64_t i = 0; i < size; ++i) accumulator[at + i] += sums[i];
     }
   }
@@ -262,7 +274,7 @@ void sum_rows(const TensorArgs& tensor, int64_t begin, int64_t end, void* sums) 
   const int64_t width = tensor.rows->width;
   for (int64_t at = begin; at < end;) {
     const int64_t size = columns_from(at % width, width, at, end);
-    sum_row<false, Grad>(tensor, at / width, at % width, size, T(0), T(0), static_cast<T*>(sums) + at);
+    sum_row<false, Grad>(tensor, at / width, at % width, size, T(0), FactorPair<T>{}, static_cast<T*>(sums) + at);
     at += size;
   }
 }
@@ -271,15 +283,15 @@ template <class Grad>
 void accumulate(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart) {
   using T = Compute<Grad>;
   if (tensor.rows != nullptr) return accumulate_rows<Grad, T>(tensor, begin, end, restart);
-  const T factor = static_cast<T>(tensor.grad_factor);
+  const FactorPair<T> factor = pair_here<T>(tensor.grad_factor, 0);
   const Grad* __restrict grad = static_cast<const Grad*>(tensor.grad) + begin;
   T* __restrict sums = static_cast<T*>(tensor.accumulator) + begin;
   if (restart) {
 #pragma omp simd
-    for (int64_t i = 0; i < end - begin; ++i) sums[i] = T(0) + load(grad[i]) * factor;
+    for (int64_t i = 0; i < end - begin; ++i) sums[i] = T(0) + multiply(load(grad[i]), factor);
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < end - begin; ++i) sums[i] += load(grad[i]) * factor;
+    for (int64_t i = 0; i < end - begin; ++i) sums[i] += multiply(load(grad[i]), factor);
   }
 }
 
@@ -293,7 +305,7 @@ extern const Kernels kernels = {
      {sum_squares<BFloat16, false>, sum_squares<BFloat16, true>},
      {sum_squares<float, false>, sum_squares<float, true>},
      {sum_squares<double, false>, sum_squares<double, true>}},
-    sum_squares<double, false, true>,
+    sum_rescaled_squares,
     {average<Float16>, average<BFloat16>, average<float>, average<double>},
     {accumulate<Float16>, accumulate<BFloat16>, accumulate<float>, accumulate<double>},
     {sum_rows<Float16>, sum_rows<BFloat16>, sum_rows<float>, sum_rows<double>}};

@@ -133,10 +133,10 @@ struct NormTask {
       const TensorArgs& tensor = args.tensors[t];
       const int64_t begin = (i - args.block_offsets[t]) * kNormBlock;
       const int64_t size = std::min(kNormBlock, tensor.grad_size - begin);
-      const NormKernel sum_squares = args.rescaled
-                                         ? kernels->rescaled_norm
-                                         : kernels->norm[static_cast<int>(tensor.grad_dtype)][args.require_finite];
-      args.sums[i] = sum_squares(tensor.grad, begin, size, args.clip_value);
+      const NormKernel sum_squares = kernels->norm[static_cast<int>(tensor.grad_dtype)][args.require_finite];
+      args.sums[i] = args.units == nullptr
+                         ? sum_squares(tensor.grad, begin, size, args.clip_value)
+                         : kernels->rescaled_norm(tensor.grad, begin, size, args.clip_value, args.units[t]);
     }
   }
 };

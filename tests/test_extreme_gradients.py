@@ -172,6 +172,43 @@ def test_adam_step_multiplies_by_a_factor_that_has_no_normal_number(dtype, size,
     np.testing.assert_array_equal(m, np.full(40, product, dtype))
 
 
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("factor", [1e-40, 3e-60])
+def test_jax_multiplies_by_a_factor_that_has_no_normal_number(is_sparse, factor):
+    jax = pytest.importorskip("jax")
+    import fastadam.jax as fj  # noqa: PLC0415
+
+    gradients, params = jax.numpy.full((2, 4), 3e38), jax.numpy.zeros((2, 4))
+    options = {"learning_rate": 0.1, "b1": 0.0, "grad_factor": factor}
+    if is_sparse:
+        _, state = fj.sparse_update(params, jax.numpy.array([1, 0]), gradients, fj.init(params), **options)
+    else:
+        _, state = fj.fused_update(params, gradients, fj.init(params), **options)
+    np.testing.assert_allclose(state.mu, float(np.float32(3e38)) * factor, rtol=2e-7)
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("how", FACTORS)
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e38), ("float64", 2e307), ("float64", SMALL)])
+def test_a_gpu_gives_the_bits_of_the_cpu(gpu, dtype, size, how, is_sparse):
+    values = (np.random.RandomState(0).uniform(0.5, 1, (6, 5)) * size).astype(dtype)
+    if size == SMALL:
+        options = {"global_clipnorm" if how == "global_clipnorm" else "clipnorm": size / 8}
+    else:
+        options = FACTORS[how][0](exact_norm(values))
+    w, ours, theirs = np.zeros((6, 5), dtype), *(fastadam.Adam(beta_1=0.0, **options) for _ in range(2))
+    twin, indices = gpu.array(w), np.array([3, 0, 5, 1, 2, 4])
+
+    def gradient_of(array):
+        return fastadam.IndexedSlices(array(values), array(indices)) if is_sparse else array(values)
+
+    ours.apply_gradients([(gradient_of(np.array), w)])
+    theirs.apply_gradients([(gradient_of(gpu.array), twin)])
+    assert ours.get_slot(w, "m").all()
+    np.testing.assert_array_equal(bits(ours.get_slot(w, "m")), bits(gpu.get(theirs.get_slot(twin, "m"))))
+    np.testing.assert_array_equal(bits(w), bits(gpu.get(twin)))
+
+
 def test_a_loss_scale_and_a_norm_multiply_each_other():
     """Each factor is a float32, their product is none."""
     w, g = np.zeros(4, np.float32), np.full(4, 1e38, np.float32)

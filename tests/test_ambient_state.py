@@ -143,7 +143,7 @@ def c_interface(**numbers):
         w, m, v = start.copy(), np.zeros(100, F32), np.zeros(100, F32)
         tensor = Tensor(*(a.ctypes.data for a in (w, g, m, v)), None, 100, -1, 1.0, 2, 2, True, False, *[None] * 4, 100)
         listed = List(ABI, ctypes.pointer(tensor), 1, None, None, 0)
-        hyper = Hyper(3, 0.001, 0.9, 0.999, 1e-7, 0, *[np.inf] * 3, 1, 0, 0, *[False] * 3, 0, False)
+        hyper = Hyper(3, 0.001, 0.9, 0.999, 1e-7, 0, *[np.inf] * 3, 1, 0, 0, *[False] * 3, 0, False, False)
         for name, number in numbers.items():
             setattr(hyper, name, number)
         assert library.fastadam_step(ctypes.byref(listed), ctypes.byref(hyper), ctypes.c_bool(False)) == 0

@@ -106,7 +106,8 @@ class Gradients {
   void require_zeroable() const {
     for (size_t i = 0; i < variables_.size(); ++i) {
       if (variables_.tensors()[i].rows != nullptr) {
-        throw py::value_error("zero_grads: with IndexedSlices for " + variables_[i].label + ", expected dense gradients");
+        throw py::value_error("zero_grads: with IndexedSlices for " + variables_[i].label +
+                              ", expected dense gradients");
       }
       if (!is_writable_[i]) throw py::value_error(label(i)() + ": read-only, expected a writable array to set to zero");
     }
@@ -252,7 +253,7 @@ class Gradients {
   std::vector<bool> moves_rows_alone_;
   std::vector<Buffer> last_;  // dense gradients read last: arrays like these often come again
   std::vector<bool> is_writable_;
-  std::vector<py::object> owners_;   // of gradients that are not ndarrays
+  std::vector<py::object> owners_;                                 // of gradients that are not ndarrays
   std::vector<std::unique_ptr<typename Backend::Index>> indexes_;  // of the gradients that are IndexedSlices
 };
 

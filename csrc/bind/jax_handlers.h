@@ -9,6 +9,8 @@
 //   void step_rows(const fastadam_tensor&, const Ids&, const Shard&, const fastadam_hyper&, bool lazy);
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <new>
 #include <numeric>
@@ -25,8 +27,8 @@ namespace fastadam::bind {
 
 namespace ffi = xla::ffi;
 
-// The operand `numbers` contains these, in the same order as python/fastadam/jax/_arguments.py. Each is the sum of its
-// parts: one float64, or three float32, which together represent a float64.
+// The operand `numbers` contains these, in the same order as python/fastadam/jax/_arguments.py. Each is one float64, or
+// the sum of three float32, times 2^n if there is a fourth float32 n: together they represent any float64.
 enum Number { kLearningRate, kBeta1, kBeta2, kEpsilon, kWeightDecay, kGradFactor, kNumberCount };
 
 inline fastadam_dtype dtype_of(const ffi::AnyBuffer& buffer) {
@@ -154,8 +156,9 @@ class Step {
   }
 
   double number(int64_t at, Number which) const {
-    const auto first = numbers_.begin() + static_cast<std::ptrdiff_t>(parts_) * (at * kNumberCount + which);
-    return std::accumulate(first, first + static_cast<std::ptrdiff_t>(parts_), 0.0);
+    const double* parts = numbers_.data() + static_cast<std::ptrdiff_t>(parts_) * (at * kNumberCount + which);
+    const double sum = std::accumulate(parts, parts + std::min<size_t>(parts_, 3), 0.0);
+    return parts_ == 4 ? std::ldexp(sum, static_cast<int>(parts[3])) : sum;
   }
 
   ffi::RemainingArgs args_;

@@ -235,7 +235,8 @@ class VariableSet {
     if (array.is_none()) return;
     const Buffer& var = variables_[i];
     Buffer b = read_writable<Arrays>(array, Label{"copies", positions_[i]}());
-    if (!b.on_host() || !var.on_host()) throw py::value_error(b.label + ": of " + var.label + " on a GPU, expected None");
+    if (!b.on_host() || !var.on_host())
+      throw py::value_error(b.label + ": of " + var.label + " on a GPU, expected None");
     if (b.shape != var.shape) {
       throw py::value_error(b.label + ": shape " + tuple_text(b.shape) + ", expected " + tuple_text(var.shape) +
                             " like " + var.label);

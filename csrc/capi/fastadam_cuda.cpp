@@ -234,7 +234,8 @@ void refuse_host_options(const fastadam_list& list, const AdamHyper& hyper) {
     if (tensor.copy != nullptr) check.refuse("copy", "not null, expected null on a GPU");
     if (tensor.telemetry != nullptr) check.refuse("telemetry", "not null, expected null on a GPU");
     const bool is_half = size_of(tensor.grad_dtype) == 2;
-    if (is_half && tensor.grad_dtype != tensor.dtype) check.refuse("grad_dtype", "a half type, expected dtype on a GPU");
+    if (is_half && tensor.grad_dtype != tensor.dtype)
+      check.refuse("grad_dtype", "a half type, expected dtype on a GPU");
   }
 }
 

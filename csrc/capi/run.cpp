@@ -98,7 +98,7 @@ bool has_telemetry(const Chains& chains) {
 
 bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper) {
   const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
-  std::vector<double> factors;
+  std::vector<Factor> factors;
   if (clip_norms || hyper.require_finite) {
     const Norms norms(args.chains.tensors, tensor_count, raw_clip_value(hyper), hyper.require_finite);
     if (hyper.require_finite && !norms.all_finite()) return skip(args.chains, hyper);

@@ -7,17 +7,27 @@
 #include <cmath>
 
 #include "dtypes.h"
+#include "factor.h"
 #include "step_scalars.h"
 
 namespace fastadam {
 
-// Clips by value, then multiplies by the factor of norm clipping and loss scaling (the order of TF >= 2.4). NaN passes
-// through both comparisons.
+// NaN passes through both comparisons.
 template <class T>
-FASTADAM_INLINE T transform_gradient(T g, T clip_value, T factor) {
+FASTADAM_INLINE T clip_by_value(T g, T clip_value) {
   g = clip_value < g ? clip_value : g;
-  g = g < -clip_value ? -clip_value : g;
-  return g * factor;
+  return g < -clip_value ? -clip_value : g;
+}
+
+template <class T>
+FASTADAM_INLINE T multiply(T g, FactorPair<T> factor) {
+  return g * factor.first * factor.second;
+}
+
+// Clips by value, then multiplies by the factor of norm clipping and loss scaling (the order of TF >= 2.4).
+template <class T>
+FASTADAM_INLINE T transform_gradient(T g, T clip_value, FactorPair<T> factor) {
+  return multiply(clip_by_value(g, clip_value), factor);
 }
 
 // Coupled weight decay (PyTorch's Adam), applied after the clip and the factor.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cuts the elements of all variables of a step into equal shares. This is pure index arithmetic in int64, which the tests
-// exercise far beyond what can be allocated.
+// Cuts the elements of all variables of a step into equal shares. This is pure index arithmetic in int64, which the
+// tests exercise far beyond what can be allocated.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ FASTADAM_INLINE int64_t elements_to_line(uint64_t address, int64_t item_size) {
   return static_cast<int64_t>((kCacheLineBytes - address % kCacheLineBytes) % kCacheLineBytes) / item_size;
 }
 
-// Variables are cut at multiples of so many elements. What is done with a tile once it was updated finds it in cache, and
-// sums over tiles do not depend on how the work is shared.
+// Variables are cut at multiples of so many elements. What is done with a tile once it was updated finds it in cache,
+// and sums over tiles do not depend on how the work is shared.
 constexpr int64_t kTile = 512;
 
 FASTADAM_INLINE int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }

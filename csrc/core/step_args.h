@@ -6,6 +6,7 @@
 
 #include "closed_form.h"
 #include "dtypes.h"
+#include "factor.h"
 #include "step_scalars.h"
 
 namespace fastadam {
@@ -77,7 +78,7 @@ struct NormArgs {
   double clip_value;    // applied before squaring
   bool require_finite;  // the sum of a block is NaN if an element is not finite before clipping
   double* sums;         // receives one sum per block
-  bool rescaled;        // float64 gradients, whose elements are multiplied by kNormUnit; require_finite is ignored
+  const double* units;  // units[i] multiplies the elements of tensor i, all float64; require_finite is ignored; or null
 };
 
 // Adds gradients times grad_factor to the accumulators.
@@ -99,12 +100,12 @@ struct StepArgs {
   bool prefetch;  // the arrays of the step do not fit in cache
   bool ema_overwrite;
   bool zero_gradients;
-  bool lazy;              // IndexedSlices update only the rows that they name
+  bool lazy;                       // IndexedSlices update only the rows that they name
   TileMeasure* measures;           // of the tiles of variables with telemetry
   double telemetry_unit;           // a power of two: what is added to a variable is measured times this
   const int64_t* measure_offsets;  // measures[measure_offsets[k]]: the first tile of variable k
   const StepLog* log;              // receives what undoes the step, or null
-  const double* factors;  // with norm clipping: the factor of each tensor, which replaces its grad_factor; or null
+  const Factor* factors;  // with norm clipping: the factor of each tensor, which replaces its grad_factor; or null
 };
 
 }  // namespace fastadam

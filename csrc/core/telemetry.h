@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a step reports of a variable, summed tile by tile over a tree of fixed shape: the same bits for every instruction
-// set, thread count and alignment.
+// What a step reports of a variable, summed tile by tile over a tree of fixed shape: the same bits for every
+// instruction set, thread count and alignment.
 //
 // Squares are added in the arithmetic of the variable, eight at a time, and then in double: their sum is within 1e-6 of
-// the exact one. If float32 may have overflowed or flushed squares to zero, the sum of a tile is computed again in double,
-// except that of updates, which are gone then. These are measured in units of about the step size, so that their squares
-// are representable.
+// the exact one. If float32 may have overflowed or flushed squares to zero, the sum of a tile is computed again in
+// double, except that of updates, which are gone then. These are measured in units of about the step size, so that
+// their squares are representable.
 #pragma once
 
 #include <cmath>
@@ -25,7 +25,7 @@ struct TileMeasure {
 };
 
 // Below this a sum of squares in float32 may lack a share of 2^-37.
-constexpr double kLeastSum = 0x1p-80;
+constexpr double kLeastTileSum = 0x1p-80;
 
 // The unit of updates for a step size: float32 can represent ratios of 1e-19 to 1e19 to it.
 inline double telemetry_unit(double step_size) {
@@ -35,8 +35,7 @@ inline double telemetry_unit(double step_size) {
 }
 
 // Reduces `count` tiles, which it overwrites, to a report of `size` elements.
-inline fastadam_telemetry summed(TileMeasure* tiles, int64_t count, int64_t size, double gradient_scale,
-                                 double unit) {
+inline fastadam_telemetry summed(TileMeasure* tiles, int64_t count, int64_t size, double gradient_scale, double unit) {
   fastadam_telemetry result{};
   for (int64_t i = 0; i < count; ++i) {
     result.unchanged += tiles[i].unchanged;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a step of a float32 variable with a dense gradient is undone to the bit, with about one byte for each element.
 //
-// From the variable and its moments after the step, and the gradient, the values before the step are computed backwards.
-// That misses them by a few units in the last place, which are logged: a byte has that of m in [-14, 13] and those of the
-// variable and of v in [-1, 1]. A value that is further away is an escape: it is stored whole. A tile with many of these,
-// as in the first steps, is stored whole too.
+// From the variable and its moments after the step, and the gradient, the values before the step are computed
+// backwards. That misses them by a few units in the last place, which are logged: a byte has that of m in [-14, 13] and
+// those of the variable and of v in [-1, 1]. A value that is further away is an escape: it is stored whole. A tile with
+// many of these, as in the first steps, is stored whole too.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct TileLog {
 
 // The log of one step. Room: a byte for each element, a TileLog for each tile, kWholeBytes for each tile.
 struct StepLog {
-  uint8_t* codes;                // of all tiles, kTile bytes each
+  uint8_t* codes;  // of all tiles, kTile bytes each
   TileLog* tiles;
   const int64_t* tile_offsets;  // tiles[tile_offsets[k]]: the first tile of variable k
   char* arena;

@@ -10,8 +10,8 @@ namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
 template <bool kAmsgrad, int kTransform, class T>
-FASTADAM_INLINE void update_elements(const Operands<T>& operands, int64_t size, const StepScalars<T>& s, T factor,
-                                     T keep) {
+FASTADAM_INLINE void update_elements(const Operands<T>& operands, int64_t size, const StepScalars<T>& s,
+                                     FactorPair<T> factor, T keep) {
   // The caller has checked that arrays written here overlap no other array.
   T* __restrict var = operands.var;
   const T* __restrict grad = operands.grad;
@@ -39,11 +39,11 @@ FASTADAM_INLINE void update_elements(const Operands<T>& operands, int64_t size, 
 // small tensors.
 template <class T>
 using UpdateRange = void (*)(T* var, const T* grad, T* m, T* v, T* vhat, int64_t size, const StepScalars<T>& scalars,
-                             T factor, T keep, bool prefetch);
+                             FactorPair<T> factor, T keep, bool prefetch);
 
 template <bool kAmsgrad, int kTransform, class T>
-void update_range(T* var, const T* grad, T* m, T* v, T* vhat, int64_t size, const StepScalars<T>& scalars, T factor,
-                  T keep, bool prefetch) {
+void update_range(T* var, const T* grad, T* m, T* v, T* vhat, int64_t size, const StepScalars<T>& scalars,
+                  FactorPair<T> factor, T keep, bool prefetch) {
   const StepScalars<T> s = scalars;
   int64_t at = 0;
   for (; prefetch && at + kBlock <= size; at += kBlock) {
@@ -82,7 +82,7 @@ FASTADAM_INLINE int64_t elements_to_begin(const Storage* var, int64_t size) {
 template <class T>
 void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   const StepScalars<T>& s = scalars_of<T>(step);
-  const T factor = static_cast<T>(factor_of(step, tensor));
+  const FactorPair<T> factor = factor_of<T>(step, tensor);
   const T keep = tensor.decays ? s.keep : T(1);
   const UpdateRange<T> update = update_for<T>(step);
   const auto update_part = [&](const T* grad, int64_t at, int64_t size, bool prefetch) {
@@ -121,7 +121,7 @@ FASTADAM_INLINE void put_floats(const float* from, Half* to) {
 // Updates kBlock elements of a half type: converts them to float, and rounds the results.
 template <bool kAmsgrad, int kTransform, class Half, class Grad, class Slot>
 FASTADAM_INLINE void update_half(Half* var, const Grad* grad, Slot* m, Slot* v, Slot* vhat, const StepScalars<float>& s,
-                                 float factor, float keep) {
+                                 FactorPair<float> factor, float keep) {
   float room[5][kBlock];
   convert_here(var, room[0], kBlock);
   const Operands<float> floats{room[0], floats_of(grad, room[1]), floats_of(m, room[2]), floats_of(v, room[3]),
@@ -136,7 +136,7 @@ FASTADAM_INLINE void update_half(Half* var, const Grad* grad, Slot* m, Slot* v, 
 // Updates fewer than kBlock elements, starting at `at`, for any types of gradient and slots, with the loop for float.
 template <class Half>
 __attribute__((noinline)) void update_part(const StepArgs& step, const TensorArgs& tensor, int64_t at, int64_t size,
-                                           float factor, float keep) {
+                                           FactorPair<float> factor, float keep) {
   float room[5][kBlock];
   const auto read = [&](const void* array, bool is_half, int i) {
     if (is_half) convert(static_cast<const Half*>(array) + at, room[i], size);
@@ -156,7 +156,7 @@ __attribute__((noinline)) void update_part(const StepArgs& step, const TensorArg
 template <class Half, class Grad, class Slot, bool kAmsgrad, int kTransform>
 void adam_half(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   const StepScalars<float> s = step.scalars_f32;
-  const auto factor = static_cast<float>(factor_of(step, tensor));
+  const FactorPair<float> factor = factor_of<float>(step, tensor);
   const float keep = tensor.decays ? s.keep : 1.0f;
   Half* var = static_cast<Half*>(tensor.var);
   const Grad* grad = static_cast<const Grad*>(tensor.grad);

@@ -28,19 +28,21 @@ FASTADAM_INLINE void prefetch_gradient(const Storage* g) {
 
 // Adds the square of element i to lanes[i], for `count` elements, and 0 (or NaN if it is not finite) to not_finite[i].
 template <bool kRequireFinite, bool kRescaled, class Storage, class T>
-FASTADAM_INLINE void add_squares(const Storage* __restrict g, int64_t count, T limit, double* __restrict lanes,
+FASTADAM_INLINE void add_squares(const Storage* __restrict g, int64_t count, T limit, T unit, double* __restrict lanes,
                                  T* __restrict not_finite) {
 #pragma omp simd
   for (int64_t lane = 0; lane < count; ++lane) {
     const T g_i = load(g[lane]);
     if constexpr (kRequireFinite) not_finite[lane] += g_i - g_i;
-    const auto x = static_cast<double>(transform_gradient(g_i, limit, kRescaled ? static_cast<T>(kNormUnit) : T(1)));
+    const T clipped = clip_by_value(g_i, limit);
+    const auto x = static_cast<double>(kRescaled ? clipped * unit : clipped);
     lanes[lane] += x * x;
   }
 }
 
-template <class Storage, bool kRequireFinite, bool kRescaled = false>
-double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_value) {
+template <class Storage, bool kRequireFinite, bool kRescaled>
+FASTADAM_INLINE double sum_block(const void* grad, int64_t begin, int64_t size, double clip_value,
+                                 Compute<Storage> unit) {
   using T = Compute<Storage>;
   const Storage* g = static_cast<const Storage*>(grad) + begin;
   const T limit = static_cast<T>(clip_value);
@@ -49,19 +51,29 @@ double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_va
   int64_t at = 0;
   for (; at + kNormLanes <= size; at += kNormLanes) {
     prefetch_gradient(g + at);
-    add_squares<kRequireFinite, kRescaled>(g + at, kNormLanes, limit, lanes, not_finite);
+    add_squares<kRequireFinite, kRescaled>(g + at, kNormLanes, limit, unit, lanes, not_finite);
   }
-  add_squares<kRequireFinite, kRescaled>(g + at, size - at, limit, lanes, not_finite);
+  add_squares<kRequireFinite, kRescaled>(g + at, size - at, limit, unit, lanes, not_finite);
   if constexpr (kRequireFinite) {
     for (int64_t lane = 0; lane < kNormLanes; ++lane) lanes[lane] += static_cast<double>(not_finite[lane]);
   }
   return pairwise_sum(lanes, kNormLanes);
 }
 
+template <class Storage, bool kRequireFinite>
+double sum_squares(const void* grad, int64_t begin, int64_t size, double clip_value) {
+  return sum_block<Storage, kRequireFinite, false>(grad, begin, size, clip_value, 1);
+}
+
+double sum_rescaled_squares(const void* grad, int64_t begin, int64_t size, double clip_value, double unit) {
+  return sum_block<double, false, true>(grad, begin, size, clip_value, unit);
+}
+
 // Adds IndexedSlices to elements [begin, end) of the accumulator, which has every row of the variable.
 template <class Grad, class T>
 void accumulate_rows(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart) {
   const Rows& rows = *tensor.rows;
+  const FactorPair<T> factor = pair_here<T>(tensor.grad_factor, 0);
   T* accumulator = static_cast<T*>(tensor.accumulator);
   if (restart) {
     for (int64_t i = begin; i < end; ++i) accumulator[i] = T(0);
@@ -73,7 +85,7 @@ void accumulate_rows(const TensorArgs& tensor, int64_t begin, int64_t end, bool 
     const int64_t last = row + rows.width < end ? row + rows.width : end;
     for (int64_t at = row > begin ? row : begin; at < last; at += kColumns) {
       const int64_t size = last - at < kColumns ? last - at : kColumns;
-      sum_row<true, Grad>(tensor, k, at - row, size, kNoClip<T>, static_cast<T>(tensor.grad_factor), sums);
+      sum_row<true, Grad>(tensor, k, at - row, size, kNoClip<T>, factor, sums);
       for (int64_t i = 0; i < size; ++i) accumulator[at + i] += sums[i];
     }
   }
@@ -85,7 +97,7 @@ void sum_rows(const TensorArgs& tensor, int64_t begin, int64_t end, void* sums) 
   const int64_t width = tensor.rows->width;
   for (int64_t at = begin; at < end;) {
     const int64_t size = columns_from(at % width, width, at, end);
-    sum_row<false, Grad>(tensor, at / width, at % width, size, T(0), T(0), static_cast<T*>(sums) + at);
+    sum_row<false, Grad>(tensor, at / width, at % width, size, T(0), FactorPair<T>{}, static_cast<T*>(sums) + at);
     at += size;
   }
 }
@@ -94,15 +106,15 @@ template <class Grad>
 void accumulate(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart) {
   using T = Compute<Grad>;
   if (tensor.rows != nullptr) return accumulate_rows<Grad, T>(tensor, begin, end, restart);
-  const T factor = static_cast<T>(tensor.grad_factor);
+  const FactorPair<T> factor = pair_here<T>(tensor.grad_factor, 0);
   const Grad* __restrict grad = static_cast<const Grad*>(tensor.grad) + begin;
   T* __restrict sums = static_cast<T*>(tensor.accumulator) + begin;
   if (restart) {
 #pragma omp simd
-    for (int64_t i = 0; i < end - begin; ++i) sums[i] = T(0) + load(grad[i]) * factor;
+    for (int64_t i = 0; i < end - begin; ++i) sums[i] = T(0) + multiply(load(grad[i]), factor);
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < end - begin; ++i) sums[i] += load(grad[i]) * factor;
+    for (int64_t i = 0; i < end - begin; ++i) sums[i] += multiply(load(grad[i]), factor);
   }
 }
 
@@ -116,7 +128,7 @@ extern const Kernels kernels = {
      {sum_squares<BFloat16, false>, sum_squares<BFloat16, true>},
      {sum_squares<float, false>, sum_squares<float, true>},
      {sum_squares<double, false>, sum_squares<double, true>}},
-    sum_squares<double, false, true>,
+    sum_rescaled_squares,
     {average<Float16>, average<BFloat16>, average<float>, average<double>},
     {copy<Float16>, copy<BFloat16>, copy<float>, nullptr},
     {adam_measured<Float16>, adam_measured<BFloat16>, adam_measured<float>, adam_measured<double>},

@@ -16,6 +16,9 @@ using UpdateKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, in
 // Returns the sum of squares of `size` elements of a gradient, at most kNormBlock, starting at `begin`.
 using NormKernel = double (*)(const void* grad, int64_t begin, int64_t size, double clip_value);
 
+// The same of elements that are multiplied by `unit` after the clip.
+using RescaledNormKernel = double (*)(const void* grad, int64_t begin, int64_t size, double clip_value, double unit);
+
 // Moves the average of elements [begin, end) towards the variable, then copies it there if step.ema_overwrite is set.
 using AverageKernel = UpdateKernel;
 
@@ -26,7 +29,8 @@ using CopyKernel = UpdateKernel;
 using MeasuredKernel = TileMeasure (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end);
 
 // Makes or undoes the logged step of one tile of a float32 variable; `place`: of the tile in the log.
-using LoggedKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end, int64_t place);
+using LoggedKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end,
+                              int64_t place);
 
 // Adds a gradient to elements [begin, end) of the accumulator. `restart`: the accumulator counts as zero.
 using AccumulateKernel = void (*)(const TensorArgs& tensor, int64_t begin, int64_t end, bool restart);
@@ -40,7 +44,7 @@ struct Kernels {
   UpdateKernel all_rows[kDTypeCount];      // IndexedSlices, TF's rule: updates every row
   UpdateKernel touched_rows[kDTypeCount];  // updates only the rows of the gradient, first by the steps that they missed
   NormKernel norm[kDTypeCount][2];         // [dtype of the gradient][require_finite]
-  NormKernel rescaled_norm;                // of a float64 gradient whose elements are multiplied by kNormUnit
+  RescaledNormKernel rescaled_norm;        // of a float64 gradient
   AverageKernel average[kDTypeCount];
   CopyKernel copy[kDTypeCount];  // [dtype of the copy]; null for float64
   MeasuredKernel measured[kDTypeCount];

@@ -9,6 +9,8 @@
 #include <emmintrin.h>
 #endif
 
+#include <cmath>
+
 #include "../core/step_args.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
@@ -23,9 +25,24 @@ const StepScalars<T>& scalars_of(const StepArgs& step) {
   }
 }
 
+// The same as pair_of(), for factors that are rare. Not inlined, like convert().
+template <class T>
+__attribute__((noinline)) FactorPair<T> rare_pair_of(double value, int64_t exponent) {
+  return pair_of<T>(make_factor(value, exponent));
+}
+
+template <class T>
+FASTADAM_INLINE FactorPair<T> pair_here(double value, int64_t exponent) {
+  const bool is_usual = exponent == 0 && std::fabs(value) >= 0x1p-126;
+  return is_usual ? FactorPair<T>{static_cast<T>(value), T(1)} : rare_pair_of<T>(value, exponent);
+}
+
 // The factor of a gradient.
-FASTADAM_INLINE double factor_of(const StepArgs& step, const TensorArgs& tensor) {
-  return step.factors == nullptr ? tensor.grad_factor : step.factors[&tensor - step.chains.tensors];
+template <class T>
+FASTADAM_INLINE FactorPair<T> factor_of(const StepArgs& step, const TensorArgs& tensor) {
+  if (step.factors == nullptr) return pair_here<T>(tensor.grad_factor, 0);
+  const Factor& factor = step.factors[&tensor - step.chains.tensors];
+  return pair_here<T>(factor.value, factor.exponent);
 }
 
 // The arrays that a loop reads and writes, in the compute type of the variable, starting at one of its elements.

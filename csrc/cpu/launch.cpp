@@ -91,7 +91,7 @@ struct StepTask {
   // The steps of all gradients of one variable.
   void update(const TensorArgs& head, int64_t begin, int64_t end) const {
     for (const TensorArgs* tensor = &head;; tensor = step.chains.tensors + tensor->next) {
-      kernel_for(*tensor)(step, *tensor, begin, end);
+      kernel_for (*tensor)(step, *tensor, begin, end);
       if (tensor->next < 0) return;
     }
   }
@@ -167,11 +167,10 @@ struct SumTask {
 
   void run_block(int64_t block) const {
     const FlushDenormals flush;
-    for_each_piece(args.offsets, args.tensor_count, block, blocks,
-                   [this](int64_t i, int64_t begin, int64_t end) {
-                     const TensorArgs& tensor = args.tensors[i];
-                     kernels->sum_rows[static_cast<int>(tensor.grad_dtype)](tensor, begin, end, args.sums[i]);
-                   });
+    for_each_piece(args.offsets, args.tensor_count, block, blocks, [this](int64_t i, int64_t begin, int64_t end) {
+      const TensorArgs& tensor = args.tensors[i];
+      kernels->sum_rows[static_cast<int>(tensor.grad_dtype)](tensor, begin, end, args.sums[i]);
+    });
   }
 };
 
@@ -190,10 +189,10 @@ struct NormTask {
       const TensorArgs& tensor = args.tensors[t];
       const int64_t begin = (i - args.block_offsets[t]) * kNormBlock;
       const int64_t size = std::min(kNormBlock, tensor.grad_size - begin);
-      const NormKernel sum_squares = args.rescaled
-                                         ? kernels->rescaled_norm
-                                         : kernels->norm[static_cast<int>(tensor.grad_dtype)][args.require_finite];
-      args.sums[i] = sum_squares(tensor.grad, begin, size, args.clip_value);
+      const NormKernel sum_squares = kernels->norm[static_cast<int>(tensor.grad_dtype)][args.require_finite];
+      args.sums[i] = args.units == nullptr
+                         ? sum_squares(tensor.grad, begin, size, args.clip_value)
+                         : kernels->rescaled_norm(tensor.grad, begin, size, args.clip_value, args.units[t]);
     }
   }
 };

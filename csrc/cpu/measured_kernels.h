@@ -60,8 +60,8 @@ struct TileSums {
 
 // Updates up to kNormLanes elements and adds them to the sums; what is added to a variable times `unit`.
 template <bool kAmsgrad, int kTransform, class T>
-FASTADAM_INLINE void update_lanes(const Operands<T>& operands, int64_t size, const StepScalars<T>& s, T factor, T keep,
-                                  T unit, const Rounding& rounding, TileSums<T>& sums) {
+FASTADAM_INLINE void update_lanes(const Operands<T>& operands, int64_t size, const StepScalars<T>& s,
+                                  FactorPair<T> factor, T keep, T unit, const Rounding& rounding, TileSums<T>& sums) {
   T* __restrict var = operands.var;
   const T* __restrict grad = operands.grad;
   T* __restrict m = operands.m;
@@ -91,13 +91,13 @@ FASTADAM_INLINE void update_lanes(const Operands<T>& operands, int64_t size, con
 }
 
 template <class T>
-using UpdateTile = TileMeasure (*)(const Operands<T>& operands, int64_t size, const StepScalars<T>& scalars, T factor,
-                                   T keep, T unit, const Rounding& rounding, bool prefetch);
+using UpdateTile = TileMeasure (*)(const Operands<T>& operands, int64_t size, const StepScalars<T>& scalars,
+                                   FactorPair<T> factor, T keep, T unit, const Rounding& rounding, bool prefetch);
 
 // Updates at most kTile elements, and measures the step.
 template <bool kAmsgrad, int kTransform, class T>
-TileMeasure update_tile(const Operands<T>& all, int64_t size, const StepScalars<T>& scalars, T factor, T keep, T unit,
-                        const Rounding& rounding, bool prefetch) {
+TileMeasure update_tile(const Operands<T>& all, int64_t size, const StepScalars<T>& scalars, FactorPair<T> factor,
+                        T keep, T unit, const Rounding& rounding, bool prefetch) {
   const StepScalars<T> s = scalars;
   TileSums<T> sums;
   for (int64_t at = 0; at < size; at += kNormLanes) {
@@ -127,8 +127,8 @@ UpdateTile<T> update_tile_for(const StepArgs& step) {
   return kUpdates[step.amsgrad][step.transform];
 }
 
-// Calls work(operands) for the arrays of one tile: themselves, or copies of arrays of a half type in their compute type,
-// which are rounded back.
+// Calls work(operands) for the arrays of one tile: themselves, or copies of arrays of a half type in their compute
+// type, which are rounded back.
 template <class Storage, class Work>
 FASTADAM_INLINE void in_compute_types(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t size,
                                       Work work) {
@@ -166,7 +166,7 @@ __attribute__((noinline)) double exact_sum(const T* values, int64_t size) {
 // Whether a sum of squares in float32 may have overflowed, or lack elements whose squares were flushed to zero.
 template <class T>
 FASTADAM_INLINE bool is_doubtful(double sum) {
-  return sizeof(T) == 4 && !(sum >= kLeastSum && is_finite(sum));
+  return sizeof(T) == 4 && !(sum >= kLeastTileSum && is_finite(sum));
 }
 
 template <class Copy, class T>
@@ -181,7 +181,7 @@ template <class Storage>
 TileMeasure adam_measured(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
   const StepScalars<T>& s = scalars_of<T>(step);
-  const T factor = static_cast<T>(factor_of(step, tensor));
+  const FactorPair<T> factor = factor_of<T>(step, tensor);
   const T keep = tensor.decays ? s.keep : T(1);
   const T unit = static_cast<T>(step.telemetry_unit);
   const bool has_copy = tensor.copy != nullptr;

@@ -21,7 +21,7 @@ constexpr T kNoClip = static_cast<T>(__builtin_huge_val());
 // `column`.
 template <bool kTransform, class Grad, class T>
 __attribute__((noinline)) void sum_row(const TensorArgs& tensor, int64_t k, int64_t column, int64_t size, T clip_value,
-                                       T factor, T* __restrict sums) {
+                                       FactorPair<T> factor, T* __restrict sums) {
   const Rows& rows = *tensor.rows;
   const auto value = [&](const Grad* grad, int64_t i) {
     const T g = load(grad[i]);
@@ -40,8 +40,8 @@ __attribute__((noinline)) void sum_row(const TensorArgs& tensor, int64_t k, int6
 
 // Which sum_row() to use depends on the dtype of the gradient and on whether it is transformed.
 template <class T>
-using SumRow = void (*)(const TensorArgs& tensor, int64_t k, int64_t column, int64_t size, T clip_value, T factor,
-                        T* sums);
+using SumRow = void (*)(const TensorArgs& tensor, int64_t k, int64_t column, int64_t size, T clip_value,
+                        FactorPair<T> factor, T* sums);
 
 template <class Storage, class T>
 SumRow<T> sum_row_for(const StepArgs& step, const TensorArgs& tensor) {
@@ -127,7 +127,7 @@ template <class Storage>
 void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
   const StepScalars<T> s = scalars_of<T>(step);
-  const T factor = static_cast<T>(factor_of(step, tensor));
+  const FactorPair<T> factor = factor_of<T>(step, tensor);
   const T keep = tensor.decays ? s.keep : T(1);
   const Rows& rows = *tensor.rows;
   const SumRow<T> sum = sum_row_for<Storage, T>(step, tensor);
@@ -274,7 +274,7 @@ template <class Storage>
 void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
   const StepScalars<T> s = scalars_of<T>(step);
-  const T factor = static_cast<T>(factor_of(step, tensor));
+  const FactorPair<T> factor = factor_of<T>(step, tensor);
   const T keep = tensor.decays ? s.keep : T(1);
   const StaleRows* stale = tensor.stale;
   const int64_t width = stale != nullptr ? stale->width : tensor.rows->width;

@@ -21,8 +21,9 @@ struct TileRoom {
 };
 
 template <bool kAmsgrad, int kTransform>
-__attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t size, const StepScalars<float>& scalars,
-                                             float factor, float keep, bool prefetch, TileRoom& room) {
+__attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t size,
+                                             const StepScalars<float>& scalars, FactorPair<float> factor, float keep,
+                                             bool prefetch, TileRoom& room) {
   const StepScalars<float> s = scalars;
   const Inverses inverse(s, keep);
   float* __restrict var = all.var;
@@ -68,8 +69,8 @@ __attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t
   }
 }
 
-using UpdateLogged = void (*)(const Operands<float>& all, int64_t size, const StepScalars<float>& scalars, float factor,
-                              float keep, bool prefetch, TileRoom& room);
+using UpdateLogged = void (*)(const Operands<float>& all, int64_t size, const StepScalars<float>& scalars,
+                              FactorPair<float> factor, float keep, bool prefetch, TileRoom& room);
 
 inline UpdateLogged update_logged_for(const StepArgs& step) {
   static constexpr UpdateLogged kUpdates[2][kTransformCount] = {
@@ -125,7 +126,7 @@ inline void adam_logged(const StepArgs& step, const TensorArgs& tensor, int64_t 
   TileRoom room;
   float converted[kTile];
   const float* grad = gradient_of(tensor, begin, size, converted);
-  update_logged_for(step)(operands_at(step, tensor, begin, grad), size, s, static_cast<float>(factor_of(step, tensor)),
+  update_logged_for(step)(operands_at(step, tensor, begin, grad), size, s, factor_of<float>(step, tensor),
                           tensor.decays ? s.keep : 1.0f, step.prefetch, room);
   const StepLog& log = *step.log;
   TileLog& tile = log.tiles[place];
@@ -155,12 +156,11 @@ template <bool kAmsgrad>
 void undo_tile(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t size, const TileLog& tile,
                const uint8_t* codes) {
   const StepScalars<float> s = step.scalars_f32;
-  const auto factor = static_cast<float>(factor_of(step, tensor));
+  const FactorPair<float> factor = factor_of<float>(step, tensor);
   const float keep = tensor.decays ? s.keep : 1.0f;
   const Inverses inverse(s, keep);
   float converted[kTile];
-  const Operands<float> all =
-      operands_at(step, tensor, begin, gradient_of(tensor, begin, size, converted));
+  const Operands<float> all = operands_at(step, tensor, begin, gradient_of(tensor, begin, size, converted));
   const char* escapes = step.log->arena + tile.offset;
   for (int64_t i = 0; i < size; ++i) {
     float vhat = kAmsgrad ? all.vhat[i] : 0.0f;

@@ -28,6 +28,11 @@ struct Gradient {
   DType dtype;
 };
 
+// The factor of a gradient without norm clipping.
+FASTADAM_INLINE Factor factor_of(const Gradient& gradient, const StepState& state) {
+  return make_factor(gradient.factor) * make_factor(state.unscale);
+}
+
 struct NoShared {};
 
 // kCount consecutive elements, read and written in units of up to 16 bytes.
@@ -77,7 +82,7 @@ struct DenseStep {
   const StepState* state;
   const TensorArgs* tensors;
   const Gradient* gradients;
-  const double* factors;  // with norm clipping: the factor of each gradient; or null
+  const Factor* factors;  // with norm clipping: the factor of each gradient; or null
   const Chunk* chunks;
 
   FASTADAM_INLINE int phases() const { return 1; }
@@ -106,7 +111,7 @@ struct DenseStep {
     Slot* v;
     Slot* vhat;
     T keep;
-    T factor;
+    FactorPair<T> factor;
     StepScalars<T> scalars;
   };
 
@@ -115,14 +120,14 @@ struct DenseStep {
     const TensorArgs& tensor = tensors[chunk.tensor];
     const Gradient& gradient = gradients[chunk.tensor];
     const StepScalars<T> s = scalars_of<T>(*state);
-    const double factor = factors == nullptr ? gradient.factor * state->unscale : factors[chunk.tensor];
+    const Factor factor = factors == nullptr ? factor_of(gradient, *state) : factors[chunk.tensor];
     const Operands<Grad, Slot> operands{static_cast<Storage*>(tensor.var),
                                         static_cast<const Grad*>(gradient.data),
                                         static_cast<Slot*>(tensor.m),
                                         static_cast<Slot*>(tensor.v),
                                         static_cast<Slot*>(kAmsgrad ? tensor.vhat : tensor.v),
                                         tensor.decays ? s.keep : T(1),
-                                        static_cast<T>(factor),
+                                        pair_of<T>(factor),
                                         s};
     const int64_t end = end_of(chunk, tensor.size);
     int64_t at = chunk.begin;
@@ -220,10 +225,10 @@ struct AccumulateStep {
   FASTADAM_INLINE void add(const Chunk& chunk, int64_t thread) const {
     T* sums = static_cast<T*>(tensors[chunk.tensor].accumulator);
     const auto* grad = static_cast<const Grad*>(gradients[chunk.tensor].data);
-    const T factor = static_cast<T>(gradients[chunk.tensor].factor);
+    const FactorPair<T> factor = pair_of<T>(make_factor(gradients[chunk.tensor].factor));
     const int64_t end = end_of(chunk, tensors[chunk.tensor].size);
     for (int64_t i = chunk.begin + thread; i < end; i += kThreads) {
-      sums[i] = (restart ? T(0) : sums[i]) + load(grad[i]) * factor;
+      sums[i] = (restart ? T(0) : sums[i]) + multiply(load(grad[i]), factor);
     }
   }
 };

@@ -57,7 +57,8 @@ std::vector<bool> slices_among(const std::vector<TensorArgs>& tensors) {
 struct NormTables {
   std::vector<int64_t> host_offsets;
   DeviceArray<int64_t> offsets;
-  DeviceArray<double> sums, factors, squares;
+  DeviceArray<double> sums, squares;
+  DeviceArray<Factor> factors;
   DeviceArray<double> rescaled;  // sums, if a gradient is float64
 
   void fit(const std::vector<TensorArgs>& tensors, bool has_f64, cudaStream_t stream) {
@@ -190,15 +191,15 @@ struct Launch::Tables {
   }
 
   void sum_blocks(const NormTables& norms_now, const StepState* clip_state, double clip_value, bool require_finite,
-                  double* sums, const double* overflowed, cudaStream_t stream) {
+                  double* sums, const double* first_sums, cudaStream_t stream) {
     launch(SumSquares{gradients.get(), norms_now.offsets.get(), norms_now.count(), clip_state, clip_value,
-                      require_finite, sums, overflowed},
+                      require_finite, sums, first_sums},
            norm_grid(norms_now.host_offsets), stream);
     launch(SumBlocks{norms_now.offsets.get(), sums, most_blocks(norms_now.host_offsets)}, norms_now.count(), stream);
   }
 
   // `factors`: what clip() returned, or null.
-  bool all_finite(const NormTables& norms_now, bool is_step, const double* factors, cudaStream_t stream) {
+  bool all_finite(const NormTables& norms_now, bool is_step, const Factor* factors, cudaStream_t stream) {
     launch(CheckFinite{state(), report(), norms_now.offsets.get(), norms_now.sums.get(), norms_now.count(), is_step,
                        factors, norms_now.squares.get()},
            1, stream);
@@ -206,8 +207,9 @@ struct Launch::Tables {
     return context.report.get()->not_finite == 0;
   }
 
-  // Returns the factors of norm clipping, or null if norms are not clipped. Only float64 sums can have overflowed.
-  const double* clip(const NormTables& norms_now, const StepState* clip_state, const AdamHyper& hyper,
+  // Returns the factors of norm clipping, or null if norms are not clipped. Only float64 gradients may need a second
+  // pass.
+  const Factor* clip(const NormTables& norms_now, const StepState* clip_state, const AdamHyper& hyper,
                      cudaStream_t stream) {
     if (!std::isfinite(hyper.clip_norm) && !std::isfinite(hyper.global_clip_norm)) return nullptr;
     double* rescaled = has_f64 ? norms_now.rescaled.get() : nullptr;
@@ -222,7 +224,7 @@ struct Launch::Tables {
   }
 
   template <class Storage>
-  void update(const StepArgs& step, const DeviceArray<Chunk>& chunks, const double* factors, cudaStream_t stream) {
+  void update(const StepArgs& step, const DeviceArray<Chunk>& chunks, const Factor* factors, cudaStream_t stream) {
     with_options(step.amsgrad, step.transform, [&](auto amsgrad, auto transform) {
       launch(DenseStep<Storage, amsgrad.value, transform.value>{state(), tensors.get(), gradients.get(), factors,
                                                                 chunks.get()},
@@ -259,7 +261,7 @@ bool Launch::step(const StepArgs& args, const std::vector<TensorArgs>& tensors, 
   if (needs_norms) tables.norms_of(tensors, stream);
   tables.begin(step, hyper, numbers, call, stream);
   tables.set_gradients(tensors, stream);
-  const double* factors = nullptr;
+  const Factor* factors = nullptr;
   if (needs_norms) {
     const NormTables& norms = *tables.norms;
     const StepState* clip_state = numbers.grad_scale == nullptr ? nullptr : tables.state();

@@ -154,7 +154,7 @@ class FASTADAM_API Gather {
 };
 
 // Used by Launch: updates the rows of one tensor with a sparse gradient, or brings rows up to date.
-void step_rows(const StepArgs& step, const TensorArgs& tensor, const double* factor, const StepState* state,
+void step_rows(const StepArgs& step, const TensorArgs& tensor, const Factor* factor, const StepState* state,
                void* stream);
 void accumulate_rows(const TensorArgs& tensor, bool restart, const StepState* state, void* stream);
 

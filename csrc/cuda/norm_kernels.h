@@ -6,6 +6,11 @@
 
 namespace fastadam::cuda {
 
+// What the elements of a gradient are multiplied by before they are squared, if this is the sum of squares as they are.
+FASTADAM_INLINE double unit_of(const Gradient& gradient, double sum_of_squares) {
+  return gradient.dtype == FASTADAM_FLOAT64 ? norm_unit(sum_of_squares) : 1;
+}
+
 // Computes the sum of squares of each block of the gradients (core/norm.h). A warp does one block, a thread one lane.
 struct SumSquares {
   static constexpr int kWarps = 8;
@@ -20,9 +25,9 @@ struct SumSquares {
   double clip_value;
   bool require_finite;
   double* sums;
-  // Null in the first pass. In the second pass the sums of the first: only float64 gradients whose sum is not finite
-  // are read again, multiplied by kNormUnit; all other sums are 0.
-  const double* overflowed;
+  // Null in the first pass. In the second pass the sums of the first: only float64 gradients with a norm_unit() other
+  // than 1 are read again, multiplied by it; all other sums are 0.
+  const double* first_sums;
 
   FASTADAM_INLINE int phases() const { return 2; }
 
@@ -32,49 +37,46 @@ struct SumSquares {
     const int64_t i = block * kWarps + warp;
     if (i >= block_offsets[tensor_count]) return;
     if (phase == 0) {
-      shared.lanes[warp][lane] = is_wanted(i) ? sum_lane(i, lane) : 0.0;
+      shared.lanes[warp][lane] = sum_lane(i, lane);
     } else if (lane == 0) {
       sums[i] = pairwise_sum(shared.lanes[warp], kNormLanes);
     }
   }
 
  private:
-  FASTADAM_INLINE bool is_wanted(int64_t i) const {
-    if (overflowed == nullptr) return true;
-    const int64_t t = find_variable(block_offsets, tensor_count, i);
-    return gradients[t].dtype == FASTADAM_FLOAT64 && !is_finite(overflowed[block_offsets[t]]);
-  }
-
   FASTADAM_INLINE double sum_lane(int64_t i, int64_t lane) const {
     const int64_t t = find_variable(block_offsets, tensor_count, i);
+    double unit = 1;
+    if (first_sums != nullptr) {
+      unit = unit_of(gradients[t], first_sums[block_offsets[t]]);
+      if (unit == 1) return 0;
+    }
     const int64_t begin = (i - block_offsets[t]) * kNormBlock;
     const int64_t left = gradients[t].size - begin;
     const int64_t size = left < kNormBlock ? left : kNormBlock;
     const void* grad = gradients[t].data;
     switch (gradients[t].dtype) {
       case FASTADAM_FLOAT16:
-        return sum<Float16>(static_cast<const Float16*>(grad) + begin, size, lane);
+        return sum<Float16>(static_cast<const Float16*>(grad) + begin, size, lane, unit);
       case FASTADAM_BFLOAT16:
-        return sum<BFloat16>(static_cast<const BFloat16*>(grad) + begin, size, lane);
+        return sum<BFloat16>(static_cast<const BFloat16*>(grad) + begin, size, lane, unit);
       case FASTADAM_FLOAT32:
-        return sum<float>(static_cast<const float*>(grad) + begin, size, lane);
+        return sum<float>(static_cast<const float*>(grad) + begin, size, lane, unit);
       default:
-        return sum<double>(static_cast<const double*>(grad) + begin, size, lane);
+        return sum<double>(static_cast<const double*>(grad) + begin, size, lane, unit);
     }
   }
 
   template <class Storage>
-  FASTADAM_INLINE double sum(const Storage* grad, int64_t size, int64_t lane) const {
+  FASTADAM_INLINE double sum(const Storage* grad, int64_t size, int64_t lane, double unit) const {
     using T = Compute<Storage>;
     double total = 0;
     const T raw_clip = state == nullptr ? static_cast<T>(clip_value) : scalars_of<T>(*state).clip_value;
-    // float32 does not represent the unit: beside a sum that overflows in float64 these gradients count as zero.
-    const T unit = overflowed == nullptr ? T(1) : T(sizeof(T) == sizeof(double) ? kNormUnit : 0.0);
     T not_finite = T(0);  // becomes NaN if an element is not finite
     for (int64_t at = lane; at < size; at += kNormLanes) {
       const T g = load(grad[at]);
       if (require_finite) not_finite += g - g;
-      const auto x = static_cast<double>(transform_gradient(g, raw_clip, unit));
+      const auto x = static_cast<double>(clip_by_value(g, raw_clip) * static_cast<T>(unit));
       total += x * x;
     }
     return require_finite ? total + static_cast<double>(not_finite) : total;
@@ -134,7 +136,7 @@ struct CheckFinite {
   const double* sums;  // after SumBlocks
   int64_t tensor_count;
   bool is_step;           // otherwise an accumulation, which does not count in t
-  const double* factors;  // with norm clipping: what ClipFactors wrote; or null
+  const Factor* factors;  // with norm clipping: what ClipFactors wrote; or null
   const double* squares;
 
   FASTADAM_INLINE int phases() const { return 2; }
@@ -145,7 +147,7 @@ struct CheckFinite {
       for (int64_t t = thread; t < tensor_count; t += kThreads) {
         const bool is_empty = block_offsets[t] == block_offsets[t + 1];
         const bool is_element = !is_empty && is_nan(sums[block_offsets[t]]);
-        const bool is_norm = factors != nullptr && (is_nan(factors[t]) || is_nan(squares[t]));
+        const bool is_norm = factors != nullptr && (is_nan(factors[t].value) || is_nan(squares[t]));
         if (is_element || is_norm) shared.not_finite[thread] = true;
       }
     } else if (thread == 0) {
@@ -174,9 +176,9 @@ struct ClipFactors {
   double clip_norm;
   double global_clip_norm;
   double gradient_scale;
-  double* factors;
+  Factor* factors;
   double* squares;         // memory for the squares of the clipped norms
-  const double* rescaled;  // sums of float64 gradients whose sum is not finite, of elements times kNormUnit; or null
+  const double* rescaled;  // what a second pass of SumSquares has summed; or null
 
   FASTADAM_INLINE int phases() const { return 3; }
 
@@ -185,9 +187,10 @@ struct ClipFactors {
     if (phase == 0) {
       for (int64_t t = thread; t < tensor_count; t += kThreads) clip(t);
     } else if (phase == 1 && is_global && thread == 0) {
-      squares[0] = global_factor();
+      squares[0] = global_norm();
     } else if (phase == 2 && is_global) {
-      for (int64_t t = thread; t < tensor_count; t += kThreads) factors[t] *= squares[0];
+      const Factor factor = global_clip_factor(squares[0], global_clip_norm);
+      for (int64_t t = thread; t < tensor_count; t += kThreads) factors[t] = factors[t] * factor;
     }
   }
 
@@ -199,21 +202,20 @@ struct ClipFactors {
   }
 
   FASTADAM_INLINE NormClip clip_of(int64_t t) const {
-    return clip_gradient(norm(t), gradients[t].factor * state->unscale, clip_norm);
+    return clip_gradient(norm(t), factor_of(gradients[t], *state), clip_norm);
   }
 
   FASTADAM_INLINE double norm(int64_t t) const {
     const double scale = gradient_scale * state->unscale;
     if (block_offsets[t] == block_offsets[t + 1]) return 0;
     const double sum = sums[block_offsets[t]];
-    const bool is_rescaled = rescaled != nullptr && gradients[t].dtype == FASTADAM_FLOAT64 && !is_finite(sum);
-    return is_rescaled ? norm_of_rescaled(rescaled[block_offsets[t]], scale) : norm_of(sum, scale);
+    const double unit = rescaled == nullptr ? 1 : unit_of(gradients[t], sum);
+    return norm_of(unit == 1 ? sum : rescaled[block_offsets[t]], scale, unit);
   }
 
-  FASTADAM_INLINE double global_factor() const {
-    const double norm = joint_norm(
+  FASTADAM_INLINE double global_norm() const {
+    return joint_norm(
         tensor_count, [this](int64_t t) { return squares[t]; }, [this](int64_t t) { return clip_of(t).norm; });
-    return global_clip_factor(norm, global_clip_norm);
   }
 };
 

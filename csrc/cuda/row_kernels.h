@@ -39,7 +39,8 @@ FASTADAM_INLINE RowPlace row_place(int64_t block, int64_t thread, int64_t width)
 
 // Sums one column of the k-th row in order of occurrence.
 template <bool kTransform, class Grad, class T>
-FASTADAM_INLINE T sum_values(const Rows& rows, const void* values, int64_t k, int64_t column, T clip_value, T factor) {
+FASTADAM_INLINE T sum_values(const Rows& rows, const void* values, int64_t k, int64_t column, T clip_value,
+                             FactorPair<T> factor) {
   const auto* grad = static_cast<const Grad*>(values) + column;
   T total = T(0);
   for (int64_t at = rows.starts[k]; at < rows.starts[k + 1]; ++at) {
@@ -48,6 +49,12 @@ FASTADAM_INLINE T sum_values(const Rows& rows, const void* values, int64_t k, in
     total += g;
   }
   return total;
+}
+
+// The factor of the gradient of a table. `clipped`: with norm clipping its factor, or null.
+template <class T>
+FASTADAM_INLINE FactorPair<T> factor_of_rows(const TensorArgs& tensor, const Factor* clipped, const StepState& state) {
+  return pair_of<T>(clipped == nullptr ? make_factor(tensor.grad_factor) * make_factor(state.unscale) : *clipped);
 }
 
 // One element of a row, in registers.
@@ -95,7 +102,7 @@ struct RowStep {
   StaleRows stale;       // `from` is not used
   int32_t* last;         // the number of steps of the history that each row has had; null if the table is not deferred
   int32_t new_last;      // the value of `last` after this step
-  const double* factor;  // with norm clipping: the factor of the gradient; or null
+  const Factor* factor;  // with norm clipping: the factor of the gradient; or null
   int64_t width;
   int64_t row_count;  // the number of rows that get threads: at least the number of rows to update
   RowMode mode;
@@ -134,8 +141,8 @@ struct RowStep {
  private:
   template <class Grad>
   FASTADAM_INLINE T sum(const Rows& rows, int64_t k, int64_t column, const Scalars& scalars) const {
-    const T scale = static_cast<T>(factor == nullptr ? tensor.grad_factor * state->unscale : *factor);
-    return sum_values<kTransform, Grad>(rows, tensor.grad, k, column, scalars.clip_value, scale);
+    const FactorPair<T> pair = factor_of_rows<T>(tensor, factor, *state);
+    return sum_values<kTransform, Grad>(rows, tensor.grad, k, column, scalars.clip_value, pair);
   }
 
   FASTADAM_INLINE void update(int64_t at, T g, int64_t from, bool has_gradient, const Scalars& scalars) const {
@@ -182,7 +189,7 @@ struct RowSums {
     const bool exists = place.row < *slices.unique;
     for (int64_t column = place.column; column < slices.width; column += place.lanes) {
       sums[place.row * slices.width + column] =
-          exists ? sum_values<false, Grad>(slices, values, place.row, column, T(0), T(1)) : T(0);
+          exists ? sum_values<false, Grad>(slices, values, place.row, column, T(0), FactorPair<T>{}) : T(0);
     }
   }
 };

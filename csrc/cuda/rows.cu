@@ -189,7 +189,7 @@ std::optional<Failure> Gather::take_failure() {
   return failure;
 }
 
-void step_rows(const StepArgs& step, const TensorArgs& tensor, const double* factor, const StepState* state,
+void step_rows(const StepArgs& step, const TensorArgs& tensor, const Factor* factor, const StepState* state,
                void* on_stream) {
   const auto stream = static_cast<cudaStream_t>(on_stream);
   const auto* slices = static_cast<const DeviceRows*>(tensor.rows);

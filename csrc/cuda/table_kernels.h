@@ -68,7 +68,7 @@ struct TableStep {
   const StepState* state;
   TensorArgs tensor;  // with pointers to device memory
   DeviceRows slices;
-  const double* factor;  // with norm clipping: the factor of the gradient; or null
+  const Factor* factor;  // with norm clipping: the factor of the gradient; or null
   int64_t row_count;     // of the table
 
   FASTADAM_INLINE bool is_packed() const {
@@ -90,7 +90,7 @@ struct TableStep {
     if (phase < searches) return RowSearch{rows, block * number, number}.phase(phase, searches, thread, shared);
     if (place.row >= row_count) return;
     const Operands s{rows, shared.places[place.row - block * number], tensor.decays ? scalars().keep : T(1),
-                     static_cast<T>(factor == nullptr ? tensor.grad_factor * state->unscale : *factor), scalars()};
+                     factor_of_rows<T>(tensor, factor, *state), scalars()};
     const int64_t row = place.row * slices.width;
     if (is_packed()) {
       for (int64_t unit = place.column; unit < units(); unit += place.lanes) update<kPack>(s, row, unit * kPack);
@@ -104,7 +104,7 @@ struct TableStep {
     const Rows& rows;
     int64_t k;  // the position in rows.rows, or -1 without a gradient
     T keep;
-    T factor;
+    FactorPair<T> factor;
     Scalars scalars;
   };
 
@@ -175,7 +175,7 @@ struct AccumulateRows {
   template <class Grad>
   FASTADAM_INLINE T sum(const Rows& rows, int64_t k, int64_t column) const {
     constexpr T kNoClip = static_cast<T>(__builtin_huge_val());
-    return sum_values<true, Grad>(rows, tensor.grad, k, column, kNoClip, static_cast<T>(tensor.grad_factor));
+    return sum_values<true, Grad>(rows, tensor.grad, k, column, kNoClip, pair_of<T>(make_factor(tensor.grad_factor)));
   }
 };
 

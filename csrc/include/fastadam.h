@@ -17,8 +17,12 @@
  * Norms are computed in double, over a tree of fixed shape: the same bits whatever the threads and the CPU. They are
  * right up to the largest float64, even if their squares are not. A norm above that, or of a gradient that is not
  * finite, is not finite: with require_finite such a step is not made; otherwise clip_norm makes finite elements of that
- * gradient 0, and global_clip_norm makes all variables NaN, as in TensorFlow. Squares below 2.3e-308 count as 0, and a
- * clip factor too small for a normal number of the variable's arithmetic (1.2e-38 in float32) makes the gradient 0.
+ * gradient 0, and global_clip_norm makes all variables NaN, as in TensorFlow. They are right also where squares are too
+ * small for a float64.
+ *
+ * Within a step numbers below the smallest normal number of the variable's arithmetic (1.2e-38 in float32, 2.3e-308 in
+ * float64) count as 0: elements of gradients, also in their norms, and every intermediate result. A factor of gradients
+ * (a clip factor, grad_factor or their product) may be smaller; it counts as 0 below the square of that number.
  */
 #ifndef FASTADAM_H
 #define FASTADAM_H
@@ -127,12 +131,12 @@ typedef struct fastadam_tensor {
   bool decays;               /* weight_decay applies; l2 always does */
   bool half_slots;           /* m, v and vhat of a half variable have its dtype. Its gradient must too, and be dense */
   void* average;             /* moving average of the variable, float32 or float64, or null */
-  void* copy;                /* receives a float32 variable after the step, rounded to nearest even; or null. If a variable
-                                has several gradients, that of the first counts */
-  fastadam_dtype copy_dtype; /* float16, bfloat16 or float32 */
-  fastadam_telemetry* telemetry; /* receives what the step did, or null. Likewise; not for sparse gradients */
-  void* accumulator;         /* sum of gradients, float32 or float64, for fastadam_accumulate; or null */
-  const fastadam_rows* rows; /* the rows of a sparse gradient, or null */
+  void* copy; /* receives a float32 variable after the step, rounded to nearest even; or null. If a variable
+                 has several gradients, that of the first counts */
+  fastadam_dtype copy_dtype;               /* float16, bfloat16 or float32 */
+  fastadam_telemetry* telemetry;           /* receives what the step did, or null. Likewise; not for sparse gradients */
+  void* accumulator;                       /* sum of gradients, float32 or float64, for fastadam_accumulate; or null */
+  const fastadam_rows* rows;               /* the rows of a sparse gradient, or null */
   const struct fastadam_stale_rows* stale; /* must be null */
   int64_t grad_size;                       /* number of elements of grad */
 } fastadam_tensor;
@@ -170,8 +174,8 @@ FASTADAM_API fastadam_status fastadam_sort_rows(const void* indices, bool is_int
  * each row, in sums[i]; in float32, or in float64 for a float64 gradient. */
 FASTADAM_API fastadam_status fastadam_sum_rows(const fastadam_list* list, void* const* sums);
 
-/* The sum of squares of each gradient, in double; infinite if it is above the largest float64. Only grad, grad_dtype
- * and grad_size are read. */
+/* The sum of squares of each gradient, in double; infinite if it is above the largest float64, and inexact or 0 below
+ * 1e-271. Only grad, grad_dtype and grad_size are read. */
 FASTADAM_API fastadam_status fastadam_sum_squares(const fastadam_list* list, double* sums);
 
 /* The norm of all gradients together. Only grad, grad_dtype and grad_size are read. */

@@ -116,10 +116,8 @@ void refusals() {
   bad = good;
   bad.grad_factor = std::numeric_limits<double>::quiet_NaN();
   refused(bad, usual);
-  for (const double factor : {1e39, 1e-39}) {
-    bad.grad_factor = factor;
-    refused(bad, usual);
-  }
+  bad.grad_factor = 1e39;
+  refused(bad, usual);
   bad = good;
   bad.size = bad.grad_size = std::numeric_limits<int64_t>::max();
   refused(bad, usual);

@@ -120,6 +120,39 @@ void check_steps() {
   }
 }
 
+// Factors that are smaller than every normal number, of gradients that are as large.
+void check_tiny_factors() {
+  Claims claims;
+  const auto make_tiny = [](List& list) {
+    for (TensorArgs& tensor : list.tensors) {
+      const bool is_double = tensor.dtype == FASTADAM_FLOAT64;
+      tensor.grad_factor *= is_double ? 0x1p-1027 : 0x1p-131;
+      if (size_of(tensor.grad_dtype) == 2) continue;  // their numbers are too small to matter
+      auto* grad = static_cast<char*>(const_cast<void*>(tensor.grad));
+      for (int64_t i = 0; i < tensor.size; ++i) {
+        write(grad, tensor.grad_dtype, i, std::ldexp(read(grad, tensor.grad_dtype, i), is_double ? 1000 : 110));
+      }
+    }
+  };
+  for (int mode = 0; mode < 4; ++mode) {
+    const bool amsgrad = mode % 2 != 0;
+    const int transform = 1 + mode / 2;
+    List expected(0, amsgrad);
+    List list(0, amsgrad);
+    make_tiny(expected);
+    make_tiny(list);
+    StepArgs step = expected.step(amsgrad, transform, true);
+    StepArgs emulated = list.step(amsgrad, transform, true);
+    for (StepArgs* args : {&step, &emulated}) {
+      args->scalars_f32.clip_value = HUGE_VALF;
+      args->scalars_f64.clip_value = HUGE_VAL;
+    }
+    cpu::run_step(step);
+    run_step(emulated, list.tensors);
+    claims.note("dense kernel: tiny factors give the bits of the CPU kernels", list == expected);
+  }
+}
+
 // Only the device knows the loss scale and whether the step is skipped.
 void check_scaled_steps() {
   Claims claims;
@@ -236,11 +269,11 @@ void check_failure() {
 }
 
 // Includes gradients with no blocks and with a number of blocks that is not a power of two, and float64 gradients whose
-// squares overflow.
+// squares overflow or underflow.
 void check_norms() {
   Claims claims;
-  enum Gradients { kUsual, kNotFinite, kHuge };
-  for (const Gradients kind : {kUsual, kNotFinite, kHuge}) {
+  enum Gradients { kUsual, kNotFinite, kHuge, kTiny };
+  for (const Gradients kind : {kUsual, kNotFinite, kHuge, kTiny}) {
     const bool finite = kind != kNotFinite;
     std::vector<Variable> variables;
     for (const int64_t size :
@@ -251,8 +284,8 @@ void check_norms() {
         for (int64_t i = 0; finite && i < size; ++i) {
           const double g = read(grads.at(0), pair.grad_dtype, i);
           if (!std::isfinite(g)) variables.back().grads.set(i, 0.25);
-          if (std::isfinite(g) && kind == kHuge && pair.grad_dtype == FASTADAM_FLOAT64) {
-            variables.back().grads.set(i, std::ldexp(g, 700));
+          if (std::isfinite(g) && kind >= kHuge && pair.grad_dtype == FASTADAM_FLOAT64) {
+            variables.back().grads.set(i, std::ldexp(g, kind == kHuge ? 700 : -700));
           }
         }
       }
@@ -266,7 +299,7 @@ void check_norms() {
       const Norms norms(tensors.data(), count, clip_value, true);
       claims.note("norm kernels: find gradients that are not finite", norms.all_finite() == finite);
       std::vector<double> block_sums(static_cast<size_t>(offsets.back()));
-      cpu::run_norm({tensors.data(), offsets.data(), count, clip_value, true, block_sums.data(), false});
+      cpu::run_norm({tensors.data(), offsets.data(), count, clip_value, true, block_sums.data(), nullptr});
       std::vector<double> sums(static_cast<size_t>(offsets.back()));
       emulate(
           cuda::SumSquares{gradients.data(), offsets.data(), count, nullptr, clip_value, true, sums.data(), nullptr},
@@ -283,13 +316,14 @@ void check_norms() {
                                sums.data()},
               cuda::norm_grid(offsets));
       emulate(cuda::SumBlocks{offsets.data(), rescaled.data(), cuda::most_blocks(offsets)}, count);
-      for (int which = 1; which < 4; ++which) {
+      for (int which = 1; which < 7; ++which) {
         AdamHyper hyper{};
-        hyper.clip_norm = which % 2 != 0 ? 0.75 : HUGE_VAL;
-        hyper.global_clip_norm = which / 2 != 0 ? 0.25 : HUGE_VAL;
+        const double unit = which < 4 ? 1 : 1e-250;  // the factors are then no float64
+        hyper.clip_norm = which % 2 != 0 ? 0.75 * unit : HUGE_VAL;
+        hyper.global_clip_norm = which / 2 % 2 != 0 || which == 4 ? 0.25 * unit : HUGE_VAL;
         hyper.gradient_scale = 0.125;
         const Norms::Clipping expected = norms.clip(hyper);
-        std::vector<double> factors(tensors.size());
+        std::vector<Factor> factors(tensors.size());
         std::vector<double> squares(tensors.size());
         const cuda::StepState state = state_of(StepArgs{});
         emulate(cuda::ClipFactors{&state, gradients.data(), offsets.data(), sums.data(), count, hyper.clip_norm,
@@ -298,8 +332,10 @@ void check_norms() {
                 1);
         bool equal = true;
         for (size_t t = 0; t < factors.size(); ++t) {
-          const double other = expected.factors[t];
-          equal = equal && (std::isnan(other) ? std::isnan(factors[t]) : factors[t] == other);
+          const Factor other = expected.factors[t];
+          equal = equal &&
+                  (std::isnan(other.value) ? std::isnan(factors[t].value)
+                                           : factors[t].value == other.value && factors[t].exponent == other.exponent);
         }
         claims.note("norm kernels: give the clip factors of the host", equal);
         cuda::StepState checked{};
@@ -344,6 +380,7 @@ void check_chunks() {
 int main() {
   check_steps();
   check_scaled_steps();
+  check_tiny_factors();
   {
     Claims claims;
     for (const bool epsilon_corrected : {false, true}) {

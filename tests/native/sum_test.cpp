@@ -258,7 +258,7 @@ void check_threads() {
     const std::vector<TensorArgs> tensors = tensors_of(sums);
     cpu::run_accumulate({{tensors.data(), heads.data(), offsets.data(), count}, true});
     std::vector<double> actual_squares(expected_squares.size());
-    cpu::run_norm({reads.data(), blocks.data(), count, 0.3, false, actual_squares.data(), false});
+    cpu::run_norm({reads.data(), blocks.data(), count, 0.3, false, actual_squares.data(), nullptr});
     bool same = true;
     for (size_t k = 0; k < sums.size(); ++k) same = same && sums[k].total == expected[k].total;
     for (size_t i = 0; i < actual_squares.size(); ++i)

@@ -27,7 +27,8 @@ def global_norm(grads: Iterable[Gradient | None]) -> float:
 
     The sums run over a tree of fixed shape, so the result does not depend on the number of threads, the instruction
     set or alignment. None entries are skipped, as in TensorFlow. The result is right up to the largest float64, even if
-    squares of the elements overflow. If any gradient contains a NaN or an infinity, the result is not finite.
+    squares of the elements overflow or underflow. Denormal elements count as 0, as they do in a step. If any gradient
+    contains a NaN or an infinity, the result is not finite.
 
     Args:
         grads: Arrays of any real dtype and layout. For IndexedSlices the values are used as they are, as in

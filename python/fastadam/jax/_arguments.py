@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -175,16 +176,18 @@ def pack_numbers(
 
 
 def _parts_of(value: AnyArray) -> AnyArray:
-    """Parts whose sum is the number: one float64, or if JAX has only float32, three that hold a float64 exactly."""
+    """The number: one float64, or if JAX has only float32, three whose sum times 2**(a fourth) is a float64 exactly."""
     is_array = isinstance(value, jax.Array)
     if jnp.result_type(float) == jnp.float64:
         return value.astype(jnp.float64)[None] if is_array else np.asarray([value], np.float64)
     if is_array:
-        return jnp.stack([value.astype(jnp.float32), jnp.float32(0), jnp.float32(0)])
-    parts = np.zeros(3, np.float32)
+        return jnp.stack([value.astype(jnp.float32), *3 * [jnp.float32(0)]])
+    rest, exponent = math.frexp(value)
+    parts = np.zeros(4, np.float32)
     for i in range(3):
-        parts[i] = np.float32(value)
-        value -= float(parts[i]) if np.isfinite(parts[i]) else value
+        parts[i] = np.float32(rest)
+        rest -= float(parts[i]) if np.isfinite(parts[i]) else rest
+    parts[3] = exponent
     return parts
 
 

@@ -14,7 +14,7 @@ from fastadam.torch._step_count import is_on_gpu
 __all__ = ["Number", "ScaledStep"]
 
 Number: TypeAlias = "SupportsFloat | None"  # a Python number, or a tensor of one element
-_SMALLEST, _LARGEST = 2.0**-126, 2.0**127  # factors that float32 has with all digits, whatever they are rounded to
+_LARGEST = 2.0**127  # a factor that float32 has, whatever it is rounded to
 
 
 class ScaledStep:
@@ -44,12 +44,12 @@ class ScaledStep:
 
     @property
     def is_extreme(self) -> bool:
-        """Whether kernels cannot multiply by 1 / the scale, which is not a normal number above 0 in float32."""
+        """Whether kernels cannot multiply by 1 / the scale, which is not a number above 0 in float32."""
         return self.gradient_scale == 1.0 and self._is_extreme
 
     def _read(self) -> float:
         scale = _float_of(self._grad_scale)
-        self._is_extreme = not 1 / _LARGEST <= scale <= 1 / _SMALLEST
+        self._is_extreme = not 1 / _LARGEST <= scale < float("inf")
         return 1.0 if self._is_extreme else 1.0 / scale
 
     def divided(self, gradients: list[Tensor]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 // local to each module, because both may be loaded.
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "../core/float_mode.h"
 #include "plan.h"
 
 namespace fastadam::bind {
@@ -91,17 +93,62 @@ inline int64_t* place_of(const py::object& counter) {
   return static_cast<int64_t*>(array.mutable_data());
 }
 
-// Steps of parameters of PyTorch that are repeated without Python.
+using Numbers = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+inline std::vector<double> vector_of(const Numbers& numbers) {
+  return {numbers.data(), numbers.data() + numbers.size()};
+}
+
+inline Numbers array_of(const std::vector<double>& numbers) {
+  return Numbers(static_cast<py::ssize_t>(numbers.size()), numbers.data());
+}
+
+// The norms of several plans, joined in the order of the arrays: the factors of the gradients, and whether all
+// gradients (with hyper.require_finite) and all norms that are clipped are finite.
+inline std::pair<Numbers, bool> clip(const Numbers& squares, const Numbers& rescaled, const py::tuple& numbers,
+                                     const Numbers& grad_factors) {
+  if (squares.size() != rescaled.size() || squares.size() != grad_factors.size()) {
+    throw py::value_error("squares, rescaled, grad_factors: expected one number for each gradient");
+  }
+  const AdamHyper hyper = hyper_of(numbers);
+  const DefaultArithmetic arithmetic;
+  const GradientNorms norms(vector_of(squares), vector_of(rescaled));
+  const double* factors = grad_factors.data();
+  GradientNorms::Clipping clipping = norms.clip(hyper, [&](size_t i) { return hyper.gradient_scale * factors[i]; });
+  const bool is_finite = (!hyper.require_finite || norms.all_finite()) && (!clips_norms(hyper) || clipping.is_finite);
+  return {array_of(clipping.factors), is_finite};
+}
+
+// Steps of parameters of PyTorch: of several plans whose norms are joined, with step counts that differ, and steps that
+// are repeated without Python.
 template <class Backend>
 void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
   m.def("same_items", &same_items, py::arg("a"), py::arg("b"));
+  m.def("clip", &clip, py::arg("squares"), py::arg("rescaled"), py::arg("hyper"), py::arg("grad_factors"));
   type.def(
-      "step_apart",
-      [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,
-         const std::vector<double>& grad_factors, const py::object& counter, const std::vector<int64_t>& steps) {
-        return plan.step_apart(gradients, hyper_of(hyper), grad_factors, place_of(counter), steps);
-      },
-      py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter"), py::arg("steps"));
+          "norms",
+          [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper) {
+            const GradientNorms norms = plan.norms(gradients, hyper_of(hyper));
+            return std::make_pair(array_of(norms.squares()), array_of(norms.rescaled()));
+          },
+          py::arg("gradients"), py::arg("hyper"))
+      .def(
+          "step_clipped",
+          [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,
+             const std::vector<double>& grad_factors, const py::object& counter, const Numbers& clip_factors) {
+            return plan.step(gradients, hyper_of(hyper), grad_factors, place_of(counter), vector_of(clip_factors));
+          },
+          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter"), py::arg("clip_factors"))
+      .def(
+          "step_apart",
+          [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,
+             const std::vector<double>& grad_factors, const py::object& counter, const std::vector<int64_t>& steps,
+             const Numbers& clip_factors) {
+            return plan.step_apart(gradients, hyper_of(hyper), grad_factors, place_of(counter), steps,
+                                   vector_of(clip_factors));
+          },
+          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter"), py::arg("steps"),
+          py::arg("clip_factors"));
   type.def("follow", &Plan<Backend>::follow, py::arg("states"), py::arg("keys"));
   m.def("step_groups_again", &step_groups_again<Backend>, py::arg("plans"), py::arg("groups"), py::arg("followed"),
         py::arg("state"), py::arg("known"));

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "run.h"
 
-#include <cmath>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -11,13 +10,16 @@
 
 namespace fastadam {
 
+GradientNorms run_norms(const TensorArgs* tensors, int64_t tensor_count, const AdamHyper& hyper) {
+  return Norms(tensors, tensor_count, raw_clip_value(hyper), hyper.require_finite);
+}
+
 bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper) {
-  const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
   std::vector<double> factors;
-  if (clip_norms || hyper.require_finite) {
+  if (args.factors == nullptr && (clips_norms(hyper) || hyper.require_finite)) {
     const Norms norms(args.chains.tensors, tensor_count, raw_clip_value(hyper), hyper.require_finite);
     if (hyper.require_finite && !norms.all_finite()) return false;
-    if (clip_norms) {
+    if (clips_norms(hyper)) {
       Norms::Clipping clipping = norms.clip(hyper);
       if (hyper.require_finite && !clipping.is_finite) return false;
       factors = std::move(clipping.factors);

@@ -103,9 +103,7 @@ class Plan:
         clip_factors: npt.NDArray[np.float64],
     ) -> list[int]:
         """A step whose gradients are multiplied by these factors of ``clip``; norms are not read again."""
-    def norms(
-        self, gradients: list[Any], hyper: StepHyper
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    def norms(self, gradients: list[Any], hyper: StepHyper) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Of each gradient the sum of squares, and that of its elements times 2**-600: csrc/capi/clipping.h."""
     def remember(self, hyper: StepHyper, stamp: int, grad_factors: Sequence[float]) -> None: ...
     def step_again(self, pairs: list[Any], holder: type, stamp: int, counter: npt.NDArray[np.int64]) -> bool: ...

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastadam._core.common.checks import check_bool, check_clip, check_one_norm
+from fastadam._core.common.types import Foreign
 from fastadam._core.native.plan import Norms, StepHyper, clip
 from fastadam.torch._checks import Group, label_of
 
@@ -119,7 +120,7 @@ def _add_shards(
 
     All processes call it with the same parameters. One collective for each axis of each mesh.
     """
-    axes: dict[tuple[object, int], list[int]] = {}
+    axes: dict[tuple[Foreign, int], list[int]] = {}
     for i, param in enumerate(params):
         if hasattr(param, "_local_tensor"):
             for axis, placement in enumerate(param.placements):
@@ -136,11 +137,11 @@ def _add_shards(
         squares[:] = np.nan
 
 
-def _all_sums(numbers: list[float], mesh: object, axis: int) -> npt.NDArray[np.float64]:
+def _all_sums(numbers: list[float], mesh: Foreign, axis: int) -> npt.NDArray[np.float64]:
     """The sums of these numbers over the processes along an axis of a mesh."""
     group = mesh.get_group(axis)
     kinds = {device.type for device in group._device_types}
     device = "cpu" if "cpu" in kinds else mesh.device_type
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(sums, group=group)
-    return sums.cpu().numpy()
+    return np.asarray(sums.cpu(), np.float64)

@@ -162,7 +162,7 @@ class GroupStepper:
                 checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)
                 calls[i] = call._replace(gradients=checked)
         clipped = self._clipped(calls) if are_joined else calls
-        if clipped is None or not all([self._make(call, state) for call in clipped]):
+        if clipped is None or not all(self._make(call, state) for call in clipped):  # one alone can be refused
             return False
         simulated.finish(state)
         before, self._last = self._last, [(call.group, call.chosen) for call in calls]

@@ -55,9 +55,7 @@ class Norms(NamedTuple):
     rescaled: npt.NDArray[np.float64]  # of elements times 2**-600, which count where a square is not finite
 
 
-def clip(
-    norms: Norms, hyper: StepHyper, factors: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], bool]:
+def clip(norms: Norms, hyper: StepHyper, factors: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], bool]:
     """The factors of gradients that are clipped together, with the bits of one plan that has all of them in this order.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import random
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import itertools
 
 import fastadam  # noqa: E402
 import fastadam.torch  # noqa: E402

@@ -176,7 +176,7 @@ def test_adam_step_multiplies_by_a_factor_that_has_no_normal_number(dtype, size,
 @pytest.mark.parametrize("factor", [1e-40, 3e-60])
 def test_jax_multiplies_by_a_factor_that_has_no_normal_number(is_sparse, factor):
     jax = pytest.importorskip("jax")
-    import fastadam.jax as fj  # noqa: PLC0415
+    import fastadam.jax as fj
 
     gradients, params = jax.numpy.full((2, 4), 3e38), jax.numpy.zeros((2, 4))
     options = {"learning_rate": 0.1, "b1": 0.0, "grad_factor": factor}

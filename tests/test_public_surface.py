@@ -221,8 +221,8 @@ def test_other_constructors_and_functions_do_so_too(call, given, keyword, meant)
         ("epsilon", "did you mean eps? It is added after the bias correction"),
         ("weight_decay_rate", "did you mean weight_decay?"),
         ("amsgard", "did you mean amsgrad?"),
-        ("clipnorm", "torch.nn.utils.clip_grad_norm_"),
-        ("clip_value", "torch.nn.utils.clip_grad_value_"),
+        ("max_grad_norm", "did you mean global_clipnorm?"),
+        ("clip_value", "did you mean clipvalue?"),
         ("ema_decay", "torch.optim.swa_utils.AveragedModel"),
     ],
 )

@@ -73,6 +73,50 @@ def fsdp(_folder):
     assert type(optimizer.state[model[0].weight]["step"]) is torch.Tensor
 
 
+def clipped(_folder):
+    """The norm is that of whole tensors, and one process skips when the other does."""
+    for bounds in ({"global_clipnorm": 0.5}, {"clipnorm": 0.3}, {"clipvalue": 0.2, "global_clipnorm": 0.5}):
+        model, twin = sharded(), network()
+        tested = fastadam.torch.Adam(model.parameters(), lr=0.1, skip_nonfinite=True, **bounds)
+        plain = fastadam.torch.Adam(twin.parameters(), lr=0.1, **bounds)
+        for step in range(6):
+            train(twin, plain, [step])
+            train(model, tested, [step])
+            assert not tested.last_step_skipped
+        check_equal(model.parameters(), [parameter.detach() for parameter in twin.parameters()])
+        before = [parameter.to_local().clone() for parameter in model.parameters()]
+        if distributed.get_rank() == 1:
+            model[2].weight.grad.to_local().view(-1)[-1] = float("nan")
+        tested.step()
+        assert tested.last_step_skipped
+        assert all(map(torch.equal, before, [parameter.to_local() for parameter in model.parameters()]))
+        assert float(tested.state[model[0].weight]["step"]) == 6
+    norms_that_overflow()
+
+
+def norms_that_overflow():
+    """Of a tensor whose squares are infinite in one process and not in the other, beside a replicated one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    values = torch.tensor([3e200, 1.0, 4e200, 2.0], dtype=torch.float64)
+    params, gradients = [], []
+    for placement, whole in ((Shard(0), values), (Replicate(), values.flip(0)), (Shard(0), torch.ones(1).double())):
+        params.append(torch.nn.Parameter(distribute_tensor(torch.zeros_like(whole), mesh, [placement])))
+        gradients.append(distribute_tensor(whole, mesh, [placement]))
+    optimizer = fastadam.torch.Adam(params, betas=(0.0, 0.9), global_clipnorm=1e200, skip_nonfinite=True)
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient
+    optimizer.step()
+    assert not optimizer.last_step_skipped
+    factor = 1e200 / (5e200 * 2**0.5)
+    for param, gradient in zip(params, gradients, strict=True):
+        moment = optimizer.state[param]["exp_avg"]
+        assert isinstance(moment, DTensor)
+        torch.testing.assert_close(moment.full_tensor(), gradient.full_tensor() * factor, rtol=1e-14, atol=0)
+
+
 def checkpoint(folder):
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -93,7 +137,7 @@ def checkpoint(folder):
     check_equal(resumed.parameters(), unsharded(6))
 
 
-ENGINES = (zero, fsdp, checkpoint)
+ENGINES = (zero, fsdp, clipped, checkpoint)
 
 
 def _work(rank, folder, port):

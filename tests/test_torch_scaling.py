@@ -51,7 +51,7 @@ class Device:
     def can_count(self, hyper):
         return self._context.betas in (None, (hyper.beta_1, hyper.beta_2))
 
-    def step(self, gradients, hyper, factors, counter, convert):
+    def step(self, gradients, hyper, factors, counter, convert, clip_factors=None):
         context = self._context
         context.betas = context.betas or (hyper.beta_1, hyper.beta_2)
         step = context.t + 1 if self._counts else hyper.step

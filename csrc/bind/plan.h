@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../capi/prepare.h"
+#include "../capi/run.h"
 #include "../capi/step_checks.h"
 #include "../core/float_mode.h"
 #include "gil.h"
@@ -56,13 +57,16 @@ class Plan {
 
   // Does the step, or nothing if some gradients must be converted first: these are returned.
   // `counter`, if not null, goes up by one after the update, where no signal can come between.
+  // `clip_factors`: what the gradients are multiplied by instead of their factors, if the caller has already joined the
+  // norms of several plans (see norms()); otherwise empty.
   std::vector<size_t> step(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
-                           int64_t* counter) {
+                           int64_t* counter, const std::vector<Factor>& clip_factors = {}) {
     const Scope scope(backend(), variables().place());
     Call call(set_, gradients);
     if (!call.to_convert().empty()) return call.to_convert();
-    const StepArgs args = arguments(hyper, factors);
-    if (hyper.clip_after_dedupe && clips(hyper)) call.sum_rows(clips_norms(hyper));
+    StepArgs args = arguments(hyper, factors);
+    args.factors = checked(clip_factors);
+    sum_rows(call, hyper);
     call.read_histories(hyper, [&](const TensorArgs& table) {
       const ReleasedGil unlocked;
       backend().catch_up(table, args, value_of(counter));
@@ -72,13 +76,27 @@ class Plan {
   }
 
   // Like step(), but t of variable i is `steps[i]`. Only for variables in CPU memory that are not deferred tables.
+  // Norms are not read: with norm clipping the caller gives `clip_factors`.
   std::vector<size_t> step_apart(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
-                                 int64_t* counter, const std::vector<int64_t>& steps) {
+                                 int64_t* counter, const std::vector<int64_t>& steps,
+                                 const std::vector<Factor>& clip_factors) {
     const Scope scope(backend(), variables().place());
-    const Call call(set_, gradients);
+    Call call(set_, gradients);
     if (!call.to_convert().empty()) return call.to_convert();
-    run(parts_of(hyper, factors, steps), hyper, counter);
+    const Parts parts = parts_of(hyper, factors, steps);
+    sum_rows(call, hyper);
+    run(parts, hyper, counter, checked(clip_factors));
     return {};
+  }
+
+  // The norms of gradients that need no conversion, as a step with these numbers clips them: values are clipped, and
+  // repeated rows summed if hyper.clip_after_dedupe says so. Only in CPU memory.
+  GradientNorms norms(const py::list& gradients, const AdamHyper& hyper) {
+    const Scope scope(backend(), variables().place());
+    Call call(set_, gradients);
+    if (!call.to_convert().empty()) throw py::type_error("gradients: must be converted first");
+    sum_rows(call, hyper);
+    return norms_of(hyper);
   }
 
   // Keeps the numbers of the last step for step_again(). They are good as long as the caller's `stamp` is the same.
@@ -130,11 +148,23 @@ class Plan {
     // False if a gradient must be converted.
     bool is_ready() const { return call_.to_convert().empty(); }
 
-    // Makes the step and writes the step counts.
-    void run() {
+    const AdamHyper& hyper() const { return hyper_; }
+    size_t size() const { return steps_.size(); }
+    GradientNorms norms() { return plan_.norms_of(hyper_); }
+
+    // Adds the factors of the gradients, without clipping.
+    void append_factors(std::vector<double>& factors) const {
+      for (const TensorArgs& tensor : plan_.set_.tensors()) factors.push_back(tensor.grad_factor);
+    }
+
+    // Makes the step and writes the step counts. `clip_factors`: of the gradients with norm clipping; otherwise null.
+    // That gradients are finite, if they must be, has been found out before.
+    void run(const Factor* clip_factors) {
+      hyper_.require_finite = false;
       if (is_apart_) {
-        plan_.run(parts_, hyper_, nullptr);
+        plan_.run(parts_, hyper_, nullptr, clip_factors);
       } else {
+        args_.factors = clip_factors;
         plan_.run(call_, args_, hyper_, nullptr);
       }
       plan_.parameters_->counts().set(steps_);
@@ -215,11 +245,25 @@ class Plan {
   bool all_finite() const { return all_finite_; }
 
  private:
-  static bool clips_norms(const AdamHyper& hyper) {
-    return std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
+  static bool clips(const AdamHyper& hyper) { return clips_norms(hyper) || std::isfinite(hyper.clip_value); }
+
+  // Before values or norms are clipped: sums repeated rows if the clip is for the sums.
+  static void sum_rows(Call& call, const AdamHyper& hyper) {
+    if (hyper.clip_after_dedupe && clips(hyper)) call.sum_rows(clips_norms(hyper));
   }
 
-  static bool clips(const AdamHyper& hyper) { return clips_norms(hyper) || std::isfinite(hyper.clip_value); }
+  // Of the gradients of the current call.
+  GradientNorms norms_of(const AdamHyper& hyper) {
+    const ReleasedGil unlocked;
+    return run_norms(set_.tensors().data(), static_cast<int64_t>(set_.tensors().size()), hyper);
+  }
+
+  // Factors for the kernels; null for none.
+  const Factor* checked(const std::vector<Factor>& clip_factors) const {
+    if (clip_factors.empty()) return nullptr;
+    variables().require_length("clip_factors", clip_factors.size());
+    return clip_factors.data();
+  }
 
   static int64_t value_of(const int64_t* counter) { return counter == nullptr ? 0 : *counter; }
 
@@ -239,13 +283,15 @@ class Plan {
     if (!backend().is_capturing()) count(counter);
   }
 
-  // The step of variables whose step counts differ.
-  void run(const Parts& parts, AdamHyper hyper, int64_t* counter) {
+  // The step of variables whose step counts differ. `clip_factors`: of all gradients, or null.
+  void run(const Parts& parts, AdamHyper hyper, int64_t* counter, const Factor* clip_factors) {
     {
       const ReleasedGil unlocked;
       for (const auto& [step, part] : parts) {
         hyper.step = step;
-        backend().step(part.args, set_.tensors(), hyper, value_of(counter));
+        StepArgs args = part.args;
+        args.factors = clip_factors;
+        backend().step(args, set_.tensors(), hyper, value_of(counter));
       }
     }
     all_finite_ = true;
@@ -299,28 +345,47 @@ class Plan {
 };
 
 // A step of all groups of an optimizer of PyTorch, each of which `plans` has one plan for, if nothing but gradients,
-// values and step counts has changed since the last; otherwise false, and nothing has changed. `followed[i]`: what the
-// parameters of group i were; `state` is that of the optimizer, and `known` what it was. Raises what is wrong before
-// anything is written.
+// values and step counts has changed since the last; otherwise empty, and nothing has changed. `followed[i]`: what the
+// parameters of group i were; `state` is that of the optimizer, and `known` what it was. Norms are those of all groups.
+// Returns whether the step was made: false, and nothing has changed, if gradients had to be finite and are not. Raises
+// what is wrong before anything is written.
 template <class Backend>
-bool step_groups_again(const py::list& plans, const py::list& groups, const py::list& followed, const py::dict& state,
-                       const py::dict& known) {
+std::optional<bool> step_groups_again(const py::list& plans, const py::list& groups, const py::list& followed,
+                                      const py::dict& state, const py::dict& known) {
   static const py::handle name = PyUnicode_InternFromString("params");
-  if (groups.size() != plans.size() || !same_items(state, known)) return false;
+  if (groups.size() != plans.size() || !same_items(state, known)) return std::nullopt;
   std::vector<py::list> gradients;
   for (size_t i = 0; i < plans.size(); ++i) {
     const py::object params = groups[i].cast<py::dict>()[name];
-    if (!py::isinstance<py::list>(params)) return false;
+    if (!py::isinstance<py::list>(params)) return std::nullopt;
     auto found = plans[i].cast<const Plan<Backend>&>().gradients_to_repeat(params, followed[i].cast<py::tuple>());
-    if (!found) return false;
+    if (!found) return std::nullopt;
     gradients.push_back(*std::move(found));
   }
   std::vector<std::unique_ptr<typename Plan<Backend>::Repeat>> steps;
   for (size_t i = 0; i < plans.size(); ++i) {
     steps.push_back(plans[i].cast<Plan<Backend>&>().repeat(gradients[i]));
-    if (steps.back() == nullptr) return false;
+    if (steps.back() == nullptr) return std::nullopt;
   }
-  for (const auto& step : steps) step->run();
+  std::vector<double> factors;
+  std::vector<Factor> clipped;
+  if (!steps.empty() && (clips_norms(steps[0]->hyper()) || steps[0]->hyper().require_finite)) {
+    const AdamHyper& hyper = steps[0]->hyper();  // whose bounds and scale are those of all groups
+    GradientNorms norms;
+    for (const auto& step : steps) {
+      norms.append(step->norms());
+      step->append_factors(factors);
+    }
+    if (hyper.require_finite && !norms.all_finite()) return false;
+    GradientNorms::Clipping clipping = norms.clip(hyper, [&](size_t i) { return factors[i]; });
+    if (clips_norms(hyper) && hyper.require_finite && !clipping.is_finite) return false;
+    if (clips_norms(hyper)) clipped = std::move(clipping.factors);
+  }
+  const Factor* clip_factors = clipped.empty() ? nullptr : clipped.data();
+  for (const auto& step : steps) {
+    step->run(clip_factors);
+    if (clip_factors != nullptr) clip_factors += step->size();
+  }
   return true;
 }
 

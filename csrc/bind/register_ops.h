@@ -3,6 +3,7 @@
 // local to each module, because both may be loaded.
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "../core/float_mode.h"
 #include "plan.h"
 
 namespace fastadam::bind {
@@ -92,17 +94,86 @@ inline int64_t* place_of(const py::object& counter) {
   return static_cast<int64_t*>(array.mutable_data());
 }
 
-// Steps of parameters of PyTorch that are repeated without Python.
+using Numbers = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+// Sums of squares as rows of three numbers, factors as rows of two.
+inline Numbers rows_of(const GradientNorms& norms) {
+  Numbers rows({static_cast<py::ssize_t>(norms.size()), py::ssize_t{3}});
+  double* at = rows.mutable_data();
+  for (const auto& sums : norms.sums()) {
+    for (double sum : {sums.square, sums.of_large, sums.of_small}) *at++ = sum;
+  }
+  return rows;
+}
+
+inline Numbers rows_of(const std::vector<Factor>& factors) {
+  Numbers rows({static_cast<py::ssize_t>(factors.size()), py::ssize_t{2}});
+  double* at = rows.mutable_data();
+  for (const Factor& factor : factors) {
+    *at++ = factor.value;
+    *at++ = static_cast<double>(factor.exponent);
+  }
+  return rows;
+}
+
+inline void require_columns(const Numbers& rows, py::ssize_t columns) {
+  if (rows.ndim() != 2 || rows.shape(1) != columns) throw py::value_error("expected rows of numbers");
+}
+
+inline std::vector<Factor> factors_of(const Numbers& rows) {
+  require_columns(rows, 2);
+  std::vector<Factor> factors;
+  for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
+    factors.push_back({rows.at(i, 0), static_cast<int64_t>(rows.at(i, 1))});
+  }
+  return factors;
+}
+
+// The norms of several plans, joined in the order of the rows: the factors of the gradients, and whether all gradients
+// (with hyper.require_finite) and all norms that are clipped are finite.
+inline std::pair<Numbers, bool> clip(const Numbers& rows, const py::tuple& numbers, const Numbers& grad_factors) {
+  require_columns(rows, 3);
+  if (rows.shape(0) != grad_factors.size()) throw py::value_error("grad_factors: expected one for each gradient");
+  const AdamHyper hyper = hyper_of(numbers);
+  const DefaultArithmetic arithmetic;
+  std::vector<GradientNorms::Sums> sums;
+  for (py::ssize_t i = 0; i < rows.shape(0); ++i) sums.push_back({rows.at(i, 0), rows.at(i, 1), rows.at(i, 2)});
+  const GradientNorms norms(std::move(sums));
+  const double* factors = grad_factors.data();
+  GradientNorms::Clipping clipping = norms.clip(hyper, [&](size_t i) { return hyper.gradient_scale * factors[i]; });
+  const bool is_finite = (!hyper.require_finite || norms.all_finite()) && (!clips_norms(hyper) || clipping.is_finite);
+  return {rows_of(clipping.factors), is_finite};
+}
+
+// Steps of parameters of PyTorch: of several plans whose norms are joined, with step counts that differ, and steps that
+// are repeated without Python.
 template <class Backend>
 void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
   m.def("same_items", &same_items, py::arg("a"), py::arg("b"));
+  m.def("clip", &clip, py::arg("norms"), py::arg("hyper"), py::arg("grad_factors"));
   type.def(
-      "step_apart",
-      [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,
-         const std::vector<double>& grad_factors, const py::object& counter, const std::vector<int64_t>& steps) {
-        return plan.step_apart(gradients, hyper_of(hyper), grad_factors, place_of(counter), steps);
-      },
-      py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter"), py::arg("steps"));
+          "norms",
+          [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper) {
+            return rows_of(plan.norms(gradients, hyper_of(hyper)));
+          },
+          py::arg("gradients"), py::arg("hyper"))
+      .def(
+          "step_clipped",
+          [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,
+             const std::vector<double>& grad_factors, const py::object& counter, const Numbers& clip_factors) {
+            return plan.step(gradients, hyper_of(hyper), grad_factors, place_of(counter), factors_of(clip_factors));
+          },
+          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter"), py::arg("clip_factors"))
+      .def(
+          "step_apart",
+          [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,
+             const std::vector<double>& grad_factors, const py::object& counter, const std::vector<int64_t>& steps,
+             const Numbers& clip_factors) {
+            return plan.step_apart(gradients, hyper_of(hyper), grad_factors, place_of(counter), steps,
+                                   factors_of(clip_factors));
+          },
+          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter"), py::arg("steps"),
+          py::arg("clip_factors"));
   type.def("follow", &Plan<Backend>::follow, py::arg("states"), py::arg("keys"));
   m.def("step_groups_again", &step_groups_again<Backend>, py::arg("plans"), py::arg("groups"), py::arg("followed"),
         py::arg("state"), py::arg("known"));

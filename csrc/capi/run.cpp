@@ -96,13 +96,16 @@ bool has_telemetry(const Chains& chains) {
 
 }  // namespace
 
+GradientNorms run_norms(const TensorArgs* tensors, int64_t tensor_count, const AdamHyper& hyper) {
+  return Norms(tensors, tensor_count, raw_clip_value(hyper), hyper.require_finite);
+}
+
 bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper) {
-  const bool clip_norms = std::isfinite(hyper.clip_norm) || std::isfinite(hyper.global_clip_norm);
   std::vector<Factor> factors;
-  if (clip_norms || hyper.require_finite) {
+  if (args.factors == nullptr && (clips_norms(hyper) || hyper.require_finite)) {
     const Norms norms(args.chains.tensors, tensor_count, raw_clip_value(hyper), hyper.require_finite);
     if (hyper.require_finite && !norms.all_finite()) return skip(args.chains, hyper);
-    if (clip_norms) {
+    if (clips_norms(hyper)) {
       Norms::Clipping clipping = norms.clip(hyper);
       if (hyper.require_finite && !clipping.is_finite) return skip(args.chains, hyper);
       factors = std::move(clipping.factors);

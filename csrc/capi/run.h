@@ -5,11 +5,17 @@
 #pragma once
 
 #include "../core/step_args.h"
+#include "clipping.h"
 
 namespace fastadam {
 
+// The norms that a step with these numbers clips, of gradients whose values are clipped; squares are NaN where
+// hyper.require_finite is set and an element is not finite.
+FASTADAM_API GradientNorms run_norms(const TensorArgs* tensors, int64_t tensor_count, const AdamHyper& hyper);
+
 // Norms, clipping and the step of args.chains, whose gradients belong to `tensor_count` tensors. Returns false, with
-// nothing written, if hyper.require_finite is set and a gradient, or a norm that is to be clipped, is not finite.
+// nothing written, if hyper.require_finite is set and a gradient, or a norm that is to be clipped, is not finite. With
+// args.factors, which then come from the caller, norms are not read and nothing is required.
 FASTADAM_API bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper);
 
 // Brings the rows of args.chains, whose tensors have no gradients, up to date.

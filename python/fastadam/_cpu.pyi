@@ -96,7 +96,19 @@ class Plan:
         grad_factors: Sequence[float],
         counter: npt.NDArray[np.int64] | None,
         steps: list[int],
+        clip_factors: npt.NDArray[np.float64],
     ) -> list[int]: ...
+    def step_clipped(
+        self,
+        gradients: list[Any],
+        hyper: StepHyper,
+        grad_factors: Sequence[float],
+        counter: npt.NDArray[np.int64] | None,
+        clip_factors: npt.NDArray[np.float64],
+    ) -> list[int]:
+        """A step whose gradients are multiplied by these factors of ``clip``; norms are not read again."""
+    def norms(self, gradients: list[Any], hyper: StepHyper) -> npt.NDArray[np.float64]:
+        """A row of three sums of squares for each gradient: csrc/capi/clipping.h."""
     def remember(self, hyper: StepHyper, stamp: int, grad_factors: Sequence[float]) -> None: ...
     def step_again(self, pairs: list[Any], holder: type, stamp: int, counter: npt.NDArray[np.int64]) -> bool: ...
     def follow(self, states: list[dict[str, Any]], keys: tuple[str, ...]) -> bool: ...
@@ -123,8 +135,18 @@ def step_groups_again(
     followed: list[tuple[Any, ...]],
     state: dict[Any, Any],
     known: dict[Any, Any],
-) -> bool:
-    """A step of PyTorch's groups like the last one, each with its plan; False, and no change, if it is not like it."""
+) -> bool | None:
+    """A step of PyTorch's groups like the last one, each with its plan; None, and no change, if it is not like it.
+
+    False, and no change, if gradients had to be finite and are not.
+    """
+
+def clip(
+    norms: npt.NDArray[np.float64],
+    hyper: StepHyper,
+    grad_factors: npt.NDArray[np.float64],
+) -> tuple[npt.NDArray[np.float64], bool]:
+    """The factors of gradients with these norms, and whether everything is finite that had to be."""
 
 def require_place(buffer: Buffer, like: Buffer) -> None:
     """Raise unless the two lie on one device, or both in memory of the host."""

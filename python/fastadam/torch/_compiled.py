@@ -47,6 +47,7 @@ class CompiledSteps:
     def __init__(self) -> None:
         self.lock = threading.RLock()  # of all steps, compiled or not, and of what reads rows or states
         self.sets: BoundedCache[SetKey, ParameterSet] = BoundedCache(_MOST_SETS)
+        self.skipped: bool | ScaledStep = False  # whether the last step, compiled or not, was; or what knows it
         self.number = id(self)
         _known[self.number] = self
 
@@ -113,10 +114,12 @@ def _adam(
     owner: int,
 ) -> None:
     scaled = ScaledStep(grad_scale, found_inf)
+    steps = _known.get(owner)
+    if steps is not None:
+        steps.skipped = scaled.skips
     if scaled.skips:
         return
     columns = Columns(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
-    steps = _known.get(owner)
     with contextlib.nullcontext() if steps is None else steps.lock:
         calls = []
         kind = Kind("dense", rows=False, amsgrad=bool(max_exp_avg_sqs), decays=decoupled)

@@ -23,6 +23,7 @@ from fastadam.torch._checks import (
     check_tensor,
     label_of,
 )
+from fastadam.torch._clipping import Clipping
 from fastadam.torch._compiled import Columns, traced_step
 from fastadam.torch._deferred import Reader
 from fastadam.torch._state import fill_groups, keep_tensors, restore_states, states_of
@@ -39,9 +40,6 @@ __all__ = ["Adam", "AdamW"]
 Loss = TypeVar("Loss")
 
 _ELSEWHERE = {
-    "clipnorm": "torch.nn.utils.clip_grad_norm_ clips gradients before the step",
-    "global_clipnorm": "torch.nn.utils.clip_grad_norm_ clips gradients before the step",
-    "clipvalue": "torch.nn.utils.clip_grad_value_ clips gradients before the step",
     "use_ema": "torch.optim.swa_utils.AveragedModel keeps averages",
     "ema_momentum": "torch.optim.swa_utils.AveragedModel keeps averages",
     "loss_scale_factor": "torch.amp.GradScaler scales the loss",
@@ -88,6 +86,18 @@ class Adam(torch.optim.Optimizer):
     Except with "dense", epsilon means what it means in SparseAdam and Keras for parameters with sparse gradients: it is
     added to :math:`\sqrt v` before the bias correction.
 
+    Gradients of any dtype and layout can be clipped, and steps skipped, and the gradients themselves stay as they are.
+    Elements are clipped first, of a complex gradient the real and the imaginary parts; then the norm of each gradient
+    or of all. Bounds are for unscaled gradients, also with ``fused`` and a GradScaler. A sparse gradient with repeated
+    indices counts as its ``coalesce()``. The norm of all gradients is that of all groups, and that of a DTensor is the
+    norm of the whole tensor; if one process skips a step, all do. Shards that are not DTensors, as in FSDP1, are not
+    known as such: there the gradients must be clipped before the step. The four options belong to the optimizer, not to
+    its groups: they can be set as attributes at any time, and are copied and pickled but not part of state dicts.
+    Parameters on a GPU are refused with them.
+
+    Learning rate schedulers do not see that a step was skipped, and neither does Accelerate; ask for it:
+    ``if not optimizer.last_step_skipped: scheduler.step()``.
+
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of them.
         lr: Step size; a number or a tensor of one element.
@@ -106,6 +116,11 @@ class Adam(torch.optim.Optimizer):
         sparse_update: "dense", "deferred", "deferred_fast" or "lazy", for all groups; loading a state dict does not
             change it.
         moments_dtype: ``torch.float32`` for float32 moments of half parameters; None for the parameter's dtype.
+        clipvalue: Each element of the gradients is clipped to ``[-clipvalue, clipvalue]``; None for no bound.
+        clipnorm: Each gradient is scaled to at most this Euclidean norm; None for no bound.
+        global_clipnorm: All gradients are scaled alike, so that their joint norm is at most this; None for no bound.
+        skip_nonfinite: A step changes nothing, not even step counts, if an element of a gradient, or a norm that is to
+            be clipped, is infinite or NaN; :attr:`last_step_skipped` says so.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -151,11 +166,19 @@ class Adam(torch.optim.Optimizer):
         decoupled_weight_decay: bool = False,
         sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
         moments_dtype: torch.dtype | None = None,
+        clipvalue: float | None = None,
+        clipnorm: float | None = None,
+        global_clipnorm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         check_sparse_update(sparse_update)
         if moments_dtype not in (None, torch.float32):
             raise ValueError(f"moments_dtype: {moments_dtype}, expected None or torch.float32")
-        self._options = Options(sparse_update, moments_dtype, readers=[])
+        clipping = Clipping()
+        clipping.set(
+            clipvalue=clipvalue, clipnorm=clipnorm, global_clipnorm=global_clipnorm, skip_nonfinite=skip_nonfinite
+        )
+        self._options = Options(sparse_update, moments_dtype, readers=[], clipping=clipping)
         self._stepper = GroupStepper(self._options)
         check_kinds(lr, betas, eps, weight_decay)
         tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
@@ -206,6 +229,9 @@ class Adam(torch.optim.Optimizer):
         if not torch.compiler.is_compiling():
             with stepper.lock:
                 stepper.step(self.param_groups, self.state, grad_scale, found_inf)
+            return loss
+        if self._options.clipping.is_on:
+            self._step_eagerly(grad_scale, found_inf)
             return loss
         traced = [Columns([], [], [], [], [], []) for _ in self.param_groups]
         are_traceable = [
@@ -265,8 +291,6 @@ class Adam(torch.optim.Optimizer):
             state_steps.append(state["step"])
         return True
 
-    # ---- tables ----------------------------------------------------------------------------------------------------
-
     @property
     def sparse_update(self) -> SparseUpdate:
         """How sparse gradients are applied; see the class."""
@@ -276,6 +300,73 @@ class Adam(torch.optim.Optimizer):
     def moments_dtype(self) -> torch.dtype | None:
         """The dtype of the moments of half parameters; None for the parameter's dtype."""
         return self._options.moments_dtype
+
+    # ---- clipping --------------------------------------------------------------------------------------------------
+
+    @property
+    def clipvalue(self) -> float | None:
+        """The bound of each element of the gradients; None for none. May be set."""
+        return self._options.clipping.clipvalue
+
+    @clipvalue.setter
+    def clipvalue(self, bound: float | None) -> None:
+        self._set_clipping(clipvalue=bound)
+
+    @property
+    def clipnorm(self) -> float | None:
+        """The bound of the norm of each gradient; None for none. May be set."""
+        return self._options.clipping.clipnorm
+
+    @clipnorm.setter
+    def clipnorm(self, bound: float | None) -> None:
+        self._set_clipping(clipnorm=bound)
+
+    @property
+    def global_clipnorm(self) -> float | None:
+        """The bound of the norm of all gradients together; None for none. May be set."""
+        return self._options.clipping.global_clipnorm
+
+    @global_clipnorm.setter
+    def global_clipnorm(self, bound: float | None) -> None:
+        self._set_clipping(global_clipnorm=bound)
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether a step with gradients that are not finite changes nothing. May be set."""
+        return self._options.clipping.skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, skips: bool) -> None:
+        self._set_clipping(skip_nonfinite=skips)
+
+    def _set_clipping(self, **options: object) -> None:
+        with self._stepper.lock:
+            self._options.clipping.set(**options)
+            self._stepper.forget_numbers()
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last step changed nothing because gradients were not finite; False before any step.
+
+        They were not if ``skip_nonfinite`` found it, or a GradScaler that leaves skipping to ``fused`` steps. Reading
+        it waits for a GPU if only that knows what the scaler found.
+
+        >>> import importlib.util
+        >>> if importlib.util.find_spec("torch"):
+        ...     import torch, fastadam.torch
+        ...     weight = torch.nn.Parameter(torch.ones(2))
+        ...     opt = fastadam.torch.Adam([weight], lr=0.1, skip_nonfinite=True)
+        ...     scheduler = torch.optim.lr_scheduler.StepLR(opt, step_size=1)
+        ...     (weight.sum() * float("nan")).backward()
+        ...     opt.step()
+        ...     if not opt.last_step_skipped:
+        ...         scheduler.step()
+        ...     assert opt.last_step_skipped and weight.tolist() == [1.0, 1.0] and scheduler.get_last_lr() == [0.1]
+        """
+        skipped = self._stepper.compiled.skipped
+        return skipped if isinstance(skipped, bool) else skipped.skips
+
+    # ---- tables ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sync(self, param: Tensor | None = None) -> None:
@@ -428,6 +519,10 @@ class AdamW(Adam):
         fused: bool | None = None,
         sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
         moments_dtype: torch.dtype | None = None,
+        clipvalue: float | None = None,
+        clipnorm: float | None = None,
+        global_clipnorm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -444,6 +539,10 @@ class AdamW(Adam):
             decoupled_weight_decay=True,
             sparse_update=sparse_update,
             moments_dtype=moments_dtype,
+            clipvalue=clipvalue,
+            clipnorm=clipnorm,
+            global_clipnorm=global_clipnorm,
+            skip_nonfinite=skip_nonfinite,
         )
 
     def __setstate__(self, state: StateDict) -> None:

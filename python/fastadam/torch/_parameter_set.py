@@ -9,7 +9,7 @@ from torch import Tensor
 from fastadam._core.common.types import AnyGradient, Foreign
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gpu import cuda_module, late_error
-from fastadam._core.native.plan import Plan, StepHyper
+from fastadam._core.native.plan import Factors, Plan, StepHyper
 from fastadam.torch._checks import Group, ParamState, check_options, check_rule
 from fastadam.torch._deferred import Table
 from fastadam.torch._gradients import GradientReader
@@ -259,17 +259,22 @@ class ParameterSet:
         hyper: StepHyper,
         factors: list[float],
         steps: list[int] | None = None,
-    ) -> None:
+        clip_factors: Factors | None = None,
+    ) -> bool:
         """Make a step, or raise what is wrong and change nothing; call :meth:`finish` if the counter has gone up.
 
-        Each parameter makes its own of ``steps``; for None all make that of ``hyper``.
+        Each parameter makes its own of ``steps``; for None all make that of ``hyper``. ``clip_factors`` are of
+        gradients whose norms were joined with those of other sets.
+
+        Returns:
+            False, with nothing changed, if ``hyper`` requires finite gradients and they are not.
         """
         for i, view in self._views.items():
             view.load([column[i] for column in self._columns])
         if steps is None:
-            self.plan.step(gradients, hyper, factors, self.counter, self._gradients.convert)
-        else:
-            self.plan.step_apart(gradients, hyper, factors, self.counter, self._gradients.convert, steps)
+            return self.plan.step(gradients, hyper, factors, self.counter, self._gradients.convert, clip_factors)
+        self.plan.step_apart(gradients, hyper, factors, self.counter, self._gradients.convert, steps, clip_factors)
+        return True
 
     def finish(self, count: int | list[int] | Tensor) -> None:
         """Note that the ``count``-th step was made; calling it again, after a signal, is harmless.

@@ -9,6 +9,7 @@ from torch.autograd.graph import increment_version
 
 from fastadam._core.native.plan import RepeatedSteps
 from fastadam.torch._checks import Group, States
+from fastadam.torch._clipping import Clipping
 
 if TYPE_CHECKING:
     from fastadam.torch._parameter_set import ParameterSet
@@ -24,38 +25,46 @@ _CONSTANTS = {float, int, bool, type(None)}
 class RepeatedStep:
     """The last step, of one set for each group on the host; only gradients, values, counts and options may change."""
 
-    def __init__(self, sets: list[ParameterSet], groups: list[Group], state: States) -> None:
-        self._sets = sets
+    def __init__(self, sets: list[ParameterSet], groups: list[Group], state: States, clipping: Clipping) -> None:
+        self._sets, self._clipping = sets, clipping
         self._steps = RepeatedSteps([each.plan for each in sets], groups, state)
         self._written = [tensor for each in sets for tensor in each.written]
         # With which the plans remember the numbers of the step: the scale of the gradients, then options of the group.
         self._numbers: list[tuple[object, ...] | None] = [None] * len(sets)
 
     @classmethod
-    def after(cls, last: list[tuple[int, ParameterSet]], groups: list[Group], state: States) -> RepeatedStep | None:
+    def after(
+        cls, last: list[tuple[int, ParameterSet]], groups: list[Group], state: States, clipping: Clipping
+    ) -> RepeatedStep | None:
         """What repeats a step with these groups and sets; None if native code cannot.
 
         Args:
             last: The sets that were stepped, each with the place of its group.
             groups: All groups.
             state: ``optimizer.state``.
+            clipping: Options that stay as they are.
         """
         if [place for place, _ in last] != list(range(len(groups))):
             return None
         sets = [each for _, each in last]
         if not all(each.can_be_followed for each in sets) or not all(each.follow() for each in sets):
             return None
-        return cls(sets, groups, state)
+        return cls(sets, groups, state, clipping)
 
-    def make(self, groups: list[Group], state: States, gradient_scale: float) -> bool:
-        """Make the step. Returns False, with nothing changed, if it differs from the last; raises if it is invalid."""
+    def make(self, groups: list[Group], state: States, gradient_scale: float) -> bool | None:
+        """Make the step, or raise what is wrong and change nothing.
+
+        Returns:
+            None, with nothing changed, if it differs from the last; otherwise whether it was made: False, with nothing
+            changed, if it is skipped because of gradients that are not finite.
+        """
         if len(groups) != len(self._sets):
-            return False
+            return None
         for index, group in enumerate(groups):
             numbers = (gradient_scale, *_read_options(group))
             if numbers != self._numbers[index] and not self._remember(index, group, gradient_scale, numbers):
-                return False
-        was_made = True  # a signal may come as the call returns
+                return None
+        was_made: bool | None = True  # a signal may come as the call returns
         try:
             was_made = self._steps.make(groups, state)
         except Exception:  # a refusal, which has written nothing
@@ -71,7 +80,8 @@ class RepeatedStep:
         chosen, kind = self._sets[index], self._sets[index].kind
         if (kind.amsgrad, kind.decays) != (bool(group["amsgrad"]), bool(group["decoupled_weight_decay"])):
             return False
-        chosen.plan.remember(chosen.numbers_of(group, 1, gradient_scale), factors=chosen.factors_of(group))
+        hyper = self._clipping.bound(chosen.numbers_of(group, 1, gradient_scale))
+        chosen.plan.remember(hyper, factors=chosen.factors_of(group))
         self._numbers[index] = numbers if _are_constant(*numbers) else None
         return True
 

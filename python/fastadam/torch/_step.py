@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastadam._core.common.types import AnyGradient, SparseUpdate
 from fastadam._core.deferred.history import Numbers
-from fastadam._core.native.plan import StepHyper
+from fastadam._core.native.plan import Factors, StepHyper
 from fastadam.torch._checks import Group, States
+from fastadam.torch._clipping import Clipping, clip_jointly, is_sharded
 from fastadam.torch._compiled import CompiledSteps
 from fastadam.torch._deferred import Reader, Tables
 from fastadam.torch._grad_scaler import Number, ScaledStep
@@ -30,6 +31,10 @@ class Options:
     sparse_update: SparseUpdate
     moments_dtype: torch.dtype | None
     readers: list[Reader]  # of attached modules
+    clipping: Clipping = field(default_factory=Clipping)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update({"clipping": Clipping(), **state})  # older versions had none
 
 
 class OnGpu(NamedTuple):
@@ -62,6 +67,7 @@ class Call(NamedTuple):
     factors: list[float]
     steps: list[int] | None  # one for each parameter if they differ
     found_inf: Tensor | None  # on the GPU, which skips the step unless it is 0
+    clip_factors: Factors | None = None  # of norms that were joined
 
 
 class Pending(NamedTuple):
@@ -87,6 +93,7 @@ class GroupStepper:
             self.tables = previous.tables.renewed()
         self.lock = self.compiled.lock
         self._how = options.sparse_update, options.moments_dtype
+        self._clipping = options.clipping
         self.partitions = Partitions(*self._how, self.tables)
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
         self._pending: Pending | None = None
@@ -104,8 +111,11 @@ class GroupStepper:
             return
         scaled = ScaledStep(grad_scale, found_inf)
         if scaled.host_skips:
+            self.compiled.skipped = True
             return
         self._step(groups, state, scaled)
+        if self.compiled.skipped is True:
+            return
         with torch.no_grad():
             scaled.unscale(p.grad for group in groups for p in group["params"] if p.grad is not None)
 
@@ -115,14 +125,23 @@ class GroupStepper:
         if self._repeated is not None and not is_simulation():
             # On the host, which therefore waits for the scaler.
             if scaled.skips:
+                self.compiled.skipped = True
                 return
-            if not scaled.is_extreme and self._repeated.make(groups, state, scaled.gradient_scale):
+            made = None if scaled.is_extreme else self._repeated.make(groups, state, scaled.gradient_scale)
+            if made is not None:
+                self.compiled.skipped = not made
                 return
             self._repeated = None
         with torch.no_grad():
-            self._step_anew(groups, state, scaled)
+            is_finite = self._step_anew(groups, state, scaled)
+        self.compiled.skipped = scaled if is_finite else True
 
-    def _step_anew(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
+    def forget_numbers(self) -> None:
+        """Before other options: no step is like the last one."""
+        self._repeated = None
+
+    def _step_anew(self, groups: list[Group], state: States, scaled: ScaledStep) -> bool:
+        """Returns False, with nothing changed, if gradients had to be finite and are not."""
         self.tables.forget_removed(groups)
         self.partitions.note_state(state, len(groups))
         calls: list[Call] = []
@@ -132,18 +151,47 @@ class GroupStepper:
             if places := hide_gradients(group["params"], gradients):
                 simulated.add(index, group, places, state, *self._how)
             refuse_simulation(gradients)
+            self._clipping.require_host(index, group, gradients)
             for ready in self._ready(index, group, state, gradients, scaled):
                 calls.append(self._call_of(index, ready, group, gradients, scaled))
-        if len(calls) > 1:
+        are_joined = self._are_joined(calls)
+        if len(calls) > 1 or are_joined:
             for i, call in enumerate(calls):
                 checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)
                 calls[i] = call._replace(gradients=checked)
-        for call in calls:
-            self._make(call, state)
+        clipped = self._clipped(calls) if are_joined else calls
+        if clipped is None or not all(self._make(call, state) for call in clipped):  # one alone can be refused
+            return False
         simulated.finish(state)
         before, self._last = self._last, [(call.group, call.chosen) for call in calls]
         if self._last == before:
-            self._repeated = RepeatedStep.after(self._last, groups, state)
+            self._repeated = RepeatedStep.after(self._last, groups, state, self._clipping)
+        return True
+
+    def _are_joined(self, calls: list[Call]) -> bool:
+        """Whether the norms must be known before the native steps, each of which can read only its own."""
+        if not calls or not self._clipping.reads_norms:
+            return False
+        # A step that may be skipped must not bring rows up to date first.
+        first = calls[0]
+        is_alone = len(calls) == 1 and first.steps is None and not first.chosen.tables
+        return not is_alone or is_sharded(first.chosen.params)
+
+    def _clipped(self, calls: list[Call]) -> list[Call] | None:
+        """The calls, which are checked, with the factors of clipping; None if the step is to be skipped."""
+        factors = clip_jointly(
+            [call.chosen.plan.norms(call.gradients, call.hyper) for call in calls],
+            [call.factors for call in calls],
+            [(call.group, place) for call in calls for place in call.chosen.positions],
+            [param for call in calls for param in call.chosen.params],
+            calls[0].hyper,
+        )
+        if factors is None:
+            return None
+        return [
+            call._replace(hyper=call.hyper._replace(require_finite=False), clip_factors=mine)
+            for call, mine in zip(calls, factors, strict=True)
+        ]
 
     def _ready(
         self, index: int, group: Group, state: States, gradients: list[Tensor | None], scaled: ScaledStep
@@ -199,6 +247,7 @@ class GroupStepper:
             chosen.set_device_numbers(rate, there.grad_scale, there.found_inf, counts=there.counts)
         mine = chosen.read_gradients(mine, densify=hyper.l2 != 0)
         apart = steps if steps.count(steps[0]) != len(steps) else None
+        hyper = self._clipping.bound(hyper)
         return Call(index, chosen, mine, hyper, chosen.factors_of(group), apart, there.found_inf)
 
     def _settle_before(self, chosen: ParameterSet, gradients: list[Tensor], hyper: StepHyper) -> None:
@@ -214,19 +263,20 @@ class GroupStepper:
 
     # ---- native steps ----------------------------------------------------------------------------------------------
 
-    def _make(self, call: Call, state: States) -> None:
+    def _make(self, call: Call, state: States) -> bool:
+        """Returns False, with nothing changed, if the gradients had to be finite and are not."""
         chosen = call.chosen
         if chosen.is_capturing:
             chosen.step(call.gradients, call.hyper, call.factors)
             chosen.finish_in_graph(call.found_inf)
             self._captured.append(chosen)
-            return
+            return True
         after = chosen.count_after(call.found_inf)
         self._pending = Pending(
             call, int(chosen.counter), after if after is not None else call.steps or call.hyper.step
         )
         try:
-            chosen.step(call.gradients, call.hyper, call.factors, call.steps)
+            return chosen.step(call.gradients, call.hyper, call.factors, call.steps, call.clip_factors)
         finally:
             self.finish(state)
 

@@ -19,7 +19,7 @@ from fastadam._core.native.variable import Variable
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BoundedCache", "Plan", "RepeatedSteps", "StepHyper"]
+__all__ = ["BoundedCache", "Factors", "Norms", "Plan", "RepeatedSteps", "StepHyper", "clip"]
 
 Convert: TypeAlias = Callable[[AnyGradient, int], AnyGradient]
 Key = TypeVar("Key")
@@ -47,6 +47,28 @@ class StepHyper(NamedTuple):
     l2: float = 0.0  # coupled weight decay
     epsilon_corrected: bool = False  # PyTorch's: added to the bias-corrected root
     zero_gradients: bool = False  # after the step
+
+
+# A row for each gradient: the sum of its squares, with ``require_finite`` NaN where it is not finite, and the sums of
+# its elements times 2**-600 and 2**600, for sums that are out of range. Rows of several plans can be joined, and those
+# of shards added.
+Norms: TypeAlias = npt.NDArray[np.float64]
+Factors: TypeAlias = npt.NDArray[np.float64]  # rows of a number and the exponent of the power of two that multiplies it
+
+
+def clip(norms: Norms, hyper: StepHyper, factors: npt.NDArray[np.float64]) -> tuple[Factors, bool]:
+    """The factors of gradients that are clipped together, with the bits of one plan that has all of them in this order.
+
+    Args:
+        norms: Of all gradients.
+        hyper: The bounds, and the scale of the gradients.
+        factors: What each gradient is multiplied by besides.
+
+    Returns:
+        What each gradient is to be multiplied by altogether; and whether all norms that are clipped and, if
+        ``hyper.require_finite``, all gradients are finite.
+    """
+    return _cpu.clip(norms, hyper, factors)
 
 
 class Plan:
@@ -148,6 +170,7 @@ class Plan:
         factors: Sequence[float] = (),
         counter: npt.NDArray[np.int64] | None = None,
         convert: Convert | None = None,
+        clip_factors: Factors | None = None,
     ) -> bool:
         """Make a step, or raise what is wrong and change nothing.
 
@@ -157,10 +180,16 @@ class Plan:
             factors: For each variable what its gradient is multiplied by; empty for 1.
             counter: Goes up by one with the update, where no signal can come between.
             convert: Makes a gradient readable, given its place; None for what TensorFlow would do.
+            clip_factors: Of :func:`clip`, if the norms have been joined with others, on the host; they are not read
+                again then, and nothing is required of the gradients.
 
         Returns:
             Whether the gradients were finite, if ``hyper.require_finite``; else nothing has changed.
         """
+        if clip_factors is not None:
+            while unfit := self._native.step_clipped(gradients, hyper, factors, counter, clip_factors):
+                gradients = self._converted(gradients, unfit, convert)
+            return True
         while unfit := self._native.step(gradients, hyper, factors, counter):
             if hyper.zero_gradients:
                 raise ValueError(
@@ -178,10 +207,24 @@ class Plan:
         counter: npt.NDArray[np.int64],
         convert: Convert,
         steps: list[int],
+        clip_factors: Factors | None = None,
     ) -> None:
-        """Like :meth:`step`, but each variable has its own t. Only in CPU memory, and not for deferred tables."""
-        while unfit := self._native.step_apart(gradients, hyper, factors, counter, steps):
+        """Like :meth:`step`, but each variable has its own t. Only in CPU memory, and not for deferred tables.
+
+        Norms are not read: they are clipped by ``clip_factors``, and nothing is required of the gradients.
+        """
+        clipped = np.empty((0, 2)) if clip_factors is None else clip_factors
+        while unfit := self._native.step_apart(gradients, hyper, factors, counter, steps, clipped):
             gradients = self._converted(gradients, unfit, convert)
+
+    def norms(self, gradients: list[AnyGradient], hyper: StepHyper) -> Norms:
+        """The norms, one for each variable, of gradients that :meth:`check` has returned. Only in CPU memory.
+
+        Args:
+            gradients: As for a step.
+            hyper: The numbers of the step: values are clipped first, and repeated rows summed if it says so.
+        """
+        return self._native.norms(gradients, hyper)
 
     def remember(self, hyper: StepHyper, stamp: int = 0, factors: Sequence[float] = ()) -> None:
         """Keep the numbers of the last step for ``step_again``; they are good as long as the stamp is the same."""
@@ -282,12 +325,13 @@ class RepeatedSteps:
         self._params = [tuple(group["params"]) for group in groups]
         self._state = {**state}
 
-    def make(self, groups: list[Config], state: dict[Tensor, Config]) -> bool:
-        """Make the next step and count it.
+    def make(self, groups: list[Config], state: dict[Tensor, Config]) -> bool | None:
+        """Make the next step and count it. Norms are those of all groups.
 
         Returns:
-            False, with nothing changed, if parameters, states or their memory have been replaced, if other parameters
+            None, with nothing changed, if parameters, states or their memory have been replaced, if other parameters
             than before have a gradient, if a step count is not a whole number, or if a gradient has to be converted.
+            Otherwise whether the step was made: False, with nothing changed, if gradients had to be finite and are not.
         """
         return _cpu.step_groups_again(self._natives, groups, self._params, state, self._state)
 

@@ -133,11 +133,11 @@ class Plan:
         copies: Sequence[AnyArray | None] = (),
     ) -> bool:
         """Whether these are the variables, slots and copies of the plan, at the same addresses."""
-        return self._native.holds(variables, slots, copies)
+        return self._native.holds(variables, slots, list(copies))
 
     def has_copies(self, copies: Sequence[AnyArray | None]) -> bool:
         """Whether these are the copies of the plan, at the same addresses; empty for none."""
-        return self._native.has_copies(copies)
+        return self._native.has_copies(list(copies))
 
     # ---- what a step reports ---------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ _library.define(
     "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor, "
     "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool maximize, int group, "
-    "int owner) -> ()"
+    "int owner, bool fused=False, bool foreach=False) -> ()"
 )
 _MOST_SETS = 16  # each keeps the memory of its tensors, of which a backend may make copies
 
@@ -84,6 +84,8 @@ def traced_step(
         group["maximize"],
         index,
         number,
+        bool(group["fused"]),
+        bool(group["foreach"]),
     )
     if grad_scale is not None:
         for gradient in columns.grads:
@@ -111,6 +113,8 @@ def _adam(
     maximize: bool,
     group: int,
     owner: int,
+    fused: bool = False,
+    foreach: bool = False,
 ) -> None:
     scaled = ScaledStep(grad_scale, found_inf)
     if scaled.skips:
@@ -120,7 +124,7 @@ def _adam(
     with contextlib.nullcontext() if steps is None else steps.lock:
         calls = []
         kind = Kind("dense", rows=False, amsgrad=bool(max_exp_avg_sqs), decays=decoupled)
-        for (turn, count), places in _by_turn_and_count(params, state_steps).items():
+        for (turn, count), places in _by_turn_and_count(params, state_steps, fused, foreach).items():
             chosen = _set_of(steps, SetKey(group, tuple(places), kind), columns)
             rate = lr_tensor if chosen.context is not None and is_on_gpu(lr_tensor) else None
             if chosen.context is not None:
@@ -148,9 +152,12 @@ def _adam(
                     chosen.finish(hyper.step)
 
 
-def _by_turn_and_count(params: list[Tensor], steps: list[Tensor]) -> dict[tuple[Turn, float], list[int]]:
+def _by_turn_and_count(
+    params: list[Tensor], steps: list[Tensor], fused: bool, foreach: bool
+) -> dict[tuple[Turn, float], list[int]]:
+    turns = turns_of(params, steps, fused=fused, foreach=foreach)
     places: dict[tuple[Turn, float], list[int]] = {}
-    for place, key in enumerate(zip(turns_of(params), map(float, steps), strict=True)):
+    for place, key in enumerate(zip(turns, map(float, steps), strict=True)):
         places.setdefault(key, []).append(place)
     return dict(sorted(places.items()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -126,14 +127,20 @@ class GroupStepper:
         self.tables.forget_removed(groups)
         self.partitions.note_state(state, len(groups))
         calls: list[Call] = []
+        raised: Counter[int] = Counter()  # step counts, by their addresses, that earlier groups raise
         simulated = Simulated()
         for index, group in enumerate(groups):
             gradients = [param.grad for param in group["params"]]
             if places := hide_gradients(group["params"], gradients):
                 simulated.add(index, group, places, state, *self._how)
             refuse_simulation(gradients)
-            for ready in self._ready(index, group, state, gradients, scaled):
-                calls.append(self._call_of(index, ready, group, gradients, scaled))
+            of_group = [
+                self._call_of(index, ready, group, gradients, scaled, raised)
+                for ready in self._ready(index, group, state, gradients, scaled)
+            ]
+            calls += of_group
+            if len(groups) > 1:
+                raised.update(address for call in of_group for address in call.chosen.counts.addresses)
         if len(calls) > 1:
             for i, call in enumerate(calls):
                 checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)
@@ -172,7 +179,8 @@ class GroupStepper:
             refuse_new_in_capture(chosen.params[0])
         if is_captured and not chosen.turn.is_alone:
             raise RuntimeError(
-                f"{chosen.labels[0]}: shares memory with another parameter, which no CUDA graph may step"
+                f"{chosen.labels[0]}: shares memory or its step count with another parameter, which no CUDA graph may "
+                "step"
             )
         grad_scale, found_inf = scaled.on(chosen.device) if chosen.counts_on_gpu else (None, None)
         is_followed = found_inf is not None and chosen.counts.are_followed()  # the GPU's last step is the last one
@@ -181,11 +189,19 @@ class GroupStepper:
         return OnGpu(grad_scale, found_inf, counts)
 
     def _call_of(
-        self, index: int, ready: Ready, group: Group, gradients: list[Tensor | None], scaled: ScaledStep
+        self,
+        index: int,
+        ready: Ready,
+        group: Group,
+        gradients: list[Tensor | None],
+        scaled: ScaledStep,
+        raised: Counter[int],
     ) -> Call:
         """What the set does natively; rows of its tables that cannot wait are brought up to date."""
         chosen, there, counts = ready
         steps = chosen.next_steps(counts) if counts else [1]
+        if raised and counts:
+            steps = [step + raised[address] for step, address in zip(steps, chosen.counts.addresses, strict=True)]
         hyper = chosen.numbers_of(group, steps[0], scaled.gradient_scale if there.grad_scale is None else 1.0)
         mine = [gradient for place in chosen.positions if (gradient := gradients[place]) is not None]
         if there.grad_scale is None:

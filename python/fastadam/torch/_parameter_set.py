@@ -92,7 +92,8 @@ class ParameterSet:
                     raise ValueError(f"{found}: a conjugated or negated view, expected a tensor of its own")
                 if slot.device != param.device:
                     raise RuntimeError(f"{found}: on {slot.device}, expected {param.device}")
-                owner = owners.setdefault(slot.data_ptr(), found) if slot.numel() else found
+                local = local_of(slot)
+                owner = owners.setdefault(local.data_ptr(), found) if local.numel() else found
                 if owner != found:
                     raise ValueError(f"{found}: shares memory with the {owner}, expected a tensor of its own")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from fastadam._core.common.types import AnyArray, ArrayLike, Foreign, Tree
 
-__all__ = ["Reader", "Variable", "label_of", "reading", "unwrap"]
+__all__ = ["Reader", "Variable", "label_of", "read_by", "unwrap"]
 
 
 class Reader(Protocol):
@@ -37,20 +36,26 @@ class Reader(Protocol):
         """The array of the autodiff library that stands for these rows."""
 
 
+Result = TypeVar("Result")
 _reader: ContextVar[Reader | None] = ContextVar("fastadam_reader", default=None)
 _running: set[int] = set()  # one number for each running loss, in any thread; changed only by atomic operations
 
 
-@contextlib.contextmanager
-def reading(reader: Reader | None) -> Iterator[None]:
-    """Let ``reader`` answer for ``Variable.value`` in this thread or task; None gives the arrays themselves."""
-    token = _reader.set(reader)
-    _running.add(id(token))
+def read_by(reader: Reader | None, function: Callable[[], Result]) -> Result:
+    """``function()``, in which ``reader`` answers for ``Variable.value``; None gives the arrays themselves.
+
+    Ctrl-C cannot leave the reader behind: each ``finally`` is one native call, before which no signal handler runs.
+    """
+    before, mark = _reader.get(), object()
     try:
-        yield
+        _running.add(id(mark))
+        try:
+            _reader.set(reader)
+            return function()
+        finally:
+            _reader.set(before)
     finally:
-        _running.discard(id(token))
-        _reader.reset(token)
+        _running.discard(id(mark))
 
 
 class Variable:

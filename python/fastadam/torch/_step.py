@@ -65,6 +65,18 @@ class Call(NamedTuple):
     found_inf: Tensor | None  # on the GPU, which skips the step unless it is 0
 
 
+class Begun(NamedTuple):
+    """A call of a step that is being made."""
+
+    call: Call
+    counter: int  # before the step
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the native step was made."""
+        return int(self.call.chosen.counter) > self.counter
+
+
 class Pending(NamedTuple):
     """A native step that may have been made, but was not noted yet."""
 
@@ -91,6 +103,7 @@ class GroupStepper:
         self.partitions = Partitions(*self._how, self.tables)
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
         self._pending: Pending | None = None
+        self._begun: list[Begun] = []  # of a step that is being made
         self._last: list[tuple[int, ParameterSet]] = []  # the sets of the last step, and their groups
         self._repeated: RepeatedStep | None = None
 
@@ -145,8 +158,7 @@ class GroupStepper:
             for i, call in enumerate(calls):
                 checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)
                 calls[i] = call._replace(gradients=checked)
-        for call in calls:
-            self._make(call, state)
+        self._make_all(calls, state)
         simulated.finish(state)
         before, self._last = self._last, [(call.group, call.chosen) for call in calls]
         if self._last == before:
@@ -230,6 +242,32 @@ class GroupStepper:
 
     # ---- native steps ----------------------------------------------------------------------------------------------
 
+    def _make_all(self, calls: list[Call], state: States) -> None:
+        """Make the calls of a step: all or none, even if a signal handler raises in between."""
+        begun = [Begun(call, int(call.chosen.counter)) for call in calls]
+        if any(call.chosen.context is not None for call in calls):
+            for each in begun:
+                self._make(each.call, state)
+            return
+        try:
+            self._begun = begun
+            self._work_off(state)
+        except BaseException:
+            if not any(each.is_made for each in begun):
+                self._begun = []
+                raise
+            self.finish(state)
+            raise
+
+    def _work_off(self, state: States) -> None:
+        """Make the calls of the step that has begun, as far as they have not been made."""
+        for each in self._begun:
+            self._note(state)
+            if not each.is_made:
+                self._make(each.call, state)
+        self._note(state)
+        self._begun = []
+
     def _make(self, call: Call, state: States) -> None:
         chosen = call.chosen
         if chosen.is_capturing:
@@ -244,9 +282,20 @@ class GroupStepper:
         try:
             chosen.step(call.gradients, call.hyper, call.factors, call.steps)
         finally:
-            self.finish(state)
+            self._note(state)
 
     def finish(self, state: States) -> None:
+        """Make the rest of a step that signals have cut off; call it again if one cut this off."""
+        if self._begun:
+            try:
+                with torch.no_grad():
+                    self._work_off(state)
+            except Exception:  # none of a signal: there is no use in trying again
+                self._begun = []
+                raise
+        self._note(state)
+
+    def _note(self, state: States) -> None:
         """Note the native step that was made, even if a signal came after it; call it again if one cut this off."""
         if self._pending is None:
             return

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from fastadam._core.common.types import AnyArray, ArrayLike, Foreign, Tree
 
-__all__ = ["Reader", "Variable", "label_of", "read_by", "unwrap"]
+__all__ = ["Reader", "Variable", "label_of", "present_name", "read_by", "unwrap"]
 
 
 class Reader(Protocol):
@@ -37,6 +38,7 @@ class Reader(Protocol):
 
 
 Result = TypeVar("Result")
+_renamed: WeakValueDictionary[int, Variable] = WeakValueDictionary()  # by the ids of their arrays
 _reader: ContextVar[Reader | None] = ContextVar("fastadam_reader", default=None)
 _running: set[int] = set()  # one number for each running loss, in any thread; changed only by atomic operations
 
@@ -56,6 +58,12 @@ def read_by(reader: Reader | None, function: Callable[[], Result]) -> Result:
             _reader.set(before)
     finally:
         _running.discard(id(mark))
+
+
+def present_name(array: AnyArray, recorded: str | None) -> str | None:
+    """The name of the variable with this array, which had the ``recorded`` one when it was met."""
+    variable = _renamed.get(id(array))
+    return recorded if variable is None or variable._value is not array else variable.name
 
 
 class Variable:
@@ -111,7 +119,11 @@ class Variable:
                 raise AttributeError(f"{name}: a Variable keeps its memory; expected assign(new), or value[...] = new")
             if not hasattr(type(self), name) and not hasattr(self, "__dict__"):
                 raise AttributeError(unknown_attribute(self, name, ("name", "value")))
+            if name == "name" and not isinstance(new, (str, type(None))):
+                raise TypeError(f"name: {new!r}, expected a string")
             super().__setattr__(name, new)
+            if name == "name" and hasattr(self, "_value"):
+                _renamed[id(self._value)] = self
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -129,7 +129,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       .def("__exit__", [](ArithmeticScope& scope, const py::args&) { scope.mode.reset(); });
   using fastadam::bind::SwappedValues;
   py::class_<SwappedValues>(m, "SwappedValues", py::module_local())
-      .def(py::init<py::object, py::object, py::object, py::array>(), py::arg("lock"), py::arg("prepare"),
+      .def(py::init<py::object, py::object, py::object, py::array>(), py::arg("owner"), py::arg("prepare"),
            py::arg("write"), py::arg("flag"))
       .def("__enter__", &SwappedValues::enter)
       .def("__exit__", [](SwappedValues& values, const py::args&) { values.exit(); });

@@ -25,10 +25,11 @@ class SwappedValues {
   using Copies = std::vector<std::pair<py::array, py::array>>;
   using Elsewhere = std::pair<py::object, py::object>;  // what is and what comes into memory of other devices; or None
 
-  // `lock` is held while values move. `prepare()` returns Copies and Elsewhere, and raises what is wrong; `write` takes
-  // an item of Elsewhere, and may be called again if it raises. `flag` is 1 inside of the block.
-  SwappedValues(py::object lock, py::object prepare, py::object write, py::array flag)
-      : lock_(std::move(lock)), prepare_(std::move(prepare)), write_(std::move(write)), flag_(std::move(flag)) {}
+  // `owner.lock`, another one after a fork, is held while values move. `prepare()` returns Copies and Elsewhere, and
+  // raises what is wrong; `write` takes an item of Elsewhere, and may be called again if it raises. `flag` is 1 inside
+  // of the block.
+  SwappedValues(py::object owner, py::object prepare, py::object write, py::array flag)
+      : owner_(std::move(owner)), prepare_(std::move(prepare)), write_(std::move(write)), flag_(std::move(flag)) {}
 
   SwappedValues(const SwappedValues&) = delete;
   SwappedValues& operator=(const SwappedValues&) = delete;
@@ -43,7 +44,7 @@ class SwappedValues {
   }
 
   void enter() {
-    const Locked locked(lock_);
+    const Locked locked(owner_.attr("lock"));
     const auto [copies, elsewhere] = prepare_().cast<std::pair<Copies, std::optional<Elsewhere>>>();
     for (const auto& [to, from] : copies) {
       if (to.nbytes() != from.nbytes() || !to.writeable()) throw py::value_error("copies: arrays that do not fit");
@@ -109,9 +110,10 @@ class SwappedValues {
         }
       }
     };
+    const py::object lock = owner_.attr("lock");
     bool is_locked = false;
     insist([&] {
-      lock_.attr("acquire")();
+      lock.attr("acquire")();
       is_locked = true;
     });
     for (size_t i = 0; i < arrays_.size(); ++i) copy(arrays_[i], PyBytes_AS_STRING(before_[i].ptr()));
@@ -120,13 +122,13 @@ class SwappedValues {
     before_.clear();
     elsewhere_ = py::none();
     mark(0);
-    if (is_locked) lock_.attr("release")();
+    if (is_locked) lock.attr("release")();
     if (raised) std::rethrow_exception(raised);
   }
 
   static constexpr int kAttempts = 100;  // Ctrl-C again and again
 
-  py::object lock_, prepare_, write_;
+  py::object owner_, prepare_, write_;
   py::array flag_;
   std::vector<py::array> arrays_;
   std::vector<py::bytes> before_;

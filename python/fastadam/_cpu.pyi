@@ -136,15 +136,15 @@ class DefaultArithmetic:
     def __exit__(self, *exception: object) -> None: ...
 
 class SwappedValues:
-    """In the context arrays have other values; Ctrl-C leaves them with neither part of these nor without an end.
+    """In the context arrays have other values; Ctrl-C comes before, after or inside, and never in between.
 
-    ``lock`` is held while values move. ``prepare()`` returns pairs of arrays and, for memory of other devices, the
-    values that ``write`` puts back and those that it puts in, or None. ``flag`` is 1 in the context.
+    ``owner.lock`` is held while values move. ``prepare()`` returns pairs of arrays and, for memory of other devices,
+    the values that ``write`` puts back and those that it puts in, or None. ``flag`` is 1 in the context.
     """
 
     def __init__(
         self,
-        lock: Any,
+        owner: Any,
         prepare: Callable[[], tuple[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], tuple[Any, Any] | None]],
         write: Callable[[Any], None],
         flag: npt.NDArray[np.int64],

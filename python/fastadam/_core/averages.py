@@ -50,7 +50,7 @@ def swapped(
             raise RuntimeError("averages: they are in the variables already, expected one block with all variables")
         return _planned(*find())
 
-    return _cpu.SwappedValues(parts.runtime.lock, prepare, _write, parts.runtime.has_swapped_averages)
+    return _cpu.SwappedValues(parts.runtime, prepare, _write, parts.runtime.has_swapped_averages)
 
 
 def refuse_while_swapped(parts: Parts) -> None:

@@ -6,6 +6,7 @@ The host reads the step counts and what a GradScaler says, and waits for the GPU
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from typing import NamedTuple
@@ -52,6 +53,16 @@ class CompiledSteps:
 
 
 _known: weakref.WeakValueDictionary[int, CompiledSteps] = weakref.WeakValueDictionary()
+
+
+def _renew_locks() -> None:
+    """A thread that held a lock when the process forked does not exist in the child."""
+    for steps in list(_known.values()):
+        steps.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class Columns(NamedTuple):

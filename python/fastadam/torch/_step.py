@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -98,7 +99,6 @@ class GroupStepper:
         else:
             self.compiled = previous.compiled
             self.tables = previous.tables.renewed()
-        self.lock = self.compiled.lock
         self._how = options.sparse_update, options.moments_dtype
         self.partitions = Partitions(*self._how, self.tables)
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
@@ -106,6 +106,11 @@ class GroupStepper:
         self._begun: list[Begun] = []  # of a step that is being made
         self._last: list[tuple[int, ParameterSet]] = []  # the sets of the last step, and their groups
         self._repeated: RepeatedStep | None = None
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Of all steps, compiled or not; another one after a fork."""
+        return self.compiled.lock
 
     def step(self, groups: list[Group], state: States, grad_scale: Number, found_inf: Number) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import copy
 import pickle
 import re
+import threading
+import time
 import warnings
 
 import fastadam
@@ -12,7 +15,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import bits, random_array
-from fastadam._core import averages as averages_module
 from helpers import assert_moved
 
 F32 = np.float32
@@ -206,25 +208,40 @@ def test_an_average_that_cannot_be_rounded_changes_no_variable(use):
     assert same(variables, before)
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("use", ["averages", "end of averages", "finalize"])
-def test_an_interrupt_between_two_variables_changes_none(use, place, monkeypatch):
+def test_ctrl_c_while_the_end_of_the_block_waits_for_another_thread():
     optimizer, variables = trained()
-    before, write = copies(variables), averages_module._write
-    interrupted = []
+    before, lock = copies(variables), optimizer._parts.runtime.lock
+    held = threading.Event()
 
-    def write_some(buffers, arrays):
-        at = 2 if use == "end of averages" else 1
-        interrupted.append(1)
-        if len(interrupted) == at:
-            write(buffers[:place], arrays[:place])
-            raise KeyboardInterrupt
-        write(buffers, arrays)
+    def hold():
+        with lock:
+            held.set()
+            for _ in range(3):
+                time.sleep(0.05)
+                _thread.interrupt_main()
+            time.sleep(0.05)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(averages_module, "_write", write_some)
-        with pytest.raises(KeyboardInterrupt):
-            optimizer.finalize_variable_values(variables) if use == "finalize" else evaluate(optimizer, variables)
+    other = threading.Thread(target=hold)
+
+    def evaluate_beside():
+        with optimizer.averages(variables):
+            other.start()
+            held.wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_beside()
+    other.join()
+    assert same(variables, before)
+    train(optimizer, variables, range(4, 5))
+
+
+def test_a_block_that_is_entered_and_never_left_ends_with_its_last_reference():
+    optimizer, variables = trained()
+    before = copies(variables)
+    block = optimizer.averages(variables)
+    block.__enter__()
+    assert not same(variables, before)
+    del block
     assert same(variables, before)
     train(optimizer, variables, range(4, 5))
 

@@ -300,3 +300,52 @@ def test_a_deep_copy_finds_the_copy_of_a_variable_that_was_renamed():
         o.apply_gradients([(-np.ones(2), w)])
     assert np.array_equal(v.value, twin.value)
     assert len(copied.weights) == 3
+
+
+@pytest.mark.parametrize("before", ["a", None])
+@pytest.mark.parametrize("after", ["b", None])
+@pytest.mark.parametrize("way", ["pickle", "deepcopy", "save", "a copy of a copy"])
+def test_an_optimizer_follows_the_name_of_a_renamed_variable(before, after, way, tmp_path):
+    def step(optimizer, variable):
+        optimizer.apply_gradients([(np.ones(2), variable)])
+
+    v = fastadam.Variable([1.0, 2.0], name=before)
+    optimizer = fastadam.Adam(0.1)
+    step(optimizer, v)
+    v.name = after
+    twin = fastadam.Variable(v.value.copy(), name=after)
+    if way == "save":
+        optimizer.save(tmp_path / "state.safetensors")
+        again = fastadam.Adam.load(tmp_path / "state.safetensors", [twin])
+    elif way == "deepcopy":
+        again, twin = copy.deepcopy((optimizer, v))
+    else:
+        again = pickle.loads(pickle.dumps(optimizer))
+        if way == "a copy of a copy":
+            again = pickle.loads(pickle.dumps(again))
+    for o, w in ((optimizer, v), (again, twin)):
+        step(o, w)
+    assert np.array_equal(v.value, twin.value)
+    assert len(again.weights) == 3
+    other = fastadam.Variable(twin.value.copy(), name="another")
+    if after is not None:
+        with pytest.raises(ValueError, match="named 'b'"):
+            pickle.loads(pickle.dumps(optimizer)).build([other])
+
+
+def test_a_pattern_finds_a_renamed_variable_that_comes_as_an_array():
+    v = fastadam.Variable([1.0, 2.0], name="a")
+    optimizer = fastadam.Adam(0.1, weight_decay=0.5)
+    optimizer.apply_gradients([(np.ones(2), v)])
+    v.name = "bias"
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    before = v.value.copy()
+    optimizer.apply_gradients([(np.ones(2), v.value)])
+    np.testing.assert_allclose(v.value, before - 0.1, rtol=1e-5)
+
+
+def test_a_name_that_is_no_string_is_refused():
+    v = fastadam.Variable([1.0], name="a")
+    with pytest.raises(TypeError, match="name: 3, expected a string"):
+        v.name = 3
+    assert v.name == "a"

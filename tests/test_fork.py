@@ -74,6 +74,80 @@ print("done")
     assert result.stdout.split() == ["done"], result.stderr
 
 
+FORK_BESIDE = """
+import os, signal, sys, threading, time
+import fastadam, numpy as np
+
+def child(work):
+    process = os.fork()
+    if process == 0:
+        signal.alarm(20)
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(process, 0)[1]
+
+def fork_beside(step, work):
+    stop = threading.Event()
+    def keep_stepping():
+        while not stop.is_set():
+            step()
+    thread = threading.Thread(target=keep_stepping)
+    thread.start()
+    codes = []
+    for _ in range(10):
+        time.sleep(0.002)
+        codes.append(child(work))
+    stop.set()
+    thread.join()
+    return set(codes)
+"""
+
+
+def test_a_fork_while_another_thread_steps_an_optimizer_of_pytorch():
+    pytest.importorskip("torch")
+    code = """
+import torch, fastadam.torch
+torch.set_num_threads(1)
+params = [torch.nn.Parameter(torch.ones(100_000)) for _ in range(4)]
+optimizer = fastadam.torch.Adam(params)
+for param in params:
+    param.grad = torch.ones_like(param)
+
+def work():
+    optimizer.step()
+    assert len(optimizer.state_dict()["state"]) == 4
+
+optimizer.step()
+print(fork_beside(optimizer.step, work))
+"""
+    result = run_python(FORK_BESIDE + code)
+    assert result.stdout.split() == ["{0}"], result.stderr
+
+
+def test_a_fork_inside_of_a_block_of_averages_while_another_thread_steps():
+    code = """
+variable, other = np.ones(5, np.float32), np.ones(300_000, np.float32)
+optimizer = fastadam.Adam(0.1, use_ema=True)
+for w in (variable, other):
+    optimizer.apply_gradients([(np.ones_like(w), w)])
+before = variable.copy()
+block = optimizer.averages([variable])
+
+def work():
+    block.__exit__(None, None, None)
+    assert (variable == before).all()
+
+with block:
+    print(fork_beside(optimizer.get_weights, work))
+"""
+    result = run_python(FORK_BESIDE + code)
+    assert result.stdout.split() == ["{0}"], result.stderr
+
+
 INTERRUPT = """
 import os, signal, threading, time
 import fastadam, numpy as np

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import copy
 import itertools
 import linecache
+import random
 import sys
+import threading
+import time
 
 import fastadam
 import numpy as np
@@ -14,30 +18,79 @@ import pytest
 from helpers import bits
 
 
-def interrupted(call, place):
-    """Raise KeyboardInterrupt at one line of the package, as a signal handler may; False if there are fewer lines."""
-    lines = itertools.count()
-    raised = False
+def at_a_line(place):
+    """A trace function that raises KeyboardInterrupt at one line of the package, and what says whether it did."""
+    lines, raised = itertools.count(), []
 
     def trace(frame, event, _argument):
-        nonlocal raised
         if "fastadam" not in frame.f_code.co_filename:
             return None
-        # A `with` is traced again before it is left, where CPython runs no signal handler.
-        is_with = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
-        if event == "line" and not raised and not is_with and next(lines) == place:
-            raised = True
+        if event == "line" and not raised and not is_safe(frame) and next(lines) == place:
+            raised.append(place)
             raise KeyboardInterrupt
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
+    return sys.settrace, trace, raised
+
+
+def is_safe(frame):
+    """Whether CPython runs no signal handler before this line.
+
+    A ``with`` is traced again before it is left. A ``try`` has no instruction, and ``finally`` follows a native call.
+    """
+    before, line = (linecache.getline(frame.f_code.co_filename, frame.f_lineno + k).strip() for k in (-1, 0))
+    return line.startswith(("with ", "try:")) or before == "finally:"
+
+
+def at_a_call(place):
+    """The same before the first instruction of one function, or after a native call: there CPython runs handlers."""
+    calls, raised = itertools.count(), []
+
+    def profile(frame, event, _argument):
+        is_ours = any(part in frame.f_code.co_filename for part in ("fastadam", "contextlib"))
+        if event in ("call", "c_return") and is_ours and not raised and next(calls) == place:
+            raised.append(place)
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    return sys.setprofile, profile, raised
+
+
+WAYS = [at_a_line, at_a_call]
+either_way = pytest.mark.parametrize("way", WAYS)
+
+
+def interrupted(call, place, way):
+    """The KeyboardInterrupt raised at one place of a call, as a signal handler may; None if there are fewer places.
+
+    It is alive as long as the caller holds it, as ``sys.last_exc`` does after Ctrl-C in a session.
+    """
+    install, function, raised = way(place)
+    error = None
+    install(function)
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            call()
+        call()
+    except KeyboardInterrupt as caught:
+        error = caught
     finally:
-        sys.settrace(before)
-    return raised
+        install(None)
+    return (error or KeyboardInterrupt()) if raised else None
+
+
+def require_free(optimizer):
+    """No lock of the optimizer is held."""
+    runtime, free = optimizer._parts.runtime, []
+
+    def try_it():
+        free.append(runtime.lock.acquire(timeout=1))
+        if free[0]:
+            runtime.lock.release()
+
+    other = threading.Thread(target=try_it)
+    other.start()
+    other.join()
+    assert free[0]
+    assert not runtime.step_lock.locked()
 
 
 def state_of(optimizer, variables):
@@ -60,7 +113,7 @@ def trained(steps=5, **options):
     return optimizer, variables
 
 
-def check_all_places(make, call, go_on):
+def check_all_places(way, make, call, go_on, *, changes=True):
     """Interrupt ``call`` at every line; whatever comes after it must be as if it had, or had not, been made."""
     outcomes = []
     for made in (False, True):
@@ -70,12 +123,14 @@ def check_all_places(make, call, go_on):
         at_once = state_of(optimizer, variables)
         go_on(optimizer, variables)
         outcomes.append((at_once, state_of(optimizer, variables)))
-    assert not same(outcomes[0][0], outcomes[1][0])
+    assert changes != same(outcomes[0][0], outcomes[1][0])
     seen = set()
     for place in itertools.count():
         optimizer, variables = make()
-        if not interrupted(lambda o=optimizer, v=variables: call(o, v), place):
+        error = interrupted(lambda o=optimizer, v=variables: call(o, v), place, way)
+        if error is None:
             break
+        require_free(optimizer)
         found = state_of(optimizer, variables)
         which = [same(found, outcome) for outcome, _ in outcomes]
         assert any(which), f"torn at line {place}"
@@ -86,9 +141,105 @@ def check_all_places(make, call, go_on):
     return seen
 
 
-def test_set_weights():
+def evaluate(optimizer, variables):
+    with optimizer.averages(variables):
+        pass
+
+
+def step_with_halves(optimizer, variables):
+    optimizer.apply_gradients([(np.full_like(w, 0.5), w) for w in variables])
+
+
+@either_way
+def test_averages_are_in_the_variables_for_the_block_alone(way):
+    check_all_places(way, lambda: trained(use_ema=True), evaluate, step_with_halves, changes=False)
+
+
+@either_way
+def test_averages_that_are_kept(way):
+    check_all_places(way, lambda: trained(use_ema=True), lambda o, v: o.finalize_variable_values(v), step_with_halves)
+
+
+def sparse(rows):
+    return fastadam.IndexedSlices(np.full((len(rows), 2), 0.5, np.float32), rows)
+
+
+def with_rows_that_wait():
+    tables = ones((9, 2), (9, 2))
+    optimizer = fastadam.Adam(0.1, sparse_update="deferred")
+    for k in range(3):
+        step_on_rows(optimizer, tables, [k, k + 1])
+    return optimizer, tables
+
+
+def step_on_rows(optimizer, tables, rows):
+    for table in tables:
+        optimizer.gather(table, rows)
+    optimizer.apply_gradients([(sparse(rows), table) for table in tables])
+
+
+@either_way
+def test_a_step_of_tables_whose_rows_wait(way):
+    def step(optimizer, tables):
+        step_on_rows(optimizer, tables, [1, 5])
+
+    check_all_places(way, with_rows_that_wait, step, step)
+
+
+@either_way
+@pytest.mark.parametrize(
+    "call",
+    [lambda o, t: o.sync(), lambda o, t: o.gather(t[1], [0, 4]), lambda o, t: setattr(o, "sparse_update", "dense")],
+    ids=["sync", "gather", "sparse_update"],
+)
+def test_rows_are_brought_up_to_date(call, way):
+    def step(optimizer, tables):
+        step_on_rows(optimizer, tables, [1, 5])
+
+    check_all_places(way, with_rows_that_wait, call, step, changes=False)
+
+
+@either_way
+def test_load_and_save(way, tmp_path):
+    path = tmp_path / "state.safetensors"
+    optimizer, variables = trained()
+    optimizer.save(path)
+    before, whole = state_of(optimizer, variables), path.read_bytes()
+    for call in (lambda: optimizer.save(path), lambda: fastadam.Adam.load(path, variables)):
+        for place in itertools.count():
+            if interrupted(call, place, way) is None:
+                break
+            require_free(optimizer)
+            assert same(state_of(optimizer, variables), before)
+            assert path.read_bytes() == whole
+        assert place > 10
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a generator that is closed
+@either_way
+def test_a_loss_that_reads_variables(way):
+    pytest.importorskip("autograd")
+    variable = fastadam.Variable(np.ones(3, np.float32), "w")
+    for place in itertools.count():
+        optimizer = fastadam.Adam(0.1)
+        error = interrupted(
+            lambda o=optimizer: o.minimize(lambda: (variable.value**2).sum(), [variable], gradient="autograd"),
+            place,
+            way,
+        )
+        if error is None:
+            break
+        require_free(optimizer)
+        assert type(variable.value) is np.ndarray, place
+    assert place > 10
+
+
+@either_way
+def test_set_weights(way):
     other = [array + np.ones_like(array) for array in trained()[0].get_weights()]
     check_all_places(
+        way,
         trained,
         lambda optimizer, variables: optimizer.set_weights(other),
         lambda optimizer, variables: optimizer.apply_gradients([(np.ones_like(w), w) for w in variables]),
@@ -96,7 +247,8 @@ def test_set_weights():
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2])
-def test_a_call_that_accumulates(calls):
+@either_way
+def test_a_call_that_accumulates(calls, way):
     """The second variable comes in the middle of a cycle, where its old accumulator must not count."""
 
     def make():
@@ -109,18 +261,20 @@ def test_a_call_that_accumulates(calls):
         while int(optimizer.weights[0]) < 7:
             optimizer.apply_gradients([(np.ones_like(variables[2]), variables[2])])
 
-    check_all_places(make, lambda o, v: o.apply_gradients([(np.full_like(w, 0.5), w) for w in v[:2]]), go_on)
+    check_all_places(way, make, lambda o, v: o.apply_gradients([(np.full_like(w, 0.5), w) for w in v[:2]]), go_on)
 
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"use_ema": True}, {"clipnorm": 1.0}], ids=str)
-def test_a_step(options):
+@either_way
+def test_a_step(options, way):
     def step(optimizer, variables):
         optimizer.apply_gradients([(np.ones_like(w), w) for w in variables])
 
-    check_all_places(lambda: trained(**options), step, step)
+    check_all_places(way, lambda: trained(**options), step, step)
 
 
-def test_a_first_step():
+@either_way
+def test_a_first_step(way):
     def step(optimizer, variables):
         optimizer.apply_gradients([(np.ones_like(w), w) for w in variables])
 
@@ -132,8 +286,9 @@ def test_a_first_step():
     once = [w.copy() for w in variables]
     for place in itertools.count():
         optimizer, variables = make()
-        if not interrupted(lambda o=optimizer, v=variables: step(o, v), place):
+        if not interrupted(lambda o=optimizer, v=variables: step(o, v), place, way):
             break
+        require_free(getattr(optimizer, "inner_optimizer", optimizer))
         made = int(optimizer.iterations)
         assert all(np.array_equal(w, o if made else np.ones_like(w)) for w, o in zip(variables, once, strict=True))
         again = copy.deepcopy(variables)
@@ -143,7 +298,8 @@ def test_a_first_step():
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_a_step_under_a_loss_scale_and_its_scale_belong_together(bad):
+@either_way
+def test_a_step_under_a_loss_scale_and_its_scale_belong_together(bad, way):
     """Every second good step doubles the scale."""
 
     def make():
@@ -158,9 +314,85 @@ def test_a_step_under_a_loss_scale_and_its_scale_belong_together(bad):
 
     for place in itertools.count():
         optimizer, variables = make()
-        if not interrupted(lambda o=optimizer, v=variables: step(o, v), place):
+        if not interrupted(lambda o=optimizer, v=variables: step(o, v), place, way):
             break
+        require_free(getattr(optimizer, "inner_optimizer", optimizer))
         made = int(optimizer.iterations) == 2
         found = optimizer.dynamic_scale, optimizer.step_counter
         assert found == ((16.0, 0) if made else (8.0, 1)) or (bad and found == (4.0, 0)), place
         assert not (bad and made)
+
+
+class Alarm:
+    """Sends SIGINT to the main thread, from another one, some seconds after each :meth:`set`."""
+
+    def __init__(self):
+        self.sent, self._set, self._delay = threading.Event(), threading.Event(), 0.0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def set(self, delay):
+        self.sent.clear()
+        self._delay = delay
+        self._set.set()
+
+    def wait(self):
+        while not self.sent.is_set():
+            with contextlib.suppress(KeyboardInterrupt):
+                self.sent.wait()
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(1e-3)
+
+    def _run(self):
+        while True:
+            self._set.wait()
+            self._set.clear()
+            end = time.perf_counter() + self._delay
+            while time.perf_counter() < end:
+                pass
+            _thread.interrupt_main()
+            self.sent.set()
+
+
+def with_a_loss_scale():
+    optimizer = fastadam.LossScaleOptimizer(fastadam.Adam(0.1), 8.0, 2)
+    variables = ones(3, 4)
+    step_with_halves(optimizer, variables)
+    return optimizer, variables
+
+
+SIGNALLED = {
+    "a step": (trained, step_with_halves),
+    "use_ema": (lambda: trained(use_ema=True), step_with_halves),
+    "accumulation": (lambda: trained(3, gradient_accumulation_steps=2), step_with_halves),
+    "a loss scale": (with_a_loss_scale, step_with_halves),
+    "deferred": (with_rows_that_wait, lambda o, t: step_on_rows(o, t, [1, 5])),
+    "set_weights": (trained, lambda o, v: o.set_weights([a + np.ones_like(a) for a in o.get_weights()])),
+    "averages": (lambda: trained(use_ema=True), evaluate),
+}
+
+
+@pytest.mark.parametrize("name", SIGNALLED)
+def test_ctrl_c_at_a_random_time(name):
+    make, call = SIGNALLED[name]
+    outcomes, seconds = [], []
+    for made in (False, True):
+        optimizer, variables = make()
+        start = time.perf_counter()
+        if made:
+            call(optimizer, variables)
+            seconds.append(time.perf_counter() - start)
+        outcomes.append(state_of(optimizer, variables))
+    alarm, choose, interval = Alarm(), random.Random(0), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(200):
+            optimizer, variables = make()
+            with contextlib.suppress(KeyboardInterrupt):
+                alarm.set(choose.random() * 2 * seconds[0])
+                call(optimizer, variables)
+            alarm.wait()
+            require_free(getattr(optimizer, "inner_optimizer", optimizer))
+            found = state_of(optimizer, variables)
+            assert any(same(found, outcome) for outcome in outcomes)
+    finally:
+        sys.setswitchinterval(interval)

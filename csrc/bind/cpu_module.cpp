@@ -17,6 +17,7 @@
 #include "cpu_backend.h"
 #include "gil.h"
 #include "register_ops.h"
+#include "swapped.h"
 
 namespace {
 
@@ -121,6 +122,12 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       .def(py::init<>())
       .def("__enter__", [](ArithmeticScope& scope) { scope.mode.emplace(); })
       .def("__exit__", [](ArithmeticScope& scope, const py::args&) { scope.mode.reset(); });
+  using fastadam::bind::SwappedValues;
+  py::class_<SwappedValues>(m, "SwappedValues", py::module_local())
+      .def(py::init<py::object, py::object, py::object, py::array>(), py::arg("owner"), py::arg("prepare"),
+           py::arg("write"), py::arg("flag"))
+      .def("__enter__", &SwappedValues::enter)
+      .def("__exit__", [](SwappedValues& values, const py::args&) { values.exit(); });
   m.def("compiled_isas", &compiled_isas);
   m.def("current_isa", &fastadam_current_isa);
   m.def("set_isa", &set_isa, py::arg("name"));

@@ -1,6 +1,6 @@
 """What csrc/bind registers. Checks and error texts live there; these functions are private to fastadam."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,6 +158,23 @@ def norm(arrays: list[Any]) -> float: ...
 class DefaultArithmetic:
     """In the context this thread rounds to nearest, keeps denormals and does not trap, whatever the caller's mode."""
 
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
+
+class SwappedValues:
+    """In the context arrays have other values; Ctrl-C comes before, after or inside, and never in between.
+
+    ``owner.lock`` is held while values move. ``prepare()`` returns pairs of arrays and, for memory of other devices,
+    the values that ``write`` puts back and those that it puts in, or None. ``flag`` is 1 in the context.
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        prepare: Callable[[], tuple[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], tuple[Any, Any] | None]],
+        write: Callable[[Any], None],
+        flag: npt.NDArray[np.int64],
+    ) -> None: ...
     def __enter__(self) -> None: ...
     def __exit__(self, *exception: object) -> None: ...
 

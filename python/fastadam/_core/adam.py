@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastadam._core.averages import overwrite, refuse_while_swapped, swapped
+from fastadam._core.averages import overwrite, swapped
 from fastadam._core.common.checks import (
     check_beta,
     check_bool,
@@ -312,10 +312,9 @@ class Adam(Optimizer):
         Raises:
             KeyError: A variable without an average.
         """
-        overwrite(*self._averages_of(var_list))
+        overwrite(self._parts, *self._averages_of(var_list))
 
-    @contextlib.contextmanager
-    def averages(self, var_list: Iterable[VariableLike]) -> Iterator[None]:
+    def averages(self, var_list: Iterable[VariableLike]) -> AbstractContextManager[None]:
         """``with opt.averages([w, b]):`` evaluate the moving averages (``use_ema``) in the place of the variables.
 
         At the end of the block, also after an exception, the variables get their own values back, to the bit: what the
@@ -339,9 +338,7 @@ class Adam(Optimizer):
         >>> w.round(4)
         array([1.])
         """
-        buffers, averages = self._averages_of(var_list)
-        with swapped(self._parts, buffers, averages):
-            yield
+        return swapped(self._parts, lambda: self._averages_of(var_list))
 
     def _averages_of(self, var_list: Iterable[VariableLike]) -> tuple[list[_cpu.Buffer], list[Array]]:
         variables = check_list("var_list", var_list)
@@ -390,7 +387,6 @@ class Adam(Optimizer):
         pairs = check_pairs_list(grads_and_vars)
         if not pairs:
             return None
-        refuse_while_swapped(self._parts)
         if copies is None and not zero_grads:
             self._stepper.apply(self, pairs)
         else:

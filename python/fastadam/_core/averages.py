@@ -2,56 +2,55 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastadam._core.native.arrays import assign, to_host
+from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gradients import float32_to_bfloat16
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from fastadam._core.common.types import AnyArray, Array, HostArray
-    from fastadam._core.native.backend import _cpu
     from fastadam._core.parts import Parts
+
+    _Copies: TypeAlias = list[tuple[HostArray, HostArray]]  # what is copied to, and from
+    _Writes: TypeAlias = list[tuple[_cpu.Buffer, HostArray]]
 
 __all__ = ["overwrite", "refuse_while_swapped", "swapped"]
 
 
-def overwrite(variables: Sequence[_cpu.Buffer], averages: Sequence[Array]) -> None:
+def overwrite(parts: Parts, variables: Sequence[_cpu.Buffer], averages: Sequence[Array]) -> None:
     """Round averages into their variables: into all, or into none if one cannot be rounded."""
-    rounded = [_rounded(*pair) for pair in zip(variables, averages, strict=True)]
-    before = [_contents(variable) for variable in variables]
-    try:
-        _write(variables, rounded)
-    except BaseException:
-        _write(variables, before)
-        raise
-
-
-@contextlib.contextmanager
-def swapped(parts: Parts, variables: Sequence[_cpu.Buffer], averages: Sequence[Array]) -> Iterator[None]:
-    """Round averages into their variables, and put back what was there at the end."""
-    runtime, lock = parts.runtime, parts.runtime.lock
-    with lock:
-        if runtime.has_swapped_averages:
-            raise RuntimeError("averages: they are in the variables already, expected one block with all variables")
-        before = [_contents(variable) for variable in variables]
-    try:
-        with lock:
-            runtime.has_swapped_averages = True
-            overwrite(variables, averages)
-        yield
-    finally:
-        with lock:
+    with parts.runtime.lock:
+        copies, elsewhere = _planned(variables, averages)
+        if elsewhere is not None:
             try:
-                _write(variables, before)
-            except BaseException:  # Ctrl-C between two variables
-                _write(variables, before)
+                _write(elsewhere[1])
+            except BaseException:
+                _write(elsewhere[0])
                 raise
-            finally:
-                runtime.has_swapped_averages = False
+        _cpu.copy_all(copies, np.zeros((), np.int64))
+
+
+def swapped(
+    parts: Parts, find: Callable[[], tuple[Sequence[_cpu.Buffer], Sequence[Array]]]
+) -> AbstractContextManager[None]:
+    """Round the averages that ``find`` returns into their variables, and put back what was there at the end.
+
+    It is native: Ctrl-C can come before the first line of an ``__exit__`` that is written in Python.
+    """
+
+    def prepare() -> tuple[_Copies, tuple[_Writes, _Writes] | None]:
+        if parts.runtime.has_swapped_averages:
+            raise RuntimeError("averages: they are in the variables already, expected one block with all variables")
+        return _planned(*find())
+
+    return _cpu.SwappedValues(parts.runtime, prepare, _write, parts.runtime.has_swapped_averages)
 
 
 def refuse_while_swapped(parts: Parts) -> None:
@@ -60,19 +59,30 @@ def refuse_while_swapped(parts: Parts) -> None:
         raise RuntimeError("apply_gradients: inside of `with averages(...)`, expected after it: its end undoes a step")
 
 
-def _rounded(variable: _cpu.Buffer, average: Array) -> AnyArray:
+def _planned(
+    variables: Sequence[_cpu.Buffer], averages: Sequence[Array]
+) -> tuple[_Copies, tuple[_Writes, _Writes] | None]:
+    """The averages to be copied over variables on the host; what is on GPUs, and the averages for there."""
+    pairs = [(variable, _rounded(variable, average)) for variable, average in zip(variables, averages, strict=True)]
+    copies = [(variable.array(), average) for variable, average in pairs if variable.device < 0]
+    after = [(variable, average) for variable, average in pairs if variable.device >= 0]
+    before = [(variable, np.array(to_host(variable.source))) for variable, _ in after]
+    return copies, (before, after) if after else None
+
+
+def _rounded(variable: _cpu.Buffer, average: Array) -> HostArray:
+    """In the dtype and layout of the variable; bfloat16 as its bits."""
     values: AnyArray = to_host(average)
-    return float32_to_bfloat16(values) if variable.dtype == "bfloat16" else values.astype(variable.dtype)
+    if variable.dtype == "bfloat16":
+        values = float32_to_bfloat16(values)
+    if variable.device >= 0:
+        return np.asarray(values if variable.dtype == "bfloat16" else values.astype(variable.dtype))
+    rounded: HostArray = np.empty_like(variable.array())
+    rounded[...] = values
+    return rounded
 
 
-def _contents(variable: _cpu.Buffer) -> HostArray:
-    """A copy; of bfloat16 the bits."""
-    return np.array(variable.array() if variable.device < 0 else to_host(variable.source))
-
-
-def _write(variables: Sequence[_cpu.Buffer], arrays: Sequence[AnyArray]) -> None:
-    for variable, array in zip(variables, arrays, strict=True):
-        if variable.device < 0:
-            variable.array()[...] = array
-        else:
-            assign(variable.source, array)
+def _write(pairs: _Writes) -> None:
+    """Overwrite variables on GPUs."""
+    for variable, values in pairs:
+        assign(variable.source, values)

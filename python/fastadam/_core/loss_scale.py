@@ -11,7 +11,6 @@ import numpy as np
 from fastadam._core import saving as serialization
 from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
-from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_bool, check_count, check_iterations, check_number
 from fastadam._core.common.configs import class_of, loss_scale_arguments
 from fastadam._core.common.display import call_text, html_or_none, html_table, name_of, never_raises
@@ -219,7 +218,6 @@ class LossScaleOptimizer(Minimizer):
         inner = self.inner_optimizer
         with parts_of(inner).runtime.lock:
             _require_no_factor(inner)
-            refuse_while_swapped(parts_of(inner))
             pairs = check_pairs_list(grads_and_vars)
             if not pairs:
                 return None

@@ -14,7 +14,7 @@ from fastadam._core.common.tree import flatten
 from fastadam._core.common.types import AnyArray, HostArray, Tree
 from fastadam._core.common.warning import warn
 from fastadam._core.native.gradients import as_float_array
-from fastadam._core.native.variable import Variable, reading
+from fastadam._core.native.variable import Variable, read_by
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import ArrayLike, Provider, VariableTree
@@ -278,12 +278,14 @@ def _from_function(
 ) -> tuple[list[AnyArray], list[AnyArray]]:
     if grad_loss is not None:
         raise ValueError("grad_loss: passed with a function as `gradient`, expected None: multiply in the function")
-    with reading(None):  # the function reads plain arrays, even while an outer loss is being traced
+
+    def run() -> tuple[object, list[AnyArray]]:
         if callable(var_list):
             loss()
-            var_list = var_list()
-        variables = [leaf for _, leaf in _leaves(var_list, argument)]
-        gradients = function(loss, list(variables))
+        variables = [leaf for _, leaf in _leaves(var_list() if callable(var_list) else var_list, argument)]
+        return function(loss, list(variables)), variables
+
+    gradients, variables = read_by(None, run)  # it reads plain arrays, even while an outer loss is being traced
     if not isinstance(gradients, (list, tuple)):
         raise TypeError(f"gradient: returned {type(gradients).__name__}, expected a list with one for each variable")
     if len(gradients) != len(variables):

@@ -60,7 +60,7 @@ class Runtime:
         self.lock = threading.RLock()  # held while state is read or changed
         self.step_lock = threading.Lock()  # held while a step is made, inside the other
         self.told: set[str] = set()  # warnings that are given once
-        self.has_swapped_averages = False  # averages are in the place of the variables
+        self.has_swapped_averages = np.zeros((), np.int64)  # 1: averages are in the place of the variables
         self.checks_exclusions = False  # exclude_from_weight_decay may name no variable
         self.replacements = Replacements()
         self.numbers: tuple[int, float, StepHyper] | None = None  # of the last step: version of the options, scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastadam._core import accumulation
+from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_clip, check_iterations, check_number
 from fastadam._core.common.telemetry import Telemetry
 from fastadam._core.common.warning import warn
@@ -86,6 +87,7 @@ class Stepper:
         """
         runtime = self.runtime
         with runtime.lock:
+            refuse_while_swapped(self.parts)
             if runtime.step_lock.locked():  # a callable hyperparameter or the code of a gradient called it
                 raise RuntimeError(f"apply_gradients of optimizer {optimizer.name} was called from within itself")
             with runtime.step_lock:

@@ -6,6 +6,7 @@ The host reads the step counts and what a GradScaler says, and waits for the GPU
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from typing import NamedTuple
@@ -28,7 +29,7 @@ _library.define(
     "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor, "
     "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool maximize, int group, "
-    "int owner) -> ()"
+    "int owner, bool fused=False, bool foreach=False) -> ()"
 )
 _MOST_SETS = 16  # each keeps the memory of its tensors, of which a backend may make copies
 
@@ -53,6 +54,16 @@ class CompiledSteps:
 
 
 _known: weakref.WeakValueDictionary[int, CompiledSteps] = weakref.WeakValueDictionary()
+
+
+def _renew_locks() -> None:
+    """A thread that held a lock when the process forked does not exist in the child."""
+    for steps in list(_known.values()):
+        steps.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class Columns(NamedTuple):
@@ -85,6 +96,8 @@ def traced_step(
         group["maximize"],
         index,
         number,
+        bool(group["fused"]),
+        bool(group["foreach"]),
     )
     if grad_scale is not None:
         for gradient in columns.grads:
@@ -112,6 +125,8 @@ def _adam(
     maximize: bool,
     group: int,
     owner: int,
+    fused: bool = False,
+    foreach: bool = False,
 ) -> None:
     scaled = ScaledStep(grad_scale, found_inf)
     steps = _known.get(owner)
@@ -123,7 +138,7 @@ def _adam(
     with contextlib.nullcontext() if steps is None else steps.lock:
         calls = []
         kind = Kind("dense", rows=False, amsgrad=bool(max_exp_avg_sqs), decays=decoupled)
-        for (turn, count), places in _by_turn_and_count(params, state_steps).items():
+        for (turn, count), places in _by_turn_and_count(params, state_steps, fused, foreach).items():
             chosen = _set_of(steps, SetKey(group, tuple(places), kind), columns)
             rate = lr_tensor if chosen.context is not None and is_on_gpu(lr_tensor) else None
             if chosen.context is not None:
@@ -151,9 +166,12 @@ def _adam(
                     chosen.finish(hyper.step)
 
 
-def _by_turn_and_count(params: list[Tensor], steps: list[Tensor]) -> dict[tuple[Turn, float], list[int]]:
+def _by_turn_and_count(
+    params: list[Tensor], steps: list[Tensor], fused: bool, foreach: bool
+) -> dict[tuple[Turn, float], list[int]]:
+    turns = turns_of(params, steps, fused=fused, foreach=foreach)
     places: dict[tuple[Turn, float], list[int]] = {}
-    for place, key in enumerate(zip(turns_of(params), map(float, steps), strict=True)):
+    for place, key in enumerate(zip(turns, map(float, steps), strict=True)):
         places.setdefault(key, []).append(place)
     return dict(sorted(places.items()))
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["ALONE", "Turn", "View", "flattened", "gradient_like", "is_lazy_view", "is_plain", "local_of", "turns_of"]
+__all__ = [
+    "ALONE",
+    "UNORDERED",
+    "Turn",
+    "View",
+    "flattened",
+    "gradient_like",
+    "is_lazy_view",
+    "is_plain",
+    "local_of",
+    "turns_of",
+]
 
 
 class Layout(NamedTuple):
@@ -30,28 +42,73 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 class Turn(NamedTuple):
-    """When a parameter is stepped among others that may share memory with it: torch steps them one after another."""
+    """When a parameter is stepped among others that share memory or a step count with it."""
 
-    after: int  # how many turns come before, for parameters that share memory
-    earlier: int  # how often the parameter itself is stepped before
-    is_alone: bool  # no other parameter shares memory with it, and it comes once
+    after: int  # how many turns come before
+    earlier: int  # how often its step count is raised in this step before it is read
+    owns_memory: bool  # no other parameter shares memory with it, and it comes once
+    owns_count: bool  # the same of its step count
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it shares nothing."""
+        return self.owns_memory and self.owns_count
 
 
-ALONE = Turn(0, 0, is_alone=True)
+UNORDERED = (
+    "which torch updates in an order that depends on the device; expected foreach=None, which steps them one after "
+    "another"
+)
+ALONE = Turn(0, 0, owns_memory=True, owns_count=True)
 
 
-def turns_of(params: Sequence[Tensor]) -> list[Turn]:
-    """The turn of each parameter; those with one turn are apart in memory and can be stepped together."""
-    spans = [_span_of(param) for param in params]
+def turns_of(params: Sequence[Tensor], steps: Sequence[Tensor | None], *, fused: bool, foreach: bool) -> list[Turn]:
+    """The turn of each parameter; those with one turn are apart in memory and can be stepped together.
+
+    As in torch, a parameter raises its step count, and is stepped, after those before it. With ``fused`` and
+    ``foreach`` all step counts are raised first.
+
+    Args:
+        params: The parameters that a group steps.
+        steps: Their step counts; None for a parameter that has none yet.
+        fused: The option of the group.
+        foreach: The option of the group.
+
+    Raises:
+        ValueError: Parameters share memory with ``foreach``, or a step count but not their dtype or device with either.
+    """
+    counts_first = fused or foreach
+    keys = [_count_key(*pair) for pair in zip(params, steps, strict=True)]
+    raises = Counter(keys)
     turns = [ALONE] * len(params)
-    for places in _clusters_of(spans):
-        for k, place in enumerate(places):
-            before = [
-                turns[p].after for p in places[:k] if spans[p][1] > spans[place][0] and spans[place][1] > spans[p][0]
-            ]
-            earlier = sum(params[p] is params[place] for p in places[:k])
-            turns[place] = Turn(max(before, default=-1) + 1, earlier, is_alone=False)
+    spans = [_span_of(param) for param in params]
+    clusters = {place: places for places in _clusters_of(spans) for place in places}
+    if foreach and clusters:
+        raise ValueError(f"foreach: True with parameters that share memory, {UNORDERED}")
+    raised: Counter[Hashable] = Counter()
+    last: dict[Hashable, tuple[int, Tensor]] = {}  # the turn of the last parameter with this step count
+    for place, key in enumerate(keys):
+        if place not in clusters and raises[key] == 1:
+            continue
+        start, end = spans[place]
+        others = (p for p in clusters.get(place, []) if p < place)
+        before = [turns[p].after for p in others if spans[p][1] > start and end > spans[p][0]]
+        turn, other = last.get(key, (-1, params[place]))
+        if counts_first and (other.dtype, other.device) != (params[place].dtype, params[place].device):
+            raise ValueError(
+                "step: one tensor in the states of parameters of different dtypes or devices, which torch steps in no "
+                f"fixed order with {'fused' if fused else 'foreach'}=True; expected a tensor for each"
+            )
+        earlier = raises[key] - 1 if counts_first else raised[key]
+        turns[place] = Turn(max([turn, *before]) + 1, earlier, place not in clusters, raises[key] == 1)
+        raised[key] += 1
+        last[key] = turns[place].after, params[place]
     return turns
+
+
+def _count_key(param: Tensor, step: Tensor | None) -> Hashable:
+    """The same for two parameters that count in one place."""
+    return id(param) if step is None else (str(step.device), step.data_ptr())
 
 
 def _span_of(tensor: Tensor) -> tuple[tuple[str, int], tuple[str, int]]:

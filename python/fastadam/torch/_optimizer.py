@@ -105,13 +105,15 @@ class Adam(torch.optim.Optimizer):
         eps: Added to the root of the corrected second moment.
         weight_decay: The parameter times this is added to the gradient; or see ``decoupled_weight_decay``.
         amsgrad: Divide by the root of the largest second moment so far.
-        foreach: Accepted without effect: every step takes all parameters at once.
+        foreach: Selects no other kernels: every step takes all parameters at once. Refused by the first step if
+            parameters of a group share memory, which torch then updates in an order that depends on the device.
         maximize: Maximize the objective instead of minimizing it.
         capturable: Allow CUDA graphs: ``step`` is counted on the GPU. Each replay reads ``grad_scale``, ``found_inf``
             and, if it is a tensor on the GPU, ``lr``.
         differentiable: Refused if True.
         fused: Have a GradScaler leave skipping and unscaling to ``step``; on a GPU also count ``step`` there. The
-            kernels are the same.
+            kernels are the same. As in torch, with ``fused`` or ``foreach`` a group raises all of its step counts
+            before its first parameter moves, which matters if parameters share a count.
         decoupled_weight_decay: Shrink the parameters by ``lr * weight_decay`` instead (AdamW).
         sparse_update: "dense", "deferred", "deferred_fast" or "lazy", for all groups; loading a state dict does not
             change it.

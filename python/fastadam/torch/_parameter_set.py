@@ -78,6 +78,7 @@ class ParameterSet:
         return [self.params, *[[state[key] for state in self.states] for key in keys]]
 
     def _check_slots(self) -> None:
+        owners: dict[int, str] = {}
         for name, column in zip(self.kind.slots, self._columns[1:], strict=True):
             for label, param, slot in zip(self.labels, self.params, column, strict=True):
                 found = f"state of {label}: {SLOTS[name]}"
@@ -91,6 +92,10 @@ class ParameterSet:
                     raise ValueError(f"{found}: a conjugated or negated view, expected a tensor of its own")
                 if slot.device != param.device:
                     raise RuntimeError(f"{found}: on {slot.device}, expected {param.device}")
+                local = local_of(slot)
+                owner = owners.setdefault(local.data_ptr(), found) if local.numel() else found
+                if owner != found:
+                    raise ValueError(f"{found}: shares memory with the {owner}, expected a tensor of its own")
 
     def _natives(self) -> list[list[Tensor]]:
         """The columns as the plan reads them."""
@@ -149,7 +154,7 @@ class ParameterSet:
     def can_be_followed(self) -> bool:
         """Whether the last step was so plain that :class:`RepeatedSteps` can repeat it."""
         is_special = self._views or self.tables or self.kind.axes > 1 or self._gradients.were_converted
-        return self.context is None and not is_special and self.counts.are_plain
+        return self.context is None and not is_special and self.counts.are_plain and self.turn.is_alone
 
     def follow(self) -> bool:
         """Have the plan compare the states by itself from here on; False if it cannot."""

@@ -16,9 +16,9 @@ from fastadam._core.native.plan import BoundedCache
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, States, check_flags, label_of
 from fastadam.torch._deferred import Table, Tables
-from fastadam.torch._layout import Turn, turns_of
+from fastadam.torch._layout import UNORDERED, Turn, turns_of
 from fastadam.torch._parameter_set import ParameterSet
-from fastadam.torch._state import Kind, states_of
+from fastadam.torch._state import SLOTS, Kind, states_of
 from fastadam.torch._step_count import StepCounts, is_on_gpu
 
 __all__ = ["Partitions", "refuse_new_in_capture"]
@@ -137,8 +137,8 @@ class Partitions:
         contexts = {tuple(old.positions): old.context for old in replaced.sets} if replaced else {}
         params = group["params"]
         chosen = [place for place, code in enumerate(key.gradients) if code]
-        turns = dict(zip(chosen, turns_of([params[place] for place in chosen]), strict=True))
         known = {**state}  # and the states that are new
+        turns = dict(zip(chosen, _turns_of(group, [params[place] for place in chosen], known), strict=True))
         for turn in sorted(set(turns.values())):
             for code in sorted(set(key.gradients) - {_NONE}):
                 places = [place for place in chosen if key.gradients[place] == code and turns[place] == turn]
@@ -172,8 +172,9 @@ class Partitions:
         for param, label in zip(params, labels, strict=True):
             check_flags(group, param, label, self._mode)
         if kind.rows and self._mode in DEFERRED and not turn.is_alone:
+            shared = "step count" if turn.owns_memory else "memory"
             raise ValueError(
-                f"{labels[0]}: shares memory with another parameter of its group, expected each to have its own with "
+                f"{labels[0]}: shares {shared} with another parameter of its group, expected each to have its own with "
                 f"sparse_update={self._mode!r}"
             )
         refuse_new_in_capture(params[0])
@@ -210,6 +211,17 @@ class Partitions:
             for param, state, label in zip(params, states, labels, strict=True):
                 tables.append(self._tables.make(param, state, label, numbers))
         return ParameterSet(params, states, labels, positions, kind, tables, turn, counts, context)
+
+
+def _turns_of(group: Group, params: list[Tensor], states: States) -> list[Turn]:
+    known = [states.get(param) or {} for param in params]
+    if group["foreach"]:
+        moments = [id(named[SLOTS["m"]]) for named in known if SLOTS["m"] in named]
+        if len(set(moments)) < len(moments):
+            raise ValueError(f"foreach: True with parameters that share moments, {UNORDERED}")
+    steps = [named.get("step") for named in known]
+    tensors = [step if isinstance(step, Tensor) else None for step in steps]
+    return turns_of(params, tensors, fused=bool(group["fused"]), foreach=bool(group["foreach"]))
 
 
 def refuse_new_in_capture(param: Tensor) -> None:

@@ -47,6 +47,9 @@ class RepeatedStep:
         if [place for place, _ in last] != list(range(len(groups))):
             return None
         sets = [each for _, each in last]
+        addresses = [address for each in sets for address in each.counts.addresses]
+        if len(set(addresses)) < len(addresses):  # a step count that several groups raise
+            return None
         if not all(each.can_be_followed for each in sets) or not all(each.follow() for each in sets):
             return None
         return cls(sets, groups, state, clipping)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -70,6 +72,18 @@ class Call(NamedTuple):
     clip_factors: Factors | None = None  # of norms that were joined
 
 
+class Begun(NamedTuple):
+    """A call of a step that is being made."""
+
+    call: Call
+    counter: int  # before the step
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the native step was made."""
+        return int(self.call.chosen.counter) > self.counter
+
+
 class Pending(NamedTuple):
     """A native step that may have been made, but was not noted yet."""
 
@@ -91,14 +105,19 @@ class GroupStepper:
         else:
             self.compiled = previous.compiled
             self.tables = previous.tables.renewed()
-        self.lock = self.compiled.lock
         self._how = options.sparse_update, options.moments_dtype
         self._clipping = options.clipping
         self.partitions = Partitions(*self._how, self.tables)
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
         self._pending: Pending | None = None
+        self._begun: list[Begun] = []  # of a step that is being made
         self._last: list[tuple[int, ParameterSet]] = []  # the sets of the last step, and their groups
         self._repeated: RepeatedStep | None = None
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Of all steps, compiled or not; another one after a fork."""
+        return self.compiled.lock
 
     def step(self, groups: list[Group], state: States, grad_scale: Number, found_inf: Number) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing.
@@ -145,6 +164,7 @@ class GroupStepper:
         self.tables.forget_removed(groups)
         self.partitions.note_state(state, len(groups))
         calls: list[Call] = []
+        raised: Counter[int] = Counter()  # step counts, by their addresses, that earlier groups raise
         simulated = Simulated()
         for index, group in enumerate(groups):
             gradients = [param.grad for param in group["params"]]
@@ -152,15 +172,20 @@ class GroupStepper:
                 simulated.add(index, group, places, state, *self._how)
             refuse_simulation(gradients)
             self._clipping.require_host(index, group, gradients)
-            for ready in self._ready(index, group, state, gradients, scaled):
-                calls.append(self._call_of(index, ready, group, gradients, scaled))
+            of_group = [
+                self._call_of(index, ready, group, gradients, scaled, raised)
+                for ready in self._ready(index, group, state, gradients, scaled)
+            ]
+            calls += of_group
+            if len(groups) > 1:
+                raised.update(address for call in of_group for address in call.chosen.counts.addresses)
         are_joined = self._are_joined(calls)
         if len(calls) > 1 or are_joined:
             for i, call in enumerate(calls):
                 checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)
                 calls[i] = call._replace(gradients=checked)
         clipped = self._clipped(calls) if are_joined else calls
-        if clipped is None or not all(self._make(call, state) for call in clipped):  # one alone can be refused
+        if clipped is None or not self._make_all(clipped, state):  # one alone can be refused
             return False
         simulated.finish(state)
         before, self._last = self._last, [(call.group, call.chosen) for call in calls]
@@ -220,7 +245,8 @@ class GroupStepper:
             refuse_new_in_capture(chosen.params[0])
         if is_captured and not chosen.turn.is_alone:
             raise RuntimeError(
-                f"{chosen.labels[0]}: shares memory with another parameter, which no CUDA graph may step"
+                f"{chosen.labels[0]}: shares memory or its step count with another parameter, which no CUDA graph may "
+                "step"
             )
         grad_scale, found_inf = scaled.on(chosen.device) if chosen.counts_on_gpu else (None, None)
         is_followed = found_inf is not None and chosen.counts.are_followed()  # the GPU's last step is the last one
@@ -229,11 +255,19 @@ class GroupStepper:
         return OnGpu(grad_scale, found_inf, counts)
 
     def _call_of(
-        self, index: int, ready: Ready, group: Group, gradients: list[Tensor | None], scaled: ScaledStep
+        self,
+        index: int,
+        ready: Ready,
+        group: Group,
+        gradients: list[Tensor | None],
+        scaled: ScaledStep,
+        raised: Counter[int],
     ) -> Call:
         """What the set does natively; rows of its tables that cannot wait are brought up to date."""
         chosen, there, counts = ready
         steps = chosen.next_steps(counts) if counts else [1]
+        if raised and counts:
+            steps = [step + raised[address] for step, address in zip(steps, chosen.counts.addresses, strict=True)]
         hyper = chosen.numbers_of(group, steps[0], scaled.gradient_scale if there.grad_scale is None else 1.0)
         mine = [gradient for place in chosen.positions if (gradient := gradients[place]) is not None]
         if there.grad_scale is None:
@@ -263,6 +297,37 @@ class GroupStepper:
 
     # ---- native steps ----------------------------------------------------------------------------------------------
 
+    def _make_all(self, calls: list[Call], state: States) -> bool:
+        """Make the calls of a step: all or none, even if a signal handler raises in between.
+
+        Returns False, with nothing changed, if the gradients of the only call had to be finite and are not.
+        """
+        begun = [Begun(call, int(call.chosen.counter)) for call in calls]
+        if any(call.chosen.context is not None for call in calls):
+            for each in begun:
+                self._make(each.call, state)
+            return True
+        try:
+            self._begun = begun
+            return self._work_off(state)
+        except BaseException:
+            if not any(each.is_made for each in begun):
+                self._begun = []
+                raise
+            self.finish(state)
+            raise
+
+    def _work_off(self, state: States) -> bool:
+        """Make the calls of the step that has begun, as far as they have not been made; see :meth:`_make`."""
+        was_made = True
+        for each in self._begun:
+            self._note(state)
+            if not each.is_made:
+                was_made = self._make(each.call, state)
+        self._note(state)
+        self._begun = []
+        return was_made
+
     def _make(self, call: Call, state: States) -> bool:
         """Returns False, with nothing changed, if the gradients had to be finite and are not."""
         chosen = call.chosen
@@ -278,9 +343,20 @@ class GroupStepper:
         try:
             return chosen.step(call.gradients, call.hyper, call.factors, call.steps, call.clip_factors)
         finally:
-            self.finish(state)
+            self._note(state)
 
     def finish(self, state: States) -> None:
+        """Make the rest of a step that signals have cut off; call it again if one cut this off."""
+        if self._begun:
+            try:
+                with torch.no_grad():
+                    self._work_off(state)
+            except Exception:  # none of a signal: there is no use in trying again
+                self._begun = []
+                raise
+        self._note(state)
+
+    def _note(self, state: States) -> None:
         """Note the native step that was made, even if a signal came after it; call it again if one cut this off."""
         if self._pending is None:
             return

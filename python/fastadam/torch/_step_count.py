@@ -24,7 +24,7 @@ class StepCounts:
         self.steps = steps
         self.device = steps[0].device if all(step.device == steps[0].device for step in steps) else None
         self._whole = _whole_of(steps)
-        self._addresses = [step.data_ptr() for step in steps]
+        self.addresses = [step.data_ptr() for step in steps]
         self._caches = any(map(is_on_gpu, steps))
         self._versions: list[int] | None = None  # of the tensors when the count was cached; None: nothing is cached
         self._count: float | None = None  # the cached count; None: only the GPU knows it
@@ -33,7 +33,7 @@ class StepCounts:
         """Whether these are still the tensors in the parameters' states, with the same memory."""
         if not all(map(is_, [state.get("step") for state in states], self.steps)):
             return False
-        return [step.data_ptr() for step in self.steps] == self._addresses
+        return [step.data_ptr() for step in self.steps] == self.addresses
 
     @property
     def are_plain(self) -> bool:

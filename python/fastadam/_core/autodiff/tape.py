@@ -9,7 +9,7 @@ import numpy as np
 
 from fastadam._core.common.types import AnyArray, HostArray
 from fastadam._core.native.slices import IndexedSlices
-from fastadam._core.native.variable import Variable, reading, unwrap
+from fastadam._core.native.variable import Variable, read_by, unwrap
 
 __all__ = ["Gathered", "Loss", "Refresh", "Resolve", "Tape", "check_loss", "seed_of"]
 
@@ -57,9 +57,12 @@ class Tape(abc.ABC):
 
     def run(self, loss: Loss) -> AnyArray:
         """The value of the loss, as an array if it is a Variable."""
-        with reading(self):
+
+        def value() -> AnyArray:
             result = loss()
             return result.value if isinstance(result, Variable) else result
+
+        return read_by(self, value)
 
     @abc.abstractmethod
     def leaf(self, variable: Variable) -> AnyArray:

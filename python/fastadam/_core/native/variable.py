@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from fastadam._core.common.types import AnyArray, ArrayLike, Foreign, Tree
 
-__all__ = ["Reader", "Variable", "label_of", "reading", "unwrap"]
+__all__ = ["Reader", "Variable", "label_of", "present_name", "read_by", "unwrap"]
 
 
 class Reader(Protocol):
@@ -37,20 +37,33 @@ class Reader(Protocol):
         """The array of the autodiff library that stands for these rows."""
 
 
+Result = TypeVar("Result")
+_renamed: WeakValueDictionary[int, Variable] = WeakValueDictionary()  # by the ids of their arrays
 _reader: ContextVar[Reader | None] = ContextVar("fastadam_reader", default=None)
 _running: set[int] = set()  # one number for each running loss, in any thread; changed only by atomic operations
 
 
-@contextlib.contextmanager
-def reading(reader: Reader | None) -> Iterator[None]:
-    """Let ``reader`` answer for ``Variable.value`` in this thread or task; None gives the arrays themselves."""
-    token = _reader.set(reader)
-    _running.add(id(token))
+def read_by(reader: Reader | None, function: Callable[[], Result]) -> Result:
+    """``function()``, in which ``reader`` answers for ``Variable.value``; None gives the arrays themselves.
+
+    Ctrl-C cannot leave the reader behind: each ``finally`` is one native call, before which no signal handler runs.
+    """
+    before, mark = _reader.get(), object()
     try:
-        yield
+        _running.add(id(mark))
+        try:
+            _reader.set(reader)
+            return function()
+        finally:
+            _reader.set(before)
     finally:
-        _running.discard(id(token))
-        _reader.reset(token)
+        _running.discard(id(mark))
+
+
+def present_name(array: AnyArray, recorded: str | None) -> str | None:
+    """The name of the variable with this array, which had the ``recorded`` one when it was met."""
+    variable = _renamed.get(id(array))
+    return recorded if variable is None or variable._value is not array else variable.name
 
 
 class Variable:
@@ -106,7 +119,11 @@ class Variable:
                 raise AttributeError(f"{name}: a Variable keeps its memory; expected assign(new), or value[...] = new")
             if not hasattr(type(self), name) and not hasattr(self, "__dict__"):
                 raise AttributeError(unknown_attribute(self, name, ("name", "value")))
+            if name == "name" and not isinstance(new, (str, type(None))):
+                raise TypeError(f"name: {new!r}, expected a string")
             super().__setattr__(name, new)
+            if name == "name" and hasattr(self, "_value"):
+                _renamed[id(self._value)] = self
 
     @property
     def shape(self) -> tuple[int, ...]:

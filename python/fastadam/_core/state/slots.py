@@ -18,6 +18,7 @@ from fastadam._core.native.arrays import assign, beside, copy_beside, to_host, z
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, fingerprint_of, key_of
 from fastadam._core.native.gradients import as_float_array, bfloat16_to_float32
+from fastadam._core.native.variable import present_name
 
 __all__ = ["Entry", "Initializer", "SlotStore", "Spec", "initial_value"]
 
@@ -70,13 +71,20 @@ class Spec(NamedTuple):
 class Entry:
     """The slots of one variable, as places in ``SlotStore.arrays``. A commit makes a new entry to change one."""
 
-    spec: Spec
+    recorded: Spec  # when the variable was first met
     slots: dict[str, int]
     buffer: _cpu.Buffer | None = None  # None: restored, waits for its variable
     history: History | None = None  # of a table in a deferred mode
     origin: _cpu.Buffer | None = None  # in a deep copy, until a variable comes: the original's variable
     fingerprint: int | None = None  # of the values that this had when the copy was made
     place: int = -1  # in the store
+
+    @property
+    def spec(self) -> Spec:
+        """With the present name of the variable."""
+        if self.buffer is None:
+            return self.recorded
+        return self.recorded._replace(name=present_name(self.buffer.source, self.recorded.name))
 
 
 @dataclass

@@ -15,10 +15,9 @@
  * calls restore.
  *
  * Norms are computed in double, over a tree of fixed shape: the same bits whatever the threads and the CPU. They are
- * right up to the largest float64, even if their squares are not. A norm above that, or of a gradient that is not
- * finite, is not finite: with require_finite such a step is not made; otherwise clip_norm makes finite elements of that
- * gradient 0, and global_clip_norm makes all variables NaN, as in TensorFlow. They are right also where squares are too
- * small for a float64.
+ * right up to the largest float64, even if squares overflow or underflow. A norm above that, or of a gradient that is
+ * not finite, is not finite: with require_finite such a step is not made; otherwise clip_norm makes finite elements of
+ * that gradient 0, and global_clip_norm makes all variables NaN, as in TensorFlow.
  *
  * Within a step numbers below the smallest normal number of the variable's arithmetic (1.2e-38 in float32, 2.3e-308 in
  * float64) count as 0: elements of gradients, also in their norms, and every intermediate result. A factor of gradients

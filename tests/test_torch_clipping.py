@@ -306,6 +306,18 @@ def test_they_belong_to_the_optimizer_and_are_copied_but_not_in_state_dicts():
     assert (plain.clipvalue, plain.clipnorm, plain.global_clipnorm, plain.skip_nonfinite) == (None, 0.25, None, False)
 
 
+def test_options_that_an_older_version_pickled_clip_nothing():
+    optimizer = fastadam.torch.Adam(parameters((2,)), clipnorm=0.5)
+    state = optimizer.__getstate__()
+    older = vars(state["_options"]).copy()
+    del older["clipping"]
+    state["_options"] = type(state["_options"]).__new__(type(state["_options"]))
+    state["_options"].__setstate__(older)
+    restored = fastadam.torch.Adam.__new__(fastadam.torch.Adam)
+    restored.__setstate__(state)
+    assert (restored.clipnorm, restored.skip_nonfinite, restored.sparse_update) == (None, False, "dense")
+
+
 @pytest.mark.parametrize("cls", [fastadam.torch.Adam, fastadam.torch.AdamW])
 @pytest.mark.parametrize("name", ["clipvalue", "clipnorm", "global_clipnorm"])
 @pytest.mark.parametrize(

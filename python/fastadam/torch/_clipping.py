@@ -112,11 +112,18 @@ def _add_shards(params: Sequence[Tensor], sums: Norms, *, require_finite: bool) 
     """Add what the other processes found of their shards; with ``require_finite`` all know of a NaN that one found.
 
     All processes call it with the same parameters. One collective for each axis of each mesh.
+
+    Raises:
+        ValueError: A parameter is kept as a sum over processes, whose norm no process can tell.
     """
     axes: dict[tuple[Foreign, int], list[int]] = {}
     for i, param in enumerate(params):
         if hasattr(param, "_local_tensor"):
             for axis, placement in enumerate(param.placements):
+                if placement.is_partial():
+                    raise ValueError(
+                        f"params: a DTensor with placements {param.placements}, expected shards or replicas"
+                    )
                 shards = axes.setdefault((param.device_mesh, axis), [])
                 if not placement.is_replicate():
                     shards.append(i)

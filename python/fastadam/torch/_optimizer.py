@@ -90,13 +90,14 @@ class Adam(torch.optim.Optimizer):
     Elements are clipped first, of a complex gradient the real and the imaginary parts; then the norm of each gradient
     or of all. Bounds are for unscaled gradients, also with ``fused`` and a GradScaler. A sparse gradient with repeated
     indices counts as its ``coalesce()``. The norm of all gradients is that of all groups, and that of a DTensor is the
-    norm of the whole tensor; if one process skips a step, all do. Shards that are not DTensors, as in FSDP1, are not
-    known as such: there the gradients must be clipped before the step. The four options belong to the optimizer, not to
+    norm of the whole tensor; if one process skips a step, all do. Plain tensors beside DTensors must have the same
+    gradients in all processes. Shards that are not DTensors, as in FSDP1, are not known as such: there the gradients
+    must be clipped before the step. The four options belong to the optimizer, not to
     its groups: they can be set as attributes at any time, and are copied and pickled but not part of state dicts.
     Parameters on a GPU are refused with them.
 
-    Learning rate schedulers do not see that a step was skipped, and neither does Accelerate; ask for it:
-    ``if not optimizer.last_step_skipped: scheduler.step()``.
+    Learning rate schedulers, and ``step_was_skipped`` of Accelerate, only see whether ``step`` was called, not that it
+    changed nothing. Write ``if not optimizer.last_step_skipped: scheduler.step()``.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of them.
@@ -350,8 +351,9 @@ class Adam(torch.optim.Optimizer):
     def last_step_skipped(self) -> bool:
         """Whether the last step changed nothing because gradients were not finite; False before any step.
 
-        They were not if ``skip_nonfinite`` found it, or a GradScaler that leaves skipping to ``fused`` steps. Reading
-        it waits for a GPU if only that knows what the scaler found.
+        ``skip_nonfinite`` has found it, or a GradScaler that leaves skipping to ``fused`` steps. Without ``fused`` the
+        scaler does not call ``step``: there was no step then. Reading it waits for a GPU if only that knows what the
+        scaler found.
 
         >>> import importlib.util
         >>> if importlib.util.find_spec("torch"):

@@ -18,6 +18,12 @@ FASTADAM_API GradientNorms run_norms(const TensorArgs* tensors, int64_t tensor_c
 // args.factors, which then come from the caller, norms are not read and nothing is required.
 FASTADAM_API bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper);
 
+// Undoes a step that run_step() made with these arguments and args.log; gradients must be as they were.
+FASTADAM_API void run_undo(const StepArgs& args);
+
+// The most threads that calls from this thread use; 0: as many as all others. Returns what it was.
+FASTADAM_API int set_thread_budget(int threads);
+
 // Brings the rows of args.chains, whose tensors have no gradients, up to date.
 FASTADAM_API void run_catch_up(const StepArgs& args);
 

@@ -60,7 +60,7 @@ WAYS = [at_a_line, at_a_call]
 either_way = pytest.mark.parametrize("way", WAYS)
 
 
-def interrupted(call, place, way):
+def interrupted(call, place, way=at_a_line):
     """The KeyboardInterrupt raised at one place of a call, as a signal handler may; None if there are fewer places.
 
     It is alive as long as the caller holds it, as ``sys.last_exc`` does after Ctrl-C in a session.

@@ -217,6 +217,32 @@ class Plan:
         while unfit := self._native.step_apart(gradients, hyper, factors, counter, steps, clipped):
             gradients = self._converted(gradients, unfit, convert)
 
+    def can_undo(self, gradients: list[AnyGradient]) -> bool:
+        """Whether a step with these gradients can be undone: dense ones of float32 variables on the host."""
+        return self._native.can_undo(gradients)
+
+    def step_logged(
+        self,
+        gradients: list[AnyGradient],
+        hyper: StepHyper,
+        factors: Sequence[float],
+        clip_factors: Factors,
+        log: _cpu.StepLog,
+    ) -> None:
+        """Like :meth:`step` with ``clip_factors``, or without if they are empty, but :meth:`undo` can undo it."""
+        self._native.step_logged(gradients, hyper, factors, clip_factors, log)
+
+    def undo(
+        self,
+        gradients: list[AnyGradient],
+        hyper: StepHyper,
+        factors: Sequence[float],
+        clip_factors: Factors,
+        log: _cpu.StepLog,
+    ) -> None:
+        """Undo the last :meth:`step_logged` with this log and these arguments, to the bit."""
+        self._native.undo(gradients, hyper, factors, clip_factors, log)
+
     def norms(self, gradients: list[AnyGradient], hyper: StepHyper) -> Norms:
         """The norms, one for each variable, of gradients that :meth:`check` has returned. Only in CPU memory.
 

@@ -156,6 +156,12 @@ class ParameterSet:
         is_special = self._views or self.tables or self.kind.axes > 1 or self._gradients.were_converted
         return self.context is None and not is_special and self.counts.are_plain and self.turn.is_alone
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step is one native call, with nothing before or after it."""
+        is_special = self._views or self.tables or self.kind.axes > 1
+        return self.context is None and not is_special and self.turn.is_alone
+
     def follow(self) -> bool:
         """Have the plan compare the states by itself from here on; False if it cannot."""
         keys = tuple(SLOTS[name] for name in self.kind.slots)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastadam._core.common.types import AnyGradient, SparseUpdate
 from fastadam._core.deferred.history import Numbers
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buckets import Guess
 from fastadam._core.native.plan import Factors, StepHyper
 from fastadam.torch._checks import Group, States
 from fastadam.torch._clipping import Clipping, clip_jointly, is_sharded
@@ -22,6 +24,10 @@ from fastadam.torch._no_memory import Simulated, hide_gradients, is_simulation, 
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._partition import Partitions, refuse_new_in_capture
 from fastadam.torch._repeated import RepeatedStep
+
+if TYPE_CHECKING:
+    from fastadam.torch._buckets import BucketedStep
+    from fastadam.torch._overlap import Overlap
 
 __all__ = ["GroupStepper", "Options"]
 
@@ -106,8 +112,12 @@ class GroupStepper:
             self.compiled = previous.compiled
             self.tables = previous.tables.renewed()
         self._how = options.sparse_update, options.moments_dtype
-        self._clipping = options.clipping
+        self.clipping = options.clipping
         self.partitions = Partitions(*self._how, self.tables)
+        self.open: BucketedStep | None = None  # the step that begin_step() has begun
+        self.overlap: Overlap | None = None  # what has begun it and ends it in step()
+        self.guess = Guess()
+        self.logs: dict[object, _cpu.StepLog] = {}
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
         self._pending: Pending | None = None
         self._begun: list[Begun] = []  # of a step that is being made
@@ -171,10 +181,10 @@ class GroupStepper:
             if places := hide_gradients(group["params"], gradients):
                 simulated.add(index, group, places, state, *self._how)
             refuse_simulation(gradients)
-            self._clipping.require_host(index, group, gradients)
+            self.clipping.require_host(index, group, gradients)
             of_group = [
-                self._call_of(index, ready, group, gradients, scaled, raised)
-                for ready in self._ready(index, group, state, gradients, scaled)
+                self.call_of(index, ready, group, gradients, scaled, raised)
+                for ready in self.ready(index, group, state, gradients, scaled)
             ]
             calls += of_group
             if len(groups) > 1:
@@ -190,12 +200,12 @@ class GroupStepper:
         simulated.finish(state)
         before, self._last = self._last, [(call.group, call.chosen) for call in calls]
         if self._last == before:
-            self._repeated = RepeatedStep.after(self._last, groups, state, self._clipping)
+            self._repeated = RepeatedStep.after(self._last, groups, state, self.clipping)
         return True
 
     def _are_joined(self, calls: list[Call]) -> bool:
         """Whether the norms must be known before the native steps, each of which can read only its own."""
-        if not calls or not self._clipping.reads_norms:
+        if not calls or not self.clipping.reads_norms:
             return False
         # A step that may be skipped must not bring rows up to date first.
         first = calls[0]
@@ -218,7 +228,7 @@ class GroupStepper:
             for call, mine in zip(calls, factors, strict=True)
         ]
 
-    def _ready(
+    def ready(
         self, index: int, group: Group, state: States, gradients: list[Tensor | None], scaled: ScaledStep
     ) -> list[Ready]:
         """The sets of a group that are to be stepped, those whose counts may not differ with one step count."""
@@ -254,7 +264,7 @@ class GroupStepper:
         counts = is_captured or (is_followed and chosen.can_count(chosen.numbers_of(group, 1, 1.0)))
         return OnGpu(grad_scale, found_inf, counts)
 
-    def _call_of(
+    def call_of(
         self,
         index: int,
         ready: Ready,
@@ -281,7 +291,7 @@ class GroupStepper:
             chosen.set_device_numbers(rate, there.grad_scale, there.found_inf, counts=there.counts)
         mine = chosen.read_gradients(mine, densify=hyper.l2 != 0)
         apart = steps if steps.count(steps[0]) != len(steps) else None
-        hyper = self._clipping.bound(hyper)
+        hyper = self.clipping.bound(hyper)
         return Call(index, chosen, mine, hyper, chosen.factors_of(group), apart, there.found_inf)
 
     def _settle_before(self, chosen: ParameterSet, gradients: list[Tensor], hyper: StepHyper) -> None:
@@ -361,18 +371,27 @@ class GroupStepper:
         if self._pending is None:
             return
         call, counter, after = self._pending
-        chosen = call.chosen
-        if int(chosen.counter) > counter:
-            chosen.finish(after)
-            if chosen.is_new:
-                for param, named in zip(chosen.params, chosen.states, strict=True):
-                    state[param] = named
-                self.partitions.known = None
-                self.tables.keep(chosen.tables)
-                chosen.is_new = False
+        if int(call.chosen.counter) > counter:
+            self.note_made(call, state, after)
         else:
-            chosen.counts.forget()
+            call.chosen.counts.forget()
         self._pending = None
+
+    def note_made(self, call: Call, state: States, after: int | list[int] | Tensor | None = None) -> None:
+        """Note that a call was made; ``after``: the step count then, if it is not that of the call."""
+        chosen = call.chosen
+        chosen.finish(after if after is not None else call.steps or call.hyper.step)
+        if chosen.is_new:
+            for param, named in zip(chosen.params, chosen.states, strict=True):
+                state[param] = named
+            self.partitions.known = None
+            self.tables.keep(chosen.tables)
+            chosen.is_new = False
+
+    def require_closed(self, what: str) -> None:
+        """Raise if a step is open, when parameters may be between two steps."""
+        if self.open is not None:
+            raise RuntimeError(f"{what}: a step is open, expected end_step() or abort_step() first")
 
 
 def _are_apart(ready: list[Ready]) -> bool:

@@ -1,4 +1,4 @@
-"""One step in parts: buckets of variables that come in any order, from any thread, and are stepped or undone together."""
+"""One step in parts: buckets of variables that come in any order, from any thread, and step or are undone together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -44,7 +44,6 @@ class _Part:
     log: _cpu.StepLog
     norms: Norms | None = None
     used: Factors | None = None  # the factors of the step that was made early; None: it was not made
-    done: Future[None] = field(default_factory=Future)
 
 
 class Guess:
@@ -85,23 +84,38 @@ class OpenStep:
         early: Step buckets as they come, as far as that can be undone.
         threads: The most threads of its native calls; None for as many as other calls use.
         guess: Of the optimizer.
+        join: Adds to the norms of all buckets, in the order in which these came, what other processes know of them.
         logs: Of the optimizer: memory of logs, by the places of a bucket.
     """
 
     def __init__(
-        self, clips: StepHyper, *, early: bool, threads: int | None, guess: Guess, logs: dict[object, _cpu.StepLog]
+        self,
+        clips: StepHyper,
+        *,
+        early: bool,
+        threads: int | None,
+        guess: Guess,
+        logs: dict[object, _cpu.StepLog],
+        join: Callable[[Norms], Norms] = lambda norms: norms,
     ) -> None:
+        self._join = join
         self._clips, self._early, self._guess, self._logs = clips, early, guess, logs
         self._is_global = np.isfinite(clips.global_clip_norm)
         self._reads_norms = clips.require_finite or self._is_global or bool(np.isfinite(clips.clip_norm))
         self._speculates = early and (guess.pays or not self._reads_norms)
         self._parts: list[_Part] = []
+        self._done: list[Future[None]] = []
         self._given: set[Place] = set()
         self._lock = threading.Lock()
         self._is_open = True
         self._pid = os.getpid()
         self._worker = ThreadPoolExecutor(1, "fastadam step", _cpu.set_thread_budget, (threads or 0,))
         _live.add(self)
+
+    @property
+    def given(self) -> set[Place]:
+        """The places of the variables so far."""
+        return self._given
 
     # ---- the buckets -----------------------------------------------------------------------------------------------
 
@@ -113,17 +127,23 @@ class OpenStep:
             if place in self._given:
                 raise ValueError(f"step_bucket: {label} was given before in this step, expected it once")
 
-    def add(self, bucket: Bucket) -> Future[None]:
-        """Take a bucket, which has been checked. The result comes when the worker needs no more of it until the end."""
+    def add(self, buckets: Sequence[Bucket]) -> Future[None]:
+        """Take buckets, which have been checked. The result comes when no more is to be done before the end."""
         with self._lock:
-            self.require(bucket.places, [f"variable {place}" for place in bucket.places])
-            self._given.update(bucket.places)
-            key = tuple(bucket.places)
-            part = _Part(bucket, self._logs.get(key) or _cpu.StepLog())
-            self._logs[key] = part.log
-            self._parts.append(part)
-            part.done = self._worker.submit(self._begin, part)
-        return part.done
+            parts = []
+            for bucket in buckets:
+                self.require(bucket.places, [buffer.label for buffer in bucket.plan.buffers])
+                self._given.update(bucket.places)
+                log = self._logs.setdefault(tuple(bucket.places), _cpu.StepLog())
+                parts.append(_Part(bucket, log))
+            self._parts += parts
+            done = self._worker.submit(self._begin_all, parts)
+            self._done.append(done)
+        return done
+
+    def _begin_all(self, parts: list[_Part]) -> None:
+        for part in parts:
+            self._begin(part)
 
     def _begin(self, part: _Part) -> None:
         plan, gradients, hyper, factors, *_ = part.bucket
@@ -180,8 +200,8 @@ class OpenStep:
 
     def _finish(self, commit: Callable[[], None]) -> bool:
         try:
-            for part in self._parts:
-                part.done.result()
+            for done in self._done:
+                done.result()
             clipped = self._joined()
         except BaseException:
             self._undo_all()
@@ -209,7 +229,7 @@ class OpenStep:
         if not self._reads_norms or not self._parts:
             return [_NO_FACTORS for _ in self._parts]
         norms = [part.norms for part in self._parts if part.norms is not None]
-        sums = np.concatenate(norms)
+        sums = self._join(np.concatenate(norms))
         others = np.concatenate([_ones(part.bucket.factors, n) for part, n in zip(self._parts, norms, strict=True)])
         places = [place for part in self._parts for place in part.bucket.places]
         order = sorted(range(len(places)), key=places.__getitem__)
@@ -252,7 +272,7 @@ class OpenStep:
 
     def _wait(self) -> None:
         """Before a fork: let the worker finish."""
-        wait([part.done for part in self._parts])
+        wait(self._done)
 
 
 def _ones(factors: list[float], norms: Norms) -> Factors:

@@ -70,9 +70,10 @@ def cases() -> Iterator[Case]:
             goals.append(
                 Goal("prime-rl", "fastadam.torch.AdamW", at_least=1.0 if name == "1000 x 64" else faster[name])
             )
+            floors = FLOORS if name == "2^25" else {"floor": FLOORS["floor"]}
             if name == "2^25":
-                goals += [Goal(ours, "floor, streamed", at_most=1.05) for ours in OURS]
-            yield Case(f"{name}, {gradients}", sizes, gradients, FLOORS | OURS | PEERS, goals)
+                goals += [Goal(ours, of, at_most=1.05) for ours in OURS for of in FLOORS]
+            yield Case(f"{name}, {gradients}", sizes, gradients, floors | OURS | PEERS, goals)
         clipped = {
             name: (function, {"clip": 1.0}) for name, (function, _) in (OURS | PEERS).items() if name != "prime-rl"
         }
@@ -90,7 +91,8 @@ def can_take_part(name: str) -> bool:
     """Whether a peer is installed, or its source known."""
     if name == "prime-rl":
         return "PRIME_RL_KERNEL" in os.environ
-    return importlib.util.find_spec("deepspeed") is not None if name == "DeepSpeed" else True
+    package = {"torch": "torch", "DeepSpeed": "deepspeed"}.get(name, "numpy")
+    return importlib.util.find_spec(package) is not None
 
 
 def start(case: Case, only: list[str]) -> list[Worker]:

@@ -164,10 +164,12 @@ def _sequence(optimizer, parameters, gradients, computes, clip):
 
 
 def _parts(parameters, count):
-    """The list in `count` runs of about as many numbers."""
-    total = sum(parameter.numel() for parameter in parameters)
-    parts, before = [[] for _ in range(count)], 0
-    for parameter in parameters:
-        parts[min(count - 1, (before + parameter.numel() // 2) * count // total)].append(parameter)
-        before += parameter.numel()
+    """The list in `count` runs of about as many numbers; a tensor that is larger than a run counts as one run."""
+    largest = sum(parameter.numel() for parameter in parameters) / count
+    weights = [min(parameter.numel(), largest) for parameter in parameters]
+    total, before = sum(weights), 0.0
+    parts = [[] for _ in range(count)]
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parts[int((before + weight / 2) / total * count)].append(parameter)
+        before += weight
     return [part for part in parts if part]

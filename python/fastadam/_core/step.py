@@ -278,7 +278,7 @@ class Stepper:
             positions=positions,
             lazy=options.sparse_update == "lazy",
             histories=[None if history is None else history.native for history in histories],
-            copies=[copies[i] for i in positions] if copies else _NONE,
+            copies=[unwrap(copies[i]) for i in positions] if copies else _NONE,
             context=runtime.context_of(buffers[0]),
         )
         plan.set_telemetry(options.telemetry)

@@ -135,9 +135,9 @@ class Plan:
         """Whether these are the variables, slots and copies of the plan, at the same addresses."""
         return self._native.holds(variables, slots, list(copies))
 
-    def has_copies(self, copies: Sequence[AnyArray | None]) -> bool:
-        """Whether these are the copies of the plan, at the same addresses; empty for none."""
-        return self._native.has_copies(list(copies))
+    def has_copies(self, copies: list[AnyArray]) -> bool:
+        """Whether these, arrays or None, are the copies of the plan, at the same addresses; empty for none."""
+        return self._native.has_copies(copies)
 
     # ---- what a step reports ---------------------------------------------------------------------------------------
 

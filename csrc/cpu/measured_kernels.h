@@ -34,29 +34,36 @@ FASTADAM_INLINE int32_t is_same(float a, float b, const Rounding& r) {
 }
 FASTADAM_INLINE int32_t is_same(double a, double b, const Rounding&) { return a == b ? 1 : 0; }
 
-// Sums over one tile, by lanes. Eight squares are added in T before they are added in double.
+// Sums over one tile, by lanes: sixteen squares of a lane are added in T.
 template <class T>
 struct TileSums {
-  static constexpr int64_t kGroup = 8 * kNormLanes;
   alignas(kCacheLineBytes) T gradient[kNormLanes];
   alignas(kCacheLineBytes) T update[kNormLanes];
   alignas(kCacheLineBytes) T parameter[kNormLanes];
-  alignas(kCacheLineBytes) double sums[3][kNormLanes] = {};
-  alignas(kCacheLineBytes) int32_t unchanged[kNormLanes] = {};
+  alignas(kCacheLineBytes) int32_t unchanged[kNormLanes];
 
-  FASTADAM_INLINE void begin_group() {
-#pragma omp simd
-    for (int64_t lane = 0; lane < kNormLanes; ++lane) gradient[lane] = update[lane] = parameter[lane] = T(0);
-  }
-  FASTADAM_INLINE void end_group() {
+  FASTADAM_INLINE TileSums() {
 #pragma omp simd
     for (int64_t lane = 0; lane < kNormLanes; ++lane) {
-      sums[0][lane] += static_cast<double>(gradient[lane]);
-      sums[1][lane] += static_cast<double>(update[lane]);
-      sums[2][lane] += static_cast<double>(parameter[lane]);
+      gradient[lane] = update[lane] = parameter[lane] = T(0);
+      unchanged[lane] = 0;
     }
   }
 };
+
+// Adds the lanes in double, half to half, which vectorises.
+template <class T>
+FASTADAM_INLINE double sum_of_lanes(const T* lanes) {
+  alignas(kCacheLineBytes) double sums[kNormLanes / 2];
+#pragma omp simd
+  for (int64_t i = 0; i < kNormLanes / 2; ++i) {
+    sums[i] = static_cast<double>(lanes[i]) + static_cast<double>(lanes[i + kNormLanes / 2]);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < 8; ++i) sums[i] += sums[i + 8];
+  for (int64_t i = 0; i < 4; ++i) sums[i] += sums[i + 4];
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
 
 // Updates up to kNormLanes elements and adds them to the sums; what is added to a variable times `unit`.
 template <bool kAmsgrad, int kTransform, class T>
@@ -101,20 +108,18 @@ TileMeasure update_tile(const Operands<T>& all, int64_t size, const StepScalars<
   const StepScalars<T> s = scalars;
   TileSums<T> sums;
   for (int64_t at = 0; at < size; at += kNormLanes) {
-    if (at % sums.kGroup == 0) sums.begin_group();
     const Operands<T> lanes{all.var + at, all.grad + at, all.m + at, all.v + at, kAmsgrad ? all.vhat + at : nullptr};
-    if (prefetch) prefetch_block(sizeof(T), lanes.var, lanes.grad, lanes.m, lanes.v);
+    if (prefetch) prefetch_far(sizeof(T), lanes.var, lanes.grad, lanes.m, lanes.v);
     if (size - at >= kNormLanes) {
       update_lanes<kAmsgrad, kTransform>(lanes, kNormLanes, s, factor, keep, unit, rounding, sums);
     } else {
       update_lanes<kAmsgrad, kTransform>(lanes, size - at, s, factor, keep, unit, rounding, sums);
     }
-    if ((at + kNormLanes) % sums.kGroup == 0 || at + kNormLanes >= size) sums.end_group();
   }
   TileMeasure result{};
-  result.gradient = pairwise_sum(sums.sums[0], kNormLanes);
-  result.update = pairwise_sum(sums.sums[1], kNormLanes);
-  result.parameter = pairwise_sum(sums.sums[2], kNormLanes);
+  result.gradient = sum_of_lanes(sums.gradient);
+  result.update = sum_of_lanes(sums.update);
+  result.parameter = sum_of_lanes(sums.parameter);
   for (int32_t count : sums.unchanged) result.unchanged += count;
   return result;
 }

@@ -181,33 +181,50 @@ __attribute__((noinline)) int32_t count_same(const T* before, const T* now, int6
   return same;
 }
 
+// Measures again what rounding to Half has changed.
+template <class Half>
+__attribute__((noinline)) void measure_rounded(const Half* var, const float* before, int64_t size, float unit,
+                                               TileMeasure& result) {
+  float now[kTile];
+  float added[kTile];
+  convert(var, now, size);
+  result.unchanged = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    added[i] = (now[i] - before[i]) * unit;
+    result.unchanged += bit_cast<uint32_t>(now[i]) == bit_cast<uint32_t>(before[i]) ? 1 : 0;
+  }
+  result.update = exact_sum(added, size);
+  result.parameter = exact_sum(now, size);
+}
+
 // Updates a tile of a dense variable, and measures the step.
 template <class Storage>
 TileMeasure adam_measured(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
+  constexpr bool kIsHalf = sizeof(Storage) == 2;
   const StepScalars<T>& s = scalars_of<T>(step);
   const FactorPair<T> factor = factor_of<T>(step, tensor);
   const T keep = tensor.decays ? s.keep : T(1);
   const T unit = static_cast<T>(step.telemetry_unit);
-  const bool has_copy = tensor.copy != nullptr;
-  const bool is_rounded = std::is_same_v<Storage, BFloat16> || (has_copy && tensor.copy_dtype == FASTADAM_BFLOAT16);
-  const bool is_to_half = std::is_same_v<Storage, Float16> || (has_copy && tensor.copy_dtype == FASTADAM_FLOAT16);
-  TileMeasure result{};
+  const bool is_to_bfloat16 = tensor.copy != nullptr && tensor.copy_dtype == FASTADAM_BFLOAT16;
+  const bool is_to_float16 = tensor.copy != nullptr && tensor.copy_dtype == FASTADAM_FLOAT16;
   const int64_t size = end - begin;
+  TileMeasure result{};
+  T before[kTile];
   in_compute_types<Storage>(step, tensor, begin, size, [&](const Operands<T>& all) {
-    T before[kTile];
-    if (is_to_half) std::memcpy(before, all.var, static_cast<size_t>(size) * sizeof(T));
-    result = update_tile_for<T>(step)(all, size, s, factor, keep, unit, is_rounded ? kToBFloat16 : kNotRounded,
-                                      step.prefetch);
+    if (kIsHalf || is_to_float16) std::memcpy(before, all.var, static_cast<size_t>(size) * sizeof(T));
+    const Rounding& rounding = is_to_bfloat16 ? kToBFloat16 : kNotRounded;
+    result = update_tile_for<T>(step)(all, size, s, factor, keep, unit, rounding, step.prefetch);
     if (is_doubtful<T>(result.gradient)) result.gradient = exact_sum(all.grad, size);
     if (is_doubtful<T>(result.parameter)) result.parameter = exact_sum(all.var, size);
     if constexpr (sizeof(T) == 4) {
-      if (is_to_half) result.unchanged = count_same<Float16>(before, all.var, size);
+      if (is_to_float16) result.unchanged = count_same<Float16>(before, all.var, size);
     }
     for (int64_t i = 0; i < size && !is_finite(result.gradient); ++i) {
       result.not_finite += is_finite(static_cast<double>(all.grad[i])) ? 0 : 1;
     }
   });
+  if constexpr (kIsHalf) measure_rounded(static_cast<const Storage*>(tensor.var) + begin, before, size, unit, result);
   return result;
 }
 

@@ -151,9 +151,16 @@ class Plan:
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def check(self, gradients: list[AnyGradient], convert: Convert | None = None) -> list[AnyGradient]:
-        """Raise what is wrong with the gradients; return them, converted as far as they have to be."""
+    def check(
+        self, gradients: list[AnyGradient], convert: Convert | None = None, *, zeroes: bool = False
+    ) -> list[AnyGradient]:
+        """Raise what is wrong with the gradients; return them, converted as far as they have to be.
+
+        ``zeroes``: the step sets them to zero, so that none can be converted.
+        """
         while unfit := self._native.check(gradients):
+            if zeroes:
+                self._refuse_conversion(gradients, unfit)
             gradients = self._converted(gradients, unfit, convert)
         return gradients
 
@@ -192,10 +199,7 @@ class Plan:
             return True
         while unfit := self._native.step(gradients, hyper, factors, counter):
             if hyper.zero_gradients:
-                raise ValueError(
-                    f"grads[{self.positions[unfit[0]]}]: {type(gradients[unfit[0]]).__name__} that has to be "
-                    f"converted, expected an array like {self.buffers[unfit[0]].label}, which can be set to zero"
-                )
+                self._refuse_conversion(gradients, unfit)
             gradients = self._converted(gradients, unfit, convert)
         return self._native.all_finite
 
@@ -307,6 +311,15 @@ class Plan:
     def catch_up(self, ids: AnyArray | None, hyper: StepHyper, counter: npt.NDArray[np.int64] | None) -> None:
         """Bring rows of the only variable, a deferred table, up to date: ``ids``, flat, or all for None."""
         self._native.catch_up(ids, hyper, counter)
+
+    def _refuse_conversion(self, gradients: list[AnyGradient], which: list[int]) -> None:
+        i = which[0]
+        if is_slices(gradients[i]):
+            raise ValueError(f"zero_grads: with IndexedSlices for {self.buffers[i].label}, expected dense gradients")
+        raise ValueError(
+            f"grads[{self.positions[i]}]: {type(gradients[i]).__name__} that has to be converted, expected an array "
+            f"like {self.buffers[i].label}, which can be set to zero"
+        )
 
     def _converted(self, gradients: list[AnyGradient], which: list[int], convert: Convert | None) -> list[AnyGradient]:
         gradients = gradients[:]

@@ -13,7 +13,7 @@ from fastadam._core.common.types import AnyArray, AnyGradient, Config, Foreign, 
 from fastadam._core.native.arrays import native_of
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gradients import convert_gradient
-from fastadam._core.native.slices import convert_slices, is_slices, native_gradient
+from fastadam._core.native.slices import convert_slices, is_slices, is_sparse, native_gradient
 from fastadam._core.native.variable import Variable
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ class Plan:
 
     def _refuse_conversion(self, gradients: list[AnyGradient], which: list[int]) -> None:
         i = which[0]
-        if is_slices(gradients[i]):
+        if is_sparse(gradients[i]):
             raise ValueError(f"zero_grads: with IndexedSlices for {self.buffers[i].label}, expected dense gradients")
         raise ValueError(
             f"grads[{self.positions[i]}]: {type(gradients[i]).__name__} that has to be converted, expected an array "

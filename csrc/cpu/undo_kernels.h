@@ -17,8 +17,9 @@ struct Misses {
 };
 
 template <bool kAmsgrad, int kTransform>
-__attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t size, const StepScalars<float>& scalars,
-                                             FactorPair<float> factor, float keep, bool prefetch, Misses& misses) {
+__attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t size,
+                                             const StepScalars<float>& scalars, FactorPair<float> factor, float keep,
+                                             bool prefetch, Misses& misses) {
   const StepScalars<float> s = scalars;
   const Inverses inverse(s, keep);
   float* __restrict var = all.var;
@@ -31,7 +32,7 @@ __attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t
   uint32_t* __restrict v_misses = misses.of[kLoggedV];
   uint32_t* __restrict vhat_misses = misses.of[kLoggedVhat];
   for (int64_t block = 0; block < size; block += kBlock) {
-    if (prefetch) prefetch_block(sizeof(float), var + block, grad + block, m + block, v + block);
+    if (prefetch) prefetch_far(sizeof(float), var + block, grad + block, m + block, v + block);
     const int64_t end = block + kBlock < size ? block + kBlock : size;
 #pragma omp simd
     for (int64_t i = block; i < end; ++i) {
@@ -185,8 +186,9 @@ inline void read_misses(const StepLog& log, int64_t place, int64_t size, bool am
 }
 
 template <bool kAmsgrad, int kTransform>
-__attribute__((noinline)) void undo_elements(const Operands<float>& all, int64_t size, const StepScalars<float>& scalars,
-                                             FactorPair<float> factor, float keep, const Misses& misses) {
+__attribute__((noinline)) void undo_elements(const Operands<float>& all, int64_t size,
+                                             const StepScalars<float>& scalars, FactorPair<float> factor, float keep,
+                                             const Misses& misses) {
   const StepScalars<float> s = scalars;
   const Inverses inverse(s, keep);
   float* __restrict var = all.var;

@@ -17,7 +17,20 @@ __all__ = ["Overlap", "overlap"]
 
 
 class Overlap:
-    """Steps parameters on a background thread as their gradients are accumulated; made by :func:`overlap`."""
+    """Steps parameters on a background thread as their gradients are accumulated; made by :func:`overlap`.
+
+    >>> import importlib.util
+    >>> if importlib.util.find_spec("torch"):
+    ...     import torch, fastadam.torch
+    ...     model = torch.nn.Linear(4, 1)
+    ...     opt = fastadam.torch.AdamW(model.parameters())
+    ...     attached = fastadam.torch.overlap(opt).attach()
+    ...     for _ in range(2):
+    ...         opt.zero_grad()
+    ...         model(torch.ones(2, 4)).square().sum().backward()
+    ...         opt.step()
+    ...     attached.detach()
+    """
 
     def __init__(self, optimizer: Adam, bucket_mb: float, threads: int | None, loss_scale: float) -> None:
         self._optimizer, self._bytes = optimizer, bucket_mb * 2**20

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,10 +26,6 @@ from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._partition import Partitions, refuse_new_in_capture
 from fastadam.torch._repeated import RepeatedStep
 
-if TYPE_CHECKING:
-    from fastadam.torch._buckets import BucketedStep
-    from fastadam.torch._overlap import Overlap
-
 __all__ = ["GroupStepper", "Options"]
 
 
@@ -43,6 +40,26 @@ class Options:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update({"clipping": Clipping(), **state})  # older versions had none
+
+
+class Opened(Protocol):
+    """A step that is open: ``_buckets.BucketedStep``."""
+
+    def add(self, params: object) -> Future[None]:
+        """Take parameters."""
+
+    def finish(self) -> bool:
+        """Make the step; returns whether it was made."""
+
+    def abort(self) -> None:
+        """Undo the step."""
+
+
+class Ender(Protocol):
+    """What ends an open step: ``_overlap.Overlap``."""
+
+    def finish(self) -> None:
+        """End it."""
 
 
 class OnGpu(NamedTuple):
@@ -114,8 +131,8 @@ class GroupStepper:
         self._how = options.sparse_update, options.moments_dtype
         self.clipping = options.clipping
         self.partitions = Partitions(*self._how, self.tables)
-        self.open: BucketedStep | None = None  # the step that begin_step() has begun
-        self.overlap: Overlap | None = None  # what has begun it and ends it in step()
+        self.open: Opened | None = None  # the step that begin_step() has begun
+        self.overlap: Ender | None = None  # what has begun it and ends it in step()
         self.guess = Guess()
         self.logs: dict[object, _cpu.StepLog] = {}
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory

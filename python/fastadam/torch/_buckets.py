@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastadam._core.common.checks import check_list
-from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buckets import Bucket, OpenStep
 from fastadam._core.native.plan import Factors, Norms, StepHyper
 from fastadam.torch._checks import Group, States, label_of
@@ -49,17 +48,13 @@ class BucketedStep:
     ) -> None:
         self._stepper, self._state = stepper, state
         self._groups: list[Group] = [{**group, "params": list(group["params"])} for group in groups]
-        self._scaled = ScaledStep(None if loss_scale == 1.0 else torch.tensor(loss_scale), None)
-        self._places: dict[int, tuple[int, int]] = {}  # by the identity of the parameter
+        self._scaled = ScaledStep(torch.tensor(loss_scale), None)
+        self._places: dict[Tensor, tuple[int, int]] = {}
         for index, group in enumerate(self._groups):
             for place, param in enumerate(group["params"]):
-                if id(param) in self._places:
+                if param in self._places:
                     raise ValueError(f"begin_step: {label_of(group, index, place)} comes twice, expected it once")
-                self._places[id(param)] = (index, place)
-        self._given: set[tuple[int, int]] = set()
-        # Nothing is to be done before the end: then it is a plain step, without a call for each bucket.
-        self._waits = not early and not stepper.clipping.reads_norms
-        self._threads = threads
+                self._places[param] = (index, place)
         stepper.tables.forget_removed(self._groups)
         stepper.partitions.note_state(state, len(groups))
         self._params: list[Tensor] = []  # in the order of the buckets
@@ -77,27 +72,22 @@ class BucketedStep:
     def add(self, params: object) -> Future[None]:
         """Take parameters that have their gradients; those without are left out."""
         given = check_list("params", params, "an iterable of parameters")
-        self._open.require([], [])
         places: list[tuple[int, int]] = []
         for i, param in enumerate(given):
-            place = self._places.get(id(param))
+            place = self._places.get(param) if isinstance(param, Tensor) else None
             if place is None:
                 what = f"shape {tuple(param.shape)}" if isinstance(param, Tensor) else type(param).__name__
                 raise ValueError(f"step_bucket: params[{i}]: {what}, expected a parameter of this optimizer")
-            if place in self._given:
-                label = label_of(self._groups[place[0]], *place)
-                raise ValueError(f"step_bucket: {label} was given before in this step, expected it once")
             if param.grad is not None:
                 places.append(place)
+        self._open.require(places, [label_of(self._groups[index], index, place) for index, place in places])
         if len(set(places)) < len(places):
             raise ValueError("step_bucket: a parameter was given twice, expected it once")
-        if self._waits:
-            done: Future[None] = Future()
-            done.set_result(None)
-        else:
-            done = self._take(places)
-        self._given.update(places)
-        return done
+        with torch.no_grad():
+            calls = self._calls_of(places)
+        buckets = [self._bucket_of(call) for call in calls]
+        self._params += [param for call in calls for param in call.chosen.params]
+        return self._open.add(buckets)
 
     def finish(self) -> bool:
         """Step the parameters that were not given but have a gradient, and end the step.
@@ -105,58 +95,29 @@ class BucketedStep:
         Returns:
             Whether it was made; False if a gradient was not finite and has to be.
         """
-        if self._waits:
-            return self._make_plain()
-        self._stepper.forget_numbers()
         try:
-            self._take([
-                (index, place)
-                for index, group in enumerate(self._groups)
-                for place, param in enumerate(group["params"])
-                if param.grad is not None and (index, place) not in self._given
-            ])
+            self.add([param for param, place in self._places.items() if place not in self._open.given])
         except BaseException:
             self.abort()
             raise
         return self._open.finish(lambda: None)
 
-    def _make_plain(self) -> bool:
-        threads = _cpu.set_thread_budget(self._threads or 0)
-        try:
-            self._stepper.step_scaled(self._groups, self._state, self._scaled)
-        finally:
-            _cpu.set_thread_budget(threads)
-        return True
-
     def abort(self) -> None:
         """Undo what was made."""
         self._open.abort()
 
-    def _take(self, places: Sequence[tuple[int, int]]) -> Future[None]:
-        with torch.no_grad():
-            calls = self._calls_of(places)
-        buckets = [self._bucket_of(call) for call in calls]
-        self._params += [param for call in calls for param in call.chosen.params]
-        return self._open.add(buckets)
-
     def _calls_of(self, places: Sequence[tuple[int, int]]) -> list[Call]:
         stepper = self._stepper
         calls: list[Call] = []
-        by_group: dict[int, list[int]] = {}
-        for index, place in places:
-            by_group.setdefault(index, []).append(place)
-        for index, chosen in sorted(by_group.items()):
+        for index in sorted({index for index, _ in places}):
             group = self._groups[index]
-            params = [group["params"][place] for place in chosen]
-            given = [param.grad for param in params]
-            if hide_gradients(params, given):
+            mine = {place for at, place in places if at == index}
+            gradients = [param.grad if place in mine else None for place, param in enumerate(group["params"])]
+            if hide_gradients(group["params"], gradients):
                 raise RuntimeError("step_bucket: parameters without memory (meta, fake), expected step() for these")
-            refuse_simulation(given)
-            gradients: list[Tensor | None] = [None] * len(group["params"])
-            for place, gradient in zip(chosen, given, strict=True):
-                gradients[place] = gradient
-            if any(gradient is not None and gradient.is_cuda for gradient in given):
-                stepper.clipping.require_host(index, group, gradients)
+            refuse_simulation(gradients)
+            stepper.clipping.require_host(index, group, gradients)
+            if any(gradient is not None and gradient.is_cuda for gradient in gradients):
                 raise RuntimeError("step_bucket: parameters on a GPU, expected CPU memory")
             for ready in stepper.ready(index, group, self._state, gradients, self._scaled):
                 call = stepper.call_of(index, ready, group, gradients, self._scaled, Counter())

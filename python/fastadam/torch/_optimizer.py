@@ -362,9 +362,8 @@ class Adam(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: No step is open.
-            ValueError: A parameter that is not the optimizer's, or that was given before; and, if the bucket is read
-                before the end of the step, all that :meth:`step` raises of gradients. The bucket is not taken then, and
-                the step stays open.
+            ValueError: A parameter that is not the optimizer's, or that was given before; and all that :meth:`step`
+                raises of gradients. The bucket is not taken then, and the step stays open.
         """
         stepper = self._stepper
         with stepper.lock:
@@ -376,8 +375,7 @@ class Adam(torch.optim.Optimizer):
         """Make the step, of all parameters that have a gradient: those that no bucket had are stepped now.
 
         Raises:
-            RuntimeError: No step is open; or a gradient has changed and the step has to be undone. All that
-                :meth:`step` raises, too; no part of the step is made then.
+            RuntimeError: No step is open; or a gradient has changed and the step has to be undone.
         """
         stepper = self._stepper
         with stepper.lock:
@@ -385,6 +383,7 @@ class Adam(torch.optim.Optimizer):
             if step is None:
                 raise RuntimeError("end_step: no step is open, expected begin_step() first")
             stepper.open = stepper.overlap = None
+            stepper.forget_numbers()
             stepper.compiled.skipped = not step.finish()
 
     def abort_step(self) -> None:

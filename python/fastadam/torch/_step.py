@@ -388,9 +388,15 @@ class GroupStepper:
             self.tables.keep(chosen.tables)
             chosen.is_new = False
 
+    def require_open(self, what: str) -> BucketedStep:
+        """The open step; raises if there is none."""
+        if self.open is None or not self.open.is_open:
+            raise RuntimeError(f"{what}: no step is open, expected begin_step() first")
+        return self.open
+
     def require_closed(self, what: str) -> None:
         """Raise if a step is open, when parameters may be between two steps."""
-        if self.open is not None:
+        if self.open is not None and self.open.is_open:
             raise RuntimeError(f"{what}: a step is open, expected end_step() or abort_step() first")
 
 

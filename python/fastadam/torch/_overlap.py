@@ -11,8 +11,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam.torch._buckets import BucketedStep
     from fastadam.torch._optimizer import Adam
+    from fastadam.torch._step import OpenStep
 
 __all__ = ["Overlap", "overlap"]
 
@@ -26,7 +26,7 @@ class Overlap:
         self._waiting: list[Tensor] = []
         self._size = 0.0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._step: BucketedStep | None = None
+        self._step: OpenStep | None = None
         self._is_attached = False
 
     def __enter__(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ from fastadam.torch._partition import Partitions, refuse_new_in_capture
 from fastadam.torch._repeated import RepeatedStep
 
 if TYPE_CHECKING:
-    from fastadam.torch._buckets import BucketedStep
-    from fastadam.torch._overlap import Overlap
+    from collections.abc import Iterable
+
+    from fastadam._core.native.worker import Handle
 
 __all__ = ["GroupStepper", "Options"]
 
@@ -51,6 +52,24 @@ class OnGpu(NamedTuple):
     grad_scale: Tensor | None
     found_inf: Tensor | None  # it skips the step unless this is 0
     counts: bool  # the number of the step
+
+
+class OpenStep(Protocol):
+    """A step in buckets: :class:`fastadam.torch._buckets.BucketedStep`."""
+
+    @property
+    def is_open(self) -> bool: ...
+    def add(self, params: Iterable[Tensor]) -> Handle[None]: ...
+    def finish(self) -> bool: ...
+    def abort(self) -> None: ...
+
+
+class Overlapped(Protocol):
+    """What begins and ends such steps: :class:`fastadam.torch._overlap.Overlap`."""
+
+    @property
+    def is_open(self) -> bool: ...
+    def step(self, grad_scale: object, found_inf: object) -> None: ...
 
 
 _UNSCALED = ScaledStep(None, None)
@@ -114,8 +133,8 @@ class GroupStepper:
         self._how = options.sparse_update, options.moments_dtype
         self.clipping = options.clipping
         self.partitions = Partitions(*self._how, self.tables)
-        self.open: BucketedStep | None = None  # the step that begin_step() has begun
-        self.overlap: Overlap | None = None  # what has begun it and ends it in step()
+        self.open: OpenStep | None = None  # the step that begin_step() has begun
+        self.overlap: Overlapped | None = None  # what has begun it and ends it in step()
         self.guess = Guess()
         self.logs: dict[object, _cpu.StepLog] = {}
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
@@ -388,7 +407,7 @@ class GroupStepper:
             self.tables.keep(chosen.tables)
             chosen.is_new = False
 
-    def require_open(self, what: str) -> BucketedStep:
+    def require_open(self, what: str) -> OpenStep:
         """The open step; raises if there is none."""
         if self.open is None or not self.open.is_open:
             raise RuntimeError(f"{what}: no step is open, expected begin_step() first")

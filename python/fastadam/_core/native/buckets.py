@@ -33,7 +33,7 @@ class Bucket(NamedTuple):
     factors: list[float]  # what gradients are multiplied by besides; empty for 1
     places: Sequence[Place]  # of the variables: in this order their squares are summed
     make: Callable[[Factors | None], object]  # makes the native step, with factors of joined norms if there are any
-    note: Callable[[], None]  # notes the step once it is certain
+    note: Callable[[], None] = lambda: None  # notes the step once it is certain
     is_plain: bool = True  # make() does nothing but the native step, so that this can be undone
 
 
@@ -150,9 +150,7 @@ class OpenStep:
         Returns:
             A handle that waits until there is no more to be done before the end of the step.
         """
-        parts = [
-            _Part(bucket, self._logs.setdefault(tuple(bucket.places), _cpu.StepLog())) for bucket in buckets
-        ]
+        parts = [_Part(bucket, self._logs.setdefault(tuple(bucket.places), _cpu.StepLog())) for bucket in buckets]
         handle = Handle(partial(self._begin, parts))
         group = _Group(len(self._groups), parts, handle)
         self._group_of.update({place: group for part in parts for place in part.bucket.places})
@@ -192,7 +190,7 @@ class OpenStep:
         If a signal handler raises meanwhile, the step has been made, or it is open still.
 
         Args:
-            commit: Notes the step, when the rest has been done and nothing can come between; its argument is the result.
+            commit: Notes the step when the rest has been done; nothing can come between. Its argument is the result.
 
         Returns:
             Whether it was made: False if gradients had to be finite and are not.
@@ -217,7 +215,7 @@ class OpenStep:
                 try:
                     self._worker.wake()
                     handle.wait()
-                except BaseException:  # noqa: S112 - the first one is raised
+                except BaseException:
                     continue
             raise
         return handle.result()
@@ -263,6 +261,8 @@ class OpenStep:
         for part in parts:
             part.bucket.note()
         commit(True)
+        for key in self._logs.keys() - {tuple(part.bucket.places) for part in parts}:
+            del self._logs[key]  # of buckets that came in other steps
         if self._early and self._reads_norms:
             self._guess.note(failed=bool(wrong) or (not was_early and self._would_fail(parts, clipped)))
         return True

@@ -8,7 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 __all__ = ["Handle", "Worker"]
 
@@ -71,7 +71,7 @@ class Handle(Generic[Result]):
 class _Shared:
     """What a worker and its thread have in common; the thread does not keep the worker alive."""
 
-    def __init__(self, tasks: deque[Handle[object]]) -> None:
+    def __init__(self, tasks: deque[Handle[Any]]) -> None:
         self.tasks = tasks
         self.tokens: SimpleQueue[bool] = SimpleQueue()  # True: there may be tasks; False: end
         self.owner = _thread.allocate_lock()  # held by the thread

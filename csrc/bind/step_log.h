@@ -2,6 +2,8 @@
 // The memory of a step log (../core/undo.h), kept from step to step.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -72,6 +74,17 @@ class LogMemory {
     if (!is_open_) return nullptr;
     is_open_ = false;
     return &log_;
+  }
+
+  // The variables whose gradients had changed when the step was undone.
+  std::vector<size_t> changed() const {
+    std::vector<size_t> found;
+    for (size_t k = 0; k + 1 < offsets_.size(); ++k) {
+      const auto first = tiles_.begin() + static_cast<std::ptrdiff_t>(offsets_[k]);
+      const auto last = tiles_.begin() + static_cast<std::ptrdiff_t>(offsets_[k + 1]);
+      if (std::any_of(first, last, [](const TileLog& tile) { return tile.is_changed; })) found.push_back(k);
+    }
+    return found;
   }
 
   // Bytes that the log of the last step takes.

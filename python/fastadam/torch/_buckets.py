@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastadam._core.common.checks import check_list
 from fastadam._core.native.buckets import Bucket, OpenStep
 from fastadam._core.native.plan import Factors, Norms, StepHyper
+from fastadam._core.native.worker import Handle
 from fastadam.torch._checks import Group, States, label_of
 from fastadam.torch._clipping import add_shards, is_sharded
 from fastadam.torch._grad_scaler import ScaledStep
@@ -22,6 +22,26 @@ if TYPE_CHECKING:
     from fastadam.torch._step import Call, GroupStepper
 
 __all__ = ["BucketedStep"]
+
+
+class _Given(NamedTuple):
+    """A parameter of a bucket, as it was when it was given."""
+
+    label: str
+    param: Tensor
+    gradient: Tensor
+    versions: tuple[int, int]  # torch's, of both
+    moments: list[Tensor]
+
+    def was_written(self) -> bool:
+        """Whether something else than the step has written to the parameter."""
+        return _version(self.param) != self.versions[0]
+
+    def has_other_gradient(self) -> bool:
+        """Whether the gradient was written to or replaced; it may be dropped, as the step keeps it."""
+        if _version(self.gradient) != self.versions[1]:
+            return True
+        return self.param.grad is not None and self.param.grad is not self.gradient
 
 
 class BucketedStep:
@@ -57,8 +77,8 @@ class BucketedStep:
                 self._places[param] = (index, place)
         stepper.tables.forget_removed(self._groups)
         stepper.partitions.note_state(state, len(groups))
-        self._params: list[Tensor] = []  # in the order of the buckets
-        self._counts: set[int] = set()  # addresses of step counts
+        self._given: dict[tuple[int, int], _Given] = {}
+        self._counts: dict[int, tuple[int, int]] = {}  # whose step count is at an address
         numbers = StepHyper(1, 0.0, 0.0, 0.0, 0.0, gradient_scale=self._scaled.gradient_scale)
         self._open = OpenStep(
             stepper.clipping.bound(numbers),
@@ -69,7 +89,12 @@ class BucketedStep:
             join=self._join,
         )
 
-    def add(self, params: object) -> Future[None]:
+    @property
+    def is_open(self) -> bool:
+        """Whether it was neither made nor undone yet."""
+        return self._open.is_open
+
+    def add(self, params: object) -> Handle[None]:
         """Take parameters that have their gradients; those without are left out."""
         given = check_list("params", params, "an iterable of parameters")
         places: list[tuple[int, int]] = []
@@ -81,12 +106,11 @@ class BucketedStep:
             if param.grad is not None:
                 places.append(place)
         self._open.require(places, [label_of(self._groups[index], index, place) for index, place in places])
-        if len(set(places)) < len(places):
-            raise ValueError("step_bucket: a parameter was given twice, expected it once")
         with torch.no_grad():
             calls = self._calls_of(places)
         buckets = [self._bucket_of(call) for call in calls]
-        self._params += [param for call in calls for param in call.chosen.params]
+        for call in calls:
+            self._note_given(call)
         return self._open.add(buckets)
 
     def finish(self) -> bool:
@@ -96,15 +120,54 @@ class BucketedStep:
             Whether it was made; False if a gradient was not finite and has to be.
         """
         try:
-            self.add([param for param, place in self._places.items() if place not in self._open.given])
+            self.add([param for param, place in self._places.items() if not self._open.has(place)])
+            for given in self._taken:
+                if given.was_written():
+                    raise RuntimeError(
+                        f"{given.label}: was written to while a step was open, expected no write before it ends"
+                    )
+                if given.has_other_gradient():
+                    raise RuntimeError(
+                        f"gradient of {given.label}: changed since step_bucket(), expected it as it was until the step "
+                        "ends; the step was undone"
+                    )
         except BaseException:
             self.abort()
             raise
-        return self._open.finish(lambda: None)
+        return self._open.finish(self._commit)
 
     def abort(self) -> None:
-        """Undo what was made."""
-        self._open.abort()
+        """Undo what was made. A parameter that something else has written to keeps its values and moments."""
+        kept = [
+            (tensor, tensor.detach().clone())
+            for given in self._taken
+            if given.was_written()
+            for tensor in (given.param, *given.moments)
+        ]
+        try:
+            self._open.abort()
+        finally:
+            with torch.no_grad():
+                for tensor, values in kept:
+                    tensor.copy_(values)
+
+    def _commit(self, was_made: bool) -> None:
+        self._stepper.forget_numbers()
+        self._stepper.compiled.skipped = not was_made
+
+    @property
+    def _taken(self) -> list[_Given]:
+        """The parameters so far, in the order of the buckets."""
+        return [self._given[index, place] for index, place in self._open.places]
+
+    def _note_given(self, call: Call) -> None:
+        group, chosen = self._groups[call.group], call.chosen
+        for place, state, address in zip(chosen.positions, chosen.states, chosen.counts.addresses, strict=True):
+            param = group["params"][place]
+            moments = [value for key, value in state.items() if key != "step" and isinstance(value, Tensor)]
+            label, versions = label_of(group, call.group, place), (_version(param), _version(param.grad))
+            self._given[call.group, place] = _Given(label, param, param.grad, versions, moments)
+            self._counts[address] = call.group, place
 
     def _calls_of(self, places: Sequence[tuple[int, int]]) -> list[Call]:
         stepper = self._stepper
@@ -124,12 +187,12 @@ class BucketedStep:
                 checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)
                 calls.append(call._replace(gradients=checked))
         addresses = {address for call in calls for address in call.chosen.counts.addresses}
-        if shared := self._counts & addresses:
+        shared = [address for address in addresses & self._counts.keys() if self._open.has(self._counts[address])]
+        if shared:
             raise ValueError(
                 f"step_bucket: {len(shared)} parameters share their step count with those of an earlier bucket, "
                 "expected them in one bucket"
             )
-        self._counts |= addresses
         return calls
 
     def _bucket_of(self, call: Call) -> Bucket:
@@ -160,6 +223,11 @@ class BucketedStep:
         )
 
     def _join(self, norms: Norms) -> Norms:
-        if is_sharded(self._params):
-            add_shards(self._params, norms, require_finite=self._stepper.clipping.skip_nonfinite)
+        params = [given.param for given in self._taken]
+        if is_sharded(params):
+            add_shards(params, norms, require_finite=self._stepper.clipping.skip_nonfinite)
         return norms
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

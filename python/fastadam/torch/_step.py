@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +25,11 @@ from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._partition import Partitions, refuse_new_in_capture
 from fastadam.torch._repeated import RepeatedStep
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fastadam._core.native.worker import Handle
+
 __all__ = ["GroupStepper", "Options"]
 
 
@@ -42,32 +46,30 @@ class Options:
         vars(self).update({"clipping": Clipping(), **state})  # older versions had none
 
 
-class Opened(Protocol):
-    """A step that is open: ``_buckets.BucketedStep``."""
-
-    def add(self, params: object) -> Future[None]:
-        """Take parameters."""
-
-    def finish(self) -> bool:
-        """Make the step; returns whether it was made."""
-
-    def abort(self) -> None:
-        """Undo the step."""
-
-
-class Ender(Protocol):
-    """What ends an open step: ``_overlap.Overlap``."""
-
-    def finish(self) -> None:
-        """End it."""
-
-
 class OnGpu(NamedTuple):
     """What the GPU of a set reads by itself in a step."""
 
     grad_scale: Tensor | None
     found_inf: Tensor | None  # it skips the step unless this is 0
     counts: bool  # the number of the step
+
+
+class OpenStep(Protocol):
+    """A step in buckets: :class:`fastadam.torch._buckets.BucketedStep`."""
+
+    @property
+    def is_open(self) -> bool: ...
+    def add(self, params: Iterable[Tensor]) -> Handle[None]: ...
+    def finish(self) -> bool: ...
+    def abort(self) -> None: ...
+
+
+class Overlapped(Protocol):
+    """What begins and ends such steps: :class:`fastadam.torch._overlap.Overlap`."""
+
+    @property
+    def is_open(self) -> bool: ...
+    def step(self, grad_scale: object, found_inf: object) -> None: ...
 
 
 _UNSCALED = ScaledStep(None, None)
@@ -131,8 +133,8 @@ class GroupStepper:
         self._how = options.sparse_update, options.moments_dtype
         self.clipping = options.clipping
         self.partitions = Partitions(*self._how, self.tables)
-        self.open: Opened | None = None  # the step that begin_step() has begun
-        self.overlap: Ender | None = None  # what has begun it and ends it in step()
+        self.open: OpenStep | None = None  # the step that begin_step() has begun
+        self.overlap: Overlapped | None = None  # what has begun it and ends it in step()
         self.guess = Guess()
         self.logs: dict[object, _cpu.StepLog] = {}
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
@@ -405,9 +407,15 @@ class GroupStepper:
             self.tables.keep(chosen.tables)
             chosen.is_new = False
 
+    def require_open(self, what: str) -> OpenStep:
+        """The open step; raises if there is none."""
+        if self.open is None or not self.open.is_open:
+            raise RuntimeError(f"{what}: no step is open, expected begin_step() first")
+        return self.open
+
     def require_closed(self, what: str) -> None:
         """Raise if a step is open, when parameters may be between two steps."""
-        if self.open is not None:
+        if self.open is not None and self.open.is_open:
             raise RuntimeError(f"{what}: a step is open, expected end_step() or abort_step() first")
 
 

@@ -84,8 +84,8 @@ class Parameters {
  public:
   // `states[i]`: the state of variable i, a dict with a tensor for each of `keys`, the slots of the plan in its order,
   // and the "step". `masters[i]`: what is stepped in place of parameter i, which then receives the copy; or None. An
-  // empty list is a list of None. The parameters themselves are not kept: their hooks may lead back to the optimizer, in a cycle that
-  // the garbage collector could not see.
+  // empty list is a list of None. The parameters themselves are not kept: their hooks may lead back to the optimizer,
+  // in a cycle that the garbage collector could not see.
   Parameters(const py::list& states, const py::tuple& keys, const py::list& masters)
       : slots_per_variable_(keys.size()) {
     for (const py::handle master : masters) masters_.push_back(py::reinterpret_borrow<py::object>(master));

@@ -209,8 +209,8 @@ class Plan {
     const bool has_computed = computed && !computed.is_none();
     if (!py::isinstance<py::list>(params) || (has_computed && !py::isinstance<py::list>(computed))) return std::nullopt;
     const auto copies = has_computed ? py::reinterpret_borrow<py::list>(computed) : py::list(0);
-    std::optional<py::list> gradients = parameters_->gradients_of(
-        variables(), py::reinterpret_borrow<py::list>(params), followed, has_computed ? &copies : nullptr);
+    std::optional<py::list> gradients = parameters_->gradients_of(variables(), py::reinterpret_borrow<py::list>(params),
+                                                                  followed, has_computed ? &copies : nullptr);
     return gradients && parameters_->are_current(variables()) ? gradients : std::nullopt;
   }
 

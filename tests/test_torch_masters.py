@@ -84,6 +84,7 @@ def test_masters_have_the_bits_of_float32_parameters(looked_up, name, dtype, opt
     assert len(looked_up) < 2 * 6  # the last steps were repeated natively
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs PyTorch 2.11")
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float16], ids=str)
 def test_gradients_are_read_in_their_own_dtype(grad_dtype):
     pair = Pair()
@@ -277,7 +278,7 @@ def test_an_optimizer_that_was_pickled_by_an_older_version_has_none():
 
 
 @pytest.mark.parametrize(
-    "wrong, error, text",
+    ("wrong", "error", "text"),
     [
         (torch.zeros(3), ValueError, r"master: shape \(3,\), expected \(4,\)"),
         (torch.zeros(4, dtype=torch.bfloat16), TypeError, "master: torch.bfloat16, expected torch.float32"),
@@ -383,16 +384,17 @@ def test_parameters_without_memory_get_masters_without_memory():
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_half_weights_with_masters_train_like_float32():
     """A small rate, at which most updates are lost in bfloat16 without masters."""
 
     def train(dtype, **options):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
-        opt = fastadam.torch.AdamW(model.to(dtype).parameters(), lr=2e-4, weight_decay=0.0, **options)
+        opt = fastadam.torch.AdamW(model.to(dtype).parameters(), lr=3e-4, weight_decay=0.0, **options)
         x = torch.randn(128, 8)
         y = torch.sin(x.sum(1, keepdim=True))
-        for _ in range(600):
+        for _ in range(1000):
             opt.zero_grad()
             loss = (model(x.to(dtype)).float() - y).square().mean()
             loss.backward()
@@ -400,5 +402,5 @@ def test_half_weights_with_masters_train_like_float32():
         return loss.item()
 
     full = train(torch.float32)
-    assert train(torch.bfloat16, master_weights=True) < 1.1 * full
-    assert train(torch.bfloat16) > 1.3 * full
+    assert abs(train(torch.bfloat16, master_weights=True) / full - 1) < 0.02
+    assert train(torch.bfloat16) > 1.5 * full

@@ -15,6 +15,7 @@ from fastadam.torch._partition import Partitions  # noqa: E402
 from torch_twins import PAIRS, parameters  # noqa: E402
 
 SHAPES = ((33,), (5, 7), ())
+needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs PyTorch 2.11")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 OPTIONS = [
     {},
@@ -89,6 +90,7 @@ def test_compute_parameters_are_the_rounded_parameters_of_a_plain_step(looked_up
     assert len(looked_up) < 2 * 6  # the last steps were repeated natively
 
 
+@needs_grad_dtype
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_gradients_of_float32_parameters_are_read_as_they_are(looked_up, monkeypatch, dtype):
     pair = Pair()
@@ -279,7 +281,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("given, error, text", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(("given", "error", "text"), WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("when", ["made", "added", "replaced"])
 def test_wrong_compute_parameters_are_refused(given, error, text, when):
     params = parameters((4,), (2, 3), dtype=torch.float32)

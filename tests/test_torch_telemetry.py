@@ -60,7 +60,9 @@ def looked_up(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("options", [{}, {"global_clipnorm": 1.0}, {"skip_nonfinite": True}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"global_clipnorm": 1.0}, {"skip_nonfinite": True}, {"amsgrad": True}], ids=str
+)
 @pytest.mark.parametrize("named", [False, True])
 def test_every_step_is_measured_and_has_the_bits_of_one_that_is_not(looked_up, options, named):
     params, plain = (parameters(*SHAPES, dtype=torch.float32) for _ in range(2))
@@ -145,7 +147,9 @@ def test_gradients_are_reported_without_the_scale_of_the_loss():
     set_gradients(params, 0, scale=8.0)
     opt.grad_scale, opt.found_inf = torch.tensor(8.0), torch.tensor(0.0)
     opt.step()
-    np.testing.assert_allclose(opt.telemetry().gradient_norm, [float(p.grad.double().norm()) for p in params], rtol=SUMS)
+    np.testing.assert_allclose(
+        opt.telemetry().gradient_norm, [float(p.grad.double().norm()) for p in params], rtol=SUMS
+    )
 
 
 def test_a_report_is_the_same_after_later_steps():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, label_of
-from fastadam.torch._layout import Turn, clusters_of, is_lazy_view, local_of, mark_of, span_of
+from fastadam.torch._layout import Turn, clusters_of, is_lazy_view, local_of, span_of, versions_of
 from fastadam.torch._state import HALF, MASTER
 
 __all__ = ["ComputeParams", "Copies", "check_compute_params", "check_groups_apart", "check_place"]
@@ -134,13 +134,16 @@ class Copies:
     def __init__(self, params: list[Tensor], computed: Sequence[Tensor | None], *, has_masters: bool) -> None:
         self._params, self._computed = params, list(computed)
         self._mastered = [i for i, param in enumerate(params) if has_masters and param.dtype in HALF]
+        self._halves = [params[i] for i in self._mastered]
         self.receivers: list[Tensor | None] = list(computed) or [None] * len(params)
         for i in self._mastered:
             self.receivers[i] = params[i]
         self.written = [tensor for tensor in self.receivers if tensor is not None]
         if not self.written:
             self.receivers = []
-        self._marks: list[object] = [None] * len(self._mastered)  # of parameters, when they were last rounded
+        # Of parameters with masters when they were last rounded: versions, and where they were.
+        self._versions: list[int | None] = [-1] * len(self._mastered)
+        self._addresses: list[int] = []
 
     def are(self, computed: Sequence[Tensor | None]) -> bool:
         """Whether these are still the tensors that were given."""
@@ -162,16 +165,23 @@ class Copies:
 
     @property
     def are_untouched(self) -> bool:
-        """Whether only the optimizer has written to parameters with masters since their last step."""
-        return all(mark_of(self._params[i]) == mark for i, mark in zip(self._mastered, self._marks, strict=True))
+        """Whether only the optimizer has written to parameters with masters, in this memory, since their last step."""
+        return not self._mastered or versions_of(self._halves) == self._versions
 
     def take_written(self, states: list[ParamState]) -> None:
         """Before a step: where a parameter is not its rounded master any more, its value becomes the master's."""
-        for i, mark in zip(self._mastered, self._marks, strict=True):
-            if mark_of(self._params[i]) != mark:
-                value, master = local_of(self._params[i].detach()), local_of(states[i][MASTER])
-                master.copy_(torch.where(master.to(value.dtype) == value, master, value.to(master.dtype)))
+        if self.are_untouched and self._places() == self._addresses:
+            return
+        for i in self._mastered:
+            value, master = local_of(self._params[i].detach()), local_of(states[i][MASTER])
+            master.copy_(torch.where(master.to(value.dtype) == value, master, value.to(master.dtype)))
 
-    def note_step(self) -> None:
+    def note_step(self, *, may_have_moved: bool = True) -> None:
         """After a step, once the versions of the parameters have gone up."""
-        self._marks = [mark_of(self._params[i]) for i in self._mastered]
+        if self._mastered:
+            self._versions = versions_of(self._halves)
+        if may_have_moved:
+            self._addresses = self._places()
+
+    def _places(self) -> list[int]:
+        return [local_of(param).data_ptr() for param in self._halves]

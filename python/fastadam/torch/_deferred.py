@@ -14,7 +14,7 @@ from fastadam._core.deferred.history import History, Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState
-from fastadam.torch._layout import mark_of
+from fastadam.torch._layout import versions_of
 from fastadam.torch._state import SLOTS
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Table:
 
     def _note(self) -> None:
         self._moments = self._moments_now()
-        self._seen = [mark_of(tensor) for tensor in (self.param, *self._moments.values())]
+        self._seen = [_mark_of(tensor) for tensor in (self.param, *self._moments.values())]
 
     def _moments_now(self) -> dict[str, Tensor]:
         return {name: self.state[key] for name, key in SLOTS.items() if key in self.state}
@@ -41,7 +41,7 @@ class Table:
     @property
     def is_untouched(self) -> bool:
         """Whether only the optimizer has written to the parameter since its last step."""
-        return self._seen[0] == mark_of(self.param)
+        return self._seen[0] == _mark_of(self.param)
 
     def require_untouched(self) -> None:
         """Raise if the waiting steps would be made with values that they were not meant for."""
@@ -49,7 +49,7 @@ class Table:
             return
         labels = [self.label, *[f"state of {self.label}: {SLOTS[name]}" for name in self._moments]]
         for tensor, seen, label in zip((self.param, *self._moments.values()), self._seen, labels, strict=True):
-            if mark_of(tensor) != seen:
+            if _mark_of(tensor) != seen:
                 raise RuntimeError(f"{label}: written to while rows waited for their steps; call sync() before writing")
 
     def note_step(self) -> None:
@@ -170,6 +170,11 @@ class Tables:
                     "opt.gather(param, ids) or after opt.sync()"
                 )
                 return
+
+
+def _mark_of(tensor: Tensor) -> tuple[int | None, int]:
+    """What changes when a tensor is written to or gets other memory."""
+    return versions_of([tensor])[0], tensor.data_ptr()
 
 
 class Readable(Protocol):

@@ -20,9 +20,9 @@ __all__ = [
     "is_lazy_view",
     "is_plain",
     "local_of",
-    "mark_of",
     "span_of",
     "turns_of",
+    "versions_of",
 ]
 
 
@@ -44,12 +44,12 @@ def local_of(tensor: Tensor) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local  # a collective may still be running
 
 
-def mark_of(tensor: Tensor) -> tuple[int | None, int]:
-    """What changes when a tensor is written to or gets other memory."""
+def versions_of(tensors: Sequence[Tensor]) -> list[int | None]:
+    """What goes up when tensors are written to; all None if there is an inference tensor, which has no version."""
     try:
-        return tensor._version, local_of(tensor).data_ptr()
-    except RuntimeError:  # an inference tensor has no version
-        return None, local_of(tensor).data_ptr()
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [None] * len(tensors)
 
 
 class Turn(NamedTuple):

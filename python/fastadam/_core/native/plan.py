@@ -149,6 +149,10 @@ class Plan:
         """A row for each variable: gradient_norm, update_rms, parameter_rms, unchanged, not_finite, size."""
         return self._native.telemetry()
 
+    def report_skip(self, gradients: list[AnyGradient], hyper: StepHyper) -> None:
+        """Have :meth:`telemetry` report that a step with these gradients, checked, was skipped. Only in CPU memory."""
+        self._native.report_skip(gradients, hyper)
+
     # ---- checks ----------------------------------------------------------------------------------------------------
 
     def check(
@@ -274,14 +278,16 @@ class Plan:
         """
         return self._native.step_again(pairs, Variable, stamp, counter)
 
-    def follow(self, states: list[Config], keys: tuple[str, ...]) -> bool:
+    def follow(self, states: list[Config], keys: tuple[str, ...], masters: Sequence[AnyArray | None] = ()) -> bool:
         """Whether steps can be repeated by :class:`RepeatedSteps`; for a plan of PyTorch's parameters on the host.
 
         Args:
             states: For each parameter the dict that has its step count, ``step``, and its slots.
             keys: The keys of the slots there, in the order of the plan.
+            masters: For each parameter None, or what is stepped in place of the parameter, which receives the rounded
+                copy; empty for none.
         """
-        return self._native.follow(states, keys)
+        return self._native.follow(states, keys, list(masters))
 
     def accumulate(
         self,
@@ -360,7 +366,7 @@ class RepeatedSteps:
 
     Args:
         plans: Plans that follow their states, and remember the numbers of a step.
-        groups: The groups as they are now; a plan has the parameters at its positions.
+        groups: The groups as they are now; a plan has the parameters at its positions, and their ``compute_params``.
         state: ``optimizer.state`` as it is now.
     """
 

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["GroupStepper", "Options"]
 
 
-
-
 class OnGpu(NamedTuple):
     """What the GPU of a set reads by itself in a step."""
 

@@ -8,17 +8,31 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastadam.torch._optimizer import Adam, stepper_of
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam.torch._optimizer import Adam
     from fastadam.torch._step import OpenStep
 
 __all__ = ["Overlap", "overlap"]
 
 
 class Overlap:
-    """Steps parameters on a background thread as their gradients are accumulated; made by :func:`overlap`."""
+    """Steps parameters on a background thread as their gradients are accumulated; made by :func:`overlap`.
+
+    >>> import importlib.util
+    >>> if importlib.util.find_spec("torch"):
+    ...     import torch, fastadam.torch
+    ...     model = torch.nn.Linear(4, 1)
+    ...     opt = fastadam.torch.AdamW(model.parameters())
+    ...     steps = fastadam.torch.overlap(opt).attach()
+    ...     for _ in range(2):
+    ...         opt.zero_grad()
+    ...         model(torch.ones(2, 4)).square().sum().backward()
+    ...         opt.step()
+    ...     steps.detach()
+    """
 
     def __init__(self, optimizer: Adam, bucket_mb: float, threads: int | None, loss_scale: float) -> None:
         self._optimizer, self._bytes = optimizer, bucket_mb * 2**20
@@ -64,7 +78,7 @@ class Overlap:
     @property
     def is_open(self) -> bool:
         """Whether a step that this has begun is open."""
-        return self._step is not None and self._step.is_open and self._step is self._optimizer._stepper.open
+        return self._step is not None and self._step.is_open and self._step is stepper_of(self._optimizer).open
 
     def step(self, grad_scale: object, found_inf: object) -> None:
         """What ``optimizer.step()`` does instead of a step."""
@@ -82,7 +96,7 @@ class Overlap:
 
     def _begin(self) -> None:
         self._waiting, self._size = [], 0.0
-        stepper = self._optimizer._stepper
+        stepper = stepper_of(self._optimizer)
         if self._is_attached:
             stepper.overlap = self
         self._optimizer.begin_step(early=True, threads=self._threads, loss_scale=self._loss_scale)

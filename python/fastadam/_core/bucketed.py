@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_bool, check_count
 from fastadam._core.native.arrays import on_gpu
@@ -18,7 +16,7 @@ from fastadam._core.pairs import check_pairs
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, AnyGradient, AnyPair
-    from fastadam._core.native.plan import Factors, StepHyper
+    from fastadam._core.native.plan import Factors
     from fastadam._core.runtime import StepPlan
     from fastadam._core.step import Hyperparameters, Stepper
 
@@ -78,15 +76,12 @@ class BucketedStep(OpenStep):
                 )
 
     def _maker(self, plan: StepPlan, gradients: list[AnyGradient]) -> Callable[[Factors | None], object]:
+        hyper = self._hyper._replace(require_finite=False)
+
         def make(factors: Factors | None) -> None:
-            plan.plan.step(gradients, _without_norms(self._hyper), clip_factors=factors)
+            plan.plan.step(gradients, hyper, clip_factors=factors)
 
         return make
-
-
-def _without_norms(hyper: StepHyper) -> StepHyper:
-    """The norms of all buckets together have been read."""
-    return hyper._replace(clip_norm=np.inf, global_clip_norm=np.inf, require_finite=False)
 
 
 def check_begin(early: object, threads: object) -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from fastadam._core.common.types import SparseUpdate
     from fastadam.torch._checks import Group
 
-__all__ = ["Adam", "AdamW"]
+__all__ = ["Adam", "AdamW", "stepper_of"]
 
 Loss = TypeVar("Loss")
 
@@ -725,3 +725,8 @@ class AdamW(Adam):
         super().__setstate__(state)
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True
+
+
+def stepper_of(optimizer: Adam) -> GroupStepper:
+    """What steps an optimizer, for :mod:`fastadam.torch._overlap`."""
+    return optimizer._stepper

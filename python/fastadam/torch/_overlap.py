@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastadam.torch._optimizer import Adam, stepper_of
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam.torch._optimizer import Adam
     from fastadam.torch._step import OpenStep
 
 __all__ = ["Overlap", "overlap"]
@@ -77,7 +78,7 @@ class Overlap:
     @property
     def is_open(self) -> bool:
         """Whether a step that this has begun is open."""
-        return self._step is not None and self._step.is_open and self._step is self._optimizer._stepper.open
+        return self._step is not None and self._step.is_open and self._step is stepper_of(self._optimizer).open
 
     def step(self, grad_scale: object, found_inf: object) -> None:
         """What ``optimizer.step()`` does instead of a step."""
@@ -95,7 +96,7 @@ class Overlap:
 
     def _begin(self) -> None:
         self._waiting, self._size = [], 0.0
-        stepper = self._optimizer._stepper
+        stepper = stepper_of(self._optimizer)
         if self._is_attached:
             stepper.overlap = self
         self._optimizer.begin_step(early=True, threads=self._threads, loss_scale=self._loss_scale)

@@ -143,13 +143,13 @@ class GroupStepper:
         """
         self.finish(state)
         if grad_scale is None and found_inf is None:
-            self._step(groups, state, _UNSCALED)
+            self.step_scaled(groups, state, _UNSCALED)
             return
         scaled = ScaledStep(grad_scale, found_inf)
         if scaled.host_skips:
             self.compiled.skipped = True
             return
-        self._step(groups, state, scaled)
+        self.step_scaled(groups, state, scaled)
         if self.compiled.skipped is True:
             return
         with torch.no_grad():
@@ -157,7 +157,8 @@ class GroupStepper:
 
     # ---- any step --------------------------------------------------------------------------------------------------
 
-    def _step(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
+    def step_scaled(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
+        """Like :meth:`step`, but gradients that were scaled stay scaled."""
         if self._repeated is not None and not is_simulation():
             # On the host, which therefore waits for the scaler.
             if scaled.skips:

@@ -200,6 +200,10 @@ class OpenStep:
         """
         return self._close(partial(self._finish, commit))
 
+    def finish_with(self, work: Callable[[], bool]) -> bool:
+        """End a step without buckets by ``work``, which makes all of it or raises; returns what that returns."""
+        return self._close(work)
+
     def abort(self) -> None:
         """Undo what was made early; raises as :meth:`finish` does. A step that is over stays as it is."""
         if self.is_open:

@@ -38,6 +38,8 @@ class Contender:
     read: Callable[[], list[np.ndarray]] | None = None  # the variables; None: nothing to check
     epsilon_hat: bool = False  # TensorFlow's epsilon; else PyTorch's, added after the bias correction
     fixed_step: int | None = None  # the step count of every step; None: from 1
+    weight_decay: float = 0.0  # decoupled
+    copies: Callable[[], list[np.ndarray]] | None = None  # bfloat16 copies of the variables, if the step writes them
 
 
 class Worker:
@@ -163,30 +165,43 @@ def _reference(w: np.ndarray, g: np.ndarray, contender: Contender, steps: int, a
         vhat = np.maximum(vhat, v) if amsgrad else v
         correction = np.sqrt(1 - 0.999**t)
         epsilon = 1e-7 if contender.epsilon_hat else 1e-7 * correction
+        w = w * (1 - 1e-3 * contender.weight_decay)
         w = w - 1e-3 * correction / (1 - 0.9**t) * m / (np.sqrt(vhat) + epsilon)
     return w
 
 
-def _check(make: Callable[..., Contender], options: dict) -> None:
-    """Three steps of a small list, against float64: within two roundings of the dtype, and a per mille of the way."""
-    from dense_contenders import buffers
+def _check(make: Callable[..., Contender], options: dict, sizes: list[int]) -> None:
+    """Three steps against float64: within two roundings of the dtype, and a per mille of the way.
 
-    known = {"dtype", "amsgrad", "moments", "backend", "ours"}
-    if not set(options) <= known:  # clipping, decay: the reference has none
+    A copy must be the variable as it is after these steps, rounded once to nearest even, to the bit.
+    """
+    from dense_contenders import buffers, rounded
+
+    known = {"dtype", "amsgrad", "moments", "backend", "ours", "gradients", "clip", "buckets"}
+    if not set(options) <= known:  # other ways to clip, decay: the reference has none
         return
-    sizes, dtype = [1000, 37], options.get("dtype", "float32")
+    dtype = options.get("dtype", "float32")
     contender = make(sizes, **options)
     if contender.read is None:
         return
     for _ in range(3):
         contender.step()
+    variables, gradients = buffers(sizes, dtype)
+    gradients = [rounded(g, options.get("gradients", dtype)).astype(np.float64) for g in gradients]
+    if clip := options.get("clip"):
+        norm = np.sqrt(sum(np.vdot(g, g) for g in gradients))
+        gradients = [g * min(1.0, clip / norm) for g in gradients]
     unit = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
     way = 3e-3 * (1e-3 if dtype == "float32" else 0.05)  # PyTorch's moments of half parameters are half, too
-    for found, w, g in zip(contender.read(), *buffers(sizes, dtype), strict=True):
+    for found, w, g in zip(contender.read(), variables, gradients, strict=True):
         expected = _reference(w, g, contender, 3, bool(options.get("amsgrad")))
         wrong = np.abs(found.astype(np.float64) - expected) > 2 * unit * np.abs(expected) + way
         if wrong.any():
             raise RuntimeError(f"wrong result: {found[wrong][:3]}, expected {expected[wrong][:3]}")
+    for found, w in zip(contender.copies() if contender.copies else [], contender.read(), strict=False):
+        wrong = found.view(np.uint16) != rounded(w, "bfloat16").view(np.uint16)
+        if wrong.any():
+            raise RuntimeError(f"wrong copy: {found[wrong][:3]} of {w[wrong][:3]}")
 
 
 def _serve(name: str, sizes: list[int], options: dict) -> None:
@@ -194,7 +209,9 @@ def _serve(name: str, sizes: list[int], options: dict) -> None:
     module, _, function = name.rpartition(".")
     make = getattr(importlib.import_module(module), function)
     if not function.endswith("table") and module != "table_contenders":  # tables have different rules
-        _check(make, options)
+        _check(make, options, [1000, 37])
+        if module == "host_contenders":  # in DRAM the copies may be written in another way than in a cache
+            _check(make, options, [2**22 + 5])
     step = make(sizes, **options).step
     print("ready", flush=True)
     for line in sys.stdin:

@@ -13,14 +13,19 @@ from common import Contender, load_floor
 HYPER = {"learning_rate": 0.001, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7}
 
 
-def buffers(sizes: list[int], dtype: str = "float32") -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Variables and gradients as NumPy allocates them; bfloat16 of ml_dtypes."""
-    rng = np.random.default_rng(0)
+def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The array in a dtype of NumPy, or in bfloat16 of ml_dtypes."""
     if dtype == "bfloat16":
         import ml_dtypes
 
-        dtype = ml_dtypes.bfloat16
-    return tuple([rng.standard_normal(n, dtype=np.float32).astype(dtype, copy=False) for n in sizes] for _ in range(2))
+        return array.astype(ml_dtypes.bfloat16, copy=False)
+    return array.astype(dtype, copy=False)
+
+
+def buffers(sizes: list[int], dtype: str = "float32") -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Variables and gradients as NumPy allocates them."""
+    rng = np.random.default_rng(0)
+    return tuple([rounded(rng.standard_normal(n, dtype=np.float32), dtype) for n in sizes] for _ in range(2))
 
 
 def slots(variables: list[np.ndarray], count: int) -> list[list[np.ndarray]]:
@@ -35,18 +40,19 @@ class _List(ctypes.Structure):
     _fields_ = (
         ("count", ctypes.c_int64),
         ("offsets", ctypes.POINTER(ctypes.c_int64)),
-        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("var", "grad", "m", "v", "vhat")),
+        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("var", "grad", "m", "v", "vhat", "copy")),
     )
 
 
-def floor_of(function: str, streams: list[list[np.ndarray]]) -> Contender:
+def floor_of(function: str, streams: list[list[np.ndarray]], copies: list[np.ndarray] | None = None) -> Contender:
     """A function of bench/floor.cpp on these streams: variables, gradients, m, v and, if there is one, vhat."""
     kernel = load_floor(function)
     sizes = [array.size for array in streams[0]]
     offsets = (ctypes.c_int64 * (len(sizes) + 1))(*np.cumsum([0, *sizes]).tolist())
-    pointers = [(ctypes.c_void_p * len(sizes))(*(array.ctypes.data for array in arrays)) for arrays in streams]
-    tensors = ctypes.byref(_List(len(sizes), offsets, *pointers))
-    return Contender(lambda _keep_alive=streams: kernel(tensors))
+    named = dict(zip(("var", "grad", "m", "v", "vhat"), streams, strict=False)) | ({"copy": copies} if copies else {})
+    pointers = {k: (ctypes.c_void_p * len(sizes))(*(a.ctypes.data for a in arrays)) for k, arrays in named.items()}
+    tensors = ctypes.byref(_List(len(sizes), offsets, **pointers))
+    return Contender(lambda _keep_alive=named: kernel(tensors))
 
 
 def floor(sizes, dtype="float32", amsgrad=False):
@@ -106,14 +112,18 @@ def numpy(sizes):
     return Contender(step, lambda: variables, epsilon_hat=True)
 
 
+def tensor(array):
+    """The memory of an array as a tensor of PyTorch."""
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
 def _parameters(sizes, dtype="float32"):
     """The buffers as parameters of PyTorch with gradients."""
     import torch
-
-    def tensor(array):
-        if array.dtype.name == "bfloat16":
-            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
 
     variables, gradients = ([tensor(array) for array in arrays] for arrays in buffers(sizes, dtype))
     parameters = [torch.nn.Parameter(w) for w in variables]

@@ -290,3 +290,13 @@ def test_an_assign_of_a_subclass_stores_every_new_value(kind):
     frozen = Frozen(0.0078125, weight_decay=None if kind == "Adam" else 0.0)
     assert all(np.array_equal(array(a), b) for a, b in zip(trained(frozen), values(), strict=True))
     assert not any(array(m).any() for m in frozen._momentums)
+
+
+@pytest.mark.parametrize("text", ["x", b"x"])
+def test_a_text_as_gradient_is_refused_by_its_place(text):
+    variables = [keras.Variable(np.ones(3, F32)) for _ in range(2)]
+    optimizer = fastadam.keras.Adam(0.1)
+    optimizer.build(variables)
+    with pytest.raises(TypeError, match=r"grads\[1\]: b?'x', expected a tensor"):
+        optimizer.apply([keras.ops.ones(3), text], variables)
+    assert int(array(optimizer.iterations)) == 0

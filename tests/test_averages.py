@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import copy
 import pickle
 import re
+import signal
 import threading
 import time
 import warnings
@@ -218,7 +218,7 @@ def test_ctrl_c_while_the_end_of_the_block_waits_for_another_thread():
             held.set()
             for _ in range(3):
                 time.sleep(0.05)
-                _thread.interrupt_main()
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             time.sleep(0.05)
 
     other = threading.Thread(target=hold)

@@ -106,6 +106,10 @@ HOSTILE = {
     "accumulating without accumulator": lambda h: h.update(accumulating=[0]),
     "excluded": lambda h: h.update(excluded={}),
     "excluded number": lambda h: h.update(excluded={"names": [], "variables": [5]}),
+    "excluded bool": lambda h: h.update(excluded={"names": [], "variables": [False]}),
+    "config empty": lambda h: h.update(config={}),
+    **{f"config without {name}": lambda h, name=name: h["config"].pop(name)
+       for name in ("learning_rate", "decay", "beta_1", "beta_2", "epsilon", "amsgrad")},
     "excluded pattern": lambda h: h.update(excluded={"names": ["("], "variables": []}),
     "excluded backreference": lambda h: h.update(excluded={"names": [r"(a)\1"], "variables": []}),
     "excluded list": lambda h: h.update(excluded={"names": [["a"]], "variables": []}),
@@ -231,3 +235,13 @@ def test_a_stored_pattern_cannot_hang_a_step(pattern, tmp_path):
     again = fastadam.AdamW.load(tmp_path / "opt", [w])
     again.apply_gradients([(np.ones(2, F32), w)])
     assert time.perf_counter() - start < 5  # with backtracking none of them ends in a lifetime
+
+
+def test_a_file_of_adamw_without_its_weight_decay_is_refused(tmp_path):
+    w = np.ones(2, F32)
+    optimizer = fastadam.AdamW(weight_decay=0.5)
+    optimizer.apply_gradients([(np.ones(2, F32), w)])
+    optimizer.save(tmp_path / "opt")
+    rewrite(tmp_path / "opt", lambda header: header["config"].pop("weight_decay"))
+    with pytest.raises(ValueError, match=re.escape("'config' without ['weight_decay'], expected every hyperparameter")):
+        fastadam.AdamW.load(tmp_path / "opt", [w])

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import _thread
-import contextlib
 import copy
 import itertools
 import linecache
-import random
 import sys
 import threading
-import time
 
 import fastadam
 import numpy as np
@@ -60,7 +56,7 @@ WAYS = [at_a_line, at_a_call]
 either_way = pytest.mark.parametrize("way", WAYS)
 
 
-def interrupted(call, place, way):
+def interrupted(call, place, way=at_a_line):
     """The KeyboardInterrupt raised at one place of a call, as a signal handler may; None if there are fewer places.
 
     It is alive as long as the caller holds it, as ``sys.last_exc`` does after Ctrl-C in a session.
@@ -321,78 +317,3 @@ def test_a_step_under_a_loss_scale_and_its_scale_belong_together(bad, way):
         found = optimizer.dynamic_scale, optimizer.step_counter
         assert found == ((16.0, 0) if made else (8.0, 1)) or (bad and found == (4.0, 0)), place
         assert not (bad and made)
-
-
-class Alarm:
-    """Sends SIGINT to the main thread, from another one, some seconds after each :meth:`set`."""
-
-    def __init__(self):
-        self.sent, self._set, self._delay = threading.Event(), threading.Event(), 0.0
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def set(self, delay):
-        self.sent.clear()
-        self._delay = delay
-        self._set.set()
-
-    def wait(self):
-        while not self.sent.is_set():
-            with contextlib.suppress(KeyboardInterrupt):
-                self.sent.wait()
-        with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(1e-3)
-
-    def _run(self):
-        while True:
-            self._set.wait()
-            self._set.clear()
-            end = time.perf_counter() + self._delay
-            while time.perf_counter() < end:
-                pass
-            _thread.interrupt_main()
-            self.sent.set()
-
-
-def with_a_loss_scale():
-    optimizer = fastadam.LossScaleOptimizer(fastadam.Adam(0.1), 8.0, 2)
-    variables = ones(3, 4)
-    step_with_halves(optimizer, variables)
-    return optimizer, variables
-
-
-SIGNALLED = {
-    "a step": (trained, step_with_halves),
-    "use_ema": (lambda: trained(use_ema=True), step_with_halves),
-    "accumulation": (lambda: trained(3, gradient_accumulation_steps=2), step_with_halves),
-    "a loss scale": (with_a_loss_scale, step_with_halves),
-    "deferred": (with_rows_that_wait, lambda o, t: step_on_rows(o, t, [1, 5])),
-    "set_weights": (trained, lambda o, v: o.set_weights([a + np.ones_like(a) for a in o.get_weights()])),
-    "averages": (lambda: trained(use_ema=True), evaluate),
-}
-
-
-@pytest.mark.parametrize("name", SIGNALLED)
-def test_ctrl_c_at_a_random_time(name):
-    make, call = SIGNALLED[name]
-    outcomes, seconds = [], []
-    for made in (False, True):
-        optimizer, variables = make()
-        start = time.perf_counter()
-        if made:
-            call(optimizer, variables)
-            seconds.append(time.perf_counter() - start)
-        outcomes.append(state_of(optimizer, variables))
-    alarm, choose, interval = Alarm(), random.Random(0), sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        for _ in range(200):
-            optimizer, variables = make()
-            with contextlib.suppress(KeyboardInterrupt):
-                alarm.set(choose.random() * 2 * seconds[0])
-                call(optimizer, variables)
-            alarm.wait()
-            require_free(getattr(optimizer, "inner_optimizer", optimizer))
-            found = state_of(optimizer, variables)
-            assert any(same(found, outcome) for outcome in outcomes)
-    finally:
-        sys.setswitchinterval(interval)

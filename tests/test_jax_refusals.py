@@ -34,6 +34,8 @@ def test_what_the_kernels_have_not_is_refused():
             r"grads\['a'\]: shape \(4,\), expected \(5,\), the shape of params\['a'\]",
         ),
         ({"grads": {"b": jnp.ones(5)}}, ValueError, "grads: a tree .*'b'.*, expected .*'a'"),
+        ({"grads": {"a": "text"}}, TypeError, r"grads\['a'\]: 'text', expected an array"),
+        ({"params": {"a": "text"}}, TypeError, r"params\['a'\]: 'text', expected an array"),
         ({"grads": {"a": jnp.ones(5, int)}}, TypeError, r"grads\['a'\]: int32, expected a float dtype"),
         ({"params": {"a": jnp.ones(5, int)}}, TypeError, r"params\['a'\]: int32, expected one of float16"),
         ({"mu": {"a": jnp.ones(3)}}, ValueError, r"mu\['a'\]: shape \(3,\), expected \(5,\)"),
@@ -104,3 +106,19 @@ def test_values_known_only_when_it_runs_are_refused_then(change, message):
     update(params)
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"fastadam: {message}"):
         jax.block_until_ready(update(params, **change))
+
+
+@pytest.mark.parametrize(
+    ("updates", "error", "message"),
+    [
+        ({"a": jnp.ones(3)}, ValueError, "updates: a tree .*, expected .*'b'.* like the moments in the state"),
+        ({"a": None, "b": jnp.ones(2)}, ValueError, "updates: a tree .*None.*, expected .*'a': \\*"),
+        ({"a": [1.0, 2.0, 3.0], "b": jnp.ones(2)}, ValueError, "updates: a tree .*, expected .*'a': \\*"),
+        ({"a": "text", "b": jnp.ones(2)}, TypeError, r"updates\['a'\]: 'text', expected an array"),
+    ],
+)
+def test_updates_of_another_tree_are_named_and_not_the_state(updates, error, message):
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    transformation = fj.adam(0.1)
+    with pytest.raises(error, match=message):
+        transformation.update(updates, transformation.init(params), params)

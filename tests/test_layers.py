@@ -120,6 +120,7 @@ EXCEPTIONS = {
     ("_core.autodiff.autograd", "_node"),  # of autograd's boxes, like the next
     ("_core.autodiff.autograd", "_value"),
     ("keras._plans", "_value"),  # of Keras's variables
+    ("torch._overlap", "_stepper"),  # which tells step() that it ends the step of the backward pass
 }
 
 

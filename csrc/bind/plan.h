@@ -19,6 +19,7 @@
 #include "../core/float_mode.h"
 #include "gil.h"
 #include "parameters.h"
+#include "step_log.h"
 #include "tensors.h"
 
 namespace fastadam::bind {
@@ -34,6 +35,7 @@ class Plan {
     std::vector<int64_t> offsets{0};
     StepArgs args;
   };
+  static constexpr double kNoLimit = std::numeric_limits<double>::infinity();
   using Parts = std::map<int64_t, Part>;  // by the number of the step
 
  public:
@@ -87,6 +89,45 @@ class Plan {
     sum_rows(call, hyper);
     run(parts, hyper, counter, checked(clip_factors));
     return {};
+  }
+
+  // Whether a step with these gradients can be undone: all are dense, of float32 variables in CPU memory that have no
+  // average and come once, and need no conversion.
+  bool can_undo(const py::list& gradients) {
+    const Scope scope(backend(), variables().place());
+    const Call call(set_, gradients);
+    if (!call.to_convert().empty() || !variables().place().on_host()) return false;
+    size_t i = 0;
+    return std::all_of(set_.tensors().begin(), set_.tensors().end(), [&](const TensorArgs& t) {
+      const bool is_plain = t.dtype == FASTADAM_FLOAT32 && t.rows == nullptr && t.average == nullptr;
+      return is_plain && t.telemetry == nullptr && !variables().is_repeated(i++);
+    });
+  }
+
+  // Like step() with clip factors, but it can be undone: see can_undo().
+  void step_logged(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
+                   const std::vector<Factor>& clip_factors, LogMemory& memory) {
+    const Scope scope(backend(), variables().place());
+    Call call(set_, gradients);
+    StepArgs args = arguments(hyper, factors);
+    args.factors = checked(clip_factors);
+    args.log = &memory.open(args.chains);
+    AdamHyper unconditional = hyper;
+    unconditional.require_finite = false;
+    if (args.factors == nullptr) unconditional.clip_norm = unconditional.global_clip_norm = kNoLimit;
+    run(call, args, unconditional, nullptr);
+  }
+
+  // Undoes the last step_logged(), which had these arguments, unless that was done already.
+  void undo(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
+            const std::vector<Factor>& clip_factors, LogMemory& memory) {
+    const Scope scope(backend(), variables().place());
+    const Call call(set_, gradients);
+    StepArgs args = arguments(hyper, factors);
+    args.factors = checked(clip_factors);
+    args.log = memory.close();
+    const ReleasedGil unlocked;
+    if (args.log != nullptr) run_undo(args);
   }
 
   // The norms of gradients that need no conversion, as a step with these numbers clips them: values are clipped, and

@@ -150,6 +150,10 @@ inline std::pair<Numbers, bool> clip(const Numbers& rows, const py::tuple& numbe
 template <class Backend>
 void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
   m.def("same_items", &same_items, py::arg("a"), py::arg("b"));
+  py::class_<LogMemory>(m, "StepLog", py::module_local())
+      .def(py::init<>())
+      .def_property_readonly("nbytes", &LogMemory::size);
+  m.def("set_thread_budget", &set_thread_budget, py::arg("threads"));
   m.def("clip", &clip, py::arg("norms"), py::arg("hyper"), py::arg("grad_factors"));
   type.def(
           "norms",
@@ -157,6 +161,20 @@ void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
             return rows_of(plan.norms(gradients, hyper_of(hyper)));
           },
           py::arg("gradients"), py::arg("hyper"))
+      .def("can_undo", &Plan<Backend>::can_undo, py::arg("gradients"))
+      .def(
+          "step_logged",
+          [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,
+             const std::vector<double>& grad_factors, const Numbers& clip_factors, LogMemory& log) {
+            plan.step_logged(gradients, hyper_of(hyper), grad_factors, factors_of(clip_factors), log);
+          },
+          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("clip_factors"), py::arg("log"))
+      .def(
+          "undo",
+          [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,
+             const std::vector<double>& grad_factors, const Numbers& clip_factors,
+             LogMemory& log) { plan.undo(gradients, hyper_of(hyper), grad_factors, factors_of(clip_factors), log); },
+          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("clip_factors"), py::arg("log"))
       .def(
           "step_clipped",
           [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,

@@ -127,6 +127,10 @@ bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper) {
   return true;
 }
 
+void run_undo(const StepArgs& args) { cpu::run_undo(args); }
+
+int set_thread_budget(int threads) { return cpu::set_thread_budget(threads); }
+
 void run_catch_up(const StepArgs& args) { cpu::run_step(args); }
 
 bool run_accumulate(const AccumulateArgs& args, int64_t tensor_count, bool require_finite) {

@@ -22,6 +22,12 @@ FASTADAM_API bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper&
 // gradients had to be finite and the caller has found that they are not.
 FASTADAM_API void report_skip(const Chains& chains, const AdamHyper& hyper);
 
+// Undoes a step that run_step() made with these arguments and args.log; gradients must be as they were.
+FASTADAM_API void run_undo(const StepArgs& args);
+
+// The most threads that calls from this thread use; 0: as many as all others. Returns what it was.
+FASTADAM_API int set_thread_budget(int threads);
+
 // Brings the rows of args.chains, whose tensors have no gradients, up to date.
 FASTADAM_API void run_catch_up(const StepArgs& args);
 

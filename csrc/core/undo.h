@@ -14,15 +14,17 @@
 
 namespace fastadam {
 
-// What each escape stores: the place within its tile, times 4, plus which array; then the bits of the value.
+// The miss of vhat is the exclusive or of its bits before and after the step: 0 unless AMSGrad has raised it.
 enum LoggedArray : int { kLoggedVar, kLoggedM, kLoggedV, kLoggedVhat };
-constexpr int64_t kEscapeBytes = 6;
-constexpr int64_t kWholeBytes = 16 * kTile;  // of a tile that is stored whole: var, m, v, vhat
+constexpr int64_t kLoggedArrays = 4;
+constexpr int64_t kEscapeBytes =
+    6;  // 16 bits: the place in the tile times kLoggedArrays, plus the array; then the miss
+constexpr int64_t kWholeBytes = 16 * kTile;  // of a tile that is stored whole
 
 struct TileLog {
   int64_t offset;   // in the arena
   int32_t escapes;  // their number
-  bool is_whole;
+  bool is_whole;    // then all misses are stored, array by array
 };
 
 // The log of one step. Room: a byte for each element, a TileLog for each tile, kWholeBytes for each tile.
@@ -58,12 +60,12 @@ FASTADAM_INLINE float v_before(float v, float g, const StepScalars<float>& s, co
   return (v - (g * g) * s.one_minus_beta_2) * inverse.beta_2;
 }
 
-// The code of how far `value` is from what was computed, from 0 to `count` - 1; `count` or more for an escape.
+// How far `value` is from what was computed, in units in the last place: 0 to `count` - 1, or more for an escape.
 FASTADAM_INLINE uint32_t miss(float value, float computed, uint32_t count) {
   return bit_cast<uint32_t>(value) - bit_cast<uint32_t>(computed) + count / 2;
 }
-FASTADAM_INLINE float corrected(float computed, uint32_t code, uint32_t count) {
-  return bit_cast<float>(bit_cast<uint32_t>(computed) + code - count / 2);
+FASTADAM_INLINE float corrected(float computed, uint32_t miss, uint32_t count) {
+  return bit_cast<float>(bit_cast<uint32_t>(computed) + miss - count / 2);
 }
 
 constexpr uint32_t kCodesOfM = 28;

@@ -48,19 +48,16 @@ FASTADAM_INLINE void round_to(const From* __restrict from, To* __restrict to, in
   }
 }
 
+// Streams whole lines if the copy begins at one; otherwise each tile would leave two lines in parts.
 template <class Copy>
 __attribute__((noinline)) void round_all(const float* from, Copy* to, int64_t size, bool stream) {
   constexpr auto kLine = kCacheLineBytes / static_cast<int64_t>(sizeof(Copy));
+  const bool is_aligned = reinterpret_cast<uintptr_t>(to) % static_cast<uintptr_t>(kCacheLineBytes) == 0;
   int64_t at = 0;
-  if (stream) {
-    at = elements_to_line(reinterpret_cast<uintptr_t>(to), sizeof(Copy));
-    at = at < size ? at : size;
-    round_to(from, to, at);
-    for (; at + kLine <= size; at += kLine) {
-      alignas(kCacheLineBytes) Copy line[static_cast<size_t>(kLine)];
-      round_to(from + at, line, kLine);
-      stream_line(line, to + at);
-    }
+  for (; stream && is_aligned && at + kLine <= size; at += kLine) {
+    alignas(kCacheLineBytes) Copy line[static_cast<size_t>(kLine)];
+    round_to(from + at, line, kLine);
+    stream_line(line, to + at);
   }
   round_to(from + at, to + at, size - at);
 }

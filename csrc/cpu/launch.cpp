@@ -36,6 +36,7 @@ constexpr int64_t kMaxBlocksPerShare = 64;
 constexpr int64_t kPrefetchElements = int64_t{1} << 21;
 
 std::atomic<int> thread_setting{0};
+thread_local int thread_budget = 0;
 
 int cpus_allowed() {
 #if defined(__linux__)
@@ -201,7 +202,9 @@ template <class Task>
 void run_task(Task& task, int64_t elements, bool may_be_short = true) {
   const int64_t useful_threads = elements / kMinElementsPerThread;
   // num_threads() makes a system call for the affinity, so it is called only if more than one thread is useful.
-  const int shares = useful_threads <= 1 ? 1 : static_cast<int>(std::min<int64_t>(useful_threads, num_threads()));
+  const int threads = useful_threads <= 1 || thread_budget == 1 ? 1 : num_threads();
+  const int most = thread_budget > 0 ? std::min(threads, thread_budget) : threads;
+  const int shares = static_cast<int>(std::min<int64_t>(std::max<int64_t>(useful_threads, 1), most));
   const int64_t per_share =
       std::min(kMaxBlocksPerShare, std::max<int64_t>(1, elements / shares / kMinElementsPerBlock));
   task.blocks = shares == 1 ? 1 : shares * per_share;
@@ -211,6 +214,8 @@ void run_task(Task& task, int64_t elements, bool may_be_short = true) {
 }  // namespace
 
 void set_num_threads(int count) { thread_setting = count; }
+
+int set_thread_budget(int threads) { return std::exchange(thread_budget, threads); }
 
 int requested_threads() { return thread_setting; }
 

@@ -24,6 +24,7 @@ void run_sum_rows(const SumArgs& args);
 
 // 0 restores the default, which is the number of CPUs that this process may run on.
 void set_num_threads(int count);
+int set_thread_budget(int threads);
 int requested_threads();  // the number last set
 int num_threads();        // the number in use
 

@@ -10,20 +10,16 @@
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
-// The values of a tile before a step, and what is logged of each element.
-struct TileRoom {
-  alignas(kCacheLineBytes) float var[kTile];
-  alignas(kCacheLineBytes) float m[kTile];
-  alignas(kCacheLineBytes) float v[kTile];
-  alignas(kCacheLineBytes) float vhat[kTile];
-  alignas(kCacheLineBytes) uint32_t codes[kTile];
-  alignas(kCacheLineBytes) uint32_t escapes[kTile];  // a bit for each LoggedArray
+// How far the values of a tile before a step are from what is computed backwards: by LoggedArray, see miss().
+struct Misses {
+  alignas(kCacheLineBytes) uint32_t of[kLoggedArrays][kTile];
+  alignas(kCacheLineBytes) uint8_t escapes[kTile];  // the number of misses of each element that do not fit in its byte
 };
 
 template <bool kAmsgrad, int kTransform>
 __attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t size,
                                              const StepScalars<float>& scalars, FactorPair<float> factor, float keep,
-                                             bool prefetch, TileRoom& room) {
+                                             bool prefetch, Misses& misses) {
   const StepScalars<float> s = scalars;
   const Inverses inverse(s, keep);
   float* __restrict var = all.var;
@@ -31,8 +27,12 @@ __attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t
   float* __restrict m = all.m;
   float* __restrict v = all.v;
   float* __restrict vhat = all.vhat;
+  uint32_t* __restrict var_misses = misses.of[kLoggedVar];
+  uint32_t* __restrict m_misses = misses.of[kLoggedM];
+  uint32_t* __restrict v_misses = misses.of[kLoggedV];
+  uint32_t* __restrict vhat_misses = misses.of[kLoggedVhat];
   for (int64_t block = 0; block < size; block += kBlock) {
-    if (prefetch) prefetch_block(sizeof(float), var + block, grad + block, m + block, v + block);
+    if (prefetch) prefetch_far(sizeof(float), var + block, grad + block, m + block, v + block);
     const int64_t end = block + kBlock < size ? block + kBlock : size;
 #pragma omp simd
     for (int64_t i = block; i < end; ++i) {
@@ -48,20 +48,13 @@ __attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t
       float v_i = v_was;
       float vhat_i = vhat_was;
       const float displacement = adam_update<kAmsgrad>(var_i, g, m_i, v_i, vhat_i, keep, s);
-      const uint32_t var_code = miss(var_was, var_before(var_i, displacement, inverse), kCodesOfVar);
-      const uint32_t m_code = miss(m_was, m_before(m_i, g, s, inverse), kCodesOfM);
-      const uint32_t v_code = miss(v_was, v_before(v_i, g, s, inverse), kCodesOfVar);
-      room.codes[i] = packed(var_code, m_code, v_code);
-      room.escapes[i] = (var_code < kCodesOfVar ? 0u : 1u << kLoggedVar) | (m_code < kCodesOfM ? 0u : 1u << kLoggedM) |
-                        (v_code < kCodesOfVar ? 0u : 1u << kLoggedV);
+      var_misses[i] = miss(var_was, var_before(var_i, displacement, inverse), kCodesOfVar);
+      m_misses[i] = miss(m_was, m_before(m_i, g, s, inverse), kCodesOfM);
+      v_misses[i] = miss(v_was, v_before(v_i, g, s, inverse), kCodesOfVar);
       if constexpr (kAmsgrad) {
-        room.escapes[i] |= bit_cast<uint32_t>(vhat_i) == bit_cast<uint32_t>(vhat_was) ? 0u : 1u << kLoggedVhat;
-        room.vhat[i] = vhat_was;
+        vhat_misses[i] = bit_cast<uint32_t>(vhat_was) ^ bit_cast<uint32_t>(vhat_i);
         vhat[i] = vhat_i;
       }
-      room.var[i] = var_was;
-      room.m[i] = m_was;
-      room.v[i] = v_was;
       var[i] = var_i;
       m[i] = m_i;
       v[i] = v_i;
@@ -70,7 +63,7 @@ __attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t
 }
 
 using UpdateLogged = void (*)(const Operands<float>& all, int64_t size, const StepScalars<float>& scalars,
-                              FactorPair<float> factor, float keep, bool prefetch, TileRoom& room);
+                              FactorPair<float> factor, float keep, bool prefetch, Misses& misses);
 
 inline UpdateLogged update_logged_for(const StepArgs& step) {
   static constexpr UpdateLogged kUpdates[2][kTransformCount] = {
@@ -84,117 +77,157 @@ inline Operands<float> operands_at(const StepArgs& step, const TensorArgs& tenso
           static_cast<float*>(tensor.v) + begin, step.amsgrad ? static_cast<float*>(tensor.vhat) + begin : nullptr};
 }
 
-// Appends `bytes` to the arena.
-inline char* append(const StepLog& log, TileLog& tile, int64_t bytes) {
-  tile.offset = __atomic_fetch_add(log.used, bytes, __ATOMIC_RELAXED);
-  return log.arena + tile.offset;
+// Packs misses into a byte for each element, and counts those that do not fit.
+template <bool kAmsgrad>
+int32_t pack_misses(Misses& misses, int64_t size, uint8_t* __restrict codes) {
+  const uint32_t* __restrict var = misses.of[kLoggedVar];
+  const uint32_t* __restrict m = misses.of[kLoggedM];
+  const uint32_t* __restrict v = misses.of[kLoggedV];
+  const uint32_t* __restrict vhat = misses.of[kLoggedVhat];
+  uint32_t room[kTile];
+  uint32_t counts[kTile];
+  int32_t escapes = 0;
+#pragma omp simd reduction(+ : escapes)
+  for (int64_t i = 0; i < size; ++i) {
+    const bool var_fits = var[i] < kCodesOfVar;
+    const bool m_fits = m[i] < kCodesOfM;
+    const bool v_fits = v[i] < kCodesOfVar;
+    room[i] = packed(var_fits ? var[i] : 0, m_fits ? m[i] : 0, v_fits ? v[i] : 0);
+    counts[i] = (var_fits ? 0u : 1u) + (m_fits ? 0u : 1u) + (v_fits ? 0u : 1u);
+    if constexpr (kAmsgrad) counts[i] += vhat[i] == 0 ? 0u : 1u;
+    escapes += static_cast<int32_t>(counts[i]);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) codes[i] = static_cast<uint8_t>(room[i]);
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) misses.escapes[i] = static_cast<uint8_t>(counts[i]);
+  return escapes;
 }
 
-inline void write_escape(char*& to, int64_t i, LoggedArray array, float value) {
-  const auto where = static_cast<uint16_t>(4 * i + array);
-  std::memcpy(to, &where, 2);
-  std::memcpy(to + 2, &value, 4);
+inline void write_escape(char*& to, int64_t i, LoggedArray array, uint32_t miss) {
+  const auto where = static_cast<uint16_t>(kLoggedArrays * i + array);
+  std::memcpy(to, &where, sizeof(where));
+  std::memcpy(to + sizeof(where), &miss, sizeof(miss));
   to += kEscapeBytes;
 }
 
-inline void write_escapes(const TileRoom& room, int64_t size, char* to) {
-  for (int64_t i = 0; i < size; ++i) {
-    const uint32_t bits = room.escapes[i];
-    if (bits == 0) continue;
-    if ((bits >> kLoggedVar & 1) != 0) write_escape(to, i, kLoggedVar, room.var[i]);
-    if ((bits >> kLoggedM & 1) != 0) write_escape(to, i, kLoggedM, room.m[i]);
-    if ((bits >> kLoggedV & 1) != 0) write_escape(to, i, kLoggedV, room.v[i]);
-    if ((bits >> kLoggedVhat & 1) != 0) write_escape(to, i, kLoggedVhat, room.vhat[i]);
+// `escapes`: their number.
+inline void write_escapes(const Misses& misses, int32_t escapes, bool amsgrad, char* to) {
+  for (int64_t i = 0; escapes > 0; ++i) {
+    uint64_t eight = 1;
+    if (i % 8 == 0) std::memcpy(&eight, misses.escapes + i, sizeof(eight));
+    if (eight == 0) i += 7;  // nothing in eight elements
+    if (eight == 0 || misses.escapes[i] == 0) continue;
+    escapes -= misses.escapes[i];
+    if (misses.of[kLoggedVar][i] >= kCodesOfVar) write_escape(to, i, kLoggedVar, misses.of[kLoggedVar][i]);
+    if (misses.of[kLoggedM][i] >= kCodesOfM) write_escape(to, i, kLoggedM, misses.of[kLoggedM][i]);
+    if (misses.of[kLoggedV][i] >= kCodesOfVar) write_escape(to, i, kLoggedV, misses.of[kLoggedV][i]);
+    if (amsgrad && misses.of[kLoggedVhat][i] != 0) write_escape(to, i, kLoggedVhat, misses.of[kLoggedVhat][i]);
   }
-}
-
-inline int32_t count_escapes(const TileRoom& room, int64_t size) {
-  int32_t count = 0;
-#pragma omp simd reduction(+ : count)
-  for (int64_t i = 0; i < size; ++i) {
-    const auto bits = static_cast<int32_t>(room.escapes[i]);
-    count += (bits & 1) + (bits >> 1 & 1) + (bits >> 2 & 1) + (bits >> 3 & 1);
-  }
-  return count;
 }
 
 // Updates a tile of a float32 variable with a dense gradient, and logs what it was.
 inline void adam_logged(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end, int64_t place) {
   const StepScalars<float>& s = step.scalars_f32;
   const int64_t size = end - begin;
-  const auto floats = static_cast<size_t>(size) * sizeof(float);
-  TileRoom room;
+  Misses misses;
   float converted[kTile];
   const float* grad = gradient_of(tensor, begin, size, converted);
   update_logged_for(step)(operands_at(step, tensor, begin, grad), size, s, factor_of<float>(step, tensor),
-                          tensor.decays ? s.keep : 1.0f, step.prefetch, room);
+                          tensor.decays ? s.keep : 1.0f, step.prefetch, misses);
   const StepLog& log = *step.log;
   TileLog& tile = log.tiles[place];
-  tile.escapes = count_escapes(room, size);
-  tile.is_whole = tile.escapes * kEscapeBytes > static_cast<int64_t>(3 * floats);
-  if (tile.is_whole) {
-    char* to = append(log, tile, static_cast<int64_t>((step.amsgrad ? 4 : 3) * floats));
-    const float* const arrays[] = {room.var, room.m, room.v, room.vhat};
-    for (int i = 0; i < (step.amsgrad ? 4 : 3); ++i, to += floats) std::memcpy(to, arrays[i], floats);
-    return;
+  const auto pack = step.amsgrad ? pack_misses<true> : pack_misses<false>;
+  tile.escapes = pack(misses, size, log.codes + place * kTile);
+  const int64_t arrays = step.amsgrad ? kLoggedArrays : kLoggedArrays - 1;
+  const int64_t whole = arrays * size * static_cast<int64_t>(sizeof(uint32_t));
+  tile.is_whole = tile.escapes * kEscapeBytes > whole;
+  const int64_t bytes = tile.is_whole ? whole : tile.escapes * kEscapeBytes;
+  tile.offset = bytes == 0 ? 0 : __atomic_fetch_add(log.used, bytes, __ATOMIC_RELAXED);
+  char* to = log.arena + tile.offset;
+  if (!tile.is_whole && bytes > 0) return write_escapes(misses, tile.escapes, step.amsgrad, to);
+  for (int64_t array = 0; tile.is_whole && array < arrays; ++array) {
+    std::memcpy(to + array * (whole / arrays), misses.of[array], static_cast<size_t>(whole / arrays));
   }
-  uint8_t* __restrict codes = log.codes + place * kTile;
-  for (int64_t i = 0; i < size; ++i) codes[i] = static_cast<uint8_t>(room.codes[i]);
-  write_escapes(room, size, append(log, tile, tile.escapes * kEscapeBytes));
 }
 
-// Puts escapes of one array back.
-inline void restore_escapes(const char* from, int32_t count, LoggedArray array, float* values) {
-  for (int32_t k = 0; k < count; ++k, from += kEscapeBytes) {
+// Reads what adam_logged() has logged of a tile.
+inline void read_misses(const StepLog& log, int64_t place, int64_t size, bool amsgrad, Misses& misses) {
+  const TileLog& tile = log.tiles[place];
+  const int64_t arrays = amsgrad ? kLoggedArrays : kLoggedArrays - 1;
+  const char* from = log.arena + tile.offset;
+  const size_t row = static_cast<size_t>(size) * sizeof(uint32_t);
+  for (int64_t array = 0; tile.is_whole && array < arrays; ++array, from += row) {
+    std::memcpy(misses.of[array], from, row);
+  }
+  if (tile.is_whole) return;
+  const uint8_t* __restrict codes = log.codes + place * kTile;
+  uint32_t* __restrict var = misses.of[kLoggedVar];
+  uint32_t* __restrict m = misses.of[kLoggedM];
+  uint32_t* __restrict v = misses.of[kLoggedV];
+  uint32_t* __restrict vhat = misses.of[kLoggedVhat];
+  uint32_t room[kTile];
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) room[i] = codes[i];
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t others = (room[i] * 2341) >> 16;  // room[i] / kCodesOfM, exactly below 256
+    m[i] = room[i] - others * kCodesOfM;
+    v[i] = (others * 86) >> 8;  // others / kCodesOfVar, exactly below 10
+    var[i] = others - v[i] * kCodesOfVar;
+    vhat[i] = 0;
+  }
+  static_assert(kCodesOfM == 28 && kCodesOfVar == 3, "the divisions above");
+  for (int32_t k = 0; k < tile.escapes; ++k, from += kEscapeBytes) {
     uint16_t where;
-    std::memcpy(&where, from, 2);
-    if (where % 4 == array) std::memcpy(values + where / 4, from + 2, 4);
+    std::memcpy(&where, from, sizeof(where));
+    std::memcpy(&misses.of[where % kLoggedArrays][where / kLoggedArrays], from + sizeof(where), sizeof(uint32_t));
   }
 }
 
-template <bool kAmsgrad>
-void undo_tile(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t size, const TileLog& tile,
-               const uint8_t* codes) {
-  const StepScalars<float> s = step.scalars_f32;
-  const FactorPair<float> factor = factor_of<float>(step, tensor);
-  const float keep = tensor.decays ? s.keep : 1.0f;
+template <bool kAmsgrad, int kTransform>
+__attribute__((noinline)) void undo_elements(const Operands<float>& all, int64_t size,
+                                             const StepScalars<float>& scalars, FactorPair<float> factor, float keep,
+                                             const Misses& misses) {
+  const StepScalars<float> s = scalars;
   const Inverses inverse(s, keep);
-  float converted[kTile];
-  const Operands<float> all = operands_at(step, tensor, begin, gradient_of(tensor, begin, size, converted));
-  const char* escapes = step.log->arena + tile.offset;
+  float* __restrict var = all.var;
+  const float* __restrict grad = all.grad;
+  float* __restrict m = all.m;
+  float* __restrict v = all.v;
+  float* __restrict vhat = all.vhat;
+  const uint32_t* __restrict var_misses = misses.of[kLoggedVar];
+  const uint32_t* __restrict m_misses = misses.of[kLoggedM];
+  const uint32_t* __restrict v_misses = misses.of[kLoggedV];
+  const uint32_t* __restrict vhat_misses = misses.of[kLoggedVhat];
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
-    float vhat = kAmsgrad ? all.vhat[i] : 0.0f;
-    const float displacement = adam_displacement<kAmsgrad>(all.m[i], all.v[i], vhat, s.alpha, s.epsilon);
-    const uint32_t code = codes[i] / kCodesOfM % kCodesOfVar;
-    all.var[i] = corrected(var_before(all.var[i], displacement, inverse), code, kCodesOfVar);
+    float vhat_i = kAmsgrad ? vhat[i] : 0.0f;
+    const float displacement = adam_displacement<kAmsgrad>(m[i], v[i], vhat_i, s.alpha, s.epsilon);
+    const float var_i = corrected(var_before(var[i], displacement, inverse), var_misses[i], kCodesOfVar);
+    float g = grad[i];
+    if constexpr (kTransform != kAsItIs) g = transform_gradient(g, s.clip_value, factor);
+    if constexpr (kTransform == kAndL2) g = add_l2(g, var_i, s.l2);
+    var[i] = var_i;
+    m[i] = corrected(m_before(m[i], g, s, inverse), m_misses[i], kCodesOfM);
+    v[i] = corrected(v_before(v[i], g, s, inverse), v_misses[i], kCodesOfVar);
+    if constexpr (kAmsgrad) vhat[i] = bit_cast<float>(bit_cast<uint32_t>(vhat[i]) ^ vhat_misses[i]);
   }
-  restore_escapes(escapes, tile.escapes, kLoggedVar, all.var);
-  for (int64_t i = 0; i < size; ++i) {
-    float g = all.grad[i];
-    if (step.transform != kAsItIs) g = transform_gradient(g, s.clip_value, factor);
-    if (step.transform == kAndL2) g = add_l2(g, all.var[i], s.l2);
-    all.m[i] = corrected(m_before(all.m[i], g, s, inverse), codes[i] % kCodesOfM, kCodesOfM);
-    all.v[i] = corrected(v_before(all.v[i], g, s, inverse), codes[i] / (kCodesOfM * kCodesOfVar), kCodesOfVar);
-  }
-  restore_escapes(escapes, tile.escapes, kLoggedM, all.m);
-  restore_escapes(escapes, tile.escapes, kLoggedV, all.v);
-  if constexpr (kAmsgrad) restore_escapes(escapes, tile.escapes, kLoggedVhat, all.vhat);
 }
 
 // Undoes adam_logged().
 inline void adam_undo(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end, int64_t place) {
+  static constexpr decltype(&undo_elements<false, kAsItIs>) kUndo[2][kTransformCount] = {
+      {undo_elements<false, kAsItIs>, undo_elements<false, kClipAndFactor>, undo_elements<false, kAndL2>},
+      {undo_elements<true, kAsItIs>, undo_elements<true, kClipAndFactor>, undo_elements<true, kAndL2>}};
+  const StepScalars<float>& s = step.scalars_f32;
   const int64_t size = end - begin;
-  const TileLog& tile = step.log->tiles[place];
-  if (!tile.is_whole) {
-    const auto undo = step.amsgrad ? undo_tile<true> : undo_tile<false>;
-    return undo(step, tensor, begin, size, tile, step.log->codes + place * kTile);
-  }
-  const auto floats = static_cast<size_t>(size) * sizeof(float);
-  const char* from = step.log->arena + tile.offset;
-  void* const arrays[] = {tensor.var, tensor.m, tensor.v, tensor.vhat};
-  for (int i = 0; i < (step.amsgrad ? 4 : 3); ++i, from += floats) {
-    std::memcpy(static_cast<float*>(arrays[i]) + begin, from, floats);
-  }
+  Misses misses;
+  read_misses(*step.log, place, size, step.amsgrad, misses);
+  float converted[kTile];
+  const float* grad = gradient_of(tensor, begin, size, converted);
+  kUndo[step.amsgrad][step.transform](operands_at(step, tensor, begin, grad), size, s, factor_of<float>(step, tensor),
+                                      tensor.decays ? s.keep : 1.0f, misses);
 }
 
 }  // namespace

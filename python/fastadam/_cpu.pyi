@@ -58,6 +58,15 @@ class ClosedForms:
     def exist(beta_1: float, beta_2: float, amsgrad: bool) -> bool:
         """Whether gaps of any length have one, if the rate is constant."""
 
+class StepLog:
+    """What undoes one step: csrc/core/undo.h."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+def set_thread_budget(threads: int) -> int:
+    """The most threads of later calls from this thread; 0: as many as others. Returns what it was."""
+
 class Plan:
     """A checked set of variables and state, ready to step."""
 
@@ -107,6 +116,23 @@ class Plan:
         clip_factors: npt.NDArray[np.float64],
     ) -> list[int]:
         """A step whose gradients are multiplied by these factors of ``clip``; norms are not read again."""
+    def can_undo(self, gradients: list[Any]) -> bool: ...
+    def step_logged(
+        self,
+        gradients: list[Any],
+        hyper: StepHyper,
+        grad_factors: Sequence[float],
+        clip_factors: npt.NDArray[np.float64],
+        log: StepLog,
+    ) -> None: ...
+    def undo(
+        self,
+        gradients: list[Any],
+        hyper: StepHyper,
+        grad_factors: Sequence[float],
+        clip_factors: npt.NDArray[np.float64],
+        log: StepLog,
+    ) -> None: ...
     def norms(self, gradients: list[Any], hyper: StepHyper) -> npt.NDArray[np.float64]:
         """A row of three sums of squares for each gradient: csrc/capi/clipping.h."""
     def remember(self, hyper: StepHyper, stamp: int, grad_factors: Sequence[float]) -> None: ...

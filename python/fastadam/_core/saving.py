@@ -236,6 +236,8 @@ class _Reader:
     def _exclude(self, optimizer: Any, variables: list[AnyArray]) -> None:
         excluded = self._header["excluded"]
         try:
+            if not all(type(i) is int for i in excluded["variables"]):
+                raise TypeError("an index that is not a whole number")
             var_list = [dict(enumerate(variables))[i] for i in excluded["variables"]]
             optimizer.exclude_from_weight_decay(var_list, excluded["names"])
         except (TypeError, ValueError, LookupError) as error:
@@ -294,6 +296,9 @@ class _Reader:
 
     def _configured(self, cls: type[Optimizer], custom_objects: Mapping[str, Any] | None) -> Optimizer:
         make: Any = cls
+        if cls.__module__.partition(".")[0] == "fastadam":  # what another class writes is its own affair
+            missing = sorted(set(make().get_config()) - set(self._header["config"]))
+            self._require(not missing, f"'config' without {missing}", "every hyperparameter")
         try:
             optimizer: Optimizer = make.from_config(self._header["config"], custom_objects)
         except Exception as error:  # anything that a class in custom_objects raises, too

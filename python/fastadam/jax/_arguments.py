@@ -64,17 +64,23 @@ class AmsgradState(NamedTuple):
     """Maxima of the second moments, in the tree of the parameters."""
 
 
-def flatten(tree: Tree) -> tuple[list[str], Arrays, PyTreeDef]:
+def flatten(tree: Tree, name: str) -> tuple[list[str], Arrays, PyTreeDef]:
     """The paths of the leaves (for messages), the leaves as arrays, and the structure."""
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
-    return [jax.tree_util.keystr(path) for path, _ in paths], [jnp.asarray(leaf) for _, leaf in paths], structure
+    labels = [jax.tree_util.keystr(path) for path, _ in paths]
+    for label, (_, leaf) in zip(labels, paths, strict=True):
+        if isinstance(leaf, (str, bytes)):  # of which JAX says nothing but that it is no valid type
+            raise TypeError(f"{name}{label}: {leaf!r:.60}, expected an array")
+    return labels, [jnp.asarray(leaf) for _, leaf in paths], structure
 
 
-def flatten_like(name: str, tree: Tree, labels: Sequence[str], structure: PyTreeDef) -> Arrays:
-    """The leaves of a tree that must have this structure."""
-    paths, leaves, actual = flatten(tree)
+def flatten_like(
+    name: str, tree: Tree, labels: Sequence[str], structure: PyTreeDef, like: str = "the parameters"
+) -> Arrays:
+    """The leaves of a tree that must have this structure, which is that of ``like``."""
+    paths, leaves, actual = flatten(tree, name)
     if paths != list(labels) or actual != structure:
-        raise ValueError(f"{name}: a tree {actual}, expected {structure} like the parameters")
+        raise ValueError(f"{name}: a tree {actual}, expected {structure} like {like}")
     return leaves
 
 

@@ -72,7 +72,7 @@ def init(params: Tree, *, amsgrad: bool = False) -> AdamState | AmsgradState:
     nu_max=Array([0., 0.], dtype=float32))
     """
     check_bool("amsgrad", amsgrad)
-    labels, leaves, structure = flatten(params)
+    labels, leaves, structure = flatten(params, "params")
     check_params(labels, leaves)
 
     def zeros() -> Tree:
@@ -143,7 +143,7 @@ def fused_update(
     >>> params["w"], int(state.count)
     (Array([0.9, 2.1], dtype=float32), 1)
     """
-    labels, leaves, structure = flatten(params)
+    labels, leaves, structure = flatten(params, "params")
     count = next_count(state)
     trees = {name: flatten_like(name, tree, labels, structure) for name, tree in moments_of(state).items()}
     new, *moments = step_leaves(

@@ -86,7 +86,7 @@ def scale_by_adam(
     corrected = _without_root(eps, check_scalar("eps_root", eps_root))
 
     def init_moments(params: Tree) -> Tree:
-        labels, leaves, structure = flatten(params)
+        labels, leaves, structure = flatten(params, "params")
         check_params(labels, leaves)
         for label, leaf in zip(labels, leaves, strict=True):
             if mu_dtype is not None and np.dtype(mu_dtype) != leaf.dtype:
@@ -96,9 +96,10 @@ def scale_by_adam(
 
     def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
         del params
-        labels, leaves, structure = flatten(updates)
-        count = next_count(state)
-        trees = {name: flatten_like(name, tree, labels, structure) for name, tree in moments_of(state).items()}
+        count, moments = next_count(state), moments_of(state)
+        labels, _, structure = flatten(moments["mu"], "mu")
+        leaves = flatten_like("updates", updates, labels, structure, "the moments in the state")
+        trees = {name: flatten_like(name, tree, labels, structure) for name, tree in moments.items()}
         gradients = [
             leaf.astype(mu.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
             for leaf, mu in zip(leaves, trees["mu"], strict=True)

@@ -171,7 +171,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
 
     def apply(self, grads: Sequence[AnyArray], trainable_variables: Sequence[Foreign] | None = None) -> None:
         """Update the variables. A call that raises has changed nothing."""
-        grads = [g if g is None or keras.ops.is_tensor(g) else keras.ops.convert_to_tensor(g) for g in grads]
+        grads = [_as_tensor(gradient, f"grads[{i}]") for i, gradient in enumerate(grads)]
         given = None if trainable_variables is None else list(trainable_variables)
         variables = given if given is not None else self._trainable_variables if self.built else None
         if variables is not None:
@@ -312,6 +312,14 @@ def _is_traced(value: AnyArray) -> bool:
     import jax
 
     return isinstance(value, jax.core.Tracer)
+
+
+def _as_tensor(gradient: AnyArray | None, label: str) -> AnyArray | None:
+    if gradient is None or keras.ops.is_tensor(gradient):
+        return gradient
+    if isinstance(gradient, (str, bytes)):
+        raise TypeError(f"{label}: {gradient!r:.60}, expected a tensor")
+    return keras.ops.convert_to_tensor(gradient)
 
 
 def _check_gradients(grads: list[AnyArray], variables: Sequence[Foreign]) -> None:

@@ -11,10 +11,11 @@ from fastadam._core.common.public import publish
 
 try:
     from fastadam.torch._optimizer import Adam, AdamW
+    from fastadam.torch._overlap import Overlap, overlap
 except ModuleNotFoundError as _error:
     raise missing("fastadam.torch", _error) from None
 
-__all__ = ["Adam", "AdamW"]
+__all__ = ["Adam", "AdamW", "Overlap", "overlap"]
 
 publish(globals())
 

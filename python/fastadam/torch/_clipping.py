@@ -14,7 +14,7 @@ from fastadam._core.common.types import Foreign
 from fastadam._core.native.plan import Factors, Norms, StepHyper, clip
 from fastadam.torch._checks import Group, label_of
 
-__all__ = ["Clipping", "clip_jointly", "is_sharded"]
+__all__ = ["Clipping", "add_shards", "clip_jointly", "is_sharded"]
 
 
 class Clipping:
@@ -90,7 +90,7 @@ def clip_jointly(
     sums = np.concatenate(norms)
     others = np.concatenate([each or np.ones(size) for each, size in zip(factors, sizes, strict=True)])
     if is_sharded(params):
-        _add_shards(params, sums, require_finite=hyper.require_finite)
+        add_shards(params, sums, require_finite=hyper.require_finite)
     order = sorted(range(len(places)), key=places.__getitem__)
     found, is_finite = clip(sums[order], hyper, others[order])
     if hyper.require_finite and not is_finite:
@@ -108,7 +108,7 @@ def is_sharded(params: Sequence[Tensor]) -> bool:
     return any(hasattr(param, "_local_tensor") for param in params)
 
 
-def _add_shards(params: Sequence[Tensor], sums: Norms, *, require_finite: bool) -> None:
+def add_shards(params: Sequence[Tensor], sums: Norms, *, require_finite: bool) -> None:
     """Add what the other processes found of their shards; with ``require_finite`` all know of a NaN that one found.
 
     All processes call it with the same parameters. One collective for each axis of each mesh.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastadam._core.common.checks import check_bool, check_count, check_number
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.native.slices import DEFERRED, check_sparse_update
+from fastadam.torch._buckets import BucketedStep
 from fastadam.torch._checks import (
     OfGroups,
     check_flags,
@@ -254,6 +257,10 @@ class Adam(torch.optim.Optimizer):
         stepper = self._stepper
         if not torch.compiler.is_compiling():
             with stepper.lock:
+                if stepper.overlap is not None:
+                    stepper.overlap.finish()
+                    return loss
+                stepper.require_closed("step")
                 stepper.step(self.param_groups, self.state, grad_scale, found_inf)
             return loss
         if self._options.need_eager(self.param_groups):
@@ -361,6 +368,94 @@ class Adam(torch.optim.Optimizer):
             if self._stepper.measured is None:
                 raise RuntimeError("telemetry: no step was measured yet, expected a call of step first")
             return joined(self._stepper.measured, self.param_groups)
+
+    # ---- steps in buckets ------------------------------------------------------------------------------------------
+
+    def begin_step(self, *, early: bool = False, threads: int | None = None, loss_scale: float = 1.0) -> None:
+        """Begin a step whose parameters are given in buckets by :meth:`step_bucket`, until :meth:`end_step`.
+
+        The result has the bits of :meth:`step`, whatever the buckets, their order and the threads that give them.
+        Nothing is written before ``end_step`` unless ``early``: then each bucket is stepped at once on a background
+        thread, as if no norm was clipped, and a log of about 1.1 bytes for each parameter undoes that if it was wrong.
+        Only float32 parameters with dense gradients are stepped early. Gradients must stay as they are until
+        ``end_step``.
+
+        Args:
+            early: Step buckets as they come; :func:`fastadam.torch.overlap` does so during the backward pass.
+            threads: The most threads of the step; None for all.
+            loss_scale: What the gradients are divided by.
+
+        Raises:
+            RuntimeError: A step is open.
+            ValueError: A parameter comes twice; ``threads`` or ``loss_scale`` is not above 0.
+
+        >>> import importlib.util
+        >>> if importlib.util.find_spec("torch"):
+        ...     import torch, fastadam.torch
+        ...     weight, bias = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+        ...     opt = fastadam.torch.Adam([weight, bias], lr=0.1, global_clipnorm=1.0)
+        ...     (weight + bias).sum().backward()
+        ...     opt.begin_step()
+        ...     handles = [opt.step_bucket([bias]), opt.step_bucket([weight])]
+        ...     opt.end_step()
+        """
+        check_bool("early", early)
+        if threads is not None:
+            check_count("threads", threads)
+        if not check_number("loss_scale", loss_scale) > 0:
+            raise ValueError(f"loss_scale: {loss_scale}, expected a number above 0")
+        stepper = self._stepper
+        with stepper.lock:
+            stepper.require_closed("begin_step")
+            stepper.finish(self.state)
+            stepper.open = BucketedStep(
+                stepper, self.param_groups, self.state, early=early, threads=threads, loss_scale=float(loss_scale)
+            )
+
+    def step_bucket(self, params: Iterable[Tensor]) -> Future[None]:
+        """Give parameters whose gradients are complete, from any thread; those without a gradient are left out.
+
+        Returns:
+            A handle whose ``result()`` waits until the bucket needs no more work before the end of the step.
+
+        Raises:
+            RuntimeError: No step is open.
+            ValueError: A parameter that is not the optimizer's, or that was given before; and all that :meth:`step`
+                raises of gradients. The bucket is not taken then, and the step stays open.
+        """
+        stepper = self._stepper
+        with stepper.lock:
+            if stepper.open is None:
+                raise RuntimeError("step_bucket: no step is open, expected begin_step() first")
+            return stepper.open.add(params)
+
+    def end_step(self) -> None:
+        """Make the step, of all parameters that have a gradient: those that no bucket had are stepped now.
+
+        Raises:
+            RuntimeError: No step is open; or a gradient has changed and the step has to be undone.
+        """
+        stepper = self._stepper
+        with stepper.lock:
+            step = stepper.open
+            if step is None:
+                raise RuntimeError("end_step: no step is open, expected begin_step() first")
+            stepper.open = stepper.overlap = None
+            stepper.forget_numbers()
+            stepper.compiled.skipped = not step.finish()
+
+    def abort_step(self) -> None:
+        """Undo what the open step has made, to the bit, and close it; without an open step nothing happens."""
+        stepper = self._stepper
+        with stepper.lock:
+            step, stepper.open, stepper.overlap = stepper.open, None, None
+            if step is not None:
+                step.abort()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; an open step, whose gradients these are, is undone first."""
+        self.abort_step()
+        super().zero_grad(set_to_none)
 
     # ---- clipping --------------------------------------------------------------------------------------------------
 
@@ -499,6 +594,7 @@ class Adam(torch.optim.Optimizer):
         the masters as its parameters it is the state of a float32 model. ``compute_params`` are left out.
         """
         with self._stepper.lock:
+            self._stepper.require_closed("state_dict")
             self.sync()
             saved = super().state_dict()
             for group in saved["param_groups"]:
@@ -519,6 +615,7 @@ class Adam(torch.optim.Optimizer):
                 step that is not a number. A call that raises leaves the optimizer unchanged.
         """
         with self._stepper.lock:
+            self._stepper.require_closed("load_state_dict")
             self._stepper.finish(self.state)
             with torch.no_grad():
                 for table in self._stepper.tables.of(None):
@@ -549,6 +646,7 @@ class Adam(torch.optim.Optimizer):
             param_group["compute_params"] = ComputeParams(param_group["compute_params"])
 
     def __getstate__(self) -> StateDict:
+        self._stepper.require_closed("copy")
         self.sync()
         return {**super().__getstate__(), "_options": self._options}
 

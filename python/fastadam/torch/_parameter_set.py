@@ -189,6 +189,16 @@ class ParameterSet:
         is_special = self._views or self.tables or self.kind.axes > 1 or self._gradients.were_converted
         return self.context is None and not is_special and self.counts.are_plain and self.turn.is_alone
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step is one native call, with nothing before or after it, that can be undone.
+
+        Undoing a step rounds the copies again, which does not bring back what they were if that was something else.
+        """
+        are_copies_lost = self.copies.written and (self.kind.mode != "dense" or not self.copies.are_rounded)
+        is_special = self._views or self.tables or self.kind.axes > 1 or are_copies_lost
+        return self.context is None and not is_special and self.turn.is_alone
+
     def follow(self) -> bool:
         """Have the plan compare the states by itself from here on; False if it cannot."""
         keys = tuple(SLOTS[name] for name in self.kind.slots)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import NamedTuple
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastadam._core.common.types import AnyGradient
 from fastadam._core.deferred.history import Numbers
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buckets import Guess
 from fastadam._core.native.plan import Factors, StepHyper
 from fastadam.torch._checks import Group, States
 from fastadam.torch._clipping import clip_jointly, is_sharded
@@ -25,6 +28,26 @@ from fastadam.torch._repeated import RepeatedStep
 from fastadam.torch._telemetry import require_dense
 
 __all__ = ["GroupStepper", "Options"]
+
+
+class Opened(Protocol):
+    """A step that is open: ``_buckets.BucketedStep``."""
+
+    def add(self, params: object) -> Future[None]:
+        """Take parameters."""
+
+    def finish(self) -> bool:
+        """Make the step; returns whether it was made."""
+
+    def abort(self) -> None:
+        """Undo the step."""
+
+
+class Ender(Protocol):
+    """What ends an open step: ``_overlap.Overlap``."""
+
+    def finish(self) -> None:
+        """End it."""
 
 
 class OnGpu(NamedTuple):
@@ -93,8 +116,12 @@ class GroupStepper:
         else:
             self.compiled = previous.compiled
             self.tables = previous.tables.renewed()
-        self._options, self._clipping = options, options.clipping
+        self._options, self.clipping = options, options.clipping
         self.partitions = Partitions(options, self.tables)
+        self.open: Opened | None = None  # the step that begin_step() has begun
+        self.overlap: Ender | None = None  # what has begun it and ends it in step()
+        self.guess = Guess()
+        self.logs: dict[object, _cpu.StepLog] = {}
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
         self._pending: Pending | None = None
         self._begun: list[Begun] = []  # of a step that is being made
@@ -159,12 +186,10 @@ class GroupStepper:
             if places := hide_gradients(group["params"], gradients):
                 simulated.add(index, group, places, state, self._options)
             refuse_simulation(gradients)
-            self._clipping.require_host(index, group, gradients)
-            if self._options.telemetry:
-                require_dense(index, group, gradients)
+            self.require_options(index, group, gradients)
             of_group = [
-                self._call_of(index, ready, group, gradients, scaled, raised)
-                for ready in self._ready(index, group, state, gradients, scaled)
+                self.call_of(index, ready, group, gradients, scaled, raised)
+                for ready in self.ready(index, group, state, gradients, scaled)
             ]
             calls += of_group
             if len(groups) > 1:
@@ -176,19 +201,33 @@ class GroupStepper:
                 calls[i] = call._replace(gradients=checked)
         clipped = self._clipped(calls) if are_joined else calls
         was_made = clipped is not None and self._make_all(clipped, state)  # one alone can be refused
-        if self._options.telemetry:
-            self.measured = [(call.group, call.chosen) for call in calls]
+        self.note_measured(calls, was_made=was_made or clipped is not None)  # a native step reports it by itself
         if not was_made:
             return False
         simulated.finish(state)
         before, self._last = self._last, [(call.group, call.chosen) for call in calls]
         if self._last == before:
-            self._repeated = RepeatedStep.after(self._last, groups, state, self._clipping)
+            self._repeated = RepeatedStep.after(self._last, groups, state, self.clipping)
         return True
+
+    def require_options(self, index: int, group: Group, gradients: list[Tensor | None]) -> None:
+        """Raise if options of the optimizer do not support one of the gradients."""
+        self.clipping.require_host(index, group, gradients)
+        if self._options.telemetry:
+            require_dense(index, group, gradients)
+
+    def note_measured(self, calls: list[Call], *, was_made: bool) -> None:
+        """After a step of these calls, checked: what telemetry is read from."""
+        if not self._options.telemetry:
+            return
+        self.measured = [(call.group, call.chosen) for call in calls]
+        if not was_made:
+            for call in calls:
+                call.chosen.plan.report_skip(call.gradients, call.hyper)
 
     def _are_joined(self, calls: list[Call]) -> bool:
         """Whether the norms must be known before the native steps, each of which can read only its own."""
-        if not calls or not self._clipping.reads_norms:
+        if not calls or not self.clipping.reads_norms:
             return False
         # A step that may be skipped must not bring rows up to date first.
         first = calls[0]
@@ -205,15 +244,13 @@ class GroupStepper:
             calls[0].hyper,
         )
         if factors is None:
-            for call in calls if self._options.telemetry else ():
-                call.chosen.plan.report_skip(call.gradients, call.hyper)
             return None
         return [
             call._replace(hyper=call.hyper._replace(require_finite=False), clip_factors=mine)
             for call, mine in zip(calls, factors, strict=True)
         ]
 
-    def _ready(
+    def ready(
         self, index: int, group: Group, state: States, gradients: list[Tensor | None], scaled: ScaledStep
     ) -> list[Ready]:
         """The sets of a group that are to be stepped, those whose counts may not differ with one step count."""
@@ -249,7 +286,7 @@ class GroupStepper:
         counts = is_captured or (is_followed and chosen.can_count(chosen.numbers_of(group, 1, 1.0)))
         return OnGpu(grad_scale, found_inf, counts)
 
-    def _call_of(
+    def call_of(
         self,
         index: int,
         ready: Ready,
@@ -276,7 +313,7 @@ class GroupStepper:
             chosen.set_device_numbers(rate, there.grad_scale, there.found_inf, counts=there.counts)
         mine = chosen.read_gradients(mine, densify=hyper.l2 != 0)
         apart = steps if steps.count(steps[0]) != len(steps) else None
-        hyper = self._clipping.bound(hyper)
+        hyper = self.clipping.bound(hyper)
         return Call(index, chosen, mine, hyper, chosen.factors_of(group), apart, there.found_inf)
 
     def _settle_before(self, chosen: ParameterSet, gradients: list[Tensor], hyper: StepHyper) -> None:
@@ -356,18 +393,27 @@ class GroupStepper:
         if self._pending is None:
             return
         call, counter, after = self._pending
-        chosen = call.chosen
-        if int(chosen.counter) > counter:
-            chosen.finish(after)
-            if chosen.is_new:
-                for param, named in zip(chosen.params, chosen.states, strict=True):
-                    state[param] = named
-                self.partitions.known = None
-                self.tables.keep(chosen.tables)
-                chosen.is_new = False
+        if int(call.chosen.counter) > counter:
+            self.note_made(call, state, after)
         else:
-            chosen.counts.forget()
+            call.chosen.counts.forget()
         self._pending = None
+
+    def note_made(self, call: Call, state: States, after: int | list[int] | Tensor | None = None) -> None:
+        """Note that a call was made; ``after``: the step count then, if it is not that of the call."""
+        chosen = call.chosen
+        chosen.finish(after if after is not None else call.steps or call.hyper.step)
+        if chosen.is_new:
+            for param, named in zip(chosen.params, chosen.states, strict=True):
+                state[param] = named
+            self.partitions.known = None
+            self.tables.keep(chosen.tables)
+            chosen.is_new = False
+
+    def require_closed(self, what: str) -> None:
+        """Raise if a step is open, when parameters may be between two steps."""
+        if self.open is not None:
+            raise RuntimeError(f"{what}: a step is open, expected end_step() or abort_step() first")
 
 
 def _are_apart(ready: list[Ready]) -> bool:

@@ -13,7 +13,7 @@ from fastadam._core.common.types import AnyArray, AnyGradient, Config, Foreign, 
 from fastadam._core.native.arrays import native_of
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gradients import convert_gradient
-from fastadam._core.native.slices import convert_slices, is_slices, native_gradient
+from fastadam._core.native.slices import convert_slices, is_slices, is_sparse, native_gradient
 from fastadam._core.native.variable import Variable
 
 if TYPE_CHECKING:
@@ -135,9 +135,9 @@ class Plan:
         """Whether these are the variables, slots and copies of the plan, at the same addresses."""
         return self._native.holds(variables, slots, list(copies))
 
-    def has_copies(self, copies: Sequence[AnyArray | None]) -> bool:
-        """Whether these are the copies of the plan, at the same addresses; empty for none."""
-        return self._native.has_copies(list(copies))
+    def has_copies(self, copies: list[AnyArray]) -> bool:
+        """Whether these, arrays or None, are the copies of the plan, at the same addresses; empty for none."""
+        return self._native.has_copies(copies)
 
     # ---- what a step reports ---------------------------------------------------------------------------------------
 
@@ -155,9 +155,16 @@ class Plan:
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def check(self, gradients: list[AnyGradient], convert: Convert | None = None) -> list[AnyGradient]:
-        """Raise what is wrong with the gradients; return them, converted as far as they have to be."""
+    def check(
+        self, gradients: list[AnyGradient], convert: Convert | None = None, *, zeroes: bool = False
+    ) -> list[AnyGradient]:
+        """Raise what is wrong with the gradients; return them, converted as far as they have to be.
+
+        ``zeroes``: the step sets them to zero, so that none can be converted.
+        """
         while unfit := self._native.check(gradients):
+            if zeroes:
+                self._refuse_conversion(gradients, unfit)
             gradients = self._converted(gradients, unfit, convert)
         return gradients
 
@@ -196,10 +203,7 @@ class Plan:
             return True
         while unfit := self._native.step(gradients, hyper, factors, counter):
             if hyper.zero_gradients:
-                raise ValueError(
-                    f"grads[{self.positions[unfit[0]]}]: {type(gradients[unfit[0]]).__name__} that has to be "
-                    f"converted, expected an array like {self.buffers[unfit[0]].label}, which can be set to zero"
-                )
+                self._refuse_conversion(gradients, unfit)
             gradients = self._converted(gradients, unfit, convert)
         return self._native.all_finite
 
@@ -220,6 +224,32 @@ class Plan:
         clipped = np.empty((0, 2)) if clip_factors is None else clip_factors
         while unfit := self._native.step_apart(gradients, hyper, factors, counter, steps, clipped):
             gradients = self._converted(gradients, unfit, convert)
+
+    def can_undo(self, gradients: list[AnyGradient]) -> bool:
+        """Whether a step with these gradients can be undone: dense ones of float32 variables on the host."""
+        return self._native.can_undo(gradients)
+
+    def step_logged(
+        self,
+        gradients: list[AnyGradient],
+        hyper: StepHyper,
+        factors: Sequence[float],
+        clip_factors: Factors,
+        log: _cpu.StepLog,
+    ) -> None:
+        """Like :meth:`step` with ``clip_factors``, or without if they are empty, but :meth:`undo` can undo it."""
+        self._native.step_logged(gradients, hyper, factors, clip_factors, log)
+
+    def undo(
+        self,
+        gradients: list[AnyGradient],
+        hyper: StepHyper,
+        factors: Sequence[float],
+        clip_factors: Factors,
+        log: _cpu.StepLog,
+    ) -> None:
+        """Undo the last :meth:`step_logged` with this log and these arguments, to the bit."""
+        self._native.undo(gradients, hyper, factors, clip_factors, log)
 
     def norms(self, gradients: list[AnyGradient], hyper: StepHyper) -> Norms:
         """The norms, one for each variable, of gradients that :meth:`check` has returned. Only in CPU memory.
@@ -287,6 +317,15 @@ class Plan:
     def catch_up(self, ids: AnyArray | None, hyper: StepHyper, counter: npt.NDArray[np.int64] | None) -> None:
         """Bring rows of the only variable, a deferred table, up to date: ``ids``, flat, or all for None."""
         self._native.catch_up(ids, hyper, counter)
+
+    def _refuse_conversion(self, gradients: list[AnyGradient], which: list[int]) -> None:
+        i = which[0]
+        if is_sparse(gradients[i]):
+            raise ValueError(f"zero_grads: with IndexedSlices for {self.buffers[i].label}, expected dense gradients")
+        raise ValueError(
+            f"grads[{self.positions[i]}]: {type(gradients[i]).__name__} that has to be converted, expected an array "
+            f"like {self.buffers[i].label}, which can be set to zero"
+        )
 
     def _converted(self, gradients: list[AnyGradient], which: list[int], convert: Convert | None) -> list[AnyGradient]:
         gradients = gradients[:]

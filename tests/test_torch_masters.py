@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 
@@ -430,3 +432,18 @@ def test_buckets_step_masters_with_the_same_bits(early):
         pair.reference.step()
         assert pair.tested.last_step_skipped == pair.reference.last_step_skipped == (k == 7)
         pair.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_optimizer_that_a_receiver_refers_to_is_collected(dtype):
+    weight, tensor = torch.nn.Parameter(torch.ones(3, dtype=dtype)), torch.zeros(3)
+    group = {"params": [weight], "compute_params": [tensor if dtype == torch.float32 else None]}
+    optimizer = fastadam.torch.Adam([group], master_weights=True)
+    weight.owner = tensor.owner = optimizer
+    for _ in range(4):
+        weight.grad = torch.ones(3, dtype=dtype)
+        optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer, weight, tensor, group
+    gc.collect()
+    assert gone() is None

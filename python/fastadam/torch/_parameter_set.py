@@ -146,7 +146,7 @@ class ParameterSet:
             positions=self.positions,
             lazy=self.kind.mode == "lazy",
             histories=[table.history.native for table in self.tables] or None,
-            copies=receivers,
+            copies=[None if t is None else t.detach() for t in receivers],  # they may refer to the optimizer
             context=self.context,
         )
         if self._measures:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 
@@ -404,3 +406,44 @@ def test_half_weights_with_masters_train_like_float32():
     full = train(torch.float32)
     assert abs(train(torch.bfloat16, master_weights=True) / full - 1) < 0.02
     assert train(torch.bfloat16) > 1.5 * full
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_buckets_step_masters_with_the_same_bits(early):
+    """Steps are made early, undone where the norm is clipped or not finite, and made after writes from outside."""
+    pair = Pair(global_clipnorm=1.0, skip_nonfinite=True)
+    for k in range(12):
+        pair.set_gradients(k)
+        for param, plain in zip(pair.params, pair.plain, strict=True):
+            scale = 1e-3 if k % 3 else 1.0
+            param.grad.mul_(scale)
+            plain.grad.copy_(param.grad)
+            if k == 7:
+                param.grad.fill_(float("nan"))
+                plain.grad.fill_(float("nan"))
+        if k == 5:
+            with torch.no_grad():
+                pair.params[1].fill_(0.5)
+                pair.plain[1].fill_(0.5)
+        pair.tested.begin_step(early=early)
+        for param in pair.params[::-1]:
+            pair.tested.step_bucket([param]).result()
+        pair.tested.end_step()
+        pair.reference.step()
+        assert pair.tested.last_step_skipped == pair.reference.last_step_skipped == (k == 7)
+        pair.assert_equal()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_optimizer_that_a_receiver_refers_to_is_collected(dtype):
+    weight, tensor = torch.nn.Parameter(torch.ones(3, dtype=dtype)), torch.zeros(3)
+    group = {"params": [weight], "compute_params": [tensor if dtype == torch.float32 else None]}
+    optimizer = fastadam.torch.Adam([group], master_weights=True)
+    weight.owner = tensor.owner = optimizer
+    for _ in range(4):
+        weight.grad = torch.ones(3, dtype=dtype)
+        optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer, weight, tensor, group
+    gc.collect()
+    assert gone() is None

@@ -337,3 +337,24 @@ def test_deferred_modes_and_shared_memory_are_refused():
         part.grad = torch.ones_like(part)
     with pytest.raises(ValueError, match="compute_params: a tensor with .* shares memory with another parameter"):
         opt.step()
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+def test_early_buckets_write_copies_and_bring_them_back(mode):
+    pair = Pair(global_clipnorm=1.0, skip_nonfinite=True, sparse_update=mode)
+    for tensor in pair.computed:
+        tensor.fill_(7.0)  # not the rounded parameters yet
+    for k in range(8):
+        for param, plain, gradient in zip(pair.params, pair.plain, gradients_of(k, pair.params), strict=True):
+            param.grad, plain.grad = gradient * (1e-3 if k % 3 else 1.0), gradient * (1e-3 if k % 3 else 1.0)
+        before = [tensor.clone() for tensor in pair.computed]
+        for end in ("abort_step", "end_step"):
+            pair.tested.begin_step(early=True)
+            for param in pair.params[::-1]:
+                pair.tested.step_bucket([param]).result()
+            getattr(pair.tested, end)()
+            if end == "abort_step":
+                assert all(map(torch.equal, before, pair.computed))
+        pair.reference.step()
+        assert all(map(torch.equal, pair.params, pair.plain))
+        pair.assert_copied()

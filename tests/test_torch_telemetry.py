@@ -229,3 +229,22 @@ def test_sparse_gradients_are_refused_and_change_nothing(mode, steps):
     with pytest.raises(ValueError, match="telemetry: True with a sparse gradient of parameter 'words', expected dense"):
         opt.step()
     assert all(map(torch.equal, before, params))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_step_in_buckets_is_measured(early):
+    params = parameters(*SHAPES, dtype=torch.float32)
+    opt = fastadam.torch.Adam(groups_of(params), lr=0.01, telemetry=True, skip_nonfinite=True, global_clipnorm=1.0)
+    for k in range(5):
+        set_gradients(params, k)
+        if k == 3:
+            params[0].grad[1] = float("nan")
+        before = [param.detach().clone() for param in params]
+        opt.begin_step(early=early)
+        opt.step_bucket([params[2], params[0]])
+        opt.end_step()
+        if k == 3:
+            assert opt.last_step_skipped
+            assert opt.telemetry().not_finite.tolist() == [1, 0, 0, 0]
+        else:
+            assert_reports(opt.telemetry(), params, before, ["0.0", "0.1", "1.0", "1.1"])

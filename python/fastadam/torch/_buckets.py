@@ -92,6 +92,7 @@ class BucketedStep:
         stepper.tables.forget_removed(self._groups)
         stepper.partitions.note_state(state, len(groups))
         self._given: dict[tuple[int, int], _Given] = {}
+        self._calls: list[Call] = []  # of all buckets
         self._counts: dict[int, tuple[int, int]] = {}  # whose step count is at an address
         numbers = StepHyper(1, 0.0, 0.0, 0.0, 0.0, gradient_scale=self._scaled.gradient_scale)
         self._open = OpenStep(
@@ -145,6 +146,7 @@ class BucketedStep:
         buckets = [self._bucket_of(call) for call in calls]
         for call in calls:
             self._note_given(call)
+        self._calls += calls
         return self._open.add(buckets)
 
     def finish(self) -> bool:
@@ -168,7 +170,9 @@ class BucketedStep:
         except BaseException:
             self.abort()
             raise
-        return self._open.finish(self._commit)
+        was_made = self._open.finish(self._commit)
+        self._stepper.note_measured(self._calls, was_made=was_made)
+        return was_made
 
     def _make_plain(self) -> bool:
         def step() -> bool:
@@ -238,8 +242,8 @@ class BucketedStep:
             gradients: list[Tensor | None] = [None] * len(group["params"])
             for place, gradient in zip(chosen, mine, strict=True):
                 gradients[place] = gradient
+            stepper.require_options(index, group, gradients)
             if any(gradient is not None and gradient.is_cuda for gradient in mine):
-                stepper.clipping.require_host(index, group, gradients)
                 raise RuntimeError("step_bucket: parameters on a GPU, expected CPU memory")
             for ready in stepper.ready(index, group, self._state, gradients, self._scaled):
                 call = stepper.call_of(index, ready, group, gradients, self._scaled, Counter())

@@ -134,15 +134,14 @@ class Copies:
     def __init__(self, params: list[Tensor], computed: Sequence[Tensor | None], *, has_masters: bool) -> None:
         self._params, self._computed = params, list(computed)
         self._mastered = [i for i, param in enumerate(params) if has_masters and param.dtype in HALF]
-        self._halves = [params[i] for i in self._mastered]
         self.receivers: list[Tensor | None] = list(computed) or [None] * len(params)
         for i in self._mastered:
             self.receivers[i] = params[i]
         self.written = [tensor for tensor in self.receivers if tensor is not None]
         if not self.written:
             self.receivers = []
-        # Of parameters with masters when they were last rounded: versions, and where they were.
-        self._versions: list[int | None] = [-1] * len(self._mastered)
+        # Of `written` after the last step: versions, empty if nobody asks for them, and addresses.
+        self._versions: list[int | None] = []
         self._addresses: list[int] = []
 
     def are(self, computed: Sequence[Tensor | None]) -> bool:
@@ -166,22 +165,28 @@ class Copies:
     @property
     def are_untouched(self) -> bool:
         """Whether only the optimizer has written to parameters with masters, in this memory, since their last step."""
-        return not self._mastered or versions_of(self._halves) == self._versions
+        return not self._mastered or versions_of(self.written) == self._versions
+
+    @property
+    def are_rounded(self) -> bool:
+        """Whether the receivers hold, as far as that can be seen, what the last step wrote to them."""
+        return versions_of(self.written) == self._versions and self._places() == self._addresses
 
     def take_written(self, states: list[ParamState]) -> None:
         """Before a step: where a parameter is not its rounded master any more, its value becomes the master's."""
-        if self.are_untouched and self._places() == self._addresses:
+        if not self._mastered or self.are_rounded:
             return
         for i in self._mastered:
             value, master = local_of(self._params[i].detach()), local_of(states[i][MASTER])
             master.copy_(torch.where(master.to(value.dtype) == value, master, value.to(master.dtype)))
 
-    def note_step(self, *, may_have_moved: bool = True) -> None:
-        """After a step, once the versions of the parameters have gone up."""
-        if self._mastered:
-            self._versions = versions_of(self._halves)
-        if may_have_moved:
-            self._addresses = self._places()
+    def note_step(self) -> None:
+        """After a step, once the versions of the receivers have gone up."""
+        self._versions, self._addresses = versions_of(self.written), self._places()
+
+    def note_repeated(self) -> None:
+        """The same after a step that was like the last one, with the same memory; faster."""
+        self._versions = versions_of(self.written) if self._mastered else []
 
     def _places(self) -> list[int]:
-        return [local_of(param).data_ptr() for param in self._halves]
+        return [local_of(tensor).data_ptr() for tensor in self.written]

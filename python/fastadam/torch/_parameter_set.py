@@ -146,7 +146,7 @@ class ParameterSet:
             positions=self.positions,
             lazy=self.kind.mode == "lazy",
             histories=[table.history.native for table in self.tables] or None,
-            copies=receivers,
+            copies=[None if t is None else t.detach() for t in receivers],  # they may refer to the optimizer
             context=self.context,
         )
         if self._measures:
@@ -191,8 +191,12 @@ class ParameterSet:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a step is one native call, with nothing before or after it."""
-        is_special = self._views or self.tables or self.kind.axes > 1
+        """Whether a step is one native call, with nothing before or after it, that can be undone.
+
+        Undoing a step rounds the copies again, which does not bring back what they were if that was something else.
+        """
+        are_copies_lost = self.copies.written and (self.kind.mode != "dense" or not self.copies.are_rounded)
+        is_special = self._views or self.tables or self.kind.axes > 1 or are_copies_lost
         return self.context is None and not is_special and self.turn.is_alone
 
     def follow(self) -> bool:

@@ -77,7 +77,7 @@ class RepeatedStep:
             if was_made:
                 increment_version(self._written)
                 for each in self._sets:
-                    each.copies.note_step(may_have_moved=False)
+                    each.copies.note_repeated()
         return was_made
 
     def _remember(self, index: int, group: Group, gradient_scale: float, numbers: tuple[object, ...]) -> bool:

@@ -189,9 +189,7 @@ class GroupStepper:
             if places := hide_gradients(group["params"], gradients):
                 simulated.add(index, group, places, state, self._options)
             refuse_simulation(gradients)
-            self.clipping.require_host(index, group, gradients)
-            if self._options.telemetry:
-                require_dense(index, group, gradients)
+            self.require_options(index, group, gradients)
             of_group = [
                 self.call_of(index, ready, group, gradients, scaled, raised)
                 for ready in self.ready(index, group, state, gradients, scaled)
@@ -206,8 +204,7 @@ class GroupStepper:
                 calls[i] = call._replace(gradients=checked)
         clipped = self._clipped(calls) if are_joined else calls
         was_made = clipped is not None and self._make_all(clipped, state)  # one alone can be refused
-        if self._options.telemetry:
-            self.measured = [(call.group, call.chosen) for call in calls]
+        self.note_measured(calls, was_made=was_made or clipped is not None)  # a native step reports it by itself
         if not was_made:
             return False
         simulated.finish(state)
@@ -215,6 +212,21 @@ class GroupStepper:
         if self._last == before:
             self._repeated = RepeatedStep.after(self._last, groups, state, self.clipping)
         return True
+
+    def require_options(self, index: int, group: Group, gradients: list[Tensor | None]) -> None:
+        """Raise if options of the optimizer do not support one of the gradients."""
+        self.clipping.require_host(index, group, gradients)
+        if self._options.telemetry:
+            require_dense(index, group, gradients)
+
+    def note_measured(self, calls: list[Call], *, was_made: bool) -> None:
+        """After a step of these calls, checked: what telemetry is read from."""
+        if not self._options.telemetry:
+            return
+        self.measured = [(call.group, call.chosen) for call in calls]
+        if not was_made:
+            for call in calls:
+                call.chosen.plan.report_skip(call.gradients, call.hyper)
 
     def _are_joined(self, calls: list[Call]) -> bool:
         """Whether the norms must be known before the native steps, each of which can read only its own."""
@@ -235,8 +247,6 @@ class GroupStepper:
             calls[0].hyper,
         )
         if factors is None:
-            for call in calls if self._options.telemetry else ():
-                call.chosen.plan.report_skip(call.gradients, call.hyper)
             return None
         return [
             call._replace(hyper=call.hyper._replace(require_finite=False), clip_factors=mine)

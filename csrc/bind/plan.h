@@ -118,16 +118,19 @@ class Plan {
     run(call, args, unconditional, nullptr);
   }
 
-  // Undoes the last step_logged(), which had these arguments, unless that was done already.
-  void undo(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
-            const std::vector<Factor>& clip_factors, LogMemory& memory) {
+  // Undoes the last step_logged(), which had these arguments, unless that was done already. Returns the variables whose
+  // gradients have changed: of these only the moments are not undone (../core/undo.h).
+  std::vector<size_t> undo(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
+                           const std::vector<Factor>& clip_factors, LogMemory& memory) {
     const Scope scope(backend(), variables().place());
     const Call call(set_, gradients);
     StepArgs args = arguments(hyper, factors);
     args.factors = checked(clip_factors);
     args.log = memory.close();
     const ReleasedGil unlocked;
-    if (args.log != nullptr) run_undo(args);
+    if (args.log == nullptr) return {};
+    run_undo(args);
+    return memory.changed();
   }
 
   // The norms of gradients that need no conversion, as a step with these numbers clips them: values are clipped, and

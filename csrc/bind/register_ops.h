@@ -172,8 +172,9 @@ void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
       .def(
           "undo",
           [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,
-             const std::vector<double>& grad_factors, const Numbers& clip_factors,
-             LogMemory& log) { plan.undo(gradients, hyper_of(hyper), grad_factors, factors_of(clip_factors), log); },
+             const std::vector<double>& grad_factors, const Numbers& clip_factors, LogMemory& log) {
+            return plan.undo(gradients, hyper_of(hyper), grad_factors, factors_of(clip_factors), log);
+          },
           py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("clip_factors"), py::arg("log"))
       .def(
           "step_clipped",

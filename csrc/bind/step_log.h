@@ -2,6 +2,8 @@
 // The memory of a step log (../core/undo.h), kept from step to step.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -57,7 +59,7 @@ class LogMemory {
     tiles_.resize(static_cast<size_t>(tiles));
     arena_.resize(tiles * kWholeBytes);
     most_ = used_ > most_ ? used_ : most_;
-    if (used_ < most_ / 4) {  // what the first steps have filled
+    if (most_ - used_ > tiles * kTile / 64) {  // what earlier steps have filled
       arena_.renew();
       most_ = 0;
     }
@@ -72,6 +74,17 @@ class LogMemory {
     if (!is_open_) return nullptr;
     is_open_ = false;
     return &log_;
+  }
+
+  // The variables whose gradients had changed when the step was undone.
+  std::vector<size_t> changed() const {
+    std::vector<size_t> found;
+    for (size_t k = 0; k + 1 < offsets_.size(); ++k) {
+      const auto first = tiles_.begin() + static_cast<std::ptrdiff_t>(offsets_[k]);
+      const auto last = tiles_.begin() + static_cast<std::ptrdiff_t>(offsets_[k + 1]);
+      if (std::any_of(first, last, [](const TileLog& tile) { return tile.is_changed; })) found.push_back(k);
+    }
+    return found;
   }
 
   // Bytes that the log of the last step takes.

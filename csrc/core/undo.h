@@ -5,6 +5,9 @@
 // backwards. That misses them by a few units in the last place, which are logged: a byte has that of m in [-14, 13] and
 // those of the variable and of v in [-1, 1]. A value that is further away is an escape: it is stored whole. A tile with
 // many of these, as in the first steps, is stored whole too.
+//
+// The variable and vhat come back without the gradient. If it has changed, which a checksum shows, only the moments of
+// the tile cannot be computed: they stay as the step has left them.
 #pragma once
 
 #include <cstdint>
@@ -22,10 +25,13 @@ constexpr int64_t kEscapeBytes =
 constexpr int64_t kWholeBytes = 16 * kTile;  // of a tile that is stored whole
 
 struct TileLog {
-  int64_t offset;   // in the arena
-  int32_t escapes;  // their number
-  bool is_whole;    // then all misses are stored, array by array
+  int64_t offset;     // in the arena
+  uint32_t checksum;  // of the gradient
+  uint16_t escapes;   // their number
+  bool is_whole;      // then all misses are stored, array by array
+  bool is_changed;    // when it was undone, the gradient was another one
 };
+static_assert(kTile * kLoggedArrays <= 0xffff, "escapes and their places have 16 bits");
 
 // The log of one step. Room: a byte for each element, a TileLog for each tile, kWholeBytes for each tile.
 struct StepLog {

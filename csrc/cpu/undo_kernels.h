@@ -104,6 +104,18 @@ int32_t pack_misses(Misses& misses, int64_t size, uint8_t* __restrict codes) {
   return escapes;
 }
 
+// Differs if an element changes, or if elements change places; but for one time in 2^32.
+inline uint32_t checksum_of(const float* __restrict grad, int64_t size) {
+  uint32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) {
+    const auto bits = bit_cast<uint32_t>(grad[i]);
+    const uint32_t mixed = ((bits ^ (bits >> 16)) + static_cast<uint32_t>(i) * 0x85ebca6bu) * 0x9e3779b1u;
+    sum += mixed ^ (mixed >> 15);
+  }
+  return sum;
+}
+
 inline void write_escape(char*& to, int64_t i, LoggedArray array, uint32_t miss) {
   const auto where = static_cast<uint16_t>(kLoggedArrays * i + array);
   std::memcpy(to, &where, sizeof(where));
@@ -138,14 +150,17 @@ inline void adam_logged(const StepArgs& step, const TensorArgs& tensor, int64_t 
   const StepLog& log = *step.log;
   TileLog& tile = log.tiles[place];
   const auto pack = step.amsgrad ? pack_misses<true> : pack_misses<false>;
-  tile.escapes = pack(misses, size, log.codes + place * kTile);
+  const int32_t escapes = pack(misses, size, log.codes + place * kTile);
+  tile.escapes = static_cast<uint16_t>(escapes);
+  tile.checksum = checksum_of(grad, size);
+  tile.is_changed = false;
   const int64_t arrays = step.amsgrad ? kLoggedArrays : kLoggedArrays - 1;
   const int64_t whole = arrays * size * static_cast<int64_t>(sizeof(uint32_t));
-  tile.is_whole = tile.escapes * kEscapeBytes > whole;
-  const int64_t bytes = tile.is_whole ? whole : tile.escapes * kEscapeBytes;
+  tile.is_whole = escapes * kEscapeBytes > whole;
+  const int64_t bytes = tile.is_whole ? whole : escapes * kEscapeBytes;
   tile.offset = bytes == 0 ? 0 : __atomic_fetch_add(log.used, bytes, __ATOMIC_RELAXED);
   char* to = log.arena + tile.offset;
-  if (!tile.is_whole && bytes > 0) return write_escapes(misses, tile.escapes, step.amsgrad, to);
+  if (!tile.is_whole && bytes > 0) return write_escapes(misses, escapes, step.amsgrad, to);
   for (int64_t array = 0; tile.is_whole && array < arrays; ++array) {
     std::memcpy(to + array * (whole / arrays), misses.of[array], static_cast<size_t>(whole / arrays));
   }
@@ -178,7 +193,7 @@ inline void read_misses(const StepLog& log, int64_t place, int64_t size, bool am
     vhat[i] = 0;
   }
   static_assert(kCodesOfM == 28 && kCodesOfVar == 3, "the divisions above");
-  for (int32_t k = 0; k < tile.escapes; ++k, from += kEscapeBytes) {
+  for (int k = 0; k < tile.escapes; ++k, from += kEscapeBytes) {
     uint16_t where;
     std::memcpy(&where, from, sizeof(where));
     std::memcpy(&misses.of[where % kLoggedArrays][where / kLoggedArrays], from + sizeof(where), sizeof(uint32_t));
@@ -215,7 +230,7 @@ __attribute__((noinline)) void undo_elements(const Operands<float>& all, int64_t
   }
 }
 
-// Undoes adam_logged().
+// Undoes adam_logged(), of the moments only with the same gradient.
 inline void adam_undo(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end, int64_t place) {
   static constexpr decltype(&undo_elements<false, kAsItIs>) kUndo[2][kTransformCount] = {
       {undo_elements<false, kAsItIs>, undo_elements<false, kClipAndFactor>, undo_elements<false, kAndL2>},
@@ -226,8 +241,17 @@ inline void adam_undo(const StepArgs& step, const TensorArgs& tensor, int64_t be
   read_misses(*step.log, place, size, step.amsgrad, misses);
   float converted[kTile];
   const float* grad = gradient_of(tensor, begin, size, converted);
-  kUndo[step.amsgrad][step.transform](operands_at(step, tensor, begin, grad), size, s, factor_of<float>(step, tensor),
-                                      tensor.decays ? s.keep : 1.0f, misses);
+  const Operands<float> all = operands_at(step, tensor, begin, grad);
+  TileLog& tile = step.log->tiles[place];
+  tile.is_changed = checksum_of(grad, size) != tile.checksum;
+  float moments[2][kTile];
+  const size_t bytes = tile.is_changed ? static_cast<size_t>(size) * sizeof(float) : 0;
+  std::memcpy(moments[0], all.m, bytes);
+  std::memcpy(moments[1], all.v, bytes);
+  kUndo[step.amsgrad][step.transform](all, size, s, factor_of<float>(step, tensor), tensor.decays ? s.keep : 1.0f,
+                                      misses);
+  std::memcpy(all.m, moments[0], bytes);
+  std::memcpy(all.v, moments[1], bytes);
 }
 
 }  // namespace

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastadam._core import bucketed
 from fastadam._core import saving as serialization
 from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
+from fastadam._core.bucketed import check_begin
 from fastadam._core.common.checks import check_bool, check_count, check_iterations, check_number
 from fastadam._core.common.configs import class_of, loss_scale_arguments
 from fastadam._core.common.display import call_text, html_or_none, html_table, name_of, never_raises
@@ -222,17 +224,44 @@ class LossScaleOptimizer(Minimizer):
             if not pairs:
                 return None
             mine, zeroes = check_copies(copies, pairs), check_bool("zero_grads", zero_grads)
-            scaling, calls = self._scaling, int(parts_of(inner).state.calls)
-            good = scaling.after_good_step(self.dynamic_growth_steps)
-            self._journal = _Journal(scaling, calls, good)  # holds as soon as the native code has counted the step
-            if Stepper(parts_of(inner)).apply(inner, pairs, scaling.scale, mine, zero_grads=zeroes):
-                self._set(good)
-                return inner.iterations
-            bad = scaling.after_skipped_step(self.min_scale)
-            self._set(bad)
-            if bad.skipped == _STUCK:
-                self._warn_of_stuck_scale()
+            stepper = Stepper(parts_of(inner))
+            return self._adjust(lambda scale: stepper.apply(inner, pairs, scale, mine, zero_grads=zeroes))
+
+    def begin_step(self, *, early: bool = False, threads: int | None = None) -> None:
+        """Begin a step in buckets, as :meth:`Adam.begin_step`, of gradients that have the present scale."""
+        inner = self.inner_optimizer
+        check_begin(early, threads)
+        with parts_of(inner).runtime.lock:
+            _require_no_factor(inner)
+            bucketed.begin(Stepper(parts_of(inner)), inner, early=early, threads=threads, loss_scale=self.dynamic_scale)
+
+    def end_step(self) -> np.int64:
+        """Make the step of all buckets if all gradients are finite, then adjust the scale.
+
+        Returns:
+            ``iterations``, unchanged if the step was skipped.
+
+        Raises:
+            RuntimeError: As for :meth:`Adam.end_step`.
+        """
+        stepper = Stepper(parts_of(self.inner_optimizer))
+        with stepper.runtime.lock:
+            return self._adjust(lambda _: bucketed.end(stepper))
+
+    def _adjust(self, make: Callable[[float], bool]) -> np.int64:
+        """Make a step with the present scale, then adjust this."""
+        inner = self.inner_optimizer
+        scaling, calls = self._scaling, int(parts_of(inner).state.calls)
+        good = scaling.after_good_step(self.dynamic_growth_steps)
+        self._journal = _Journal(scaling, calls, good)  # holds as soon as the step has been counted
+        if make(scaling.scale):
+            self._set(good)
             return inner.iterations
+        bad = scaling.after_skipped_step(self.min_scale)
+        self._set(bad)
+        if bad.skipped == _STUCK:
+            self._warn_of_stuck_scale()
+        return inner.iterations
 
     def _warn_of_stuck_scale(self) -> None:
         if "loss scale" not in self._told:

@@ -60,6 +60,7 @@ class Optimizer(Minimizer):
     def iterations(self, value: int) -> None:
         per_step = self._parts.options.calls_per_step
         calls = check_iterations("iterations", check_iterations("iterations", value) * per_step)
+        self._parts.runtime.require_closed("iterations")
         self._parts.tables.set_calls(calls)
         self._parts.state.restart_accumulation([], per_step)
 
@@ -72,6 +73,7 @@ class Optimizer(Minimizer):
         buffers = buffers_of(variables, range(len(variables)))
         options, state, runtime, _ = self._parts
         with runtime.lock:
+            runtime.require_closed("build")
             state.slots.prepare(buffers, options.slot_names).commit()
 
     @property
@@ -82,6 +84,7 @@ class Optimizer(Minimizer):
         """
         options, state, runtime, tables = self._parts
         with runtime.lock:
+            runtime.require_closed("weights")
             tables.raise_late()
             tables.catch_up_all()
             state.clear_stale_accumulators(options.calls_per_step)
@@ -95,6 +98,7 @@ class Optimizer(Minimizer):
         """Copies of ``weights``; the first is an ``np.int64``."""
         options, state, runtime, tables = self._parts
         with runtime.lock:
+            runtime.require_closed("get_weights")
             tables.settle()
             state.clear_stale_accumulators(options.calls_per_step)
             return state.copies()
@@ -112,6 +116,7 @@ class Optimizer(Minimizer):
         """
         options, state, runtime, tables = self._parts
         with runtime.lock:
+            runtime.require_closed("set_weights")
             tables.settle()
             calls, slots = state.checked(weights, self.name)
             state.fill(calls, slots, options.calls_per_step)
@@ -124,6 +129,7 @@ class Optimizer(Minimizer):
         label = label_of(var, 0)
         _, state, runtime, tables = self._parts
         with runtime.lock:
+            runtime.require_closed("get_slot")
             tables.raise_late()
             tables.catch_up_all()
             slots = state.slots.find(buffer_of(var))
@@ -155,6 +161,7 @@ class Optimizer(Minimizer):
 
         _, state, runtime, tables = self._parts
         with runtime.lock:
+            runtime.require_closed("add_slot")
             tables.catch_up_all()
             prepared = state.slots.prepare([buffer], [slot_name], make)
             prepared.commit()
@@ -201,12 +208,14 @@ class Optimizer(Minimizer):
         [[0.699999988079071, 0.699999988079071], [1.0, 1.0]]
         """
         with self._parts.runtime.lock:
+            self._parts.runtime.require_closed("gather")
             return self._parts.tables.gather(var, indices, out)
 
     def sync(self, var: VariableLike | None = None) -> None:
         """Bring every row of a variable, or of all, up to date; does nothing where no row lags behind."""
         _, _, runtime, tables = self._parts
         with runtime.lock:
+            runtime.require_closed("sync")
             tables.raise_late()
             if var is None:
                 tables.catch_up_all()
@@ -258,6 +267,7 @@ class Optimizer(Minimizer):
             OSError: The file could not be written.
             ValueError: The suffix of another format; a variable without slots; a configuration that is not plain JSON.
         """
+        self._parts.runtime.require_closed("save")
         serialization.save(self, path, variables)
 
     @class_only
@@ -287,6 +297,7 @@ class Optimizer(Minimizer):
         """Everything but the variables: the first ones that a restored optimizer meets take its slots, in order."""
         options, state, runtime, tables = self._parts
         with runtime.lock:
+            runtime.require_closed("pickle")
             tables.settle_gpus()
             return {**self._own_attributes(), "_options": options, "_state": state.snapshot()}
 
@@ -301,6 +312,7 @@ class Optimizer(Minimizer):
         memo[id(self)] = twin
         options, state, runtime, tables = self._parts
         with runtime.lock:
+            runtime.require_closed("copy")
             tables.settle_gpus()
             twin.__setstate__(copy.deepcopy({**self._own_attributes(), "_options": options, "_state": state}, memo))
         return twin

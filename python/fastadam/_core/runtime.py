@@ -14,6 +14,7 @@ import numpy as np
 from fastadam._core.common.types import AnyArray, AnyGradient, Foreign
 from fastadam._core.deferred.history import History
 from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buckets import Guess, OpenStep
 from fastadam._core.native.gpu import cuda_module
 from fastadam._core.native.plan import BoundedCache, Plan, StepHyper
 from fastadam._core.native.variable import unwrap
@@ -41,6 +42,7 @@ class StepPlan:
     decays: list[bool]
     histories: list[History | None]  # of the variables that are deferred tables
     has_copies: bool = False
+    places: list[tuple[int, ...]] | None = None  # of the variables in the store, once a bucket has needed them
 
     def __post_init__(self) -> None:
         """Compute once what every step asks."""
@@ -72,6 +74,9 @@ class Runtime:
         self.repeats = False  # the last step can be made again: Plan.step_again
         self.zeroes = False  # it set its gradients to zero
         self._plans: BoundedCache[tuple[int, int], StepPlan] = BoundedCache()
+        self.open: OpenStep | None = None  # the step that begin_step() has begun
+        self.guess = Guess()
+        self.logs: dict[object, _cpu.StepLog] = {}
         self.contexts: dict[int, Foreign] = {}
         self._gatherers: dict[int, Foreign] = {}
         _live.add(self)
@@ -108,6 +113,18 @@ class Runtime:
     def plans(self) -> Iterator[StepPlan]:
         """Every plan that is kept."""
         return iter({id(plan): plan for plan in (self.last, *self._plans) if plan is not None}.values())
+
+    # ---- a step in buckets -----------------------------------------------------------------------------------------
+
+    def require_closed(self, what: str) -> None:
+        """Raise if a step is open, when variables and state may be between two steps."""
+        if self.open is not None and self.open.is_open:
+            raise RuntimeError(f"{what}: a step is open, expected end_step() or abort_step() first")
+
+    def forget_closed(self) -> None:
+        """Let go of a step that is over, and of its gradients."""
+        if self.open is not None and not self.open.is_open:
+            self.open = None
 
     # ---- GPUs ------------------------------------------------------------------------------------------------------
 

@@ -88,6 +88,8 @@ class Stepper:
         runtime = self.runtime
         with runtime.lock:
             refuse_while_swapped(self.parts)
+            if runtime.open is not None:
+                runtime.require_closed("apply_gradients")
             if runtime.step_lock.locked():  # a callable hyperparameter or the code of a gradient called it
                 raise RuntimeError(f"apply_gradients of optimizer {optimizer.name} was called from within itself")
             with runtime.step_lock:
@@ -112,13 +114,13 @@ class Stepper:
             rate = self._rate_on_gpu(first, rate)
         scale = 1.0 / (loss_scale or options.keras3.loss_scale_factor or 1.0)
         accumulates = options.accumulation is not None
-        hyper = self._hyper(optimizer, 1.0 / options.calls_per_step if accumulates else scale)
+        hyper = self.numbers(optimizer, 1.0 / options.calls_per_step if accumulates else scale)
         if accumulates:
             _refuse_with_accumulation(copies=bool(copies), zero_grads=zero_grads, telemetry=options.telemetry)
-        match = self._find_plan(pairs, copies)
+        match = self.find_plan(pairs, copies)
         if match is None or len(match[1]) < len(pairs):
             check_pairs(pairs)
-        plan, gradients = match or self._make_plan(pairs, copies, hyper, scale, zeroes=zero_grads)
+        plan, gradients = match or self.make_plan(pairs, copies, hyper, scale, zeroes=zero_grads)
         runtime.use_plan(plan)
         if plan.plan.device >= 0:
             plan.plan.set_device_numbers(rate)
@@ -161,7 +163,7 @@ class Stepper:
 
     # ---- numbers ---------------------------------------------------------------------------------------------------
 
-    def _hyper(self, optimizer: Hyperparameters, gradient_scale: float) -> StepHyper:
+    def numbers(self, optimizer: Hyperparameters, gradient_scale: float) -> StepHyper:
         """The numbers of the next step; callables and schedules are evaluated here, once."""
         options, runtime = self.options, self.runtime
         calls = int(self.state.calls)
@@ -240,7 +242,12 @@ class Stepper:
     def _version(self) -> PlanVersion:
         return PlanVersion(self.state.slots.version, self.options.plan_version)
 
-    def _find_plan(self, pairs: list[AnyPair], copies: list[AnyArray]) -> tuple[StepPlan, list[AnyGradient]] | None:
+    def entry_of(self, buffer: _cpu.Buffer) -> Entry | None:
+        """What is kept for a variable; None if it is not known."""
+        return self.state.slots.entry_of(buffer)
+
+    def find_plan(self, pairs: list[AnyPair], copies: list[AnyArray]) -> tuple[StepPlan, list[AnyGradient]] | None:
+        """The plan that was made for these variables and copies, and the gradients; None if there is none."""
         match = self.runtime.find_plan(pairs, self._version())
         if match is None or not match[0].takes(copies):
             return None
@@ -255,7 +262,7 @@ class Stepper:
         fits = all(not history.is_full if history else not is_sparse(gradient) for history, gradient in tables)
         return match if fits else None
 
-    def _make_plan(
+    def make_plan(
         self, pairs: list[AnyPair], copies: list[AnyArray], hyper: StepHyper, scale: float, *, zeroes: bool
     ) -> tuple[StepPlan, list[AnyGradient]]:
         """A plan for variables not seen before, and gradients as far as they had to be converted to check the step."""

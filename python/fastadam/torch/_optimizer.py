@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
@@ -13,6 +12,7 @@ from fastadam._core.common.checks import check_bool, check_count, check_number
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.native.slices import DEFERRED, check_sparse_update
+from fastadam._core.native.worker import Handle
 from fastadam.torch._buckets import BucketedStep
 from fastadam.torch._checks import (
     OfGroups,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from fastadam._core.common.types import SparseUpdate
     from fastadam.torch._checks import Group
 
-__all__ = ["Adam", "AdamW"]
+__all__ = ["Adam", "AdamW", "stepper_of"]
 
 Loss = TypeVar("Loss")
 
@@ -257,8 +257,8 @@ class Adam(torch.optim.Optimizer):
         stepper = self._stepper
         if not torch.compiler.is_compiling():
             with stepper.lock:
-                if stepper.overlap is not None:
-                    stepper.overlap.finish()
+                if stepper.overlap is not None and stepper.overlap.is_open:
+                    stepper.overlap.step(grad_scale, found_inf)
                     return loss
                 stepper.require_closed("step")
                 stepper.step(self.param_groups, self.state, grad_scale, found_inf)
@@ -377,8 +377,8 @@ class Adam(torch.optim.Optimizer):
         The result has the bits of :meth:`step`, whatever the buckets, their order and the threads that give them.
         Nothing is written before ``end_step`` unless ``early``: then each bucket is stepped at once on a background
         thread, as if no norm was clipped, and a log of about 1.1 bytes for each parameter undoes that if it was wrong.
-        Only float32 parameters with dense gradients are stepped early. Gradients must stay as they are until
-        ``end_step``.
+        Only float32 parameters, and half ones with masters, whose gradients are dense are stepped early, and none with
+        ``telemetry``. Gradients must stay as they are until ``end_step``.
 
         Args:
             early: Step buckets as they come; :func:`fastadam.torch.overlap` does so during the backward pass.
@@ -412,7 +412,7 @@ class Adam(torch.optim.Optimizer):
                 stepper, self.param_groups, self.state, early=early, threads=threads, loss_scale=float(loss_scale)
             )
 
-    def step_bucket(self, params: Iterable[Tensor]) -> Future[None]:
+    def step_bucket(self, params: Iterable[Tensor]) -> Handle[None]:
         """Give parameters whose gradients are complete, from any thread; those without a gradient are left out.
 
         Returns:
@@ -425,9 +425,7 @@ class Adam(torch.optim.Optimizer):
         """
         stepper = self._stepper
         with stepper.lock:
-            if stepper.open is None:
-                raise RuntimeError("step_bucket: no step is open, expected begin_step() first")
-            return stepper.open.add(params)
+            return stepper.require_open("step_bucket").add(params)
 
     def end_step(self) -> None:
         """Make the step, of all parameters that have a gradient: those that no bucket had are stepped now.
@@ -437,20 +435,18 @@ class Adam(torch.optim.Optimizer):
         """
         stepper = self._stepper
         with stepper.lock:
-            step = stepper.open
-            if step is None:
-                raise RuntimeError("end_step: no step is open, expected begin_step() first")
-            stepper.open = stepper.overlap = None
-            stepper.forget_numbers()
-            stepper.compiled.skipped = not step.finish()
+            stepper.require_open("end_step").finish()
+            stepper.open = None
 
     def abort_step(self) -> None:
         """Undo what the open step has made, to the bit, and close it; without an open step nothing happens."""
         stepper = self._stepper
         with stepper.lock:
-            step, stepper.open, stepper.overlap = stepper.open, None, None
-            if step is not None:
-                step.abort()
+            if stepper.open is not None:
+                try:
+                    stepper.open.abort()
+                finally:
+                    stepper.open = stepper.open if stepper.open.is_open else None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; an open step, whose gradients these are, is undone first."""
@@ -729,3 +725,8 @@ class AdamW(Adam):
         super().__setstate__(state)
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True
+
+
+def stepper_of(optimizer: Adam) -> GroupStepper:
+    """What steps an optimizer, for :mod:`fastadam.torch._overlap`."""
+    return optimizer._stepper

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastadam.torch._optimizer import Adam, stepper_of
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam.torch._optimizer import Adam
+    from fastadam.torch._step import OpenStep
 
 __all__ = ["Overlap", "overlap"]
 
@@ -38,6 +40,7 @@ class Overlap:
         self._waiting: list[Tensor] = []
         self._size = 0.0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._step: OpenStep | None = None
         self._is_attached = False
 
     def __enter__(self) -> Self:
@@ -53,7 +56,7 @@ class Overlap:
         if error is not None:
             self._optimizer.abort_step()
             return
-        self.finish()
+        self._finish()
 
     def attach(self) -> Self:
         """Have every backward pass begin a step, which ``optimizer.step()`` ends, until :meth:`detach`.
@@ -72,15 +75,32 @@ class Overlap:
             hook.remove()
         self._hooks, self._is_attached = [], False
 
-    def finish(self) -> None:
-        """End the step."""
+    @property
+    def is_open(self) -> bool:
+        """Whether a step that this has begun is open."""
+        return self._step is not None and self._step.is_open and self._step is stepper_of(self._optimizer).open
+
+    def step(self, grad_scale: object, found_inf: object) -> None:
+        """What ``optimizer.step()`` does instead of a step."""
+        if grad_scale is not None or found_inf is not None:
+            self._optimizer.abort_step()
+            raise RuntimeError(
+                "grad_scale, found_inf: set by a GradScaler with overlap(...).attach(), expected "
+                "overlap(..., loss_scale=...) and skip_nonfinite=True instead of the scaler"
+            )
+        self._finish()
+
+    def _finish(self) -> None:
         self._waiting, self._size = [], 0.0
         self._optimizer.end_step()
 
     def _begin(self) -> None:
         self._waiting, self._size = [], 0.0
+        stepper = stepper_of(self._optimizer)
+        if self._is_attached:
+            stepper.overlap = self
         self._optimizer.begin_step(early=True, threads=self._threads, loss_scale=self._loss_scale)
-        self._optimizer._stepper.overlap = self if self._is_attached else None
+        self._step = stepper.open
 
     def _add_hooks(self) -> None:
         params = (param for group in self._optimizer.param_groups for param in group["params"])
@@ -88,7 +108,9 @@ class Overlap:
 
     def _note(self, param: Tensor) -> None:
         """A gradient is complete."""
-        if self._is_attached and self._optimizer._stepper.open is None:
+        if not self.is_open:
+            if not self._is_attached:
+                return  # the block was left, and a signal handler has kept the hooks from being removed
             self._begin()
         self._waiting.append(param)
         self._size += param.numel() * param.element_size()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from concurrent.futures import Future
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,27 +26,12 @@ from fastadam.torch._partition import Partitions, refuse_new_in_capture
 from fastadam.torch._repeated import RepeatedStep
 from fastadam.torch._telemetry import require_dense
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fastadam._core.native.worker import Handle
+
 __all__ = ["GroupStepper", "Options"]
-
-
-class Opened(Protocol):
-    """A step that is open: ``_buckets.BucketedStep``."""
-
-    def add(self, params: object) -> Future[None]:
-        """Take parameters."""
-
-    def finish(self) -> bool:
-        """Make the step; returns whether it was made."""
-
-    def abort(self) -> None:
-        """Undo the step."""
-
-
-class Ender(Protocol):
-    """What ends an open step: ``_overlap.Overlap``."""
-
-    def finish(self) -> None:
-        """End it."""
 
 
 class OnGpu(NamedTuple):
@@ -56,6 +40,24 @@ class OnGpu(NamedTuple):
     grad_scale: Tensor | None
     found_inf: Tensor | None  # it skips the step unless this is 0
     counts: bool  # the number of the step
+
+
+class OpenStep(Protocol):
+    """A step in buckets: :class:`fastadam.torch._buckets.BucketedStep`."""
+
+    @property
+    def is_open(self) -> bool: ...
+    def add(self, params: Iterable[Tensor]) -> Handle[None]: ...
+    def finish(self) -> bool: ...
+    def abort(self) -> None: ...
+
+
+class Overlapped(Protocol):
+    """What begins and ends such steps: :class:`fastadam.torch._overlap.Overlap`."""
+
+    @property
+    def is_open(self) -> bool: ...
+    def step(self, grad_scale: object, found_inf: object) -> None: ...
 
 
 _UNSCALED = ScaledStep(None, None)
@@ -118,8 +120,8 @@ class GroupStepper:
             self.tables = previous.tables.renewed()
         self._options, self.clipping = options, options.clipping
         self.partitions = Partitions(options, self.tables)
-        self.open: Opened | None = None  # the step that begin_step() has begun
-        self.overlap: Ender | None = None  # what has begun it and ends it in step()
+        self.open: OpenStep | None = None  # the step that begin_step() has begun
+        self.overlap: Overlapped | None = None  # what has begun it and ends it in step()
         self.guess = Guess()
         self.logs: dict[object, _cpu.StepLog] = {}
         self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
@@ -141,13 +143,13 @@ class GroupStepper:
         """
         self.finish(state)
         if grad_scale is None and found_inf is None:
-            self._step(groups, state, _UNSCALED)
+            self.step_scaled(groups, state, _UNSCALED)
             return
         scaled = ScaledStep(grad_scale, found_inf)
         if scaled.host_skips:
             self.compiled.skipped = True
             return
-        self._step(groups, state, scaled)
+        self.step_scaled(groups, state, scaled)
         if self.compiled.skipped is True:
             return
         with torch.no_grad():
@@ -155,7 +157,8 @@ class GroupStepper:
 
     # ---- any step --------------------------------------------------------------------------------------------------
 
-    def _step(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
+    def step_scaled(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
+        """Like :meth:`step`, but gradients that were scaled stay scaled."""
         if self._repeated is not None and not is_simulation():
             # On the host, which therefore waits for the scaler.
             if scaled.skips:
@@ -410,9 +413,15 @@ class GroupStepper:
             self.tables.keep(chosen.tables)
             chosen.is_new = False
 
+    def require_open(self, what: str) -> OpenStep:
+        """The open step; raises if there is none."""
+        if self.open is None or not self.open.is_open:
+            raise RuntimeError(f"{what}: no step is open, expected begin_step() first")
+        return self.open
+
     def require_closed(self, what: str) -> None:
         """Raise if a step is open, when parameters may be between two steps."""
-        if self.open is not None:
+        if self.open is not None and self.open.is_open:
             raise RuntimeError(f"{what}: a step is open, expected end_step() or abort_step() first")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import threading
+import atexit
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from fastadam._core.common.types import AnyGradient
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.plan import Factors, Norms, Plan, StepHyper, clip
+from fastadam._core.native.worker import Handle, Worker
 
 __all__ = ["Bucket", "Guess", "OpenStep"]
 
@@ -32,7 +33,7 @@ class Bucket(NamedTuple):
     factors: list[float]  # what gradients are multiplied by besides; empty for 1
     places: Sequence[Place]  # of the variables: in this order their squares are summed
     make: Callable[[Factors | None], object]  # makes the native step, with factors of joined norms if there are any
-    note: Callable[[], None]  # notes the step once it is certain
+    note: Callable[[], None] = lambda: None  # notes the step once it is certain
     is_plain: bool = True  # make() does nothing but the native step, so that this can be undone
 
 
@@ -44,6 +45,14 @@ class _Part:
     log: _cpu.StepLog
     norms: Norms | None = None
     used: Factors | None = None  # the factors of the step that was made early; None: it was not made
+
+
+class _Group(NamedTuple):
+    """Buckets that were given in one call."""
+
+    number: int
+    parts: list[_Part]
+    handle: Handle[None]
 
 
 class Guess:
@@ -73,19 +82,22 @@ _live: weakref.WeakSet[OpenStep] = weakref.WeakSet()
 
 
 class OpenStep:
-    """A step whose buckets are given one by one.
+    """A step whose buckets are given one by one. Whoever calls a method holds a lock of the optimizer.
 
     Without ``early`` a bucket waits for the end of the step; only norms are read before. With ``early`` it is stepped
-    at once, as if nothing was clipped, and a log is kept that undoes it to the bit. All writes are made on a thread of
-    its own, which no signal handler interrupts: the whole step is made, or none of it.
+    at once, as if no joint norm was clipped, and a log is kept that undoes it to the bit. All writes are made by a
+    worker, whose thread no signal handler interrupts: the whole step is made, or none of it.
+
+    After a fork both processes have the open step, as it was. A step that is open when the interpreter exits is undone.
+    One that is dropped is not: its variables may belong to another optimizer by then.
 
     Args:
         clips: The bounds of norms, as a step has them; and whether gradients must be finite.
         early: Step buckets as they come, as far as that can be undone.
         threads: The most threads of its native calls; None for as many as other calls use.
         guess: Of the optimizer.
-        join: Adds to the norms of all buckets, in the order in which these came, what other processes know of them.
         logs: Of the optimizer: memory of logs, by the places of a bucket.
+        join: Adds to the norms of all buckets, in the order in which these came, what other processes know of them.
     """
 
     def __init__(
@@ -100,138 +112,173 @@ class OpenStep:
     ) -> None:
         self._join = join
         self._clips, self._early, self._guess, self._logs = clips, early, guess, logs
+        self._threads = threads or 0
         self._is_global = np.isfinite(clips.global_clip_norm)
         self._reads_norms = clips.require_finite or self._is_global or bool(np.isfinite(clips.clip_norm))
         self._speculates = early and (guess.pays or not self._reads_norms)
-        self._parts: list[_Part] = []
-        self._done: list[Future[None]] = []
-        self._given: set[Place] = set()
-        self._lock = threading.Lock()
-        self._is_open = True
-        self._pid = os.getpid()
-        self._worker = ThreadPoolExecutor(1, "fastadam step", _cpu.set_thread_budget, (threads or 0,))
+        self._groups: list[_Group] = []
+        self._group_of: dict[Place, _Group] = {}  # also those that a signal has kept from being taken
+        self.is_open = True  # until the worker has made or undone it
+        self._worker = Worker.take()
         _live.add(self)
-
-    @property
-    def given(self) -> set[Place]:
-        """The places of the variables so far."""
-        return self._given
 
     # ---- the buckets -----------------------------------------------------------------------------------------------
 
+    def has(self, place: Place) -> bool:
+        """Whether a variable was given in this step."""
+        group = self._group_of.get(place)
+        return group is not None and group.number < len(self._groups) and self._groups[group.number] is group
+
+    @property
+    def places(self) -> list[Place]:
+        """Of the variables so far, in the order of their buckets."""
+        return [place for part in self._parts for place in part.bucket.places]
+
     def require(self, places: Sequence[Place], labels: Sequence[str]) -> None:
         """Raise if the step is over, or if a variable was given before."""
-        if not self._is_open or os.getpid() != self._pid:
+        if not self.is_open:
             raise RuntimeError("step_bucket: the step is over, expected begin_step() first")
+        seen: set[Place] = set()
         for place, label in zip(places, labels, strict=True):
-            if place in self._given:
+            if place in seen or self.has(place):
                 raise ValueError(f"step_bucket: {label} was given before in this step, expected it once")
+            seen.add(place)
 
-    def add(self, buckets: Sequence[Bucket]) -> Future[None]:
-        """Take buckets, which have been checked. The result comes when no more is to be done before the end."""
-        with self._lock:
-            parts = []
-            for bucket in buckets:
-                self.require(bucket.places, [buffer.label for buffer in bucket.plan.buffers])
-                self._given.update(bucket.places)
-                log = self._logs.setdefault(tuple(bucket.places), _cpu.StepLog())
-                parts.append(_Part(bucket, log))
-            self._parts += parts
-            done = self._worker.submit(self._begin_all, parts)
-            self._done.append(done)
-        return done
+    def add(self, buckets: Sequence[Bucket]) -> Handle[None]:
+        """Take buckets that have been checked: all, or none if a signal handler raises.
 
-    def _begin_all(self, parts: list[_Part]) -> None:
+        Returns:
+            A handle that waits until there is no more to be done before the end of the step.
+        """
+        parts = [_Part(bucket, self._logs.setdefault(tuple(bucket.places), _cpu.StepLog())) for bucket in buckets]
+        handle = Handle(partial(self._begin, parts))
+        group = _Group(len(self._groups), parts, handle)
+        self._group_of.update({place: group for part in parts for place in part.bucket.places})
+        self._groups.append(group)
+        if self._reads_norms or self._speculates:
+            self._worker.submit(handle)
+        else:
+            handle.run()
+        return handle
+
+    def _begin(self, parts: list[_Part]) -> None:
+        _cpu.set_thread_budget(self._threads)
         for part in parts:
-            self._begin(part)
+            plan, gradients, hyper, factors, *_ = part.bucket
+            if self._reads_norms:
+                part.norms = plan.norms(gradients, hyper)
+            if not (self._speculates and part.bucket.is_plain and plan.can_undo(gradients)):
+                continue
+            guess = _NO_FACTORS
+            if part.norms is not None:
+                bounds = hyper._replace(global_clip_norm=np.inf)  # as if it was not needed
+                guess, is_finite = clip(part.norms, bounds, _ones(factors, part.norms))
+                if hyper.require_finite and not is_finite:
+                    continue
+            plan.step_logged(gradients, hyper, factors, guess, part.log)
+            part.used = guess
 
-    def _begin(self, part: _Part) -> None:
-        plan, gradients, hyper, factors, *_ = part.bucket
-        is_early = self._speculates and part.bucket.is_plain and plan.can_undo(gradients)
-        if self._reads_norms or is_early:
-            part.norms = plan.norms(gradients, hyper)
-        if not is_early or part.norms is None:
-            return
-        guess = _NO_FACTORS
-        if self._reads_norms:
-            bounds = hyper._replace(global_clip_norm=np.inf)  # as if it was not needed
-            guess, is_finite = clip(part.norms, bounds, _ones(factors, part.norms))
-            if hyper.require_finite and not is_finite:
-                return
-        plan.step_logged(gradients, hyper, factors, guess, part.log)
-        part.used = guess
+    @property
+    def _parts(self) -> list[_Part]:
+        return [part for group in self._groups for part in group.parts]
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
-    def finish(self, commit: Callable[[], None]) -> bool:
+    def finish(self, commit: Callable[[bool], None]) -> bool:
         """Make the step: all of it, or raise and make none.
 
+        If a signal handler raises meanwhile, the step has been made, or it is open still.
+
         Args:
-            commit: Counts the step. It runs when everything has been made, without interruption.
+            commit: Notes the step when the rest has been done; nothing can come between. Its argument is the result.
 
         Returns:
             Whether it was made: False if gradients had to be finite and are not.
+
+        Raises:
+            RuntimeError: A gradient has changed, and the step cannot be undone whole.
         """
-        return self._close(lambda: self._finish(commit))
+        return self._close(partial(self._finish, commit))
+
+    def finish_with(self, work: Callable[[], bool]) -> bool:
+        """End a step without buckets by ``work``, which makes all of it or raises; returns what that returns."""
+        return self._close(work)
 
     def abort(self) -> None:
-        """Undo what was made early."""
-        if self._is_open:
+        """Undo what was made early; raises as :meth:`finish` does. A step that is over stays as it is."""
+        if self.is_open:
             self._close(self._undo_all)
 
     def _close(self, work: Callable[[], bool]) -> bool:
-        with self._lock:
-            if not self._is_open:
-                raise RuntimeError("end_step: no step is open, expected begin_step() first")
-            self._is_open = False
-        if os.getpid() != self._pid:  # a forked child has no worker; its parent was idle
-            return work()
-        future = self._worker.submit(work)
-        interrupt: BaseException | None = None
-        while not future.done():
-            try:
-                wait([future])
-            except BaseException as signal:
-                interrupt = signal
-        self._worker.shutdown(wait=False)
-        if interrupt is not None:
-            raise interrupt
-        return future.result()
-
-    def _finish(self, commit: Callable[[], None]) -> bool:
+        handle = Handle(partial(self._do_last, work))
         try:
-            for done in self._done:
-                done.result()
-            clipped = self._joined()
+            self._worker.submit(handle)
+            handle.wait()
+        except BaseException:
+            while self._worker.has(handle):
+                try:
+                    self._worker.wake()
+                    handle.wait()
+                except BaseException:
+                    continue
+            raise
+        return handle.result()
+
+    def _do_last(self, work: Callable[[], bool]) -> bool:
+        if not self.is_open:  # a signal has cut off the call that waited for the end
+            return True
+        _cpu.set_thread_budget(self._threads)
+        try:
+            for group in self._groups:
+                group.handle.run()  # of those that a signal has kept from being submitted
+            return work()
+        finally:
+            self.is_open = False
+            self._worker.give_back()
+
+    def _finish(self, commit: Callable[[bool], None]) -> bool:
+        parts = self._parts
+        try:
+            for group in self._groups:
+                group.handle.result()
+            for part in parts:
+                if part.used is None:
+                    part.bucket.plan.check(part.bucket.gradients)  # their memory is where it was
+            clipped = self._joined(parts)
+            was_early = any(part.used is not None for part in parts)
+            wrong = clipped is not None and [
+                part
+                for part, factors in zip(parts, clipped, strict=True)
+                if part.used is not None and not _same(part.used, factors)
+            ]
+            self._undo(parts if clipped is None else wrong or [])
         except BaseException:
             self._undo_all()
             raise
-        was_early = any(part.used is not None for part in self._parts)
         if clipped is None:
-            self._undo_all()
             self._guess.note(failed=was_early)
+            commit(False)
             return False
-        wrong = [k for k, part in enumerate(self._parts) if part.used is not None and not _same(part.used, clipped[k])]
-        for k in wrong:
-            self._undo(self._parts[k])
-        for part, factors in zip(self._parts, clipped, strict=True):
+        for part, factors in zip(parts, clipped, strict=True):
             if part.used is None:
                 part.bucket.make(factors if len(factors) else None)
-        for part in self._parts:
+        for part in parts:
             part.bucket.note()
-        commit()
+        commit(True)
+        for key in self._logs.keys() - {tuple(part.bucket.places) for part in parts}:
+            del self._logs[key]  # of buckets that came in other steps
         if self._early and self._reads_norms:
-            self._guess.note(failed=bool(wrong) or (not was_early and self._would_fail(clipped)))
+            self._guess.note(failed=bool(wrong) or (not was_early and self._would_fail(parts, clipped)))
         return True
 
-    def _joined(self) -> list[Factors] | None:
+    def _joined(self, parts: list[_Part]) -> list[Factors] | None:
         """For each part the factors of its gradients; None if the step must be skipped."""
-        if not self._reads_norms or not self._parts:
-            return [_NO_FACTORS for _ in self._parts]
-        norms = [part.norms for part in self._parts if part.norms is not None]
+        if not self._reads_norms or not parts:
+            return [_NO_FACTORS for _ in parts]
+        norms = [part.norms for part in parts if part.norms is not None]
         sums = self._join(np.concatenate(norms))
-        others = np.concatenate([_ones(part.bucket.factors, n) for part, n in zip(self._parts, norms, strict=True)])
-        places = [place for part in self._parts for place in part.bucket.places]
+        others = np.concatenate([_ones(part.bucket.factors, n) for part, n in zip(parts, norms, strict=True)])
+        places = [place for part in parts for place in part.bucket.places]
         order = sorted(range(len(places)), key=places.__getitem__)
         found, is_finite = clip(sums[order], self._clips, others[order])
         if self._clips.require_finite and not is_finite:
@@ -240,12 +287,12 @@ class OpenStep:
         clipped[order] = found
         return np.split(clipped, np.cumsum([len(n) for n in norms])[:-1])
 
-    def _would_fail(self, clipped: list[Factors]) -> bool:
+    def _would_fail(self, parts: list[_Part], clipped: list[Factors]) -> bool:
         """Whether an early step would have had other factors."""
         if not self._is_global:
             return False
         bounds = self._clips._replace(global_clip_norm=np.inf)
-        for part, factors in zip(self._parts, clipped, strict=True):
+        for part, factors in zip(parts, clipped, strict=True):
             if part.norms is None:
                 continue
             alone, _ = clip(part.norms, bounds, _ones(part.bucket.factors, part.norms))
@@ -254,25 +301,27 @@ class OpenStep:
         return False
 
     def _undo_all(self) -> bool:
-        for part in self._parts:
-            if part.used is not None:
-                self._undo(part)
+        self._undo(self._parts)
         return False
 
-    def _undo(self, part: _Part) -> None:
-        plan, gradients, hyper, factors, *_ = part.bucket
-        used, part.used = part.used, None
-        if part.norms is None or used is None or not np.array_equal(plan.norms(gradients, hyper), part.norms, True):
-            names = ", ".join(buffer.label for buffer in plan.buffers[:3])
+    def _undo(self, parts: Sequence[_Part]) -> None:
+        """Undo what was made of these, as far as possible."""
+        changed: list[str] = []
+        for part in parts:
+            plan, gradients, hyper, factors, *_ = part.bucket
+            used, part.used = part.used, None
+            if used is None:
+                continue
+            try:
+                changed += [plan.buffers[i].label for i in plan.undo(gradients, hyper, factors, used, part.log)]
+            except (RuntimeError, TypeError, ValueError) as error:  # memory that was replaced
+                changed.append(str(error))
+        if changed:
+            names = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
             raise RuntimeError(
-                f"end_step: a gradient of {names} ... has changed since step_bucket(), so that the step cannot be "
-                "undone; expected gradients to stay as they are until end_step()"
+                f"gradients of {names}: changed since step_bucket(), expected them as they were until the step ends. "
+                "The step was undone, but moments of these variables have taken it"
             )
-        plan.undo(gradients, hyper, factors, used, part.log)
-
-    def _wait(self) -> None:
-        """Before a fork: let the worker finish."""
-        wait(self._done)
 
 
 def _ones(factors: list[float], norms: Norms) -> Factors:
@@ -283,10 +332,8 @@ def _same(a: Factors, b: Factors) -> bool:
     return np.array_equal(a, b, True)
 
 
-def _settle() -> None:
-    for step in _live:
-        step._wait()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_settle)
+@atexit.register
+def _abort_all() -> None:
+    for step in list(_live):
+        with contextlib.suppress(RuntimeError):
+            step.abort()

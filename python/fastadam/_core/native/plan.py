@@ -247,9 +247,14 @@ class Plan:
         factors: Sequence[float],
         clip_factors: Factors,
         log: _cpu.StepLog,
-    ) -> None:
-        """Undo the last :meth:`step_logged` with this log and these arguments, to the bit."""
-        self._native.undo(gradients, hyper, factors, clip_factors, log)
+    ) -> list[int]:
+        """Undo the last :meth:`step_logged` with this log and these arguments, to the bit.
+
+        Returns:
+            Places of the variables whose gradients have changed since. Of these the moments are not undone where the
+            gradient has changed; the variables themselves are.
+        """
+        return self._native.undo(gradients, hyper, factors, clip_factors, log)
 
     def norms(self, gradients: list[AnyGradient], hyper: StepHyper) -> Norms:
         """The norms, one for each variable, of gradients that :meth:`check` has returned. Only in CPU memory.

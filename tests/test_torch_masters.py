@@ -447,3 +447,19 @@ def test_an_optimizer_that_a_receiver_refers_to_is_collected(dtype):
     del optimizer, weight, tensor, group
     gc.collect()
     assert gone() is None
+
+
+def test_a_parameter_that_is_written_while_a_step_is_open_keeps_that_value():
+    pair = Pair(global_clipnorm=1.0)
+    for k in range(3):
+        pair.step(k)
+    pair.set_gradients(3)
+    pair.tested.begin_step(early=True)
+    pair.tested.step_bucket(pair.params).result()
+    with torch.no_grad():
+        pair.params[0].fill_(0.25)
+        pair.plain[0].fill_(0.25)
+    with pytest.raises(RuntimeError, match="was written to while a step was open"):
+        pair.tested.end_step()
+    assert (pair.params[0] == 0.25).all()
+    pair.step(4)

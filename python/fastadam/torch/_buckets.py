@@ -17,6 +17,7 @@ from fastadam.torch._checks import Group, ParamState, States, label_of
 from fastadam.torch._clipping import add_shards, is_sharded
 from fastadam.torch._grad_scaler import ScaledStep
 from fastadam.torch._no_memory import hide_gradients, refuse_simulation
+from fastadam.torch._state import MASTER
 
 if TYPE_CHECKING:
     from fastadam.torch._step import Call, GroupStepper
@@ -41,7 +42,9 @@ class _Given(NamedTuple):
 
     @property
     def moments(self) -> list[Tensor]:
-        """What a step writes beside the parameter."""
+        """What would be undone with a wrong value of the parameter; with a master in its place nothing is."""
+        if MASTER in self.state:
+            return []
         return [value for key, value in self.state.items() if key != "step" and isinstance(value, Tensor)]
 
     def was_written(self) -> bool:
@@ -92,7 +95,7 @@ class BucketedStep:
         stepper.tables.forget_removed(self._groups)
         stepper.partitions.note_state(state, len(groups))
         self._given: dict[tuple[int, int], _Given] = {}
-        self._calls: list[Call] = []  # of all buckets
+        self._calls: list[Call] = []
         self._counts: dict[int, tuple[int, int]] = {}  # whose step count is at an address
         numbers = StepHyper(1, 0.0, 0.0, 0.0, 0.0, gradient_scale=self._scaled.gradient_scale)
         self._open = OpenStep(
@@ -146,8 +149,9 @@ class BucketedStep:
         buckets = [self._bucket_of(call) for call in calls]
         for call in calls:
             self._note_given(call)
+        handle = self._open.add(buckets)
         self._calls += calls
-        return self._open.add(buckets)
+        return handle
 
     def finish(self) -> bool:
         """Step the parameters that were not given but have a gradient, and end the step.
@@ -170,9 +174,7 @@ class BucketedStep:
         except BaseException:
             self.abort()
             raise
-        was_made = self._open.finish(self._commit)
-        self._stepper.note_measured(self._calls, was_made=was_made)
-        return was_made
+        return self._open.finish(self._commit)
 
     def _make_plain(self) -> bool:
         def step() -> bool:
@@ -211,6 +213,7 @@ class BucketedStep:
     def _commit(self, was_made: bool) -> None:
         self._stepper.forget_numbers()
         self._stepper.compiled.skipped = not was_made
+        self._stepper.note_measured(self._calls, was_made=was_made)
 
     @property
     def _taken(self) -> list[_Given]:
@@ -242,9 +245,10 @@ class BucketedStep:
             gradients: list[Tensor | None] = [None] * len(group["params"])
             for place, gradient in zip(chosen, mine, strict=True):
                 gradients[place] = gradient
-            stepper.require_options(index, group, gradients)
             if any(gradient is not None and gradient.is_cuda for gradient in mine):
+                stepper.clipping.require_host(index, group, gradients)
                 raise RuntimeError("step_bucket: parameters on a GPU, expected CPU memory")
+            stepper.require_options(index, group, gradients)
             for ready in stepper.ready(index, group, self._state, gradients, self._scaled):
                 call = stepper.call_of(index, ready, group, gradients, self._scaled, Counter())
                 checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)

@@ -377,8 +377,8 @@ class Adam(torch.optim.Optimizer):
         The result has the bits of :meth:`step`, whatever the buckets, their order and the threads that give them.
         Nothing is written before ``end_step`` unless ``early``: then each bucket is stepped at once on a background
         thread, as if no norm was clipped, and a log of about 1.1 bytes for each parameter undoes that if it was wrong.
-        Only float32 parameters with dense gradients are stepped early. Gradients must stay as they are until
-        ``end_step``.
+        Only float32 parameters, and half ones with masters, whose gradients are dense are stepped early, and none with
+        ``telemetry``. Gradients must stay as they are until ``end_step``.
 
         Args:
             early: Step buckets as they come; :func:`fastadam.torch.overlap` does so during the backward pass.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class Overlap:
         self._size = 0.0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._step: OpenStep | None = None
+        self._seen: set[Tensor] = set()  # parameters whose gradients are complete
         self._is_attached = False
 
     def __enter__(self) -> Self:
@@ -95,7 +97,7 @@ class Overlap:
         self._optimizer.end_step()
 
     def _begin(self) -> None:
-        self._waiting, self._size = [], 0.0
+        self._waiting, self._size, self._seen = [], 0.0, set()
         stepper = stepper_of(self._optimizer)
         if self._is_attached:
             stepper.overlap = self
@@ -104,7 +106,19 @@ class Overlap:
 
     def _add_hooks(self) -> None:
         params = (param for group in self._optimizer.param_groups for param in group["params"])
-        self._hooks = [p.register_post_accumulate_grad_hook(self._note) for p in params if p.requires_grad]
+        for param in params:
+            if param.requires_grad:
+                self._hooks.append(param.register_hook(partial(self._before, param)))
+                self._hooks.append(param.register_post_accumulate_grad_hook(self._note))
+
+    def _before(self, param: Tensor, _gradient: Tensor) -> None:
+        """A gradient is about to be added to; only then can the step be undone."""
+        if self.is_open and param in self._seen:
+            self._optimizer.abort_step()
+            raise RuntimeError(
+                "overlap: a second backward pass in one step, which was undone; expected one, with all others before "
+                "the block or before attach()"
+            )
 
     def _note(self, param: Tensor) -> None:
         """A gradient is complete."""
@@ -113,6 +127,7 @@ class Overlap:
                 return  # the block was left, and a signal handler has kept the hooks from being removed
             self._begin()
         self._waiting.append(param)
+        self._seen.add(param)
         self._size += param.numel() * param.element_size()
         if self._size < self._bytes:
             return

@@ -131,7 +131,9 @@ class Worker:
     def __del__(self) -> None:
         """End the thread."""
         _live.pop(id(self), None)
-        self._shared.tokens.put(False)
+        shared: _Shared | None = vars(self).get("_shared")  # none if a signal has cut off the constructor
+        if shared is not None:
+            shared.tokens.put(False)
 
     def renew(self) -> None:
         """In a forked child, where the thread does not exist."""

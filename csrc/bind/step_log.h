@@ -59,7 +59,7 @@ class LogMemory {
     tiles_.resize(static_cast<size_t>(tiles));
     arena_.resize(tiles * kWholeBytes);
     most_ = used_ > most_ ? used_ : most_;
-    if (used_ < most_ / 4) {  // what the first steps have filled
+    if (most_ - used_ > tiles * kTile / 64) {  // what earlier steps have filled
       arena_.renew();
       most_ = 0;
     }

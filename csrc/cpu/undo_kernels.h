@@ -109,7 +109,8 @@ inline uint32_t checksum_of(const float* __restrict grad, int64_t size) {
   uint32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < size; ++i) {
-    const uint32_t mixed = (bit_cast<uint32_t>(grad[i]) + static_cast<uint32_t>(i) * 0x85ebca6bu) * 0x9e3779b1u;
+    const auto bits = bit_cast<uint32_t>(grad[i]);
+    const uint32_t mixed = ((bits ^ (bits >> 16)) + static_cast<uint32_t>(i) * 0x85ebca6bu) * 0x9e3779b1u;
     sum += mixed ^ (mixed >> 15);
   }
   return sum;

@@ -102,7 +102,8 @@ def undone(times: dict[str, list[float]]) -> dict[str, float]:
 
 def show(row: dict[str, Any]) -> None:
     for name, t in row["seconds"].items():
-        print(f"{row['case']:<36}{name:<28}{t * 1e3:>9.2f} ms, least {row['least seconds'][name] * 1e3:.2f}", flush=True)
+        least = row["least seconds"][name]
+        print(f"{row['case']:<36}{name:<28}{t * 1e3:>9.2f} ms, least {least * 1e3:.2f}", flush=True)
     for name, quotient in row["quotients"].items():
         print(f"{row['case']:<36}{name}: {quotient:.2f}", flush=True)
 

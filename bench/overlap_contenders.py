@@ -1,4 +1,4 @@
-"""The contenders of bench/overlap.py: backward passes with the step after them, or meanwhile; and steps that are undone.
+"""The contenders of bench/overlap.py: gradients with the step after them, or meanwhile; and steps that are undone.
 
 `clip` says which steps exceed the bound of the joint norm: None for no bound, "never", "always", or "tenth" for one
 step in ten; with a bound, gradients must also be finite. `how` says what a contender does.
@@ -11,11 +11,10 @@ from collections.abc import Callable
 
 import torch
 from common import Contender
-from host_contenders import _parts
-from models import small_gpt
-
 from fastadam._core.native.buckets import Guess
 from fastadam.torch import AdamW, overlap
+from host_contenders import _parts
+from models import small_gpt
 
 STEPS = 10  # in one call of a contender
 BUCKETS = 16

@@ -1,4 +1,4 @@
-"""The contenders of bench/overlap.py: backward passes with the step after or during them; and undone steps.
+"""The contenders of bench/overlap.py: gradients with the step after them, or meanwhile; and steps that are undone.
 
 `clip` says which steps exceed the bound of the joint norm: None for no bound, "never", "always", or "tenth" for one
 step in ten; with a bound, gradients must also be finite. `how` says what a contender does.

@@ -11,7 +11,7 @@ import pytest
 from compiled import build, run, tool
 
 DIGEST_PROGRAMS = ["kernel_test", "row_test", "sum_test"]
-THREAD_PROGRAMS = [*DIGEST_PROGRAMS, "index_test"]
+THREAD_PROGRAMS = [*DIGEST_PROGRAMS, "index_test", "undo_test"]
 PROGRAMS = [*THREAD_PROGRAMS, "form_test", "cuda_test", "cuda_row_test"]
 pytestmark = pytest.mark.native
 
@@ -34,6 +34,12 @@ def test_kernels_give_the_bits_of_a_scalar_loop_and_one_digest(program):
 
 def test_indices_are_sorted_as_by_a_stable_sort():
     assert "stable sort" in run(programs() / "index_test")
+
+
+def test_steps_are_undone_to_the_bit():
+    found = run(programs() / "undo_test")
+    assert "undoes a step to the bit" in found
+    assert "finds the one tile whose gradient has changed" in found
 
 
 def test_closed_forms_are_the_sum_of_the_steps():

@@ -150,7 +150,9 @@ inline std::pair<Numbers, bool> clip(const Numbers& rows, const py::tuple& numbe
 template <class Backend>
 void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
   m.def("same_items", &same_items, py::arg("a"), py::arg("b"));
-  py::class_<LogMemory>(m, "StepLog", py::module_local()).def(py::init<>()).def_property_readonly("nbytes", &LogMemory::size);
+  py::class_<LogMemory>(m, "StepLog", py::module_local())
+      .def(py::init<>())
+      .def_property_readonly("nbytes", &LogMemory::size);
   m.def("set_thread_budget", &set_thread_budget, py::arg("threads"));
   m.def("clip", &clip, py::arg("norms"), py::arg("hyper"), py::arg("grad_factors"));
   type.def(

@@ -20,7 +20,8 @@ namespace fastadam {
 // The miss of vhat is the exclusive or of its bits before and after the step: 0 unless AMSGrad has raised it.
 enum LoggedArray : int { kLoggedVar, kLoggedM, kLoggedV, kLoggedVhat };
 constexpr int64_t kLoggedArrays = 4;
-constexpr int64_t kEscapeBytes = 6;  // 16 bits: the place in the tile times kLoggedArrays, plus the array; then the miss
+constexpr int64_t kEscapeBytes =
+    6;  // 16 bits: the place in the tile times kLoggedArrays, plus the array; then the miss
 constexpr int64_t kWholeBytes = 16 * kTile;  // of a tile that is stored whole
 
 struct TileLog {

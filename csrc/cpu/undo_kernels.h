@@ -17,8 +17,9 @@ struct Misses {
 };
 
 template <bool kAmsgrad, int kTransform>
-__attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t size, const StepScalars<float>& scalars,
-                                             FactorPair<float> factor, float keep, bool prefetch, Misses& misses) {
+__attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t size,
+                                             const StepScalars<float>& scalars, FactorPair<float> factor, float keep,
+                                             bool prefetch, Misses& misses) {
   const StepScalars<float> s = scalars;
   const Inverses inverse(s, keep);
   float* __restrict var = all.var;
@@ -200,8 +201,9 @@ inline void read_misses(const StepLog& log, int64_t place, int64_t size, bool am
 }
 
 template <bool kAmsgrad, int kTransform>
-__attribute__((noinline)) void undo_elements(const Operands<float>& all, int64_t size, const StepScalars<float>& scalars,
-                                             FactorPair<float> factor, float keep, const Misses& misses) {
+__attribute__((noinline)) void undo_elements(const Operands<float>& all, int64_t size,
+                                             const StepScalars<float>& scalars, FactorPair<float> factor, float keep,
+                                             const Misses& misses) {
   const StepScalars<float> s = scalars;
   const Inverses inverse(s, keep);
   float* __restrict var = all.var;

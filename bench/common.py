@@ -177,7 +177,7 @@ def _check(make: Callable[..., Contender], options: dict, sizes: list[int]) -> N
     """
     from dense_contenders import buffers, rounded
 
-    known = {"dtype", "amsgrad", "moments", "backend", "ours", "gradients", "clip", "buckets"}
+    known = {"dtype", "amsgrad", "moments", "backend", "ours", "gradients", "clip", "buckets", "telemetry"}
     if not set(options) <= known:  # other ways to clip, decay: the reference has none
         return
     dtype = options.get("dtype", "float32")

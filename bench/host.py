@@ -80,6 +80,8 @@ def cases() -> Iterator[Case]:
         unclipped = {"fastadam.torch.AdamW, not clipped": OURS["fastadam.torch.AdamW"]}
         goals = [Goal("torch", ours, at_least=2.2) for ours in [*OURS, *unclipped]]
         yield Case(f"2^25, {gradients}, clipped", [DRAM], gradients, FLOORS | clipped | unclipped, goals)
+    measured = {name: ("fastadam_optimizer", {"telemetry": on}) for name, on in (("plain", False), ("measured", True))}
+    yield Case("2^25, telemetry", [DRAM], "bfloat16", measured, [Goal("measured", "plain", at_most=1.02)])
     buckets = f"in {BUCKETS} buckets"
     bucketed: Contenders = {"in one": ("fastadam_torch", {}), buckets: ("fastadam_torch", {"buckets": BUCKETS})}
     for name, sizes in {"ResNet-50": resnet50(), "GPT-2 124M": gpt2()}.items():

@@ -48,12 +48,12 @@ def fastadam_function(sizes, gradients="float32", clip=None):
     return _ours(step, variables, copies, epsilon_hat=True)
 
 
-def fastadam_optimizer(sizes, gradients="float32", clip=None):
+def fastadam_optimizer(sizes, gradients="float32", clip=None, telemetry=False):
     """`fastadam.AdamW.apply_gradients`."""
     import fastadam
 
     variables, arrays, copies = _buffers(sizes, gradients)
-    optimizer = fastadam.AdamW(**HYPER, weight_decay=WEIGHT_DECAY, global_clipnorm=clip)
+    optimizer = fastadam.AdamW(**HYPER, weight_decay=WEIGHT_DECAY, global_clipnorm=clip, telemetry=telemetry)
     pairs = list(zip(arrays, variables, strict=True))
     return _ours(lambda: optimizer.apply_gradients(pairs, copies=copies), variables, copies, epsilon_hat=True)
 

@@ -30,3 +30,28 @@ def llama(layers: int = 8) -> list[int]:
     width, keys, hidden = 2048, 512, 8192
     block = [width * width, width * keys, width * keys, width * width, *[width * hidden] * 3, width, width]
     return [128256 * width, *block * layers, width]
+
+
+def small_gpt(width: int = 512, blocks: int = 8, words: int = 8192, context: int = 32):
+    """A GPT of PyTorch, by default of 29.4 M parameters, whose call on ids returns the loss of the next ids."""
+    import torch
+    from torch import nn
+
+    class Gpt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(words, width), nn.Embedding(context, width)
+            block = nn.TransformerEncoderLayer(
+                width, max(1, width // 64), 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            self.blocks = nn.TransformerEncoder(block, blocks, nn.LayerNorm(width), enable_nested_tensor=False)
+            self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context))
+
+        def forward(self, ids):
+            hidden = self.words(ids) + self.places.weight
+            hidden = self.blocks(hidden, mask=self.mask, is_causal=True)
+            logits = hidden @ self.words.weight.T
+            return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    torch.manual_seed(0)
+    return Gpt()

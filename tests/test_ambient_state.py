@@ -141,7 +141,8 @@ def c_interface(**numbers):
 
     def run():
         w, m, v = start.copy(), np.zeros(100, F32), np.zeros(100, F32)
-        tensor = Tensor(*(a.ctypes.data for a in (w, g, m, v)), None, 100, -1, 1.0, 2, 2, True, False, *[None] * 4, 100)
+        addresses = (a.ctypes.data for a in (w, g, m, v))
+        tensor = Tensor(*addresses, None, 100, -1, 1.0, 2, 2, True, False, None, None, 2, *[None] * 4, 100)
         listed = List(ABI, ctypes.pointer(tensor), 1, None, None, 0)
         hyper = Hyper(3, 0.001, 0.9, 0.999, 1e-7, 0, *[np.inf] * 3, 1, 0, 0, *[False] * 3, 0, False, False)
         for name, number in numbers.items():

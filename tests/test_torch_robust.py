@@ -172,8 +172,8 @@ def test_a_step_that_was_made_is_counted_though_a_signal_came(apart, first, fini
     together = fastadam.torch._parameter_set.ParameterSet
     make, finish = together.__init__, together.finish
 
-    def with_signal(self, *arguments):
-        make(self, *arguments)
+    def with_signal(self, *arguments, **named):
+        make(self, *arguments, **named)
         self.plan = Interrupted(self.plan)
 
     def cut_off(self, count):

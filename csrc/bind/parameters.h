@@ -83,9 +83,13 @@ class StepCounts {
 class Parameters {
  public:
   // `states[i]`: the state of variable i, a dict with a tensor for each of `keys`, the slots of the plan in its order,
-  // and the "step". The parameters themselves are not kept: their hooks may lead back to the optimizer, in a cycle that
-  // the garbage collector could not see.
-  Parameters(const py::list& states, const py::tuple& keys) : slots_per_variable_(keys.size()) {
+  // and the "step". `masters[i]`: what is stepped in place of parameter i, which then receives the copy; or None. An
+  // empty list is a list of None. The parameters themselves are not kept: their hooks may lead back to the optimizer,
+  // in a cycle that the garbage collector could not see.
+  Parameters(const py::list& states, const py::tuple& keys, const py::list& masters)
+      : slots_per_variable_(keys.size()) {
+    for (const py::handle master : masters) masters_.push_back(py::reinterpret_borrow<py::object>(master));
+    masters_.resize(states.size(), py::none());
     for (const py::handle state : states) {
       const auto named = state.cast<py::dict>();
       states_.emplace_back(named, py::reinterpret_steal<py::dict>(PyDict_Copy(named.ptr())));
@@ -100,12 +104,14 @@ class Parameters {
   const StepCounts& counts() const { return counts_; }
 
   // The gradients of the variables if `params` are those that the plan follows, `followed`, and those at the positions
-  // of its variables, and no others, have a gradient; otherwise empty.
+  // of its variables, and no others, have a gradient; otherwise empty. `computed`: for each parameter the tensor that
+  // receives its copy or None; null for no such tensors.
   template <class Arrays>
   std::optional<py::list> gradients_of(const VariableSet<Arrays>& variables, const py::list& params,
-                                       const py::tuple& followed) const {
+                                       const py::tuple& followed, const py::list* computed) const {
     static const py::handle grad = PyUnicode_InternFromString("grad");
     if (params.size() != followed.size() || states_.size() != variables.size()) return std::nullopt;
+    if (computed != nullptr && computed->size() != params.size()) return std::nullopt;
     py::list gradients;
     for (size_t at = 0; at < followed.size(); ++at) {
       const py::object param = followed[at];
@@ -119,7 +125,10 @@ class Parameters {
       const bool is_stepped = i < variables.size() && variables.position(i) == static_cast<int64_t>(at);
       if (gradient.is_none() == is_stepped) return std::nullopt;
       if (!is_stepped) continue;
-      if (!variables.has(i, 0, param)) return std::nullopt;
+      const bool has_master = !masters_[i].is_none();
+      if (!variables.has(i, 0, has_master ? masters_[i] : param)) return std::nullopt;
+      if (has_master && !variables.has_copy(i, param)) return std::nullopt;
+      if (!has_master && !variables.has_copy(i, item(computed, at))) return std::nullopt;
       gradients.append(gradient);
     }
     return gradients.size() == variables.size() ? std::optional(gradients) : std::nullopt;
@@ -140,8 +149,15 @@ class Parameters {
   }
 
  private:
+  // A property of a subclass may have shortened the list.
+  static py::object item(const py::list* list, size_t at) {
+    if (list == nullptr || at >= list->size()) return py::none();
+    return (*list)[at];
+  }
+
   size_t slots_per_variable_;
   std::vector<std::pair<py::dict, py::dict>> states_;  // and what each was
+  std::vector<py::object> masters_;                    // or None
   std::vector<py::object> slots_;                      // all of variable 0, then of variable 1, ...
   StepCounts counts_;
   bool is_usable_ = true;

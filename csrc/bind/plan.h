@@ -143,6 +143,15 @@ class Plan {
     return norms_of(hyper);
   }
 
+  // Has variables with telemetry report that the caller skips a step with these gradients, which need no conversion.
+  void report_skip(const py::list& gradients, const AdamHyper& hyper) {
+    const Scope scope(backend(), variables().place());
+    Call call(set_, gradients);
+    if (!call.to_convert().empty()) throw py::type_error("gradients: must be converted first");
+    const ReleasedGil unlocked;
+    fastadam::report_skip(variables().chains(), hyper);
+  }
+
   // Keeps the numbers of the last step for step_again(). They are good as long as the caller's `stamp` is the same.
   void remember(const AdamHyper& hyper, int64_t stamp, std::vector<double> factors) {
     remembered_ = hyper;
@@ -162,9 +171,10 @@ class Plan {
     return step(*gradients, hyper, remembered_factors_, counter).empty();
   }
 
-  // The variables are parameters of PyTorch with these states. Returns whether a step can be repeated: see Repeat.
-  bool follow(const py::list& states, const py::tuple& keys) {
-    parameters_.emplace(states, keys);
+  // The variables are parameters of PyTorch with these states, or their masters: see Parameters. Returns whether a step
+  // can be repeated: see Repeat.
+  bool follow(const py::list& states, const py::tuple& keys, const py::list& masters) {
+    parameters_.emplace(states, keys, masters);
     if (!parameters_->are_usable()) parameters_.reset();
     return parameters_.has_value();
   }
@@ -214,6 +224,12 @@ class Plan {
       plan_.parameters_->counts().set(steps_);
     }
 
+    // Reports that the step is not made.
+    void report_skip() {
+      const ReleasedGil unlocked;
+      fastadam::report_skip(plan_.variables().chains(), hyper_);
+    }
+
    private:
     Plan& plan_;
     Scope scope_;
@@ -225,11 +241,20 @@ class Plan {
     Parts parts_;
   };
 
-  // The gradients of the next step if `params`, those of a group, and their states are what the plan follows; otherwise
-  // empty.
-  std::optional<py::list> gradients_to_repeat(const py::list& params, const py::tuple& followed) const {
+  // The gradients of the next step if the parameters of a group, their copies and their states are what the plan
+  // follows; otherwise empty.
+  std::optional<py::list> gradients_to_repeat(const py::dict& group, const py::tuple& followed) const {
+    static const py::handle params_key = PyUnicode_InternFromString("params");
+    static const py::handle computed_key = PyUnicode_InternFromString("compute_params");
     if (!parameters_ || !remembered_) return std::nullopt;
-    std::optional<py::list> gradients = parameters_->gradients_of(variables(), params, followed);
+    const py::object params = group[params_key];
+    const py::handle computed = PyDict_GetItemWithError(group.ptr(), computed_key.ptr());
+    if (!computed && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    const bool has_computed = computed && !computed.is_none();
+    if (!py::isinstance<py::list>(params) || (has_computed && !py::isinstance<py::list>(computed))) return std::nullopt;
+    const auto copies = has_computed ? py::reinterpret_borrow<py::list>(computed) : py::list(0);
+    std::optional<py::list> gradients = parameters_->gradients_of(variables(), py::reinterpret_borrow<py::list>(params),
+                                                                  followed, has_computed ? &copies : nullptr);
     return gradients && parameters_->are_current(variables()) ? gradients : std::nullopt;
   }
 
@@ -396,13 +421,11 @@ class Plan {
 template <class Backend>
 std::optional<bool> step_groups_again(const py::list& plans, const py::list& groups, const py::list& followed,
                                       const py::dict& state, const py::dict& known) {
-  static const py::handle name = PyUnicode_InternFromString("params");
   if (groups.size() != plans.size() || !same_items(state, known)) return std::nullopt;
   std::vector<py::list> gradients;
   for (size_t i = 0; i < plans.size(); ++i) {
-    const py::object params = groups[i].cast<py::dict>()[name];
-    if (!py::isinstance<py::list>(params)) return std::nullopt;
-    auto found = plans[i].cast<const Plan<Backend>&>().gradients_to_repeat(params, followed[i].cast<py::tuple>());
+    auto found = plans[i].cast<const Plan<Backend>&>().gradients_to_repeat(groups[i].cast<py::dict>(),
+                                                                           followed[i].cast<py::tuple>());
     if (!found) return std::nullopt;
     gradients.push_back(*std::move(found));
   }
@@ -420,9 +443,11 @@ std::optional<bool> step_groups_again(const py::list& plans, const py::list& gro
       norms.append(step->norms());
       step->append_factors(factors);
     }
-    if (hyper.require_finite && !norms.all_finite()) return false;
     GradientNorms::Clipping clipping = norms.clip(hyper, [&](size_t i) { return factors[i]; });
-    if (clips_norms(hyper) && hyper.require_finite && !clipping.is_finite) return false;
+    if (hyper.require_finite && (!norms.all_finite() || (clips_norms(hyper) && !clipping.is_finite))) {
+      for (const auto& step : steps) step->report_skip();
+      return false;
+    }
     if (clips_norms(hyper)) clipped = std::move(clipping.factors);
   }
   const Factor* clip_factors = clipped.empty() ? nullptr : clipped.data();

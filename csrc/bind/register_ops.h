@@ -193,7 +193,13 @@ void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
           },
           py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("counter"), py::arg("steps"),
           py::arg("clip_factors"));
-  type.def("follow", &Plan<Backend>::follow, py::arg("states"), py::arg("keys"));
+  type.def(
+          "report_skip",
+          [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper) {
+            plan.report_skip(gradients, hyper_of(hyper));
+          },
+          py::arg("gradients"), py::arg("hyper"))
+      .def("follow", &Plan<Backend>::follow, py::arg("states"), py::arg("keys"), py::arg("masters") = py::list());
   m.def("step_groups_again", &step_groups_again<Backend>, py::arg("plans"), py::arg("groups"), py::arg("followed"),
         py::arg("state"), py::arg("known"));
 }

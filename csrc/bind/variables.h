@@ -69,11 +69,15 @@ class VariableSet {
     if (copies.empty()) return !has_copies_;
     if (copies.size() != variables_.size()) return false;
     for (size_t i = 0; i < copies.size(); ++i) {
-      const bool is_wanted = !copies[i].is_none();
-      if (is_wanted != copies_[i].dtype.has_value()) return false;
-      if (is_wanted && (!is_alive(copies_[i]) || !is_same_array(copies[i], copies_[i], Sign::kTrust))) return false;
+      if (!has_copy(i, copies[i])) return false;
     }
     return true;
+  }
+
+  // Whether `copy` is at the address of the copy of variable i; or None, and variable i has no copy.
+  bool has_copy(size_t i, const py::object& copy) const {
+    if (copy.is_none() || !copies_[i].dtype) return copy.is_none() && !copies_[i].dtype;
+    return is_alive(copies_[i]) && is_same_array(copy, copies_[i], Sign::kTrust);
   }
 
   // Whether these are the variables, slots and copies of this set, at the same addresses.

@@ -20,7 +20,7 @@ class GradientNorms {
 
   // Sums of squares over one gradient. Each is right where norm_unit(square) says that it is to be used.
   struct Sums {
-    double square;    // infinite if it is above the largest float64, and NaN if the gradient had to be finite and is not
+    double square;  // infinite if it is above the largest float64, and NaN if the gradient had to be finite and is not
     double of_large;  // of elements times kUnitOfLarge
     double of_small;  // of elements times kUnitOfSmall
   };
@@ -58,7 +58,8 @@ class GradientNorms {
   Clipping clip(const AdamHyper& hyper, FactorOf factor_of) const {
     Clipping result{std::vector<Factor>(size()), true};
     const auto clip_one = [&](int64_t i) {
-      return clip_gradient(norm(i, hyper.gradient_scale), make_factor(factor_of(static_cast<size_t>(i))), hyper.clip_norm);
+      return clip_gradient(norm(i, hyper.gradient_scale), make_factor(factor_of(static_cast<size_t>(i))),
+                           hyper.clip_norm);
     };
     const auto square_of = [&](int64_t i) {
       const NormClip clip = clip_one(i);

@@ -69,8 +69,20 @@ int64_t count_not_finite(const TensorArgs& tensor) {
   return kCounts[static_cast<int>(tensor.grad_dtype)](tensor.grad, tensor.grad_size);
 }
 
+bool has_telemetry(const Chains& chains) {
+  return std::any_of(chains.heads, chains.heads + chains.count,
+                     [&](int64_t head) { return chains.tensors[head].telemetry != nullptr; });
+}
+
 // Reports a step that is not made. Returns false.
 bool skip(const Chains& chains, const AdamHyper& hyper) {
+  report_skip(chains, hyper);
+  return false;
+}
+
+}  // namespace
+
+void report_skip(const Chains& chains, const AdamHyper& hyper) {
   for (int64_t k = 0; k < chains.count; ++k) {
     const TensorArgs& tensor = chains.tensors[chains.heads[k]];
     if (tensor.telemetry == nullptr) continue;
@@ -86,15 +98,7 @@ bool skip(const Chains& chains, const AdamHyper& hyper) {
     report.unchanged = report.size = tensor.size;
     report.not_finite = count_not_finite(tensor);
   }
-  return false;
 }
-
-bool has_telemetry(const Chains& chains) {
-  return std::any_of(chains.heads, chains.heads + chains.count,
-                     [&](int64_t head) { return chains.tensors[head].telemetry != nullptr; });
-}
-
-}  // namespace
 
 GradientNorms run_norms(const TensorArgs* tensors, int64_t tensor_count, const AdamHyper& hyper) {
   return Norms(tensors, tensor_count, raw_clip_value(hyper), hyper.require_finite);

@@ -24,6 +24,10 @@ FASTADAM_API void run_undo(const StepArgs& args);
 // The most threads that calls from this thread use; 0: as many as all others. Returns what it was.
 FASTADAM_API int set_thread_budget(int threads);
 
+// Has the variables of `chains` with telemetry report a step that is not made. Call it instead of run_step if the
+// gradients had to be finite and the caller has found that they are not.
+FASTADAM_API void report_skip(const Chains& chains, const AdamHyper& hyper);
+
 // Brings the rows of args.chains, whose tensors have no gradients, up to date.
 FASTADAM_API void run_catch_up(const StepArgs& args);
 

@@ -2,8 +2,8 @@
 // What a step reports of a variable, summed tile by tile over a tree of fixed shape: the same bits for every
 // instruction set, thread count and alignment.
 //
-// Squares are added in the arithmetic of the variable, eight at a time, and then in double: their sum is within 1e-6 of
-// the exact one. If float32 may have overflowed or flushed squares to zero, the sum of a tile is computed again in
+// Squares are added in the arithmetic of the variable, sixteen at a time, and then in double: their sum is within 1e-6
+// of the exact one. If float32 may have overflowed or flushed squares to zero, the sum of a tile is computed again in
 // double, except that of updates, which are gone then. These are measured in units of about the step size, so that
 // their squares are representable.
 #pragma once

@@ -82,6 +82,13 @@ FASTADAM_INLINE void prefetch_block(int64_t item_size, const Items*... arrays) {
   for (int64_t i = ahead; i < ahead + kBlock; i += 64 / item_size) (__builtin_prefetch(arrays + i), ...);
 }
 
+// The same for loops with more arithmetic, which keep fewer misses in flight: into L2, and further ahead.
+template <class... Items>
+FASTADAM_INLINE void prefetch_far(int64_t item_size, const Items*... arrays) {
+  const int64_t ahead = 4096 / item_size;
+  for (int64_t i = ahead; i < ahead + kBlock; i += 64 / item_size) (__builtin_prefetch(arrays + i, 0, 2), ...);
+}
+
 // Converts as many elements as it can with special instructions, and returns their number.
 template <class From, class To>
 FASTADAM_INLINE int64_t convert_fast(const From* /*from*/, To* /*to*/, int64_t /*size*/) {

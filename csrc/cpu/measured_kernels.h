@@ -34,29 +34,36 @@ FASTADAM_INLINE int32_t is_same(float a, float b, const Rounding& r) {
 }
 FASTADAM_INLINE int32_t is_same(double a, double b, const Rounding&) { return a == b ? 1 : 0; }
 
-// Sums over one tile, by lanes. Eight squares are added in T before they are added in double.
+// Sums over one tile, by lanes: sixteen squares of a lane are added in T.
 template <class T>
 struct TileSums {
-  static constexpr int64_t kGroup = 8 * kNormLanes;
   alignas(kCacheLineBytes) T gradient[kNormLanes];
   alignas(kCacheLineBytes) T update[kNormLanes];
   alignas(kCacheLineBytes) T parameter[kNormLanes];
-  alignas(kCacheLineBytes) double sums[3][kNormLanes] = {};
-  alignas(kCacheLineBytes) int32_t unchanged[kNormLanes] = {};
+  alignas(kCacheLineBytes) int32_t unchanged[kNormLanes];
 
-  FASTADAM_INLINE void begin_group() {
-#pragma omp simd
-    for (int64_t lane = 0; lane < kNormLanes; ++lane) gradient[lane] = update[lane] = parameter[lane] = T(0);
-  }
-  FASTADAM_INLINE void end_group() {
+  FASTADAM_INLINE TileSums() {
 #pragma omp simd
     for (int64_t lane = 0; lane < kNormLanes; ++lane) {
-      sums[0][lane] += static_cast<double>(gradient[lane]);
-      sums[1][lane] += static_cast<double>(update[lane]);
-      sums[2][lane] += static_cast<double>(parameter[lane]);
+      gradient[lane] = update[lane] = parameter[lane] = T(0);
+      unchanged[lane] = 0;
     }
   }
 };
+
+// Adds the lanes in double, half to half, which vectorises.
+template <class T>
+FASTADAM_INLINE double sum_of_lanes(const T* lanes) {
+  alignas(kCacheLineBytes) double sums[kNormLanes / 2];
+#pragma omp simd
+  for (int64_t i = 0; i < kNormLanes / 2; ++i) {
+    sums[i] = static_cast<double>(lanes[i]) + static_cast<double>(lanes[i + kNormLanes / 2]);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < 8; ++i) sums[i] += sums[i + 8];
+  for (int64_t i = 0; i < 4; ++i) sums[i] += sums[i + 4];
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
 
 // Updates up to kNormLanes elements and adds them to the sums; what is added to a variable times `unit`.
 template <bool kAmsgrad, int kTransform, class T>
@@ -101,20 +108,18 @@ TileMeasure update_tile(const Operands<T>& all, int64_t size, const StepScalars<
   const StepScalars<T> s = scalars;
   TileSums<T> sums;
   for (int64_t at = 0; at < size; at += kNormLanes) {
-    if (at % sums.kGroup == 0) sums.begin_group();
     const Operands<T> lanes{all.var + at, all.grad + at, all.m + at, all.v + at, kAmsgrad ? all.vhat + at : nullptr};
-    if (prefetch) prefetch_block(sizeof(T), lanes.var, lanes.grad, lanes.m, lanes.v);
+    if (prefetch) prefetch_far(sizeof(T), lanes.var, lanes.grad, lanes.m, lanes.v);
     if (size - at >= kNormLanes) {
       update_lanes<kAmsgrad, kTransform>(lanes, kNormLanes, s, factor, keep, unit, rounding, sums);
     } else {
       update_lanes<kAmsgrad, kTransform>(lanes, size - at, s, factor, keep, unit, rounding, sums);
     }
-    if ((at + kNormLanes) % sums.kGroup == 0 || at + kNormLanes >= size) sums.end_group();
   }
   TileMeasure result{};
-  result.gradient = pairwise_sum(sums.sums[0], kNormLanes);
-  result.update = pairwise_sum(sums.sums[1], kNormLanes);
-  result.parameter = pairwise_sum(sums.sums[2], kNormLanes);
+  result.gradient = sum_of_lanes(sums.gradient);
+  result.update = sum_of_lanes(sums.update);
+  result.parameter = sum_of_lanes(sums.parameter);
   for (int32_t count : sums.unchanged) result.unchanged += count;
   return result;
 }
@@ -176,33 +181,50 @@ __attribute__((noinline)) int32_t count_same(const T* before, const T* now, int6
   return same;
 }
 
+// Measures again what rounding to Half has changed.
+template <class Half>
+__attribute__((noinline)) void measure_rounded(const Half* var, const float* before, int64_t size, float unit,
+                                               TileMeasure& result) {
+  float now[kTile];
+  float added[kTile];
+  convert(var, now, size);
+  result.unchanged = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    added[i] = (now[i] - before[i]) * unit;
+    result.unchanged += bit_cast<uint32_t>(now[i]) == bit_cast<uint32_t>(before[i]) ? 1 : 0;
+  }
+  result.update = exact_sum(added, size);
+  result.parameter = exact_sum(now, size);
+}
+
 // Updates a tile of a dense variable, and measures the step.
 template <class Storage>
 TileMeasure adam_measured(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
+  constexpr bool kIsHalf = sizeof(Storage) == 2;
   const StepScalars<T>& s = scalars_of<T>(step);
   const FactorPair<T> factor = factor_of<T>(step, tensor);
   const T keep = tensor.decays ? s.keep : T(1);
   const T unit = static_cast<T>(step.telemetry_unit);
-  const bool has_copy = tensor.copy != nullptr;
-  const bool is_rounded = std::is_same_v<Storage, BFloat16> || (has_copy && tensor.copy_dtype == FASTADAM_BFLOAT16);
-  const bool is_to_half = std::is_same_v<Storage, Float16> || (has_copy && tensor.copy_dtype == FASTADAM_FLOAT16);
-  TileMeasure result{};
+  const bool is_to_bfloat16 = tensor.copy != nullptr && tensor.copy_dtype == FASTADAM_BFLOAT16;
+  const bool is_to_float16 = tensor.copy != nullptr && tensor.copy_dtype == FASTADAM_FLOAT16;
   const int64_t size = end - begin;
+  TileMeasure result{};
+  T before[kTile];
   in_compute_types<Storage>(step, tensor, begin, size, [&](const Operands<T>& all) {
-    T before[kTile];
-    if (is_to_half) std::memcpy(before, all.var, static_cast<size_t>(size) * sizeof(T));
-    result = update_tile_for<T>(step)(all, size, s, factor, keep, unit, is_rounded ? kToBFloat16 : kNotRounded,
-                                      step.prefetch);
+    if (kIsHalf || is_to_float16) std::memcpy(before, all.var, static_cast<size_t>(size) * sizeof(T));
+    const Rounding& rounding = is_to_bfloat16 ? kToBFloat16 : kNotRounded;
+    result = update_tile_for<T>(step)(all, size, s, factor, keep, unit, rounding, step.prefetch);
     if (is_doubtful<T>(result.gradient)) result.gradient = exact_sum(all.grad, size);
     if (is_doubtful<T>(result.parameter)) result.parameter = exact_sum(all.var, size);
     if constexpr (sizeof(T) == 4) {
-      if (is_to_half) result.unchanged = count_same<Float16>(before, all.var, size);
+      if (is_to_float16) result.unchanged = count_same<Float16>(before, all.var, size);
     }
     for (int64_t i = 0; i < size && !is_finite(result.gradient); ++i) {
       result.not_finite += is_finite(static_cast<double>(all.grad[i])) ? 0 : 1;
     }
   });
+  if constexpr (kIsHalf) measure_rounded(static_cast<const Storage*>(tensor.var) + begin, before, size, unit, result);
   return result;
 }
 

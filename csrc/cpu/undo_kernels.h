@@ -32,7 +32,7 @@ __attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t
   uint32_t* __restrict v_misses = misses.of[kLoggedV];
   uint32_t* __restrict vhat_misses = misses.of[kLoggedVhat];
   for (int64_t block = 0; block < size; block += kBlock) {
-    if (prefetch) prefetch_block(sizeof(float), var + block, grad + block, m + block, v + block);
+    if (prefetch) prefetch_far(sizeof(float), var + block, grad + block, m + block, v + block);
     const int64_t end = block + kBlock < size ? block + kBlock : size;
 #pragma omp simd
     for (int64_t i = block; i < end; ++i) {

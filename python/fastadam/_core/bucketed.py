@@ -52,7 +52,7 @@ class BucketedStep(OpenStep):
             check_pairs(pairs)
         if match is None:
             self._require_built(pairs)
-            match = stepper.make_plan(pairs, copies, self._hyper, self._scale)
+            match = stepper.make_plan(pairs, copies, self._hyper, self._scale, zeroes=False)
         plan, gradients = match
         if plan.places is None:
             plan.places = [(entry.place,) for buffer in plan.plan.buffers if (entry := stepper.entry_of(buffer))]

@@ -24,10 +24,10 @@ def check_copies(copies: object, pairs: list[AnyPair]) -> list[AnyArray]:
     """For each pair None or the array that receives a copy of the variable; empty if there is none."""
     if copies is None:
         return []
-    arrays = [unwrap(copy) for copy in check_list("copies", copies)]
+    arrays = check_list("copies", copies)
     if len(arrays) != len(pairs):
         raise ValueError(f"copies: {len(arrays)} items, expected {len(pairs)}, an array or None for each pair")
-    return arrays if any(array is not None for array in arrays) else []
+    return [] if all(array is None for array in arrays) else arrays
 
 
 def first_variable(pairs: list[AnyPair]) -> AnyArray:

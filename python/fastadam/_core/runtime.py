@@ -52,7 +52,10 @@ class StepPlan:
         """Whether the plan writes these copies of the variables in ``grads_and_vars``; empty for none."""
         if not copies:
             return not self.has_copies
-        return self.has_copies and self.plan.has_copies([copies[place] for place in self.plan.positions])
+        places = self.plan.positions
+        return self.has_copies and self.plan.has_copies(
+            copies if len(places) == len(copies) else [copies[place] for place in places]
+        )
 
 
 class Runtime:

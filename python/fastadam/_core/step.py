@@ -120,7 +120,7 @@ class Stepper:
         match = self.find_plan(pairs, copies)
         if match is None or len(match[1]) < len(pairs):
             check_pairs(pairs)
-        plan, gradients = match or self.make_plan(pairs, copies, hyper, scale)
+        plan, gradients = match or self.make_plan(pairs, copies, hyper, scale, zeroes=zero_grads)
         runtime.use_plan(plan)
         if plan.plan.device >= 0:
             plan.plan.set_device_numbers(rate)
@@ -263,7 +263,7 @@ class Stepper:
         return match if fits else None
 
     def make_plan(
-        self, pairs: list[AnyPair], copies: list[AnyArray], hyper: StepHyper, scale: float
+        self, pairs: list[AnyPair], copies: list[AnyArray], hyper: StepHyper, scale: float, *, zeroes: bool
     ) -> tuple[StepPlan, list[AnyGradient]]:
         """A plan for variables not seen before, and gradients as far as they had to be converted to check the step."""
         version = self._version()  # before any code of a gradient runs: what that sets asks for another plan
@@ -285,11 +285,11 @@ class Stepper:
             positions=positions,
             lazy=options.sparse_update == "lazy",
             histories=[None if history is None else history.native for history in histories],
-            copies=[copies[i] for i in positions] if copies else _NONE,
+            copies=[unwrap(copies[i]) for i in positions] if copies else _NONE,
             context=runtime.context_of(buffers[0]),
         )
         plan.set_telemetry(options.telemetry)
-        gradients = plan.check(gradients)
+        gradients = plan.check(gradients, zeroes=zeroes)
         plan.check_numbers(hyper)
         plan.check_numbers(hyper._replace(gradient_scale=scale))  # of accumulated gradients, which have another scale
         given = {i: unwrap(pairs[i][1]) for i in positions}

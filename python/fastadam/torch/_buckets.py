@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,10 +13,11 @@ from fastadam._core.common.checks import check_list
 from fastadam._core.native.buckets import Bucket, OpenStep
 from fastadam._core.native.plan import Factors, Norms, StepHyper
 from fastadam._core.native.worker import Handle
-from fastadam.torch._checks import Group, States, label_of
+from fastadam.torch._checks import Group, ParamState, States, label_of
 from fastadam.torch._clipping import add_shards, is_sharded
 from fastadam.torch._grad_scaler import ScaledStep
 from fastadam.torch._no_memory import hide_gradients, refuse_simulation
+from fastadam.torch._state import MASTER
 
 if TYPE_CHECKING:
     from fastadam.torch._step import Call, GroupStepper
@@ -27,11 +28,24 @@ __all__ = ["BucketedStep"]
 class _Given(NamedTuple):
     """A parameter of a bucket, as it was when it was given."""
 
-    label: str
     param: Tensor
     gradient: Tensor
     versions: tuple[int, int]  # torch's, of both
-    moments: list[Tensor]
+    state: ParamState
+    group: Group
+    place: tuple[int, int]  # of the group, and there
+
+    @property
+    def label(self) -> str:
+        """What error messages call the parameter."""
+        return label_of(self.group, *self.place)
+
+    @property
+    def moments(self) -> list[Tensor]:
+        """What would be undone with a wrong value of the parameter; with a master in its place nothing is."""
+        if MASTER in self.state:
+            return []
+        return [value for key, value in self.state.items() if key != "step" and isinstance(value, Tensor)]
 
     def was_written(self) -> bool:
         """Whether something else than the step has written to the parameter."""
@@ -68,16 +82,20 @@ class BucketedStep:
     ) -> None:
         self._stepper, self._state = stepper, state
         self._groups: list[Group] = [{**group, "params": list(group["params"])} for group in groups]
-        self._scaled = ScaledStep(torch.tensor(loss_scale), None)
-        self._places: dict[Tensor, tuple[int, int]] = {}
+        self._scaled = ScaledStep(None if loss_scale == 1.0 else torch.tensor(loss_scale), None)
+        self._places: dict[int, tuple[int, int]] = {}  # by the identity of the parameter
         for index, group in enumerate(self._groups):
             for place, param in enumerate(group["params"]):
-                if param in self._places:
+                if id(param) in self._places:
                     raise ValueError(f"begin_step: {label_of(group, index, place)} comes twice, expected it once")
-                self._places[param] = (index, place)
+                self._places[id(param)] = (index, place)
+        # If nothing is to be done before the end, the step is a plain one, which is faster.
+        self._waits = not early and not stepper.clipping.reads_norms and _are_on_host(self._groups)
+        self._waiting: dict[tuple[int, int], _Given] = {}
         stepper.tables.forget_removed(self._groups)
         stepper.partitions.note_state(state, len(groups))
         self._given: dict[tuple[int, int], _Given] = {}
+        self._calls: list[Call] = []
         self._counts: dict[int, tuple[int, int]] = {}  # whose step count is at an address
         numbers = StepHyper(1, 0.0, 0.0, 0.0, 0.0, gradient_scale=self._scaled.gradient_scale)
         self._open = OpenStep(
@@ -99,19 +117,41 @@ class BucketedStep:
         given = check_list("params", params, "an iterable of parameters")
         places: list[tuple[int, int]] = []
         for i, param in enumerate(given):
-            place = self._places.get(param) if isinstance(param, Tensor) else None
+            place = self._places.get(id(param))
             if place is None:
                 what = f"shape {tuple(param.shape)}" if isinstance(param, Tensor) else type(param).__name__
                 raise ValueError(f"step_bucket: params[{i}]: {what}, expected a parameter of this optimizer")
             if param.grad is not None:
                 places.append(place)
+        if self._waits:
+            return self._wait_with(places)
         self._open.require(places, [label_of(self._groups[index], index, place) for index, place in places])
+        return self._take(places)
+
+    def _wait_with(self, places: Sequence[tuple[int, int]]) -> Handle[None]:
+        self._open.require([], [])
+        waiting: dict[tuple[int, int], _Given] = {}
+        for place in places:
+            group = self._groups[place[0]]
+            if place in self._waiting or place in waiting:
+                label = label_of(group, *place)
+                raise ValueError(f"step_bucket: {label} was given before in this step, expected it once")
+            param = group["params"][place[1]]
+            waiting[place] = _Given(param, param.grad, _versions(param), {}, group, place)
+        handle: Handle[None] = Handle(lambda: None)
+        handle.run()
+        self._waiting.update(waiting)
+        return handle
+
+    def _take(self, places: Sequence[tuple[int, int]]) -> Handle[None]:
         with torch.no_grad():
             calls = self._calls_of(places)
         buckets = [self._bucket_of(call) for call in calls]
         for call in calls:
             self._note_given(call)
-        return self._open.add(buckets)
+        handle = self._open.add(buckets)
+        self._calls += calls
+        return handle
 
     def finish(self) -> bool:
         """Step the parameters that were not given but have a gradient, and end the step.
@@ -119,22 +159,41 @@ class BucketedStep:
         Returns:
             Whether it was made; False if a gradient was not finite and has to be.
         """
+        if self._waits:
+            return self._make_plain()
         try:
-            self.add([param for param, place in self._places.items() if not self._open.has(place)])
-            for given in self._taken:
-                if given.was_written():
-                    raise RuntimeError(
-                        f"{given.label}: was written to while a step was open, expected no write before it ends"
-                    )
-                if given.has_other_gradient():
-                    raise RuntimeError(
-                        f"gradient of {given.label}: changed since step_bucket(), expected it as it was until the step "
-                        "ends; the step was undone"
-                    )
+            self._take(
+                [
+                    (index, place)
+                    for index, group in enumerate(self._groups)
+                    for place, param in enumerate(group["params"])
+                    if param.grad is not None and not self._open.has((index, place))
+                ]
+            )
+            _require_unchanged(self._taken)
         except BaseException:
             self.abort()
             raise
         return self._open.finish(self._commit)
+
+    def _make_plain(self) -> bool:
+        def step() -> bool:
+            self._stepper.step_scaled(self._groups, self._state, self._scaled)
+            return True
+
+        try:
+            _require_unchanged(self._waiting.values())
+        except BaseException:
+            self.abort()
+            raise
+        dropped = [given for given in self._waiting.values() if given.param.grad is None]
+        try:
+            for given in dropped:
+                given.param.grad = given.gradient
+            return self._open.finish_with(step)
+        finally:
+            for given in dropped:
+                given.param.grad = None
 
     def abort(self) -> None:
         """Undo what was made. A parameter that something else has written to keeps its values and moments."""
@@ -154,6 +213,7 @@ class BucketedStep:
     def _commit(self, was_made: bool) -> None:
         self._stepper.forget_numbers()
         self._stepper.compiled.skipped = not was_made
+        self._stepper.note_measured(self._calls, was_made=was_made)
 
     @property
     def _taken(self) -> list[_Given]:
@@ -162,26 +222,33 @@ class BucketedStep:
 
     def _note_given(self, call: Call) -> None:
         group, chosen = self._groups[call.group], call.chosen
-        for place, state, address in zip(chosen.positions, chosen.states, chosen.counts.addresses, strict=True):
-            param = group["params"][place]
-            moments = [value for key, value in state.items() if key != "step" and isinstance(value, Tensor)]
-            label, versions = label_of(group, call.group, place), (_version(param), _version(param.grad))
-            self._given[call.group, place] = _Given(label, param, param.grad, versions, moments)
-            self._counts[address] = call.group, place
+        for at, param, state, address in zip(
+            chosen.positions, chosen.params, chosen.states, chosen.counts.addresses, strict=True
+        ):
+            place = call.group, at
+            self._given[place] = _Given(param, param.grad, _versions(param), state, group, place)
+            self._counts[address] = place
 
     def _calls_of(self, places: Sequence[tuple[int, int]]) -> list[Call]:
         stepper = self._stepper
         calls: list[Call] = []
-        for index in sorted({index for index, _ in places}):
+        by_group: dict[int, list[int]] = {}
+        for index, place in places:
+            by_group.setdefault(index, []).append(place)
+        for index, chosen in sorted(by_group.items()):
             group = self._groups[index]
-            mine = {place for at, place in places if at == index}
-            gradients = [param.grad if place in mine else None for place, param in enumerate(group["params"])]
-            if hide_gradients(group["params"], gradients):
+            params = [group["params"][place] for place in chosen]
+            mine = [param.grad for param in params]
+            if hide_gradients(params, mine):
                 raise RuntimeError("step_bucket: parameters without memory (meta, fake), expected step() for these")
-            refuse_simulation(gradients)
-            stepper.clipping.require_host(index, group, gradients)
-            if any(gradient is not None and gradient.is_cuda for gradient in gradients):
+            refuse_simulation(mine)
+            gradients: list[Tensor | None] = [None] * len(group["params"])
+            for place, gradient in zip(chosen, mine, strict=True):
+                gradients[place] = gradient
+            if any(gradient is not None and gradient.is_cuda for gradient in mine):
+                stepper.clipping.require_host(index, group, gradients)
                 raise RuntimeError("step_bucket: parameters on a GPU, expected CPU memory")
+            stepper.require_options(index, group, gradients)
             for ready in stepper.ready(index, group, self._state, gradients, self._scaled):
                 call = stepper.call_of(index, ready, group, gradients, self._scaled, Counter())
                 checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)
@@ -229,5 +296,33 @@ class BucketedStep:
         return norms
 
 
+def _are_on_host(groups: list[Group]) -> bool:
+    """Whether all parameters are in CPU memory."""
+    for group in groups:
+        params = group["params"]
+        if any(not param.is_cpu for param in params) or hide_gradients(params, list(params)):
+            return False
+    return True
+
+
+def _require_unchanged(given: Iterable[_Given]) -> None:
+    """Raise if something else than the step has written to a parameter or to its gradient."""
+    for each in given:
+        if each.was_written():
+            raise RuntimeError(f"{each.label}: was written to while a step was open, expected no write before it ends")
+        if each.has_other_gradient():
+            raise RuntimeError(
+                f"gradient of {each.label}: changed since step_bucket(), expected it as it was until the step ends; "
+                "the step was undone"
+            )
+
+
+def _versions(param: Tensor) -> tuple[int, int]:
+    return _version(param), _version(param.grad)
+
+
 def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    try:
+        return int(tensor._version)
+    except RuntimeError:  # an inference tensor has none
+        return -1

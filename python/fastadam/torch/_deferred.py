@@ -14,6 +14,7 @@ from fastadam._core.deferred.history import History, Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState
+from fastadam.torch._layout import versions_of
 from fastadam.torch._state import SLOTS
 
 if TYPE_CHECKING:
@@ -89,14 +90,6 @@ class Table:
             return False
         self.history.change_numbers(numbers)
         return True
-
-
-def _mark_of(tensor: Tensor) -> tuple[int | None, int]:
-    """What changes when a tensor is written to or gets other memory."""
-    try:
-        return tensor._version, tensor.data_ptr()
-    except RuntimeError:  # an inference tensor has no version
-        return None, tensor.data_ptr()
 
 
 class Tables:
@@ -177,6 +170,11 @@ class Tables:
                     "opt.gather(param, ids) or after opt.sync()"
                 )
                 return
+
+
+def _mark_of(tensor: Tensor) -> tuple[int | None, int]:
+    """What changes when a tensor is written to or gets other memory."""
+    return versions_of([tensor])[0], tensor.data_ptr()
 
 
 class Readable(Protocol):

@@ -98,7 +98,7 @@ class GradientReader:
         if reason or self._densify:
             dense = gradient.to_dense()
             return self._views[i].of(dense).contiguous() if i in self._views else dense
-        values = gradient._values().detach().resolve_neg().to(param.dtype)
+        values = gradient._values().detach().resolve_neg().to(self._dtypes[i])
         indices = gradient._indices()
         if self._kind.axes > 1:
             rows = _elements(indices, gradient.shape)

@@ -14,12 +14,15 @@ __all__ = [
     "UNORDERED",
     "Turn",
     "View",
+    "clusters_of",
     "flattened",
     "gradient_like",
     "is_lazy_view",
     "is_plain",
     "local_of",
+    "span_of",
     "turns_of",
+    "versions_of",
 ]
 
 
@@ -39,6 +42,14 @@ def local_of(tensor: Tensor) -> Tensor:
         return tensor
     local: Tensor = tensor.to_local()
     return local.wait() if hasattr(local, "wait") else local  # a collective may still be running
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int | None]:
+    """What goes up when tensors are written to; all None if there is an inference tensor, which has no version."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [None] * len(tensors)
 
 
 class Turn(NamedTuple):
@@ -81,8 +92,8 @@ def turns_of(params: Sequence[Tensor], steps: Sequence[Tensor | None], *, fused:
     keys = [_count_key(*pair) for pair in zip(params, steps, strict=True)]
     raises = Counter(keys)
     turns = [ALONE] * len(params)
-    spans = [_span_of(param) for param in params]
-    clusters = {place: places for places in _clusters_of(spans) for place in places}
+    spans = [span_of(param) for param in params]
+    clusters = {place: places for places in clusters_of(spans) for place in places}
     if foreach and clusters:
         raise ValueError(f"foreach: True with parameters that share memory, {UNORDERED}")
     raised: Counter[Hashable] = Counter()
@@ -111,7 +122,7 @@ def _count_key(param: Tensor, step: Tensor | None) -> Hashable:
     return id(param) if step is None else (str(step.device), step.data_ptr())
 
 
-def _span_of(tensor: Tensor) -> tuple[tuple[str, int], tuple[str, int]]:
+def span_of(tensor: Tensor) -> tuple[tuple[str, int], tuple[str, int]]:
     """The first byte of a tensor and the one after its last, with the device."""
     local = local_of(tensor)
     start, device = local.data_ptr(), str(local.device)
@@ -122,7 +133,7 @@ def _span_of(tensor: Tensor) -> tuple[tuple[str, int], tuple[str, int]]:
     return (device, start), (device, start + size * local.element_size())
 
 
-def _clusters_of(spans: list[tuple[tuple[str, int], tuple[str, int]]]) -> list[list[int]]:
+def clusters_of(spans: list[tuple[tuple[str, int], tuple[str, int]]]) -> list[list[int]]:
     """The places of spans that overlap, directly or through others, in order; those that are alone are left out."""
     clusters: list[list[int]] = []
     order = sorted((place for place, (start, end) in enumerate(spans) if end > start), key=lambda place: spans[place])

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastadam.torch._checks import Group, ParamState, States, check_flags, check_options, label_of
+from fastadam.torch._options import Options
 from fastadam.torch._state import states_of
 
 __all__ = ["Simulated", "hide_gradients", "is_simulation", "refuse_simulation"]
@@ -53,15 +54,15 @@ class Simulated:
         group: Group,
         places: list[int],
         state: States,
-        sparse_update: str,
-        moments_dtype: torch.dtype | None,
+        options: Options,
     ) -> None:
         """Add the parameters of a group at these places, or raise what is wrong with them."""
         check_options(group)
         for place in places:
             param, label = group["params"][place], label_of(group, index, place)
-            check_flags(group, param, label, sparse_update)
-            self._stepped.append((param, *states_of(state, [param], [label], group, moments_dtype)))
+            check_flags(group, param, label, options.sparse_update)
+            made = states_of(state, [param], [label], group, options.state_dtype, has_masters=options.master_weights)
+            self._stepped.append((param, *made))
 
     def finish(self, state: States) -> None:
         """Count the step."""

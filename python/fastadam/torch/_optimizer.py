@@ -28,13 +28,17 @@ from fastadam.torch._checks import (
 )
 from fastadam.torch._clipping import Clipping
 from fastadam.torch._compiled import Columns, traced_step
+from fastadam.torch._copies import ComputeParams, check_compute_params, check_groups_apart
 from fastadam.torch._deferred import Reader
+from fastadam.torch._options import Options
 from fastadam.torch._state import fill_groups, keep_tensors, restore_states, states_of
-from fastadam.torch._step import GroupStepper, Options
+from fastadam.torch._step import GroupStepper
+from fastadam.torch._telemetry import joined
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT, StateDict
 
+    from fastadam._core.common.telemetry import Telemetry
     from fastadam._core.common.types import SparseUpdate
     from fastadam.torch._checks import Group
 
@@ -102,6 +106,21 @@ class Adam(torch.optim.Optimizer):
     Learning rate schedulers, and ``step_was_skipped`` of Accelerate, only see whether ``step`` was called, not that it
     changed nothing. Write ``if not optimizer.last_step_skipped: scheduler.step()``.
 
+    Two ways to keep float32 parameters for a model that computes in half precision; both write the rounded values (to
+    nearest even) in the pass that steps the float32 ones, in CPU memory, for dense gradients and for sparse ones with
+    "dense" or "lazy":
+
+    - A group ``{"params": [...], "compute_params": [...]}`` has for each float32 parameter None or a tensor of
+      bfloat16, float16 or float32 that receives its value after every step that moves it. These tensors are the
+      caller's: they are copied and pickled with the optimizer, and not part of state dicts. A gradient of a half type
+      (``parameter.grad_dtype = torch.bfloat16``) is read as it is.
+    - With ``master_weights`` bfloat16 and float16 parameters are the rounded values, and the optimizer owns the float32
+      ones, ``state[parameter]["master"]``, with float32 moments. They begin as the parameter. What is written to a
+      parameter between steps, as by ``load_state_dict`` of the model, becomes the master's value wherever the master
+      does not round to it, so that a checkpoint of both goes on to the bit in whatever order it is loaded. Writes
+      through ``parameter.data`` are not noticed: the next step overwrites them. A state dict without masters, as of
+      ``torch.optim.AdamW``, may be loaded: masters are then made of the parameters. torch's optimizers ignore the key.
+
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of them.
         lr: Step size; a number or a tensor of one element.
@@ -127,6 +146,10 @@ class Adam(torch.optim.Optimizer):
         global_clipnorm: All gradients are scaled alike, so that their joint norm is at most this; None for no bound.
         skip_nonfinite: A step changes nothing, not even step counts, if an element of a gradient, or a norm that is to
             be clipped, is infinite or NaN; :attr:`last_step_skipped` says so.
+        master_weights: Keep float32 masters of bfloat16 and float16 parameters, which are on the CPU; others are
+            stepped as usual. Belongs to the optimizer, like the next one; neither can be set later.
+        telemetry: Measure in every step what it does to each parameter, for :meth:`telemetry`. Gradients must be dense
+            and on the CPU.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -176,15 +199,15 @@ class Adam(torch.optim.Optimizer):
         clipnorm: float | None = None,
         global_clipnorm: float | None = None,
         skip_nonfinite: bool = False,
+        master_weights: bool = False,
+        telemetry: bool = False,
     ) -> None:
         check_sparse_update(sparse_update)
-        if moments_dtype not in (None, torch.float32):
-            raise ValueError(f"moments_dtype: {moments_dtype}, expected None or torch.float32")
         clipping = Clipping()
         clipping.set(
             clipvalue=clipvalue, clipnorm=clipnorm, global_clipnorm=global_clipnorm, skip_nonfinite=skip_nonfinite
         )
-        self._options = Options(sparse_update, moments_dtype, readers=[], clipping=clipping)
+        self._options = Options(sparse_update, moments_dtype, [], clipping, master_weights, telemetry)
         self._stepper = GroupStepper(self._options)
         check_kinds(lr, betas, eps, weight_decay)
         tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
@@ -240,7 +263,7 @@ class Adam(torch.optim.Optimizer):
                 stepper.require_closed("step")
                 stepper.step(self.param_groups, self.state, grad_scale, found_inf)
             return loss
-        if self._options.clipping.is_on:
+        if self._options.need_eager(self.param_groups):
             self._step_eagerly(grad_scale, found_inf)
             return loss
         traced = [Columns([], [], [], [], [], []) for _ in self.param_groups]
@@ -287,7 +310,7 @@ class Adam(torch.optim.Optimizer):
             check_options(group)
             for param, label in zip(stepped, labels, strict=True):
                 check_flags(group, param, label, options.sparse_update)
-            states = states_of(self.state, stepped, labels, group, options.moments_dtype) if stepped else []
+            states = states_of(self.state, stepped, labels, group, options.state_dtype) if stepped else []
         except (RuntimeError, TypeError, ValueError):
             return False  # in the compiler these would be internal errors
         for param, state in zip(stepped, states, strict=True):
@@ -311,6 +334,41 @@ class Adam(torch.optim.Optimizer):
         """The dtype of the moments of half parameters; None for the parameter's dtype."""
         return self._options.moments_dtype
 
+    @property
+    def master_weights(self) -> bool:
+        """Whether half parameters have float32 masters; see the class."""
+        return self._options.master_weights
+
+    def telemetry(self) -> Telemetry:
+        """What the last step did to each parameter that had a gradient: ``telemetry=True`` in the constructor.
+
+        Parameters are in the order of the groups; a parameter without a name is called by its group and its place
+        there, as "0.1". With masters the report is about them, and ``unchanged`` about the parameters, their copies. A
+        complex parameter counts as its real and imaginary parts, a DTensor as the shard of this process. After a step
+        that ``skip_nonfinite`` skipped, the report is about its gradients; a step that a GradScaler skips is not
+        measured.
+
+        Raises:
+            RuntimeError: ``telemetry`` is off, or no step was made yet.
+
+        >>> import importlib.util
+        >>> if importlib.util.find_spec("torch"):
+        ...     import torch, fastadam.torch
+        ...     model = torch.nn.Linear(2, 1)
+        ...     opt = fastadam.torch.AdamW(model.named_parameters(), lr=0.1, telemetry=True)
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     opt.step()
+        ...     assert opt.telemetry().names == ["weight", "bias"]
+        ...     assert opt.telemetry().to_dict()["gradient_norm/bias"] == 1.0
+        """
+        if not self._options.telemetry:
+            raise RuntimeError("telemetry: the optimizer measures no steps, expected telemetry=True when it is made")
+        with self._stepper.lock:
+            self._stepper.finish(self.state)
+            if self._stepper.measured is None:
+                raise RuntimeError("telemetry: no step was measured yet, expected a call of step first")
+            return joined(self._stepper.measured, self.param_groups)
+
     # ---- steps in buckets ------------------------------------------------------------------------------------------
 
     def begin_step(self, *, early: bool = False, threads: int | None = None, loss_scale: float = 1.0) -> None:
@@ -319,8 +377,8 @@ class Adam(torch.optim.Optimizer):
         The result has the bits of :meth:`step`, whatever the buckets, their order and the threads that give them.
         Nothing is written before ``end_step`` unless ``early``: then each bucket is stepped at once on a background
         thread, as if no norm was clipped, and a log of about 1.1 bytes for each parameter undoes that if it was wrong.
-        Only float32 parameters with dense gradients are stepped early. Gradients must stay as they are until
-        ``end_step``.
+        Only float32 parameters, and half ones with masters, whose gradients are dense are stepped early, and none with
+        ``telemetry``. Gradients must stay as they are until ``end_step``.
 
         Args:
             early: Step buckets as they come; :func:`fastadam.torch.overlap` does so during the backward pass.
@@ -526,18 +584,25 @@ class Adam(torch.optim.Optimizer):
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> StateDict:
-        """The state dict of ``torch.optim.Adam``; every row of every table is brought up to date first."""
+        """The state dict of ``torch.optim.Adam``; every row of every table is brought up to date first.
+
+        With ``master_weights`` the state of a half parameter has a float32 ``master``, too, and float32 moments: with
+        the masters as its parameters it is the state of a float32 model. ``compute_params`` are left out.
+        """
         with self._stepper.lock:
             self._stepper.require_closed("state_dict")
             self.sync()
-            return super().state_dict()
+            saved = super().state_dict()
+            for group in saved["param_groups"]:
+                group.pop("compute_params", None)
+            return saved
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Take clones of a state dict, from this class or from torch; moments of half parameters keep their dtype.
 
         The groups become the saved ones, except for ``foreach``, ``fused``, ``capturable`` and ``differentiable``,
-        which keep their values. Rows that wait are brought up to date first, except in a parameter that has been
-        written to since the last step: it is assumed to have been loaded.
+        which keep their values, and for ``compute_params``, which stay. Rows that wait are brought up to date first,
+        except in a parameter that has been written to since the last step: it is assumed to have been loaded.
 
         Raises:
             TypeError: A state that is not a dict, or a moment that is not a plain tensor.
@@ -563,10 +628,18 @@ class Adam(torch.optim.Optimizer):
                 last.remove()
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters, with their own values of the options or the defaults."""
+        """Add parameters, with their own values of the options or the defaults, and perhaps ``compute_params``."""
         if isinstance(param_group, dict):
             check_options(param_group)
         super().add_param_group(param_group)
+        try:
+            check_compute_params(param_group, len(self.param_groups) - 1, self._options.sparse_update)
+            check_groups_apart(enumerate(self.param_groups))
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        if param_group.get("compute_params") is not None:
+            param_group["compute_params"] = ComputeParams(param_group["compute_params"])
 
     def __getstate__(self) -> StateDict:
         self._stepper.require_closed("copy")
@@ -581,7 +654,8 @@ class Adam(torch.optim.Optimizer):
         for reader in self._options.readers:
             reader.optimizer = self
         fill_groups(self.param_groups, before)
-        restore_states(self.state, self.param_groups, self._options.moments_dtype)
+        options = self._options
+        restore_states(self.state, self.param_groups, options.state_dtype, has_masters=options.master_weights)
 
 
 class AdamW(Adam):
@@ -621,6 +695,8 @@ class AdamW(Adam):
         clipnorm: float | None = None,
         global_clipnorm: float | None = None,
         skip_nonfinite: bool = False,
+        master_weights: bool = False,
+        telemetry: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -641,6 +717,8 @@ class AdamW(Adam):
             clipnorm=clipnorm,
             global_clipnorm=global_clipnorm,
             skip_nonfinite=skip_nonfinite,
+            master_weights=master_weights,
+            telemetry=telemetry,
         )
 
     def __setstate__(self, state: StateDict) -> None:

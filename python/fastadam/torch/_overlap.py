@@ -27,12 +27,12 @@ class Overlap:
     ...     import torch, fastadam.torch
     ...     model = torch.nn.Linear(4, 1)
     ...     opt = fastadam.torch.AdamW(model.parameters())
-    ...     steps = fastadam.torch.overlap(opt).attach()
+    ...     attached = fastadam.torch.overlap(opt).attach()
     ...     for _ in range(2):
     ...         opt.zero_grad()
     ...         model(torch.ones(2, 4)).square().sum().backward()
     ...         opt.step()
-    ...     steps.detach()
+    ...     attached.detach()
     """
 
     def __init__(self, optimizer: Adam, bucket_mb: float, threads: int | None, loss_scale: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,10 +13,11 @@ from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gpu import cuda_module, late_error
 from fastadam._core.native.plan import Factors, Plan, StepHyper
 from fastadam.torch._checks import Group, ParamState, check_options, check_rule
+from fastadam.torch._copies import Copies
 from fastadam.torch._deferred import Table
 from fastadam.torch._gradients import GradientReader
 from fastadam.torch._layout import ALONE, Turn, View, flattened, is_lazy_view, is_plain, local_of
-from fastadam.torch._state import HALF, SLOTS, Kind
+from fastadam.torch._state import HALF, MASTER, SLOTS, Kind
 from fastadam.torch._step_count import StepCounts, is_on_gpu, whole_count
 
 __all__ = ["ParameterSet"]
@@ -35,6 +38,8 @@ class ParameterSet:
         turn: When they are stepped among others that share memory with them.
         counts: The step counts in the states, if there is an object of them.
         context: On a GPU, the context of the set that this one replaces.
+        copies: The tensors that receive rounded copies of the parameters; None for none.
+        measures: Each step measures what it does to the parameters.
     """
 
     def __init__(
@@ -48,9 +53,14 @@ class ParameterSet:
         turn: Turn = ALONE,
         counts: StepCounts | None = None,
         context: Foreign = None,
+        *,
+        copies: Copies | None = None,
+        measures: bool = False,
     ) -> None:
         self.params, self.states, self.labels = params, states, labels
         self.positions, self.kind, self.tables, self.turn = positions, kind, tables, turn
+        self.copies = Copies(params, [], has_masters=False) if copies is None else copies
+        self._measures = measures
         self.device = params[0].device
         self._reversed = [-1.0] * len(params)  # factors of gradients to be maximized
         self.counts = counts or StepCounts([state["step"] for state in states])
@@ -62,9 +72,9 @@ class ParameterSet:
         self._columns = self._read_columns()
         self._check_slots()
         self._views: dict[int, View] = {}
-        for i, row in enumerate(zip(*self._columns, strict=True)):
-            if not is_plain(row):
-                self._views[i] = View(row, labels[i])
+        for i, label in enumerate(labels):
+            if not is_plain(row := self._row(i)):
+                self._views[i] = View(row, label)
         self.context = context
         self.make_plan()
         dtypes = [getattr(torch, buffer.dtype) for buffer in self.buffers]
@@ -73,21 +83,30 @@ class ParameterSet:
     # ---- the plan --------------------------------------------------------------------------------------------------
 
     def _read_columns(self) -> list[list[Tensor]]:
-        """The parameters, then each of their slots."""
+        """The parameters, or masters in their place, then each of their slots."""
         keys = [SLOTS[name] for name in self.kind.slots]
-        return [self.params, *[[state[key] for state in self.states] for key in keys]]
+        return [self.copies.stepped(self.states), *[[state[key] for state in self.states] for key in keys]]
+
+    def _row(self, i: int) -> list[Tensor]:
+        """What a step reads and writes of parameter i besides its count and its gradient; last its copy, if any."""
+        row = [column[i] for column in self._columns]
+        receivers = self.copies.receivers
+        return [*row, receivers[i]] if receivers and receivers[i] is not None else row
 
     def _check_slots(self) -> None:
         owners: dict[int, str] = {}
-        for name, column in zip(self.kind.slots, self._columns[1:], strict=True):
-            for label, param, slot in zip(self.labels, self.params, column, strict=True):
-                found = f"state of {label}: {SLOTS[name]}"
+        for key, column in zip((MASTER, *map(SLOTS.__getitem__, self.kind.slots)), self._columns, strict=True):
+            for label, param, value, slot in zip(self.labels, self.params, self._columns[0], column, strict=True):
+                if slot is param:
+                    continue
+                found = f"state of {label}: {key}"
                 if not isinstance(slot, Tensor):
                     raise TypeError(f"{found}: {type(slot).__name__}, expected a tensor")
                 if slot.shape != param.shape:
                     raise ValueError(f"{found}: shape {tuple(slot.shape)}, expected {tuple(param.shape)}")
-                if slot.dtype != param.dtype and not (param.dtype in HALF and slot.dtype == torch.float32):
-                    raise TypeError(f"{found}: {slot.dtype}, expected {param.dtype}")
+                dtype = param.dtype if value is param else torch.float32
+                if slot.dtype != dtype and not (dtype in HALF and slot.dtype == torch.float32):
+                    raise TypeError(f"{found}: {slot.dtype}, expected {dtype}")
                 if is_lazy_view(slot):
                     raise ValueError(f"{found}: a conjugated or negated view, expected a tensor of its own")
                 if slot.device != param.device:
@@ -97,21 +116,25 @@ class ParameterSet:
                 if owner != found:
                     raise ValueError(f"{found}: shares memory with the {owner}, expected a tensor of its own")
 
-    def _natives(self) -> list[list[Tensor]]:
-        """The columns as the plan reads them."""
+    def _natives(self) -> tuple[list[list[Tensor]], list[Tensor | None]]:
+        """The columns and the receivers of copies as the plan reads them."""
         axes = self.kind.axes
         if not self._views and axes == 1:
-            return self._columns
+            return self._columns, self.copies.receivers
         columns = [[flattened(t, axes) for t in column] if axes > 1 else column[:] for column in self._columns]
+        receivers = [None if t is None else flattened(t, axes) if axes > 1 else t for t in self.copies.receivers]
         for i, view in self._views.items():
-            for column, seen in zip(columns, view.read([c[i] for c in self._columns]), strict=True):
-                column[i] = seen
-        return columns
+            seen = view.read(self._row(i))
+            for column, tensor in zip(columns, seen, strict=False):
+                column[i] = tensor
+            if len(seen) > len(columns):
+                receivers[i] = seen[-1]
+        return columns, receivers
 
     def make_plan(self) -> None:
         """Make the native plan; again after the numbers of a table's history have changed."""
         native = cuda_module() if self.device.type == "cuda" else _cpu
-        params, *slots = self._natives()
+        (params, *slots), receivers = self._natives()
         named = dict(zip(self.kind.slots, slots, strict=True))
         self.buffers = [native.Buffer(param, label) for param, label in zip(params, self.labels, strict=True)]
         if self.device.type == "cuda" and self.context is None:
@@ -123,12 +146,21 @@ class ParameterSet:
             positions=self.positions,
             lazy=self.kind.mode == "lazy",
             histories=[table.history.native for table in self.tables] or None,
+            copies=[None if t is None else t.detach() for t in receivers],  # they may refer to the optimizer
             context=self.context,
         )
+        if self._measures:
+            self.plan.set_telemetry(True)
 
-    def is_current(self) -> bool:
-        """Whether the states still have the tensors, and all tensors the memory, that the plan was made of."""
+    def is_current(self, computed: Sequence[Tensor | None] | None = None) -> bool:
+        """Whether the states still have the tensors, and all tensors the memory, that the plan was made of.
+
+        Args:
+            computed: For each parameter of the group None or the tensor that receives its copy; None for none.
+        """
         if self.is_captured or not self.counts.are_in(self.states):
+            return False
+        if not self.copies.are([] if computed is None else [computed[place] for place in self.positions]):
             return False
         if any(table.history.is_full for table in self.tables):
             return False
@@ -137,14 +169,15 @@ class ParameterSet:
         except KeyError:
             return False
         for i, view in self._views.items():
-            if not view.fits([column[i] for column in self._columns]):
+            if not view.fits(self._row(i)):
                 return False
-        params, *slots = self._natives()
-        return self.plan.holds(params, dict(zip(self.kind.slots, slots, strict=True)))
+        (params, *slots), receivers = self._natives()
+        return self.plan.holds(params, dict(zip(self.kind.slots, slots, strict=True)), receivers)
 
     def move_to(self, params: list[Tensor], states: list[ParamState]) -> bool:
         """Continue with other tensors that have the same memory; False if they have not."""
         self.params, self.states = params, states
+        self.copies = Copies(params, [], has_masters=False)
         self.counts = StepCounts([state["step"] for state in states])
         return self.is_current()
 
@@ -158,20 +191,24 @@ class ParameterSet:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a step is one native call, with nothing before or after it."""
-        is_special = self._views or self.tables or self.kind.axes > 1
+        """Whether a step is one native call, with nothing before or after it, that can be undone.
+
+        Undoing a step rounds the copies again, which does not bring back what they were if that was something else.
+        """
+        are_copies_lost = self.copies.written and (self.kind.mode != "dense" or not self.copies.are_rounded)
+        is_special = self._views or self.tables or self.kind.axes > 1 or are_copies_lost
         return self.context is None and not is_special and self.turn.is_alone
 
     def follow(self) -> bool:
         """Have the plan compare the states by itself from here on; False if it cannot."""
         keys = tuple(SLOTS[name] for name in self.kind.slots)
-        return self.plan.follow(self.states, keys)
+        return self.plan.follow(self.states, keys, self.copies.masters(self.states))
 
     @property
     def written(self) -> list[Tensor]:
         """Every tensor that a step writes, for torch's version counters."""
         written = [tensor for column in self._columns for tensor in column]
-        return written + self.counts.written
+        return written + self.copies.written + self.counts.written
 
     # ---- on a GPU --------------------------------------------------------------------------------------------------
 
@@ -280,8 +317,9 @@ class ParameterSet:
         Returns:
             False, with nothing changed, if ``hyper`` requires finite gradients and they are not.
         """
+        self.copies.take_written(self.states)
         for i, view in self._views.items():
-            view.load([column[i] for column in self._columns])
+            view.load(self._row(i))
         if steps is None:
             return self.plan.step(gradients, hyper, factors, self.counter, self._gradients.convert, clip_factors)
         self.plan.step_apart(gradients, hyper, factors, self.counter, self._gradients.convert, steps, clip_factors)
@@ -328,10 +366,9 @@ class ParameterSet:
         self.is_captured = True
 
     def _note_written(self) -> None:
-        columns = self._columns
         for i, view in self._views.items():
-            view.store([column[i] for column in columns])
-        written = [tensor for column in columns for tensor in column]
-        if self._views:
-            written += [local_of(column[i]) for i in self._views for column in columns]
+            view.store(self._row(i))
+        written = [tensor for column in self._columns for tensor in column] + self.copies.written
+        written += [local_of(tensor) for i in self._views for tensor in self._row(i)]
         torch.autograd.graph.increment_version(written)
+        self.copies.note_step()

@@ -9,14 +9,16 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastadam._core.common.types import Foreign, SparseUpdate
+from fastadam._core.common.types import Foreign
 from fastadam._core.deferred.history import Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.plan import BoundedCache
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, States, check_flags, label_of
+from fastadam.torch._copies import Copies, check_compute_params, check_groups_apart, check_place
 from fastadam.torch._deferred import Table, Tables
 from fastadam.torch._layout import UNORDERED, Turn, turns_of
+from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._state import SLOTS, Kind, states_of
 from fastadam.torch._step_count import StepCounts, is_on_gpu
@@ -56,23 +58,24 @@ class Partition(NamedTuple):
         """Whether the group still has the same parameters."""
         return len(params) == len(self.params) and all(map(is_, params, self.params))
 
-    def is_current(self, params: list[Tensor], state: States, epoch: int) -> bool:
-        """Whether parameters, states and their memory are the same as when the sets were made."""
-        if not self.is_of(params):
+    def is_current(self, group: Group, state: States, epoch: int) -> bool:
+        """Whether parameters, their copies, states and their memory are the same as when the sets were made."""
+        computed = group.get("compute_params")
+        if not self.is_of(group["params"]) or (computed is not None and len(computed) != len(self.params)):
             return False
         if self.epoch[0] != epoch:
             for each in self.sets:
                 if not all(state.get(p) is known for p, known in zip(each.params, each.states, strict=True)):
                     return False
             self.epoch[0] = epoch
-        return all(each.is_current() for each in self.sets)
+        return all(each.is_current(computed) for each in self.sets)
 
 
 class Partitions:
     """The sets of all groups, of which the most recently used are kept."""
 
-    def __init__(self, mode: SparseUpdate, moments_dtype: torch.dtype | None, tables: Tables) -> None:
-        self._mode, self._moments_dtype, self._tables = mode, moments_dtype, tables
+    def __init__(self, options: Options, tables: Tables) -> None:
+        self._mode, self._options, self._tables = options.sparse_update, options, tables
         self._kept: BoundedCache[Key, Partition] = BoundedCache(_MOST_PARAMETERS, Partition.size, least=4)
         self._epoch = 0
         self._groups = 0
@@ -96,7 +99,7 @@ class Partitions:
             return []
         key = Key(index, kinds, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]))
         kept = self._kept.get(key)
-        if kept is not None and not renew and kept.is_current(group["params"], state, self._epoch):
+        if kept is not None and not renew and kept.is_current(group, state, self._epoch):
             return kept.sets
         made = Partition(index, list(group["params"]), self._make(key, group, state, kept), [self._epoch])
         self._forget(lambda other: other.group == index and not other.is_of(made.params))
@@ -134,6 +137,8 @@ class Partitions:
     def _make(self, key: Key, group: Group, state: States, replaced: Partition | None) -> list[ParameterSet]:
         """New sets in the order of steps; on a GPU they continue with the contexts of those that they replace."""
         sets: list[ParameterSet] = []
+        check_compute_params(group, key.group, self._mode)  # the caller may have replaced them
+        check_groups_apart([(key.group, group)])
         contexts = {tuple(old.positions): old.context for old in replaced.sets} if replaced else {}
         params = group["params"]
         chosen = [place for place, code in enumerate(key.gradients) if code]
@@ -178,7 +183,8 @@ class Partitions:
                 f"sparse_update={self._mode!r}"
             )
         refuse_new_in_capture(params[0])
-        states = states_of(known, params, labels, group, self._moments_dtype)
+        options = self._options
+        states = states_of(known, params, labels, group, options.state_dtype, has_masters=options.master_weights)
         counts = StepCounts([state["step"] for state in states])
         sets, parts = [], [list(range(len(places)))]
         if is_on_gpu(params[0]) or (kind.rows and self._mode in DEFERRED):
@@ -210,7 +216,14 @@ class Partitions:
             numbers = Numbers(beta_1, beta_2, float(group["eps"]), kind.amsgrad)
             for param, state, label in zip(params, states, labels, strict=True):
                 tables.append(self._tables.make(param, state, label, numbers))
-        return ParameterSet(params, states, labels, positions, kind, tables, turn, counts, context)
+        computed = group.get("compute_params")
+        given = [] if computed is None else [computed[place] for place in positions]
+        copies = Copies(params, given, has_masters=self._options.master_weights)
+        measures = self._options.telemetry
+        check_place(copies, params, labels, turn, measures=measures)
+        return ParameterSet(
+            params, states, labels, positions, kind, tables, turn, counts, context, copies=copies, measures=measures
+        )
 
 
 def _turns_of(group: Group, params: list[Tensor], states: States) -> list[Turn]:

@@ -61,7 +61,7 @@ class RepeatedStep:
             None, with nothing changed, if it differs from the last; otherwise whether it was made: False, with nothing
             changed, if it is skipped because of gradients that are not finite.
         """
-        if len(groups) != len(self._sets):
+        if len(groups) != len(self._sets) or not all(each.copies.are_untouched for each in self._sets):
             return None
         for index, group in enumerate(groups):
             numbers = (gradient_scale, *_read_options(group))
@@ -76,6 +76,8 @@ class RepeatedStep:
         finally:
             if was_made:
                 increment_version(self._written)
+                for each in self._sets:
+                    each.copies.note_repeated()
         return was_made
 
     def _remember(self, index: int, group: Group, gradient_scale: float, numbers: tuple[object, ...]) -> bool:

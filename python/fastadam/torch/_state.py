@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastadam._core.common.types import SparseUpdate
 from fastadam.torch._checks import Group, ParamState, States, label_of
 
-__all__ = ["HALF", "SLOTS", "Kind", "fill_groups", "keep_tensors", "restore_states", "states_of"]
+__all__ = ["HALF", "MASTER", "SLOTS", "Kind", "fill_groups", "keep_tensors", "restore_states", "states_of"]
 
 HALF = (torch.float16, torch.bfloat16)
 SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}  # fastadam's names: torch's
+MASTER = "master"  # key of the float32 value that a half parameter is rounded from, with master_weights
 _FLAGS = ("foreach", "capturable", "differentiable", "fused")  # they belong to the implementation, not to the rule
 _NAMES = ("step", *SLOTS.values())
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")  # in a state that is not empty
@@ -37,7 +38,13 @@ class Kind(NamedTuple):
 
 
 def states_of(
-    known: States, params: list[Tensor], labels: list[str], group: Group, moments_dtype: torch.dtype | None
+    known: States,
+    params: list[Tensor],
+    labels: list[str],
+    group: Group,
+    moments_dtype: torch.dtype | None,
+    *,
+    has_masters: bool = False,
 ) -> list[ParamState]:
     """The optimizer's states of these parameters, and new ones for the others, which are not the optimizer's yet."""
 
@@ -59,6 +66,9 @@ def states_of(
         _require(_NEEDED, state, f"state of {label}")
         if group["amsgrad"] and SLOTS["vhat"] not in state:
             state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
+    for param, state in zip(params, states, strict=True):
+        if has_masters and param.dtype in HALF and MASTER not in state:
+            state[MASTER] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
     return states
 
 
@@ -70,7 +80,10 @@ def _require(needed: tuple[str, ...], found: ParamState, label: str) -> None:
 
 
 def fill_groups(groups: list[Group], before: list[Group]) -> None:
-    """Add the options that older versions and other optimizers do not save; keep the flags of the groups ``before``."""
+    """Add the options that older versions and other optimizers do not save.
+
+    The flags of the groups ``before`` stay, and their ``compute_params``, which are not saved.
+    """
     for index, group in enumerate(groups):
         for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
             group.setdefault(name, False)
@@ -79,6 +92,8 @@ def fill_groups(groups: list[Group], before: list[Group]) -> None:
         group.setdefault("weight_decay", 0)  # SparseAdam has none
         if before:
             group.update({name: before[index][name] for name in _FLAGS})
+            group.pop("compute_params", None)
+            group.update({name: before[index][name] for name in ("compute_params",) if name in before[index]})
 
 
 class _Kept:
@@ -110,12 +125,15 @@ def keep_tensors(optimizer: torch.optim.Optimizer, state_dict: ParamState) -> Pa
     return {**state_dict, "state": state}
 
 
-def restore_states(state: States, groups: list[Group], moments_dtype: torch.dtype | None) -> None:
+def restore_states(
+    state: States, groups: list[Group], moments_dtype: torch.dtype | None, *, has_masters: bool = False
+) -> None:
     """Replace what :func:`keep_tensors` kept by clones on the parameters' devices, with step counts side by side.
 
     Other tensors, which were unpickled or copied with the optimizer, stay as they are: another process may share them.
     A moment that is loaded keeps its dtype if that is the parameter's, or if it is float32 and the parameter is half
-    precision. Other dtypes, which the kernels do not support, become the parameter's, or ``moments_dtype``.
+    precision. Other dtypes, which the kernels do not support, become the parameter's, or ``moments_dtype``. Masters are
+    left out if the parameter has none: they would not be stepped.
 
     Raises:
         TypeError: A state is not a dict, or a moment is not a tensor.
@@ -129,6 +147,8 @@ def restore_states(state: States, groups: list[Group], moments_dtype: torch.dtyp
             named, label = state[param], f"state of {label_of(group, index, place)}"
             if not isinstance(named, dict):
                 raise TypeError(f"{label}: {type(named).__name__}, expected a dict")
+            if isinstance(named.get(MASTER), _Kept) and not (has_masters and param.dtype in HALF):
+                del named[MASTER]
             for name, value in named.items():
                 if name == "step" and not isinstance(value, Tensor):
                     named[name] = _number_of(value, label)

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fastadam._core.common.types import AnyGradient, SparseUpdate
+from fastadam._core.common.types import AnyGradient
 from fastadam._core.deferred.history import Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buckets import Guess
 from fastadam._core.native.plan import Factors, StepHyper
 from fastadam.torch._checks import Group, States
-from fastadam.torch._clipping import Clipping, clip_jointly, is_sharded
+from fastadam.torch._clipping import clip_jointly, is_sharded
 from fastadam.torch._compiled import CompiledSteps
-from fastadam.torch._deferred import Reader, Tables
+from fastadam.torch._deferred import Tables
 from fastadam.torch._grad_scaler import Number, ScaledStep
 from fastadam.torch._no_memory import Simulated, hide_gradients, is_simulation, refuse_simulation
+from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._partition import Partitions, refuse_new_in_capture
 from fastadam.torch._repeated import RepeatedStep
+from fastadam.torch._telemetry import require_dense
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,19 +32,6 @@ if TYPE_CHECKING:
     from fastadam._core.native.worker import Handle
 
 __all__ = ["GroupStepper", "Options"]
-
-
-@dataclass(eq=False)
-class Options:
-    """What the constructor was given beside parameters and options of groups; it is copied and pickled."""
-
-    sparse_update: SparseUpdate
-    moments_dtype: torch.dtype | None
-    readers: list[Reader]  # of attached modules
-    clipping: Clipping = field(default_factory=Clipping)
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update({"clipping": Clipping(), **state})  # older versions had none
 
 
 class OnGpu(NamedTuple):
@@ -130,9 +118,8 @@ class GroupStepper:
         else:
             self.compiled = previous.compiled
             self.tables = previous.tables.renewed()
-        self._how = options.sparse_update, options.moments_dtype
-        self.clipping = options.clipping
-        self.partitions = Partitions(*self._how, self.tables)
+        self._options, self.clipping = options, options.clipping
+        self.partitions = Partitions(options, self.tables)
         self.open: OpenStep | None = None  # the step that begin_step() has begun
         self.overlap: Overlapped | None = None  # what has begun it and ends it in step()
         self.guess = Guess()
@@ -141,6 +128,7 @@ class GroupStepper:
         self._pending: Pending | None = None
         self._begun: list[Begun] = []  # of a step that is being made
         self._last: list[tuple[int, ParameterSet]] = []  # the sets of the last step, and their groups
+        self.measured: list[tuple[int, ParameterSet]] | None = None  # with telemetry, also of a step that was skipped
         self._repeated: RepeatedStep | None = None
 
     @property
@@ -155,13 +143,13 @@ class GroupStepper:
         """
         self.finish(state)
         if grad_scale is None and found_inf is None:
-            self._step(groups, state, _UNSCALED)
+            self.step_scaled(groups, state, _UNSCALED)
             return
         scaled = ScaledStep(grad_scale, found_inf)
         if scaled.host_skips:
             self.compiled.skipped = True
             return
-        self._step(groups, state, scaled)
+        self.step_scaled(groups, state, scaled)
         if self.compiled.skipped is True:
             return
         with torch.no_grad():
@@ -169,7 +157,8 @@ class GroupStepper:
 
     # ---- any step --------------------------------------------------------------------------------------------------
 
-    def _step(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
+    def step_scaled(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
+        """Like :meth:`step`, but gradients that were scaled stay scaled."""
         if self._repeated is not None and not is_simulation():
             # On the host, which therefore waits for the scaler.
             if scaled.skips:
@@ -198,9 +187,9 @@ class GroupStepper:
         for index, group in enumerate(groups):
             gradients = [param.grad for param in group["params"]]
             if places := hide_gradients(group["params"], gradients):
-                simulated.add(index, group, places, state, *self._how)
+                simulated.add(index, group, places, state, self._options)
             refuse_simulation(gradients)
-            self.clipping.require_host(index, group, gradients)
+            self.require_options(index, group, gradients)
             of_group = [
                 self.call_of(index, ready, group, gradients, scaled, raised)
                 for ready in self.ready(index, group, state, gradients, scaled)
@@ -214,13 +203,30 @@ class GroupStepper:
                 checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)
                 calls[i] = call._replace(gradients=checked)
         clipped = self._clipped(calls) if are_joined else calls
-        if clipped is None or not self._make_all(clipped, state):  # one alone can be refused
+        was_made = clipped is not None and self._make_all(clipped, state)  # one alone can be refused
+        self.note_measured(calls, was_made=was_made or clipped is not None)  # a native step reports it by itself
+        if not was_made:
             return False
         simulated.finish(state)
         before, self._last = self._last, [(call.group, call.chosen) for call in calls]
         if self._last == before:
             self._repeated = RepeatedStep.after(self._last, groups, state, self.clipping)
         return True
+
+    def require_options(self, index: int, group: Group, gradients: list[Tensor | None]) -> None:
+        """Raise if options of the optimizer do not support one of the gradients."""
+        self.clipping.require_host(index, group, gradients)
+        if self._options.telemetry:
+            require_dense(index, group, gradients)
+
+    def note_measured(self, calls: list[Call], *, was_made: bool) -> None:
+        """After a step of these calls, checked: what telemetry is read from."""
+        if not self._options.telemetry:
+            return
+        self.measured = [(call.group, call.chosen) for call in calls]
+        if not was_made:
+            for call in calls:
+                call.chosen.plan.report_skip(call.gradients, call.hyper)
 
     def _are_joined(self, calls: list[Call]) -> bool:
         """Whether the norms must be known before the native steps, each of which can read only its own."""

@@ -56,26 +56,19 @@ class _Group(NamedTuple):
 
 
 class Guess:
-    """Whether early steps pay: not while most of them have to be undone."""
-
-    _PAUSE = 16  # steps without a guess after two of the last four failed
+    """Whether early steps pay: not if two of the last four had to be undone, or would have been."""
 
     def __init__(self) -> None:
         self._failures: list[bool] = []
-        self._pause = 0
 
     @property
     def pays(self) -> bool:
         """Whether the next step is made early."""
-        return self._pause == 0
+        return sum(self._failures) < 2
 
     def note(self, *, failed: bool) -> None:
         """After a step: whether it was, or would have been, undone."""
         self._failures = [*self._failures[-3:], failed]
-        if self._pause > 0:
-            self._pause -= 1
-        elif sum(self._failures) >= 2:
-            self._failures, self._pause = [], self._PAUSE
 
 
 _live: weakref.WeakSet[OpenStep] = weakref.WeakSet()
@@ -200,6 +193,10 @@ class OpenStep:
         """
         return self._close(partial(self._finish, commit))
 
+    def finish_with(self, work: Callable[[], bool]) -> bool:
+        """End a step without buckets by ``work``, which makes all of it or raises; returns what that returns."""
+        return self._close(work)
+
     def abort(self) -> None:
         """Undo what was made early; raises as :meth:`finish` does. A step that is over stays as it is."""
         if self.is_open:
@@ -252,7 +249,7 @@ class OpenStep:
             self._undo_all()
             raise
         if clipped is None:
-            self._guess.note(failed=was_early)
+            self._guess.note(failed=True)
             commit(False)
             return False
         for part, factors in zip(parts, clipped, strict=True):

@@ -13,7 +13,7 @@ from fastadam._core.common.types import AnyArray, AnyGradient, Config, Foreign, 
 from fastadam._core.native.arrays import native_of
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gradients import convert_gradient
-from fastadam._core.native.slices import convert_slices, is_slices, native_gradient
+from fastadam._core.native.slices import convert_slices, is_slices, is_sparse, native_gradient
 from fastadam._core.native.variable import Variable
 
 if TYPE_CHECKING:
@@ -135,9 +135,9 @@ class Plan:
         """Whether these are the variables, slots and copies of the plan, at the same addresses."""
         return self._native.holds(variables, slots, list(copies))
 
-    def has_copies(self, copies: Sequence[AnyArray | None]) -> bool:
-        """Whether these are the copies of the plan, at the same addresses; empty for none."""
-        return self._native.has_copies(list(copies))
+    def has_copies(self, copies: list[AnyArray]) -> bool:
+        """Whether these, arrays or None, are the copies of the plan, at the same addresses; empty for none."""
+        return self._native.has_copies(copies)
 
     # ---- what a step reports ---------------------------------------------------------------------------------------
 
@@ -149,11 +149,22 @@ class Plan:
         """A row for each variable: gradient_norm, update_rms, parameter_rms, unchanged, not_finite, size."""
         return self._native.telemetry()
 
+    def report_skip(self, gradients: list[AnyGradient], hyper: StepHyper) -> None:
+        """Have :meth:`telemetry` report that a step with these gradients, checked, was skipped. Only in CPU memory."""
+        self._native.report_skip(gradients, hyper)
+
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def check(self, gradients: list[AnyGradient], convert: Convert | None = None) -> list[AnyGradient]:
-        """Raise what is wrong with the gradients; return them, converted as far as they have to be."""
+    def check(
+        self, gradients: list[AnyGradient], convert: Convert | None = None, *, zeroes: bool = False
+    ) -> list[AnyGradient]:
+        """Raise what is wrong with the gradients; return them, converted as far as they have to be.
+
+        ``zeroes``: the step sets them to zero, so that none can be converted.
+        """
         while unfit := self._native.check(gradients):
+            if zeroes:
+                self._refuse_conversion(gradients, unfit)
             gradients = self._converted(gradients, unfit, convert)
         return gradients
 
@@ -192,10 +203,7 @@ class Plan:
             return True
         while unfit := self._native.step(gradients, hyper, factors, counter):
             if hyper.zero_gradients:
-                raise ValueError(
-                    f"grads[{self.positions[unfit[0]]}]: {type(gradients[unfit[0]]).__name__} that has to be "
-                    f"converted, expected an array like {self.buffers[unfit[0]].label}, which can be set to zero"
-                )
+                self._refuse_conversion(gradients, unfit)
             gradients = self._converted(gradients, unfit, convert)
         return self._native.all_finite
 
@@ -270,14 +278,16 @@ class Plan:
         """
         return self._native.step_again(pairs, Variable, stamp, counter)
 
-    def follow(self, states: list[Config], keys: tuple[str, ...]) -> bool:
+    def follow(self, states: list[Config], keys: tuple[str, ...], masters: Sequence[AnyArray | None] = ()) -> bool:
         """Whether steps can be repeated by :class:`RepeatedSteps`; for a plan of PyTorch's parameters on the host.
 
         Args:
             states: For each parameter the dict that has its step count, ``step``, and its slots.
             keys: The keys of the slots there, in the order of the plan.
+            masters: For each parameter None, or what is stepped in place of the parameter, which receives the rounded
+                copy; empty for none.
         """
-        return self._native.follow(states, keys)
+        return self._native.follow(states, keys, list(masters))
 
     def accumulate(
         self,
@@ -313,6 +323,15 @@ class Plan:
         """Bring rows of the only variable, a deferred table, up to date: ``ids``, flat, or all for None."""
         self._native.catch_up(ids, hyper, counter)
 
+    def _refuse_conversion(self, gradients: list[AnyGradient], which: list[int]) -> None:
+        i = which[0]
+        if is_sparse(gradients[i]):
+            raise ValueError(f"zero_grads: with IndexedSlices for {self.buffers[i].label}, expected dense gradients")
+        raise ValueError(
+            f"grads[{self.positions[i]}]: {type(gradients[i]).__name__} that has to be converted, expected an array "
+            f"like {self.buffers[i].label}, which can be set to zero"
+        )
+
     def _converted(self, gradients: list[AnyGradient], which: list[int], convert: Convert | None) -> list[AnyGradient]:
         gradients = gradients[:]
         with _cpu.DefaultArithmetic():
@@ -347,7 +366,7 @@ class RepeatedSteps:
 
     Args:
         plans: Plans that follow their states, and remember the numbers of a step.
-        groups: The groups as they are now; a plan has the parameters at its positions.
+        groups: The groups as they are now; a plan has the parameters at its positions, and their ``compute_params``.
         state: ``optimizer.state`` as it is now.
     """
 

@@ -283,8 +283,8 @@ def test_a_shared_step_count_must_be_in_one_bucket():
     optimizer.abort_step()
 
 
-@pytest.mark.parametrize("way", [at_a_line, at_a_call])
-@pytest.mark.parametrize("options", [{}, {"global_clipnorm": 1.0}], ids=str)
+@pytest.mark.parametrize("way", [pytest.param(at_a_line, marks=pytest.mark.slow), at_a_call])
+@pytest.mark.parametrize("options", [{}, {"early": False}, {"global_clipnorm": 1.0}], ids=str)
 def test_a_signal_at_any_line(options, way):
     def step(optimizer, params):
         for p in params:

@@ -2,11 +2,12 @@
 // Checks steps that are logged and undone: every usable ISA, on several threads, against the plain step, bit for bit,
 // and that changed gradients are found. `undo_test threads` does only what needs several threads, for ThreadSanitizer.
 // Prints a line per check.
+#include "../../csrc/core/undo.h"
+
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "../../csrc/core/undo.h"
 #include "../../csrc/cpu/launch.h"
 #include "harness.h"
 
@@ -80,8 +81,7 @@ void check_modes() {
   for (int mode = 0; mode < 2 * kTransformCount; ++mode) {
     for_each_isa([&](const cpu::Isa& isa) {
       for (int t = 0; t < kSteps; ++t) {
-        claims.note(isa.name + std::string(" undoes a step to the bit"),
-                    check(initial, t, mode % 2 != 0, mode / 2));
+        claims.note(isa.name + std::string(" undoes a step to the bit"), check(initial, t, mode % 2 != 0, mode / 2));
       }
     });
   }

@@ -421,7 +421,8 @@ class Adam(torch.optim.Optimizer):
         Raises:
             RuntimeError: No step is open.
             ValueError: A parameter that is not the optimizer's, or that was given before; and all that :meth:`step`
-                raises of gradients. The bucket is not taken then, and the step stays open.
+                raises of gradients, unless nothing is done before the end: then :meth:`end_step` raises it. The bucket
+                is not taken then, and the step stays open.
         """
         stepper = self._stepper
         with stepper.lock:

@@ -87,7 +87,7 @@ class Stepper:
         """
         runtime = self.runtime
         with runtime.lock:
-            refuse_while_swapped(self.parts)
+            refuse_while_swapped(self.parts, "apply_gradients")
             if runtime.open is not None:
                 runtime.require_closed("apply_gradients")
             if runtime.step_lock.locked():  # a callable hyperparameter or the code of a gradient called it

@@ -239,7 +239,7 @@ class _Reader:
 
     def _set_accumulating(self, optimizer: Foreign) -> None:
         options, state, _, _ = parts_of(optimizer)
-        places = self._header.get("accumulating", None if options.accumulation else [])  # the first files had neither
+        places: Any = self._header.get("accumulating", None if options.accumulation else [])  # not in the first files
         entries = dict(enumerate(state.entries))
         good = isinstance(places, list) and all(type(i) is int and i in entries for i in places)
         good = good and all(ACCUMULATOR in entries[i].slots for i in places)

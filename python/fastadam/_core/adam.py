@@ -296,7 +296,7 @@ class Adam(Optimizer):
             var_list: Variables, found by their memory.
             var_names: Patterns searched in the names of :class:`fastadam.Variable` (``re.search``).
 
-        Warns once if none of the variables seen so far is named.
+        Warns once of the items that name none of the variables seen so far.
         """
         options, _, runtime, _ = parts_of(self)
         options.exclusions = Exclusions.of(var_list, var_names)

@@ -174,9 +174,14 @@ def load(
 
 def _path_of(path: str | os.PathLike[str]) -> str:
     try:
-        return os.fsdecode(path)
+        name = os.fsdecode(path)
     except TypeError as error:
         raise TypeError(f"path: {type(path).__name__}, expected a string or a path") from error
+    if not name or "\0" in name:
+        raise ValueError(
+            f"path: {name!r:.200}, expected the name of a file" + (", without null characters" * bool(name))
+        )
+    return name
 
 
 def _format_of(path: str) -> str | None:

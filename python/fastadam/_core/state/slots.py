@@ -223,7 +223,7 @@ class SlotStore:
     def _next_for(
         self, buffer: _cpu.Buffer, waiting: list[Entry], unknown: list[_cpu.Buffer], prints: dict[int, int]
     ) -> Entry | None:
-        """The entry that an unknown variable adopts, if there is one; ``unknown``: it and those after it in the call."""
+        """The entry that an unknown variable adopts, if there is one; ``unknown``: it and those after it."""
         if waiting and waiting[0].fingerprint is None:  # from a pickle
             self._require_match(buffer, waiting[0])
             return waiting[0]

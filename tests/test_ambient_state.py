@@ -176,6 +176,52 @@ RUNS = {
 }
 
 
+SCHEDULES = {
+    "CosineDecay": fastadam.schedules.CosineDecay(0.1, 77, warmup_target=0.2, warmup_steps=3),
+    "CosineDecayRestarts": fastadam.schedules.CosineDecayRestarts(0.1, 7, m_mul=0.9),
+    "ExponentialDecay": fastadam.schedules.ExponentialDecay(0.1, 7, 0.9),
+    "InverseTimeDecay": fastadam.schedules.InverseTimeDecay(0.1, 7, 0.9),
+    "LinearCosineDecay": fastadam.schedules.LinearCosineDecay(0.1, 77),
+    "PolynomialDecay": fastadam.schedules.PolynomialDecay(0.1, 77, power=1.7),
+}
+
+
+class Halves(fastadam.schedules.LearningRateSchedule):
+    """A schedule of the user's own."""
+
+    def __call__(self, step):
+        return 0.1 / (step + 3.0) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["down", "up", "toward zero"])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_schedule_called_directly_does_not_depend_on_the_rounding_mode(schedule, name):
+    one_by_one, together = [schedule(step) for step in range(200)], schedule(np.arange(200))
+    with mode(MODES[name]):
+        actual = [schedule(step) for step in range(200)], schedule(np.arange(200))
+    assert actual[0] == one_by_one
+    np.testing.assert_array_equal(actual[1], together)
+
+
+@pytest.mark.parametrize("name", ["down", "up", "toward zero"])
+@pytest.mark.parametrize(
+    "rate", [*SCHEDULES.values(), Halves(), lambda: 0.1 / float("3")], ids=lambda s: type(s).__name__
+)
+def test_the_current_learning_rate_does_not_depend_on_the_rounding_mode(rate, name):
+    optimizer = fastadam.Adam(rate, decay=0.03)
+
+    def rates():
+        found = []
+        for optimizer.iterations in range(100):
+            found.append(optimizer.current_learning_rate)
+        return found
+
+    expected = rates()
+    with mode(MODES[name]):
+        actual = rates()
+    assert actual == expected
+
+
 @pytest.mark.parametrize("of", RUNS)
 @pytest.mark.parametrize("name", MODES)
 def test_the_callers_floating_point_mode_changes_no_bit(name, of, rows_wait):

@@ -265,3 +265,26 @@ def test_a_step_inside_of_the_block_is_refused():
     assert same(variables, before)
     assert same(optimizer.get_weights(), state)
     assert (optimizer.apply_gradients(pairs), scaled.dynamic_scale) == (5, 2.0**15)
+
+
+WRITES = {
+    "apply_gradients": lambda o, variables: o.apply_gradients([(np.ones(np.shape(w), F32), w) for w in variables]),
+    "begin_step": lambda o, variables: o.begin_step(),
+    "finalize_variable_values": lambda o, variables: o.finalize_variable_values(variables),
+    "set_weights": lambda o, variables: o.set_weights([2 * np.asarray(a) for a in o.get_weights()]),
+}
+
+
+@pytest.mark.parametrize("call", WRITES)
+@pytest.mark.parametrize("wrap", [lambda o: o, fastadam.LossScaleOptimizer], ids=["Adam", "LossScaleOptimizer"])
+def test_a_write_inside_of_the_block_is_refused_and_changes_nothing(wrap, call):
+    optimizer, variables = trained()
+    wrapped = wrap(optimizer)
+    before, state = copies(variables), wrapped.get_weights()
+    with wrapped.averages(variables):
+        inside = copies(variables)
+        with pytest.raises(RuntimeError, match=rf"{call}: inside of `with averages\(\.\.\.\)`, expected after it"):
+            WRITES[call](wrapped, variables)
+        assert same(variables, inside)
+    assert same(variables, before)
+    assert same(wrapped.get_weights(), state)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import re
 import subprocess
 import sys
+import weakref
 
 import fastadam
 import numpy as np
@@ -349,3 +351,109 @@ def test_a_name_that_is_no_string_is_refused():
     with pytest.raises(TypeError, match="name: 3, expected a string"):
         v.name = 3
     assert v.name == "a"
+
+
+def with_equal_values(names, count=2):
+    """An optimizer, its variables, all zeros, and moments that differ."""
+    variables = [fastadam.Variable(np.zeros(3, F32), name) if name else np.zeros(3, F32) for name in names]
+    optimizer = fastadam.Adam(0.1)
+    for _ in range(count):
+        optimizer.apply_gradients([(np.full(3, i + 1, F32), w) for i, w in enumerate(variables)])
+    for w in variables:
+        (w.value if isinstance(w, fastadam.Variable) else w)[...] = 0
+    return optimizer, variables
+
+
+def moments(optimizer, variables):
+    return [float(optimizer.get_slot(w, "m")[0]) for w in variables]
+
+
+def copied_variables(variables):
+    return [copy.deepcopy(w) for w in variables]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_names_tell_copies_with_equal_values_apart(order, one_by_one):
+    optimizer, variables = with_equal_values("abc")
+    expected = moments(optimizer, variables)
+    again, twins = copy.deepcopy(optimizer), copied_variables(variables)
+    for group in [[i] for i in order] if one_by_one else [order]:
+        again.build([twins[i] for i in group])
+    assert moments(again, twins) == expected
+
+
+def test_a_variable_of_another_name_takes_no_moments_of_an_equal_one():
+    optimizer, (a,) = with_equal_values("a")
+    again, z = copy.deepcopy(optimizer), fastadam.Variable(np.zeros(3, F32), "z")
+    with pytest.warns(UserWarning, match="variable 'z': neither a variable .* with its name and values"):
+        again.build([z])
+    again.build([a])
+    assert moments(again, [z, a]) == [0, *moments(optimizer, [a])]
+
+
+def test_copies_with_equal_values_and_no_names_are_told_apart_by_their_order_if_all_come():
+    optimizer, variables = with_equal_values([None, None, None])
+    again, twins = copy.deepcopy((optimizer, variables))
+    again.build(twins)
+    assert moments(again, twins) == moments(optimizer, variables)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("call", ["build", "apply_gradients"])
+def test_copies_that_could_be_of_several_variables_are_refused(count, call):
+    optimizer, variables = with_equal_values([None, None, None])
+    again = copy.deepcopy(optimizer)
+    strangers = [np.zeros(3, F32) for _ in range(count)]
+    argument = strangers if call == "build" else [(np.ones(3, F32), w) for w in strangers]
+    message = rf"vars\[0\]: {count} such variables have the values that 3 had .* expected build\(\) first"
+    with pytest.raises(ValueError, match=message):
+        getattr(again, call)(argument)
+    assert not any(w.any() for w in strangers)
+    assert_same(again.get_weights(), optimizer.get_weights())
+    again.build(variables)  # nothing was adopted
+    assert moments(again, variables) == moments(optimizer, variables)
+
+
+def test_two_arrays_that_could_each_be_the_copy_of_one_are_refused_until_build_tells():
+    optimizer, (w,) = with_equal_values([None])
+    again, twin, other = copy.deepcopy(optimizer), w.copy(), w.copy()
+    with pytest.raises(ValueError, match="2 such variables have the values that 1 had"):
+        stepped(again, other, twin)
+    again.build([twin])
+    again.build([other])
+    assert moments(again, [twin, other]) == [*moments(optimizer, [w]), 0]
+
+
+def test_equal_variables_with_equal_moments_need_no_order():
+    optimizer, variables = fastadam.Adam(0.1), [np.zeros(3, F32) for _ in range(3)]
+    for _ in range(2):
+        stepped(optimizer, *variables)
+    again, twins = copy.deepcopy((optimizer, variables))
+    for w in twins[::-1]:
+        again.build([w])
+    assert moments(again, twins) == moments(optimizer, variables)
+
+
+def test_an_original_whose_moments_went_to_an_array_of_the_same_values_is_refused():
+    optimizer, (a,) = with_equal_values([None])
+    again, z = copy.deepcopy(optimizer), np.zeros(3, F32)
+    stepped(again, z)
+    with pytest.raises(ValueError, match=r"vars\[0\]: its moments in this deep copy went to another variable"):
+        stepped(again, a)
+    assert not a.any()
+    stepped(optimizer, a)  # the original is not concerned
+    again = copy.deepcopy(optimizer)
+    again.build([a])
+    stepped(again, a)
+
+
+def test_a_copy_lets_go_of_the_originals_when_copies_have_taken_their_place():
+    optimizer, (w,) = with_equal_values([None])
+    again, twin = copy.deepcopy((optimizer, w))
+    stepped(again, twin)
+    original = weakref.ref(w)
+    del optimizer, w
+    gc.collect()
+    assert original() is None
+    stepped(again, twin)

@@ -202,6 +202,66 @@ def test_a_file_without_some_moments_is_refused(options, slot, i, tmp_path):
     refuses(path, variables, re.escape(f"no tensor '{i}/{slot}', expected every slot of each variable"))
 
 
+@pytest.mark.parametrize(
+    ("options", "slot"),
+    [(options, slot) for options, slots in OPTIONS.values() for slot in slots if slot not in ("vhat", "average")],
+    ids=str,
+)
+@pytest.mark.parametrize("i", [0, 1])
+def test_a_file_that_hides_that_a_moment_is_missing_is_refused(options, slot, i, tmp_path):
+    """Without the tensor, and without every mention of it: "m" alone would go on with a "v" of zero."""
+    path, variables = tmp_path / "opt", [np.ones(2, F32), np.ones((2, 2), F32)]
+    optimizer = fastadam.Adam(0.1, **options)
+    for _ in range(3):
+        optimizer.apply_gradients([(np.ones(w.shape, F32), w) for w in variables])
+    optimizer.save(path)
+
+    def hide(header):
+        header["slots"][i].remove(slot)
+        header["accumulating"] = [at for at in header["accumulating"] if at != i]
+
+    without_tensor(path, f"{i}/{slot}", hide)
+    refuses(path, variables, re.escape(f"no tensor '{i}/{slot}', expected it beside the slots ["))
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "use_ema"])
+def test_a_file_that_hides_both_moments_is_refused(option, tmp_path):
+    path, w = tmp_path / "opt", np.ones(2, F32)
+    optimizer = fastadam.Adam(0.1, **{option: True})
+    optimizer.apply_gradients([(np.ones(2, F32), w)])
+    optimizer.save(path)
+    without_tensor(path, "0/m", lambda header: header["slots"][0].remove("m"))
+    without_tensor(path, "0/v", lambda header: header["slots"][0].remove("v"))
+    refuses(path, [w], "no tensor '0/m', expected it beside the slots")
+
+
+def test_a_file_that_does_not_say_what_was_accumulated_is_refused(tmp_path):
+    path, w = tmp_path / "opt", np.ones(2, F32)
+    optimizer = fastadam.Adam(0.1, gradient_accumulation_steps=3)
+    optimizer.apply_gradients([(np.ones(2, F32), w)])
+    optimizer.save(path)
+    rewrite(path, lambda header: header.pop("accumulating"))
+    refuses(path, [w], "'accumulating' None, expected indices of variables")
+
+
+@pytest.mark.parametrize(
+    ("options", "added"),
+    [({}, ["m"]), ({}, ["v", "mine"]), ({"gradient_accumulation_steps": 2}, ["m", "v"])],
+)
+def test_moments_that_no_file_could_tell_from_damage_are_not_saved(options, added, tmp_path):
+    optimizer, w = fastadam.Adam(0.1, **options), fastadam.Variable(np.ones(2, F32), "w")
+    for name in added:
+        optimizer.add_slot(w, name, "ones")
+    with pytest.raises(
+        ValueError, match=r"variables\[0\] float32 \(2,\) named 'w': slots .* without .* build\(\) makes"
+    ):
+        optimizer.save(tmp_path / "opt")
+    assert list(tmp_path.iterdir()) == []
+    optimizer.build([w])
+    optimizer.save(tmp_path / "opt")
+    assert_same(fastadam.Adam.load(tmp_path / "opt", [w]).get_weights(), optimizer.get_weights())
+
+
 @pytest.mark.parametrize("slot", ["m", "v"])
 def test_a_file_of_version_0_1_without_some_moments_is_refused(slot, small):
     path, variables = small

@@ -207,9 +207,26 @@ def network(named=True):
     return [fastadam.Variable(ones(3), name if named else None) for name in ("dense/kernel", "dense/bias")]
 
 
+NETWORK = network()
 EXCLUDING_NOTHING = {
     "misspelt": (network, {"var_names": ["biass"]}, r"var_names\[0\] 'biass' .*named \['dense/bias', 'dense/kernel'\]"),
     "two": (network, {"var_names": ["bais", "norm"]}, r"var_names\[0\] 'bais', var_names\[1\] 'norm' excludes none"),
+    "one of two": (network, {"var_names": ["bias", "nope"]}, r"(?<!, )var_names\[1\] 'nope' excludes none"),
+    "two of three": (
+        network,
+        {"var_names": ["norm", "bias", "LayerNorm"]},
+        r"var_names\[0\] 'norm', var_names\[2\] 'LayerNorm' excludes none",
+    ),
+    "a pattern beside a variable": (
+        lambda: NETWORK,
+        {"var_names": ["nope"], "var_list": [NETWORK[0]]},
+        r"(?<!, )var_names\[0\] 'nope' excludes none",
+    ),
+    "a variable beside a pattern": (
+        network,
+        {"var_names": ["bias"], "var_list": [ones(3)]},
+        r"(?<!, )var_list\[0\] excludes none of the variables so far$",
+    ),
     "without names": (
         lambda: network(named=False),
         {"var_names": ["bias"]},
@@ -235,7 +252,7 @@ def test_exclusions_that_name_variables_are_not():
     variables = network()
     for exclusion in (
         {"var_names": ["bias"]},
-        {"var_names": ["bias", "norm", "LayerNorm"]},
+        {"var_names": ["bias", "kernel|norm"]},
         {"var_list": variables[:1]},
         {"var_list": [variables[1].value]},
     ):

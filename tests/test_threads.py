@@ -174,7 +174,7 @@ def test_a_bad_thread_count_of_the_environment_is_a_clear_error(value):
     assert expected in result.stderr
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, "two", True, 1025, 65536, 2**70])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "two", True, 1025, 65536, 2**70, np.zeros(2), [2]])
 def test_set_num_threads_refuses_bad_counts(value):
     before = fastadam.get_num_threads()
     with pytest.raises(ValueError, match="count: .*, expected an integer from 1 to 1024$"):

@@ -27,6 +27,7 @@ from fastadam._core.common.strict import class_only, strict
 from fastadam._core.hyperparameters import Clip, Hyper, Keras3Option, check_rate
 from fastadam._core.minimize import scaled
 from fastadam._core.native.arrays import on_gpu, to_host
+from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import buffers_of
 from fastadam._core.native.slices import check_sparse_update
 from fastadam._core.optimizer import Optimizer
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
         SparseUpdate,
         VariableLike,
     )
-    from fastadam._core.native.backend import _cpu
     from fastadam._core.native.worker import Handle
 
 __all__ = ["Adam"]
@@ -235,10 +235,11 @@ class Adam(Optimizer):
         0.05
         """
         options, state, _, _ = parts_of(self)
-        rate = rate_after(self.learning_rate, int(state.calls))
-        decay: float = self.decay
-        steps = int(state.calls) // options.calls_per_step
-        return float(to_host(rate) if on_gpu(rate) else rate) / (1 + decay * steps)
+        with _cpu.DefaultArithmetic():  # as in a step
+            rate = rate_after(self.learning_rate, int(state.calls))
+            decay: float = self.decay
+            steps = int(state.calls) // options.calls_per_step
+            return float(to_host(rate) if on_gpu(rate) else rate) / (1 + decay * steps)
 
     @property
     def amsgrad(self) -> bool:
@@ -295,7 +296,7 @@ class Adam(Optimizer):
             var_list: Variables, found by their memory.
             var_names: Patterns searched in the names of :class:`fastadam.Variable` (``re.search``).
 
-        Warns once if none of the variables seen so far is named.
+        Warns once of the items that name none of the variables seen so far.
         """
         options, _, runtime, _ = parts_of(self)
         options.exclusions = Exclusions.of(var_list, var_names)
@@ -315,6 +316,7 @@ class Adam(Optimizer):
 
         Raises:
             KeyError: A variable without an average.
+            RuntimeError: Inside of ``with averages(...)``, whose end would undo it.
         """
         self._parts.runtime.require_closed("finalize_variable_values")
         overwrite(self._parts, *self._averages_of(var_list))
@@ -330,7 +332,8 @@ class Adam(Optimizer):
 
         Raises:
             KeyError: A variable without an average. No variable has changed.
-            RuntimeError: A second block inside of this one; ``apply_gradients`` raises it inside of the block.
+            RuntimeError: A second block inside of this one. Inside of the block ``apply_gradients``, ``begin_step``,
+                ``finalize_variable_values`` and ``set_weights`` raise it.
 
         >>> import numpy as np, fastadam
         >>> w = np.array([2.0])

@@ -27,6 +27,7 @@ __all__ = ["overwrite", "refuse_while_swapped", "swapped"]
 def overwrite(parts: Parts, variables: Sequence[_cpu.Buffer], averages: Sequence[Array]) -> None:
     """Round averages into their variables: into all, or into none if one cannot be rounded."""
     with parts.runtime.lock:
+        refuse_while_swapped(parts, "finalize_variable_values")
         copies, elsewhere = _planned(variables, averages)
         if elsewhere is not None:
             try:
@@ -53,10 +54,12 @@ def swapped(
     return _cpu.SwappedValues(parts.runtime, prepare, _write, parts.runtime.has_swapped_averages)
 
 
-def refuse_while_swapped(parts: Parts) -> None:
-    """Raise RuntimeError for a step that the end of the block would undo."""
+def refuse_while_swapped(parts: Parts, call: str) -> None:
+    """Raise RuntimeError for a call whose writes the end of the block would undo, or that belong to other values."""
     if parts.runtime.has_swapped_averages:
-        raise RuntimeError("apply_gradients: inside of `with averages(...)`, expected after it: its end undoes a step")
+        raise RuntimeError(
+            f"{call}: inside of `with averages(...)`, expected after it: its end puts the variables back as they were"
+        )
 
 
 def _planned(

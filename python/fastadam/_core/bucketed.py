@@ -103,7 +103,7 @@ def begin(
     runtime, options = stepper.runtime, stepper.options
     with runtime.lock:
         runtime.require_closed("begin_step")
-        refuse_while_swapped(stepper.parts)
+        refuse_while_swapped(stepper.parts, "begin_step")
         refused = {
             "gradient_accumulation_steps": options.accumulation is not None,
             "sparse_update": options.is_deferred,

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core import saving as serialization
+from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_integer, check_iterations, check_list
 from fastadam._core.common.strict import class_only
 from fastadam._core.minimize import Minimizer
@@ -112,11 +113,13 @@ class Optimizer(Minimizer):
         in the list is not all zero.
 
         Raises:
+            RuntimeError: Inside of ``with averages(...)``; nothing is changed.
             ValueError: Wrong number of arrays or a wrong shape; nothing is changed.
         """
         options, state, runtime, tables = self._parts
         with runtime.lock:
             runtime.require_closed("set_weights")
+            refuse_while_swapped(self._parts, "set_weights")
             tables.settle()
             calls, slots = state.checked(weights, self.name)
             state.fill(calls, slots, options.calls_per_step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
@@ -80,6 +80,12 @@ def _contents(optimizer: Foreign, selection: list[AnyArray] | None) -> tuple[dic
     options, state, _, _ = parts_of(optimizer)
     store = state.slots
     entries = store.entries if selection is None else _entries_of(store, selection)
+    for i, entry in enumerate(entries):
+        if lacking := _lacking(set(entry.slots), accumulates=options.accumulation is not None):
+            raise ValueError(
+                f"variables[{i}] {entry.spec}: slots {list(entry.slots)} without {lacking}, expected all of them: a "
+                "step or build() makes what add_slot has left out"
+            )
     places = {at: f"{i}/{name}" for i, entry in enumerate(entries) for name, at in entry.slots.items()}
     slots = {places[at]: np.asarray(to_host(store.arrays[at]), order="C") for at in sorted(places)}
     tensors = {_ITERATIONS: np.array(state.calls), **slots}
@@ -94,6 +100,12 @@ def _contents(optimizer: Foreign, selection: list[AnyArray] | None) -> tuple[dic
         "accumulating": [i for i, e in enumerate(entries) if _is_accumulating(state, e, options.calls_per_step)],
     }
     return tensors, header
+
+
+def _lacking(slots: Set[str], *, accumulates: bool) -> list[str]:
+    """What a variable with one of these slots must have beside it; "vhat" and "average" may be switched on later."""
+    together = {"m", "v", ACCUMULATOR} if accumulates else {"m", "v"}
+    return sorted(together - slots) if slots & {*together, "vhat", "average"} else []
 
 
 def _is_accumulating(state: State, entry: Entry, calls_per_step: int) -> bool:
@@ -162,9 +174,14 @@ def load(
 
 def _path_of(path: str | os.PathLike[str]) -> str:
     try:
-        return os.fsdecode(path)
+        name = os.fsdecode(path)
     except TypeError as error:
         raise TypeError(f"path: {type(path).__name__}, expected a string or a path") from error
+    if not name or "\0" in name:
+        raise ValueError(
+            f"path: {name!r:.200}, expected the name of a file" + (", without null characters" * bool(name))
+        )
+    return name
 
 
 def _format_of(path: str) -> str | None:
@@ -210,7 +227,8 @@ class _Reader:
         optimizer = self._configured(cls, custom_objects)
         state = parts_of(optimizer).state
         state.calls[...] = self._iterations()
-        self._fill(state.slots, specs, buffers)
+        accumulates = parts_of(optimizer).options.accumulation is not None
+        self._fill(state.slots, specs, buffers, accumulates=accumulates)
         self._set_accumulating(optimizer)
         try:
             optimizer.build(variables)
@@ -225,8 +243,8 @@ class _Reader:
         return state
 
     def _set_accumulating(self, optimizer: Foreign) -> None:
-        places = self._header.get("accumulating", [])  # absent from files of version 0.1
         options, state, _, _ = parts_of(optimizer)
+        places: Any = self._header.get("accumulating", None if options.accumulation else [])  # not in the first files
         entries = dict(enumerate(state.entries))
         good = isinstance(places, list) and all(type(i) is int and i in entries for i in places)
         good = good and all(ACCUMULATOR in entries[i].slots for i in places)
@@ -312,12 +330,12 @@ class _Reader:
         except ValueError as error:
             self._fail(str(error), "a number of steps")
 
-    def _fill(self, store: SlotStore, specs: list[Spec], buffers: list[_cpu.Buffer]) -> None:
+    def _fill(self, store: SlotStore, specs: list[Spec], buffers: list[_cpu.Buffer], *, accumulates: bool) -> None:
         """Copy every tensor into the layout of its variable, one at a time, in the order of ``weights``."""
         keys = list(self._checksums)
         slots: list[dict[str, int]] = [{} for _ in specs]
         owners = {key: self._owner(key, slots) for key in keys[1:]}
-        self._check_complete(list(owners.values()), len(specs))
+        self._check_complete(list(owners.values()), len(specs), accumulates=accumulates)
         for key, (i, _) in owners.items():
             self._check_tensor(key, specs[i].shape, _DTYPES[buffers[i].state_dtype])
         for at, (key, (i, name)) in enumerate(owners.items()):
@@ -327,7 +345,7 @@ class _Reader:
         for spec, places in zip(specs, slots, strict=True):
             store.add_waiting(Entry(spec, places))
 
-    def _check_complete(self, owners: list[tuple[int, str]], variables: int) -> None:
+    def _check_complete(self, owners: list[tuple[int, str]], variables: int, *, accumulates: bool) -> None:
         """Refuse a file without some slots, which would start anew at zero."""
         slots: list[set[str]] = [set() for _ in range(variables)]
         for i, name in owners:
@@ -344,6 +362,9 @@ class _Reader:
             for i, names in enumerate(named):
                 for name in sorted(slots[i] - set(names)):
                     self._fail(f"tensor '{i}/{name}'", f"the slots {names} of variable {i}")
+        for i, present in enumerate(slots):
+            for name in _lacking(present, accumulates=accumulates):
+                self._fail(f"no tensor '{i}/{name}'", f"it beside the slots {sorted(present)} of variable {i}")
 
     def _owner(self, key: str, slots: list[dict[str, int]]) -> tuple[int, str]:
         """The index of the variable that a tensor belongs to, and the name of the slot."""

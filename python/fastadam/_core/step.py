@@ -87,7 +87,7 @@ class Stepper:
         """
         runtime = self.runtime
         with runtime.lock:
-            refuse_while_swapped(self.parts)
+            refuse_while_swapped(self.parts, "apply_gradients")
             if runtime.open is not None:
                 runtime.require_closed("apply_gradients")
             if runtime.step_lock.locked():  # a callable hyperparameter or the code of a gradient called it
@@ -336,7 +336,7 @@ class Stepper:
         return None if entry is None else entry.spec.name
 
     def _check_exclusions(self, pairs: list[AnyPair]) -> None:
-        """Warn if ``exclude_from_weight_decay`` named no variable."""
+        """Warn once of everything given to ``exclude_from_weight_decay`` that names no variable."""
         self.runtime.checks_exclusions = False
         exclusions, entries = self.options.exclusions, self.state.entries
         variables = [variable for _, variable in pairs]  # those without gradient, too
@@ -346,7 +346,7 @@ class Stepper:
         met.update(map(key_of, buffers_of(variables, range(len(variables)))))
         if missing := exclusions.missing(names, met if not self.state.slots.unclaimed() else None):
             hint = ""
-            if exclusions.patterns:
+            if any(text.startswith("var_names") for text in missing):
                 unnamed = "without names: wrap them, fastadam.Variable(w, name=...)"
                 hint = ", which are " + (f"named {sorted(names)!s:.200}" if names else unnamed)
             warn(f"exclude_from_weight_decay: {', '.join(missing)} excludes none of the variables so far{hint}")

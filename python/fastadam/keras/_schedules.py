@@ -9,6 +9,7 @@ import numpy as np
 
 from fastadam import schedules
 from fastadam._core.common.frameworks import refuse_parameters
+from fastadam._core.native.backend import _cpu
 from fastadam.keras._backend import outside_of_graphs
 from fastadam.schedules._foreign import check_callable
 
@@ -63,7 +64,8 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore
 
     @outside_of_graphs
     def _rate(self, step: AnyArray) -> AnyArray:
-        return np.float32(self.schedule(int(step)))
+        with _cpu.DefaultArithmetic():  # for the rounding to float32
+            return np.float32(self.schedule(int(step)))
 
     def get_config(self) -> Config:
         """The serialized schedule."""

@@ -22,11 +22,16 @@ __all__ = ["deserialize", "plot", "serialize"]
 def serialize(learning_rate_schedule: LearningRateSchedule) -> Config:
     """Convert a schedule to ``{"class_name": ..., "config": ...}``: plain JSON in the form of TF 2.x.
 
+    Raises:
+        TypeError: ``learning_rate_schedule`` is not a schedule.
+
     >>> import fastadam
     >>> fastadam.schedules.serialize(fastadam.schedules.CosineDecay(0.1, 100))["class_name"]
     'CosineDecay'
     """
     schedule = learning_rate_schedule
+    if isinstance(schedule, type) or not callable(getattr(schedule, "get_config", None)):
+        raise TypeError(f"learning_rate_schedule: {schedule!r:.200}, expected a schedule")
     if isinstance(schedule, KerasSchedule):
         schedule = schedule.schedule
     return {"class_name": type(schedule).__name__, "config": schedule.get_config()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +25,7 @@ from fastadam._core.common.display import (
 )
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import AnyArray, Config
+from fastadam._core.native.backend import _cpu
 
 __all__ = [
     "CosineDecay",
@@ -81,8 +83,9 @@ class _Schedule(LearningRateSchedule, abc.ABC):
     """The base of the schedules in this module: dataclasses with a vectorised ``_rates``."""
 
     def __call__(self, step: npt.ArrayLike) -> AnyArray:
-        steps = np.asarray(step, dtype=np.float64)
-        rates = np.asarray(self._rates(steps), dtype=np.float64)
+        steps = _steps(step)
+        with _cpu.DefaultArithmetic():  # whatever the caller's rounding mode
+            rates = np.asarray(self._rates(steps), dtype=np.float64)
         return float(rates) if steps.ndim == 0 else np.broadcast_to(rates, steps.shape).copy()
 
     @abc.abstractmethod
@@ -373,6 +376,19 @@ class LinearCosineDecay(_Schedule):
         completed = np.minimum(steps, self.decay_steps) / self.decay_steps
         cosine = 0.5 * (1 + np.cos(2 * np.pi * self.num_periods * completed))
         return self.initial_learning_rate * ((self.alpha + 1 - completed) * cosine + self.beta)
+
+
+def _steps(step: npt.ArrayLike) -> Steps:
+    """One step or an array of them in float64."""
+    expected = "a number or an array of numbers"
+    try:
+        array = np.asarray(step)
+    except ValueError as error:  # such as lists of different lengths
+        raise ValueError(f"step: {step!r:.200} ({error}), expected {expected}") from None
+    is_big = array.dtype.kind == "O" and all(isinstance(item, numbers.Real) for item in array.flat)  # beyond 64 bits
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16" and not is_big:
+        raise TypeError(f"step: {step!r:.200}, expected {expected}")
+    return array.astype(np.float64)
 
 
 def _numbers(schedule: object, name: str) -> list[float]:

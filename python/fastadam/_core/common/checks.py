@@ -131,8 +131,9 @@ def check_list(name: str, values: object, expected: str = "a list") -> list[Any]
     try:
         iterator = iter(values)  # type: ignore[call-overload]  # raises if it is not iterable
     except TypeError as error:
-        own = error.__traceback__ is not None and error.__traceback__.tb_next is not None  # of an __iter__ in Python
-        raise TypeError(f"{name}: {type(values).__name__}, expected {expected}") from (error if own else None)
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None and not hasattr(values, "shape"):
+            raise  # of an __iter__ in Python; that of an array without dimensions says no more than the text below
+        raise TypeError(f"{name}: {type(values).__name__}, expected {expected}") from None
     items: list[Any] = list(iterator)
     if not items and isinstance(values, Iterator):
         raise ValueError(

@@ -24,7 +24,9 @@ def check_pattern(pattern: object) -> None:
         raise ValueError(f"{pattern!r:.60}, expected a pattern, a string")
     try:
         _compiled(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+    except RecursionError:
+        raise ValueError(f"{pattern!r:.60}, expected a pattern (its groups are nested too deeply)") from None
+    except (re.error, OverflowError) as error:
         raise ValueError(f"{pattern!r:.60}, expected a pattern ({error})") from None
     except _UnsupportedError as error:
         expected = "a pattern that can be matched without backtracking"

@@ -41,10 +41,10 @@ def parse_thread_count(count: object, name: str) -> int:
     """An int from 1 to the limit of the library, from an integer or a string; the ValueError names the argument."""
     try:
         threads = int(count) if isinstance(count, str) else count.__index__()  # type: ignore[attr-defined]
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):  # arrays of several have an __index__, too
         threads = 0
     if not 1 <= threads <= _cpu.most_threads or isinstance(count, bool):
-        raise ValueError(f"{name}: {count!r}, expected an integer from 1 to {_cpu.most_threads}")
+        raise ValueError(f"{name}: {count!r:.200}, expected an integer from 1 to {_cpu.most_threads}")
     return int(threads)
 
 

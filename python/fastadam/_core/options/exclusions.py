@@ -58,10 +58,9 @@ class Exclusions:
         return any(found(pattern, name) for pattern in self.patterns) if name else False
 
     def missing(self, names: Iterable[str], met: Set[Key] | None) -> list[str]:
-        """Everything that was named, if none of it excludes a variable; else nothing.
+        """What was named and excludes no variable.
 
-        A list of usual patterns often matches only in part, which is fine. ``met``: keys of the variables met so far;
-        None if others may still come.
+        ``met``: keys of the variables met so far; None if others may still come.
         """
         patterns = [
             f"var_names[{i}] {pattern!r}"
@@ -70,5 +69,4 @@ class Exclusions:
         ]
         listed = enumerate(map(key_of, self.buffers))
         absent = [f"var_list[{i}]" for i, key in listed if met is not None and key not in met]
-        is_complete = len(patterns) + len(absent) == len(self.patterns) + len(self.buffers)
-        return patterns + absent if is_complete else []
+        return patterns + absent

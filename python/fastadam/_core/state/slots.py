@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -121,7 +123,8 @@ class SlotStore:
 
     A restored store has slots whose variables it has not met: entries that wait. In a store from a pickle the next one
     is adopted by whatever unknown variable comes. In a deep copy an entry is adopted by the original's variable, or by
-    a copy of it, which has the same values as the original had when the copy was made.
+    a copy of it, which has the values that the original had when the copy was made, and its name if both have one.
+    Among equal ones without names the order decides, if as many come in one call as wait; else the call is refused.
     """
 
     def __init__(self) -> None:
@@ -132,6 +135,7 @@ class SlotStore:
         self._known: dict[Key, Entry] = {}
         self._origins: dict[Key, Entry] = {}
         self._intervals: list[tuple[int, int, _cpu.Buffer]] = []
+        self._left: dict[Key, weakref.ref[AnyArray]] = {}  # originals whose entries copies have adopted
         self.follows_copies = False  # of the variables, in a deep copy, which some have shown
         self._has_warned = False  # of a variable that could be a changed copy
 
@@ -198,37 +202,59 @@ class SlotStore:
         for key, buffer in buffers.items():
             entry = self.entry_of(buffer)
             if entry is None:
+                self._require_not_left(key, buffer)
                 self.require_new_memory(buffer)
             elif entry.buffer is None:
                 chosen[key] = entry
         taken = {id(entry) for entry in chosen.values()}
         rest = [entry for entry in self.unclaimed() if id(entry) not in taken]
-        for key, buffer in buffers.items() if rest else ():
-            if key not in chosen and key not in self._known and (entry := self._next_for(buffer, rest)) is not None:
+        unknown = {key: b for key, b in buffers.items() if key not in chosen and key not in self._known} if rest else {}
+        prints: dict[int, int] = {}
+        while unknown:
+            key, buffer = next(iter(unknown.items()))
+            if (entry := self._next_for(buffer, rest, list(unknown.values()), prints)) is not None:
                 rest.remove(entry)
                 chosen[key] = entry
+            del unknown[key]
         for key, entry in chosen.items():
             self._require_history(buffers[key], entry)
         return {key: (entry, buffers[key], self._laid_out(entry, buffers[key])) for key, entry in chosen.items()}
 
-    def _next_for(self, buffer: _cpu.Buffer, waiting: list[Entry]) -> Entry | None:
-        """The entry that an unknown variable adopts, if there is one."""
+    def _next_for(
+        self, buffer: _cpu.Buffer, waiting: list[Entry], unknown: list[_cpu.Buffer], prints: dict[int, int]
+    ) -> Entry | None:
+        """The entry that an unknown variable adopts, if there is one; ``unknown``: it and those after it."""
         if waiting and waiting[0].fingerprint is None:  # from a pickle
             self._require_match(buffer, waiting[0])
             return waiting[0]
-        alike = [entry for entry in waiting if entry.spec[:2] == Spec.of(buffer)[:2]]  # it may have been renamed
-        fingerprint = fingerprint_of(buffer) if alike else None
-        for entry in alike:
-            if entry.fingerprint == fingerprint:
-                return entry
+        alike = [entry for entry in waiting if entry.spec[:2] == Spec.of(buffer)[:2]]
+        if copied := _copied_by(buffer, alike, prints):
+            rivals = sum(_copied_by(other, alike, prints) == copied for other in unknown)
+            if rivals != len(copied) and not self._are_interchangeable(copied, rivals):
+                raise ValueError(
+                    f"{buffer.label}: {rivals} such variables have the values that {len(copied)} had when the "
+                    "optimizer was deep-copied, whose moments could go to any of them; expected build() first, with "
+                    "the copies of these alone, in the order in which the originals came"
+                )
+            return copied[0]
         if alike and not self._has_warned:
             self._has_warned = True
             warn(
                 f"{buffer.label}: neither a variable of the optimizer that this one was deep-copied from nor a copy of "
-                "one as it was then: it starts with moments of zero. Copy variables together with the optimizer, "
-                "copy.deepcopy((optimizer, variables)), or before they change"
+                "one, with its name and values as they were then: it starts with moments of zero. Copy variables "
+                "together with the optimizer, copy.deepcopy((optimizer, variables)), or before they change"
             )
         return None
+
+    def _are_interchangeable(self, entries: list[Entry], variables: int) -> bool:
+        """Whether it makes no difference which of so many equal variables adopts which entry, or none."""
+        first, *others = [self.slots_of(entry) for entry in entries]
+        if any(entry.history for entry in entries) or any(list(other) != list(first) for other in others):
+            return False
+        is_new = not any(to_host(array).any() for name, array in first.items() if name != "average")
+        return (is_new or variables <= len(entries)) and all(
+            np.array_equal(to_host(other[name]), to_host(array)) for other in others for name, array in first.items()
+        )
 
     def _require_match(self, buffer: _cpu.Buffer, entry: Entry) -> None:
         spec = Spec.of(buffer)
@@ -243,6 +269,15 @@ class SlotStore:
             raise ValueError(
                 f"{buffer.label}: changed since the state was copied, while rows lagged behind; expected the table as "
                 "it was then (sync() before a deferred optimizer is copied apart from its tables)"
+            )
+
+    def _require_not_left(self, key: Key, buffer: _cpu.Buffer) -> None:
+        """Refuse an original whose moments a copy of it has taken: it would start anew unseen."""
+        if key in self._left and self._left[key]() is not None:
+            raise ValueError(
+                f"{buffer.label}: its moments in this deep copy went to another variable, which had its values when it "
+                "came; expected the variables of the original or copies of them, not both (to go on with the "
+                "original's, give them to build() of the copy first)"
             )
 
     def _laid_out(self, entry: Entry, buffer: _cpu.Buffer) -> dict[str, AnyArray]:
@@ -268,6 +303,7 @@ class SlotStore:
         draft.arrays, draft.names, draft.entries = self.arrays[:], self.names[:], self.entries[:]
         draft.version = self.version + 1
         draft._known, draft._origins, draft._intervals = {**self._known}, {**self._origins}, self._intervals[:]
+        draft._left = {key: ref for key, ref in self._left.items() if ref() is not None}
         draft.follows_copies, draft._has_warned = self.follows_copies, self._has_warned
         return draft
 
@@ -284,7 +320,10 @@ class SlotStore:
         self._put(Entry(spec, dict(entry.slots), buffer, history, place=entry.place))
         if entry.origin:
             self._origins.pop(key_of(entry.origin), None)
-            self.follows_copies = self.follows_copies or key_of(entry.origin) != key_of(buffer)
+            if key_of(entry.origin) != key_of(buffer):
+                self.follows_copies = True
+                with contextlib.suppress(TypeError):  # an object of another library without weak references
+                    self._left[key_of(entry.origin)] = weakref.ref(entry.origin.source)
         self._register(buffer)
 
     def add(self, buffer: _cpu.Buffer, name: str, array: AnyArray) -> None:
@@ -352,6 +391,17 @@ class SlotStore:
 
 def _copied(entry: Entry) -> History | None:
     return None if entry.history is None else entry.history.copy(entry.buffer)
+
+
+def _copied_by(buffer: _cpu.Buffer, entries: list[Entry], prints: dict[int, int]) -> list[Entry]:
+    """The entries of whose variables this can be a copy: equal values, and the same name where both have one."""
+    spec = Spec.of(buffer)
+    entries = [entry for entry in entries if entry.spec.admits(spec)]
+    if entries and id(buffer) not in prints:
+        prints[id(buffer)] = fingerprint_of(buffer)
+    equal = [entry for entry in entries if entry.fingerprint == prints[id(buffer)]]
+    named = [entry for entry in equal if spec.name and entry.spec.name == spec.name]
+    return named or equal
 
 
 def _require_apart(buffers: list[_cpu.Buffer]) -> None:

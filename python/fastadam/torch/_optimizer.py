@@ -31,7 +31,7 @@ from fastadam.torch._compiled import Columns, traced_step
 from fastadam.torch._copies import ComputeParams, check_compute_params, check_groups_apart
 from fastadam.torch._deferred import Reader
 from fastadam.torch._options import Options
-from fastadam.torch._state import fill_groups, keep_tensors, restore_states, states_of
+from fastadam.torch._state import check_is_dict, fill_groups, keep_tensors, restore_states, states_of
 from fastadam.torch._step import GroupStepper
 from fastadam.torch._telemetry import joined
 
@@ -605,13 +605,16 @@ class Adam(torch.optim.Optimizer):
         except in a parameter that has been written to since the last step: it is assumed to have been loaded.
 
         Raises:
-            TypeError: A state that is not a dict, or a moment that is not a plain tensor.
+            TypeError: An argument that is not a state dict; an option that is not a number; or a moment that is not a
+                plain tensor of floating point numbers.
             ValueError: A different number or size of groups; a group or a state without what Adam keeps, as other
-                optimizers save them; a moment that is sparse, has no data or has another shape than its parameter; or a
-                step that is not a number. A call that raises leaves the optimizer unchanged.
+                optimizers save them; an option that no step would take; a moment that is sparse, has no data or has
+                another shape than its parameter; or a step that is not a count. A call that raises leaves the optimizer
+                unchanged.
         """
         with self._stepper.lock:
             self._stepper.require_closed("load_state_dict")
+            check_is_dict(state_dict)
             self._stepper.finish(self.state)
             with torch.no_grad():
                 for table in self._stepper.tables.of(None):

@@ -526,10 +526,12 @@ class Adam(torch.optim.Optimizer):
         """Bring every row of a parameter, or of all, up to date. In a deferred mode call it before reading or writing.
 
         Raises:
-            RuntimeError: A parameter was written to while rows waited for their steps.
+            RuntimeError: A parameter or a moment was written to, or replaced by a copy of itself, while rows waited for
+                their steps.
         """
         with self._stepper.lock:
             self._stepper.finish(self.state)
+            self._stepper.tables.note_states(self.state)
             for table in self._stepper.tables.of(param):
                 table.catch_up()
 
@@ -548,6 +550,7 @@ class Adam(torch.optim.Optimizer):
         rows = check_rows(param, ids)
         with self._stepper.lock:
             self._stepper.finish(self.state)
+            self._stepper.tables.note_states(self.state)
             for table in self._stepper.tables.of(param):
                 table.catch_up(rows)
             return param.detach()[ids]
@@ -616,6 +619,7 @@ class Adam(torch.optim.Optimizer):
             self._stepper.require_closed("load_state_dict")
             check_is_dict(state_dict)
             self._stepper.finish(self.state)
+            self._stepper.tables.note_states(self.state)
             with torch.no_grad():
                 for table in self._stepper.tables.of(None):
                     if table.is_untouched:

@@ -88,6 +88,8 @@ class Adam(torch.optim.Optimizer):
       touches them and when they are read through :meth:`gather`, :meth:`sync` or an attached module (:meth:`attach`).
       Call :meth:`sync` before a module with such a table is deep-copied, pickled or read in any other way;
       ``state_dict()`` of an attached module does so by itself.
+      A write to the parameter or its moments while rows wait is refused by the next call; writes through ``.data`` and
+      ``.numpy()``, such as ``parameter.data.add_(1.0)``, are not noticed: the waiting steps then use what was written.
     - "deferred_fast": like "deferred", but the steps that a row missed are summed in closed form.
 
     Except with "dense", epsilon means what it means in SparseAdam and Keras for parameters with sparse gradients: it is
@@ -524,6 +526,9 @@ class Adam(torch.optim.Optimizer):
     @torch.no_grad()
     def sync(self, param: Tensor | None = None) -> None:
         """Bring every row of a parameter, or of all, up to date. In a deferred mode call it before reading or writing.
+
+        The next call notices writes to parameters and moments, except through ``.data`` and ``.numpy()``. After a write
+        that it refuses, ``del optimizer.state[parameter]`` begins anew, without the steps that rows wait for.
 
         Raises:
             RuntimeError: A parameter or a moment was written to, or replaced by a copy of itself, while rows waited for

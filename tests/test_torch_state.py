@@ -300,6 +300,9 @@ UNUSABLE = {
             (torch.ones(2), f"Tensor {name} must be 1-element"),
         ]
     },
+    "a complex lr": (put("lr", torch.tensor(1j)), r"param_groups\[0\]: lr: a tensor of torch.complex64 on cpu, expected a"),
+    "an lr without data": (put("lr", torch.ones((), device="meta")), r"\[0\]: lr: a tensor of torch.float32 on meta, exp"),
+    "a list of lists": (put("params", [[0], 1, 2]), r"param_groups\[0\]: params\[0\]: list, expected the number of a"),
     "betas='ab'": (put("betas", "ab"), r"param_groups\[0\]: betas: 'ab', expected a pair of numbers"),
     "one beta": (put("betas", (0.9,)), r"param_groups\[0\]: betas: \(0.9,\), expected a pair of numbers"),
     "a beta of 1": (put("betas", (0.9, 1.0)), r"param_groups\[0\]: betas: \(0.9, 1.0\), expected 0 or more and less than 1"),

@@ -154,6 +154,8 @@ def check_saved_group(group: Group, label: str) -> None:
         betas = {f"betas[{index}]": beta for index, beta in enumerate(group["betas"])}
         for name, value in {**numbers, **betas}.items():
             check_tensor(name, value, foreach=False, capturable=False)
+            if isinstance(value, Tensor) and (value.is_complex() or value.is_meta):
+                raise TypeError(f"{name}: a tensor of {value.dtype} on {value.device}, expected a real number")
         check_options({"weight_decay": decay})
         check_rule(group)
     except (TypeError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -129,6 +129,9 @@ def _check_structure(state_dict: Mapping[str, object]) -> None:
         if not isinstance(group.get("params"), (list, tuple)):
             found = _shown(group["params"]) if "params" in group else "missing"
             raise TypeError(f"{label}: params: {found}, expected a list of the parameters' numbers")
+        for place, key in enumerate(group["params"]):
+            if not isinstance(key, Hashable):
+                raise TypeError(f"{label}: params[{place}]: {_shown(key)}, expected the number of a parameter")
 
 
 def _shown(value: object) -> str:

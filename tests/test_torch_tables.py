@@ -94,6 +94,125 @@ def test_replacing_a_moment_first_makes_the_steps_that_rows_wait_for(moments, re
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def copy_moment(name):
+    return lambda o, w: o.state[w].update({name: o.state[w][name].clone()})
+
+
+def copy_but_for_a_row(optimizer, weight):
+    copied = optimizer.state[weight]["exp_avg"].clone()
+    copied[150] = 1.0
+    optimizer.state[weight]["exp_avg"] = copied
+
+
+COPIES = {
+    "exp_avg": copy_moment("exp_avg"),
+    "exp_avg_sq": copy_moment("exp_avg_sq"),
+    "all but one row": copy_but_for_a_row,
+    "the whole state": lambda o, w: o.state.update({w: copy.deepcopy(o.state[w])}),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("replace_by_copy", COPIES)
+@pytest.mark.parametrize("mode", ["deferred", "deferred_fast"])
+def test_a_copy_that_lags_is_not_taken_for_the_moment(mode, replace_by_copy, read):
+    """Its rows would be stepped as if they had had the steps that they waited for when it was made."""
+    optimizer, (weight,) = trained(mode=mode)
+    COPIES[replace_by_copy](optimizer, weight)
+    before = weight.detach().clone()
+    with pytest.raises(
+        RuntimeError, match=r"exp_avg.*: replaced by a copy .* while rows waited .*; call sync\(\) before"
+    ):
+        READS[read](optimizer, weight)
+    assert torch.equal(weight, before)
+    del optimizer.state[weight]  # it was not written to: its rows make their steps with the moments before the copy
+    optimizer.sync()
+    expected, (twin,) = trained(mode=mode)
+    expected.sync()
+    assert torch.equal(weight, twin)
+
+
+@pytest.mark.parametrize("replace_by_copy", COPIES)
+def test_a_copy_after_sync_goes_on(replace_by_copy):
+    found = []
+    for copies in (False, True):
+        optimizer, (weight,) = trained()
+        optimizer.sync()
+        if copies:
+            COPIES[replace_by_copy](optimizer, weight)
+        elif replace_by_copy == "all but one row":
+            optimizer.state[weight]["exp_avg"][150] = 1.0
+        step(optimizer, [weight], range(5, 12))
+        optimizer.sync()
+        found.append(weight.detach())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("read", [read for read in READS if read != "load_state_dict"])
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_moment_that_is_not_a_tensor_is_refused_by_name(waits, moment, read):
+    optimizer, (weight,) = trained(amsgrad=True)
+    if not waits:
+        optimizer.sync()
+    optimizer.state[weight][moment] = None
+    with pytest.raises(TypeError, match=rf"state of .*: {moment}: NoneType, expected a tensor"):
+        READS[read](optimizer, weight)
+
+
+def enlarge(optimizer, weight):
+    weight.grad = None
+    weight.data = torch.cat([weight.detach(), torch.ones(3, 2, dtype=torch.float64)])
+
+
+WRITES = {
+    "larger data": enlarge,
+    "other data": lambda _, w: setattr(w, "data", torch.ones_like(w)),
+    "in place": lambda _, w: w.detach().zero_(),
+    "moment": lambda o, w: o.state[w]["exp_avg"].zero_(),
+}
+
+
+@pytest.mark.parametrize("read", [*READS, "begin_step"])
+@pytest.mark.parametrize("write", WRITES)
+def test_the_text_about_a_write_names_a_way_out_that_works(write, read):
+    """Dropping the state gives up the waiting steps; the parameter begins anew from what was written."""
+    optimizer, (weight,) = trained()
+    WRITES[write](optimizer, weight)
+    written = weight.detach().clone()
+    for call in (optimizer.sync, optimizer.state_dict, lambda: copy.deepcopy(optimizer)):
+        with pytest.raises(
+            RuntimeError,
+            match=r"written to while rows waited .*; del optimizer.state\[parameter\] begins anew, without",
+        ):
+            call()
+    del optimizer.state[weight]
+    if read == "begin_step":
+        weight.grad = None
+        optimizer.begin_step()
+        optimizer.end_step()
+    elif read == "gather":
+        assert torch.equal(optimizer.gather(weight, torch.arange(ROWS)), written[:ROWS])
+    else:
+        READS[read](optimizer, weight)
+    if read != "step":
+        assert torch.equal(weight, written)
+    step(optimizer, [weight], range(41, 45))
+    optimizer.state_dict()
+    copy.deepcopy(optimizer)
+
+
+@pytest.mark.parametrize("write", ["larger data", "other data", "in place"])
+def test_loading_a_state_is_a_way_out_too(write):
+    optimizer, (weight,) = trained()
+    WRITES[write](optimizer, weight)
+    other = fastadam.torch.Adam([torch.nn.Parameter(weight.detach().clone())], sparse_update="deferred")
+    step(other, other.param_groups[0]["params"], range(3))
+    optimizer.load_state_dict(other.state_dict())
+    step(optimizer, [weight], range(41, 45))
+    optimizer.sync()
+
+
 def shrink(optimizer, weight):
     optimizer.param_groups.pop()
 

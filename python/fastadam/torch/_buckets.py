@@ -92,7 +92,7 @@ class BucketedStep:
         # If nothing is to be done before the end, the step is a plain one, which is faster.
         self._waits = not early and not stepper.clipping.reads_norms and _are_on_host(self._groups)
         self._waiting: dict[tuple[int, int], _Given] = {}
-        stepper.tables.forget_removed(self._groups)
+        stepper.tables.forget_removed(self._groups, state)
         stepper.partitions.note_state(state, len(groups))
         self._given: dict[tuple[int, int], _Given] = {}
         self._calls: list[Call] = []

@@ -32,6 +32,7 @@ __all__ = [
     "check_params",
     "check_rows",
     "check_rule",
+    "check_saved_group",
     "check_tensor",
     "label_of",
 ]
@@ -142,6 +143,23 @@ def check_numbers(
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
     if len({isinstance(beta, Tensor) for beta in betas}) > 1:
         raise ValueError("betas must be either both floats or both Tensors")
+
+
+def check_saved_group(group: Group, label: str) -> None:
+    """Check the numbers of a group in a state dict, before they replace the optimizer's."""
+    decay = group.get("weight_decay", 0)  # SparseAdam has none
+    try:
+        check_kinds(group["lr"], group["betas"], group["eps"], decay)
+        numbers = {"lr": group["lr"], "eps": group["eps"], "weight_decay": decay}
+        betas = {f"betas[{index}]": beta for index, beta in enumerate(group["betas"])}
+        for name, value in {**numbers, **betas}.items():
+            check_tensor(name, value, foreach=False, capturable=False)
+            if isinstance(value, Tensor) and (value.is_complex() or value.is_meta):
+                raise TypeError(f"{name}: a tensor of {value.dtype} on {value.device}, expected a real number")
+        check_options({"weight_decay": decay})
+        check_rule(group)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{label}: {error}") from error
 
 
 def check_params(params: ParamsT) -> ParamsT:

@@ -13,7 +13,7 @@ from fastadam._core.common.warning import warn
 from fastadam._core.deferred.history import History, Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.slices import DEFERRED
-from fastadam.torch._checks import Group, ParamState
+from fastadam.torch._checks import Group, ParamState, States
 from fastadam.torch._layout import versions_of
 from fastadam.torch._state import SLOTS
 
@@ -36,7 +36,8 @@ class Table:
         self._seen = [_mark_of(tensor) for tensor in (self.param, *self._moments.values())]
 
     def _moments_now(self) -> dict[str, Tensor]:
-        return {name: self.state[key] for name, key in SLOTS.items() if key in self.state}
+        found = {name: self.state.get(key) for name, key in SLOTS.items()}
+        return {name: moment for name, moment in found.items() if isinstance(moment, Tensor)}
 
     @property
     def is_untouched(self) -> bool:
@@ -45,12 +46,28 @@ class Table:
 
     def require_untouched(self) -> None:
         """Raise if the waiting steps would be made with values that they were not meant for."""
-        if not self.history.waits:
-            return
-        labels = [self.label, *[f"state of {self.label}: {SLOTS[name]}" for name in self._moments]]
+        label = self._written() if self.history.waits else None
+        if label is not None:
+            raise RuntimeError(
+                f"{label}: written to while rows waited for their steps; call sync() before writing; del "
+                "optimizer.state[parameter] begins anew, without these steps"
+            )
+
+    def _written(self) -> str | None:
+        """What error messages call a tensor that someone else has written to since the last step; None for none."""
+        labels = [self.label, *[self._label_of(name) for name in self._moments]]
         for tensor, seen, label in zip((self.param, *self._moments.values()), self._seen, labels, strict=True):
             if _mark_of(tensor) != seen:
-                raise RuntimeError(f"{label}: written to while rows waited for their steps; call sync() before writing")
+                return label
+        return None
+
+    def _label_of(self, name: str) -> str:
+        return f"state of {self.label}: {SLOTS[name]}"
+
+    def note_state(self, state: ParamState | None) -> bool:
+        """Take the parameter's state as it is now; whether it was dropped to give up steps that cannot be made."""
+        self.state = state or {SLOTS[name]: moment for name, moment in self._moments.items()}
+        return not state and self.history.waits and self._written() is not None
 
     def note_step(self) -> None:
         """The optimizer has written to the parameter."""
@@ -69,9 +86,35 @@ class Table:
         self._note()
 
     def _are_replaced(self) -> bool:
-        """Whether the state has other moments than those that rows wait with."""
-        now = self._moments_now()
-        return any(name in now and now[name] is not known for name, known in self._moments.items())
+        """Whether the state has other moments than those that rows wait with.
+
+        Raises:
+            RuntimeError: One is a copy of a moment whose rows waited: it would be taken for the moment after all steps.
+            TypeError: One is not a tensor.
+        """
+        are_replaced = False
+        for name, known in self._moments.items():
+            now = self.state.get(SLOTS[name], known)
+            if now is known:
+                continue
+            if not isinstance(now, Tensor):
+                raise TypeError(f"{self._label_of(name)}: {type(now).__name__}, expected a tensor")
+            if name != "vhat" and self._lags(known, now):  # a step without gradient leaves the largest as it is
+                raise RuntimeError(
+                    f"{self._label_of(name)}: replaced by a copy that was made while rows waited for their steps; call "
+                    "sync() before copying; del optimizer.state[parameter] begins anew"
+                )
+            are_replaced = True
+        return are_replaced
+
+    def _lags(self, known: Tensor, now: Tensor) -> bool:
+        """Whether a row that waits, and that its steps would change, is the same in both."""
+        is_alike = now.shape == known.shape and now.device == known.device and now.layout == known.layout
+        if not self.history.waits or not is_alike or not known.numel():
+            return False
+        rows = len(known)
+        same = (now == known).reshape(rows, -1).all(1) & (known != 0).reshape(rows, -1).any(1)
+        return bool((same & torch.from_numpy(self.history.behind)).any())
 
     def take_moments(self) -> None:
         """Go on with the moments that the state has now, after the waiting steps were made with those before."""
@@ -134,14 +177,21 @@ class Tables:
         for table in tables:
             self._tables[table.param] = table
 
-    def forget_removed(self, groups: list[Group]) -> None:
-        """Forget the tables whose parameters have left the groups.
+    def note_states(self, states: States) -> None:
+        """Take the states as they are now; forget tables that were written to and whose states were dropped then."""
+        for param, table in list(self._tables.items()):
+            if table.note_state(states.get(param)):
+                del self._tables[param]
+
+    def forget_removed(self, groups: list[Group], states: States) -> None:
+        """Before a step: take the states as they are now, and forget the tables whose parameters have left the groups.
 
         Raises:
             RuntimeError: Rows of one of them wait for their steps.
         """
         if not self._tables:
             return
+        self.note_states(states)
         stepped = {id(param) for group in groups for param in group["params"]}
         removed = [table for param, table in self._tables.items() if id(param) not in stepped]
         for table in removed:

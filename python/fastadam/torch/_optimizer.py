@@ -31,7 +31,7 @@ from fastadam.torch._compiled import Columns, traced_step
 from fastadam.torch._copies import ComputeParams, check_compute_params, check_groups_apart
 from fastadam.torch._deferred import Reader
 from fastadam.torch._options import Options
-from fastadam.torch._state import fill_groups, keep_tensors, restore_states, states_of
+from fastadam.torch._state import check_is_dict, fill_groups, keep_tensors, restore_states, states_of
 from fastadam.torch._step import GroupStepper
 from fastadam.torch._telemetry import joined
 
@@ -88,6 +88,8 @@ class Adam(torch.optim.Optimizer):
       touches them and when they are read through :meth:`gather`, :meth:`sync` or an attached module (:meth:`attach`).
       Call :meth:`sync` before a module with such a table is deep-copied, pickled or read in any other way;
       ``state_dict()`` of an attached module does so by itself.
+      A write to the parameter or its moments while rows wait is refused by the next call; writes through ``.data`` and
+      ``.numpy()``, such as ``parameter.data.add_(1.0)``, are not noticed: the waiting steps then use what was written.
     - "deferred_fast": like "deferred", but the steps that a row missed are summed in closed form.
 
     Except with "dense", epsilon means what it means in SparseAdam and Keras for parameters with sparse gradients: it is
@@ -526,11 +528,16 @@ class Adam(torch.optim.Optimizer):
     def sync(self, param: Tensor | None = None) -> None:
         """Bring every row of a parameter, or of all, up to date. In a deferred mode call it before reading or writing.
 
+        The next call notices writes to parameters and moments, except through ``.data`` and ``.numpy()``. After a write
+        that it refuses, ``del optimizer.state[parameter]`` begins anew, without the steps that rows wait for.
+
         Raises:
-            RuntimeError: A parameter was written to while rows waited for their steps.
+            RuntimeError: A parameter or a moment was written to, or replaced by a copy of itself, while rows waited for
+                their steps.
         """
         with self._stepper.lock:
             self._stepper.finish(self.state)
+            self._stepper.tables.note_states(self.state)
             for table in self._stepper.tables.of(param):
                 table.catch_up()
 
@@ -549,6 +556,7 @@ class Adam(torch.optim.Optimizer):
         rows = check_rows(param, ids)
         with self._stepper.lock:
             self._stepper.finish(self.state)
+            self._stepper.tables.note_states(self.state)
             for table in self._stepper.tables.of(param):
                 table.catch_up(rows)
             return param.detach()[ids]
@@ -606,14 +614,18 @@ class Adam(torch.optim.Optimizer):
         except in a parameter that has been written to since the last step: it is assumed to have been loaded.
 
         Raises:
-            TypeError: A state that is not a dict, or a moment that is not a plain tensor.
+            TypeError: An argument that is not a state dict; an option that is not a number; or a moment that is not a
+                plain tensor of floating point numbers.
             ValueError: A different number or size of groups; a group or a state without what Adam keeps, as other
-                optimizers save them; a moment that is sparse, has no data or has another shape than its parameter; or a
-                step that is not a number. A call that raises leaves the optimizer unchanged.
+                optimizers save them; an option that no step would take; a moment that is sparse, has no data or has
+                another shape than its parameter; or a step that is not a count. A call that raises leaves the optimizer
+                unchanged.
         """
         with self._stepper.lock:
             self._stepper.require_closed("load_state_dict")
+            check_is_dict(state_dict)
             self._stepper.finish(self.state)
+            self._stepper.tables.note_states(self.state)
             with torch.no_grad():
                 for table in self._stepper.tables.of(None):
                     if table.is_untouched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastadam._core.common.types import SparseUpdate
-from fastadam.torch._checks import Group, ParamState, States, label_of
+from fastadam.torch._checks import Group, ParamState, States, check_saved_group, label_of
+from fastadam.torch._step_count import whole_count
 
-__all__ = ["HALF", "MASTER", "SLOTS", "Kind", "fill_groups", "keep_tensors", "restore_states", "states_of"]
+__all__ = [
+    "HALF",
+    "MASTER",
+    "SLOTS",
+    "Kind",
+    "check_is_dict",
+    "fill_groups",
+    "keep_tensors",
+    "restore_states",
+    "states_of",
+]
 
 HALF = (torch.float16, torch.bfloat16)
 SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}  # fastadam's names: torch's
@@ -20,6 +32,7 @@ _FLAGS = ("foreach", "capturable", "differentiable", "fused")  # they belong to 
 _NAMES = ("step", *SLOTS.values())
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")  # in a state that is not empty
 _NEEDED_IN_GROUP = ("lr", "betas", "eps")
+_NEEDED_IN_DICT = ("state", "param_groups")
 
 
 class Kind(NamedTuple):
@@ -62,7 +75,7 @@ def states_of(
         states[k].update({"step": step, **{SLOTS[name]: zeros_like(params[k]) for name in ("m", "v")}})
     for state, label in zip(states, labels, strict=True):
         if "step" in state and not isinstance(state["step"], Tensor):
-            state["step"] = torch.tensor(float(state["step"]))
+            state["step"] = torch.tensor(_number_of(state["step"], f"state of {label}"))
         _require(_NEEDED, state, f"state of {label}")
         if group["amsgrad"] and SLOTS["vhat"] not in state:
             state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
@@ -72,7 +85,7 @@ def states_of(
     return states
 
 
-def _require(needed: tuple[str, ...], found: ParamState, label: str) -> None:
+def _require(needed: tuple[str, ...], found: Mapping[str, object], label: str) -> None:
     missing = [repr(name) for name in needed if name not in found]
     if missing:
         expected = f"{', '.join(needed[:-1])} and {needed[-1]}"
@@ -96,6 +109,35 @@ def fill_groups(groups: list[Group], before: list[Group]) -> None:
             group.update({name: before[index][name] for name in ("compute_params",) if name in before[index]})
 
 
+def check_is_dict(state_dict: object) -> None:
+    """Raise TypeError for what not even a hook can turn into a state dict."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: {_shown(state_dict)}, expected a dict, as state_dict() returns it")
+
+
+def _check_structure(state_dict: Mapping[str, object]) -> None:
+    _require(_NEEDED_IN_DICT, state_dict, "state_dict")
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(states, Mapping):
+        raise TypeError(f"state_dict: state: {_shown(states)}, expected a dict of the states of the parameters")
+    if not isinstance(groups, (list, tuple)):
+        raise TypeError(f"state_dict: param_groups: {_shown(groups)}, expected a list of dicts")
+    for index, group in enumerate(groups):
+        label = f"state_dict: param_groups[{index}]"
+        if not isinstance(group, Mapping):
+            raise TypeError(f"{label}: {_shown(group)}, expected a dict")
+        if not isinstance(group.get("params"), (list, tuple)):
+            found = _shown(group["params"]) if "params" in group else "missing"
+            raise TypeError(f"{label}: params: {found}, expected a list of the parameters' numbers")
+        for place, key in enumerate(group["params"]):
+            if not isinstance(key, Hashable):
+                raise TypeError(f"{label}: params[{place}]: {_shown(key)}, expected the number of a parameter")
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} {value!r:.60}" if isinstance(value, (str, bytes)) else type(value).__name__
+
+
 class _Kept:
     """Hides a value from ``torch.optim.Optimizer.load_state_dict``, which would cast it to the parameter's dtype."""
 
@@ -107,10 +149,14 @@ def keep_tensors(optimizer: torch.optim.Optimizer, state_dict: ParamState) -> Pa
     """The last hook before loading; torch takes entries that belong to no parameter unchanged.
 
     Raises:
-        ValueError: A group or a state of another optimizer, such as SGD.
+        TypeError: A part of the state dict, or an option of a group, has the wrong type.
+        ValueError: A group or a state of another optimizer, such as SGD; or an option that is out of range.
     """
+    check_is_dict(state_dict)  # a hook may have returned it
+    _check_structure(state_dict)
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=False)):
         _require(_NEEDED_IN_GROUP, saved, f"state_dict: param_groups[{index}]")
+        check_saved_group(saved, f"state_dict: param_groups[{index}]")
         for place, key in enumerate(saved["params"][: len(group["params"])]):
             state = state_dict["state"].get(key)
             if state and isinstance(state, dict):
@@ -136,15 +182,16 @@ def restore_states(
     left out if the parameter has none: they would not be stepped.
 
     Raises:
-        TypeError: A state is not a dict, or a moment is not a tensor.
-        ValueError: A moment is sparse, has no data or another shape, or a step is not a number.
+        TypeError: A state is not a dict, or a moment is not a tensor of floating point numbers.
+        ValueError: A moment is sparse, has no data or another shape, or a step is not a count.
     """
     for index, group in enumerate(groups):
         states = []
         for place, param in enumerate(group["params"]):
             if not state.get(param):
                 continue
-            named, label = state[param], f"state of {label_of(group, index, place)}"
+            named, called = state[param], label_of(group, index, place)
+            label = f"state of {called}"
             if not isinstance(named, dict):
                 raise TypeError(f"{label}: {type(named).__name__}, expected a dict")
             if isinstance(named.get(MASTER), _Kept) and not (has_masters and param.dtype in HALF):
@@ -152,6 +199,10 @@ def restore_states(
             for name, value in named.items():
                 if name == "step" and not isinstance(value, Tensor):
                     named[name] = _number_of(value, label)
+                    if isinstance(value, _Kept):
+                        whole_count(named[name], called)
+                elif name not in _NAMES and name != MASTER and isinstance(value, _Kept):
+                    named[name] = _foreign_like(param, value.value, moments_dtype, label, name)
                 elif isinstance(value, _Kept):
                     named[name] = _moment_like(param, value.value, moments_dtype, f"{label}: {name}")
             states.append((param, named))
@@ -160,19 +211,41 @@ def restore_states(
 
 def _number_of(step: object, label: str) -> float:
     value = step.value if isinstance(step, _Kept) else step
+    if isinstance(value, (str, bytes)):
+        raise ValueError(f"{label}: step: {value!r}, expected a number")
     try:
         return float(value)  # type: ignore[arg-type]  # that is the question
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{label}: step: {value!r}, expected a number") from error
 
 
+def _foreign_like(param: Tensor, value: Tensor, moments_dtype: torch.dtype | None, label: str, name: str) -> Tensor:
+    """What another program has put into the state; it is taken if it has the parameter's shape."""
+    _refuse_wrapper(value, f"{label}: {name}")
+    if value.shape != param.shape:
+        expected = "step, exp_avg and exp_avg_sq, as Adam and AdamW have them"
+        raise ValueError(f"{label}: with {name!r} of shape {tuple(value.shape)}, expected {expected}")
+    return _cloned_like(param, value, moments_dtype, f"{label}: {name}")
+
+
 def _moment_like(param: Tensor, value: object, moments_dtype: torch.dtype | None, label: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{label}: {type(value).__name__}, expected a tensor")
-    if is_traceable_wrapper_subclass(value) and not hasattr(value, "_local_tensor"):
-        raise TypeError(f"{label}: {type(value).__name__}, expected a plain tensor, as its dequantize() may return")
+    _refuse_wrapper(value, label)
     if value.shape != param.shape:
         raise ValueError(f"{label}: shape {tuple(value.shape)}, expected {tuple(param.shape)}")
+    if not value.is_floating_point() and not (value.is_complex() and param.is_complex()):
+        expected = f"{param.dtype} or another floating point dtype"
+        raise TypeError(f"{label}: {value.dtype}, expected {expected}")
+    return _cloned_like(param, value, moments_dtype, label)
+
+
+def _refuse_wrapper(value: Tensor, label: str) -> None:
+    if is_traceable_wrapper_subclass(value) and not hasattr(value, "_local_tensor"):
+        raise TypeError(f"{label}: {type(value).__name__}, expected a plain tensor, as its dequantize() may return")
+
+
+def _cloned_like(param: Tensor, value: Tensor, moments_dtype: torch.dtype | None, label: str) -> Tensor:
     if value.layout != torch.strided:
         raise ValueError(f"{label}: {value.layout}, expected a dense tensor")
     if value.is_meta and not param.is_meta:

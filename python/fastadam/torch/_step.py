@@ -179,7 +179,7 @@ class GroupStepper:
 
     def _step_anew(self, groups: list[Group], state: States, scaled: ScaledStep) -> bool:
         """Returns False, with nothing changed, if gradients had to be finite and are not."""
-        self.tables.forget_removed(groups)
+        self.tables.forget_removed(groups, state)
         self.partitions.note_state(state, len(groups))
         calls: list[Call] = []
         raised: Counter[int] = Counter()  # step counts, by their addresses, that earlier groups raise

@@ -151,7 +151,7 @@ def is_on_gpu(number: object) -> bool:
 def whole_count(count: float, label: str) -> int:
     """The number of the step after ``count`` steps."""
     if not math.isfinite(count) or count != int(count) or not 0 <= count < 2**62:
-        raise ValueError(f"state of {label}: step {count}, expected a whole number below 2**62")
+        raise ValueError(f"state of {label}: step {count}, expected a whole number from 0 to 2**62 - 1")
     return int(count) + 1
 
 

@@ -118,6 +118,11 @@ class History:
         """Whether there is no room for another step."""
         return self.steps >= self.room
 
+    @property
+    def behind(self) -> npt.NDArray[np.bool_]:
+        """For each row whether it waits; of a table on the host."""
+        return np.asarray(self.rates.last) < self.steps
+
     def is_behind(self, gradient: object) -> bool:
         """Whether a step on the host touches a row that waits; the indices have not been checked."""
         indices = gradient.indices if isinstance(gradient, IndexedSlices) else None

@@ -69,7 +69,16 @@ def dropped():
     return exporter, free
 
 
-@pytest.mark.parametrize("make", [resized, closed, dropped])
+def emptied():
+    exporter = Exporter(np.ones(8, F32))
+
+    def free():
+        exporter.array = None  # its __array_interface__ raises AttributeError from here on
+
+    return exporter, free
+
+
+@pytest.mark.parametrize("make", [resized, closed, dropped, emptied])
 def test_a_variable_at_a_freed_address_does_not_inherit_moments(make):
     variable, free = make()
     optimizer = fastadam.Adam(0.1)
@@ -92,7 +101,7 @@ def test_a_variable_at_a_freed_address_does_not_inherit_moments(make):
         assert not found.is_current()
 
 
-@pytest.mark.parametrize("make", [resized, closed, dropped])
+@pytest.mark.parametrize("make", [resized, closed, dropped, emptied])
 def test_a_step_for_memory_that_was_freed_is_not_repeated(make, memory):
     """The plan of the last step points to it."""
     variable, free = make()

@@ -136,7 +136,10 @@ inline bool is_held_by_base(const Buffer& b) {
     PyBuffer_Release(&buffer);
     return holds;
   }
-  if (!py::hasattr(base, "__array_interface__")) return true;
+  // A property of its type that raises AttributeError says that the object has no memory any more.
+  const bool exports =
+      py::hasattr(base, "__array_interface__") || py::hasattr(py::type::handle_of(base), "__array_interface__");
+  if (!exports) return true;
   try {
     const auto data = base.attr("__array_interface__").cast<py::dict>()["data"].cast<py::tuple>();
     return data[0].cast<uintptr_t>() == reinterpret_cast<uintptr_t>(view->data);

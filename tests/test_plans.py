@@ -29,13 +29,13 @@ def arrays(*shapes):
 @pytest.fixture
 def made(monkeypatch):
     """Grows by one with every plan that is made."""
-    plans, make = [], Stepper._make_plan
+    plans, make = [], Stepper.make_plan
 
-    def counting(self, *arguments):
+    def counting(self, *arguments, **options):
         plans.append(self)
-        return make(self, *arguments)
+        return make(self, *arguments, **options)
 
-    monkeypatch.setattr(Stepper, "_make_plan", counting)
+    monkeypatch.setattr(Stepper, "make_plan", counting)
     return plans
 
 

@@ -101,7 +101,7 @@ def test_a_variable_at_a_freed_address_does_not_inherit_moments(make):
         assert not found.is_current()
 
 
-@pytest.mark.parametrize("make", [resized, closed, dropped, emptied])
+@pytest.mark.parametrize("make", [resized, closed, dropped])
 def test_a_step_for_memory_that_was_freed_is_not_repeated(make, memory):
     """The plan of the last step points to it."""
     variable, free = make()

@@ -128,9 +128,9 @@ class Worker:
             with shared.owner:
                 _work_off(shared)
 
-    def __del__(self) -> None:
-        """End the thread."""
-        _live.pop(id(self), None)
+    def __del__(self, live: dict[int, weakref.ref[Worker]] = _live) -> None:
+        """End the thread. The global name is gone by then if the interpreter ends."""
+        live.pop(id(self), None)
         shared: _Shared | None = vars(self).get("_shared")  # none if a signal has cut off the constructor
         if shared is not None:
             shared.tokens.put(False)

@@ -268,6 +268,13 @@ def test_an_update_step_of_a_subclass_is_called_for_each_variable(kind):
     assert same == [False, True, False, True, False]  # w3 is empty
 
 
+@pytest.mark.parametrize("method", ["assign_add", "assign_sub"])
+def test_an_override_that_no_step_would_call_is_refused(method):
+    kind = type("Tracked", (fastadam.keras.AdamW,), {method: lambda self, variable, value: None})
+    with pytest.raises(TypeError, match=f"{method}: overridden by Tracked, expected an override of assign"):
+        kind()
+
+
 @pytest.mark.parametrize("kind", ["Adam", "AdamW"])
 def test_an_assign_of_a_subclass_stores_every_new_value(kind):
     written = []

@@ -45,7 +45,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     exchanged in both directions (``load_own_variables``, ``.weights.h5`` and ``.keras`` files). On the torch and NumPy
     backends variables change in place (on NumPy ``variable.value`` stays the same array; Keras makes a new one); on
     JAX the update is an operation that ``jit`` compiles, and ``self.assign`` stores its results. A subclass that
-    overrides ``assign`` gets every new value on every backend. On TensorFlow use ``keras.optimizers.Adam``.
+    overrides ``assign`` gets every new value on every backend; one that overrides ``assign_add`` or ``assign_sub``,
+    which no step calls, is refused. On TensorFlow use ``keras.optimizers.Adam``.
 
     Float32 variables have TensorFlow's arithmetic: :math:`1 - \beta` is computed in float32, while Keras 3 computes it
     in double and rounds. With ``beta_2 = 0.999`` that changes an update by 0.7e-5 of itself. Half variables have
@@ -87,6 +88,12 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         name: str | None = None,
     ) -> None:
         require_backend(type(self).__name__)
+        for method in ("assign_add", "assign_sub"):
+            if getattr(type(self), method) is not getattr(keras.optimizers.Optimizer, method):
+                raise TypeError(
+                    f"{method}: overridden by {type(self).__name__}, expected an override of assign: a step stores "
+                    "whole values and adds nothing"
+                )
         super().__init__(
             learning_rate=as_keras_rate(learning_rate),
             beta_1=beta_1,

@@ -230,9 +230,9 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
   using BackendPlan = Plan<Backend>;
   py::class_<BackendPlan> type(m, "Plan", py::module_local());
   type.def(py::init<std::vector<Buffer>, const py::dict&, const std::vector<bool>&, std::vector<int64_t>, bool,
-                    const typename TensorSet<Backend>::Histories&, const py::list&, const py::object&>(),
+                    const typename TensorSet<Backend>::Histories&, const py::object&, const py::list&>(),
            py::arg("variables"), py::arg("slots"), py::arg("decays"), py::arg("positions"), py::arg("lazy"),
-           py::arg("histories"), py::arg("copies") = py::list(), py::arg("context") = py::none())
+           py::arg("histories"), py::arg("context") = py::none(), py::arg("copies") = py::list())
       .def(
           "catch_up",
           [](BackendPlan& plan, const std::optional<py::object>& ids, const py::tuple& hyper,

@@ -27,8 +27,8 @@ class TensorSet {
   // `histories[i]`: history of variable i if it is a table in a deferred mode. It cannot have a copy.
   // `context`: what the plans of one optimizer share on a device, or None.
   TensorSet(std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
-            std::vector<int64_t> positions, bool lazy, const Histories& histories, const py::list& copies,
-            const py::object& context)
+            std::vector<int64_t> positions, bool lazy, const Histories& histories, const py::object& context,
+            const py::list& copies)
       : variables_(std::move(variables), slots, decays, std::move(positions), copies),
         backend_(variables_.place(), variables_.tensors(), variables_.chains(), context),
         lazy_(lazy),

@@ -78,8 +78,8 @@ class Plan:
         positions: list[int],
         lazy: bool,
         histories: Sequence[tuple[Any, ...] | None],
-        copies: Sequence[Any] = (),
         context: Any = None,
+        copies: Sequence[Any] = (),
     ) -> None: ...
     def catch_up(self, ids: Any, hyper: StepHyper, counter: npt.NDArray[np.int64] | None) -> None: ...
     @property

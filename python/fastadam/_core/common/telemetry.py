@@ -39,11 +39,14 @@ class Telemetry:
     """
 
     def __init__(self, names: Sequence[str], rows: npt.NDArray[np.float64]) -> None:
-        self.names = list(names)
-        self.gradient_norm, self.update_rms, self.parameter_rms, unchanged, not_finite, size = rows.T.copy()
-        self.size = size.astype(np.int64)
+        gradient_norm, update_rms, parameter_rms, unchanged, not_finite, size = rows.T.copy()
+        self.names: list[str] = list(names)
+        self.gradient_norm: npt.NDArray[np.float64] = gradient_norm
+        self.update_rms: npt.NDArray[np.float64] = update_rms
+        self.parameter_rms: npt.NDArray[np.float64] = parameter_rms
         self.unchanged: npt.NDArray[np.float64] = unchanged / np.maximum(size, 1)
-        self.not_finite = not_finite.astype(np.int64)
+        self.not_finite: npt.NDArray[np.int64] = not_finite.astype(np.int64)
+        self.size: npt.NDArray[np.int64] = size.astype(np.int64)
 
     def total(self) -> dict[str, float]:
         """The measures of all variables together."""

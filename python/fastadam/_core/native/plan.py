@@ -116,8 +116,8 @@ class Plan:
             self.positions,
             lazy,
             [None] * count if histories is None else histories,
-            list(copies),
             context,
+            list(copies),
         )
 
     # ---- whether it still fits -------------------------------------------------------------------------------------

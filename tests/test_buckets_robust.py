@@ -284,6 +284,8 @@ def test_a_signal_at_any_line(options, way):
     assert place > 50
 
 
+# What a handler raises inside of the callback of a weak reference, Python prints and drops.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_signal_at_a_random_time(options, alarm):  # noqa: F811
     outcomes = outcomes_of(**options)

@@ -399,8 +399,13 @@ def forever():
         optimizer.begin_step(early=True)
         for pair in pairs(): optimizer.step_bucket([pair])
         optimizer.end_step()
+def until_the_exit():
+    try:
+        forever()
+    except RuntimeError:  # the exit has undone the open step
+        pass
 optimizer.abort_step()
-threading.Thread(target=forever, daemon=True).start()
+threading.Thread(target=until_the_exit, daemon=True).start()
 time.sleep(0.1)
 """,
     "a step at the exit": """

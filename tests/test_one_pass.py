@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 
 import fastadam
+import ml_dtypes
 import numpy as np
 import pytest
 from absent import need
 from helpers import bits
 
-ml_dtypes = pytest.importorskip("ml_dtypes")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HALVES = [BFLOAT16, np.dtype(np.float16)]
 FLOATS = [*HALVES, np.dtype(np.float32)]

@@ -150,7 +150,7 @@ def run(program, per_step):
             if was_met:  # another variable, though it may be at the address that was freed; the program ends with it
                 refusal = ""
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of a deep copy, that this is no copy of its variable
+                    warnings.simplefilter("ignore")  # a deep copy warns that this variable is new to it
                     try:
                         tested.step([place], 1)
                     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import fastadam
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import aligned
@@ -53,7 +54,6 @@ def test_measures_are_those_of_float64(isa, dtype, options):
 
 @pytest.mark.parametrize("copy_dtype", ["bfloat16", "float16", "float32"])
 def test_the_share_that_did_not_change_is_that_of_the_copy(isa, copy_dtype):
-    ml_dtypes = pytest.importorskip("ml_dtypes")
     dtype = np.dtype(ml_dtypes.bfloat16 if copy_dtype == "bfloat16" else copy_dtype)
     w, opt = arrays(0), fastadam.Adam(1e-4, telemetry=True)
     copies = [np.zeros(x.shape, dtype) for x in w]

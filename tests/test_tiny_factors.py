@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 
 import fastadam
+import ml_dtypes
 import numpy as np
 import pytest
 from c_twins import DTYPES, OK, with_signatures
@@ -33,7 +34,7 @@ DTYPES_AND_SIZES = [("float32", np.float32, 1e38), ("float64", np.float64, 2e307
 
 
 def dtype_of(name):
-    return pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
+    return ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
 
 
 def exact_norm(values):

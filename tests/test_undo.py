@@ -12,7 +12,6 @@ from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import buffers_of
 from fastadam._core.native.plan import Plan, StepHyper
 
-ml_dtypes = pytest.importorskip("ml_dtypes")
 NO_FACTORS = np.empty((0, 2))
 
 

@@ -69,7 +69,7 @@ def flatten(tree: Tree, name: str) -> tuple[list[str], Arrays, PyTreeDef]:
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     labels = [jax.tree_util.keystr(path) for path, _ in paths]
     for label, (_, leaf) in zip(labels, paths, strict=True):
-        if isinstance(leaf, (str, bytes)):  # of which JAX says nothing but that it is no valid type
+        if isinstance(leaf, (str, bytes)):  # JAX's own error does not name the argument
             raise TypeError(f"{name}{label}: {leaf!r:.60}, expected an array")
     return labels, [jnp.asarray(leaf) for _, leaf in paths], structure
 

@@ -503,9 +503,9 @@ class Adam(torch.optim.Optimizer):
     def last_step_skipped(self) -> bool:
         """Whether the last step changed nothing because gradients were not finite; False before any step.
 
-        ``skip_nonfinite`` has found it, or a GradScaler that leaves skipping to ``fused`` steps. Without ``fused`` the
-        scaler does not call ``step``: there was no step then. Reading it waits for a GPU if only that knows what the
-        scaler found.
+        Either ``skip_nonfinite`` or, with ``fused``, a GradScaler has skipped it. Without ``fused`` the scaler does not
+        call ``step`` at all, and this property stays as it was. Reading it waits for the GPU if the scaler's result is
+        still there.
 
         >>> import importlib.util
         >>> if importlib.util.find_spec("torch"):

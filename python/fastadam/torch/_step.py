@@ -386,7 +386,7 @@ class GroupStepper:
             try:
                 with torch.no_grad():
                     self._work_off(state)
-            except Exception:  # none of a signal: there is no use in trying again
+            except Exception:  # not from a signal handler: trying again would raise it again
                 self._begun = []
                 raise
         self._note(state)

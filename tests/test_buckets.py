@@ -262,3 +262,22 @@ def test_lazy_rows_and_repeated_steps_go_with_buckets():
                 optimizer.apply_gradients(pairs)
         results.append(state_of(optimizer, [table, other]))
     assert same(*results)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_bucket_that_waits_is_clipped_by_the_norm_of_the_gradient_that_it_takes(early):
+    """NumPy arrays do not say that they were written to."""
+    results = []
+    for scale in (1, 100):
+        optimizer, variables = built(global_clipnorm=1.0, use_ema=True)  # with averages buckets wait for the end
+        pairs = pairs_of(variables, 0.01)
+        optimizer.begin_step(early=early)
+        for pair in pairs:
+            optimizer.step_bucket([pair]).result(30)
+        for gradient, _ in pairs:
+            gradient *= scale
+        optimizer.end_step()
+        plain, expected = built(global_clipnorm=1.0, use_ema=True)
+        plain.apply_gradients([(scale * g, w) for (g, _), w in zip(pairs_of(expected, 0.01), expected, strict=True)])
+        results.append(same(variables, expected))
+    assert results == [True, True]

@@ -77,9 +77,9 @@ _live: weakref.WeakSet[OpenStep] = weakref.WeakSet()
 class OpenStep:
     """A step whose buckets are given one by one. Whoever calls a method holds a lock of the optimizer.
 
-    Without ``early`` a bucket waits for the end of the step; only norms are read before. With ``early`` it is stepped
-    at once, as if no joint norm was clipped, and a log is kept that undoes it to the bit. All writes are made by a
-    worker, whose thread no signal handler interrupts: the whole step is made, or none of it.
+    Without ``early`` a bucket waits for the end of the step, which reads its gradients as they are then. With ``early``
+    it is stepped at once, as if no joint norm was clipped, and a log is kept that undoes it to the bit. All writes are
+    made by a worker, whose thread no signal handler interrupts: the whole step is made, or none of it.
 
     After a fork both processes have the open step, as it was. A step that is open when the interpreter exits is undone.
     One that is dropped is not: its variables may belong to another optimizer by then.
@@ -148,7 +148,7 @@ class OpenStep:
         group = _Group(len(self._groups), parts, handle)
         self._group_of.update({place: group for part in parts for place in part.bucket.places})
         self._groups.append(group)
-        if self._reads_norms or self._speculates:
+        if self._speculates:
             self._worker.submit(handle)
         else:
             handle.run()
@@ -158,12 +158,11 @@ class OpenStep:
         _cpu.set_thread_budget(self._threads)
         for part in parts:
             plan, gradients, hyper, factors, *_ = part.bucket
-            if self._reads_norms:
-                part.norms = plan.norms(gradients, hyper)
             if not (self._speculates and part.bucket.is_plain and plan.can_undo(gradients)):
                 continue
             guess = _NO_FACTORS
-            if part.norms is not None:
+            if self._reads_norms:
+                part.norms = plan.norms(gradients, hyper)
                 bounds = hyper._replace(global_clip_norm=np.inf)  # as if it was not needed
                 guess, is_finite = clip(part.norms, bounds, _ones(factors, part.norms))
                 if hyper.require_finite and not is_finite:
@@ -236,7 +235,9 @@ class OpenStep:
                 group.handle.result()
             for part in parts:
                 if part.used is None:
-                    part.bucket.plan.check(part.bucket.gradients)  # their memory is where it was
+                    plan, gradients, hyper, *_ = part.bucket
+                    plan.check(gradients)  # their memory is where it was
+                    part.norms = plan.norms(gradients, hyper) if self._reads_norms else None
             clipped = self._joined(parts)
             was_early = any(part.used is not None for part in parts)
             wrong = clipped is not None and [

@@ -10,7 +10,8 @@ from fastadam._core.common.frameworks import missing
 from fastadam._core.common.public import publish
 
 try:
-    from fastadam.torch._optimizer import Adam, AdamW
+    from fastadam.torch._adamw import AdamW
+    from fastadam.torch._optimizer import Adam
     from fastadam.torch._overlap import Overlap, overlap
 except ModuleNotFoundError as _error:
     raise missing("fastadam.torch", _error) from None

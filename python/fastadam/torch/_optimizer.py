@@ -1,4 +1,4 @@
-"""``fastadam.torch.Adam`` and ``AdamW``."""
+"""``fastadam.torch.Adam``."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
     from fastadam._core.common.types import SparseUpdate
     from fastadam.torch._checks import Group
 
-__all__ = ["Adam", "AdamW", "stepper_of"]
+__all__ = ["ELSEWHERE", "Adam", "stepper_of"]
 
 Loss = TypeVar("Loss")
 
-_ELSEWHERE = {
+ELSEWHERE = {
     "use_ema": "torch.optim.swa_utils.AveragedModel keeps averages",
     "ema_momentum": "torch.optim.swa_utils.AveragedModel keeps averages",
     "loss_scale_factor": "torch.amp.GradScaler scales the loss",
@@ -179,7 +179,7 @@ class Adam(torch.optim.Optimizer):
     maximize: OfGroups = OfGroups("maximize")
     _step_supports_amp_scaling: bool  # as in torch only with `fused`: GradScaler hands over grad_scale and found_inf
 
-    @suggests_keywords("optimizer", _ELSEWHERE)
+    @suggests_keywords("optimizer", ELSEWHERE)
     def __init__(
         self,
         params: ParamsT,
@@ -669,75 +669,6 @@ class Adam(torch.optim.Optimizer):
         fill_groups(self.param_groups, before)
         options = self._options
         restore_states(self.state, self.param_groups, options.state_dtype, has_masters=options.master_weights)
-
-
-class AdamW(Adam):
-    r"""Adam with decoupled weight decay: :class:`Adam` with ``decoupled_weight_decay``, as ``torch.optim.AdamW``.
-
-    .. math:: \theta \mathrel{-}= \gamma \lambda \theta, \quad \text{then Adam's step}
-
-    Arguments and errors are the same as for :class:`Adam`. After loading the state of an Adam it is still an AdamW.
-
-    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
-
-    >>> import importlib.util
-    >>> if importlib.util.find_spec("torch"):
-    ...     import torch, fastadam.torch
-    ...     opt = fastadam.torch.AdamW([torch.nn.Parameter(torch.ones(2))])
-    ...     assert opt.param_groups[0]["weight_decay"] == 0.01
-    """
-
-    @suggests_keywords("optimizer", _ELSEWHERE)
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
-        moments_dtype: torch.dtype | None = None,
-        clipvalue: float | None = None,
-        clipnorm: float | None = None,
-        global_clipnorm: float | None = None,
-        skip_nonfinite: bool = False,
-        master_weights: bool = False,
-        telemetry: bool = False,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            sparse_update=sparse_update,
-            moments_dtype=moments_dtype,
-            clipvalue=clipvalue,
-            clipnorm=clipnorm,
-            global_clipnorm=global_clipnorm,
-            skip_nonfinite=skip_nonfinite,
-            master_weights=master_weights,
-            telemetry=telemetry,
-        )
-
-    def __setstate__(self, state: StateDict) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group["decoupled_weight_decay"] = True
 
 
 def stepper_of(optimizer: Adam) -> GroupStepper:

@@ -170,12 +170,23 @@ void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
           },
           py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("clip_factors"), py::arg("log"))
       .def(
+          "changed_since",
+          [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,
+             const std::vector<double>& grad_factors,
+             LogMemory& log) { return plan.changed_since(gradients, hyper_of(hyper), grad_factors, log); },
+          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("log"))
+      .def(
           "undo",
           [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,
-             const std::vector<double>& grad_factors, const Numbers& clip_factors, LogMemory& log) {
-            return plan.undo(gradients, hyper_of(hyper), grad_factors, factors_of(clip_factors), log);
+             const std::vector<double>& grad_factors, const Numbers& clip_factors, LogMemory& log,
+             const std::optional<Numbers>& instead) {
+            std::vector<Factor> others;
+            if (instead) others = factors_of(*instead);
+            return plan.undo(gradients, hyper_of(hyper), grad_factors, factors_of(clip_factors), log,
+                             instead ? &others : nullptr);
           },
-          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("clip_factors"), py::arg("log"))
+          py::arg("gradients"), py::arg("hyper"), py::arg("grad_factors"), py::arg("clip_factors"), py::arg("log"),
+          py::arg("instead") = py::none())
       .def(
           "step_clipped",
           [](Plan<Backend>& plan, const py::list& gradients, const py::tuple& hyper,

@@ -134,6 +134,7 @@ extern const Kernels kernels = {
     {adam_measured<Float16>, adam_measured<BFloat16>, adam_measured<float>, adam_measured<double>},
     adam_logged,
     adam_undo,
+    has_logged_gradient,
     {accumulate<Float16>, accumulate<BFloat16>, accumulate<float>, accumulate<double>},
     {sum_rows<Float16>, sum_rows<BFloat16>, sum_rows<float>, sum_rows<double>}};
 

@@ -28,6 +28,9 @@ using CopyKernel = UpdateKernel;
 // Like a dense UpdateKernel for one tile, which it also measures.
 using MeasuredKernel = TileMeasure (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end);
 
+// Whether the gradient of one tile is the one that was logged.
+using CheckKernel = bool (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end, int64_t place);
+
 // Makes or undoes the logged step of one tile of a float32 variable; `place`: of the tile in the log.
 using LoggedKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end,
                               int64_t place);
@@ -50,6 +53,7 @@ struct Kernels {
   MeasuredKernel measured[kDTypeCount];
   LoggedKernel logged;
   LoggedKernel undo;
+  CheckKernel has_logged_gradient;
   AccumulateKernel accumulate[kDTypeCount];  // [dtype of the gradient]
   SumKernel sum_rows[kDTypeCount];           // [dtype of the gradient]
 };

@@ -125,6 +125,9 @@ class Plan:
         clip_factors: npt.NDArray[np.float64],
         log: StepLog,
     ) -> None: ...
+    def changed_since(
+        self, gradients: list[Any], hyper: StepHyper, grad_factors: Sequence[float], log: StepLog
+    ) -> list[int]: ...
     def undo(
         self,
         gradients: list[Any],
@@ -132,6 +135,7 @@ class Plan:
         grad_factors: Sequence[float],
         clip_factors: npt.NDArray[np.float64],
         log: StepLog,
+        instead: npt.NDArray[np.float64] | None = None,
     ) -> list[int]: ...
     def norms(self, gradients: list[Any], hyper: StepHyper) -> npt.NDArray[np.float64]:
         """A row of three sums of squares for each gradient: csrc/capi/clipping.h."""

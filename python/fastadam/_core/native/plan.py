@@ -240,6 +240,12 @@ class Plan:
         """Like :meth:`step` with ``clip_factors``, or without if they are empty, but :meth:`undo` can undo it."""
         self._native.step_logged(gradients, hyper, factors, clip_factors, log)
 
+    def changed_since(
+        self, gradients: list[AnyGradient], hyper: StepHyper, factors: Sequence[float], log: _cpu.StepLog
+    ) -> list[int]:
+        """Places of the variables whose gradients have changed since the last :meth:`step_logged` with this log."""
+        return self._native.changed_since(gradients, hyper, factors, log)
+
     def undo(
         self,
         gradients: list[AnyGradient],
@@ -247,14 +253,23 @@ class Plan:
         factors: Sequence[float],
         clip_factors: Factors,
         log: _cpu.StepLog,
+        instead: Factors | None = None,
     ) -> list[int]:
         """Undo the last :meth:`step_logged` with this log and these arguments, to the bit.
+
+        Args:
+            gradients: As they were then.
+            hyper: The numbers of that step.
+            factors: Of that step.
+            clip_factors: Of that step.
+            log: Filled by that step.
+            instead: Make the step with these ``clip_factors``, or with none if they are empty, in its place.
 
         Returns:
             Places of the variables whose gradients have changed since. Of these the moments are not undone where the
             gradient has changed; the variables themselves are.
         """
-        return self._native.undo(gradients, hyper, factors, clip_factors, log)
+        return self._native.undo(gradients, hyper, factors, clip_factors, log, instead)
 
     def norms(self, gradients: list[AnyGradient], hyper: StepHyper) -> Norms:
         """The norms, one for each variable, of gradients that :meth:`check` has returned. Only in CPU memory.

@@ -366,7 +366,7 @@ class Adam(torch.optim.Optimizer):
         if not self._options.telemetry:
             raise RuntimeError("telemetry: the optimizer measures no steps, expected telemetry=True when it is made")
         with self._stepper.lock:
-            self._stepper.finish(self.state)
+            self._stepper.calls.finish(self.state)
             if self._stepper.measured is None:
                 raise RuntimeError("telemetry: no step was measured yet, expected a call of step first")
             return joined(self._stepper.measured, self.param_groups)
@@ -409,7 +409,7 @@ class Adam(torch.optim.Optimizer):
         stepper = self._stepper
         with stepper.lock:
             stepper.require_closed("begin_step")
-            stepper.finish(self.state)
+            stepper.calls.finish(self.state)
             stepper.open = BucketedStep(
                 stepper, self.param_groups, self.state, early=early, threads=threads, loss_scale=float(loss_scale)
             )
@@ -536,7 +536,7 @@ class Adam(torch.optim.Optimizer):
                 their steps.
         """
         with self._stepper.lock:
-            self._stepper.finish(self.state)
+            self._stepper.calls.finish(self.state)
             self._stepper.tables.note_states(self.state)
             for table in self._stepper.tables.of(param):
                 table.catch_up()
@@ -555,7 +555,7 @@ class Adam(torch.optim.Optimizer):
         """
         rows = check_rows(param, ids)
         with self._stepper.lock:
-            self._stepper.finish(self.state)
+            self._stepper.calls.finish(self.state)
             self._stepper.tables.note_states(self.state)
             for table in self._stepper.tables.of(param):
                 table.catch_up(rows)
@@ -624,7 +624,7 @@ class Adam(torch.optim.Optimizer):
         with self._stepper.lock:
             self._stepper.require_closed("load_state_dict")
             check_is_dict(state_dict)
-            self._stepper.finish(self.state)
+            self._stepper.calls.finish(self.state)
             self._stepper.tables.note_states(self.state)
             with torch.no_grad():
                 for table in self._stepper.tables.of(None):

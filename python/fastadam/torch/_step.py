@@ -24,11 +24,13 @@ from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._partition import Partitions, refuse_new_in_capture
 from fastadam.torch._repeated import RepeatedStep
-from fastadam.torch._telemetry import require_dense
+from fastadam.torch._telemetry import joined, require_dense
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from fastadam._core.common.telemetry import Telemetry
+    from fastadam._core.common.types import AnyArray
     from fastadam._core.native.worker import Handle
 
 __all__ = ["GroupStepper"]
@@ -93,7 +95,7 @@ class GroupStepper:
         self.guess = Guess()
         self.logs: dict[object, _cpu.StepLog] = {}
         self._last: list[tuple[int, ParameterSet]] = []  # the sets of the last step, and their groups
-        self.measured: list[tuple[int, ParameterSet]] | None = None  # with telemetry, also of a step that was skipped
+        self._measured: list[tuple[int, ParameterSet]] | None = None  # with telemetry, also of a step that was skipped
         self._repeated: RepeatedStep | None = None
 
     @property
@@ -188,7 +190,7 @@ class GroupStepper:
         """After a step of these calls, checked: what telemetry is read from."""
         if not self._options.telemetry:
             return
-        self.measured = [(call.group, call.chosen) for call in calls]
+        self._measured = [(call.group, call.chosen) for call in calls]
         if not was_made:
             for call in calls:
                 call.chosen.plan.report_skip(call.gradients, call.hyper)
@@ -294,6 +296,24 @@ class GroupStepper:
         ]
         if any(changed):
             chosen.make_plan()
+
+    # ---- between steps ---------------------------------------------------------------------------------------------
+
+    def catch_up(self, state: States, param: Tensor | None, rows: AnyArray = None) -> None:
+        """Bring rows of a table up to date, or all rows; for None of all tables."""
+        self.calls.finish(state)
+        self.tables.note_states(state)
+        for table in self.tables.of(param):
+            table.catch_up(rows)
+
+    def telemetry(self, groups: list[Group], state: States) -> Telemetry:
+        """What the last step measured; raises RuntimeError if there is nothing."""
+        if not self._options.telemetry:
+            raise RuntimeError("telemetry: the optimizer measures no steps, expected telemetry=True when it is made")
+        self.calls.finish(state)
+        if self._measured is None:
+            raise RuntimeError("telemetry: no step was measured yet, expected a call of step first")
+        return joined(self._measured, groups)
 
     def require_open(self, what: str) -> OpenStep:
         """The open step; raises if there is none."""

@@ -3,7 +3,8 @@
 All arithmetic is float32 (+ - *) and uint32/int32; denormal float32 inputs count as zero with their sign kept, and no
 decoded value is denormal. bits(x) is the int32 with the bytes of x, value(i) the float32 with the bytes of i.
 
-**Random words.** mix64(z) is the finaliser of SplitMix64. Each (seed, step, parameter, stream, element >> 32) has a key
+**Random words.** mix64(z) is what SplitMix64 returns from state z. Each (seed, step, parameter, stream, element >> 32)
+has a key
 
     key = mix64(mix64(mix64(mix64(seed) + step) + parameter) + 2 * (element >> 32) + stream)       (mod 2**64)
 
@@ -17,6 +18,7 @@ lane to lane the first product is an addition.) m takes the low bits of the word
 
 **8-bit moments.** Blocks of `block` consecutive elements, the last one shorter, each with a scale byte f for m and
 one for v. The scale is 2**(f - 127); byte 0 is scale 0, so zeroed memory is a state of zeros; byte 255 is scale NaN.
+Bytes 1 to 34 and 254 are never written; a file that has one is damaged.
 
            code                                  b       B    A          random bits r
     m      sign << 7 | 4 exponent 3 mantissa     2**-15  896  0x1000FF   word & 0xFFFFF
@@ -28,7 +30,8 @@ one for v. The scale is 2**(f - 127); byte 0 is scale 0, so zeroed memory is a s
              m:  code = (bits(x) >> 24 & 0x80) | c          v:  code = max(c, x > 0)
     decode   y = value((c + B) << 20) - b;  x = y * scale    (m: c = code & 127, and then the sign bit of x is set)
 
-bits(y) + r < bits(2) since A makes y at most 1.875, hence c never exceeds 127 (m), 255 (v) and needs no clamp; r = 0
+Scales are powers of two and nothing underflows, so the fused forms fma(abs(x), 2**(127 - f), b) and
+fma(y, scale, -b * scale) give the same bits. bits(y) + r < bits(2) since A makes y at most 1.875, hence c never exceeds 127 (m), 255 (v) and needs no clamp; r = 0
 truncates. Adding b makes code 0 stand for 0 exactly and the values below b equally spaced (b/8 * scale apart). The
 expectation over r of what is read is y - b, which is x * 2**(127 - f) rounded to float32 after adding b; only a v in
 (0, b/8 * scale) reads higher, as code 1: nonzero v never becomes 0. Least value of code 1: m 2**-110, v 2**-126.

@@ -48,6 +48,15 @@ def test_the_distance_of_neighbours_starts_at_an_eighth_of_b_and_doubles_every_e
 
 
 @CODES
+@pytest.mark.parametrize("f", [0, 35, 127, 253])
+def test_the_scale_may_be_multiplied_in_before_b_is_taken_away(code, f):
+    """Products by powers of two are exact, so a fused multiply-add gives these bits too."""
+    codes = ALL[:128] if code.signed else ALL
+    y, scale = ref.value(codes.astype(np.uint32) + code.B << 20), ref.value(np.uint32(f << 23))
+    np.testing.assert_array_equal(ref.decode(code, codes, f), y * scale - code.b * scale)
+
+
+@CODES
 def test_the_largest_of_a_block_is_never_cut(code):
     rng = np.random.default_rng(0)
     for top in [*np.exp(rng.uniform(-60, 60, 3000)), 1.875, np.nextafter(np.float32(1.875), np.float32(2)), 1.9999999]:
@@ -181,6 +190,37 @@ def test_the_high_half_is_the_nearest_bfloat16():
     np.testing.assert_array_equal(high[~tie], nearest[~tie])
     up = np.uint32([0x3F808000, 0x3F818000]).view(np.float32)
     np.testing.assert_array_equal(ref.split(up)[0], [0x3F81, 0x3F82])
+
+
+def smoothed(keep, b2, steps, shrink):
+    """Mean of v over that of float32, of 1024 elements whose gradients shrink 10 times; keep: what v reads as."""
+    rng = np.random.default_rng(4)
+    exact = v = np.zeros(1024, np.float32)
+    b2, rest = np.float32(b2), np.float32(1 - b2)
+    for step in range(steps):
+        g = rng.standard_normal(1024, np.float32) * np.float32(0.1 if step >= shrink else 1)
+        exact = b2 * exact + rest * g * g
+        v = keep(b2 * v + rest * g * g, ref.words(ref.key(5, step, 0), np.arange(1024)))
+    return float((v / exact).mean(dtype=float))
+
+
+def bfloat16_at_random(v, word):
+    return ref.from_bfloat16(ref.bfloat16(v, word >> np.uint32(16)))
+
+
+def in_eight_bits(v, word):
+    f = ref.scale_byte(ref.V, v)
+    return ref.decode(ref.V, ref.encode(ref.V, v, f, ref.bits_for(ref.V, word)), f)
+
+
+@pytest.mark.parametrize(("keep", "tolerance"), [(bfloat16_at_random, 0.01), (in_eight_bits, 0.04)])
+def test_v_follows_gradients_that_shrink(keep, tolerance):
+    """Each element scatters by 5 % (bfloat16), 22 % (8 bits): the tolerances are 6 deviations of the mean of 1024."""
+    assert smoothed(keep, 0.999, 6000, 500) == pytest.approx(1, abs=tolerance)
+
+
+def test_v_in_bfloat16_to_nearest_does_not():
+    assert smoothed(lambda v, word: ref.from_bfloat16(ref.bfloat16(v, None)), 0.999, 6000, 500) > 2
 
 
 def signs(words):

@@ -8,38 +8,43 @@ has a key
 
     key = mix64(mix64(mix64(mix64(seed) + step) + parameter) + 2 * (element >> 32) + stream)       (mod 2**64)
 
-with stream 0 for moments and 1 for bfloat16 parameters, and each element one 32-bit word
+with stream 0 for moments and 1 for bfloat16 parameters. Each 128 elements share 16 hashes, one for each lane:
 
-    x = uint32(element) * 0x9E3779B9 + low32(key);  x ^= x >> 16;  x *= 0x21F0AAAD;  x ^= x >> 15
-    x += high32(key);                               x *= 0x735A2D97;  x ^= x >> 15
+    lane = uint32(element >> 7) * 16 + (element & 15)
+    x = lane * 0x9E3779B9 + low32(key);  x ^= x >> 16;  x *= 0x21F0AAAD;  x ^= x >> 15
+    x += high32(key);                    x *= 0x735A2D97;  x ^= x >> 15
 
-element is the index in the parameter, so the word depends on neither threads, lanes nor where a parameter was split. (From
-lane to lane the first product is an addition.) m takes the low bits of the word and v the high ones.
+and the word of the element is x after (element >> 4) & 7 steps x = x * 0x915F77F5 + 0x6A09E667 (all mod 2**32). So a
+kernel that goes through 128 elements 16 at a time hashes once and then multiplies and adds once for each 16. element is
+the index in the parameter (its low 32 bits; the others are in the key): the word depends on neither threads, lanes nor
+where a parameter was split. Only the high 20 bits of a word are used: the low ones of a congruence are regular.
 
 **8-bit moments.** Blocks of `block` consecutive elements, the last one shorter, each with a scale byte f for m and
 one for v. The scale is 2**(f - 127); byte 0 is scale 0, so zeroed memory is a state of zeros; byte 255 is scale NaN.
 Bytes 1 to 34 and 254 are never written; a file that has one is damaged.
 
-           code                                  b       B    A          random bits r
-    m      sign << 7 | 4 exponent 3 mantissa     2**-15  896  0x1000FF   word & 0xFFFFF
-    v      5 exponent 3 mantissa bits, no sign   2**-31  768  0x0FFFFF   word >> 12
+           code                                         b       B    A
+    m      sign << 7 | 4 exponent and 3 mantissa bits   2**-15  896  0x1000FF
+    v      5 exponent and 3 mantissa bits, no sign      2**-31  768  0x0FFFFF
 
     scale    top = max over the block of bits(x) & 0x7FFFFFFF    (as integers, so that a NaN is the largest)
              f = max((top + A) >> 23, 35);  if f > 253 then f = 255 and all codes of the block are 0
+    random   r = word >> 12, the same for m and v
     encode   y = abs(x) * 2**(127 - f) + b;  c = ((bits(y) + r) >> 20) - B
              m:  code = (bits(x) >> 24 & 0x80) | c          v:  code = max(c, x > 0)
     decode   y = value((c + B) << 20) - b;  x = y * scale    (m: c = code & 127, and then the sign bit of x is set)
 
 Scales are powers of two and nothing underflows, so the fused forms fma(abs(x), 2**(127 - f), b) and
-fma(y, scale, -b * scale) give the same bits. bits(y) + r < bits(2) since A makes y at most 1.875, hence c never exceeds 127 (m), 255 (v) and needs no clamp; r = 0
+fma(y, scale, -b * scale) give the same bits. B is 0 in the low 7 (m) or 8 (v) bits, so truncation to them replaces
+the subtraction, and | the addition. bits(y) + r < bits(2) since A makes y at most 1.875, hence c never exceeds 127 (m), 255 (v) and needs no clamp; r = 0
 truncates. Adding b makes code 0 stand for 0 exactly and the values below b equally spaced (b/8 * scale apart). The
 expectation over r of what is read is y - b, which is x * 2**(127 - f) rounded to float32 after adding b; only a v in
 (0, b/8 * scale) reads higher, as code 1: nonzero v never becomes 0. Least value of code 1: m 2**-110, v 2**-126.
 f > 253 means a NaN, an infinity, or a magnitude above about 1.875 * 2**126: the whole block then reads as NaN. v is >= 0
 (or NaN); v of -0.0 is stored as 0.
 
-**bfloat16, rounded at random.** h = (bits(x) + r) >> 16 with r = word & 0xFFFF for m and for parameters (stream 1),
-word >> 16 for v. A NaN gives (bits(x) >> 16) | 0x40. An infinity stays; a magnitude above the largest bfloat16 may become
+**bfloat16, rounded at random.** h = (bits(x) + r) >> 16 with r = word >> 16: the same for m and v, stream 1 for
+parameters. A NaN gives (bits(x) >> 16) | 0x40. An infinity stays; a magnitude above the largest bfloat16 may become
 infinite. Nearest even, for comparison: r = 0x7FFF + (bits(x) >> 16 & 1).
 
 **Split master.** high = (bits(p) + 0x8000) >> 16 is the bfloat16 that the model uses, low = bits(p) - (high << 16) the int16
@@ -55,6 +60,10 @@ from typing import NamedTuple
 import numpy as np
 
 WORD = 0xFFFFFFFFFFFFFFFF
+FACTORS, TERMS = np.ones(8, np.uint32), np.zeros(8, np.uint32)  # of 0 to 7 steps x = x * 0x915F77F5 + 0x6A09E667
+for _step in range(1, 8):
+    FACTORS[_step] = int(FACTORS[_step - 1]) * 0x915F77F5 & 0xFFFFFFFF
+    TERMS[_step] = int(TERMS[_step - 1]) * 0x915F77F5 + 0x6A09E667 & 0xFFFFFFFF
 
 
 class Code(NamedTuple):
@@ -92,18 +101,17 @@ def key(seed: int, step: int, parameter: int, stream: int = 0, high: int = 0) ->
 
 def words(key: int, elements: np.ndarray) -> np.ndarray:
     """The random words of elements (their low 32 bits), as uint32."""
-    x = elements.astype(np.uint32) * np.uint32(0x9E3779B9) + np.uint32(key & 0xFFFFFFFF)
-    x ^= x >> np.uint32(16)
+    elements = elements.astype(np.uint32)
+    x = (elements >> 7) * np.uint32(16) + (elements & 15)
+    x = x * np.uint32(0x9E3779B9) + np.uint32(key & 0xFFFFFFFF)
+    x ^= x >> 16
     x *= np.uint32(0x21F0AAAD)
-    x ^= x >> np.uint32(15)
+    x ^= x >> 15
     x += np.uint32(key >> 32)
     x *= np.uint32(0x735A2D97)
-    return x ^ x >> np.uint32(15)
-
-
-def bits_for(code: Code, word: np.ndarray) -> np.ndarray:
-    """The 20 random bits that a code takes from the words."""
-    return word & np.uint32(0xFFFFF) if code.signed else word >> np.uint32(12)
+    x ^= x >> 15
+    steps = elements >> 4 & 7
+    return x * FACTORS[steps] + TERMS[steps]
 
 
 def flushed(x: np.ndarray) -> np.ndarray:
@@ -140,11 +148,10 @@ def decode(code: Code, c: np.ndarray, f: int) -> np.ndarray:
 
 
 def store(code: Code, x: np.ndarray, block: int, word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scale bytes of a whole moment."""
+    """Codes and scale bytes of a whole moment; word: those of its elements."""
     parts = [slice(first, first + block) for first in range(0, x.size, block)]
     scales = np.array([scale_byte(code, x[part]) for part in parts], np.uint8)
-    r = bits_for(code, word)
-    codes = [encode(code, x[part], int(f), r[part]) for part, f in zip(parts, scales, strict=True)]
+    codes = [encode(code, x[part], int(f), word[part] >> 12) for part, f in zip(parts, scales, strict=True)]
     return np.concatenate(codes) if codes else np.empty(0, np.uint8), scales
 
 

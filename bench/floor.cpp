@@ -124,7 +124,7 @@ struct WithCopy {
   }
 };
 
-// Small moments, and gradients like the variables. Scales of 8-bit moments, 1/64 byte per element, are left out.
+// Small moments, and gradients like the variables. Scales of 8-bit moments (1/32 byte moved) are left out.
 template <class Storage, class Moment, bool kLow>
 struct Small {
   static void touch(const List& list, int64_t i, int64_t begin, int64_t end) {

@@ -405,7 +405,7 @@ def test_bitsandbytes_goes_on_with_a_state_that_went_through_fastadam(kind, shap
     assert again_optimizer.state[again]["step"] == 40
     assert again_optimizer.state[again]["state1"].dtype == their_optimizer.state[theirs]["state1"].dtype
     way = (theirs - before).detach().square().mean().sqrt()
-    limits = {"AdamW32bit": (1e-6, 1e-4)}.get(kind, (0.03, 0.1))  # ours keeps what 8 bits round away in each step
+    limits = {"AdamW32bit": (1e-6, 1e-4)}.get(kind, (0.015, 0.04))  # ours keeps what 8 bits round away in each step
     for other, limit in zip((again, ours), limits, strict=True):
         assert (other - theirs).detach().square().mean().sqrt() < limit * way
 
@@ -421,7 +421,7 @@ def test_bitsandbytes_goes_on_from_fastadam_where_a_block_has_mixed_scales():
     bitsandbytes = bnb.optim.AdamW8bit([theirs])
     bitsandbytes.load_state_dict(exchange.to_bitsandbytes(optimizer.state_dict()))
     run(bitsandbytes, theirs, [100], scales)
-    assert (theirs - ours).detach().abs().max() < 0.01
+    assert (theirs - ours).detach().abs().max() < 2e-3
 
 
 @pytest.mark.parametrize(("number", "signed"), [(1, True), (2, False)])

@@ -41,13 +41,12 @@ def from_torchao(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Source: ``torchao/optim/subclass_8bit.py`` and ``subclass_fp8.py``, ``dequantize``.
 
     >>> import importlib.util, fastadam
-    >>> if importlib.util.find_spec("torchao"):
+    >>> if importlib.util.find_spec("torch"):
     ...     import torch
-    ...     from torchao.optim.subclass_8bit import OptimState8bit
-    ...     zeros = {name: OptimState8bit.zeros((4096,)) for name in ("exp_avg", "exp_avg_sq")}
-    ...     saved = {"state": {0: {"step": torch.tensor(1.0), **zeros}}, "param_groups": []}
-    ...     plain = fastadam.exchange.from_torchao(saved)
-    ...     assert type(plain["state"][0]["exp_avg"]) is torch.Tensor
+    ...     moments = {"exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}  # torchao quantizes from 4096 elements on
+    ...     group = {"lr": torch.tensor(0.5), "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": [0]}
+    ...     saved = {"state": {0: {"step": torch.tensor(1.0), **moments}}, "param_groups": [group]}
+    ...     assert fastadam.exchange.from_torchao(saved)["param_groups"][0]["lr"] == 0.5
     """
     check_state_dict(state_dict)
     state = {

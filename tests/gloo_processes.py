@@ -30,11 +30,9 @@ def work(rank, engines, folder):
     # A file, as another process can take a free port before rank 0 listens there.
     address = (Path(folder) / "rendezvous").as_uri()
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    try:
-        for engine in engines:
-            engine(folder)
-        distributed.barrier()  # neither leaves while the other still receives
-    finally:
-        distributed.destroy_process_group()
+    for engine in engines:
+        engine(folder)
+    distributed.barrier()  # neither leaves while the other still receives
+    distributed.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)

@@ -56,6 +56,21 @@ def rows_wait():
 
 
 @pytest.fixture
+def looked_up(monkeypatch):
+    """Grows by one with every group whose parameters ``fastadam.torch`` looks up in Python; a repeated step is native."""
+    from fastadam.torch._partition import Partitions
+
+    calls, look_up = [], Partitions.of
+
+    def counting(self, *arguments, **named):
+        calls.append(self)
+        return look_up(self, *arguments, **named)
+
+    monkeypatch.setattr(Partitions, "of", counting)
+    return calls
+
+
+@pytest.fixture
 def no_warning():
     """Any warning is an error, those that the settings of the tests ignore included."""
     with warnings.catch_warnings():

@@ -49,6 +49,22 @@ def native_threads():
     return len(listed.stdout.splitlines()) - 1
 """
 
+FORK_CHILD = """
+import os, signal
+
+def child(work):
+    process = os.fork()
+    if process == 0:
+        signal.alarm(20)
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(process, 0)[1]
+"""
+
 
 def assert_moved(after, before):
     """Most elements: the gradient of the others may be zero, or too small to be seen."""

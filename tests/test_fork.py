@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import COUNT_THREADS, run_python
+from helpers import COUNT_THREADS, FORK_CHILD, run_python
 
 # In interpreters of their own: other libraries of the test process (JAX) do not bear a fork.
 FORK = f"""{COUNT_THREADS}
@@ -74,21 +74,9 @@ print("done")
     assert result.stdout.split() == ["done"], result.stderr
 
 
-FORK_BESIDE = """
-import os, signal, sys, threading, time
+FORK_BESIDE = f"""{FORK_CHILD}
+import threading, time
 import fastadam, numpy as np
-
-def child(work):
-    process = os.fork()
-    if process == 0:
-        signal.alarm(20)
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitpid(process, 0)[1]
 
 def fork_beside(step, work):
     stop = threading.Event()

@@ -12,7 +12,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fastadam.torch  # noqa: E402
-from fastadam.torch._partition import Partitions  # noqa: E402
 from torch_twins import PAIRS, parameters  # noqa: E402
 
 SHAPES = ((33,), (5, 7), ())
@@ -59,19 +58,6 @@ class Pair:
             for key, value in other.items():
                 assert torch.equal(state[key], value)
                 assert state[key].dtype == value.dtype
-
-
-@pytest.fixture
-def looked_up(monkeypatch):
-    """Grows by one with every group whose sets are looked up in Python."""
-    calls, look_up = [], Partitions.of
-
-    def counting(self, *arguments, **named):
-        calls.append(self)
-        return look_up(self, *arguments, **named)
-
-    monkeypatch.setattr(Partitions, "of", counting)
-    return calls
 
 
 @pytest.mark.parametrize("name", PAIRS)

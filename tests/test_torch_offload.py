@@ -11,7 +11,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fastadam.torch  # noqa: E402
-from fastadam.torch._partition import Partitions  # noqa: E402
 from torch_twins import PAIRS, parameters  # noqa: E402
 
 SHAPES = ((33,), (5, 7), ())
@@ -25,19 +24,6 @@ OPTIONS = [
     {"global_clipnorm": 0.5, "clipvalue": 1.0},
     {"skip_nonfinite": True},
 ]
-
-
-@pytest.fixture
-def looked_up(monkeypatch):
-    """Grows by one with every group whose sets are looked up in Python."""
-    calls, look_up = [], Partitions.of
-
-    def counting(self, *arguments, **named):
-        calls.append(self)
-        return look_up(self, *arguments, **named)
-
-    monkeypatch.setattr(Partitions, "of", counting)
-    return calls
 
 
 def receivers_of(params, dtype=torch.bfloat16):

@@ -11,24 +11,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fastadam.torch  # noqa: E402
-from fastadam.torch._partition import Partitions  # noqa: E402
 from torch_twins import PAIRS, Twins, parameters  # noqa: E402
 
 SHAPES = ((3,), (2, 4), (), (5, 1))
 WARM = 4  # steps after which the next one is repeated natively
-
-
-@pytest.fixture
-def looked_up(monkeypatch):
-    """Grows by one with every group whose sets are looked up in Python."""
-    calls, look_up = [], Partitions.of
-
-    def counting(self, *arguments, **named):
-        calls.append(self)
-        return look_up(self, *arguments, **named)
-
-    monkeypatch.setattr(Partitions, "of", counting)
-    return calls
 
 
 def warm(name="Adam", dtype=torch.float64, **options):

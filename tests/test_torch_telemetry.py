@@ -12,7 +12,6 @@ torch = pytest.importorskip("torch")
 
 import fastadam  # noqa: E402
 import fastadam.torch  # noqa: E402
-from fastadam.torch._partition import Partitions  # noqa: E402
 from torch_twins import parameters  # noqa: E402
 
 SHAPES = ((33,), (5, 7), (), (3000,))
@@ -45,19 +44,6 @@ def assert_reports(report, params, before, names):
     same = [float((each == 0).double().mean()) for each in moved]
     np.testing.assert_allclose(report.update_rms, [rms(each) for each in moved], rtol=1e-3)  # of rounded differences
     np.testing.assert_allclose(report.unchanged, same)
-
-
-@pytest.fixture
-def looked_up(monkeypatch):
-    """Grows by one with every group whose sets are looked up in Python."""
-    calls, look_up = [], Partitions.of
-
-    def counting(self, *arguments, **named):
-        calls.append(self)
-        return look_up(self, *arguments, **named)
-
-    monkeypatch.setattr(Partitions, "of", counting)
-    return calls
 
 
 @pytest.mark.parametrize(

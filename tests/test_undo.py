@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import fastadam
+import ml_dtypes  # noqa: F401 - names bfloat16 for NumPy
 import numpy as np
 import pytest
 from cases import bits
@@ -38,8 +39,11 @@ class Logged:
         assert self.plan.can_undo(call[0])
         self.plan.step_logged(*call, self.log)
 
-    def undo(self, *call):
-        return self.plan.undo(*call, self.log)
+    def undo(self, *call, instead=None):
+        return self.plan.undo(*call, self.log, instead)
+
+    def changed(self, gradients, hyper, factors, _):
+        return self.plan.changed_since(gradients, hyper, factors, self.log)
 
     def plain_step(self, gradients, hyper, factors, clip_factors):
         self.plan.step(gradients, hyper, factors, clip_factors=clip_factors if len(clip_factors) else None)
@@ -93,6 +97,25 @@ def test_random_programs(isa, amsgrad, dtype, threads):
             assert same(logged.values(), before)
             logged.plain_step(*call)
             assert same(logged.values(), after)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_another_step_in_place_of_the_one_that_is_undone(isa, amsgrad, dtype, threads):
+    fastadam.set_num_threads(threads)
+    sizes = [700, 1, 512, 513, 40_000 if threads > 1 else 1537]
+    for copies in (None, "bfloat16"):
+        plain, logged = (Logged(np.random.default_rng(4), sizes, amsgrad=amsgrad, copies=copies) for _ in range(2))
+        rng = np.random.default_rng([amsgrad, threads, len(dtype)])
+        for step in range(1, 9):
+            *call, early = random_call(rng, logged, step, dtype)
+            right = np.stack([rng.uniform(0, 1, len(sizes)), np.zeros(len(sizes))], 1) if len(early) else early
+            plain.plain_step(*call, right)
+            logged.step(*call, early)
+            assert logged.changed(*call, early) == []
+            assert logged.undo(*call, early, instead=right) == []
+            assert same(logged.values(), plain.values())
 
 
 @pytest.mark.parametrize("size", range(1, 1538, 64))
@@ -171,6 +194,8 @@ def test_a_changed_gradient_is_found_and_keeps_only_its_moments(isa, change, ste
     logged.step(*call)
     after = logged.values()
     CHANGES[change](call[0][1][512:1024])
+    assert logged.changed(*call) == [1]
+    assert same(logged.values(), after)
     assert logged.undo(*call) == [1]
     found = logged.values()
     for place, (was, stepped, now) in enumerate(zip(before, after, found, strict=True)):

@@ -20,6 +20,26 @@ def parameters(*shapes, dtype=torch.float64, seed=0):
     ]
 
 
+def step(optimizer, seed):
+    """A step of any optimizer with random gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+            parameter.grad = gradient.to(parameter.dtype)
+    optimizer.step()
+
+
+def values(optimizer):
+    return [t.detach().clone() for g in optimizer.param_groups for t in g["params"]]
+
+
+def check_same(a, b, tolerance=1e-12):
+    """Two optimizers have equal parameters."""
+    for x, y in zip(values(a), values(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
 class Twins:
     """`theirs` and `ours` start as equal clones of `tensors`."""
 

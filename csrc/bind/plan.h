@@ -92,7 +92,7 @@ class Plan {
   }
 
   // Whether a step with these gradients can be undone: all are dense, of float32 variables in CPU memory that have no
-  // average and come once, and need no conversion.
+  // average, are not stored as in small_state.h and come once, and need no conversion.
   bool can_undo(const py::list& gradients) {
     const Scope scope(backend(), variables().place());
     const Call call(set_, gradients);
@@ -100,7 +100,7 @@ class Plan {
     size_t i = 0;
     return std::all_of(set_.tensors().begin(), set_.tensors().end(), [&](const TensorArgs& t) {
       const bool is_plain = t.dtype == FASTADAM_FLOAT32 && t.rows == nullptr && t.average == nullptr;
-      return is_plain && t.telemetry == nullptr && !variables().is_repeated(i++);
+      return is_plain && !is_small(t) && t.telemetry == nullptr && !variables().is_repeated(i++);
     });
   }
 
@@ -118,18 +118,36 @@ class Plan {
     run(call, args, unconditional, nullptr);
   }
 
+  // The variables whose gradients have changed since the last step_logged(), which had these arguments.
+  std::vector<size_t> changed_since(const py::list& gradients, const AdamHyper& hyper,
+                                    const std::vector<double>& factors, LogMemory& memory) {
+    const Scope scope(backend(), variables().place());
+    const Call call(set_, gradients);
+    StepArgs args = arguments(hyper, factors);
+    args.log = memory.log();
+    const ReleasedGil unlocked;
+    if (args.log == nullptr) return {};
+    run_check(args);
+    return memory.changed();
+  }
+
   // Undoes the last step_logged(), which had these arguments, unless that was done already. Returns the variables whose
-  // gradients have changed: of these only the moments are not undone (../core/undo.h).
+  // gradients have changed: of these only the moments are not undone (../core/undo.h). If `instead` is not null, makes
+  // the step with these clip factors, or with none if they are empty, in its place.
   std::vector<size_t> undo(const py::list& gradients, const AdamHyper& hyper, const std::vector<double>& factors,
-                           const std::vector<Factor>& clip_factors, LogMemory& memory) {
+                           const std::vector<Factor>& clip_factors, LogMemory& memory,
+                           const std::vector<Factor>* instead) {
     const Scope scope(backend(), variables().place());
     const Call call(set_, gradients);
     StepArgs args = arguments(hyper, factors);
     args.factors = checked(clip_factors);
-    args.log = memory.close();
+    StepArgs other = args;
+    if (instead != nullptr) other.factors = checked(*instead);
+    args.log = memory.log();
     const ReleasedGil unlocked;
     if (args.log == nullptr) return {};
-    run_undo(args);
+    memory.close();
+    run_undo(args, instead == nullptr ? nullptr : &other);
     return memory.changed();
   }
 

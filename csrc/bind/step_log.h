@@ -59,9 +59,10 @@ class LogMemory {
     tiles_.resize(static_cast<size_t>(tiles));
     arena_.resize(tiles * kWholeBytes);
     most_ = used_ > most_ ? used_ : most_;
-    if (most_ - used_ > tiles * kTile / 64) {  // what earlier steps have filled
+    steps_with_room_ = most_ - used_ > tiles * kTile / 64 ? steps_with_room_ + 1 : 0;
+    if (steps_with_room_ == kStepsWithRoom) {  // what earlier steps have filled
       arena_.renew();
-      most_ = 0;
+      most_ = steps_with_room_ = 0;
     }
     used_ = 0;
     log_ = {reinterpret_cast<uint8_t*>(codes_.get()), tiles_.data(), offsets_.data(), arena_.get(), &used_};
@@ -69,14 +70,11 @@ class LogMemory {
     return log_;
   }
 
-  // The log of the last step. It can be undone once.
-  const StepLog* close() {
-    if (!is_open_) return nullptr;
-    is_open_ = false;
-    return &log_;
-  }
+  // The log of the last step; null if it was undone.
+  const StepLog* log() const { return is_open_ ? &log_ : nullptr; }
+  void close() { is_open_ = false; }
 
-  // The variables whose gradients had changed when the step was undone.
+  // The variables whose gradients had changed when that was last found out.
   std::vector<size_t> changed() const {
     std::vector<size_t> found;
     for (size_t k = 0; k + 1 < offsets_.size(); ++k) {
@@ -94,12 +92,15 @@ class LogMemory {
   }
 
  private:
+  static constexpr int64_t kStepsWithRoom = 16;  // in a row: new memory costs page faults
+
   LazyMemory codes_;
   LazyMemory arena_;
   std::vector<TileLog> tiles_;
   std::vector<int64_t> offsets_;
   int64_t used_ = 0;
   int64_t most_ = 0;  // of `used_`, since the arena is new
+  int64_t steps_with_room_ = 0;
   bool is_open_ = false;
   StepLog log_{};
 };

@@ -127,7 +127,9 @@ bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper) {
   return true;
 }
 
-void run_undo(const StepArgs& args) { cpu::run_undo(args); }
+void run_check(const StepArgs& args) { cpu::run_check(args); }
+
+void run_undo(const StepArgs& args, const StepArgs* instead) { cpu::run_undo(args, instead); }
 
 int set_thread_budget(int threads) { return cpu::set_thread_budget(threads); }
 

@@ -18,8 +18,12 @@ FASTADAM_API GradientNorms run_norms(const TensorArgs* tensors, int64_t tensor_c
 // args.factors, which then come from the caller, norms are not read and nothing is required.
 FASTADAM_API bool run_step(StepArgs args, int64_t tensor_count, const AdamHyper& hyper);
 
-// Undoes a step that run_step() made with these arguments and args.log; gradients must be as they were.
-FASTADAM_API void run_undo(const StepArgs& args);
+// Finds the tiles whose gradients have changed since run_step() made a step with these arguments and args.log.
+FASTADAM_API void run_check(const StepArgs& args);
+
+// Undoes that step; gradients must be as they were. If `instead` is not null, makes that step in its place: one of the
+// same variables, without telemetry or a log, whose factors are known.
+FASTADAM_API void run_undo(const StepArgs& args, const StepArgs* instead);
 
 // The most threads that calls from this thread use; 0: as many as all others. Returns what it was.
 FASTADAM_API int set_thread_budget(int threads);

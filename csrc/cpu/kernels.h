@@ -28,6 +28,9 @@ using CopyKernel = UpdateKernel;
 // Like a dense UpdateKernel for one tile, which it also measures.
 using MeasuredKernel = TileMeasure (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end);
 
+// Whether the gradient of one tile is the one that was logged.
+using CheckKernel = bool (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end, int64_t place);
+
 // Makes or undoes the logged step of one tile of a float32 variable; `place`: of the tile in the log.
 using LoggedKernel = void (*)(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end,
                               int64_t place);
@@ -41,6 +44,7 @@ using SumKernel = void (*)(const TensorArgs& tensor, int64_t begin, int64_t end,
 // Indexed by the dtype of the variable, except where a comment says otherwise.
 struct Kernels {
   UpdateKernel dense[kDTypeCount];
+  UpdateKernel small[kDTypeCount];         // dense, with arrays as in small_state.h; null for float64
   UpdateKernel all_rows[kDTypeCount];      // IndexedSlices, TF's rule: updates every row
   UpdateKernel touched_rows[kDTypeCount];  // updates only the rows of the gradient, first by the steps that they missed
   NormKernel norm[kDTypeCount][2];         // [dtype of the gradient][require_finite]
@@ -50,6 +54,7 @@ struct Kernels {
   MeasuredKernel measured[kDTypeCount];
   LoggedKernel logged;
   LoggedKernel undo;
+  CheckKernel has_logged_gradient;
   AccumulateKernel accumulate[kDTypeCount];  // [dtype of the gradient]
   SumKernel sum_rows[kDTypeCount];           // [dtype of the gradient]
 };

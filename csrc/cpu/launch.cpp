@@ -73,6 +73,7 @@ struct StepTask {
 
   UpdateKernel kernel_for(const TensorArgs& tensor) const {
     const auto dtype = static_cast<int>(tensor.dtype);
+    if (is_small(tensor)) return kernels->small[dtype];
     if (tensor.rows == nullptr && tensor.stale == nullptr) return kernels->dense[dtype];
     return tensor.stale != nullptr || step.lazy ? kernels->touched_rows[dtype] : kernels->all_rows[dtype];
   }
@@ -124,8 +125,29 @@ struct StepTask {
   }
 };
 
+// Finds the tiles whose gradients have changed since they were logged.
+struct CheckTask {
+  StepArgs step;
+  const Kernels* kernels;
+  int64_t blocks;
+
+  void run_block(int64_t block) const {
+    const FlushDenormals flush;
+    for_each_chain(step.chains, block, blocks, [this](int64_t k, int64_t begin, int64_t end) {
+      const TensorArgs& tensor = step.chains.tensors[step.chains.heads[k]];
+      for (int64_t at = begin; at < end; at += kTile) {
+        const int64_t place = step.log->tile(k, at);
+        step.log->tiles[place].is_changed =
+            !kernels->has_logged_gradient(step, tensor, at, std::min(at + kTile, end), place);
+      }
+    });
+  }
+};
+
+// Undoes a logged step, and makes another in its place while a tile is in cache, if that is not null.
 struct UndoTask {
   StepArgs step;
+  const StepTask* instead;
   const Kernels* kernels;
   int64_t blocks;
 
@@ -136,7 +158,11 @@ struct UndoTask {
       for (int64_t at = begin; at < end; at += kTile) {
         const int64_t last = std::min(at + kTile, end);
         kernels->undo(step, tensor, at, last, step.log->tile(k, at));
-        if (tensor.copy != nullptr) kernels->copy[static_cast<int>(tensor.copy_dtype)](step, tensor, at, last);
+        if (instead != nullptr) {
+          instead->run_tile(k, at, last);
+        } else if (tensor.copy != nullptr) {
+          kernels->copy[static_cast<int>(tensor.copy_dtype)](step, tensor, at, last);
+        }
       }
     });
     if (step.prefetch) finish_streams();
@@ -231,10 +257,21 @@ void run_step(const StepArgs& step) {
   run_task(task, elements, !catches_up(step.chains));
 }
 
-void run_undo(const StepArgs& step) {
+void run_check(const StepArgs& step) {
+  CheckTask task{step, current_isa().kernels, 1};
+  run_task(task, step.chains.offsets[step.chains.count]);
+}
+
+void run_undo(const StepArgs& step, const StepArgs* instead) {
   const int64_t elements = step.chains.offsets[step.chains.count];
-  UndoTask task{step, current_isa().kernels, 1};
+  const Kernels* kernels = current_isa().kernels;
+  UndoTask task{step, nullptr, kernels, 1};
   task.step.prefetch = elements >= kPrefetchElements;
+  StepTask other{step, kernels, 1};
+  if (instead != nullptr) {
+    other.step = *instead;  // its tiles are in cache
+    task.instead = &other;
+  }
   run_task(task, elements);
 }
 

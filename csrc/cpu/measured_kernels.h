@@ -11,40 +11,43 @@
 #include "../core/split.h"
 #include "../core/telemetry.h"
 #include "lanes.h"
+#include "tile_values.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
-// What the measured loop needs to count elements whose bits do not change when they are rounded.
-struct Rounding {
-  int shift;  // bits that are dropped: 16 of a float32 in bfloat16, 0 if nothing is rounded
-  uint32_t half;
-  uint32_t odd;
-};
-constexpr Rounding kNotRounded{0, 0, 0};
-constexpr Rounding kToBFloat16{16, 0x7fff, 1};
+// What the elements of a variable are rounded to before they are compared with what they were.
+enum Rounding : int { kNotRounded, kToBFloat16 };
 
 // Whether two numbers, which are not NaN, are the same once they are rounded to nearest even.
-FASTADAM_INLINE int32_t is_same(float a, float b, const Rounding& r) {
-  const auto rounded = [&r](float x) {
+template <int kRounding>
+FASTADAM_INLINE int32_t is_same(float a, float b) {
+  if constexpr (kRounding == kNotRounded) return a == b ? 1 : 0;
+  const auto rounded = [](float x) {
     const uint32_t bits = bit_cast<uint32_t>(x);
-    return (bits + r.half + ((bits >> r.shift) & r.odd)) >> r.shift;
+    return bits + 0x7fff + ((bits >> 16) & 1);
   };
-  return rounded(a) == rounded(b) ? 1 : 0;
+  return (rounded(a) ^ rounded(b)) < 0x10000 ? 1 : 0;
 }
-FASTADAM_INLINE int32_t is_same(double a, double b, const Rounding&) { return a == b ? 1 : 0; }
+template <int kRounding>
+FASTADAM_INLINE int32_t is_same(double a, double b) {
+  return a == b ? 1 : 0;
+}
 
-// Sums over one tile, by lanes: sixteen squares of a lane are added in T.
+// Sums over one tile. Each lane adds its elements of a group before it adds that to its sum: lanes are in memory.
+constexpr int64_t kLanes = 16;
+constexpr int64_t kLaneGroup = 4 * kLanes;
+
 template <class T>
 struct TileSums {
-  alignas(kCacheLineBytes) T gradient[kNormLanes];
-  alignas(kCacheLineBytes) T update[kNormLanes];
-  alignas(kCacheLineBytes) T parameter[kNormLanes];
-  alignas(kCacheLineBytes) int32_t unchanged[kNormLanes];
+  alignas(kCacheLineBytes) T gradient[kLanes];
+  alignas(kCacheLineBytes) T update[kLanes];
+  alignas(kCacheLineBytes) T parameter[kLanes];
+  alignas(kCacheLineBytes) int32_t unchanged[kLanes];
 
   FASTADAM_INLINE TileSums() {
 #pragma omp simd
-    for (int64_t lane = 0; lane < kNormLanes; ++lane) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
       gradient[lane] = update[lane] = parameter[lane] = T(0);
       unchanged[lane] = 0;
     }
@@ -54,67 +57,83 @@ struct TileSums {
 // Adds the lanes in double, half to half, which vectorises.
 template <class T>
 FASTADAM_INLINE double sum_of_lanes(const T* lanes) {
-  alignas(kCacheLineBytes) double sums[kNormLanes / 2];
+  alignas(kCacheLineBytes) double sums[kLanes / 2];
 #pragma omp simd
-  for (int64_t i = 0; i < kNormLanes / 2; ++i) {
-    sums[i] = static_cast<double>(lanes[i]) + static_cast<double>(lanes[i + kNormLanes / 2]);
+  for (int64_t i = 0; i < kLanes / 2; ++i) {
+    sums[i] = static_cast<double>(lanes[i]) + static_cast<double>(lanes[i + kLanes / 2]);
   }
-#pragma omp simd
-  for (int64_t i = 0; i < 8; ++i) sums[i] += sums[i + 8];
   for (int64_t i = 0; i < 4; ++i) sums[i] += sums[i + 4];
   return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
-// Updates up to kNormLanes elements and adds them to the sums; what is added to a variable times `unit`.
-template <bool kAmsgrad, int kTransform, class T>
-FASTADAM_INLINE void update_lanes(const Operands<T>& operands, int64_t size, const StepScalars<T>& s,
-                                  FactorPair<T> factor, T keep, T unit, const Rounding& rounding, TileSums<T>& sums) {
+// Updates kCount elements for each of `lanes` lanes, and adds them to the sums; what is added to a variable times
+// `unit`.
+template <bool kAmsgrad, int kTransform, int kRounding, int64_t kCount, class T>
+FASTADAM_INLINE void update_lanes(const Operands<T>& operands, int64_t lanes, const StepScalars<T>& s,
+                                  FactorPair<T> factor, T keep, T unit, TileSums<T>& sums) {
   T* __restrict var = operands.var;
   const T* __restrict grad = operands.grad;
   T* __restrict m = operands.m;
   T* __restrict v = operands.v;
   T* __restrict vhat = operands.vhat;
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    T g = grad[i];
-    const T before = var[i];
-    T var_i = before;
-    sums.gradient[i] += g * g;
-    if constexpr (kTransform != kAsItIs) g = transform_gradient(g, s.clip_value, factor);
-    if constexpr (kTransform == kAndL2) g = add_l2(g, var_i, s.l2);
-    T m_i = m[i];
-    T v_i = v[i];
-    T vhat_i = kAmsgrad ? vhat[i] : T(0);
-    adam_update<kAmsgrad>(var_i, g, m_i, v_i, vhat_i, keep, s);
-    const T added = (var_i - before) * unit;
-    sums.update[i] += added * added;
-    sums.parameter[i] += var_i * var_i;
-    sums.unchanged[i] += is_same(before, var_i, rounding);
-    var[i] = var_i;
-    m[i] = m_i;
-    v[i] = v_i;
-    if constexpr (kAmsgrad) vhat[i] = vhat_i;
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    T gradients = 0;
+    T updates = 0;
+    T parameters = 0;
+    int32_t unchanged = 0;
+    for (int64_t k = 0; k < kCount; ++k) {
+      const int64_t i = k * kLanes + lane;
+      T g = grad[i];
+      const T before = var[i];
+      T var_i = before;
+      gradients += g * g;
+      if constexpr (kTransform != kAsItIs) g = transform_gradient(g, s.clip_value, factor);
+      if constexpr (kTransform == kAndL2) g = add_l2(g, var_i, s.l2);
+      T m_i = m[i];
+      T v_i = v[i];
+      T vhat_i = kAmsgrad ? vhat[i] : T(0);
+      adam_update<kAmsgrad>(var_i, g, m_i, v_i, vhat_i, keep, s);
+      const T added = (var_i - before) * unit;
+      updates += added * added;
+      parameters += var_i * var_i;
+      unchanged += is_same<kRounding>(before, var_i);
+      var[i] = var_i;
+      m[i] = m_i;
+      v[i] = v_i;
+      if constexpr (kAmsgrad) vhat[i] = vhat_i;
+    }
+    sums.gradient[lane] += gradients;
+    sums.update[lane] += updates;
+    sums.parameter[lane] += parameters;
+    sums.unchanged[lane] += unchanged;
   }
 }
 
 template <class T>
 using UpdateTile = TileMeasure (*)(const Operands<T>& operands, int64_t size, const StepScalars<T>& scalars,
-                                   FactorPair<T> factor, T keep, T unit, const Rounding& rounding, bool prefetch);
+                                   FactorPair<T> factor, T keep, T unit, bool prefetch);
 
 // Updates at most kTile elements, and measures the step.
-template <bool kAmsgrad, int kTransform, class T>
+template <bool kAmsgrad, int kTransform, int kRounding, class T>
 TileMeasure update_tile(const Operands<T>& all, int64_t size, const StepScalars<T>& scalars, FactorPair<T> factor,
-                        T keep, T unit, const Rounding& rounding, bool prefetch) {
+                        T keep, T unit, bool prefetch) {
   const StepScalars<T> s = scalars;
   TileSums<T> sums;
-  for (int64_t at = 0; at < size; at += kNormLanes) {
-    const Operands<T> lanes{all.var + at, all.grad + at, all.m + at, all.v + at, kAmsgrad ? all.vhat + at : nullptr};
-    if (prefetch) prefetch_far(sizeof(T), lanes.var, lanes.grad, lanes.m, lanes.v);
-    if (size - at >= kNormLanes) {
-      update_lanes<kAmsgrad, kTransform>(lanes, kNormLanes, s, factor, keep, unit, rounding, sums);
-    } else {
-      update_lanes<kAmsgrad, kTransform>(lanes, size - at, s, factor, keep, unit, rounding, sums);
+  const auto from = [&all](int64_t at) {
+    return Operands<T>{all.var + at, all.grad + at, all.m + at, all.v + at, kAmsgrad ? all.vhat + at : nullptr};
+  };
+  int64_t at = 0;
+  for (; at + kLaneGroup <= size; at += kLaneGroup) {
+    const Operands<T> group = from(at);
+    for (int64_t i = 0; i < kLaneGroup && prefetch; i += kBlock) {
+      prefetch_far(sizeof(T), group.var + i, group.grad + i, group.m + i, group.v + i);
     }
+    update_lanes<kAmsgrad, kTransform, kRounding, kLaneGroup / kLanes>(group, kLanes, s, factor, keep, unit, sums);
+  }
+  for (; at < size; at += kLanes) {
+    const int64_t lanes = size - at < kLanes ? size - at : kLanes;
+    update_lanes<kAmsgrad, kTransform, kRounding, 1>(from(at), lanes, s, factor, keep, unit, sums);
   }
   TileMeasure result{};
   result.gradient = sum_of_lanes(sums.gradient);
@@ -124,37 +143,14 @@ TileMeasure update_tile(const Operands<T>& all, int64_t size, const StepScalars<
   return result;
 }
 
-template <class T>
+template <int kRounding, class T>
 UpdateTile<T> update_tile_for(const StepArgs& step) {
   static constexpr UpdateTile<T> kUpdates[2][kTransformCount] = {
-      {update_tile<false, kAsItIs, T>, update_tile<false, kClipAndFactor, T>, update_tile<false, kAndL2, T>},
-      {update_tile<true, kAsItIs, T>, update_tile<true, kClipAndFactor, T>, update_tile<true, kAndL2, T>}};
+      {update_tile<false, kAsItIs, kRounding, T>, update_tile<false, kClipAndFactor, kRounding, T>,
+       update_tile<false, kAndL2, kRounding, T>},
+      {update_tile<true, kAsItIs, kRounding, T>, update_tile<true, kClipAndFactor, kRounding, T>,
+       update_tile<true, kAndL2, kRounding, T>}};
   return kUpdates[step.amsgrad][step.transform];
-}
-
-// Calls work(operands) for the arrays of one tile: themselves, or copies of arrays of a half type in their compute
-// type, which are rounded back.
-template <class Storage, class Work>
-FASTADAM_INLINE void in_compute_types(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t size,
-                                      Work work) {
-  using T = Compute<Storage>;
-  T room[5][kTile];
-  Storage* const var = static_cast<Storage*>(tensor.var) + begin;
-  T* const var_values = in_compute_type_of(var, size, room[0]);
-  void* const slots[] = {tensor.m, tensor.v, tensor.vhat};
-  const int slot_count = step.amsgrad ? 3 : 2;
-  T* values[3] = {};
-  for (int i = 0; i < slot_count; ++i) {
-    values[i] = tensor.half_slots ? in_compute_type_of(static_cast<Storage*>(slots[i]) + begin, size, room[2 + i])
-                                  : static_cast<T*>(slots[i]) + begin;
-  }
-  work(Operands<T>{var_values, gradient_of(tensor, begin, size, room[1]), values[0], values[1], values[2]});
-  if constexpr (sizeof(Storage) == 2) {
-    convert(var_values, var, size);
-    for (int i = 0; i < slot_count && tensor.half_slots; ++i) {
-      convert(values[i], static_cast<Storage*>(slots[i]) + begin, size);
-    }
-  }
 }
 
 // The sum of squares of `size` elements in double.
@@ -178,6 +174,13 @@ template <class Copy, class T>
 __attribute__((noinline)) int32_t count_same(const T* before, const T* now, int64_t size) {
   int32_t same = 0;
   for (int64_t i = 0; i < size; ++i) same += store<Copy>(before[i]).bits == store<Copy>(now[i]).bits ? 1 : 0;
+  return same;
+}
+
+// The same of the high halves of a variable in two halves.
+__attribute__((noinline)) inline int32_t count_same_high(const float* before, const float* now, int64_t size) {
+  int32_t same = 0;
+  for (int64_t i = 0; i < size; ++i) same += high_half(before[i]) == high_half(now[i]) ? 1 : 0;
   return same;
 }
 
@@ -209,22 +212,29 @@ TileMeasure adam_measured(const StepArgs& step, const TensorArgs& tensor, int64_
   const bool is_to_bfloat16 = tensor.copy != nullptr && tensor.copy_dtype == FASTADAM_BFLOAT16;
   const bool is_to_float16 = tensor.copy != nullptr && tensor.copy_dtype == FASTADAM_FLOAT16;
   const int64_t size = end - begin;
-  TileMeasure result{};
+  TileValues<Storage> values(step, tensor, begin, size);
+  const Operands<T>& all = values.operands();
   T before[kTile];
-  in_compute_types<Storage>(step, tensor, begin, size, [&](const Operands<T>& all) {
-    if (kIsHalf || is_to_float16) std::memcpy(before, all.var, static_cast<size_t>(size) * sizeof(T));
-    const Rounding& rounding = is_to_bfloat16 ? kToBFloat16 : kNotRounded;
-    result = update_tile_for<T>(step)(all, size, s, factor, keep, unit, rounding, step.prefetch);
-    if (is_doubtful<T>(result.gradient)) result.gradient = exact_sum(all.grad, size);
-    if (is_doubtful<T>(result.parameter)) result.parameter = exact_sum(all.var, size);
-    if constexpr (sizeof(T) == 4) {
-      if (is_to_float16) result.unchanged = count_same<Float16>(before, all.var, size);
-    }
-    for (int64_t i = 0; i < size && !is_finite(result.gradient); ++i) {
-      result.not_finite += is_finite(static_cast<double>(all.grad[i])) ? 0 : 1;
-    }
-  });
-  if constexpr (kIsHalf) measure_rounded(static_cast<const Storage*>(tensor.var) + begin, before, size, unit, result);
+  if (kIsHalf || is_to_float16) std::memcpy(before, all.var, static_cast<size_t>(size) * sizeof(T));
+  UpdateTile<T> update = update_tile_for<kNotRounded, T>(step);
+  if constexpr (sizeof(T) == 4) {
+    if (is_to_bfloat16) update = update_tile_for<kToBFloat16, T>(step);
+  }
+  TileMeasure result = update(all, size, s, factor, keep, unit, step.prefetch);
+  if (is_doubtful<T>(result.gradient)) result.gradient = exact_sum(all.grad, size);
+  if (is_doubtful<T>(result.parameter)) result.parameter = exact_sum(all.var, size);
+  if constexpr (sizeof(T) == 4) {
+    if (is_to_float16) result.unchanged = count_same<Float16>(before, all.var, size);
+    if (tensor.low != nullptr) result.unchanged = count_same_high(before, all.var, size);
+  }
+  for (int64_t i = 0; i < size && !is_finite(result.gradient); ++i) {
+    result.not_finite += is_finite(static_cast<double>(all.grad[i])) ? 0 : 1;
+  }
+  values.finish();
+  if constexpr (kIsHalf) {
+    const auto* var = static_cast<const Storage*>(tensor.var) + begin;
+    if (tensor.low == nullptr) measure_rounded(var, before, size, unit, result);
+  }
   return result;
 }
 

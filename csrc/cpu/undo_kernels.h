@@ -10,66 +10,182 @@
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
-// How far the values of a tile before a step are from what is computed backwards: by LoggedArray, see miss().
-struct Misses {
-  alignas(kCacheLineBytes) uint32_t of[kLoggedArrays][kTile];
-  alignas(kCacheLineBytes) uint8_t escapes[kTile];  // the number of misses of each element that do not fit in its byte
+// The numbers of the step of one tensor.
+struct LoggedStep {
+  LoggedStep(const StepArgs& step, const TensorArgs& tensor)
+      : scalars(step.scalars_f32),
+        factor(factor_of<float>(step, tensor)),
+        keep(tensor.decays ? scalars.keep : 1.0f),
+        inverse(scalars, keep),
+        prefetch(step.prefetch) {}
+  StepScalars<float> scalars;
+  FactorPair<float> factor;
+  float keep;
+  Inverses inverse;
+  bool prefetch;
 };
 
+template <bool kAmsgrad>
+FASTADAM_INLINE Operands<float> operands_from(const Operands<float>& all, int64_t at) {
+  return {all.var + at, all.grad + at, all.m + at, all.v + at, kAmsgrad ? all.vhat + at : nullptr};
+}
+
+template <int kTransform>
+FASTADAM_INLINE float transformed(float g, float var, const LoggedStep& step) {
+  if constexpr (kTransform != kAsItIs) g = transform_gradient(g, step.scalars.clip_value, step.factor);
+  if constexpr (kTransform == kAndL2) g = add_l2(g, var, step.scalars.l2);
+  return g;
+}
+
+// What a loop over a tile leaves for its log.
+struct alignas(kCacheLineBytes) TileRoom {
+  float before[kLoggedArrays][kTile];  // the values before the step
+  uint32_t codes[kTile];
+  uint32_t checksums[kBlock];  // of the gradient
+};
+
+// Updates at most kBlock elements, the first of which is at `place` of a tile.
 template <bool kAmsgrad, int kTransform>
-__attribute__((noinline)) void update_logged(const Operands<float>& all, int64_t size,
-                                             const StepScalars<float>& scalars, FactorPair<float> factor, float keep,
-                                             bool prefetch, Misses& misses) {
-  const StepScalars<float> s = scalars;
-  const Inverses inverse(s, keep);
-  float* __restrict var = all.var;
-  const float* __restrict grad = all.grad;
-  float* __restrict m = all.m;
-  float* __restrict v = all.v;
-  float* __restrict vhat = all.vhat;
-  uint32_t* __restrict var_misses = misses.of[kLoggedVar];
-  uint32_t* __restrict m_misses = misses.of[kLoggedM];
-  uint32_t* __restrict v_misses = misses.of[kLoggedV];
-  uint32_t* __restrict vhat_misses = misses.of[kLoggedVhat];
-  for (int64_t block = 0; block < size; block += kBlock) {
-    if (prefetch) prefetch_far(sizeof(float), var + block, grad + block, m + block, v + block);
-    const int64_t end = block + kBlock < size ? block + kBlock : size;
+FASTADAM_INLINE void update_logged(const Operands<float>& block, int64_t size, int64_t place, const LoggedStep& step,
+                                   TileRoom& room) {
+  float* __restrict var_before_step = room.before[kLoggedVar] + place;
+  float* __restrict m_before_step = room.before[kLoggedM] + place;
+  float* __restrict v_before_step = room.before[kLoggedV] + place;
+  float* __restrict vhat_before_step = room.before[kLoggedVhat] + place;
+  uint32_t* __restrict codes = room.codes + place;
+  uint32_t* __restrict checksums = room.checksums;
+  const StepScalars<float>& s = step.scalars;
+  float* __restrict var = block.var;
+  const float* __restrict grad = block.grad;
+  float* __restrict m = block.m;
+  float* __restrict v = block.v;
+  float* __restrict vhat = block.vhat;
 #pragma omp simd
-    for (int64_t i = block; i < end; ++i) {
-      const float var_was = var[i];
-      const float m_was = m[i];
-      const float v_was = v[i];
-      const float vhat_was = kAmsgrad ? vhat[i] : 0.0f;
-      float g = grad[i];
-      if constexpr (kTransform != kAsItIs) g = transform_gradient(g, s.clip_value, factor);
-      if constexpr (kTransform == kAndL2) g = add_l2(g, var_was, s.l2);
-      float var_i = var_was;
-      float m_i = m_was;
-      float v_i = v_was;
-      float vhat_i = vhat_was;
-      const float displacement = adam_update<kAmsgrad>(var_i, g, m_i, v_i, vhat_i, keep, s);
-      var_misses[i] = miss(var_was, var_before(var_i, displacement, inverse), kCodesOfVar);
-      m_misses[i] = miss(m_was, m_before(m_i, g, s, inverse), kCodesOfM);
-      v_misses[i] = miss(v_was, v_before(v_i, g, s, inverse), kCodesOfVar);
-      if constexpr (kAmsgrad) {
-        vhat_misses[i] = bit_cast<uint32_t>(vhat_was) ^ bit_cast<uint32_t>(vhat_i);
-        vhat[i] = vhat_i;
-      }
-      var[i] = var_i;
-      m[i] = m_i;
-      v[i] = v_i;
-    }
+  for (int64_t i = 0; i < size; ++i) {
+    const float var_was = var[i];
+    const float m_was = m[i];
+    const float v_was = v[i];
+    const float vhat_was = kAmsgrad ? vhat[i] : 0.0f;
+    const float g = transformed<kTransform>(grad[i], var_was, step);
+    float var_i = var_was;
+    float m_i = m_was;
+    float v_i = v_was;
+    float vhat_i = vhat_was;
+    const float displacement = adam_update<kAmsgrad>(var_i, g, m_i, v_i, vhat_i, step.keep, s);
+    const Misses misses{miss(var_was, var_before(var_i, displacement, step.inverse), kInByte.var),
+                        miss(m_was, m_before(m_i, g, s, step.inverse), kInByte.m),
+                        miss(v_was, v_before(v_i, g, s, step.inverse), kInByte.v)};
+    bool is_small = fits(misses, kInByte);
+    if constexpr (kAmsgrad) is_small &= bit_cast<uint32_t>(vhat_was) == bit_cast<uint32_t>(vhat_i);
+    codes[i] = is_small ? byte_of(misses) : kNear;
+    checksums[i] = checksum_with(checksums[i], grad[i]);
+    var_before_step[i] = var_was;
+    m_before_step[i] = m_was;
+    v_before_step[i] = v_was;
+    var[i] = var_i;
+    m[i] = m_i;
+    v[i] = v_i;
+    if constexpr (kAmsgrad) vhat_before_step[i] = vhat_was;
+    if constexpr (kAmsgrad) vhat[i] = vhat_i;
   }
 }
 
-using UpdateLogged = void (*)(const Operands<float>& all, int64_t size, const StepScalars<float>& scalars,
-                              FactorPair<float> factor, float keep, bool prefetch, Misses& misses);
+// Calls visit(i) for each element of a block whose byte is not its misses.
+template <class Visit>
+FASTADAM_INLINE void for_each_escape(const uint8_t* codes, Visit visit) {
+  for (int64_t first = 0; first < kLogBlock; first += 8) {
+    uint64_t bytes;
+    std::memcpy(&bytes, codes + first, sizeof(bytes));
+    for (uint64_t left = escapes_among(bytes); left != 0; left &= left - 1) visit(first + __builtin_ctzll(left) / 8);
+  }
+}
 
-inline UpdateLogged update_logged_for(const StepArgs& step) {
-  static constexpr UpdateLogged kUpdates[2][kTransformCount] = {
-      {update_logged<false, kAsItIs>, update_logged<false, kClipAndFactor>, update_logged<false, kAndL2>},
-      {update_logged<true, kAsItIs>, update_logged<true, kClipAndFactor>, update_logged<true, kAndL2>}};
-  return kUpdates[step.amsgrad][step.transform];
+// Writes the escapes of the block of a tile that starts at element `at`, and returns their end. Notes in `codes` if its
+// values are stored instead.
+template <bool kAmsgrad, int kTransform>
+__attribute__((noinline)) char* write_escapes(const Operands<float>& all, int64_t at, int64_t size,
+                                              const LoggedStep& step, const TileRoom& room, uint8_t* codes, char* to) {
+  const StepScalars<float>& s = step.scalars;
+  const Operands<float> block = operands_from<kAmsgrad>(all, at);
+  const float* before[kLoggedArrays];
+  for (int64_t array = 0; array < kLoggedArrays; ++array) before[array] = room.before[array] + at;
+  uint32_t words[kLogBlock];
+  uint32_t raised[kLogBlock];
+  uint32_t far[kLogBlock] = {};
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const float var_was = before[kLoggedVar][i];
+    const float g = transformed<kTransform>(block.grad[i], var_was, step);
+    float vhat_i = kAmsgrad ? block.vhat[i] : 0.0f;
+    const float displacement = adam_displacement<kAmsgrad>(block.m[i], block.v[i], vhat_i, s.alpha, s.epsilon);
+    const Misses misses{miss(var_was, var_before(block.var[i], displacement, step.inverse), kInWord.var),
+                        miss(before[kLoggedM][i], m_before(block.m[i], g, s, step.inverse), kInWord.m),
+                        miss(before[kLoggedV][i], v_before(block.v[i], g, s, step.inverse), kInWord.v)};
+    words[i] = word_of(misses);
+    far[i] = fits(misses, kInWord) ? 0 : 1;
+    if constexpr (kAmsgrad) {
+      raised[i] = bit_cast<uint32_t>(before[kLoggedVhat][i]) ^ bit_cast<uint32_t>(block.vhat[i]);
+    }
+  }
+  uint32_t any_far = 0;
+  for (const uint32_t one : far) any_far |= one;
+  if (any_far != 0) {
+    std::memset(codes, kRaw, kLogBlock);
+    for (int array = 0; array < (kAmsgrad ? 4 : 3); ++array, to += kLogBlock * sizeof(float)) {
+      std::memcpy(to, before[array], kLogBlock * sizeof(float));
+    }
+    return to;
+  }
+  for_each_escape(codes, [&](int64_t i) {
+    std::memcpy(to, words + i, sizeof(uint32_t));
+    to += sizeof(uint32_t);
+    if constexpr (kAmsgrad) {
+      std::memcpy(to, raised + i, sizeof(uint32_t));
+      to += sizeof(uint32_t);
+    }
+  });
+  return to;
+}
+
+struct TileCodes {
+  uint8_t* bytes;     // receives kTile
+  char* escapes;      // receives at most kWholeBytes
+  uint32_t checksum;  // result
+};
+
+// Updates at most kTile elements, and returns the end of their escapes.
+template <bool kAmsgrad, int kTransform>
+char* step_tile(const Operands<float>& all, int64_t size, const LoggedStep& step, TileCodes& log) {
+  const LoggedStep here = step;
+  TileRoom room;
+  for (uint32_t& sum : room.checksums) sum = 0;
+  for (int64_t at = 0; at < size; at += kBlock) {
+    const Operands<float> block = operands_from<kAmsgrad>(all, at);
+    if (here.prefetch) prefetch_far(sizeof(float), block.var, block.grad, block.m, block.v);
+    if (size - at >= kBlock) {
+      update_logged<kAmsgrad, kTransform>(block, kBlock, at, here, room);
+    } else {
+      update_logged<kAmsgrad, kTransform>(block, size - at, at, here, room);
+    }
+  }
+  log.checksum = checksum_of(room.checksums);
+  uint8_t* __restrict bytes = log.bytes;
+  const int64_t filled = (size + kLogBlock - 1) / kLogBlock * kLogBlock;
+  for (int64_t i = size; i < filled; ++i) {
+    room.codes[i] = 0;
+    for (auto& values : room.before) values[i] = 0;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < filled; ++i) bytes[i] = static_cast<uint8_t>(room.codes[i]);
+  char* escapes = log.escapes;
+  for (int64_t at = 0; at < size; at += kLogBlock) {
+    uint64_t halves[2];
+    std::memcpy(halves, bytes + at, sizeof(halves));
+    if ((escapes_among(halves[0]) | escapes_among(halves[1])) == 0) continue;
+    const int64_t count = size - at < kLogBlock ? size - at : kLogBlock;
+    escapes = write_escapes<kAmsgrad, kTransform>(all, at, count, here, room, bytes + at, escapes);
+  }
+  return escapes;
 }
 
 inline Operands<float> operands_at(const StepArgs& step, const TensorArgs& tensor, int64_t begin, const float* grad) {
@@ -77,179 +193,164 @@ inline Operands<float> operands_at(const StepArgs& step, const TensorArgs& tenso
           static_cast<float*>(tensor.v) + begin, step.amsgrad ? static_cast<float*>(tensor.vhat) + begin : nullptr};
 }
 
-// Packs misses into a byte for each element, and counts those that do not fit.
-template <bool kAmsgrad>
-int32_t pack_misses(Misses& misses, int64_t size, uint8_t* __restrict codes) {
-  const uint32_t* __restrict var = misses.of[kLoggedVar];
-  const uint32_t* __restrict m = misses.of[kLoggedM];
-  const uint32_t* __restrict v = misses.of[kLoggedV];
-  const uint32_t* __restrict vhat = misses.of[kLoggedVhat];
-  uint32_t room[kTile];
-  uint32_t counts[kTile];
-  int32_t escapes = 0;
-#pragma omp simd reduction(+ : escapes)
-  for (int64_t i = 0; i < size; ++i) {
-    const bool var_fits = var[i] < kCodesOfVar;
-    const bool m_fits = m[i] < kCodesOfM;
-    const bool v_fits = v[i] < kCodesOfVar;
-    room[i] = packed(var_fits ? var[i] : 0, m_fits ? m[i] : 0, v_fits ? v[i] : 0);
-    counts[i] = (var_fits ? 0u : 1u) + (m_fits ? 0u : 1u) + (v_fits ? 0u : 1u);
-    if constexpr (kAmsgrad) counts[i] += vhat[i] == 0 ? 0u : 1u;
-    escapes += static_cast<int32_t>(counts[i]);
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) codes[i] = static_cast<uint8_t>(room[i]);
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) misses.escapes[i] = static_cast<uint8_t>(counts[i]);
-  return escapes;
-}
-
-// Differs if an element changes, or if elements change places; but for one time in 2^32.
-inline uint32_t checksum_of(const float* __restrict grad, int64_t size) {
-  uint32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) {
-    const auto bits = bit_cast<uint32_t>(grad[i]);
-    const uint32_t mixed = ((bits ^ (bits >> 16)) + static_cast<uint32_t>(i) * 0x85ebca6bu) * 0x9e3779b1u;
-    sum += mixed ^ (mixed >> 15);
-  }
-  return sum;
-}
-
-inline void write_escape(char*& to, int64_t i, LoggedArray array, uint32_t miss) {
-  const auto where = static_cast<uint16_t>(kLoggedArrays * i + array);
-  std::memcpy(to, &where, sizeof(where));
-  std::memcpy(to + sizeof(where), &miss, sizeof(miss));
-  to += kEscapeBytes;
-}
-
-// `escapes`: their number.
-inline void write_escapes(const Misses& misses, int32_t escapes, bool amsgrad, char* to) {
-  for (int64_t i = 0; escapes > 0; ++i) {
-    uint64_t eight = 1;
-    if (i % 8 == 0) std::memcpy(&eight, misses.escapes + i, sizeof(eight));
-    if (eight == 0) i += 7;  // nothing in eight elements
-    if (eight == 0 || misses.escapes[i] == 0) continue;
-    escapes -= misses.escapes[i];
-    if (misses.of[kLoggedVar][i] >= kCodesOfVar) write_escape(to, i, kLoggedVar, misses.of[kLoggedVar][i]);
-    if (misses.of[kLoggedM][i] >= kCodesOfM) write_escape(to, i, kLoggedM, misses.of[kLoggedM][i]);
-    if (misses.of[kLoggedV][i] >= kCodesOfVar) write_escape(to, i, kLoggedV, misses.of[kLoggedV][i]);
-    if (amsgrad && misses.of[kLoggedVhat][i] != 0) write_escape(to, i, kLoggedVhat, misses.of[kLoggedVhat][i]);
-  }
-}
-
 // Updates a tile of a float32 variable with a dense gradient, and logs what it was.
 inline void adam_logged(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end, int64_t place) {
-  const StepScalars<float>& s = step.scalars_f32;
+  static constexpr decltype(&step_tile<false, kAsItIs>) kSteps[2][kTransformCount] = {
+      {step_tile<false, kAsItIs>, step_tile<false, kClipAndFactor>, step_tile<false, kAndL2>},
+      {step_tile<true, kAsItIs>, step_tile<true, kClipAndFactor>, step_tile<true, kAndL2>}};
   const int64_t size = end - begin;
-  Misses misses;
+  char escapes[kWholeBytes];
   float converted[kTile];
-  const float* grad = gradient_of(tensor, begin, size, converted);
-  update_logged_for(step)(operands_at(step, tensor, begin, grad), size, s, factor_of<float>(step, tensor),
-                          tensor.decays ? s.keep : 1.0f, step.prefetch, misses);
   const StepLog& log = *step.log;
-  TileLog& tile = log.tiles[place];
-  const auto pack = step.amsgrad ? pack_misses<true> : pack_misses<false>;
-  const int32_t escapes = pack(misses, size, log.codes + place * kTile);
-  tile.escapes = static_cast<uint16_t>(escapes);
-  tile.checksum = checksum_of(grad, size);
-  tile.is_changed = false;
-  const int64_t arrays = step.amsgrad ? kLoggedArrays : kLoggedArrays - 1;
-  const int64_t whole = arrays * size * static_cast<int64_t>(sizeof(uint32_t));
-  tile.is_whole = escapes * kEscapeBytes > whole;
-  const int64_t bytes = tile.is_whole ? whole : escapes * kEscapeBytes;
-  tile.offset = bytes == 0 ? 0 : __atomic_fetch_add(log.used, bytes, __ATOMIC_RELAXED);
-  char* to = log.arena + tile.offset;
-  if (!tile.is_whole && bytes > 0) return write_escapes(misses, escapes, step.amsgrad, to);
-  for (int64_t array = 0; tile.is_whole && array < arrays; ++array) {
-    std::memcpy(to + array * (whole / arrays), misses.of[array], static_cast<size_t>(whole / arrays));
+  const Operands<float> all = operands_at(step, tensor, begin, gradient_of(tensor, begin, size, converted));
+  TileCodes codes{log.codes + place * kTile, escapes, 0};
+  const char* const last = kSteps[step.amsgrad][step.transform](all, size, LoggedStep(step, tensor), codes);
+  const int64_t bytes = last - escapes;
+  const int64_t offset = bytes == 0 ? 0 : __atomic_fetch_add(log.used, bytes, __ATOMIC_RELAXED);
+  std::memcpy(log.arena + offset, escapes, static_cast<size_t>(bytes));
+  log.tiles[place] = {offset, codes.checksum, false};
+}
+
+// What was logged of a tile, by LoggedArray: misses with the bias of kInWord, and of vhat the bits that have changed;
+// or values, in blocks of which these are stored.
+struct alignas(kCacheLineBytes) LoggedTile {
+  uint32_t of[kLoggedArrays][kTile];
+};
+
+template <bool kAmsgrad>
+void read_escapes(const uint8_t* codes, int64_t size, const char* from, LoggedTile& tile) {
+  const auto take = [&from](void* to, size_t bytes) {
+    std::memcpy(to, from, bytes);
+    from += bytes;
+  };
+  for (int64_t at = 0; at < size; at += kLogBlock) {
+    if (codes[at] == kRaw) {
+      for (int array = 0; array < (kAmsgrad ? 4 : 3); ++array) take(tile.of[array] + at, kLogBlock * sizeof(uint32_t));
+      continue;
+    }
+    for_each_escape(codes + at, [&](int64_t i) {
+      uint32_t word;
+      take(&word, sizeof(word));
+      const Misses misses = from_word(word);
+      tile.of[kLoggedVar][at + i] = misses.var;
+      tile.of[kLoggedM][at + i] = misses.m;
+      tile.of[kLoggedV][at + i] = misses.v;
+      if constexpr (kAmsgrad) take(&tile.of[kLoggedVhat][at + i], sizeof(uint32_t));
+    });
   }
 }
 
-// Reads what adam_logged() has logged of a tile.
-inline void read_misses(const StepLog& log, int64_t place, int64_t size, bool amsgrad, Misses& misses) {
-  const TileLog& tile = log.tiles[place];
-  const int64_t arrays = amsgrad ? kLoggedArrays : kLoggedArrays - 1;
-  const char* from = log.arena + tile.offset;
-  const size_t row = static_cast<size_t>(size) * sizeof(uint32_t);
-  for (int64_t array = 0; tile.is_whole && array < arrays; ++array, from += row) {
-    std::memcpy(misses.of[array], from, row);
-  }
-  if (tile.is_whole) return;
-  const uint8_t* __restrict codes = log.codes + place * kTile;
-  uint32_t* __restrict var = misses.of[kLoggedVar];
-  uint32_t* __restrict m = misses.of[kLoggedM];
-  uint32_t* __restrict v = misses.of[kLoggedV];
-  uint32_t* __restrict vhat = misses.of[kLoggedVhat];
-  uint32_t room[kTile];
+template <bool kAmsgrad>
+FASTADAM_INLINE void read_tile(const uint8_t* __restrict codes, int64_t size, const char* escapes, LoggedTile& tile) {
+  uint32_t* __restrict var = tile.of[kLoggedVar];
+  uint32_t* __restrict m = tile.of[kLoggedM];
+  uint32_t* __restrict v = tile.of[kLoggedV];
+  uint32_t* __restrict vhat = tile.of[kLoggedVhat];
+  uint32_t bytes[kTile];
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i) room[i] = codes[i];
+  for (int64_t i = 0; i < size; ++i) bytes[i] = codes[i];
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
-    const uint32_t others = (room[i] * 2341) >> 16;  // room[i] / kCodesOfM, exactly below 256
-    m[i] = room[i] - others * kCodesOfM;
-    v[i] = (others * 86) >> 8;  // others / kCodesOfVar, exactly below 10
-    var[i] = others - v[i] * kCodesOfVar;
-    vhat[i] = 0;
+    var[i] = widened(var_of(bytes[i]), kInByte.var, kInWord.var);
+    m[i] = widened(m_of(bytes[i]), kInByte.m, kInWord.m);
+    v[i] = widened(v_of(bytes[i]), kInByte.v, kInWord.v);
+    if constexpr (kAmsgrad) vhat[i] = 0;
   }
-  static_assert(kCodesOfM == 28 && kCodesOfVar == 3, "the divisions above");
-  for (int k = 0; k < tile.escapes; ++k, from += kEscapeBytes) {
-    uint16_t where;
-    std::memcpy(&where, from, sizeof(where));
-    std::memcpy(&misses.of[where % kLoggedArrays][where / kLoggedArrays], from + sizeof(where), sizeof(uint32_t));
-  }
+  read_escapes<kAmsgrad>(codes, size, escapes, tile);
 }
 
+// Undoes the step of a block that starts at element `at` of a tile.
 template <bool kAmsgrad, int kTransform>
-__attribute__((noinline)) void undo_elements(const Operands<float>& all, int64_t size,
-                                             const StepScalars<float>& scalars, FactorPair<float> factor, float keep,
-                                             const Misses& misses) {
-  const StepScalars<float> s = scalars;
-  const Inverses inverse(s, keep);
-  float* __restrict var = all.var;
-  const float* __restrict grad = all.grad;
-  float* __restrict m = all.m;
-  float* __restrict v = all.v;
-  float* __restrict vhat = all.vhat;
-  const uint32_t* __restrict var_misses = misses.of[kLoggedVar];
-  const uint32_t* __restrict m_misses = misses.of[kLoggedM];
-  const uint32_t* __restrict v_misses = misses.of[kLoggedV];
-  const uint32_t* __restrict vhat_misses = misses.of[kLoggedVhat];
+FASTADAM_INLINE void undo_elements(const Operands<float>& block, int64_t at, int64_t size, const LoggedStep& step,
+                                   const LoggedTile& tile) {
+  const StepScalars<float>& s = step.scalars;
+  const uint32_t* __restrict var_misses = tile.of[kLoggedVar] + at;
+  const uint32_t* __restrict m_misses = tile.of[kLoggedM] + at;
+  const uint32_t* __restrict v_misses = tile.of[kLoggedV] + at;
+  const uint32_t* __restrict raised = tile.of[kLoggedVhat] + at;
+  float* __restrict var = block.var;
+  const float* __restrict grad = block.grad;
+  float* __restrict m = block.m;
+  float* __restrict v = block.v;
+  float* __restrict vhat = block.vhat;
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     float vhat_i = kAmsgrad ? vhat[i] : 0.0f;
     const float displacement = adam_displacement<kAmsgrad>(m[i], v[i], vhat_i, s.alpha, s.epsilon);
-    const float var_i = corrected(var_before(var[i], displacement, inverse), var_misses[i], kCodesOfVar);
-    float g = grad[i];
-    if constexpr (kTransform != kAsItIs) g = transform_gradient(g, s.clip_value, factor);
-    if constexpr (kTransform == kAndL2) g = add_l2(g, var_i, s.l2);
+    const float var_i = corrected(var_before(var[i], displacement, step.inverse), var_misses[i], kInWord.var);
+    const float g = transformed<kTransform>(grad[i], var_i, step);
     var[i] = var_i;
-    m[i] = corrected(m_before(m[i], g, s, inverse), m_misses[i], kCodesOfM);
-    v[i] = corrected(v_before(v[i], g, s, inverse), v_misses[i], kCodesOfVar);
-    if constexpr (kAmsgrad) vhat[i] = bit_cast<float>(bit_cast<uint32_t>(vhat[i]) ^ vhat_misses[i]);
+    m[i] = corrected(m_before(m[i], g, s, step.inverse), m_misses[i], kInWord.m);
+    v[i] = corrected(v_before(v[i], g, s, step.inverse), v_misses[i], kInWord.v);
+    if constexpr (kAmsgrad) vhat[i] = bit_cast<float>(bit_cast<uint32_t>(vhat[i]) ^ raised[i]);
   }
+}
+
+template <bool kAmsgrad>
+void restore_block(const Operands<float>& block, int64_t at, int64_t size, const LoggedTile& tile) {
+  float* const arrays[] = {block.var, block.m, block.v, block.vhat};
+  for (int array = 0; array < (kAmsgrad ? 4 : 3); ++array) {
+    std::memcpy(arrays[array], tile.of[array] + at, static_cast<size_t>(size) * sizeof(float));
+  }
+}
+
+template <bool kAmsgrad, int kTransform>
+void undo_tile(const Operands<float>& all, int64_t size, const LoggedStep& step, const uint8_t* codes,
+               const char* escapes) {
+  const LoggedStep here = step;
+  LoggedTile tile;
+  read_tile<kAmsgrad>(codes, size, escapes, tile);
+  for (int64_t at = 0; at < size; at += kLogBlock) {
+    const Operands<float> block = operands_from<kAmsgrad>(all, at);
+    if (here.prefetch && at % kBlock == 0) prefetch_far(sizeof(float), block.var, block.grad, block.m, block.v);
+    const int64_t count = size - at < kLogBlock ? size - at : kLogBlock;
+    if (codes[at] == kRaw) {
+      restore_block<kAmsgrad>(block, at, count, tile);
+    } else if (count == kLogBlock) {
+      undo_elements<kAmsgrad, kTransform>(block, at, kLogBlock, here, tile);
+    } else {
+      undo_elements<kAmsgrad, kTransform>(block, at, count, here, tile);
+    }
+  }
+}
+
+// Of the elements of a tile.
+inline uint32_t checksum_of_tile(const float* __restrict grad, int64_t size) {
+  uint32_t lanes[kBlock] = {};
+  int64_t at = 0;
+  for (; at + kBlock <= size; at += kBlock) {
+#pragma omp simd
+    for (int64_t i = 0; i < kBlock; ++i) lanes[i] = checksum_with(lanes[i], grad[at + i]);
+  }
+  for (int64_t i = 0; at + i < size; ++i) lanes[i] = checksum_with(lanes[i], grad[at + i]);
+  return checksum_of(lanes);
+}
+
+// Whether the gradient of a tile is the one of adam_logged().
+inline bool has_logged_gradient(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end,
+                                int64_t place) {
+  float converted[kTile];
+  const float* const grad = gradient_of(tensor, begin, end - begin, converted);
+  return checksum_of_tile(grad, end - begin) == step.log->tiles[place].checksum;
 }
 
 // Undoes adam_logged(), of the moments only with the same gradient.
 inline void adam_undo(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end, int64_t place) {
-  static constexpr decltype(&undo_elements<false, kAsItIs>) kUndo[2][kTransformCount] = {
-      {undo_elements<false, kAsItIs>, undo_elements<false, kClipAndFactor>, undo_elements<false, kAndL2>},
-      {undo_elements<true, kAsItIs>, undo_elements<true, kClipAndFactor>, undo_elements<true, kAndL2>}};
-  const StepScalars<float>& s = step.scalars_f32;
+  static constexpr decltype(&undo_tile<false, kAsItIs>) kUndo[2][kTransformCount] = {
+      {undo_tile<false, kAsItIs>, undo_tile<false, kClipAndFactor>, undo_tile<false, kAndL2>},
+      {undo_tile<true, kAsItIs>, undo_tile<true, kClipAndFactor>, undo_tile<true, kAndL2>}};
   const int64_t size = end - begin;
-  Misses misses;
-  read_misses(*step.log, place, size, step.amsgrad, misses);
   float converted[kTile];
   const float* grad = gradient_of(tensor, begin, size, converted);
   const Operands<float> all = operands_at(step, tensor, begin, grad);
   TileLog& tile = step.log->tiles[place];
-  tile.is_changed = checksum_of(grad, size) != tile.checksum;
+  tile.is_changed = checksum_of_tile(grad, size) != tile.checksum;
   float moments[2][kTile];
   const size_t bytes = tile.is_changed ? static_cast<size_t>(size) * sizeof(float) : 0;
   std::memcpy(moments[0], all.m, bytes);
   std::memcpy(moments[1], all.v, bytes);
-  kUndo[step.amsgrad][step.transform](all, size, s, factor_of<float>(step, tensor), tensor.decays ? s.keep : 1.0f,
-                                      misses);
+  kUndo[step.amsgrad][step.transform](all, size, LoggedStep(step, tensor), step.log->codes + place * kTile,
+                                      step.log->arena + tile.offset);
   std::memcpy(all.m, moments[0], bytes);
   std::memcpy(all.v, moments[1], bytes);
 }

@@ -71,7 +71,7 @@ bool check(const Logged& initial, int t, bool amsgrad, int transform) {
   const StepArgs step = logged.args(t, amsgrad, transform, true);
   cpu::run_step(step);
   bool same = logged.variables == plain.variables;
-  cpu::run_undo(step);
+  cpu::run_undo(step, nullptr);
   return same && logged.variables == initial.variables && !logged.any_changed();
 }
 
@@ -95,7 +95,7 @@ void check_changes() {
     cpu::run_step(step);
     Array& gradient = logged.variables[7].grads;
     gradient.set(700, read(gradient.at(700), FASTADAM_FLOAT32, 0) + 1);
-    cpu::run_undo(step);
+    cpu::run_undo(step, nullptr);
     int64_t changed = 0;
     for (const TileLog& tile : logged.tiles) changed += tile.is_changed ? 1 : 0;
     claims.note(isa.name + std::string(" finds the one tile whose gradient has changed"),

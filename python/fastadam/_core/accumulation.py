@@ -73,8 +73,9 @@ def _update_plan(parts: Parts, plan: Plan, places: list[int], cycle: Cycle) -> P
                 "seen yet; call build() with all variables first"
             )
         buffers.append(buffer)
-    prepared = state.slots.prepare(buffers, options.slot_names)
+    state_format = options.state_format
+    prepared = state.slots.prepare(buffers, state_format.names, state_format.begin)
     prepared.commit()  # of a deep copy: it goes on with the same variables
-    slots = dict(zip(options.slot_names, prepared.slots, strict=True))
+    slots = dict(zip(state_format.names, prepared.slots, strict=True))
     decays = options.decays([entry.spec.name for entry in waiting], buffers)
     return Plan(buffers, slots, decays=decays, context=parts.runtime.context_of(buffers[0]))

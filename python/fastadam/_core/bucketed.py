@@ -64,7 +64,7 @@ class BucketedStep(OpenStep):
     def _require_built(self, pairs: list[AnyPair]) -> None:
         """Raise if a variable has no slots yet: these, and squares, must not come in the order of the buckets."""
         positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
-        names = self._stepper.options.slot_names
+        names = self._stepper.options.state_format.names
         for place, buffer in zip(positions, buffers_of([pairs[i][1] for i in positions], positions), strict=True):
             if buffer.device >= 0:
                 raise ValueError(f"grads_and_vars[{place}]: a variable on a GPU, expected CPU memory")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastadam._core import bucketed
-from fastadam._core import saving as serialization
 from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
 from fastadam._core.bucketed import check_begin
@@ -23,6 +22,8 @@ from fastadam._core.common.warning import warn
 from fastadam._core.minimize import Minimizer, scaled
 from fastadam._core.pairs import check_copies, check_pairs_list
 from fastadam._core.parts import parts_of
+from fastadam._core.saving.reader import load_optimizer
+from fastadam._core.saving.writer import save_optimizer
 from fastadam._core.step import Stepper
 
 if TYPE_CHECKING:
@@ -314,7 +315,7 @@ class LossScaleOptimizer(Minimizer):
         """Save the optimizer as :meth:`Adam.save` does, with the scale and the number of good steps."""
         with parts_of(self.inner_optimizer).runtime.lock:
             state = {**{name: getattr(self, name) for name in _SAVED}, **self._own_config()}
-            serialization.save(self.inner_optimizer, path, variables, state)
+            save_optimizer(self.inner_optimizer, path, variables, state)
 
     @class_only
     def load(
@@ -326,7 +327,7 @@ class LossScaleOptimizer(Minimizer):
         """Load what :meth:`save` wrote, as :meth:`Adam.load` does; ``custom_objects`` may hold a subclass of Adam."""
         others = [entry for entry in (custom_objects or {}).values() if isinstance(entry, type)]
         classes: list[type[Adam]] = [Adam, AdamW, *(entry for entry in others if issubclass(entry, Adam))]
-        inner, state = serialization.load(classes, path, variables, custom_objects)
+        inner, state = load_optimizer(classes, path, variables, custom_objects)
         try:
             if not isinstance(state, dict) or {*state, "min_scale"} != {*_SAVED, "min_scale"}:
                 raise ValueError(f"state of {type(inner).__name__}, expected LossScaleOptimizer")

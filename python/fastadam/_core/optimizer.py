@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core import saving as serialization
 from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_integer, check_iterations, check_list
 from fastadam._core.common.strict import class_only
@@ -21,7 +20,9 @@ from fastadam._core.native.buffers import buffer_of, buffers_of
 from fastadam._core.native.variable import label_of, unwrap
 from fastadam._core.options.options import Options
 from fastadam._core.parts import Parts
-from fastadam._core.state.slots import Initializer, initial_value
+from fastadam._core.saving.reader import load_optimizer
+from fastadam._core.saving.writer import save_optimizer
+from fastadam._core.state.initial_value import Initializer, initial_value
 from fastadam._core.state.state import State
 from fastadam._core.step import Stepper
 
@@ -75,7 +76,8 @@ class Optimizer(Minimizer):
         options, state, runtime, _ = self._parts
         with runtime.lock:
             runtime.require_closed("build")
-            state.slots.prepare(buffers, options.slot_names).commit()
+            state_format = options.state_format
+            state.slots.prepare(buffers, state_format.names, state_format.begin).commit()
 
     @property
     def weights(self) -> list[AnyArray]:
@@ -157,12 +159,13 @@ class Optimizer(Minimizer):
         if not isinstance(slot_name, str):
             raise TypeError(f"slot_name: {slot_name!r}, expected a string")
         buffer = buffer_of(var)
+        options, state, runtime, tables = self._parts
 
         def make(variable: _cpu.Buffer, _: str) -> AnyArray:
-            value = initial_value(initializer, variable.shape, variable.state_dtype, variable.order)
+            dtype = options.state_format.dtype_of(variable)
+            value = initial_value(initializer, variable.shape, dtype, variable.order)
             return value if variable.device < 0 else copy_beside(value, variable)
 
-        _, state, runtime, tables = self._parts
         with runtime.lock:
             runtime.require_closed("add_slot")
             tables.catch_up_all()
@@ -271,7 +274,7 @@ class Optimizer(Minimizer):
             ValueError: The suffix of another format; a variable without slots; a configuration that is not plain JSON.
         """
         self._parts.runtime.require_closed("save")
-        serialization.save(self, path, variables)
+        save_optimizer(self, path, variables)
 
     @class_only
     def load(
@@ -291,7 +294,7 @@ class Optimizer(Minimizer):
             OSError: The file cannot be read.
             ValueError: The file is damaged, of another class, or of other variables: shape, dtype, or name differ.
         """
-        optimizer, loss_scale = serialization.load([cls], path, variables, custom_objects)
+        optimizer, loss_scale = load_optimizer([cls], path, variables, custom_objects)
         if loss_scale is not None:
             raise ValueError(f"{os.fsdecode(path)}: state of LossScaleOptimizer, expected {cls.__name__}")
         return optimizer

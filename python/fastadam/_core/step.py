@@ -26,7 +26,7 @@ from fastadam.schedules import LearningRateSchedule
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, AnyGradient, AnyPair
-    from fastadam._core.state.slots import Entry
+    from fastadam._core.state.entry import Entry
 
 __all__ = ["Stepper", "rate_after"]
 
@@ -270,17 +270,17 @@ class Stepper:
         options, state, runtime = self.options, self.state, self.runtime
         positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
         gradients = [unwrap(pairs[i][0]) for i in positions]
-        names = options.slot_names
-        amsgrad = "vhat" in names
+        state_format = options.state_format
+        amsgrad = "vhat" in state_format.names
         buffers = buffers_of([pairs[i][1] for i in positions], positions)
-        prepared = state.slots.prepare(buffers, names)
+        prepared = state.slots.prepare(buffers, state_format.names, state_format.begin)
         decays = self._decays(pairs, buffers)
         numbers = Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, amsgrad)
         entries = [prepared.entry_of(buffer) for buffer in buffers]
         histories = [self._history_of(*row, numbers) for row in zip(buffers, entries, gradients, strict=True)]
         plan = Plan(
             buffers,
-            dict(zip(names, prepared.slots, strict=True)),
+            dict(zip(state_format.names, prepared.slots, strict=True)),
             decays=decays,
             positions=positions,
             lazy=options.sparse_update == "lazy",

@@ -59,7 +59,7 @@ def to_keras3_variables(optimizer: Adam, variables: Iterable[VariableLike]) -> d
         raise ValueError(f"decay: {optimizer.decay}, expected 0: Keras 3 does not have it; use a schedule")
     if optimizer.iterations >= 2**31:
         raise ValueError(f"iterations: {optimizer.iterations}, expected less than 2**31, which Keras's int32 holds")
-    slots = copies_of_slots(optimizer, variables, parts_of(optimizer).options.slot_names)
+    slots = copies_of_slots(optimizer, variables, parts_of(optimizer).options.state_format.names)
     moments = [array for pair in zip(slots["m"], slots["v"], strict=True) for array in pair]
     rate = [np.array(optimizer.learning_rate, np.float32)] if _has_constant_rate(optimizer) else []
     arrays = [
@@ -121,7 +121,9 @@ def from_keras3_variables(
         parts[part].append(array)
     iterations = check_iterations("weights[0]", parts.pop("iteration")[0])
     hyper = {"learning_rate": check_number("weights[1]", rate[0])} if (rate := parts.pop("learning_rate", None)) else {}
-    slots = {name: parts.get(name, []) for name in parts_of(optimizer).options.slot_names if name != ACCUMULATOR}
+    slots = {
+        name: parts.get(name, []) for name in parts_of(optimizer).options.state_format.names if name != ACCUMULATOR
+    }
     assign(optimizer, targets, iterations, slots, hyper)
 
 
@@ -209,7 +211,7 @@ def _layout(optimizer: Adam, count: int) -> list[str]:
     return [
         "iteration",
         *(["learning_rate"] if _has_constant_rate(optimizer) else []),
-        *(["average"] * count if "average" in parts_of(optimizer).options.slot_names else []),
+        *(["average"] * count if "average" in parts_of(optimizer).options.state_format.names else []),
         *["m", "v"] * count,
         *(["vhat"] * count if optimizer.amsgrad else []),
     ]

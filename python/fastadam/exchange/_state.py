@@ -51,7 +51,7 @@ def check_epsilon_here(epsilon: AnyArray) -> float:
 
 def require_no_average(optimizer: Adam, place: str) -> None:
     """Refuse an optimizer with moving averages, which would be lost."""
-    if "average" in parts_of(optimizer).options.slot_names:
+    if "average" in parts_of(optimizer).options.state_format.names:
         raise ValueError(f"optimizer: use_ema=True, expected False: {place} cannot hold moving averages")
 
 
@@ -89,14 +89,16 @@ def assign(
     """
     buffers = buffers_of(variables, range(len(variables)))
     _require_distinct(buffers)
+    options, state, runtime, tables = parts_of(optimizer)
+    state_format = options.state_format
+    dtypes = [state_format.dtype_of(buffer) for buffer in buffers]
     new = {
-        name: [_fitted(f"{name}[{i}]", array, buffers[i]) for i, array in enumerate(arrays)]
+        name: [_fitted(f"{name}[{i}]", array, buffers[i], dtypes[i]) for i, array in enumerate(arrays)]
         for name, arrays in slots.items()
     }
-    _, state, runtime, tables = parts_of(optimizer)
     with runtime.lock:
         tables.catch_up_all()
-        prepared = state.slots.prepare(buffers, list(slots))
+        prepared = state.slots.prepare(buffers, list(slots), state_format.begin)
         for name, targets in zip(slots, prepared.slots, strict=True):
             for i, target in enumerate(targets):
                 if isinstance(target, np.ndarray) and not target.flags.writeable:
@@ -117,16 +119,14 @@ def _require_distinct(buffers: Sequence[_cpu.Buffer]) -> None:
             raise ValueError(f"variables[{i}]: the same as variables[{first[key_of(buffer)]}], expected it once")
 
 
-def _fitted(label: str, value: AnyArray, buffer: _cpu.Buffer) -> HostArray:
-    """A copy that can be assigned to a slot of this variable: the value itself may be one of the slots."""
+def _fitted(label: str, value: AnyArray, buffer: _cpu.Buffer, dtype: str) -> HostArray:
+    """A copy of the dtype that can be assigned to a slot of this variable: the value itself may be one of the slots."""
     array = as_float_array(value, label)
     is_float = array.dtype.kind == "f"
     if array.shape != buffer.shape or not is_float:
         raise ValueError(f"{label}: {array.dtype} {array.shape}, expected floats {buffer.shape}")
     with np.errstate(over="ignore", under="ignore"):
-        copy = np.array(array, dtype=buffer.state_dtype)
+        copy = np.array(array, dtype=dtype)
     if not np.array_equal(np.isinf(copy), np.isinf(array)):
-        raise ValueError(
-            f"{label}: numbers too large for {buffer.state_dtype}, the dtype of the slots of {buffer.label}"
-        )
+        raise ValueError(f"{label}: numbers too large for {dtype}, the dtype of the slots of {buffer.label}")
     return copy

@@ -20,7 +20,8 @@ from fastadam.torch._no_memory import hide_gradients, refuse_simulation
 from fastadam.torch._state import MASTER
 
 if TYPE_CHECKING:
-    from fastadam.torch._step import Call, GroupStepper
+    from fastadam.torch._native_calls import Call
+    from fastadam.torch._step import GroupStepper
 
 __all__ = ["BucketedStep"]
 
@@ -276,7 +277,7 @@ class BucketedStep:
         def note() -> None:
             chosen.counter[...] = counter + 1
             with torch.no_grad():
-                self._stepper.note_made(call, self._state)
+                self._stepper.calls.note_made(call, self._state)
 
         return Bucket(
             chosen.plan,

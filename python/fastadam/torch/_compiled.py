@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from fastadam._core.native.plan import BoundedCache, StepHyper
-from fastadam.torch._checks import Group
+from fastadam._core.native.slices import DEFERRED
+from fastadam.torch._checks import Group, States, check_flags, check_options, label_of
 from fastadam.torch._grad_scaler import ScaledStep
 from fastadam.torch._layout import Turn, turns_of
+from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
-from fastadam.torch._state import SLOTS, Kind
+from fastadam.torch._state import SLOTS, Kind, states_of
 from fastadam.torch._step_count import is_on_gpu, whole_count
 
 __all__ = ["Columns", "CompiledSteps", "traced_step"]
@@ -75,6 +77,35 @@ class Columns(NamedTuple):
     exp_avg_sqs: list[Tensor]
     max_exp_avg_sqs: list[Tensor]  # empty without amsgrad
     state_steps: list[Tensor]
+
+    def fill(self, group: Group, groups: list[Group], states: States, options: Options) -> bool:
+        """Add the parameters of a group and their states, which then are the optimizer's.
+
+        Returns:
+            False, with nothing added, if only an eager step can use the gradients or say what is wrong.
+        """
+        stepped = [param for param in group["params"] if param.grad is not None]
+        if options.sparse_update in DEFERRED or any(param.grad.layout != torch.strided for param in stepped):
+            return False
+        index = next(index for index, other in enumerate(groups) if other is group)
+        labels = [label_of(group, index, k) for k, param in enumerate(group["params"]) if param.grad is not None]
+        try:
+            check_options(group)
+            for param, label in zip(stepped, labels, strict=True):
+                check_flags(group, param, label, options.sparse_update)
+            named = states_of(states, stepped, labels, group, options.state_format) if stepped else []
+        except (RuntimeError, TypeError, ValueError):
+            return False  # in the compiler these would be internal errors
+        for param, state in zip(stepped, named, strict=True):
+            states[param] = state
+            self.params.append(param)
+            self.grads.append(param.grad)
+            self.exp_avgs.append(state["exp_avg"])
+            self.exp_avg_sqs.append(state["exp_avg_sq"])
+            if group["amsgrad"]:
+                self.max_exp_avg_sqs.append(state["max_exp_avg_sq"])
+            self.state_steps.append(state["step"])
+        return True
 
 
 def traced_step(

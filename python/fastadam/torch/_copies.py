@@ -12,7 +12,7 @@ from torch import Tensor
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, label_of
 from fastadam.torch._layout import Turn, clusters_of, is_lazy_view, local_of, span_of, versions_of
-from fastadam.torch._state import HALF, MASTER
+from fastadam.torch._state import HALF, MASTER, StateFormat
 
 __all__ = ["ComputeParams", "Copies", "check_compute_params", "check_groups_apart", "check_place"]
 
@@ -128,12 +128,12 @@ class Copies:
     Args:
         params: The parameters.
         computed: For each of them None or the tensor that receives its copy.
-        has_masters: Half parameters receive the copies of masters in their states.
+        state_format: Says which parameters receive the copies of masters in their states.
     """
 
-    def __init__(self, params: list[Tensor], computed: Sequence[Tensor | None], *, has_masters: bool) -> None:
+    def __init__(self, params: list[Tensor], computed: Sequence[Tensor | None], state_format: StateFormat) -> None:
         self._params, self._computed = params, list(computed)
-        self._mastered = [i for i, param in enumerate(params) if has_masters and param.dtype in HALF]
+        self._mastered = [i for i, param in enumerate(params) if state_format.has_master(param)]
         self.receivers: list[Tensor | None] = list(computed) or [None] * len(params)
         for i in self._mastered:
             self.receivers[i] = params[i]

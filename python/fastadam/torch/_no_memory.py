@@ -61,7 +61,7 @@ class Simulated:
         for place in places:
             param, label = group["params"][place], label_of(group, index, place)
             check_flags(group, param, label, options.sparse_update)
-            made = states_of(state, [param], [label], group, options.state_dtype, has_masters=options.master_weights)
+            made = states_of(state, [param], [label], group, options.state_format)
             self._stepped.append((param, *made))
 
     def finish(self, state: States) -> None:

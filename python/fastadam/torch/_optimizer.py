@@ -11,12 +11,11 @@ from torch import Tensor
 from fastadam._core.common.checks import check_bool, check_count, check_number
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
-from fastadam._core.native.slices import DEFERRED, check_sparse_update
+from fastadam._core.native.slices import check_sparse_update
 from fastadam._core.native.worker import Handle
 from fastadam.torch._buckets import BucketedStep
 from fastadam.torch._checks import (
     OfGroups,
-    check_flags,
     check_kinds,
     check_module,
     check_numbers,
@@ -24,16 +23,14 @@ from fastadam.torch._checks import (
     check_params,
     check_rows,
     check_tensor,
-    label_of,
 )
 from fastadam.torch._clipping import Clipping
 from fastadam.torch._compiled import Columns, traced_step
 from fastadam.torch._copies import ComputeParams, check_compute_params, check_groups_apart
 from fastadam.torch._deferred import Reader
+from fastadam.torch._loading import check_is_dict, fill_groups, keep_tensors, restore_states
 from fastadam.torch._options import Options
-from fastadam.torch._state import check_is_dict, fill_groups, keep_tensors, restore_states, states_of
 from fastadam.torch._step import GroupStepper
-from fastadam.torch._telemetry import joined
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT, StateDict
@@ -302,29 +299,8 @@ class Adam(torch.optim.Optimizer):
         Returns:
             False, with empty lists, if only an eager step can use the gradients or say what is wrong.
         """
-        stepped = [param for param in group["params"] if param.grad is not None]
-        options = self._options
-        if options.sparse_update in DEFERRED or any(param.grad.layout != torch.strided for param in stepped):
-            return False
-        index = next(index for index, other in enumerate(self.param_groups) if other is group)
-        labels = [label_of(group, index, k) for k, param in enumerate(group["params"]) if param.grad is not None]
-        try:
-            check_options(group)
-            for param, label in zip(stepped, labels, strict=True):
-                check_flags(group, param, label, options.sparse_update)
-            states = states_of(self.state, stepped, labels, group, options.state_dtype) if stepped else []
-        except (RuntimeError, TypeError, ValueError):
-            return False  # in the compiler these would be internal errors
-        for param, state in zip(stepped, states, strict=True):
-            params.append(param)
-            self.state[param] = state
-            grads.append(param.grad)
-            exp_avgs.append(state["exp_avg"])
-            exp_avg_sqs.append(state["exp_avg_sq"])
-            if group["amsgrad"]:
-                max_exp_avg_sqs.append(state["max_exp_avg_sq"])
-            state_steps.append(state["step"])
-        return True
+        columns = Columns(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+        return columns.fill(group, self.param_groups, self.state, self._options)
 
     @property
     def sparse_update(self) -> SparseUpdate:
@@ -363,13 +339,8 @@ class Adam(torch.optim.Optimizer):
         ...     assert opt.telemetry().names == ["weight", "bias"]
         ...     assert opt.telemetry().to_dict()["gradient_norm/bias"] == 1.0
         """
-        if not self._options.telemetry:
-            raise RuntimeError("telemetry: the optimizer measures no steps, expected telemetry=True when it is made")
         with self._stepper.lock:
-            self._stepper.finish(self.state)
-            if self._stepper.measured is None:
-                raise RuntimeError("telemetry: no step was measured yet, expected a call of step first")
-            return joined(self._stepper.measured, self.param_groups)
+            return self._stepper.telemetry(self.param_groups, self.state)
 
     # ---- steps in buckets ------------------------------------------------------------------------------------------
 
@@ -409,7 +380,7 @@ class Adam(torch.optim.Optimizer):
         stepper = self._stepper
         with stepper.lock:
             stepper.require_closed("begin_step")
-            stepper.finish(self.state)
+            stepper.calls.finish(self.state)
             stepper.open = BucketedStep(
                 stepper, self.param_groups, self.state, early=early, threads=threads, loss_scale=float(loss_scale)
             )
@@ -536,10 +507,7 @@ class Adam(torch.optim.Optimizer):
                 their steps.
         """
         with self._stepper.lock:
-            self._stepper.finish(self.state)
-            self._stepper.tables.note_states(self.state)
-            for table in self._stepper.tables.of(param):
-                table.catch_up()
+            self._stepper.catch_up(self.state, param)
 
     @torch.no_grad()
     def gather(self, param: Tensor, ids: Tensor) -> Tensor:
@@ -555,10 +523,7 @@ class Adam(torch.optim.Optimizer):
         """
         rows = check_rows(param, ids)
         with self._stepper.lock:
-            self._stepper.finish(self.state)
-            self._stepper.tables.note_states(self.state)
-            for table in self._stepper.tables.of(param):
-                table.catch_up(rows)
+            self._stepper.catch_up(self.state, param, rows)
             return param.detach()[ids]
 
     def attach(self, module: torch.nn.Module) -> None:
@@ -624,7 +589,7 @@ class Adam(torch.optim.Optimizer):
         with self._stepper.lock:
             self._stepper.require_closed("load_state_dict")
             check_is_dict(state_dict)
-            self._stepper.finish(self.state)
+            self._stepper.calls.finish(self.state)
             self._stepper.tables.note_states(self.state)
             with torch.no_grad():
                 for table in self._stepper.tables.of(None):
@@ -667,8 +632,7 @@ class Adam(torch.optim.Optimizer):
         for reader in self._options.readers:
             reader.optimizer = self
         fill_groups(self.param_groups, before)
-        options = self._options
-        restore_states(self.state, self.param_groups, options.state_dtype, has_masters=options.master_weights)
+        restore_states(self.state, self.param_groups, self._options.state_format)
 
 
 def stepper_of(optimizer: Adam) -> GroupStepper:

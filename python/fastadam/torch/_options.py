@@ -11,6 +11,7 @@ from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group
 from fastadam.torch._clipping import Clipping
 from fastadam.torch._deferred import Reader
+from fastadam.torch._state import StateFormat
 
 __all__ = ["Options"]
 
@@ -43,9 +44,9 @@ class Options:
         vars(self).update({"clipping": Clipping(), **state})  # older versions had none
 
     @property
-    def state_dtype(self) -> torch.dtype | None:
-        """The dtype of the moments of half parameters; None for the parameter's dtype."""
-        return torch.float32 if self.master_weights else self.moments_dtype
+    def state_format(self) -> StateFormat:
+        """What the states of parameters consist of."""
+        return StateFormat(torch.float32 if self.master_weights else self.moments_dtype, self.master_weights)
 
     def need_eager(self, groups: list[Group]) -> bool:
         """Whether ``torch.compile`` cannot trace a step with these options."""

@@ -16,8 +16,8 @@ from fastadam.torch._checks import Group, ParamState, check_options, check_rule
 from fastadam.torch._copies import Copies
 from fastadam.torch._deferred import Table
 from fastadam.torch._gradients import GradientReader
-from fastadam.torch._layout import ALONE, Turn, View, flattened, is_lazy_view, is_plain, local_of
-from fastadam.torch._state import HALF, MASTER, SLOTS, Kind
+from fastadam.torch._layout import ALONE, Turn, View, flattened, is_plain, local_of
+from fastadam.torch._state import MASTER, SLOTS, Kind, StateFormat, check_slots
 from fastadam.torch._step_count import StepCounts, is_on_gpu, whole_count
 
 __all__ = ["ParameterSet"]
@@ -59,7 +59,7 @@ class ParameterSet:
     ) -> None:
         self.params, self.states, self.labels = params, states, labels
         self.positions, self.kind, self.tables, self.turn = positions, kind, tables, turn
-        self.copies = Copies(params, [], has_masters=False) if copies is None else copies
+        self.copies = Copies(params, [], StateFormat()) if copies is None else copies
         self._measures = measures
         self.device = params[0].device
         self._reversed = [-1.0] * len(params)  # factors of gradients to be maximized
@@ -70,7 +70,7 @@ class ParameterSet:
         self.counter = np.zeros((), np.int64)
         self._is_scaled = False  # whether some step was made, only the GPU knows
         self._columns = self._read_columns()
-        self._check_slots()
+        check_slots((MASTER, *map(SLOTS.__getitem__, kind.slots)), self._columns, params, labels)
         self._views: dict[int, View] = {}
         for i, label in enumerate(labels):
             if not is_plain(row := self._row(i)):
@@ -92,29 +92,6 @@ class ParameterSet:
         row = [column[i] for column in self._columns]
         receivers = self.copies.receivers
         return [*row, receivers[i]] if receivers and receivers[i] is not None else row
-
-    def _check_slots(self) -> None:
-        owners: dict[int, str] = {}
-        for key, column in zip((MASTER, *map(SLOTS.__getitem__, self.kind.slots)), self._columns, strict=True):
-            for label, param, value, slot in zip(self.labels, self.params, self._columns[0], column, strict=True):
-                if slot is param:
-                    continue
-                found = f"state of {label}: {key}"
-                if not isinstance(slot, Tensor):
-                    raise TypeError(f"{found}: {type(slot).__name__}, expected a tensor")
-                if slot.shape != param.shape:
-                    raise ValueError(f"{found}: shape {tuple(slot.shape)}, expected {tuple(param.shape)}")
-                dtype = param.dtype if value is param else torch.float32
-                if slot.dtype != dtype and not (dtype in HALF and slot.dtype == torch.float32):
-                    raise TypeError(f"{found}: {slot.dtype}, expected {dtype}")
-                if is_lazy_view(slot):
-                    raise ValueError(f"{found}: a conjugated or negated view, expected a tensor of its own")
-                if slot.device != param.device:
-                    raise RuntimeError(f"{found}: on {slot.device}, expected {param.device}")
-                local = local_of(slot)
-                owner = owners.setdefault(local.data_ptr(), found) if local.numel() else found
-                if owner != found:
-                    raise ValueError(f"{found}: shares memory with the {owner}, expected a tensor of its own")
 
     def _natives(self) -> tuple[list[list[Tensor]], list[Tensor | None]]:
         """The columns and the receivers of copies as the plan reads them."""
@@ -177,7 +154,7 @@ class ParameterSet:
     def move_to(self, params: list[Tensor], states: list[ParamState]) -> bool:
         """Continue with other tensors that have the same memory; False if they have not."""
         self.params, self.states = params, states
-        self.copies = Copies(params, [], has_masters=False)
+        self.copies = Copies(params, [], StateFormat())
         self.counts = StepCounts([state["step"] for state in states])
         return self.is_current()
 

@@ -183,8 +183,7 @@ class Partitions:
                 f"sparse_update={self._mode!r}"
             )
         refuse_new_in_capture(params[0])
-        options = self._options
-        states = states_of(known, params, labels, group, options.state_dtype, has_masters=options.master_weights)
+        states = states_of(known, params, labels, group, self._options.state_format)
         counts = StepCounts([state["step"] for state in states])
         sets, parts = [], [list(range(len(places)))]
         if is_on_gpu(params[0]) or (kind.rows and self._mode in DEFERRED):
@@ -218,7 +217,7 @@ class Partitions:
                 tables.append(self._tables.make(param, state, label, numbers))
         computed = group.get("compute_params")
         given = [] if computed is None else [computed[place] for place in positions]
-        copies = Copies(params, given, has_masters=self._options.master_weights)
+        copies = Copies(params, given, self._options.state_format)
         measures = self._options.telemetry
         check_place(copies, params, labels, turn, measures=measures)
         return ParameterSet(

@@ -1,38 +1,24 @@
-"""States of parameters: what they contain, how they begin, and how states and groups are loaded or unpickled."""
+"""States of parameters: which tensors they consist of, how they begin, and what a step refuses of them."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastadam._core.common.types import SparseUpdate
-from fastadam.torch._checks import Group, ParamState, States, check_saved_group, label_of
-from fastadam.torch._step_count import whole_count
+from fastadam.torch._checks import Group, ParamState, States
+from fastadam.torch._layout import is_lazy_view, local_of
+from fastadam.torch._step_count import number_of, zero_steps
 
-__all__ = [
-    "HALF",
-    "MASTER",
-    "SLOTS",
-    "Kind",
-    "check_is_dict",
-    "fill_groups",
-    "keep_tensors",
-    "restore_states",
-    "states_of",
-]
+__all__ = ["HALF", "MASTER", "NEEDED", "SLOTS", "Kind", "StateFormat", "check_slots", "require_keys", "states_of"]
 
 HALF = (torch.float16, torch.bfloat16)
 SLOTS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}  # fastadam's names: torch's
 MASTER = "master"  # key of the float32 value that a half parameter is rounded from, with master_weights
-_FLAGS = ("foreach", "capturable", "differentiable", "fused")  # they belong to the implementation, not to the rule
-_NAMES = ("step", *SLOTS.values())
-_NEEDED = ("step", "exp_avg", "exp_avg_sq")  # in a state that is not empty
-_NEEDED_IN_GROUP = ("lr", "betas", "eps")
-_NEEDED_IN_DICT = ("state", "param_groups")
+NEEDED = ("step", "exp_avg", "exp_avg_sq")  # in a state that is not empty
 
 
 class Kind(NamedTuple):
@@ -50,229 +36,95 @@ class Kind(NamedTuple):
         return tuple(SLOTS) if self.amsgrad else ("m", "v")
 
 
+class StateFormat(NamedTuple):
+    """The tensors of a parameter's state besides its step count, and their dtypes."""
+
+    moments_dtype: torch.dtype | None = None  # of half parameters; None for the parameter's
+    has_masters: bool = False  # half parameters are rounded from float32 values in their states
+
+    def has_master(self, param: Tensor) -> bool:
+        """Whether a parameter is rounded from a master."""
+        return self.has_masters and param.dtype in HALF
+
+    def begin(self, param: Tensor) -> ParamState:
+        """The moments of a parameter before its first step."""
+        dtype = self.moments_dtype if param.dtype in HALF else None
+
+        def zeros() -> Tensor:
+            return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+        return {SLOTS[name]: zeros() for name in ("m", "v")}
+
+    def complete(self, param: Tensor, state: ParamState, *, amsgrad: bool) -> None:
+        """Add what a state lacks that was begun or saved with other options."""
+        if amsgrad and SLOTS["vhat"] not in state:
+            state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
+        if self.has_master(param) and MASTER not in state:
+            state[MASTER] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
+
+    def dtype_of_loaded(self, param: Tensor, saved: Tensor) -> torch.dtype:
+        """The dtype that a saved moment or master gets."""
+        if param.dtype in HALF:
+            return self.moments_dtype or (saved.dtype if saved.dtype == torch.float32 else param.dtype)
+        return param.dtype if saved.is_floating_point() or saved.is_complex() else saved.dtype
+
+
 def states_of(
-    known: States,
-    params: list[Tensor],
-    labels: list[str],
-    group: Group,
-    moments_dtype: torch.dtype | None,
-    *,
-    has_masters: bool = False,
+    known: States, params: list[Tensor], labels: list[str], group: Group, state_format: StateFormat
 ) -> list[ParamState]:
     """The optimizer's states of these parameters, and new ones for the others, which are not the optimizer's yet."""
-
-    def zeros_like(param: Tensor) -> Tensor:
-        dtype = moments_dtype if param.dtype in HALF else None
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-
     made: dict[int, ParamState] = {}  # a parameter may come twice
     states = [known.get(param) or made.setdefault(id(param), {}) for param in params]
     places = {id(param): k for k, param in enumerate(params)}
     fresh = [places[key] for key in made]
     on_device = group["capturable"] or (group["fused"] and params[0].is_cuda)
-    steps = _zero_steps(len(fresh), params[0].device if on_device else torch.device("cpu"))
+    steps = zero_steps(len(fresh), params[0].device if on_device else torch.device("cpu"))
     for k, step in zip(fresh, steps, strict=True):
-        states[k].update({"step": step, **{SLOTS[name]: zeros_like(params[k]) for name in ("m", "v")}})
+        states[k].update({"step": step, **state_format.begin(params[k])})
     for state, label in zip(states, labels, strict=True):
         if "step" in state and not isinstance(state["step"], Tensor):
-            state["step"] = torch.tensor(_number_of(state["step"], f"state of {label}"))
-        _require(_NEEDED, state, f"state of {label}")
-        if group["amsgrad"] and SLOTS["vhat"] not in state:
-            state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
+            state["step"] = torch.tensor(number_of(state["step"], f"state of {label}"))
+        require_keys(NEEDED, state, f"state of {label}")
     for param, state in zip(params, states, strict=True):
-        if has_masters and param.dtype in HALF and MASTER not in state:
-            state[MASTER] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
+        state_format.complete(param, state, amsgrad=group["amsgrad"])
     return states
 
 
-def _require(needed: tuple[str, ...], found: Mapping[str, object], label: str) -> None:
+def require_keys(needed: tuple[str, ...], found: Mapping[str, object], label: str) -> None:
+    """Raise ValueError if a state, a group or a state dict lacks one of the keys."""
     missing = [repr(name) for name in needed if name not in found]
     if missing:
         expected = f"{', '.join(needed[:-1])} and {needed[-1]}"
         raise ValueError(f"{label}: without {', '.join(missing)}, expected {expected}, as Adam and AdamW have them")
 
 
-def fill_groups(groups: list[Group], before: list[Group]) -> None:
-    """Add the options that older versions and other optimizers do not save.
+def check_slots(keys: Sequence[str], columns: Sequence[list[Tensor]], params: list[Tensor], labels: list[str]) -> None:
+    """Raise what is wrong with tensors that a step reads and writes.
 
-    The flags of the groups ``before`` stay, and their ``compute_params``, which are not saved.
+    Args:
+        keys: What the states call the columns; the first is the master.
+        columns: The parameters, or masters in their place, then each of their slots.
+        params: The parameters.
+        labels: What error messages call them.
     """
-    for index, group in enumerate(groups):
-        for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
-            group.setdefault(name, False)
-        for name in ("foreach", "fused"):
-            group.setdefault(name, None)
-        group.setdefault("weight_decay", 0)  # SparseAdam has none
-        if before:
-            group.update({name: before[index][name] for name in _FLAGS})
-            group.pop("compute_params", None)
-            group.update({name: before[index][name] for name in ("compute_params",) if name in before[index]})
-
-
-def check_is_dict(state_dict: object) -> None:
-    """Raise TypeError for what not even a hook can turn into a state dict."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict: {_shown(state_dict)}, expected a dict, as state_dict() returns it")
-
-
-def _check_structure(state_dict: Mapping[str, object]) -> None:
-    _require(_NEEDED_IN_DICT, state_dict, "state_dict")
-    states, groups = state_dict["state"], state_dict["param_groups"]
-    if not isinstance(states, Mapping):
-        raise TypeError(f"state_dict: state: {_shown(states)}, expected a dict of the states of the parameters")
-    if not isinstance(groups, (list, tuple)):
-        raise TypeError(f"state_dict: param_groups: {_shown(groups)}, expected a list of dicts")
-    for index, group in enumerate(groups):
-        label = f"state_dict: param_groups[{index}]"
-        if not isinstance(group, Mapping):
-            raise TypeError(f"{label}: {_shown(group)}, expected a dict")
-        if not isinstance(group.get("params"), (list, tuple)):
-            found = _shown(group["params"]) if "params" in group else "missing"
-            raise TypeError(f"{label}: params: {found}, expected a list of the parameters' numbers")
-        for place, key in enumerate(group["params"]):
-            if not isinstance(key, Hashable):
-                raise TypeError(f"{label}: params[{place}]: {_shown(key)}, expected the number of a parameter")
-
-
-def _shown(value: object) -> str:
-    return f"{type(value).__name__} {value!r:.60}" if isinstance(value, (str, bytes)) else type(value).__name__
-
-
-class _Kept:
-    """Hides a value from ``torch.optim.Optimizer.load_state_dict``, which would cast it to the parameter's dtype."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-
-def keep_tensors(optimizer: torch.optim.Optimizer, state_dict: ParamState) -> ParamState:
-    """The last hook before loading; torch takes entries that belong to no parameter unchanged.
-
-    Raises:
-        TypeError: A part of the state dict, or an option of a group, has the wrong type.
-        ValueError: A group or a state of another optimizer, such as SGD; or an option that is out of range.
-    """
-    check_is_dict(state_dict)  # a hook may have returned it
-    _check_structure(state_dict)
-    for index, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=False)):
-        _require(_NEEDED_IN_GROUP, saved, f"state_dict: param_groups[{index}]")
-        check_saved_group(saved, f"state_dict: param_groups[{index}]")
-        for place, key in enumerate(saved["params"][: len(group["params"])]):
-            state = state_dict["state"].get(key)
-            if state and isinstance(state, dict):
-                _require(_NEEDED, state, f"state of {label_of(group, index, place)}")
-    known = {key for group in state_dict["param_groups"] for key in group["params"]}
-    state = {
-        key: {name: _Kept(x) if isinstance(x, Tensor) or name in _NAMES else x for name, x in value.items()}
-        if key in known and isinstance(value, dict)
-        else value
-        for key, value in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}
-
-
-def restore_states(
-    state: States, groups: list[Group], moments_dtype: torch.dtype | None, *, has_masters: bool = False
-) -> None:
-    """Replace what :func:`keep_tensors` kept by clones on the parameters' devices, with step counts side by side.
-
-    Other tensors, which were unpickled or copied with the optimizer, stay as they are: another process may share them.
-    A moment that is loaded keeps its dtype if that is the parameter's, or if it is float32 and the parameter is half
-    precision. Other dtypes, which the kernels do not support, become the parameter's, or ``moments_dtype``. Masters are
-    left out if the parameter has none: they would not be stepped.
-
-    Raises:
-        TypeError: A state is not a dict, or a moment is not a tensor of floating point numbers.
-        ValueError: A moment is sparse, has no data or another shape, or a step is not a count.
-    """
-    for index, group in enumerate(groups):
-        states = []
-        for place, param in enumerate(group["params"]):
-            if not state.get(param):
+    owners: dict[int, str] = {}
+    for key, column in zip(keys, columns, strict=True):
+        for label, param, value, slot in zip(labels, params, columns[0], column, strict=True):
+            if slot is param:
                 continue
-            named, called = state[param], label_of(group, index, place)
-            label = f"state of {called}"
-            if not isinstance(named, dict):
-                raise TypeError(f"{label}: {type(named).__name__}, expected a dict")
-            if isinstance(named.get(MASTER), _Kept) and not (has_masters and param.dtype in HALF):
-                del named[MASTER]
-            for name, value in named.items():
-                if name == "step" and not isinstance(value, Tensor):
-                    named[name] = _number_of(value, label)
-                    if isinstance(value, _Kept):
-                        whole_count(named[name], called)
-                elif name not in _NAMES and name != MASTER and isinstance(value, _Kept):
-                    named[name] = _foreign_like(param, value.value, moments_dtype, label, name)
-                elif isinstance(value, _Kept):
-                    named[name] = _moment_like(param, value.value, moments_dtype, f"{label}: {name}")
-            states.append((param, named))
-        _place_steps(states, on_device=group["capturable"] or bool(group["fused"]))
-
-
-def _number_of(step: object, label: str) -> float:
-    value = step.value if isinstance(step, _Kept) else step
-    if isinstance(value, (str, bytes)):
-        raise ValueError(f"{label}: step: {value!r}, expected a number")
-    try:
-        return float(value)  # type: ignore[arg-type]  # that is the question
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{label}: step: {value!r}, expected a number") from error
-
-
-def _foreign_like(param: Tensor, value: Tensor, moments_dtype: torch.dtype | None, label: str, name: str) -> Tensor:
-    """What another program has put into the state; it is taken if it has the parameter's shape."""
-    _refuse_wrapper(value, f"{label}: {name}")
-    if value.shape != param.shape:
-        expected = "step, exp_avg and exp_avg_sq, as Adam and AdamW have them"
-        raise ValueError(f"{label}: with {name!r} of shape {tuple(value.shape)}, expected {expected}")
-    return _cloned_like(param, value, moments_dtype, f"{label}: {name}")
-
-
-def _moment_like(param: Tensor, value: object, moments_dtype: torch.dtype | None, label: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{label}: {type(value).__name__}, expected a tensor")
-    _refuse_wrapper(value, label)
-    if value.shape != param.shape:
-        raise ValueError(f"{label}: shape {tuple(value.shape)}, expected {tuple(param.shape)}")
-    if not value.is_floating_point() and not (value.is_complex() and param.is_complex()):
-        expected = f"{param.dtype} or another floating point dtype"
-        raise TypeError(f"{label}: {value.dtype}, expected {expected}")
-    return _cloned_like(param, value, moments_dtype, label)
-
-
-def _refuse_wrapper(value: Tensor, label: str) -> None:
-    if is_traceable_wrapper_subclass(value) and not hasattr(value, "_local_tensor"):
-        raise TypeError(f"{label}: {type(value).__name__}, expected a plain tensor, as its dequantize() may return")
-
-
-def _cloned_like(param: Tensor, value: Tensor, moments_dtype: torch.dtype | None, label: str) -> Tensor:
-    if value.layout != torch.strided:
-        raise ValueError(f"{label}: {value.layout}, expected a dense tensor")
-    if value.is_meta and not param.is_meta:
-        raise ValueError(f"{label}: on {value.device}, without data, expected a tensor with data")
-    dtype = value.dtype
-    if param.dtype in HALF:
-        dtype = moments_dtype or (dtype if dtype == torch.float32 else param.dtype)
-    elif value.is_floating_point() or value.is_complex():
-        dtype = param.dtype
-    return value.detach().to(device=param.device, dtype=dtype).clone(memory_format=torch.preserve_format)
-
-
-def _place_steps(states: list[tuple[Tensor, ParamState]], *, on_device: bool) -> None:
-    places: dict[torch.device, list[tuple[ParamState, float]]] = {}
-    for param, named in states:
-        if not isinstance(named.get("step"), float):
-            continue  # a tensor that was unpickled, or none
-        device = param.device if on_device else torch.device("cpu")
-        places.setdefault(device, []).append((named, named["step"]))
-    for device, found in places.items():
-        steps = _zero_steps(len(found), device)
-        for (named, count), step in zip(found, steps, strict=True):
-            named["step"] = step.fill_(count)
-
-
-def _zero_steps(count: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Step counts side by side, in torch's dtype; on a GPU each has its own version, which shows who wrote to it."""
-    in_double = device.type == "cpu" and torch.get_default_dtype() == torch.float64
-    whole = torch.zeros(count, dtype=torch.float64 if in_double else torch.float32, device=device)
-    return tuple(whole.unbind() if device.type == "cpu" else (step.data for step in whole.unbind()))
+            found = f"state of {label}: {key}"
+            if not isinstance(slot, Tensor):
+                raise TypeError(f"{found}: {type(slot).__name__}, expected a tensor")
+            if slot.shape != param.shape:
+                raise ValueError(f"{found}: shape {tuple(slot.shape)}, expected {tuple(param.shape)}")
+            dtype = param.dtype if value is param else torch.float32
+            if slot.dtype != dtype and not (dtype in HALF and slot.dtype == torch.float32):
+                raise TypeError(f"{found}: {slot.dtype}, expected {dtype}")
+            if is_lazy_view(slot):
+                raise ValueError(f"{found}: a conjugated or negated view, expected a tensor of its own")
+            if slot.device != param.device:
+                raise RuntimeError(f"{found}: on {slot.device}, expected {param.device}")
+            local = local_of(slot)
+            owner = owners.setdefault(local.data_ptr(), found) if local.numel() else found
+            if owner != found:
+                raise ValueError(f"{found}: shares memory with the {owner}, expected a tensor of its own")

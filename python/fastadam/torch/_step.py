@@ -9,29 +9,31 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastadam._core.common.types import AnyGradient
 from fastadam._core.deferred.history import Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buckets import Guess
-from fastadam._core.native.plan import Factors, StepHyper
+from fastadam._core.native.plan import StepHyper
 from fastadam.torch._checks import Group, States
 from fastadam.torch._clipping import clip_jointly, is_sharded
 from fastadam.torch._compiled import CompiledSteps
 from fastadam.torch._deferred import Tables
 from fastadam.torch._grad_scaler import Number, ScaledStep
+from fastadam.torch._native_calls import Call, NativeCalls
 from fastadam.torch._no_memory import Simulated, hide_gradients, is_simulation, refuse_simulation
 from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._partition import Partitions, refuse_new_in_capture
 from fastadam.torch._repeated import RepeatedStep
-from fastadam.torch._telemetry import require_dense
+from fastadam.torch._telemetry import joined, require_dense
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from fastadam._core.common.telemetry import Telemetry
+    from fastadam._core.common.types import AnyArray
     from fastadam._core.native.worker import Handle
 
-__all__ = ["GroupStepper", "Options"]
+__all__ = ["GroupStepper"]
 
 
 class OnGpu(NamedTuple):
@@ -72,39 +74,6 @@ class Ready(NamedTuple):
     counts: list[float]  # one for each parameter; empty if the GPU counts
 
 
-class Call(NamedTuple):
-    """A native step that is ready to be made."""
-
-    group: int  # its place
-    chosen: ParameterSet
-    gradients: list[AnyGradient]
-    hyper: StepHyper
-    factors: list[float]
-    steps: list[int] | None  # one for each parameter if they differ
-    found_inf: Tensor | None  # on the GPU, which skips the step unless it is 0
-    clip_factors: Factors | None = None  # of norms that were joined
-
-
-class Begun(NamedTuple):
-    """A call of a step that is being made."""
-
-    call: Call
-    counter: int  # before the step
-
-    @property
-    def is_made(self) -> bool:
-        """Whether the native step was made."""
-        return int(self.call.chosen.counter) > self.counter
-
-
-class Pending(NamedTuple):
-    """A native step that may have been made, but was not noted yet."""
-
-    call: Call
-    counter: int  # before the step
-    after: int | list[int] | Tensor  # the step count after it
-
-
 class GroupStepper:
     """Steps the groups of an optimizer. What it keeps belongs to one process and is made anew for a copy.
 
@@ -120,15 +89,13 @@ class GroupStepper:
             self.tables = previous.tables.renewed()
         self._options, self.clipping = options, options.clipping
         self.partitions = Partitions(options, self.tables)
+        self.calls = NativeCalls(self.partitions, self.tables)
         self.open: OpenStep | None = None  # the step that begin_step() has begun
         self.overlap: Overlapped | None = None  # what has begun it and ends it in step()
         self.guess = Guess()
         self.logs: dict[object, _cpu.StepLog] = {}
-        self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
-        self._pending: Pending | None = None
-        self._begun: list[Begun] = []  # of a step that is being made
         self._last: list[tuple[int, ParameterSet]] = []  # the sets of the last step, and their groups
-        self.measured: list[tuple[int, ParameterSet]] | None = None  # with telemetry, also of a step that was skipped
+        self._measured: list[tuple[int, ParameterSet]] | None = None  # with telemetry, also of a step that was skipped
         self._repeated: RepeatedStep | None = None
 
     @property
@@ -141,7 +108,7 @@ class GroupStepper:
 
         Gradients that were scaled are unscaled then, unless the step was skipped.
         """
-        self.finish(state)
+        self.calls.finish(state)
         if grad_scale is None and found_inf is None:
             self.step_scaled(groups, state, _UNSCALED)
             return
@@ -203,7 +170,7 @@ class GroupStepper:
                 checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)
                 calls[i] = call._replace(gradients=checked)
         clipped = self._clipped(calls) if are_joined else calls
-        was_made = clipped is not None and self._make_all(clipped, state)  # one alone can be refused
+        was_made = clipped is not None and self.calls.make_all(clipped, state)  # one alone can be refused
         self.note_measured(calls, was_made=was_made or clipped is not None)  # a native step reports it by itself
         if not was_made:
             return False
@@ -223,7 +190,7 @@ class GroupStepper:
         """After a step of these calls, checked: what telemetry is read from."""
         if not self._options.telemetry:
             return
-        self.measured = [(call.group, call.chosen) for call in calls]
+        self._measured = [(call.group, call.chosen) for call in calls]
         if not was_made:
             for call in calls:
                 call.chosen.plan.report_skip(call.gradients, call.hyper)
@@ -273,7 +240,7 @@ class GroupStepper:
     def _numbers_on_gpu(self, chosen: ParameterSet, group: Group, scaled: ScaledStep) -> OnGpu:
         """The numbers of the next step that the GPU of a set knows, so that the host need not wait for them."""
         chosen.raise_late()
-        if self._captured:
+        if self.calls.are_captured:
             chosen.counts.forget()  # graphs may have raised them
         is_captured = chosen.is_capturing
         if is_captured and (chosen.is_new or not group["capturable"]):
@@ -330,88 +297,23 @@ class GroupStepper:
         if any(changed):
             chosen.make_plan()
 
-    # ---- native steps ----------------------------------------------------------------------------------------------
+    # ---- between steps ---------------------------------------------------------------------------------------------
 
-    def _make_all(self, calls: list[Call], state: States) -> bool:
-        """Make the calls of a step: all or none, even if a signal handler raises in between.
+    def catch_up(self, state: States, param: Tensor | None, rows: AnyArray = None) -> None:
+        """Bring rows of a table up to date, or all rows; for None of all tables."""
+        self.calls.finish(state)
+        self.tables.note_states(state)
+        for table in self.tables.of(param):
+            table.catch_up(rows)
 
-        Returns False, with nothing changed, if the gradients of the only call had to be finite and are not.
-        """
-        begun = [Begun(call, int(call.chosen.counter)) for call in calls]
-        if any(call.chosen.context is not None for call in calls):
-            for each in begun:
-                self._make(each.call, state)
-            return True
-        try:
-            self._begun = begun
-            return self._work_off(state)
-        except BaseException:
-            if not any(each.is_made for each in begun):
-                self._begun = []
-                raise
-            self.finish(state)
-            raise
-
-    def _work_off(self, state: States) -> bool:
-        """Make the calls of the step that has begun, as far as they have not been made; see :meth:`_make`."""
-        was_made = True
-        for each in self._begun:
-            self._note(state)
-            if not each.is_made:
-                was_made = self._make(each.call, state)
-        self._note(state)
-        self._begun = []
-        return was_made
-
-    def _make(self, call: Call, state: States) -> bool:
-        """Returns False, with nothing changed, if the gradients had to be finite and are not."""
-        chosen = call.chosen
-        if chosen.is_capturing:
-            chosen.step(call.gradients, call.hyper, call.factors)
-            chosen.finish_in_graph(call.found_inf)
-            self._captured.append(chosen)
-            return True
-        after = chosen.count_after(call.found_inf)
-        self._pending = Pending(
-            call, int(chosen.counter), after if after is not None else call.steps or call.hyper.step
-        )
-        try:
-            return chosen.step(call.gradients, call.hyper, call.factors, call.steps, call.clip_factors)
-        finally:
-            self._note(state)
-
-    def finish(self, state: States) -> None:
-        """Make the rest of a step that signals have cut off; call it again if one cut this off."""
-        if self._begun:
-            try:
-                with torch.no_grad():
-                    self._work_off(state)
-            except Exception:  # not from a signal handler: trying again would raise it again
-                self._begun = []
-                raise
-        self._note(state)
-
-    def _note(self, state: States) -> None:
-        """Note the native step that was made, even if a signal came after it; call it again if one cut this off."""
-        if self._pending is None:
-            return
-        call, counter, after = self._pending
-        if int(call.chosen.counter) > counter:
-            self.note_made(call, state, after)
-        else:
-            call.chosen.counts.forget()
-        self._pending = None
-
-    def note_made(self, call: Call, state: States, after: int | list[int] | Tensor | None = None) -> None:
-        """Note that a call was made; ``after``: the step count then, if it is not that of the call."""
-        chosen = call.chosen
-        chosen.finish(after if after is not None else call.steps or call.hyper.step)
-        if chosen.is_new:
-            for param, named in zip(chosen.params, chosen.states, strict=True):
-                state[param] = named
-            self.partitions.known = None
-            self.tables.keep(chosen.tables)
-            chosen.is_new = False
+    def telemetry(self, groups: list[Group], state: States) -> Telemetry:
+        """What the last step measured; raises RuntimeError if there is nothing."""
+        if not self._options.telemetry:
+            raise RuntimeError("telemetry: the optimizer measures no steps, expected telemetry=True when it is made")
+        self.calls.finish(state)
+        if self._measured is None:
+            raise RuntimeError("telemetry: no step was measured yet, expected a call of step first")
+        return joined(self._measured, groups)
 
     def require_open(self, what: str) -> OpenStep:
         """The open step; raises if there is none."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastadam.torch._checks import ParamState
 
-__all__ = ["StepCounts", "is_on_gpu", "whole_count"]
+__all__ = ["StepCounts", "is_on_gpu", "number_of", "whole_count", "zero_steps"]
 
 
 class StepCounts:
@@ -153,6 +153,23 @@ def whole_count(count: float, label: str) -> int:
     if not math.isfinite(count) or count != int(count) or not 0 <= count < 2**62:
         raise ValueError(f"state of {label}: step {count}, expected a whole number from 0 to 2**62 - 1")
     return int(count) + 1
+
+
+def number_of(count: object, label: str) -> float:
+    """A step count in a state as a number; ``label``: what error messages call the state."""
+    if isinstance(count, (str, bytes)):
+        raise ValueError(f"{label}: step: {count!r}, expected a number")
+    try:
+        return float(count)  # type: ignore[arg-type]  # that is the question
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{label}: step: {count!r}, expected a number") from error
+
+
+def zero_steps(count: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Step counts side by side, in torch's dtype; on a GPU each has its own version, which shows who wrote to it."""
+    in_double = device.type == "cpu" and torch.get_default_dtype() == torch.float64
+    whole = torch.zeros(count, dtype=torch.float64 if in_double else torch.float32, device=device)
+    return tuple(whole.unbind() if device.type == "cpu" else (step.data for step in whole.unbind()))
 
 
 def _whole_of(steps: list[Tensor]) -> Tensor | None:

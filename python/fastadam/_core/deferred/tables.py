@@ -16,7 +16,7 @@ from fastadam._core.native.gpu import late_error
 from fastadam._core.native.gradients import bfloat16_to_float32
 from fastadam._core.native.slices import check_ids, is_native_sparse
 from fastadam._core.native.variable import label_of, unwrap
-from fastadam._core.state.slots import Entry, Spec
+from fastadam._core.state.entry import Entry, Spec
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, AnyGradient, ArrayLike, VariableLike
@@ -112,7 +112,8 @@ class Tables:
             return
         if history.waits:
             if entry.buffer is None and (variable := self._state.slots.variable_of(entry)) is not None:
-                self._state.slots.prepare([variable], []).commit()  # a deep copy goes on with the same variable
+                begin = self._options.state_format.begin
+                self._state.slots.prepare([variable], (), begin).commit()  # a deep copy goes on with the same variable
                 entry = self._state.entries[entry.place]
             if entry.buffer is None:
                 raise _not_seen_yet(entry, str(entry.spec))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from types import ModuleType
@@ -98,7 +99,7 @@ def zeros_beside(buffer: _cpu.Buffer, dtype: str | None = None, shape: tuple[int
     ``__cuda_array_interface__`` and ``get()``.
     """
     if buffer.device < 0:
-        return zeros_like_variable(buffer)
+        return zeros_like_variable(buffer, dtype, shape)
     dtype, shape = dtype or buffer.state_dtype, buffer.shape if shape is None else shape
     library = type(buffer.source).__module__.partition(".")[0]
     if library == "cupy" and dtype != "bfloat16":
@@ -118,18 +119,20 @@ def zeros_beside(buffer: _cpu.Buffer, dtype: str | None = None, shape: tuple[int
     return native.DeviceArray(list(shape), dtype, buffer.order, buffer.device, native.stream_of(buffer.source) or 0)
 
 
-def zeros_like_variable(buffer: _cpu.Buffer) -> npt.NDArray[np.generic]:
-    """A slot of zeros in the layout of a variable in host memory; float32 for half variables.
+def zeros_like_variable(
+    buffer: _cpu.Buffer, dtype: str | None = None, shape: tuple[int, ...] | None = None
+) -> npt.NDArray[np.generic]:
+    """Zeros in the layout of a variable in host memory, by default of its state's dtype: float32 for half variables.
 
     Its address agrees with the variable's modulo a cache line, or a page where the array is long: a load does not wait
     for a store to the same offset of another page, and one shift aligns all streams. Long arrays also start 64 KiB
     further: arrays of 2^k bytes end to end hit the same DRAM banks, which costs a third of the bandwidth.
     """
-    dtype = np.dtype(buffer.state_dtype)
-    nbytes = buffer.size * dtype.itemsize
+    kind, shape = np.dtype(dtype or buffer.state_dtype), buffer.shape if shape is None else shape
+    nbytes = math.prod(shape) * kind.itemsize
     period = _PAGE if nbytes >= 4 * _PAGE else _CACHE_LINE
     skew = 16 * _PAGE if nbytes >= 256 * _PAGE else 0
     raw = np.zeros(nbytes + period + skew, np.uint8)
-    start = skew + (buffer.address - raw.ctypes.data - skew) % period // dtype.itemsize * dtype.itemsize
+    start = skew + (buffer.address - raw.ctypes.data - skew) % period // kind.itemsize * kind.itemsize
     layout: Literal["C", "F"] = "C" if buffer.order == "C" else "F"
-    return raw[start : start + nbytes].view(dtype).reshape(buffer.shape, order=layout)
+    return raw[start : start + nbytes].view(kind).reshape(shape, order=layout)

@@ -239,13 +239,9 @@ class OpenStep:
                     plan.check(gradients)  # their memory is where it was
                     part.norms = plan.norms(gradients, hyper) if self._reads_norms else None
             clipped = self._joined(parts)
-            was_early = any(part.used is not None for part in parts)
-            wrong = clipped is not None and [
-                part
-                for part, factors in zip(parts, clipped, strict=True)
-                if part.used is not None and not _same(part.used, factors)
-            ]
-            self._undo(parts if clipped is None else wrong or [])
+            if clipped is None:
+                self._undo_all()
+            wrong = [] if clipped is None else self._wrong(parts, clipped)
         except BaseException:
             self._undo_all()
             raise
@@ -253,6 +249,8 @@ class OpenStep:
             self._guess.note(failed=True)
             commit(False)
             return False
+        failed = bool(wrong) or (all(part.used is None for part in parts) and self._would_fail(parts, clipped))
+        self._make_again(wrong)
         for part, factors in zip(parts, clipped, strict=True):
             if part.used is None:
                 part.bucket.make(factors if len(factors) else None)
@@ -262,8 +260,32 @@ class OpenStep:
         for key in self._logs.keys() - {tuple(part.bucket.places) for part in parts}:
             del self._logs[key]  # of buckets that came in other steps
         if self._early and self._reads_norms:
-            self._guess.note(failed=bool(wrong) or (not was_early and self._would_fail(parts, clipped)))
+            self._guess.note(failed=failed)
         return True
+
+    def _wrong(self, parts: list[_Part], clipped: list[Factors]) -> list[tuple[_Part, Factors]]:
+        """The parts that were made early with other factors, and the right ones; raises if a gradient has changed."""
+        wrong = [
+            (part, factors)
+            for part, factors in zip(parts, clipped, strict=True)
+            if part.used is not None and not _same(part.used, factors)
+        ]
+        for part, _ in wrong:
+            plan, gradients, hyper, factors, *_ = part.bucket
+            if plan.changed_since(gradients, hyper, factors, part.log):
+                self._undo_all()  # raises
+        return wrong
+
+    def _make_again(self, wrong: list[tuple[_Part, Factors]]) -> None:
+        """Make parts with the right factors in place of the wrong ones."""
+        changed: list[str] = []
+        for part, right in wrong:
+            plan, gradients, hyper, factors, *_ = part.bucket
+            assert part.used is not None
+            found = plan.undo(gradients, hyper, factors, part.used, part.log, right)
+            part.used = right
+            changed += [plan.buffers[i].label for i in found]
+        _require_unchanged(changed)
 
     def _joined(self, parts: list[_Part]) -> list[Factors] | None:
         """For each part the factors of its gradients; None if the step must be skipped."""
@@ -310,12 +332,18 @@ class OpenStep:
                 changed += [plan.buffers[i].label for i in plan.undo(gradients, hyper, factors, used, part.log)]
             except (RuntimeError, TypeError, ValueError) as error:  # memory that was replaced
                 changed.append(str(error))
-        if changed:
-            names = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
-            raise RuntimeError(
-                f"gradients of {names}: changed since step_bucket(), expected them as they were until the step ends. "
-                "The step was undone, but moments of these variables have taken it"
-            )
+        _require_unchanged(changed)
+
+
+def _require_unchanged(labels: Sequence[str]) -> None:
+    """Raise if there are labels: of variables whose gradients have changed."""
+    if not labels:
+        return
+    names = ", ".join(labels[:3]) + (" ..." if len(labels) > 3 else "")
+    raise RuntimeError(
+        f"gradients of {names}: changed since step_bucket(), expected them as they were until the step ends. "
+        "The step was undone, but moments of these variables have taken it"
+    )
 
 
 def _ones(factors: list[float], norms: Norms) -> Factors:

@@ -12,6 +12,7 @@ from fastadam._core.native.backend import _cpu
 from fastadam._core.native.slices import DEFERRED
 from fastadam._core.options.exclusions import Exclusions
 from fastadam._core.options.keras3 import ACCUMULATOR, Keras3Options
+from fastadam._core.options.state_format import StateFormat
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import Config, SparseUpdate
@@ -100,10 +101,10 @@ class Options:
         return [bool(self.keras3.weight_decay) and spared for spared in self.exclusions.spare(names, buffers)]
 
     @property
-    def slot_names(self) -> list[str]:
-        """The slots that a step needs, in TensorFlow's order."""
+    def state_format(self) -> StateFormat:
+        """What a step keeps for each variable."""
         needed = {"vhat": self.amsgrad, "average": self.keras3.use_ema, ACCUMULATOR: self.accumulation}
-        return ["m", "v", *(name for name, is_needed in needed.items() if is_needed)]
+        return StateFormat(("m", "v", *(name for name, is_needed in needed.items() if is_needed)))
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 

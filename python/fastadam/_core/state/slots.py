@@ -3,90 +3,21 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from fastadam._core.common.types import AnyArray, Config
-from fastadam._core.common.warning import warn
 from fastadam._core.deferred.history import History
-from fastadam._core.native.arrays import assign, beside, copy_beside, to_host, zeros_beside
+from fastadam._core.native.arrays import beside, copy_beside, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, fingerprint_of, key_of
-from fastadam._core.native.gradients import as_float_array, bfloat16_to_float32
-from fastadam._core.native.variable import present_name
+from fastadam._core.state.adoption import Adoption
+from fastadam._core.state.entry import Entry, Spec
 
-__all__ = ["Entry", "Initializer", "SlotStore", "Spec", "initial_value"]
+__all__ = ["SlotStore"]
 
 Maker = Callable[[_cpu.Buffer, str], AnyArray]
-Initializer = str | Callable[..., npt.ArrayLike] | npt.ArrayLike
-
-
-def initial_value(
-    initializer: Initializer, shape: tuple[int, ...], dtype: npt.DTypeLike, order: str = "C"
-) -> npt.NDArray[np.generic]:
-    """A new array: "zeros", "ones", the result of ``initializer(shape, dtype)``, or a value of that shape."""
-    layout: Literal["C", "F"] = "C" if order == "C" else "F"
-    if isinstance(initializer, str):
-        makers = {"zeros": np.zeros, "ones": np.ones}
-        if initializer not in makers:
-            raise ValueError(f"initializer: {initializer!r}, expected 'zeros', 'ones', a callable or an array")
-        return makers[initializer](shape, dtype, order=layout)
-    value: AnyArray = initializer(shape, dtype=dtype) if callable(initializer) else initializer
-    if np.dtype(dtype).kind in "fiu":  # a conversion from text, dates or complex numbers would lose something
-        value = as_float_array(value, "initializer", "fiub")
-    array = np.array(value, dtype=dtype, order=layout)
-    if array.shape != shape:
-        raise ValueError(f"initializer: shape {array.shape}, expected {shape}")
-    return array
-
-
-class Spec(NamedTuple):
-    """What is known of a variable that is not at hand."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    order: str
-    name: str | None
-
-    @classmethod
-    def of(cls, buffer: _cpu.Buffer) -> Spec:
-        """Only a :class:`fastadam.Variable` has a name; its label is "variable 'name'"."""
-        name = buffer.label[len(_NAMED) : -1] if buffer.label.startswith(_NAMED) else None
-        return cls(buffer.shape, buffer.dtype, buffer.order, name)
-
-    def admits(self, other: Spec) -> bool:
-        """Whether the state of this variable may go to that one."""
-        return self[:2] == other[:2] and (None in (self.name, other.name) or self.name == other.name)
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {self.shape}" + (f" named '{self.name}'" if self.name else "")
-
-
-@dataclass(eq=False)
-class Entry:
-    """The slots of one variable, as places in ``SlotStore.arrays``. A commit makes a new entry to change one."""
-
-    recorded: Spec  # when the variable was first met
-    slots: dict[str, int]
-    buffer: _cpu.Buffer | None = None  # None: restored, waits for its variable
-    history: History | None = None  # of a table in a deferred mode
-    origin: _cpu.Buffer | None = None  # in a deep copy, until a variable comes: the original's variable
-    fingerprint: int | None = None  # of the values that this had when the copy was made
-    place: int = -1  # in the store
-
-    @property
-    def spec(self) -> Spec:
-        """With the present name of the variable."""
-        if self.buffer is None:
-            return self.recorded
-        return self.recorded._replace(name=present_name(self.buffer.source, self.recorded.name))
 
 
 @dataclass
@@ -121,10 +52,7 @@ class Prepared:
 class SlotStore:
     """Slots of all variables, and the flat list of them that ``weights`` shows.
 
-    A restored store has slots whose variables it has not met: entries that wait. In a store from a pickle the next one
-    is adopted by whatever unknown variable comes. In a deep copy an entry is adopted by the original's variable, or by
-    a copy of it, which has the values that the original had when the copy was made, and its name if both have one.
-    Among equal ones without names the order decides, if as many come in one call as wait; else the call is refused.
+    A restored store has slots whose variables it has not met: entries that wait to be adopted.
     """
 
     def __init__(self) -> None:
@@ -133,19 +61,15 @@ class SlotStore:
         self.entries: list[Entry] = []
         self.version = 0
         self._known: dict[Key, Entry] = {}
-        self._origins: dict[Key, Entry] = {}
+        self._adoption = Adoption()
         self._intervals: list[tuple[int, int, _cpu.Buffer]] = []
-        self._left: dict[Key, weakref.ref[AnyArray]] = {}  # originals whose entries copies have adopted
-        self.follows_copies = False  # of the variables, in a deep copy, which some have shown
-        self._has_warned = False  # of a variable that could be a changed copy
 
     def entry_of(self, buffer: _cpu.Buffer) -> Entry | None:
         """The entry of this variable, or None for a variable never seen."""
         key = key_of(buffer)
         entry = self._known.get(key)
         if entry is None:
-            waiting = self._origins.get(key)
-            return waiting if waiting and waiting.origin and waiting.origin.is_current() else None
+            return self._adoption.of_original(key)
         if entry.buffer is None or not entry.buffer.is_current():
             raise ValueError(
                 f"{buffer.label}: lies where a variable of this optimizer was before its memory was freed "
@@ -171,11 +95,11 @@ class SlotStore:
 
     def variable_of(self, entry: Entry) -> _cpu.Buffer | None:
         """The variable of an entry; in a deep copy the original's, unless it has been used with copies of others."""
-        if entry.buffer is not None or entry.origin is None or self.follows_copies:
+        if entry.buffer is not None or entry.origin is None or self._adoption.follows_copies:
             return entry.buffer
         return entry.origin if entry.origin.is_current() else None
 
-    def prepare(self, buffers: Sequence[_cpu.Buffer], names: Sequence[str], make: Maker | None = None) -> Prepared:
+    def prepare(self, buffers: Sequence[_cpu.Buffer], names: Sequence[str], make: Maker) -> Prepared:
         """The slots of these variables, made by ``make`` where there are none; nothing is registered yet.
 
         The new ones come in TF's order: all m, then all v, then all vhat.
@@ -191,7 +115,7 @@ class SlotStore:
         for name in names:
             for key, buffer in distinct.items():
                 if name not in slots[key]:
-                    slots[key][name] = (make or _fresh_slot)(buffer, name)
+                    slots[key][name] = make(buffer, name)
                     created[key, name] = (buffer, slots[key][name])
         listed = [[slots[key_of(buffer)][name] for buffer in buffers] for name in names]
         return Prepared(listed, self, version, adopted, created)
@@ -202,82 +126,23 @@ class SlotStore:
         for key, buffer in buffers.items():
             entry = self.entry_of(buffer)
             if entry is None:
-                self._require_not_left(key, buffer)
+                self._adoption.require_not_left(key, buffer)
                 self.require_new_memory(buffer)
             elif entry.buffer is None:
                 chosen[key] = entry
         taken = {id(entry) for entry in chosen.values()}
-        rest = [entry for entry in self.unclaimed() if id(entry) not in taken]
-        unknown = {key: b for key, b in buffers.items() if key not in chosen and key not in self._known} if rest else {}
-        prints: dict[int, int] = {}
-        while unknown:
-            key, buffer = next(iter(unknown.items()))
-            if (entry := self._next_for(buffer, rest, list(unknown.values()), prints)) is not None:
-                rest.remove(entry)
-                chosen[key] = entry
-            del unknown[key]
+        waiting = [entry for entry in self.unclaimed() if id(entry) not in taken]
+        unknown = {key: b for key, b in buffers.items() if key not in chosen and key not in self._known}
+        chosen.update(self._adoption.choose(unknown, waiting, self.slots_of))
         for key, entry in chosen.items():
             self._require_history(buffers[key], entry)
         return {key: (entry, buffers[key], self._laid_out(entry, buffers[key])) for key, entry in chosen.items()}
-
-    def _next_for(
-        self, buffer: _cpu.Buffer, waiting: list[Entry], unknown: list[_cpu.Buffer], prints: dict[int, int]
-    ) -> Entry | None:
-        """The entry that an unknown variable adopts, if there is one; ``unknown``: it and those after it."""
-        if waiting and waiting[0].fingerprint is None:  # from a pickle
-            self._require_match(buffer, waiting[0])
-            return waiting[0]
-        alike = [entry for entry in waiting if entry.spec[:2] == Spec.of(buffer)[:2]]
-        if copied := _copied_by(buffer, alike, prints):
-            rivals = sum(_copied_by(other, alike, prints) == copied for other in unknown)
-            if rivals != len(copied) and not self._are_interchangeable(copied, rivals):
-                raise ValueError(
-                    f"{buffer.label}: {rivals} such variables have the values that {len(copied)} had when the "
-                    "optimizer was deep-copied, whose moments could go to any of them; expected build() first, with "
-                    "the copies of these alone, in the order in which the originals came"
-                )
-            return copied[0]
-        if alike and not self._has_warned:
-            self._has_warned = True
-            warn(
-                f"{buffer.label}: neither a variable of the optimizer that this one was deep-copied from nor a copy of "
-                "one, with its name and values as they were then: it starts with moments of zero. Copy variables "
-                "together with the optimizer, copy.deepcopy((optimizer, variables)), or before they change"
-            )
-        return None
-
-    def _are_interchangeable(self, entries: list[Entry], variables: int) -> bool:
-        """Whether it makes no difference which of so many equal variables adopts which entry, or none."""
-        first, *others = [self.slots_of(entry) for entry in entries]
-        if any(entry.history for entry in entries) or any(list(other) != list(first) for other in others):
-            return False
-        is_new = not any(to_host(array).any() for name, array in first.items() if name != "average")
-        return (is_new or variables <= len(entries)) and all(
-            np.array_equal(to_host(other[name]), to_host(array)) for other in others for name, array in first.items()
-        )
-
-    def _require_match(self, buffer: _cpu.Buffer, entry: Entry) -> None:
-        spec = Spec.of(buffer)
-        if not entry.spec.admits(spec):
-            raise ValueError(
-                f"{buffer.label}: {spec.dtype} {spec.shape}, expected {entry.spec}: "
-                f"the state restored for variable {self.entries.index(entry)} waits for it"
-            )
 
     def _require_history(self, buffer: _cpu.Buffer, entry: Entry) -> None:
         if entry.history is not None and not entry.history.fits(buffer):
             raise ValueError(
                 f"{buffer.label}: changed since the state was copied, while rows lagged behind; expected the table as "
                 "it was then (sync() before a deferred optimizer is copied apart from its tables)"
-            )
-
-    def _require_not_left(self, key: Key, buffer: _cpu.Buffer) -> None:
-        """Refuse an original whose moments a copy of it has taken: it would start anew unseen."""
-        if key in self._left and self._left[key]() is not None:
-            raise ValueError(
-                f"{buffer.label}: its moments in this deep copy went to another variable, which had its values when it "
-                "came; expected the variables of the original or copies of them, not both (to go on with the "
-                "original's, give them to build() of the copy first)"
             )
 
     def _laid_out(self, entry: Entry, buffer: _cpu.Buffer) -> dict[str, AnyArray]:
@@ -302,9 +167,8 @@ class SlotStore:
         draft = SlotStore()
         draft.arrays, draft.names, draft.entries = self.arrays[:], self.names[:], self.entries[:]
         draft.version = self.version + 1
-        draft._known, draft._origins, draft._intervals = {**self._known}, {**self._origins}, self._intervals[:]
-        draft._left = {key: ref for key, ref in self._left.items() if ref() is not None}
-        draft.follows_copies, draft._has_warned = self.follows_copies, self._has_warned
+        draft._known, draft._intervals = {**self._known}, self._intervals[:]
+        draft._adoption = self._adoption.draft()
         return draft
 
     def become(self, draft: SlotStore) -> None:
@@ -318,12 +182,7 @@ class SlotStore:
         spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
         history = entry.history and entry.history.placed(buffer)
         self._put(Entry(spec, dict(entry.slots), buffer, history, place=entry.place))
-        if entry.origin:
-            self._origins.pop(key_of(entry.origin), None)
-            if key_of(entry.origin) != key_of(buffer):
-                self.follows_copies = True
-                with contextlib.suppress(TypeError):  # an object of another library without weak references
-                    self._left[key_of(entry.origin)] = weakref.ref(entry.origin.source)
+        self._adoption.note(entry, buffer)
         self._register(buffer)
 
     def add(self, buffer: _cpu.Buffer, name: str, array: AnyArray) -> None:
@@ -349,8 +208,7 @@ class SlotStore:
         """Register an entry of a restored store, without a buffer."""
         entry.place = len(self.entries)
         self.entries.append(entry)
-        if entry.origin:
-            self._origins[key_of(entry.origin)] = entry
+        self._adoption.add(entry)
 
     def _register(self, buffer: _cpu.Buffer) -> None:
         if buffer.nbytes:
@@ -393,17 +251,6 @@ def _copied(entry: Entry) -> History | None:
     return None if entry.history is None else entry.history.copy(entry.buffer)
 
 
-def _copied_by(buffer: _cpu.Buffer, entries: list[Entry], prints: dict[int, int]) -> list[Entry]:
-    """The entries of whose variables this can be a copy: equal values, and the same name where both have one."""
-    spec = Spec.of(buffer)
-    entries = [entry for entry in entries if entry.spec.admits(spec)]
-    if entries and id(buffer) not in prints:
-        prints[id(buffer)] = fingerprint_of(buffer)
-    equal = [entry for entry in entries if entry.fingerprint == prints[id(buffer)]]
-    named = [entry for entry in equal if spec.name and entry.spec.name == spec.name]
-    return named or equal
-
-
 def _require_apart(buffers: list[_cpu.Buffer]) -> None:
     lying = sorted((buffer for buffer in buffers if buffer.size), key=lambda buffer: buffer.address)
     for before, after in itertools.pairwise(lying):
@@ -412,15 +259,3 @@ def _require_apart(buffers: list[_cpu.Buffer]) -> None:
                 f"{after.label}: overlaps {before.label} in memory, expected separate arrays "
                 "(or the same variable with the same state)"
             )
-
-
-def _fresh_slot(buffer: _cpu.Buffer, name: str) -> AnyArray:
-    """Zeros, but a moving average starts at its variable."""
-    slot = zeros_beside(buffer)
-    if name == "average":
-        values = buffer.array()
-        assign(slot, bfloat16_to_float32(values) if buffer.dtype == "bfloat16" else values)
-    return slot
-
-
-_NAMED = "variable '"

@@ -13,7 +13,8 @@ from fastadam._core.common.checks import check_iterations, check_list
 from fastadam._core.native.arrays import assign, on_gpu, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.options.keras3 import ACCUMULATOR
-from fastadam._core.state.slots import Entry, SlotStore
+from fastadam._core.state.entry import Entry
+from fastadam._core.state.slots import SlotStore
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, Config

@@ -1,152 +1,45 @@
-"""Saved optimizers: safetensors files that are replaced completely or not at all."""
+"""Loading a saved optimizer: every part of the file is checked against the variables first."""
 
 from __future__ import annotations
 
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
-
-import numpy as np
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from fastadam._core.common.checks import check_iterations, check_list
-from fastadam._core.common.files import replace_whole, require_regular
+from fastadam._core.common.files import require_regular
 from fastadam._core.common.frameworks import require
 from fastadam._core.common.types import AnyArray, Config, Foreign, HostArray
-from fastadam._core.native.arrays import copy_beside, to_host
+from fastadam._core.native.arrays import copy_beside
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.buffers import buffers_of, key_of
-from fastadam._core.options.exclusions import Exclusions
+from fastadam._core.native.buffers import buffers_of
 from fastadam._core.options.keras3 import ACCUMULATOR
+from fastadam._core.options.options import Options
 from fastadam._core.parts import parts_of
-from fastadam._core.state.slots import Entry, SlotStore, Spec
-from fastadam._core.state.state import State
+from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VERSION, crc32, lacking_in, path_of
+from fastadam._core.state.entry import Entry, Spec
+from fastadam._core.state.slots import SlotStore
 
-if TYPE_CHECKING:
-    from fastadam._core.common.types import Foreign
+__all__ = ["load_optimizer"]
 
-__all__ = ["load", "save"]
-
-_VERSION = 1
-_ITERATIONS = "iterations"
-_DTYPES = {"int64": "I64", "float32": "F32", "float64": "F64"}
 Optimizer = TypeVar("Optimizer", bound="Saved")
 
-
-def save(
-    optimizer: Foreign,
-    path: str | os.PathLike[str],
-    variables: Iterable[AnyArray] | None = None,
-    loss_scale: Config | None = None,
-) -> None:
-    """Save as described at ``Adam.save``; ``loss_scale`` is the state of a LossScaleOptimizer."""
-    name = _path_of(path)
-    target = Path(name)
-    if target.suffix.lower() in _OTHER_SUFFIXES:
-        raise ValueError(
-            f"path: '{target}' has the suffix of another format, expected {target.stem}.safetensors: the file would be "
-            "in safetensors format"
-        )
-    selection = None if variables is None else check_list("variables", variables)
-    _, _, runtime, tables = parts_of(optimizer)
-    with runtime.lock:
-        tables.settle()
-        tensors, header = _contents(optimizer, selection)
-        header["loss_scale"] = loss_scale
-        try:
-            text = json.dumps(header, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"get_config of {optimizer.name}: not plain JSON ({error})") from None
-        replace_whole(name, [_safetensors_header(tensors, text), *(_memory(a) for a in tensors.values())])
+_MAGIC = {
+    b"PK\x03\x04": "a zip archive (.npz of NumPy, .pt of PyTorch, .keras of Keras)",
+    b"\x93NUMPY": "a NumPy array (.npy)",
+    b"\x89HDF\r\n\x1a\n": "HDF5 (.h5)",
+    **{bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)},
+    b"\x1f\x8b": "gzip",
+    b"{": "JSON",
+}
+_HEADER: dict[str, type] = {"optimizer": str, "config": dict, "variables": list, "weights": list, "excluded": dict}
 
 
-def _safetensors_header(tensors: dict[str, HostArray], text: str) -> bytes:
-    """The header of the file. The library's own ``save_file`` would copy all tensors and leave temporary files."""
-    metadata = {"fastadam": text, "fastadam_crc32": str(zlib.crc32(text.encode()))}
-    header: Config = {"__metadata__": metadata}
-    end = 0
-    for name, array in tensors.items():
-        begin, end = end, end + array.nbytes
-        header[name] = {"dtype": _DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    return len(encoded).to_bytes(8, "little") + encoded
-
-
-def _contents(optimizer: Foreign, selection: list[AnyArray] | None) -> tuple[dict[str, HostArray], Config]:
-    options, state, _, _ = parts_of(optimizer)
-    store = state.slots
-    entries = store.entries if selection is None else _entries_of(store, selection)
-    for i, entry in enumerate(entries):
-        if lacking := _lacking(set(entry.slots), accumulates=options.accumulation is not None):
-            raise ValueError(
-                f"variables[{i}] {entry.spec}: slots {list(entry.slots)} without {lacking}, expected all of them: a "
-                "step or build() makes what add_slot has left out"
-            )
-    places = {at: f"{i}/{name}" for i, entry in enumerate(entries) for name, at in entry.slots.items()}
-    slots = {places[at]: np.asarray(to_host(store.arrays[at]), order="C") for at in sorted(places)}
-    tensors = {_ITERATIONS: np.array(state.calls), **slots}
-    header = {
-        "version": _VERSION,
-        "optimizer": type(optimizer).__name__,
-        "config": optimizer.get_config(),
-        "variables": [entry.spec._asdict() for entry in entries],
-        "weights": [[name, _crc32(array)] for name, array in tensors.items()],
-        "excluded": _excluded(options.exclusions, entries),
-        "slots": [list(entry.slots) for entry in entries],
-        "accumulating": [i for i, e in enumerate(entries) if _is_accumulating(state, e, options.calls_per_step)],
-    }
-    return tensors, header
-
-
-def _lacking(slots: Set[str], *, accumulates: bool) -> list[str]:
-    """What a variable with one of these slots must have beside it; "vhat" and "average" may be switched on later."""
-    together = {"m", "v", ACCUMULATOR} if accumulates else {"m", "v"}
-    return sorted(together - slots) if slots & {*together, "vhat", "average"} else []
-
-
-def _is_accumulating(state: State, entry: Entry, calls_per_step: int) -> bool:
-    return ACCUMULATOR in entry.slots and state.is_accumulating(entry, calls_per_step)
-
-
-def _crc32(array: HostArray) -> int:
-    return zlib.crc32(_memory(array))
-
-
-def _memory(array: HostArray) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data
-
-
-def _entries_of(store: SlotStore, variables: list[AnyArray]) -> list[Entry]:
-    entries: list[Entry] = []
-    for i, buffer in enumerate(buffers_of(variables, range(len(variables)))):
-        entry = store.entry_of(buffer)
-        if entry is None:
-            raise ValueError(
-                f"variables[{i}]: not a variable of this optimizer, expected one that a step or build() has used"
-            )
-        if entry in entries:
-            raise ValueError(f"variables[{i}]: the same as variables[{entries.index(entry)}], expected it once")
-        entries.append(entry)
-    return entries
-
-
-def _excluded(exclusions: Exclusions, entries: list[Entry]) -> Config:
-    """The variables and names given to ``exclude_from_weight_decay``, which are not part of the configuration."""
-    keys = [entry.buffer and key_of(entry.buffer) for entry in entries]
-    if None in keys and not exclusions.keys <= set(keys):
-        raise ValueError(
-            "exclude_from_weight_decay: var_list has a variable that was not used since the optimizer was restored, "
-            "expected build() with all variables first"
-        )
-    indices = [i for i, key in enumerate(keys) if key in exclusions.keys]
-    return {"names": list(exclusions.patterns), "variables": indices}
-
-
-def load(
+def load_optimizer(
     classes: Sequence[type[Optimizer]],
     path: str | os.PathLike[str],
     variables: Iterable[AnyArray],
@@ -157,7 +50,7 @@ def load(
     Returns:
         An optimizer of one of the classes, and the state of a LossScaleOptimizer if the file has one.
     """
-    name = _path_of(path)
+    name = path_of(path)
     variables = check_list("variables", variables)
     buffers = buffers_of(variables, range(len(variables)))
     safetensors = _safetensors()
@@ -170,18 +63,6 @@ def load(
     except safetensors.SafetensorError as error:
         actual = _format_of(name) or f"not a complete safetensors file ({error})"
         raise ValueError(f"{name}: {actual}, expected a file that `save` wrote") from error
-
-
-def _path_of(path: str | os.PathLike[str]) -> str:
-    try:
-        name = os.fsdecode(path)
-    except TypeError as error:
-        raise TypeError(f"path: {type(path).__name__}, expected a string or a path") from error
-    if not name or "\0" in name:
-        raise ValueError(
-            f"path: {name!r:.200}, expected the name of a file" + (", without null characters" * bool(name))
-        )
-    return name
 
 
 def _format_of(path: str) -> str | None:
@@ -225,10 +106,9 @@ class _Reader:
         cls = named[saved_by]
         specs = self._match(buffers)
         optimizer = self._configured(cls, custom_objects)
-        state = parts_of(optimizer).state
+        options, state, _, _ = parts_of(optimizer)
         state.calls[...] = self._iterations()
-        accumulates = parts_of(optimizer).options.accumulation is not None
-        self._fill(state.slots, specs, buffers, accumulates=accumulates)
+        self._fill(state.slots, options, specs, buffers)
         self._set_accumulating(optimizer)
         try:
             optimizer.build(variables)
@@ -275,7 +155,7 @@ class _Reader:
             self._fail(f"metadata that is not JSON ({error})", "a file that fastadam saved")
         self._require(isinstance(header, dict), "metadata that is not an object", "a file that fastadam saved")
         version = header.get("version")
-        self._require(type(version) is int and version == _VERSION, f"format version {version!r}", str(_VERSION))
+        self._require(type(version) is int and version == VERSION, f"format version {version!r}", str(VERSION))
         for key, kind in _HEADER.items():
             self._require(isinstance(header.get(key), kind), f"'{key}' {header.get(key)!r:.60}", f"a {kind.__name__}")
         return dict(header)
@@ -284,13 +164,13 @@ class _Reader:
         """The checksums of all tensors in the file, in the order of ``weights``."""
         listed, keys = self._header["weights"], sorted(self._file.keys())
         good = all(isinstance(item, list) and [type(part) for part in item] == [str, int] for item in listed)
-        good = good and sorted(key for key, _ in listed) == keys and listed[:1] != [] and listed[0][0] == _ITERATIONS
+        good = good and sorted(key for key, _ in listed) == keys and listed[:1] != [] and listed[0][0] == ITERATIONS
         self._require(good, f"tensors {keys!s:.80}", f"{listed!s:.80}")
         return dict(listed)
 
     def _tensor(self, key: str) -> HostArray:
         array: HostArray = self._file.get_tensor(key)
-        is_intact = _crc32(array) == self._checksums[key]
+        is_intact = crc32(array) == self._checksums[key]
         self._require(is_intact, f"damaged: the checksum of tensor '{key}' differs", "the saved one")
         return array
 
@@ -324,20 +204,21 @@ class _Reader:
         return optimizer
 
     def _iterations(self) -> int:
-        self._check_tensor(_ITERATIONS, (), "I64")
+        self._check_tensor(ITERATIONS, (), "I64")
         try:
-            return check_iterations(_ITERATIONS, self._tensor(_ITERATIONS))
+            return check_iterations(ITERATIONS, self._tensor(ITERATIONS))
         except ValueError as error:
             self._fail(str(error), "a number of steps")
 
-    def _fill(self, store: SlotStore, specs: list[Spec], buffers: list[_cpu.Buffer], *, accumulates: bool) -> None:
+    def _fill(self, store: SlotStore, options: Options, specs: list[Spec], buffers: list[_cpu.Buffer]) -> None:
         """Copy every tensor into the layout of its variable, one at a time, in the order of ``weights``."""
         keys = list(self._checksums)
         slots: list[dict[str, int]] = [{} for _ in specs]
         owners = {key: self._owner(key, slots) for key in keys[1:]}
-        self._check_complete(list(owners.values()), len(specs), accumulates=accumulates)
+        self._check_complete(list(owners.values()), len(specs), accumulates=options.accumulation is not None)
+        state_format = options.state_format
         for key, (i, _) in owners.items():
-            self._check_tensor(key, specs[i].shape, _DTYPES[buffers[i].state_dtype])
+            self._check_tensor(key, specs[i].shape, DTYPES[state_format.dtype_of(buffers[i])])
         for at, (key, (i, name)) in enumerate(owners.items()):
             slots[i][name] = at
             store.arrays.append(copy_beside(self._tensor(key), buffers[i]))
@@ -363,7 +244,7 @@ class _Reader:
                 for name in sorted(slots[i] - set(names)):
                     self._fail(f"tensor '{i}/{name}'", f"the slots {names} of variable {i}")
         for i, present in enumerate(slots):
-            for name in _lacking(present, accumulates=accumulates):
+            for name in lacking_in(present, accumulates=accumulates):
                 self._fail(f"no tensor '{i}/{name}'", f"it beside the slots {sorted(present)} of variable {i}")
 
     def _owner(self, key: str, slots: list[dict[str, int]]) -> tuple[int, str]:
@@ -386,25 +267,6 @@ class _Reader:
 
     def _fail(self, actual: str, expected: str) -> NoReturn:
         raise ValueError(f"{self._path}: {actual}, expected {expected}")
-
-
-_OTHER_SUFFIXES = (
-    *(".npy", ".npz", ".mat"),
-    *(".pt", ".pth", ".bin", ".ckpt", ".onnx"),
-    *(".h5", ".hdf5", ".keras", ".index", ".msgpack"),
-    *(".pkl", ".pickle", ".joblib"),
-    *(".json", ".yaml", ".txt", ".csv"),
-    *(".zip", ".gz", ".tar"),
-)
-_MAGIC = {
-    b"PK\x03\x04": "a zip archive (.npz of NumPy, .pt of PyTorch, .keras of Keras)",
-    b"\x93NUMPY": "a NumPy array (.npy)",
-    b"\x89HDF\r\n\x1a\n": "HDF5 (.h5)",
-    **{bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)},
-    b"\x1f\x8b": "gzip",
-    b"{": "JSON",
-}
-_HEADER: dict[str, type] = {"optimizer": str, "config": dict, "variables": list, "weights": list, "excluded": dict}
 
 
 def _safetensors() -> ModuleType:

@@ -77,12 +77,15 @@ class Worker:
         self._process.wait()
 
 
-def take_turns(workers: list[Worker], turns: int, seconds_per_turn: float = 0.1) -> dict[str, float]:
-    """Median seconds per step of each worker."""
+def take_turns(
+    workers: list[Worker], turns: int, seconds_per_turn: float = 0.1, steps_per_turn: int | None = None
+) -> dict[str, float]:
+    """Median seconds per step of each worker; `steps_per_turn` is for those that have run long enough before."""
     steps = {}
     for worker in workers:
-        worker.turn(2)
-        steps[worker.name] = max(1, int(seconds_per_turn / max(worker.turn(3), 1e-7)))
+        if steps_per_turn is None:
+            worker.turn(2)
+        steps[worker.name] = steps_per_turn or max(1, int(seconds_per_turn / max(worker.turn(3), 1e-7)))
     order = random.Random(0)
     for _ in range(turns):
         for worker in order.sample(workers, len(workers)):

@@ -141,6 +141,13 @@ class Adam(Optimizer):
     array([0.9, 2.1], dtype=float32)
     >>> int(opt.iterations), opt.get_slot(w, "m").round(5)
     (1, array([ 0.05, -0.05], dtype=float32))
+
+    The state of a million float32 parameters, 8 megabytes by default:
+
+    >>> opt = fastadam.Adam(moments="8bit")
+    >>> opt.build([np.zeros((1000, 1000), np.float32)])
+    >>> sum(array.nbytes for array in opt.weights[1:])
+    2015626
     """
 
     name: str

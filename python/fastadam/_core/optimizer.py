@@ -91,6 +91,9 @@ class Optimizer(Minimizer):
     def weights(self) -> list[AnyArray]:
         """The live state: iterations, then all m, all v, all vhat; variables that came later follow in the same way.
 
+        Small states are listed as they are stored: after these come the scales of 8-bit moments and the low halves of
+        split masters.
+
         With ``gradient_accumulation_steps`` the first counts the calls, not the steps, as in Keras 3.
         """
         options, state, runtime, tables = self._parts

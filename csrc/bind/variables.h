@@ -273,9 +273,10 @@ class VariableSet {
     t.accumulator = state(slots, "gradient_accumulator", i);
     t.m_scales = scales(slots, "m_scale", i);
     t.v_scales = scales(slots, "v_scale", i);
-    t.low = static_cast<int16_t*>(optional_slot(slots, "low", i, [&](const py::object& array, const std::string& label) {
-      return read_low<Arrays>(array, label, variables_[i]);
-    }));
+    t.low =
+        static_cast<int16_t*>(optional_slot(slots, "low", i, [&](const py::object& array, const std::string& label) {
+          return read_low<Arrays>(array, label, variables_[i]);
+        }));
     t.decays = decays;
     t.size = variables_[i].size;
     t.next = -1;

@@ -211,12 +211,12 @@ def test_nan_and_infinity_stay_visible():
 # ---- what is right in the mean -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("moments", "tolerance"), [("bfloat16", 0.01), ("8bit", 0.02)])
-def test_v_does_not_drift_after_gradients_shrink(moments, tolerance):
-    """2^16 independent elements. bfloat16 to nearest gives a ratio of 8 (and 8-bit codes without randomness more).
+@pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
+def test_v_does_not_drift_after_gradients_shrink(moments):
+    """bfloat16 to nearest gives a ratio of 8.
 
-    The ratio of means has a standard error below 0.001 here: one element's v is off by 2^-9 (bfloat16) or 2^-4 (8 bits)
-    of itself in each of about 1000 steps of memory, and 2^16 of them are averaged. The seeds are fixed.
+    The mean ratio of 2^16 independent elements has a standard error of 0.0003 (bfloat16) and 0.0013 (8 bits), so that
+    another seed would fail with a probability below 1e-12.
     """
     size = 2**16
     small, wide = (np.zeros(size, F32) for _ in range(2))
@@ -227,8 +227,10 @@ def test_v_does_not_drift_after_gradients_shrink(moments, tolerance):
         for optimizer, variable in zip(optimizers, (small, wide), strict=True):
             optimizer.apply_gradients([(gradient, variable)])
     v = [optimizer.get_slot(w, "v").astype(np.float64) for optimizer, w in zip(optimizers, (small, wide), strict=True)]
-    assert abs(v[0].mean() / v[1].mean() - 1) < tolerance
-    assert abs(np.mean(v[0] / v[1]) - 1) < tolerance
+    ratio = v[0] / v[1]
+    assert ratio.std() / 2**8 < 0.0014  # the standard error
+    assert abs(v[0].mean() / v[1].mean() - 1) < 0.01
+    assert abs(ratio.mean() - 1) < 0.01
     assert v[0].min() > 0
 
 
@@ -489,7 +491,6 @@ def test_a_split_master_needs_no_half_of_float32_variables():
     assert optimizer.get_slot(w, "low").dtype == np.int16
 
 
-@pytest.mark.gpu
 def test_variables_on_a_gpu_are_refused(gpu):
     optimizer = fastadam.Adam(moments="8bit")
     w = gpu.array(np.ones(5000, F32))
@@ -688,6 +689,23 @@ def test_copies_go_on_to_the_bit(options, dtype, how):
     assert again.get_config() == optimizer.get_config()
 
 
+def test_pickles_of_version_0_1_have_neither_formats_nor_numbers():
+    optimizer, variables = trained({})
+    options, state, _, _ = parts_of(optimizer)
+    old = {name: value for name, value in options.__getstate__().items() if name != "small"}
+    slots = state.slots.__getstate__()
+    again, others = fastadam.Adam(moments="8bit"), [v.copy() for v in variables]
+    parts_of(again).options.__setstate__(old)
+    parts_of(again).state.slots.__setstate__({**slots, "entries": [entry[:3] for entry in slots["entries"]]})
+    again.build(others)
+    again.iterations = 3
+    train(optimizer, variables, 3, 5)
+    train(again, others, 3, 5)
+    assert again.moments is None
+    for a, b in zip(variables, others, strict=True):
+        assert_same_bits(a, b)
+
+
 def test_a_copy_in_another_layout_reads_the_same_moments_within_one_rounding():
     w = first_values(0, 6000, F32).reshape(60, 100)
     optimizer = fastadam.Adam(0.01, moments="8bit")
@@ -753,7 +771,7 @@ def test_set_weights_refuses_what_is_not_such_a_state():
     bad[6] = good[6][1:]
     with pytest.raises(ValueError, match="weight shape"):
         optimizer.set_weights(bad)
-    with pytest.raises(ValueError, match="was expecting 7 weights"):
+    with pytest.raises(ValueError, match="was expecting 7 weights. Small states are listed as they are stored"):
         optimizer.set_weights(good[:5])
     for array, expected in zip(optimizer.get_weights(), good, strict=True):
         assert_same_bits(np.asarray(array), np.asarray(expected))

@@ -108,6 +108,8 @@ def test_a_loss_scale_optimizer_keeps_small_states(tmp_path):
     for each, v in ((optimizer, w), (again, other)):
         each.apply_gradients([(gradient_of(1, 0, 5000), v)])
     assert_same_bits(w, other)
+    wide = fastadam.LossScaleOptimizer.load(tmp_path / "state", [w.copy()], changes={"moments": None})
+    assert wide.inner_optimizer.moments is None
 
 
 def test_the_file_says_what_it_holds(tmp_path):

@@ -13,6 +13,7 @@ from fastadam._core.common.checks import check_iterations, check_list
 from fastadam._core.native.arrays import assign, on_gpu, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.options.keras3 import ACCUMULATOR
+from fastadam._core.options.state_format import LOW, SCALES
 from fastadam._core.state.entry import Entry
 from fastadam._core.state.moments import check_scales
 from fastadam._core.state.slots import SlotStore
@@ -84,6 +85,7 @@ class State:
                 f"You called `set_weights(weights)` on optimizer {name} with a weight list of length "
                 f"{len(given)}, but the optimizer was expecting {len(current)} weights."
                 + ("" if self.entries else " It has no variables yet: call build(var_list) first.")
+                + (" Small states are listed as they are stored: see `weights`." if self._has_small_states() else "")
             )
         calls = check_iterations("weights[0]", given[0])
         names = {at: name for entry in self.entries for name, at in entry.slots.items()}
@@ -137,6 +139,9 @@ class State:
             accumulator = self.slots.arrays[entry.slots[ACCUMULATOR]]
             if entry.place not in current and to_host(accumulator).any():
                 assign(accumulator, 0)
+
+    def _has_small_states(self) -> bool:
+        return not {*SCALES, LOW}.isdisjoint(self.slots.names)
 
     def _with_accumulators(self) -> list[Entry]:
         return [entry for entry in self.entries if ACCUMULATOR in entry.slots]

@@ -59,8 +59,9 @@ class LogMemory {
     tiles_.resize(static_cast<size_t>(tiles));
     arena_.resize(tiles * kWholeBytes);
     most_ = used_ > most_ ? used_ : most_;
-    steps_with_room_ = most_ - used_ > tiles * kTile / 64 ? steps_with_room_ + 1 : 0;
-    if (steps_with_room_ == kStepsWithRoom) {  // what earlier steps have filled
+    const int64_t room = most_ - used_;  // what earlier steps have filled
+    steps_with_room_ = room > tiles * kTile / 64 ? steps_with_room_ + 1 : 0;
+    if (steps_with_room_ == kStepsWithRoom || room > tiles * kTile / 8) {
       arena_.renew();
       most_ = steps_with_room_ = 0;
     }
@@ -92,7 +93,7 @@ class LogMemory {
   }
 
  private:
-  static constexpr int64_t kStepsWithRoom = 16;  // in a row: new memory costs page faults
+  static constexpr int64_t kStepsWithRoom = 16;  // in a row, for little room: new memory costs page faults
 
   LazyMemory codes_;
   LazyMemory arena_;

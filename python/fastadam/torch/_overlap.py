@@ -35,7 +35,10 @@ class Overlap:
     ...     attached.detach()
     """
 
-    def __init__(self, optimizer: Adam, bucket_mb: float, threads: int | None, loss_scale: float) -> None:
+    def __init__(self, optimizer: Adam, bucket_mb: float | None, threads: int | None, loss_scale: float) -> None:
+        if bucket_mb is None:
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            bucket_mb = min(25.0, sum(param.numel() * param.element_size() for param in params) / 16 / 2**20)
         self._optimizer, self._bytes = optimizer, bucket_mb * 2**20
         self._threads, self._loss_scale = threads, loss_scale
         self._waiting: list[Tensor] = []
@@ -140,7 +143,7 @@ class Overlap:
 
 
 def overlap(
-    optimizer: Adam, *, bucket_mb: float = 25.0, threads: int | None = None, loss_scale: float = 1.0
+    optimizer: Adam, *, bucket_mb: float | None = None, threads: int | None = None, loss_scale: float = 1.0
 ) -> Overlap:
     """Step parameters on a background thread while the backward pass goes on.
 
@@ -154,7 +157,8 @@ def overlap(
 
     Args:
         optimizer: A :class:`fastadam.torch.Adam`.
-        bucket_mb: Gradients are collected until there are so many megabytes of parameters.
+        bucket_mb: Gradients are collected until there are so many megabytes of parameters; None for 25, or for a
+            sixteenth of all parameters if that is less.
         threads: The most threads of the step; give the backward pass the others by ``torch.set_num_threads``.
         loss_scale: What the loss was multiplied by.
 

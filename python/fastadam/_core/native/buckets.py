@@ -261,6 +261,8 @@ class OpenStep:
             del self._logs[key]  # of buckets that came in other steps
         if self._early and self._reads_norms:
             self._guess.note(failed=failed)
+            if not self._guess.pays:
+                self._logs.clear()
         return True
 
     def _wrong(self, parts: list[_Part], clipped: list[Factors]) -> list[tuple[_Part, Factors]]:

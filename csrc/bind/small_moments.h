@@ -77,6 +77,11 @@ inline void decode_moment(const Flat<uint8_t>& codes, const Flat<uint8_t>& scale
   }
 }
 
+// As kernels read it: a denormal is a zero of its sign.
+inline float flushed(float x) {
+  return magnitude_bits(x) < 0x00800000u ? bit_cast<float>(bit_cast<uint32_t>(x) & 0x80000000u) : x;
+}
+
 // Rounds to bfloat16, as step `step` of a parameter would. `bits`: those of the bfloat16s.
 inline void round_moment(const Flat<float>& values, Flat<uint16_t>& bits, uint64_t seed, int64_t step,
                          uint64_t number) {
@@ -91,7 +96,7 @@ inline void round_moment(const Flat<float>& values, Flat<uint16_t>& bits, uint64
     uint32_t words[kCodeBlock];
     random_words(key, at, words);
     for (int64_t i = at; i < std::min(at + kCodeBlock, size); ++i) {
-      to[i] = store<BFloat16>(rounded_at_random(from[i] + 0.0f, words[i - at] >> 16)).bits;
+      to[i] = store<BFloat16>(rounded_at_random(flushed(from[i]), words[i - at] >> 16)).bits;
     }
   }
 }

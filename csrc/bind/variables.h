@@ -31,7 +31,8 @@ struct Randomness {
 template <class Arrays>
 class VariableSet {
  public:
-  // `slots`: lists of arrays by name: m, v and, if used, those of kSlots.
+  // `slots`: lists of arrays by name: m, v and, if used, those of kSlots. Scales and low halves are None for variables
+  // that have none.
   // `positions[i]`: position of variable i in the caller's list, for error texts about its gradient.
   // `decays[i]`: weight decay applies to variable i.
   // `copies[i]`: the array that receives a rounded copy of variable i, or None.
@@ -200,6 +201,7 @@ class VariableSet {
 
   // Whether `object` is the array that `known` was read from, or a view of all its memory.
   static bool is_same_array(const py::object& object, const Buffer& known, Sign sign) {
+    if (known.item_size == 0) return object.is_none();  // of optional_slot()
     if (const std::optional<ArrayAddress> now = address_if_like<Arrays>(object, known)) {
       const bool may_be_negated = now->kind == ArrayAddress::kTensor && sign == Sign::kAsk;
       return now->data == known.data && now->writable && !(may_be_negated && is_negated(object));
@@ -221,6 +223,15 @@ class VariableSet {
     return state_.back().data;
   }
 
+  // The same of a slot that some variables of a set do not have: None in its place.
+  template <class Read>
+  void* optional_slot(const py::dict& slots, const char* name, size_t i, Read read) {
+    if (!slots.contains(name)) return nullptr;
+    if (!slots[name].cast<py::list>()[i].is_none()) return slot(slots, name, i, read);
+    state_.emplace_back();
+    return nullptr;
+  }
+
   void* state(const py::dict& slots, const char* name, size_t i, bool is_moment = false) {
     return slot(slots, name, i, [&](const py::object& array, const std::string& label) {
       return read_state<Arrays>(array, label, variables_[i], is_moment);
@@ -228,7 +239,7 @@ class VariableSet {
   }
 
   uint8_t* scales(const py::dict& slots, const char* name, size_t i) {
-    return static_cast<uint8_t*>(slot(slots, name, i, [&](const py::object& array, const std::string& label) {
+    return static_cast<uint8_t*>(optional_slot(slots, name, i, [&](const py::object& array, const std::string& label) {
       return read_scales<Arrays>(array, label, variables_[i], code_blocks(variables_[i].size));
     }));
   }
@@ -262,9 +273,10 @@ class VariableSet {
     t.accumulator = state(slots, "gradient_accumulator", i);
     t.m_scales = scales(slots, "m_scale", i);
     t.v_scales = scales(slots, "v_scale", i);
-    t.low = static_cast<int16_t*>(slot(slots, "low", i, [&](const py::object& array, const std::string& label) {
-      return read_low<Arrays>(array, label, variables_[i]);
-    }));
+    t.low =
+        static_cast<int16_t*>(optional_slot(slots, "low", i, [&](const py::object& array, const std::string& label) {
+          return read_low<Arrays>(array, label, variables_[i]);
+        }));
     t.decays = decays;
     t.size = variables_[i].size;
     t.next = -1;

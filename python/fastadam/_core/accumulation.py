@@ -73,9 +73,9 @@ def _update_plan(parts: Parts, plan: Plan, places: list[int], cycle: Cycle) -> P
                 "seen yet; call build() with all variables first"
             )
         buffers.append(buffer)
-    state_format = options.state_format
-    prepared = state.slots.prepare(buffers, state_format.names, state_format.begin)
+    prepared = state.slots.prepare(buffers, options.state_format.of)
     prepared.commit()  # of a deep copy: it goes on with the same variables
-    slots = dict(zip(state_format.names, prepared.slots, strict=True))
     decays = options.decays([entry.spec.name for entry in waiting], buffers)
-    return Plan(buffers, slots, decays=decays, context=parts.runtime.context_of(buffers[0]))
+    context = parts.runtime.context_of(buffers[0])
+    rounding = options.small.rounding
+    return Plan(buffers, prepared.slots, decays=decays, context=context, numbers=prepared.numbers, **rounding)

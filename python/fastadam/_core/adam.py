@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,7 @@ from fastadam._core.common.display import adam_settings, call_text, html_or_none
 from fastadam._core.common.frameworks import named_in_keras, refuse_parameters
 from fastadam._core.common.keywords import ELSEWHERE, suggests_keywords
 from fastadam._core.common.strict import class_only, strict
-from fastadam._core.hyperparameters import Clip, Hyper, Keras3Option, check_rate
+from fastadam._core.hyperparameters import Clip, Hyper, Keras3Option, SmallState, check_rate
 from fastadam._core.minimize import scaled
 from fastadam._core.native.arrays import on_gpu, to_host
 from fastadam._core.native.backend import _cpu
@@ -33,6 +33,7 @@ from fastadam._core.native.slices import check_sparse_update
 from fastadam._core.optimizer import Optimizer
 from fastadam._core.options.exclusions import Exclusions
 from fastadam._core.options.keras3 import Keras3Options
+from fastadam._core.options.small_states import Float32For, SmallStates
 from fastadam._core.pairs import check_copies, check_pairs_list
 from fastadam._core.parts import parts_of
 from fastadam._core.step import rate_after
@@ -108,6 +109,18 @@ class Adam(Optimizer):
         clip_after_dedupe: Clip IndexedSlices after repeated rows have been summed, like the dense gradient; by default
             the values are clipped as they come, as in TF.
         telemetry: Measure in every step what it does to each variable, for :meth:`telemetry`. Gradients must be dense.
+        moments: How m and v are stored: None or "float32" (float64 for float64 variables), "bfloat16", or "8bit": codes
+            with a scale for each 128 elements. The small ones are rounded at random so that their mean is right; the
+            arithmetic stays float32. They need dense gradients and CPU memory; "8bit" refuses ``amsgrad``.
+        master: "split" keeps beside each bfloat16 variable the low 16 bits of its exact float32 value (slot "low",
+            int16), so that it learns as a float32 variable does. Other variables stay as they are.
+        stochastic_rounding: Round bfloat16 variables at random, so that small updates move them in the mean.
+        float32_for: Which variables keep float32 moments although ``moments`` is small: those with fewer elements than
+            this number (None: 4096), with a name in which one of these patterns is found, or for which
+            ``float32_for(name, shape)`` is true; the name is "" for arrays without one. Variables whose first gradient
+            is sparse do so always.
+        seed: Of the random rounding, which depends on it, the step, the variable's number and the element, and on
+            nothing else.
 
     Gradients are unscaled, accumulated and clipped; then the variables decay, are updated and averaged. Norms are
     computed in float64 and are right up to its largest number. Above it, and for a gradient that is not finite,
@@ -128,6 +141,13 @@ class Adam(Optimizer):
     array([0.9, 2.1], dtype=float32)
     >>> int(opt.iterations), opt.get_slot(w, "m").round(5)
     (1, array([ 0.05, -0.05], dtype=float32))
+
+    The state of a million float32 parameters, 8 megabytes by default:
+
+    >>> opt = fastadam.Adam(moments="8bit")
+    >>> opt.build([np.zeros((1000, 1000), np.float32)])
+    >>> sum(array.nbytes for array in opt.weights[1:])
+    2015626
     """
 
     name: str
@@ -145,6 +165,11 @@ class Adam(Optimizer):
     ema_overwrite_frequency: Keras3Option[int | None] = Keras3Option()
     loss_scale_factor: Keras3Option[float | None] = Keras3Option()
     gradient_accumulation_steps: Keras3Option[int | None] = Keras3Option(fixed=True)  # `weights[0]` counts in its units
+    moments: SmallState[str | None] = SmallState()
+    master: SmallState[str | None] = SmallState()
+    stochastic_rounding: SmallState[bool] = SmallState()
+    float32_for: SmallState[Float32For] = SmallState()
+    seed: SmallState[int] = SmallState()
 
     @suggests_keywords("optimizer", ELSEWHERE)
     def __init__(
@@ -171,6 +196,11 @@ class Adam(Optimizer):
         max_staleness: int | None = None,
         clip_after_dedupe: bool = False,
         telemetry: bool = False,
+        moments: Literal["float32", "bfloat16", "8bit"] | None = None,
+        master: Literal["split"] | None = None,
+        stochastic_rounding: bool = False,
+        float32_for: int | Sequence[str] | Callable[[str, tuple[int, ...]], bool] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if lr is not None:
@@ -180,6 +210,7 @@ class Adam(Optimizer):
             learning_rate = lr
         if not callable(decay):
             check_non_negative("decay", decay)
+        parts_of(self).options.small = SmallStates(moments, master, stochastic_rounding, float32_for, seed)
         self.max_staleness = max_staleness
         self.learning_rate = learning_rate
         self.beta_1 = beta_1
@@ -198,6 +229,7 @@ class Adam(Optimizer):
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=gradient_accumulation_steps,
         )
+        parts_of(self).options.refuse_with_small_states(use_ema=self.use_ema)
         self.clip_after_dedupe = clip_after_dedupe
         self.sparse_update = sparse_update
         parts_of(self).options.telemetry = check_bool("telemetry", telemetry)
@@ -248,7 +280,10 @@ class Adam(Optimizer):
 
     @amsgrad.setter
     def amsgrad(self, value: bool) -> None:
-        parts_of(self).options.amsgrad = check_bool("amsgrad", value)
+        options = parts_of(self).options
+        is_on = check_bool("amsgrad", value)
+        options.refuse_with_small_states(amsgrad=is_on)
+        options.amsgrad = is_on
 
     @property
     def sparse_update(self) -> SparseUpdate:
@@ -535,6 +570,7 @@ class Adam(Optimizer):
         for name in ("clip_after_dedupe", "telemetry"):
             if getattr(options, name):
                 config[name] = True
+        config.update(options.small.config())
         return config
 
     @class_only

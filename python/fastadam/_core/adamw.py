@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from fastadam._core.adam import Adam
@@ -44,6 +45,11 @@ class AdamW(Adam):
         max_staleness: Maximum number of steps that a row of a deferred table waits.
         clip_after_dedupe: Clip IndexedSlices after repeated rows are summed, not before.
         telemetry: Measure what every step does, for :meth:`telemetry`.
+        moments: How m and v are stored: "float32", "bfloat16" or "8bit".
+        master: "split" keeps the low 16 bits of the float32 values of bfloat16 variables.
+        stochastic_rounding: Round bfloat16 variables at random.
+        float32_for: Which variables keep float32 moments: a size, patterns of names, or a function.
+        seed: Of the random rounding.
 
     Raises:
         ValueError: ``weight_decay`` is None; and all that :class:`Adam` raises.
@@ -80,6 +86,11 @@ class AdamW(Adam):
         max_staleness: int | None = None,
         clip_after_dedupe: bool = False,
         telemetry: bool = False,
+        moments: Literal["float32", "bfloat16", "8bit"] | None = None,
+        master: Literal["split"] | None = None,
+        stochastic_rounding: bool = False,
+        float32_for: int | Sequence[str] | Callable[[str, tuple[int, ...]], bool] | None = None,
+        seed: int = 0,
     ) -> None:
         if weight_decay is None:
             raise ValueError("Argument `weight_decay` must be a float. Received: weight_decay=None")
@@ -105,4 +116,9 @@ class AdamW(Adam):
             max_staleness=max_staleness,
             clip_after_dedupe=clip_after_dedupe,
             telemetry=telemetry,
+            moments=moments,
+            master=master,
+            stochastic_rounding=stochastic_rounding,
+            float32_for=float32_for,
+            seed=seed,
         )

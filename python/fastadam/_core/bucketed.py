@@ -64,12 +64,13 @@ class BucketedStep(OpenStep):
     def _require_built(self, pairs: list[AnyPair]) -> None:
         """Raise if a variable has no slots yet: these, and squares, must not come in the order of the buckets."""
         positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
-        names = self._stepper.options.state_format.names
+        state_format = self._stepper.options.state_format
         for place, buffer in zip(positions, buffers_of([pairs[i][1] for i in positions], positions), strict=True):
             if buffer.device >= 0:
                 raise ValueError(f"grads_and_vars[{place}]: a variable on a GPU, expected CPU memory")
             entry = self._stepper.entry_of(buffer)
-            if entry is None or entry.buffer is None or not set(names) <= set(entry.slots):
+            slots = None if entry is None or entry.buffer is None else self._stepper.state.slots.slots_of(entry)
+            if slots is None or not set(state_format.of(buffer, slots).names) <= set(slots):
                 raise ValueError(
                     f"grads_and_vars[{place}]: a variable without slots, expected build(variables) before "
                     "begin_step(); the order of the variables there is the one that results depend on"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastadam._core.common.types import AnyArray, Foreign
 
-__all__ = ["Clip", "Hyper", "Keras3Option", "check_rate"]
+__all__ = ["Clip", "Hyper", "Keras3Option", "SmallState", "check_rate"]
 
 Read = TypeVar("Read")
 Written = TypeVar("Written")
@@ -106,3 +106,22 @@ class Keras3Option(Generic[Value]):
         if self._fixed:
             raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
         parts_of(optimizer).options.set_keras3(self._name, value)
+
+
+class SmallState(Generic[Value]):
+    """Attribute of an optimizer: an option of :class:`SmallStates`, which is chosen when the optimizer is made."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, optimizer: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self, optimizer: object, owner: type | None = None) -> Value: ...
+    def __get__(self, optimizer: Foreign, owner: type | None = None) -> object:
+        return self if optimizer is None else getattr(parts_of(optimizer).options.small, self._name)
+
+    def __set__(self, optimizer: Foreign, value: Value) -> None:
+        raise AttributeError(
+            f"{self._name}: chosen when the optimizer is made, expected no other value later (load() can change it)"
+        )

@@ -323,11 +323,12 @@ class LossScaleOptimizer(Minimizer):
         path: str | os.PathLike[str],
         variables: Iterable[VariableLike],
         custom_objects: Mapping[str, Any] | None = None,
+        changes: Mapping[str, Any] | None = None,
     ) -> Self:
         """Load what :meth:`save` wrote, as :meth:`Adam.load` does; ``custom_objects`` may hold a subclass of Adam."""
         others = [entry for entry in (custom_objects or {}).values() if isinstance(entry, type)]
         classes: list[type[Adam]] = [Adam, AdamW, *(entry for entry in others if issubclass(entry, Adam))]
-        inner, state = load_optimizer(classes, path, variables, custom_objects)
+        inner, state = load_optimizer(classes, path, variables, custom_objects, changes)
         try:
             if not isinstance(state, dict) or {*state, "min_scale"} != {*_SAVED, "min_scale"}:
                 raise ValueError(f"state of {type(inner).__name__}, expected LossScaleOptimizer")

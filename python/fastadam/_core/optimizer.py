@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,12 @@ from fastadam._core.native.arrays import copy_beside
 from fastadam._core.native.buffers import buffer_of, buffers_of
 from fastadam._core.native.variable import label_of, unwrap
 from fastadam._core.options.options import Options
+from fastadam._core.options.state_format import LOW, SCALES
 from fastadam._core.parts import Parts
 from fastadam._core.saving.reader import load_optimizer
 from fastadam._core.saving.writer import save_optimizer
 from fastadam._core.state.initial_value import Initializer, initial_value
+from fastadam._core.state.moments import readable
 from fastadam._core.state.state import State
 from fastadam._core.step import Stepper
 
@@ -33,6 +35,13 @@ if TYPE_CHECKING:
     from fastadam._core.native.backend import _cpu
 
 __all__ = ["Optimizer"]
+
+
+class _OneSlot(NamedTuple):
+    """A slot that a user adds."""
+
+    names: tuple[str, ...]
+    begin: Callable[[_cpu.Buffer, str], AnyArray]
 
 
 class Optimizer(Minimizer):
@@ -76,12 +85,14 @@ class Optimizer(Minimizer):
         options, state, runtime, _ = self._parts
         with runtime.lock:
             runtime.require_closed("build")
-            state_format = options.state_format
-            state.slots.prepare(buffers, state_format.names, state_format.begin).commit()
+            state.slots.prepare(buffers, options.state_format.of).commit()
 
     @property
     def weights(self) -> list[AnyArray]:
         """The live state: iterations, then all m, all v, all vhat; variables that came later follow in the same way.
+
+        Small states are listed as they are stored: after these come the scales of 8-bit moments and the low halves of
+        split masters.
 
         With ``gradient_accumulation_steps`` the first counts the calls, not the steps, as in Keras 3.
         """
@@ -128,7 +139,11 @@ class Optimizer(Minimizer):
             tables.confirm()
 
     def get_slot(self, var: VariableLike, slot_name: str) -> AnyArray:
-        """The live state array "m", "v" or "vhat" of a variable; KeyError if there is none."""
+        """The live state array "m", "v" or "vhat" of a variable; KeyError if there is none.
+
+        With ``moments="8bit"`` it is a read-only float32 copy of the values of m or v; the codes and their scales are
+        in ``weights``.
+        """
         if not isinstance(slot_name, str):
             raise TypeError(f"slot_name: {slot_name!r:.200}, expected a string")
         label = label_of(var, 0)
@@ -142,7 +157,7 @@ class Optimizer(Minimizer):
             raise KeyError(f"{label}: not a variable of this optimizer")
         if slot_name not in slots:
             raise KeyError(f"{slot_name}: not a slot of {label}, which has {list(slots)}")
-        return slots[slot_name]
+        return readable(slots, slot_name)
 
     def get_slot_names(self) -> list[str]:
         """Names of the slots in the order of their creation."""
@@ -161,17 +176,26 @@ class Optimizer(Minimizer):
         buffer = buffer_of(var)
         options, state, runtime, tables = self._parts
 
-        def make(variable: _cpu.Buffer, _: str) -> AnyArray:
-            dtype = options.state_format.dtype_of(variable)
-            value = initial_value(initializer, variable.shape, dtype, variable.order)
-            return value if variable.device < 0 else copy_beside(value, variable)
+        def format_of(variable: _cpu.Buffer, slots: Mapping[str, AnyArray]) -> _OneSlot:
+            chosen = options.state_format.of(variable, slots)
+
+            def begin(_: _cpu.Buffer, name: str) -> AnyArray:
+                dtype = chosen.dtype_of(variable, name)
+                if name in (*SCALES, LOW) or dtype == "uint8":
+                    raise ValueError(
+                        f"slot_name: {name!r}, which belongs to small states of {variable.label}, expected build()"
+                    )
+                value = initial_value(initializer, variable.shape, dtype, variable.order)
+                return value if variable.device < 0 else copy_beside(value, variable)
+
+            return _OneSlot((slot_name,), begin)
 
         with runtime.lock:
             runtime.require_closed("add_slot")
             tables.catch_up_all()
-            prepared = state.slots.prepare([buffer], [slot_name], make)
+            prepared = state.slots.prepare([buffer], format_of)
             prepared.commit()
-            return prepared.slots[0][0]
+            return prepared.slots[slot_name][0]
 
     def add_weight(
         self,
@@ -282,6 +306,7 @@ class Optimizer(Minimizer):
         path: str | os.PathLike[str],
         variables: Iterable[VariableLike],
         custom_objects: Mapping[str, object] | None = None,
+        changes: Mapping[str, Any] | None = None,
     ) -> Self:
         """An optimizer from ``save``, which goes on to the bit with these variables.
 
@@ -289,12 +314,15 @@ class Optimizer(Minimizer):
             path: The file. It is data only: nothing in it is run.
             variables: The variables, with the values they had, in the order they were saved in.
             custom_objects: Schedule classes of your own by name.
+            changes: ``moments``, ``master``, ``stochastic_rounding``, ``float32_for`` or ``seed`` in place of the saved
+                ones, such as ``{"moments": "8bit"}``. Moments are converted; fewer bits are rounded at random.
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: The file is damaged, of another class, or of other variables: shape, dtype, or name differ.
+            ValueError: Other ``changes``; the file is damaged, of another class, or of other variables: shape, dtype or
+                name differ.
         """
-        optimizer, loss_scale = load_optimizer([cls], path, variables, custom_objects)
+        optimizer, loss_scale = load_optimizer([cls], path, variables, custom_objects, changes)
         if loss_scale is not None:
             raise ValueError(f"{os.fsdecode(path)}: state of LossScaleOptimizer, expected {cls.__name__}")
         return optimizer

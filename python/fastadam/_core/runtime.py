@@ -41,12 +41,14 @@ class StepPlan:
     amsgrad: bool
     decays: list[bool]
     histories: list[History | None]  # of the variables that are deferred tables
+    dense_only: list[str | None]  # for each variable why it takes no sparse gradients; None if it does
     has_copies: bool = False
     places: list[tuple[int, ...]] | None = None  # of the variables in the store, once a bucket has needed them
 
     def __post_init__(self) -> None:
         """Compute once what every step asks."""
         self.has_tables = any(self.histories)
+        self.needs_dense = any(self.dense_only)
 
     def takes(self, copies: list[AnyArray]) -> bool:
         """Whether the plan writes these copies of the variables in ``grads_and_vars``; empty for none."""

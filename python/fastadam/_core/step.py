@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastadam._core import accumulation
@@ -19,6 +20,7 @@ from fastadam._core.native.plan import Plan, StepHyper
 from fastadam._core.native.slices import is_sparse
 from fastadam._core.native.variable import Variable, unwrap
 from fastadam._core.options.options import CLIP_NAMES
+from fastadam._core.options.state_format import LOW
 from fastadam._core.pairs import check_pairs, first_variable
 from fastadam._core.parts import Parts
 from fastadam._core.runtime import PlanVersion, StepPlan
@@ -189,6 +191,7 @@ class Stepper:
             gradient_scale=gradient_scale,
             clip_after_dedupe=options.clip_after_dedupe,
             **options.keras3.step_numbers(steps + 1),
+            seed=options.small.seed,
         )
         runtime.numbers = (version, gradient_scale, hyper) if self._are_constant(optimizer) else None
         return hyper
@@ -252,6 +255,8 @@ class Stepper:
         if match is None or not match[0].takes(copies):
             return None
         plan, gradients = match
+        if plan.needs_dense:
+            _refuse_sparse(plan.dense_only, gradients)
         if self.runtime.checks_exclusions and self.options.keras3.weight_decay:
             self._check_exclusions(pairs)
         if self.options.exclusions.patterns and plan.decays != self._decays(pairs, plan.plan.buffers):
@@ -270,23 +275,28 @@ class Stepper:
         options, state, runtime = self.options, self.state, self.runtime
         positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
         gradients = [unwrap(pairs[i][0]) for i in positions]
-        state_format = options.state_format
-        amsgrad = "vhat" in state_format.names
+        state_format, amsgrad = options.state_format, options.amsgrad
         buffers = buffers_of([pairs[i][1] for i in positions], positions)
-        prepared = state.slots.prepare(buffers, state_format.names, state_format.begin)
+        tables = {key_of(buffer) for buffer, gradient in zip(buffers, gradients, strict=True) if is_sparse(gradient)}
+        prepared = state.slots.prepare(buffers, partial(state_format.of, tables=tables))
+        moments, lows = prepared.slots["m"], prepared.slots.get(LOW, [None] * len(buffers))
+        dense_only = [state_format.why_dense(*row) for row in zip(buffers, moments, lows, strict=True)]
+        _refuse_sparse(dense_only, gradients)
         decays = self._decays(pairs, buffers)
         numbers = Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, amsgrad)
         entries = [prepared.entry_of(buffer) for buffer in buffers]
         histories = [self._history_of(*row, numbers) for row in zip(buffers, entries, gradients, strict=True)]
         plan = Plan(
             buffers,
-            dict(zip(state_format.names, prepared.slots, strict=True)),
+            prepared.slots,
             decays=decays,
             positions=positions,
             lazy=options.sparse_update == "lazy",
             histories=[None if history is None else history.native for history in histories],
             copies=[unwrap(copies[i]) for i in positions] if copies else _NONE,
             context=runtime.context_of(buffers[0]),
+            numbers=prepared.numbers,
+            **options.small.rounding,
         )
         plan.set_telemetry(options.telemetry)
         gradients = plan.check(gradients, zeroes=zeroes)
@@ -297,7 +307,7 @@ class Stepper:
         runtime.replacements.look(given, buffers, new, [other.plan.buffers for other in runtime.plans])
         prepared.commit()  # slots are made once the whole step has been found good
         version = version._replace(slots=state.slots.version)
-        made = StepPlan(plan, version, amsgrad, decays, histories, has_copies=bool(copies))
+        made = StepPlan(plan, version, amsgrad, decays, histories, dense_only, has_copies=bool(copies))
         for buffer, history in zip(buffers, histories, strict=True):
             if history is not None and (entry := state.slots.entry_of(buffer)) and entry.history is not history:
                 runtime.clear_plans()  # one of them may know the variable without a history
@@ -355,6 +365,13 @@ class Stepper:
 def rate_after(rate: object, calls: int) -> AnyArray:
     """A learning rate after so many calls: a number, or one that is on a GPU."""
     return check_number("learning_rate", rate(calls)) if isinstance(rate, LearningRateSchedule) else rate
+
+
+def _refuse_sparse(dense_only: list[str | None], gradients: list[AnyGradient]) -> None:
+    """Raise for a sparse gradient of a variable that takes dense ones only, of which it is said why."""
+    for why, gradient in zip(dense_only, gradients, strict=True):
+        if why is not None and is_sparse(gradient):
+            raise ValueError(why)
 
 
 def _refuse_with_accumulation(**given: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,12 +11,13 @@ import numpy as np
 from fastadam._core.common.checks import check_list, check_non_negative
 from fastadam._core.common.types import AnyArray, HostArray
 from fastadam._core.native.arrays import assign as assign_array
-from fastadam._core.native.arrays import to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import buffers_of, key_of
 from fastadam._core.native.gradients import as_float_array
 from fastadam._core.optimizer import Optimizer
+from fastadam._core.options.state_format import SCALES, StateFormat, VariableFormat
 from fastadam._core.parts import parts_of
+from fastadam._core.state.moments import RandomKey, decoded, stored
 
 if TYPE_CHECKING:
     from fastadam._core.adam import Adam
@@ -56,7 +58,7 @@ def require_no_average(optimizer: Adam, place: str) -> None:
 
 
 def copies_of_slots(optimizer: Adam, variables: Iterable[AnyArray], names: Sequence[str]) -> dict[str, list[HostArray]]:
-    """Copies in C order, by slot name.
+    """Copies in C order, by slot name; small moments in float32.
 
     Raises:
         ValueError: A variable does not have one of these slots.
@@ -69,7 +71,7 @@ def copies_of_slots(optimizer: Adam, variables: Iterable[AnyArray], names: Seque
         for i, slots in enumerate(existing):
             if not set(names) <= set(slots):
                 raise ValueError(f"variables[{i}]: slots {list(slots)}, expected {list(names)}")
-        return {name: [np.array(to_host(slots[name]), order="C") for slots in existing] for name in names}
+        return {name: [np.array(decoded(slots, name), order="C") for slots in existing] for name in names}
 
 
 def assign(
@@ -79,7 +81,7 @@ def assign(
     slots: Mapping[str, Sequence[AnyArray]],
     hyper: Mapping[str, object],
 ) -> None:
-    """Set iterations, hyperparameters and the slots of these variables.
+    """Set iterations, hyperparameters and the slots of these variables; small moments are rounded at random.
 
     The caller has checked iterations and hyperparameters. If an error is raised, nothing has changed.
 
@@ -90,26 +92,36 @@ def assign(
     buffers = buffers_of(variables, range(len(variables)))
     _require_distinct(buffers)
     options, state, runtime, tables = parts_of(optimizer)
-    state_format = options.state_format
-    dtypes = [state_format.dtype_of(buffer) for buffer in buffers]
     new = {
-        name: [_fitted(f"{name}[{i}]", array, buffers[i], dtypes[i]) for i, array in enumerate(arrays)]
+        name: [_fitted(f"{name}[{i}]", array, buffers[i], buffers[i].state_dtype) for i, array in enumerate(arrays)]
         for name, arrays in slots.items()
     }
     with runtime.lock:
         tables.catch_up_all()
-        prepared = state.slots.prepare(buffers, list(slots), state_format.begin)
-        for name, targets in zip(slots, prepared.slots, strict=True):
+        options.refuse_with_small_states(amsgrad="vhat" in slots)
+        prepared = state.slots.prepare(buffers, partial(_format_with, options.state_format, tuple(slots)))
+        for name, targets in prepared.slots.items():
             for i, target in enumerate(targets):
                 if isinstance(target, np.ndarray) and not target.flags.writeable:
                     raise ValueError(f"slot {name} of variables[{i}]: was made read-only, expected a writable array")
         prepared.commit()
-        for targets, arrays in zip(prepared.slots, new.values(), strict=True):
-            for target, array in zip(targets, arrays, strict=True):
-                assign_array(target, array)
+        for i, buffer in enumerate(buffers):
+            chosen = options.state_format.of(buffer, state.slots.find(buffer) or {})
+            key = RandomKey(options.small.seed, iterations, prepared.numbers[i])
+            for name, arrays in new.items():
+                for part, array in stored(chosen, buffer, name, arrays[i], key).items():
+                    assign_array(prepared.slots[part][i], array)
         optimizer.iterations = iterations
         for name, value in hyper.items():
             setattr(optimizer, name, value)
+
+
+def _format_with(
+    state_format: StateFormat, names: tuple[str, ...], buffer: _cpu.Buffer, slots: Mapping[str, AnyArray]
+) -> VariableFormat:
+    """The format of a variable with these slots alone, and the scales of its codes."""
+    chosen = state_format.of(buffer, slots)
+    return chosen._replace(names=(*names, *(name for name in chosen.names if name in SCALES)))
 
 
 def _require_distinct(buffers: Sequence[_cpu.Buffer]) -> None:

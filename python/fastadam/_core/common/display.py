@@ -137,7 +137,11 @@ def adam_settings(optimizer: object, adam: type) -> Settings:
     """
     state = vars(optimizer)
     options = getattr(state.get("_parts"), "options", None)  # None while it is being made
-    values = {} if options is None else {**vars(options), **options.numbers, **options.clips, **vars(options.keras3)}
+    values = (
+        {}
+        if options is None
+        else {**vars(options), **options.numbers, **options.clips, **vars(options.keras3), **vars(options.small)}
+    )
     settings: Settings = [("learning_rate", values["learning_rate"])] if "learning_rate" in values else []
     defaults = {name: value for name, value in _parameters(adam).items() if name not in ("learning_rate", "lr", "name")}
     for name, default in defaults.items():

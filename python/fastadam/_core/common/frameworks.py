@@ -29,6 +29,7 @@ _NAMES = {
     "autograd": "HIPS autograd",
     "jax": "JAX",
     "keras": "Keras 3",
+    "ml_dtypes": "ml_dtypes",
     "optax": "optax",
     "safetensors": "safetensors",
     "torch": "PyTorch",

@@ -68,6 +68,10 @@ _SYNONYMS = (
     ("value", "initial_value", "data"),
     ("dense_shape", "shape"),
     ("axes", "ax"),
+    ("moments", "moments_dtype", "state_dtype", "optim_bits", "mu_dtype"),
+    ("master", "master_weights", "master_dtype"),
+    ("stochastic_rounding", "bf16_stochastic_round"),
+    ("float32_for", "min_8bit_size", "fp32_for"),
 )
 # Options that only PyTorch's optimizers have.
 ELSEWHERE = dict.fromkeys(

@@ -16,6 +16,7 @@ from fastadam._core.native.gpu import late_error
 from fastadam._core.native.gradients import bfloat16_to_float32
 from fastadam._core.native.slices import check_ids, is_native_sparse
 from fastadam._core.native.variable import label_of, unwrap
+from fastadam._core.options.state_format import VariableFormat
 from fastadam._core.state.entry import Entry, Spec
 
 if TYPE_CHECKING:
@@ -112,8 +113,9 @@ class Tables:
             return
         if history.waits:
             if entry.buffer is None and (variable := self._state.slots.variable_of(entry)) is not None:
-                begin = self._options.state_format.begin
-                self._state.slots.prepare([variable], (), begin).commit()  # a deep copy goes on with the same variable
+                no_more = VariableFormat(())
+                # a deep copy goes on with the same variable
+                self._state.slots.prepare([variable], lambda *_: no_more).commit()
                 entry = self._state.entries[entry.place]
             if entry.buffer is None:
                 raise _not_seen_yet(entry, str(entry.spec))

@@ -86,9 +86,10 @@ def beside(array: AnyArray, buffer: _cpu.Buffer) -> bool:
 
 
 def copy_beside(array: AnyArray, buffer: _cpu.Buffer) -> AnyArray:
-    """A copy on the device of a variable and in its layout."""
-    placed = zeros_beside(buffer)
-    assign(placed, to_host(array))
+    """A copy on the device of a variable, in its layout if it has its shape."""
+    host = to_host(array)
+    placed = zeros_beside(buffer, host.dtype.name, host.shape)
+    assign(placed, host)
     return placed
 
 

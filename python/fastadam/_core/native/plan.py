@@ -81,7 +81,8 @@ class Plan:
         buffers: The variables, all on one device.
         slots: For each name ("m", "v", ...) one array per variable. The dtype of m says how moments are stored: float32
             or float64; the dtype of a half variable; bfloat16 with ``stochastic_moments``; or uint8 codes, with scales
-            in "m_scale" and "v_scale". "low": int16, the low halves of bfloat16 variables.
+            in "m_scale" and "v_scale". "low": int16, the low halves of bfloat16 variables. These three have None for
+            variables without.
         decays: Whether weight decay applies, for each variable; None for none.
         positions: Their places in the caller's list, for error texts; None for 0, 1, ...
         lazy: Sparse gradients move only the rows that they name.
@@ -102,7 +103,7 @@ class Plan:
     def __init__(
         self,
         buffers: list[_cpu.Buffer],
-        slots: Mapping[str, Sequence[AnyArray]],
+        slots: Mapping[str, Sequence[AnyArray | None]],
         *,
         decays: list[bool] | None = None,
         positions: list[int] | None = None,

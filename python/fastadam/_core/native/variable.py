@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from fastadam._core.common.types import AnyArray, ArrayLike, Foreign, Tree
 
-__all__ = ["Reader", "Variable", "label_of", "present_name", "read_by", "unwrap"]
+__all__ = ["Reader", "Variable", "label_of", "name_in", "present_name", "read_by", "unwrap"]
 
 
 class Reader(Protocol):
@@ -40,6 +40,7 @@ class Reader(Protocol):
 Result = TypeVar("Result")
 _renamed: WeakValueDictionary[int, Variable] = WeakValueDictionary()  # by the ids of their arrays
 _reader: ContextVar[Reader | None] = ContextVar("fastadam_reader", default=None)
+_NAMED = "variable '"
 _running: set[int] = set()  # one number for each running loss, in any thread; changed only by atomic operations
 
 
@@ -329,7 +330,12 @@ def _new_array(value: ArrayLike, name: str | None) -> npt.NDArray[np.float32]:
 def label_of(variable: object, position: int) -> str:
     """How messages call a variable: by its name, or by its place in the list."""
     name = variable.name if isinstance(variable, Variable) else None
-    return f"variable '{name}'" if name else f"vars[{position}]"
+    return f"{_NAMED}{name}'" if name else f"vars[{position}]"
+
+
+def name_in(label: str) -> str | None:
+    """The name of the variable that :func:`label_of` labelled; None if it had none."""
+    return label[len(_NAMED) : -1] if label.startswith(_NAMED) else None
 
 
 def unwrap(variable: AnyArray) -> AnyArray:

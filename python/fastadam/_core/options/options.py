@@ -12,6 +12,7 @@ from fastadam._core.native.backend import _cpu
 from fastadam._core.native.slices import DEFERRED
 from fastadam._core.options.exclusions import Exclusions
 from fastadam._core.options.keras3 import ACCUMULATOR, Keras3Options
+from fastadam._core.options.small_states import SmallStates
 from fastadam._core.options.state_format import StateFormat
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ __all__ = ["CLIP_NAMES", "Options"]
 
 CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 
-_OF_PLANS = ("amsgrad", "exclusions", "keras3", "sparse_update", "telemetry")
+_OF_PLANS = ("amsgrad", "exclusions", "keras3", "small", "sparse_update", "telemetry")
 
 
 class Options:
@@ -41,6 +42,7 @@ class Options:
     sparse_update: SparseUpdate
     max_staleness: int | None
     telemetry: bool  # steps report what they do
+    small: SmallStates
 
     def __init__(self) -> None:
         self._reset_versions()
@@ -53,6 +55,7 @@ class Options:
         self.sparse_update = "dense"
         self.max_staleness = None
         self.telemetry = False
+        self.small = SmallStates()
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
@@ -77,7 +80,18 @@ class Options:
         """Check and set one of Keras 3's options."""
         if name == "use_ema" and value and self.sparse_update != "dense":
             raise ValueError(f"use_ema: with sparse_update={self.sparse_update!r}, expected False")
+        if name == "use_ema" and value:
+            self.refuse_with_small_states(use_ema=True)
         self.keras3 = dataclasses.replace(self.keras3, **{name: value})
+
+    def refuse_with_small_states(self, *, amsgrad: bool = False, use_ema: bool = False) -> None:
+        """Raise if these options are on and the formats of the state do not allow them."""
+        if amsgrad and self.small.moments == "8bit":
+            raise ValueError(
+                "amsgrad: True with moments='8bit', expected False: the maximum of v would rise with its rounding noise"
+            )
+        if use_ema and self.small.master == "split":
+            raise ValueError("use_ema: True with master='split', expected False")
 
     # ---- what follows from them ------------------------------------------------------------------------------------
 
@@ -104,7 +118,7 @@ class Options:
     def state_format(self) -> StateFormat:
         """What a step keeps for each variable."""
         needed = {"vhat": self.amsgrad, "average": self.keras3.use_ema, ACCUMULATOR: self.accumulation}
-        return StateFormat(("m", "v", *(name for name, is_needed in needed.items() if is_needed)))
+        return StateFormat(("m", "v", *(name for name, is_needed in needed.items() if is_needed)), self.small)
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 
@@ -119,5 +133,5 @@ class Options:
         return {**vars(self), "numbers": numbers}
 
     def __setstate__(self, state: Config) -> None:
-        vars(self).update(state)
+        vars(self).update({"small": SmallStates(), **state})  # missing in pickles of fastadam 0.1
         self._reset_versions()

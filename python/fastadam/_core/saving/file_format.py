@@ -10,18 +10,19 @@ import numpy as np
 
 from fastadam._core.common.types import HostArray
 from fastadam._core.options.keras3 import ACCUMULATOR
+from fastadam._core.options.state_format import LOW, SCALES
 
 __all__ = ["DTYPES", "ITERATIONS", "VERSION", "crc32", "lacking_in", "memory_of", "path_of"]
 
-VERSION = 1
+VERSION = 2  # 1: without "moments", "block" and "numbers", all moments in full
 ITERATIONS = "iterations"
-DTYPES = {"int64": "I64", "float32": "F32", "float64": "F64"}
+DTYPES = {"int64": "I64", "float32": "F32", "float64": "F64", "bfloat16": "BF16", "uint8": "U8", "int16": "I16"}
 
 
-def lacking_in(slots: Set[str], *, accumulates: bool) -> list[str]:
+def lacking_in(slots: Set[str], *, accumulates: bool, has_codes: bool = False) -> list[str]:
     """What a variable with one of these slots must have beside it; "vhat" and "average" may be switched on later."""
-    together = {"m", "v", ACCUMULATOR} if accumulates else {"m", "v"}
-    return sorted(together - slots) if slots & {*together, "vhat", "average"} else []
+    together = {"m", "v", *([ACCUMULATOR] if accumulates else []), *(SCALES if has_codes else ())}
+    return sorted(together - slots) if slots & {*together, *SCALES, LOW, "vhat", "average"} else []
 
 
 def crc32(array: HostArray) -> int:

@@ -17,6 +17,7 @@ from fastadam._core.native.arrays import to_host
 from fastadam._core.native.buffers import buffers_of, key_of
 from fastadam._core.options.exclusions import Exclusions
 from fastadam._core.options.keras3 import ACCUMULATOR
+from fastadam._core.options.state_format import BLOCK, kind_of
 from fastadam._core.parts import parts_of
 from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VERSION, crc32, lacking_in, memory_of, path_of
 from fastadam._core.state.entry import Entry
@@ -50,7 +51,11 @@ def save_optimizer(
             "in safetensors format"
         )
     selection = None if variables is None else check_list("variables", variables)
-    _, _, runtime, tables = parts_of(optimizer)
+    options, _, runtime, tables = parts_of(optimizer)
+    if callable(options.small.float32_for):
+        raise ValueError(
+            "float32_for: a function, expected a size, a list of patterns or None in an optimizer to be saved"
+        )
     with runtime.lock:
         tables.settle()
         tensors, header = _contents(optimizer, selection)
@@ -80,7 +85,8 @@ def _contents(optimizer: Foreign, selection: list[AnyArray] | None) -> tuple[dic
     store = state.slots
     entries = store.entries if selection is None else _entries_of(store, selection)
     for i, entry in enumerate(entries):
-        if lacking := lacking_in(set(entry.slots), accumulates=options.accumulation is not None):
+        has_codes = _moments_of(store, entry) == "8bit"
+        if lacking := lacking_in(set(entry.slots), accumulates=options.accumulation is not None, has_codes=has_codes):
             raise ValueError(
                 f"variables[{i}] {entry.spec}: slots {list(entry.slots)} without {lacking}, expected all of them: a "
                 "step or build() makes what add_slot has left out"
@@ -96,9 +102,17 @@ def _contents(optimizer: Foreign, selection: list[AnyArray] | None) -> tuple[dic
         "weights": [[name, crc32(array)] for name, array in tensors.items()],
         "excluded": _excluded(options.exclusions, entries),
         "slots": [list(entry.slots) for entry in entries],
+        "moments": [_moments_of(store, entry) for entry in entries],
+        "block": BLOCK,
+        "numbers": [entry.number for entry in entries],
         "accumulating": [i for i, e in enumerate(entries) if _is_accumulating(state, e, options.calls_per_step)],
     }
     return tensors, header
+
+
+def _moments_of(store: SlotStore, entry: Entry) -> str | None:
+    """How the moments of a variable are stored; None if it has none."""
+    return kind_of(store.arrays[entry.slots["m"]]) if "m" in entry.slots else None
 
 
 def _is_accumulating(state: State, entry: Entry, calls_per_step: int) -> bool:

@@ -7,11 +7,9 @@ from typing import NamedTuple
 
 from fastadam._core.deferred.history import History
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.variable import present_name
+from fastadam._core.native.variable import name_in, present_name
 
 __all__ = ["Entry", "Spec"]
-
-_NAMED = "variable '"
 
 
 class Spec(NamedTuple):
@@ -24,9 +22,8 @@ class Spec(NamedTuple):
 
     @classmethod
     def of(cls, buffer: _cpu.Buffer) -> Spec:
-        """Only a :class:`fastadam.Variable` has a name; its label is "variable 'name'"."""
-        name = buffer.label[len(_NAMED) : -1] if buffer.label.startswith(_NAMED) else None
-        return cls(buffer.shape, buffer.dtype, buffer.order, name)
+        """Only a :class:`fastadam.Variable` has a name."""
+        return cls(buffer.shape, buffer.dtype, buffer.order, name_in(buffer.label))
 
     def admits(self, other: Spec) -> bool:
         """Whether the state of this variable may go to that one."""
@@ -47,6 +44,7 @@ class Entry:
     origin: _cpu.Buffer | None = None  # in a deep copy, until a variable comes: the original's variable
     fingerprint: int | None = None  # of the values that this had when the copy was made
     place: int = -1  # in the store
+    number: int = -1  # its own part of the random numbers: the place, unless a file or a copy says otherwise
 
     @property
     def spec(self) -> Spec:

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from fastadam._core.common.types import AnyArray, Config
 from fastadam._core.deferred.history import History
-from fastadam._core.native.arrays import beside, copy_beside, to_host
+from fastadam._core.native.arrays import copy_beside, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, fingerprint_of, key_of
+from fastadam._core.options.state_format import NAMES
 from fastadam._core.state.adoption import Adoption
 from fastadam._core.state.entry import Entry, Spec
+from fastadam._core.state.moments import laid_out
 
 __all__ = ["SlotStore"]
 
-Maker = Callable[[_cpu.Buffer, str], AnyArray]
+
+class Format(Protocol):
+    """Which slots a variable is to have, and how they begin."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the slots."""
+
+    def begin(self, buffer: _cpu.Buffer, name: str, /) -> AnyArray:
+        """A slot that the variable does not have yet."""
+
+
+FormatOf = Callable[[_cpu.Buffer, Mapping[str, AnyArray]], Format]
 
 
 @dataclass
 class Prepared:
     """Slots for a step or a build; the store is as it was until ``commit``."""
 
-    slots: list[list[AnyArray]]  # for each name, for each variable
+    slots: dict[str, list[AnyArray | None]]  # for each name, for each variable; None where its format has no such slot
+    numbers: list[int]  # of the variables, for the generator of random numbers
     store: SlotStore
     version: int
     adopted: dict[Key, tuple[Entry, _cpu.Buffer, dict[str, AnyArray]]]
@@ -60,6 +76,7 @@ class SlotStore:
         self.names: list[str] = []
         self.entries: list[Entry] = []
         self.version = 0
+        self._next_number = 0
         self._known: dict[Key, Entry] = {}
         self._adoption = Adoption()
         self._intervals: list[tuple[int, int, _cpu.Buffer]] = []
@@ -99,26 +116,35 @@ class SlotStore:
             return entry.buffer
         return entry.origin if entry.origin.is_current() else None
 
-    def prepare(self, buffers: Sequence[_cpu.Buffer], names: Sequence[str], make: Maker) -> Prepared:
-        """The slots of these variables, made by ``make`` where there are none; nothing is registered yet.
+    def prepare(self, buffers: Sequence[_cpu.Buffer], format_of: FormatOf) -> Prepared:
+        """The slots of these variables in their formats, begun where there are none; nothing is registered yet.
 
-        The new ones come in TF's order: all m, then all v, then all vhat.
+        The new ones come in TF's order: all m, then all v, then all vhat. ``format_of`` gets a variable and the slots
+        that it has.
         """
-        version = self.version  # before `make`, which may be a caller's code
+        version = self.version  # before `begin`, which may be a caller's code
         distinct: dict[Key, _cpu.Buffer] = {}
         for buffer in buffers:
             distinct.setdefault(key_of(buffer), buffer)
         _require_apart(list(distinct.values()))
         adopted = self._adoptions(distinct)
         slots = {k: dict(adopted[k][2]) if k in adopted else self.find(b) or {} for k, b in distinct.items()}
+        formats = {key: format_of(buffer, slots[key]) for key, buffer in distinct.items()}
+        used = {name for each in formats.values() for name in each.names}
+        names = [*(name for name in NAMES if name in used), *sorted(used.difference(NAMES))]
         created: dict[tuple[Key, str], tuple[_cpu.Buffer, AnyArray]] = {}
         for name in names:
             for key, buffer in distinct.items():
-                if name not in slots[key]:
-                    slots[key][name] = make(buffer, name)
+                if name not in slots[key] and name in formats[key].names:
+                    slots[key][name] = formats[key].begin(buffer, name)
                     created[key, name] = (buffer, slots[key][name])
-        listed = [[slots[key_of(buffer)][name] for buffer in buffers] for name in names]
-        return Prepared(listed, self, version, adopted, created)
+        keys = [key_of(buffer) for buffer in buffers]
+        listed = {name: [slots[k][name] if name in formats[k].names else None for k in keys] for name in names}
+        numbers = {key: self._known[key].number for key in distinct if key in self._known}
+        numbers.update({key: entry.number for key, (entry, _, _) in adopted.items()})
+        new = (key for key in dict.fromkeys(key for key, _ in created) if key not in numbers)  # as a commit adds them
+        numbers.update({key: number for number, key in enumerate(new, self._next_number)})
+        return Prepared(listed, [numbers.get(key, 0) for key in keys], self, version, adopted, created)
 
     def _adoptions(self, buffers: dict[Key, _cpu.Buffer]) -> dict[Key, tuple[Entry, _cpu.Buffer, dict[str, AnyArray]]]:
         """Which waiting entry each unknown variable takes: that of its own memory, else the next one."""
@@ -136,7 +162,8 @@ class SlotStore:
         chosen.update(self._adoption.choose(unknown, waiting, self.slots_of))
         for key, entry in chosen.items():
             self._require_history(buffers[key], entry)
-        return {key: (entry, buffers[key], self._laid_out(entry, buffers[key])) for key, entry in chosen.items()}
+        placed = {key: laid_out(self.slots_of(entry), buffers[key], entry.number) for key, entry in chosen.items()}
+        return {key: (entry, buffers[key], placed[key]) for key, entry in chosen.items()}
 
     def _require_history(self, buffer: _cpu.Buffer, entry: Entry) -> None:
         if entry.history is not None and not entry.history.fits(buffer):
@@ -144,10 +171,6 @@ class SlotStore:
                 f"{buffer.label}: changed since the state was copied, while rows lagged behind; expected the table as "
                 "it was then (sync() before a deferred optimizer is copied apart from its tables)"
             )
-
-    def _laid_out(self, entry: Entry, buffer: _cpu.Buffer) -> dict[str, AnyArray]:
-        arrays = self.slots_of(entry).items()
-        return {name: a if beside(a, buffer) else copy_beside(a, buffer) for name, a in arrays}
 
     def require_new_memory(self, buffer: _cpu.Buffer) -> None:
         """Refuse a variable that overlaps a known one under another shape: its moments would start at zero unseen."""
@@ -166,7 +189,7 @@ class SlotStore:
         """A store with the same entries, to be changed and then put in the place of this one."""
         draft = SlotStore()
         draft.arrays, draft.names, draft.entries = self.arrays[:], self.names[:], self.entries[:]
-        draft.version = self.version + 1
+        draft.version, draft._next_number = self.version + 1, self._next_number
         draft._known, draft._intervals = {**self._known}, self._intervals[:]
         draft._adoption = self._adoption.draft()
         return draft
@@ -181,7 +204,7 @@ class SlotStore:
             self.arrays[entry.slots[name]] = array
         spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
         history = entry.history and entry.history.placed(buffer)
-        self._put(Entry(spec, dict(entry.slots), buffer, history, place=entry.place))
+        self._put(Entry(spec, dict(entry.slots), buffer, history, place=entry.place, number=entry.number))
         self._adoption.note(entry, buffer)
         self._register(buffer)
 
@@ -194,7 +217,8 @@ class SlotStore:
         self.arrays.append(array)
         self.names = list(dict.fromkeys([*self.names, name]))
         if entry is None:
-            new.place = len(self.entries)
+            new.place, new.number = len(self.entries), self._next_number
+            self._next_number += 1
             self.entries.append(new)
             self._register(buffer)
         self._put(new)
@@ -205,8 +229,11 @@ class SlotStore:
             self._known[key_of(entry.buffer)] = entry
 
     def add_waiting(self, entry: Entry) -> None:
-        """Register an entry of a restored store, without a buffer."""
+        """Register an entry of a restored store, without a buffer; without a number it gets the next one."""
         entry.place = len(self.entries)
+        if entry.number < 0:
+            entry.number = self._next_number
+        self._next_number = max(self._next_number, entry.number + 1)
         self.entries.append(entry)
         self._adoption.add(entry)
 
@@ -218,7 +245,7 @@ class SlotStore:
     # ---- copies ----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> Config:
-        entries = [(tuple(entry.spec), dict(entry.slots), _copied(entry)) for entry in self.entries]
+        entries = [(tuple(entry.spec), dict(entry.slots), _copied(entry), entry.number) for entry in self.entries]
         return {
             "arrays": [to_host(array).copy(order="K") for array in self.arrays],
             "names": list(self.names),
@@ -230,8 +257,8 @@ class SlotStore:
         # Buffers that a pickle keeps outside of itself may come back read-only.
         self.arrays = [array if array.flags.writeable else array.copy(order="K") for array in state["arrays"]]
         self.names = list(state["names"])
-        for spec, slots, history in state["entries"]:
-            self.add_waiting(Entry(Spec(*spec), slots, None, history))
+        for spec, slots, history, *number in state["entries"]:  # the number is missing in pickles of fastadam 0.1
+            self.add_waiting(Entry(Spec(*spec), slots, None, history, number=number[0] if number else -1))
 
     def __deepcopy__(self, memo: dict[int, object]) -> SlotStore:
         twin = type(self)()
@@ -243,7 +270,9 @@ class SlotStore:
         for entry in self.entries:
             origin = entry.buffer or entry.origin
             fingerprint = entry.fingerprint if entry.buffer is None else fingerprint_of(entry.buffer)
-            twin.add_waiting(Entry(entry.spec, dict(entry.slots), None, _copied(entry), origin, fingerprint))
+            twin.add_waiting(
+                Entry(entry.spec, dict(entry.slots), None, _copied(entry), origin, fingerprint, number=entry.number)
+            )
         return twin
 
 

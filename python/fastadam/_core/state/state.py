@@ -13,7 +13,9 @@ from fastadam._core.common.checks import check_iterations, check_list
 from fastadam._core.native.arrays import assign, on_gpu, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.options.keras3 import ACCUMULATOR
+from fastadam._core.options.state_format import LOW, SCALES
 from fastadam._core.state.entry import Entry
+from fastadam._core.state.moments import check_scales
 from fastadam._core.state.slots import SlotStore
 
 if TYPE_CHECKING:
@@ -83,9 +85,14 @@ class State:
                 f"You called `set_weights(weights)` on optimizer {name} with a weight list of length "
                 f"{len(given)}, but the optimizer was expecting {len(current)} weights."
                 + ("" if self.entries else " It has no variables yet: call build(var_list) first.")
+                + (" Small states are listed as they are stored: see `weights`." if self._has_small_states() else "")
             )
         calls = check_iterations("weights[0]", given[0])
-        return calls, [_like(old, given[i], f"weights[{i}]") for i, old in enumerate(current) if i > 0]
+        names = {at: name for entry in self.entries for name, at in entry.slots.items()}
+        slots = [_like(old, given[i], f"weights[{i}]") for i, old in enumerate(current) if i > 0]
+        for at, array in enumerate(slots):
+            check_scales(names[at], array, f"weights[{at + 1}]")
+        return calls, slots
 
     def fill(self, calls: int, slots: Sequence[npt.NDArray[np.generic]], calls_per_step: int) -> None:
         """Overwrite the count and all slots with checked values, at once: no signal handler runs in between.
@@ -133,6 +140,9 @@ class State:
             if entry.place not in current and to_host(accumulator).any():
                 assign(accumulator, 0)
 
+    def _has_small_states(self) -> bool:
+        return not {*SCALES, LOW}.isdisjoint(self.slots.names)
+
     def _with_accumulators(self) -> list[Entry]:
         return [entry for entry in self.entries if ACCUMULATOR in entry.slots]
 
@@ -174,6 +184,8 @@ def _like(old: AnyArray, value: AnyArray, label: str) -> npt.NDArray[np.generic]
         )
     if isinstance(old, np.ndarray) and not old.flags.writeable:
         raise ValueError(f"{label}: was made read-only, expected a writable array")
+    if isinstance(old, np.ndarray) and old.dtype.kind in "iu" and array.dtype != old.dtype:  # codes, scales, low halves
+        raise TypeError(f"{label}: dtype {array.dtype}, expected {old.dtype}, as get_weights of small states gives it")
     is_bfloat16 = array.dtype.name == "bfloat16"
     if array.dtype.kind not in "fiu" and not is_bfloat16:
         raise TypeError(f"{label}: dtype {array.dtype}, expected {old.dtype}")

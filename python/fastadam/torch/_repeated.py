@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["RepeatedStep"]
 
-# What a step reads of a group besides its parameters.
-_OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay", "differentiable")
+# What a step reads of a group besides its parameters; the last one chooses other plans, which no step here has.
+_OPTIONS = (
+    *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay", "differentiable"),
+    "stochastic_rounding",
+)
 _read_options = itemgetter(*_OPTIONS)
 _CONSTANTS = {float, int, bool, type(None)}
 
@@ -27,6 +30,7 @@ class RepeatedStep:
 
     def __init__(self, sets: list[ParameterSet], groups: list[Group], state: States, clipping: Clipping) -> None:
         self._sets, self._clipping = sets, clipping
+        self._rounds = [group["stochastic_rounding"] for group in groups]
         self._steps = RepeatedSteps([each.plan for each in sets], groups, state)
         self._written = [tensor for each in sets for tensor in each.written]
         # With which the plans remember the numbers of the step: the scale of the gradients, then options of the group.
@@ -84,6 +88,8 @@ class RepeatedStep:
         """Give the plan of a group other numbers; False if they ask for another plan."""
         chosen, kind = self._sets[index], self._sets[index].kind
         if (kind.amsgrad, kind.decays) != (bool(group["amsgrad"]), bool(group["decoupled_weight_decay"])):
+            return False
+        if group["stochastic_rounding"] != self._rounds[index]:
             return False
         hyper = self._clipping.bound(chosen.numbers_of(group, 1, gradient_scale))
         chosen.plan.remember(hyper, factors=chosen.factors_of(group))

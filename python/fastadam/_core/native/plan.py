@@ -47,6 +47,7 @@ class StepHyper(NamedTuple):
     l2: float = 0.0  # coupled weight decay
     epsilon_corrected: bool = False  # PyTorch's: added to the bias-corrected root
     zero_gradients: bool = False  # after the step
+    seed: int = 0  # of stochastic rounding, below 2**64
 
 
 # A row for each gradient: the sum of its squares, with ``require_finite`` NaN where it is not finite, and the sums of
@@ -78,13 +79,18 @@ class Plan:
 
     Args:
         buffers: The variables, all on one device.
-        slots: For each name ("m", "v", ...) one array per variable.
+        slots: For each name ("m", "v", ...) one array per variable. The dtype of m says how moments are stored: float32
+            or float64; the dtype of a half variable; bfloat16 with ``stochastic_moments``; or uint8 codes, with scales
+            in "m_scale" and "v_scale". "low": int16, the low halves of bfloat16 variables.
         decays: Whether weight decay applies, for each variable; None for none.
         positions: Their places in the caller's list, for error texts; None for 0, 1, ...
         lazy: Sparse gradients move only the rows that they name.
         histories: For each variable its history if it is a deferred table; None for none.
         copies: For each variable None or the array that receives a rounded copy of it after every step.
         context: What the plans of one optimizer share on a GPU; None on the host.
+        stochastic_moments: bfloat16 moments are rounded stochastically.
+        stochastic_variables: bfloat16 variables without low halves are.
+        numbers: Of the variables, among those of one seed; None for 0, 1, ...
 
     Raises:
         TypeError: A slot of another dtype than its variable needs.
@@ -104,6 +110,9 @@ class Plan:
         histories: Sequence[NativeHistory | None] | None = None,
         copies: Sequence[AnyArray | None] = (),
         context: object = None,
+        stochastic_moments: bool = False,
+        stochastic_variables: bool = False,
+        numbers: list[int] | None = None,
     ) -> None:
         count = len(buffers)
         self.buffers = buffers
@@ -118,6 +127,9 @@ class Plan:
             [None] * count if histories is None else histories,
             context,
             list(copies),
+            stochastic_moments,
+            stochastic_variables,
+            numbers or [],
         )
 
     # ---- whether it still fits -------------------------------------------------------------------------------------

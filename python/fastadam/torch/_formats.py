@@ -23,16 +23,20 @@ __all__ = [
     "OPTIONS",
     "SCALES",
     "SLOTS",
+    "Asked",
     "Choice",
     "Float32Rule",
     "Master",
     "Moments",
     "StateFormat",
     "Stored",
+    "asked_of",
     "check_codes",
     "check_formats",
     "check_low",
     "check_seed",
+    "fill_seed",
+    "given_formats",
     "master_of",
     "scales_size",
     "stored_as",
@@ -49,6 +53,7 @@ SCALES = {"m_scale": "exp_avg_scale", "v_scale": "exp_avg_sq_scale"}  # of 8-bit
 BLOCK = 128  # elements that share a scale, in the order in which the parameter is stored
 OPTIONS = ("moments", "master", "stochastic_rounding")  # they belong to the optimizer that loads, not to what it loads
 
+_DEFAULTS: Group = {"moments": None, "master": None, "stochastic_rounding": False, "seed": 0}
 _SMALL = ("bfloat16", "8bit")
 _CAN_BE_SMALL = (torch.float32, *HALF)
 _LEAST = 4096
@@ -60,6 +65,39 @@ def scales_size(param: Tensor) -> int:
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """The options of a group that say how states are stored."""
+
+    moments: Moments | None
+    master: Master | None
+    rounds: bool  # bfloat16 parameters without a master are rounded at random
+
+    @property
+    def is_random(self) -> bool:
+        """Whether anything may be rounded at random."""
+        return self.moments in _SMALL or self.rounds
+
+
+def asked_of(group: Group) -> Asked:
+    """The options of a group, which lacks those that nobody has set: torch's groups have none of them."""
+    moments, master, rounds = (group.get(name, _DEFAULTS[name]) for name in OPTIONS)
+    return Asked(moments, master, bool(rounds))
+
+
+def given_formats(moments: object, master: object, stochastic_rounding: object, seed: object) -> Group:
+    """Those of these options that a group has to have: the seed if it is read."""
+    given = {"moments": moments, "master": master, "stochastic_rounding": stochastic_rounding, "seed": seed}
+    chosen = {name: value for name, value in given.items() if value is not _DEFAULTS[name]}
+    return fill_seed(chosen, seed)
+
+
+def fill_seed(group: Group, seed: object) -> Group:
+    """Give a group a seed if it has none and needs one, so that it is part of state dicts."""
+    if asked_of(group).is_random:
+        group.setdefault("seed", seed)
+    return group
 
 
 class Float32Rule:
@@ -104,10 +142,9 @@ class Float32Rule:
 
     def check_use(self, groups: list[Group]) -> None:
         """Raise ValueError if no group has smaller moments; warn of patterns that name none of the parameters."""
-        if self.is_given and all(group["moments"] not in _SMALL for group in groups):
-            raise ValueError(
-                f"float32_for: given with moments={groups[0]['moments']!r}, expected moments='bfloat16' or '8bit'"
-            )
+        asked = [asked_of(group).moments for group in groups]
+        if self.is_given and not set(asked) & set(_SMALL):
+            raise ValueError(f"float32_for: given with moments={asked[0]!r}, expected moments='bfloat16' or '8bit'")
         names = [name for group in groups for name in group.get("param_names") or ()]
         unused = [repr(pattern) for pattern in self.patterns if not any(found(pattern, name) for name in names)]
         if unused:
@@ -153,7 +190,7 @@ class StateFormat(NamedTuple):
             TypeError: The parameter has a dtype that cannot be split.
             ValueError: It is on a GPU or distributed, where small states are not supported.
         """
-        moments, master = self.group["moments"], self.group["master"]
+        moments, master, rounds = asked_of(self.group)
         if param.dtype not in HALF:
             master = None
         elif master == "split":
@@ -168,8 +205,7 @@ class StateFormat(NamedTuple):
             elif is_sparse or self.rule.keeps(param, self.group, label):
                 moments = "float32"
         choice = Choice("float32" if moments is None and master is not None else moments, master)
-        rounds = self.group["stochastic_rounding"] and param.dtype == torch.bfloat16
-        _require_place(param, label, choice.moments, choice.master, rounds=rounds)
+        _require_place(param, label, *choice, rounds=rounds and param.dtype == torch.bfloat16)
         return choice
 
     def begin(self, param: Tensor, label: str) -> ParamState:
@@ -190,7 +226,7 @@ class StateFormat(NamedTuple):
         """Add what a state lacks that was begun or saved with other options."""
         if self.group["amsgrad"] and SLOTS["vhat"] not in state:
             state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
-        if self.group["master"] is None or param.dtype not in HALF or MASTER in state or LOW in state:
+        if asked_of(self.group).master is None or param.dtype not in HALF or MASTER in state or LOW in state:
             return
         if self.choose(param, label, is_sparse=_has_sparse_gradient(param)).master == "split":
             state[LOW] = torch.zeros_like(
@@ -231,25 +267,25 @@ def check_formats(group: Group, sparse_update: str) -> None:
         TypeError: An option has the wrong type.
         ValueError: It has another value than it can have, or excludes another option.
     """
-    if group["moments"] not in (None, "float32", *_SMALL):
-        raise ValueError(f"moments: {group['moments']!r:.60}, expected None, 'float32', 'bfloat16' or '8bit'")
-    if group["master"] not in (None, "float32", "split"):
-        raise ValueError(f"master: {group['master']!r:.60}, expected None, 'float32' or 'split'")
-    check_bool("stochastic_rounding", group["stochastic_rounding"])
-    check_seed(group["seed"])
-    if group["amsgrad"] and group["moments"] == "8bit":
+    moments, master, rounds = asked_of(group)
+    if moments not in (None, "float32", *_SMALL):
+        raise ValueError(f"moments: {moments!r:.60}, expected None, 'float32', 'bfloat16' or '8bit'")
+    if master not in (None, "float32", "split"):
+        raise ValueError(f"master: {master!r:.60}, expected None, 'float32' or 'split'")
+    check_bool("stochastic_rounding", group.get("stochastic_rounding", False))
+    check_seed(group.get("seed", 0))
+    if group["amsgrad"] and moments == "8bit":
         raise ValueError(
             "amsgrad: True with moments='8bit', in whose rounding the largest second moment would only grow; expected "
             "moments='bfloat16' or 'float32'"
         )
-    if group["master"] is not None and group["stochastic_rounding"]:
+    if master is not None and rounds:
         raise ValueError(
-            f"stochastic_rounding: True with master={group['master']!r}, which keeps what rounding loses; expected one "
-            "of the two"
+            f"stochastic_rounding: True with master={master!r}, which loses nothing by rounding; expected one of both"
         )
-    if group["master"] is not None and sparse_update in DEFERRED:
+    if master is not None and sparse_update in DEFERRED:
         raise ValueError(
-            f"master: {group['master']!r} with sparse_update={sparse_update!r}, whose rows wait in memory, expected "
+            f"master: {master!r} with sparse_update={sparse_update!r}, whose rows wait in memory, expected "
             "sparse_update='dense' or 'lazy'"
         )
 
@@ -316,15 +352,15 @@ def stored_as(param: Tensor, state: ParamState, group: Group, label: str) -> Sto
     """
     moment = state[SLOTS["m"]]
     dtype = moment.dtype if isinstance(moment, Tensor) else None
-    has_master, is_split = MASTER in state, LOW in state
+    asked, has_master, is_split = asked_of(group), MASTER in state, LOW in state
     moments: Literal["bfloat16", "8bit"] | None = None
     if dtype == torch.uint8:
         moments = "8bit"
         if missing := [repr(key) for key in SCALES.values() if key not in state]:
             raise ValueError(f"state of {label}: without {', '.join(missing)}, expected the scales of 8-bit moments")
-    elif dtype == torch.bfloat16 and group["moments"] in _SMALL:
+    elif dtype == torch.bfloat16 and asked.moments in _SMALL:
         moments = "bfloat16"
-    rounds = bool(group["stochastic_rounding"]) and param.dtype == torch.bfloat16 and not has_master and not is_split
+    rounds = asked.rounds and param.dtype == torch.bfloat16 and not has_master and not is_split
     _require_place(param, label, moments, "split" if is_split else None, rounds=rounds)
     return Stored(moments, is_split, rounds)
 

@@ -20,6 +20,7 @@ from fastadam.torch._formats import (
     SLOTS,
     Choice,
     StateFormat,
+    asked_of,
     check_codes,
     check_low,
     check_seed,
@@ -33,6 +34,7 @@ __all__ = ["check_is_dict", "fill_groups", "keep_tensors", "restore_states"]
 _FLAGS = ("foreach", "capturable", "differentiable", "fused")  # they belong to the implementation, not to the rule
 _OURS = (*SLOTS.values(), *SCALES.values(), MASTER, LOW)
 _NAMES = ("step", *_OURS)
+_OF_CODES = (SLOTS["m"], SLOTS["v"], *SCALES.values())
 _NEEDED_IN_GROUP = ("lr", "betas", "eps")
 _NEEDED_IN_DICT = ("state", "param_groups")
 
@@ -56,23 +58,27 @@ class SavedFormat(NamedTuple):
 def fill_groups(groups: list[Group], before: list[Group], defaults: Group) -> list[SavedFormat]:
     """Add the options that older versions and other optimizers do not save, and ``defaults``.
 
-    The flags of the groups ``before`` stay, how they store states, and their ``compute_params``, which are not saved.
+    Of the groups ``before`` the flags stay, how they store states, and ``compute_params``, which are not saved.
+
+    Returns:
+        For each group what it asked for where it was saved.
     """
     saved = []
     for index, group in enumerate(groups):
         of = before[index] if before else defaults
-        saved.append(SavedFormat(*(name in group and group[name] == of[name] for name in ("moments", "master"))))
+        saved.append(SavedFormat(*(name in group and group[name] == of.get(name) for name in ("moments", "master"))))
         for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
             group.setdefault(name, False)
         for name in ("foreach", "fused"):
             group.setdefault(name, None)
         group.setdefault("weight_decay", 0)  # SparseAdam has none
-        for name, value in defaults.items():
-            group.setdefault(name, before[index][name] if before else value)
+        for name, value in {**defaults, **({"seed": of["seed"]} if "seed" in of else {})}.items():
+            group.setdefault(name, value)
         if before:
-            group.update({name: before[index][name] for name in (*_FLAGS, *OPTIONS)})
-            group.pop("compute_params", None)
-            group.update({name: before[index][name] for name in ("compute_params",) if name in before[index]})
+            kept = (*OPTIONS, "compute_params")
+            for name in kept:
+                group.pop(name, None)
+            group.update({name: of[name] for name in (*_FLAGS, *kept) if name in of})
     return saved
 
 
@@ -128,8 +134,10 @@ def keep_tensors(optimizer: torch.optim.Optimizer, state_dict: ParamState) -> Pa
         for place, key in enumerate(saved["params"][: len(group["params"])]):
             state = state_dict["state"].get(key)
             if state and isinstance(state, dict):
-                needed = NEEDED if not _has_codes(state) else (*NEEDED, *SCALES.values())
-                require_keys(needed, state, f"state of {label_of(group, index, place)}")
+                label = f"state of {label_of(group, index, place)}"
+                require_keys(NEEDED, state, label)
+                if _has_codes(state):
+                    require_keys(_OF_CODES, state, label, "8-bit moments of fastadam")
     known = {key for group in state_dict["param_groups"] for key in group["params"]}
     state = {
         key: {name: _Kept(x) if isinstance(x, Tensor) or name in _NAMES else x for name, x in value.items()}
@@ -153,7 +161,7 @@ def _check_saved_formats(group: Group, saved: Group, label: str) -> None:
         check_seed(saved.get("seed", 0))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{label}: {error}") from error
-    if saved.get("amsgrad") and group["moments"] == "8bit":
+    if saved.get("amsgrad") and asked_of(group).moments == "8bit":
         raise ValueError(
             f"{label}: amsgrad: True, expected False as the optimizer has moments='8bit', or an optimizer with "
             "moments='bfloat16' or 'float32'"
@@ -198,7 +206,7 @@ def restore_states(
             if kept:
                 choice = format_of(group).choose(param, called, is_sparse=False)
                 loading = _Loading(param, kept, saved[index].keeps(choice, kept), label)
-                named.update(loading.moments(Key(group["seed"], int(named["step"]), first + place)))
+                named.update(loading.moments(Key(group.get("seed", 0), int(named["step"]), first + place)))
                 named.update(loading.master())
                 named.update(loading.others())
                 for name in [name for name, value in named.items() if isinstance(value, _Kept)]:

@@ -28,7 +28,7 @@ from fastadam.torch._clipping import Clipping
 from fastadam.torch._compiled import Columns, traced_step
 from fastadam.torch._copies import ComputeParams, check_compute_params, check_groups_apart
 from fastadam.torch._deferred import Reader
-from fastadam.torch._formats import Float32Rule, check_formats, master_of
+from fastadam.torch._formats import Float32Rule, check_formats, fill_seed, given_formats, master_of
 from fastadam.torch._loading import check_is_dict, fill_groups, keep_tensors, restore_states
 from fastadam.torch._options import Options
 from fastadam.torch._step import GroupStepper
@@ -266,10 +266,7 @@ class Adam(torch.optim.Optimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
-            "moments": moments,
-            "master": master_of(master, master_weights),
-            "stochastic_rounding": stochastic_rounding,
-            "seed": seed,
+            **given_formats(moments, master_of(master, master_weights), stochastic_rounding, seed),
         }
         check_formats(defaults, sparse_update)
         super().__init__(check_params(params), defaults)
@@ -354,7 +351,7 @@ class Adam(torch.optim.Optimizer):
     @property
     def master_weights(self) -> bool:
         """Whether half parameters have float32 masters unless their group says otherwise; see the class."""
-        return bool(self.defaults["master"] == "float32")
+        return bool(self.defaults.get("master") == "float32")
 
     def telemetry(self) -> Telemetry:
         """What the last step did to each parameter that had a gradient: ``telemetry=True`` in the constructor.
@@ -654,6 +651,7 @@ class Adam(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             check_formats(param_group, self._options.sparse_update)
+            fill_seed(param_group, self.defaults.get("seed", 0))
             self._options.float32_rule.require_names(param_group)
             check_compute_params(param_group, len(self.param_groups) - 1, self._options.sparse_update)
             check_groups_apart(enumerate(self.param_groups))

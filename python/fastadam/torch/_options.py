@@ -10,7 +10,7 @@ from fastadam._core.common.types import SparseUpdate
 from fastadam.torch._checks import Group
 from fastadam.torch._clipping import Clipping
 from fastadam.torch._deferred import Reader
-from fastadam.torch._formats import Float32Rule, StateFormat
+from fastadam.torch._formats import Float32Rule, StateFormat, asked_of, given_formats
 
 __all__ = ["Options"]
 
@@ -38,14 +38,10 @@ class Options:
         return StateFormat(group, self.float32_rule)
 
     def defaults_of_groups(self) -> Group:
-        """The options of groups that older versions did not have, or had here."""
+        """The options of groups that older versions had here."""
         of_older = vars(self)
-        return {
-            "moments": "float32" if of_older.get("moments_dtype") == torch.float32 else None,
-            "master": "float32" if of_older.get("master_weights") else None,
-            "stochastic_rounding": False,
-            "seed": 0,
-        }
+        moments = "float32" if of_older.get("moments_dtype") == torch.float32 else None
+        return given_formats(moments, "float32" if of_older.get("master_weights") else None, False, 0)
 
     def need_eager(self, groups: list[Group]) -> bool:
         """Whether ``torch.compile`` cannot trace a step with these options."""
@@ -53,5 +49,5 @@ class Options:
 
 
 def _needs_eager(group: Group) -> bool:
-    is_small = group["moments"] in ("bfloat16", "8bit") or group["stochastic_rounding"]
-    return is_small or group["master"] is not None or group.get("compute_params") is not None
+    asked = asked_of(group)
+    return asked.is_random or asked.master is not None or group.get("compute_params") is not None

@@ -270,7 +270,7 @@ class ParameterSet:
             weight_decay=weight_decay if decoupled else 0.0,
             l2=0.0 if decoupled else weight_decay,
             epsilon_corrected=not self.kind.rows,
-            seed=group["seed"],
+            seed=group.get("seed", 0),
         )
 
     def factors_of(self, group: Group) -> list[float]:

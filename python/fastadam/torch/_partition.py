@@ -17,7 +17,7 @@ from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, States, check_flags, label_of
 from fastadam.torch._copies import Copies, check_compute_params, check_groups_apart, check_place
 from fastadam.torch._deferred import Table, Tables
-from fastadam.torch._formats import SLOTS, check_formats, stored_as
+from fastadam.torch._formats import SLOTS, asked_of, check_formats, stored_as
 from fastadam.torch._layout import UNORDERED, Turn, turns_of
 from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
@@ -109,7 +109,7 @@ class Partitions:
         kinds = self._kinds_of(group["params"], gradients)
         if not any(kinds):
             return []
-        rounds = bool(group["stochastic_rounding"])
+        rounds = asked_of(group).rounds
         key = Key(index, kinds, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]), rounds, first)
         kept = self._kept.get(key)
         if kept is not None and not renew and kept.is_current(group, state, self._epoch):

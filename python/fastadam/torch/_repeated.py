@@ -16,11 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RepeatedStep"]
 
-# What a step reads of a group besides its parameters; the last one chooses other plans, which no step here has.
-_OPTIONS = (
-    *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay", "differentiable"),
-    "stochastic_rounding",
-)
+# What a step reads of a group besides its parameters.
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay", "differentiable")
 _read_options = itemgetter(*_OPTIONS)
 _CONSTANTS = {float, int, bool, type(None)}
 
@@ -30,7 +27,7 @@ class RepeatedStep:
 
     def __init__(self, sets: list[ParameterSet], groups: list[Group], state: States, clipping: Clipping) -> None:
         self._sets, self._clipping = sets, clipping
-        self._rounds = [group["stochastic_rounding"] for group in groups]
+        self._rounds = [group.get("stochastic_rounding") for group in groups]
         self._steps = RepeatedSteps([each.plan for each in sets], groups, state)
         self._written = [tensor for each in sets for tensor in each.written]
         # With which the plans remember the numbers of the step: the scale of the gradients, then options of the group.
@@ -68,6 +65,8 @@ class RepeatedStep:
         if len(groups) != len(self._sets) or not all(each.copies.are_untouched for each in self._sets):
             return None
         for index, group in enumerate(groups):
+            if group.get("stochastic_rounding") != self._rounds[index]:
+                return None
             numbers = (gradient_scale, *_read_options(group))
             if numbers != self._numbers[index] and not self._remember(index, group, gradient_scale, numbers):
                 return None
@@ -88,8 +87,6 @@ class RepeatedStep:
         """Give the plan of a group other numbers; False if they ask for another plan."""
         chosen, kind = self._sets[index], self._sets[index].kind
         if (kind.amsgrad, kind.decays) != (bool(group["amsgrad"]), bool(group["decoupled_weight_decay"])):
-            return False
-        if group["stochastic_rounding"] != self._rounds[index]:
             return False
         hyper = self._clipping.bound(chosen.numbers_of(group, 1, gradient_scale))
         chosen.plan.remember(hyper, factors=chosen.factors_of(group))

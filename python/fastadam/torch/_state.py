@@ -56,12 +56,14 @@ def states_of(known: States, params: list[Tensor], labels: list[str], state_form
     return states
 
 
-def require_keys(needed: tuple[str, ...], found: Mapping[str, object], label: str) -> None:
+def require_keys(
+    needed: tuple[str, ...], found: Mapping[str, object], label: str, owners: str = "Adam and AdamW"
+) -> None:
     """Raise ValueError if a state, a group or a state dict lacks one of the keys."""
     missing = [repr(name) for name in needed if name not in found]
     if missing:
         expected = f"{', '.join(needed[:-1])} and {needed[-1]}"
-        raise ValueError(f"{label}: without {', '.join(missing)}, expected {expected}, as Adam and AdamW have them")
+        raise ValueError(f"{label}: without {', '.join(missing)}, expected {expected}, as {owners} have them")
 
 
 def check_slots(

@@ -70,7 +70,7 @@ def variable(rng, size, dtype, slot=None, **extra):
     slot = slot or wide(dtype)
     arrays = {"var": random(rng, size, dtype), "m": stored(np.zeros(size), slot), "v": stored(np.zeros(size), slot)}
     fields = {"dtype": DTYPES[dtype], "grad_dtype": DTYPES[dtype], "next": -1, "grad_factor": 1.0, "decays": True}
-    return arrays, fields | {"size": size, "half_slots": slot == dtype and slot in ("float16", "bfloat16")} | extra
+    return arrays, fields | {"size": size, "moments": int(slot == dtype and slot in ("float16", "bfloat16"))} | extra
 
 
 class Side:

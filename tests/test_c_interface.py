@@ -148,7 +148,7 @@ def test_pkg_config_tells_what_the_command_line_tells(tmp_path):
     assert_output_of_the_c_program(run(program))
 
 
-ABI = 2  # FASTADAM_ABI
+ABI = 3  # FASTADAM_ABI
 
 
 class Hyper(ctypes.Structure):
@@ -160,6 +160,7 @@ class Hyper(ctypes.Structure):
         *((name, ctypes.c_bool) for name in ("ema_overwrite", "require_finite", "clip_after_dedupe")),
         ("l2", ctypes.c_double),
         *((name, ctypes.c_bool) for name in ("epsilon_corrected", "zero_gradients")),
+        ("seed", ctypes.c_uint64),
     ]
 
 
@@ -169,8 +170,11 @@ class Tensor(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("size", "next")),
         ("grad_factor", ctypes.c_double),
         *((name, ctypes.c_int32) for name in ("dtype", "grad_dtype")),
-        *((name, ctypes.c_bool) for name in ("decays", "half_slots")),
-        *((name, ctypes.c_void_p) for name in ("average", "copy")),
+        ("decays", ctypes.c_bool),
+        ("moments", ctypes.c_int32),
+        ("stochastic", ctypes.c_bool),
+        ("parameter", ctypes.c_uint64),
+        *((name, ctypes.c_void_p) for name in ("m_scales", "v_scales", "low", "average", "copy")),
         ("copy_dtype", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("telemetry", "accumulator", "rows", "stale")),
         ("grad_size", ctypes.c_int64),
@@ -203,15 +207,16 @@ def test_ctypes_steps_numpy_arrays():
         2,
         2,
         True,
+        0,
         False,
-        None,
-        None,
+        0,
+        *[None] * 5,
         2,
         *[None] * 4,
         w.size,
     )
     for step in (1, 2):
-        hyper = Hyper(step, 0.001, 0.9, 0.999, 1e-7, 0, *[np.inf] * 3, 1, 0, 0, *[False] * 3, 0, False, False)
+        hyper = Hyper(step, 0.001, 0.9, 0.999, 1e-7, 0, *[np.inf] * 3, 1, 0, 0, *[False] * 3, 0, False, False, 0)
         listed = List(ABI, ctypes.pointer(tensor), 1, None, None, 0)
         assert library.fastadam_step(ctypes.byref(listed), ctypes.byref(hyper), ctypes.c_bool(False)) == 0
         optimizer.apply_gradients([(g, expected)])

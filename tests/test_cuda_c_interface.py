@@ -262,7 +262,7 @@ def test_what_cannot_be_is_refused_with_a_reason_and_changes_nothing(twins):
     refused(misaligned, grad=tensors[0].grad + 1)
     refused("tensors[0].var: expected the array of the plan", var=Side.address(other))
     refused("tensors[0].vhat: expected the array of the plan", vhat=Side.address(other))
-    refused("tensors[0].size, dtype, next, decays, half_slots: expected the values of the plan", decays=False)
+    refused("tensors[0].size, dtype, next, decays, moments: expected the values of the plan", decays=False)
     wide = "tensors[0].grad_dtype: 3 for dtype 2, expected the same, float32 for a half variable, or a half type for "
     wide += "a dense gradient of float32"
     refused(wide, grad_dtype=3)

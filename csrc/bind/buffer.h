@@ -46,6 +46,7 @@ struct Buffer {
   int64_t size = 1;
   int64_t item_size = 0;
   std::optional<DType> dtype;  // empty if it is not a fastadam_dtype
+  uint8_t type_code = 0;       // DLPack's, of numbers
   bool writable = false;
   bool native_order = true;
   bool c_contiguous = false;
@@ -162,11 +163,13 @@ inline bool is_still_writable(const Buffer& b) {
   return (py::detail::array_proxy(b.owner.ptr())->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
 }
 
-// Raises if the array cannot be written in place; it is never copied instead.
-inline void require_in_place(const Buffer& b) {
-  if (!b.dtype) {
-    throw py::type_error(b.label + ": dtype " + b.dtype_name + ", expected float16, bfloat16, float32 or float64");
-  }
+inline void require_dtype(const Buffer& b) {
+  if (b.dtype) return;
+  throw py::type_error(b.label + ": dtype " + b.dtype_name + ", expected float16, bfloat16, float32 or float64");
+}
+
+// Raises if the memory cannot be written in place; it is never copied instead.
+inline void require_memory_in_place(const Buffer& b) {
   if (!b.native_order) throw py::value_error(b.label + ": byte-swapped, expected the byte order of this machine");
   if (!b.writable) throw py::value_error(b.label + ": read-only, expected a writable array to update in place");
   if (!b.c_contiguous && !b.f_contiguous) {
@@ -175,6 +178,11 @@ inline void require_in_place(const Buffer& b) {
   }
   if (!b.aligned())
     throw py::value_error(b.label + ": misaligned, expected an address that is a multiple of the item size");
+}
+
+inline void require_in_place(const Buffer& b) {
+  require_dtype(b);
+  require_memory_in_place(b);
 }
 
 inline std::string place_text(const Buffer& b) {

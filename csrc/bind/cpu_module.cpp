@@ -17,6 +17,7 @@
 #include "cpu_backend.h"
 #include "gil.h"
 #include "register_ops.h"
+#include "small_moments.h"
 #include "swapped.h"
 
 namespace {
@@ -118,6 +119,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   fastadam::bind::register_ops<fastadam::bind::CpuBackend>(m);
   m.def("copy_all", &copy_all, py::arg("copies"), py::arg("counter"));
   m.def("norm", &norm, py::arg("arrays"));
+  fastadam::bind::register_small_moments(m);
   py::class_<ArithmeticScope>(m, "DefaultArithmetic", py::module_local())
       .def(py::init<>())
       .def("__enter__", [](ArithmeticScope& scope) { scope.mode.emplace(); })

@@ -50,7 +50,7 @@ inline bool contiguous(const dlpack::DLTensor& t, bool fortran) {
 }
 
 // The address of a tensor in CPU memory with the dtype, shape and layout of `b`. Null for any other object and for an
-// empty tensor. b.dtype must be set.
+// empty tensor.
 inline void* tensor_address_if_like(py::handle object, const Buffer& b) {
   const dlpack::ExchangeApi* api = exchange_api_of(object);
   if (api == nullptr) return nullptr;
@@ -59,9 +59,8 @@ inline void* tensor_address_if_like(py::handle object, const Buffer& b) {
     PyErr_Clear();  // for example a sparse tensor
     return nullptr;
   }
-  constexpr uint8_t kCodes[kDTypeCount] = {dlpack::kDLFloat, dlpack::kDLBfloat, dlpack::kDLFloat, dlpack::kDLFloat};
-  const bool same_type = t.device.device_type == dlpack::kDLCPU && t.dtype.lanes == 1 &&
-                         t.dtype.code == kCodes[static_cast<int>(*b.dtype)] && t.dtype.bits == 8 * b.item_size;
+  const bool same_type = t.device.device_type == dlpack::kDLCPU && t.dtype.lanes == 1 && t.dtype.code == b.type_code &&
+                         t.dtype.bits == 8 * b.item_size;
   if (!same_type || static_cast<size_t>(t.ndim) != b.shape.size()) return nullptr;
   if (!std::equal(b.shape.begin(), b.shape.end(), t.shape)) return nullptr;
   const bool same_layout = t.strides == nullptr

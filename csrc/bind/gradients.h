@@ -159,7 +159,7 @@ class Gradients {
       throw py::value_error(label(i)() + ": shape " + tuple_text(g->shape) + ", expected " + tuple_text(var.shape) +
                             " like " + var.label);
     }
-    const bool may_be_wide = !variables_.tensors()[i].half_slots;
+    const bool may_be_wide = !has_half_moments(variables_.tensors()[i]);
     const bool may_be_narrow = g->on_host() && var.dtype == FASTADAM_FLOAT32;
     const bool readable = g->dtype == var.dtype || (may_be_wide && g->dtype == state_dtype(*var.dtype)) ||
                           (may_be_narrow && (g->dtype == FASTADAM_FLOAT16 || g->dtype == FASTADAM_BFLOAT16));
@@ -219,7 +219,10 @@ class Gradients {
     const Buffer& var = variables_[i];
     const std::string start = label(i)() + ": IndexedSlices for " + var.label;
     if (var.shape.empty()) throw py::value_error(start + " of shape (), expected at least one axis");
-    if (variables_.tensors()[i].half_slots) {
+    if (is_small(variables_.tensors()[i])) {
+      throw py::value_error(start + " with small moments, low halves or stochastic rounding, expected float32 state");
+    }
+    if (has_half_moments(variables_.tensors()[i])) {
       throw py::type_error(start + " whose m is " + name_of(*var.dtype) + ", expected float32 moments");
     }
     if (!var.c_contiguous) throw py::value_error(start + " in order F, expected order C, rows side by side");

@@ -214,7 +214,7 @@ ffi::Error dense_step(Place place, ffi::RemainingArgs args, ffi::RemainingRets r
         tensor.grad_dtype = dtype_of(grad.buffer);
         tensor.grad_factor = step.grad_factor(at);
         tensor.decays = decays[i] != 0;
-        tensor.half_slots = is_half(dtype_of(m.buffer));
+        if (is_half(dtype_of(m.buffer))) tensor.moments = FASTADAM_MOMENTS_HALF;
       }
       place.step(tensors, step.hyper(at, epsilon_corrected), false);
     }

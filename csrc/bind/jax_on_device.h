@@ -64,7 +64,7 @@ struct JaxPlan {
   bool is_for(const std::vector<fastadam_tensor>& arrays) const {
     const auto same = [](const fastadam_tensor& a, const fastadam_tensor& b) {
       return a.var == b.var && a.m == b.m && a.v == b.v && a.vhat == b.vhat && a.size == b.size && a.dtype == b.dtype &&
-             a.decays == b.decays && a.half_slots == b.half_slots;
+             a.decays == b.decays && a.moments == b.moments;
     };
     return std::equal(tensors.begin(), tensors.end(), arrays.begin(), arrays.end(), same);
   }

@@ -92,7 +92,7 @@ class Plan {
   }
 
   // Whether a step with these gradients can be undone: all are dense, of float32 variables in CPU memory that have no
-  // average and come once, and need no conversion.
+  // average, are not stored as in small_state.h and come once, and need no conversion.
   bool can_undo(const py::list& gradients) {
     const Scope scope(backend(), variables().place());
     const Call call(set_, gradients);
@@ -100,7 +100,7 @@ class Plan {
     size_t i = 0;
     return std::all_of(set_.tensors().begin(), set_.tensors().end(), [&](const TensorArgs& t) {
       const bool is_plain = t.dtype == FASTADAM_FLOAT32 && t.rows == nullptr && t.average == nullptr;
-      return is_plain && t.telemetry == nullptr && !variables().is_repeated(i++);
+      return is_plain && !is_small(t) && t.telemetry == nullptr && !variables().is_repeated(i++);
     });
   }
 

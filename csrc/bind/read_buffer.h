@@ -44,6 +44,10 @@ inline Buffer from_ndarray(const py::array& array) {
   Buffer b;
   b.dtype = dtype_of(dtype);
   if (!b.dtype) b.dtype_name = text(dtype);
+  b.type_code = dtype.kind() == 'u'            ? dlpack::kDLUInt
+                : b.dtype == FASTADAM_BFLOAT16 ? dlpack::kDLBfloat
+                : b.dtype                      ? dlpack::kDLFloat
+                                               : dlpack::kDLInt;
   b.data = const_cast<void*>(array.data());
   b.shape.assign(array.shape(), array.shape() + array.ndim());
   b.strides.assign(array.strides(), array.strides() + array.ndim());
@@ -63,6 +67,7 @@ inline Buffer from_ndarray(const py::array& array) {
 inline void read_dltensor(Buffer& b, const dlpack::DLTensor& t) {
   b.data = static_cast<char*>(t.data) + t.byte_offset;
   b.item_size = t.dtype.bits / 8;
+  b.type_code = t.dtype.code;
   const bool is_float = t.dtype.code == dlpack::kDLFloat && t.dtype.lanes == 1;
   if (is_float && t.dtype.bits == 32) b.dtype = FASTADAM_FLOAT32;
   if (is_float && t.dtype.bits == 64) b.dtype = FASTADAM_FLOAT64;
@@ -173,7 +178,7 @@ std::optional<ArrayAddress> address_if_like(const py::object& object, const Buff
     return ArrayAddress{array.data, ArrayAddress::kNdarray, writable};
   }
   if (reference.gpu) return Arrays::address_on_gpu(object, reference);
-  if (!reference.dtype) return std::nullopt;  // nothing has been read yet
+  if (reference.item_size == 0) return std::nullopt;  // nothing has been read yet
   const void* data = tensor_address_if_like(object, reference);
   return data == nullptr ? std::nullopt : std::optional(ArrayAddress{data, ArrayAddress::kTensor});
 }
@@ -249,23 +254,77 @@ Buffer read_variable(const py::object& object, const std::string& label) {
   return read_writable<Arrays>(is_tensor ? object.attr("detach")() : object, label);
 }
 
-// Reads a slot of `var`. Its dtype must be the state dtype or, if `may_be_half`, the dtype of `var`.
+inline bool is_integer(const Buffer& b, uint8_t type_code, int64_t bytes) {
+  return !b.dtype && b.type_code == type_code && b.item_size == bytes && b.dtype_name != "bool";
+}
+
+inline bool is_codes(const Buffer& b) { return is_integer(b, dlpack::kDLUInt, 1); }
+
+inline void require_shape(const Buffer& b, const std::vector<int64_t>& shape, const Buffer& var) {
+  if (b.shape == shape) return;
+  throw py::value_error(b.label + ": shape " + tuple_text(b.shape) + ", expected " + tuple_text(shape) + " like " +
+                        var.label);
+}
+
+inline void require_layout(const Buffer& b, const Buffer& var) {
+  if (b.same_layout(var)) return;
+  throw py::value_error(b.label + ": order " + b.order() + ", expected " + var.order() + " like " + var.label);
+}
+
+// Reads any array that can be updated in place, whatever its dtype.
 template <class Arrays>
-Buffer read_state(const py::object& object, const std::string& label, const Buffer& var, bool may_be_half) {
-  Buffer b = read_writable<Arrays>(object, label);
-  require_place(b, label, var);
-  if (b.shape != var.shape) {
-    throw py::value_error(label + ": shape " + tuple_text(b.shape) + ", expected " + tuple_text(var.shape) + " like " +
-                          var.label);
+Buffer read_slot(const py::object& object, const std::string& label, const Buffer& var) {
+  std::optional<Buffer> b = read_array<Arrays>(object, Label{label});
+  if (!b) throw py::type_error(label + ": " + type_name(object) + ", expected a writable array");
+  b->label = label;
+  require_place(*b, label, var);
+  if (!b->dtype && b->type_code > dlpack::kDLUInt) require_dtype(*b);
+  require_memory_in_place(*b);
+  return *std::move(b);
+}
+
+// Reads a moment, average or accumulator of `var`. Its dtype must be the state dtype; or, of a moment, the dtype of
+// `var`, bfloat16 or uint8.
+template <class Arrays>
+Buffer read_state(const py::object& object, const std::string& label, const Buffer& var, bool is_moment) {
+  Buffer b = read_slot<Arrays>(object, label, var);
+  if (!b.dtype && !(is_moment && is_codes(b))) require_dtype(b);
+  require_shape(b, var.shape, var);
+  const bool may_be_small = is_moment && *var.dtype != FASTADAM_FLOAT64;
+  const bool is_small = may_be_small && (is_codes(b) || b.dtype == FASTADAM_BFLOAT16 || b.dtype == var.dtype);
+  if (!is_small && b.dtype != state_dtype(*var.dtype)) {
+    const std::string found = b.dtype ? name_of(*b.dtype) : b.dtype_name;
+    const std::string own = may_be_small && size_of(*var.dtype) == 2 ? std::string(" or ") + name_of(*var.dtype) : "";
+    throw py::type_error(label + ": " + found + ", expected " + name_of(state_dtype(*var.dtype)) + own + " for " +
+                         name_of(*var.dtype) + " " + var.label);
   }
-  if (*b.dtype != state_dtype(*var.dtype) && !(may_be_half && b.dtype == var.dtype)) {
-    const std::string own = may_be_half && size_of(*var.dtype) == 2 ? std::string(" or ") + name_of(*var.dtype) : "";
-    throw py::type_error(label + ": " + name_of(*b.dtype) + ", expected " + name_of(state_dtype(*var.dtype)) + own +
-                         " for " + name_of(*var.dtype) + " " + var.label);
+  require_layout(b, var);
+  return b;
+}
+
+// Reads scales of 8-bit moments, one for each of `count` blocks.
+template <class Arrays>
+Buffer read_scales(const py::object& object, const std::string& label, const Buffer& var, int64_t count) {
+  Buffer b = read_slot<Arrays>(object, label, var);
+  if (!is_codes(b)) {
+    throw py::type_error(label + ": " + (b.dtype ? name_of(*b.dtype) : b.dtype_name) + ", expected uint8");
   }
-  if (!b.same_layout(var)) {
-    throw py::value_error(label + ": order " + b.order() + ", expected " + var.order() + " like " + var.label);
+  require_shape(b, {count}, var);
+  return b;
+}
+
+// Reads the low halves of a variable.
+template <class Arrays>
+Buffer read_low(const py::object& object, const std::string& label, const Buffer& var) {
+  Buffer b = read_slot<Arrays>(object, label, var);
+  if (!is_integer(b, dlpack::kDLInt, 2)) {
+    throw py::type_error(label + ": " + (b.dtype ? name_of(*b.dtype) : b.dtype_name) + ", expected int16");
   }
+  if (*var.dtype != FASTADAM_BFLOAT16) {
+    throw py::type_error(label + ": of " + name_of(*var.dtype) + " " + var.label + ", expected a bfloat16 variable");
+  }
+  require_shape(b, var.shape, var);
+  require_layout(b, var);
   return b;
 }
 

@@ -53,7 +53,7 @@ void register_buffer(py::module_& m) {
 // From StepHyper (python/fastadam/_core/native/plan.py), a tuple in the order of AdamHyper. The caster of std::tuple
 // would get each item of a NamedTuple through Python, which is slow.
 inline AdamHyper hyper_of(const py::tuple& numbers) {
-  constexpr py::ssize_t kFields = 18;
+  constexpr py::ssize_t kFields = 19;
   if (PyTuple_GET_SIZE(numbers.ptr()) != kFields) throw py::type_error("hyper: expected a StepHyper");
   py::ssize_t at = 0;
   const auto next = [&numbers, &at] { return py::handle(PyTuple_GET_ITEM(numbers.ptr(), at++)); };
@@ -80,7 +80,8 @@ inline AdamHyper hyper_of(const py::tuple& numbers) {
                    flag(),
                    number(),
                    flag(),
-                   flag()};
+                   flag(),
+                   next().cast<uint64_t>()};
 }
 
 // The memory of a step count: a writable int64 array, or None. The check of py::array_t<int64_t> is slower.
@@ -240,10 +241,19 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
       .def_static("exist", &ClosedForms::exist, py::arg("beta_1"), py::arg("beta_2"), py::arg("amsgrad"));
   using BackendPlan = Plan<Backend>;
   py::class_<BackendPlan> type(m, "Plan", py::module_local());
-  type.def(py::init<std::vector<Buffer>, const py::dict&, const std::vector<bool>&, std::vector<int64_t>, bool,
-                    const typename TensorSet<Backend>::Histories&, const py::object&, const py::list&>(),
+  type.def(py::init([](std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
+                       std::vector<int64_t> positions, bool lazy,
+                       const typename TensorSet<Backend>::Histories& histories, const py::object& context,
+                       const py::list& copies, bool stochastic_moments, bool stochastic_variables,
+                       std::vector<uint64_t> numbers) {
+             const Randomness random{stochastic_moments, stochastic_variables, std::move(numbers)};
+             return std::make_unique<BackendPlan>(std::move(variables), slots, decays, std::move(positions), lazy,
+                                                  histories, context, copies, random);
+           }),
            py::arg("variables"), py::arg("slots"), py::arg("decays"), py::arg("positions"), py::arg("lazy"),
-           py::arg("histories"), py::arg("context") = py::none(), py::arg("copies") = py::list())
+           py::arg("histories"), py::arg("context") = py::none(), py::arg("copies") = py::list(),
+           py::arg("stochastic_moments") = false, py::arg("stochastic_variables") = false,
+           py::arg("numbers") = std::vector<uint64_t>())
       .def(
           "catch_up",
           [](BackendPlan& plan, const std::optional<py::object>& ids, const py::tuple& hyper,

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../capi/prepare.h"
+#include "../core/small_state.h"
 #include "../core/step_args.h"
 #include "dlpack_exchange.h"
 #include "read_buffer.h"
@@ -20,22 +21,30 @@
 
 namespace fastadam::bind {
 
+// What decides about rounding at random, besides seed and step.
+struct Randomness {
+  bool moments = false;           // bfloat16 moments are rounded at random
+  bool variables = false;         // bfloat16 variables without low halves are
+  std::vector<uint64_t> numbers;  // of the variables, among those of one seed; empty for 0, 1, ...
+};
+
 template <class Arrays>
 class VariableSet {
  public:
-  // `slots`: lists of arrays by name: m, v and, if used, vhat, average, gradient_accumulator.
+  // `slots`: lists of arrays by name: m, v and, if used, those of kSlots.
   // `positions[i]`: position of variable i in the caller's list, for error texts about its gradient.
   // `decays[i]`: weight decay applies to variable i.
   // `copies[i]`: the array that receives a rounded copy of variable i, or None.
   VariableSet(std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
-              std::vector<int64_t> positions, const py::list& copies)
+              std::vector<int64_t> positions, const py::list& copies, const Randomness& random)
       : variables_(std::move(variables)), positions_(std::move(positions)), copies_(variables_.size()) {
     for (const auto& [name, arrays] : slots) require_length(text(name).c_str(), py::len(arrays));
     require_length("decays", decays.size());
     if (!copies.empty()) require_length("copies", copies.size());
     amsgrad_ = !variables_.empty() && slots.contains("vhat");
     for (const Buffer& b : variables_) require_place(b, b.label, place());
-    for (size_t i = 0; i < variables_.size(); ++i) add_tensor(slots, i, decays[i]);
+    if (!random.numbers.empty()) require_length("numbers", random.numbers.size());
+    for (size_t i = 0; i < variables_.size(); ++i) add_tensor(slots, i, decays[i], random);
     for (size_t i = 0; i < copies.size(); ++i) add_copy(copies[i], i);
     chain_repeats();
     refuse_overlaps();
@@ -88,7 +97,7 @@ class VariableSet {
       if (!is_same_array(variables[i], variables_[i], Sign::kTrust)) return false;
     }
     size_t slot = 0;
-    for (const char* name : {"m", "v", "vhat", "average", "gradient_accumulator"}) {
+    for (const char* name : kSlots) {
       if (!slots.contains(name)) continue;
       const auto arrays = slots[name].cast<py::list>();
       if (arrays.size() != variables_.size()) return false;
@@ -172,6 +181,10 @@ class VariableSet {
   }
 
  private:
+  // In the order of state_.
+  static constexpr const char* kSlots[] = {"m",       "v",       "vhat", "average", "gradient_accumulator",
+                                           "m_scale", "v_scale", "low"};
+
   static bool is_holder(py::handle object, const py::type& holder) {
     return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(holder.ptr())) != 0;
   }
@@ -199,26 +212,44 @@ class VariableSet {
     }
   }
 
-  // The memory of slot `name` of variable i; null if there is no such slot.
-  void* state(const py::dict& slots, const char* name, size_t i, bool may_be_half = false) {
+  // The memory of slot `name` of variable i; null if there is no such slot. `read(object, label)` reads the array.
+  template <class Read>
+  void* slot(const py::dict& slots, const char* name, size_t i, Read read) {
     if (!slots.contains(name)) return nullptr;
     const py::object array = slots[name].cast<py::list>()[i];
-    state_.push_back(read_state<Arrays>(array, Label{name, positions_[i]}(), variables_[i], may_be_half));
+    state_.push_back(read(array, Label{name, positions_[i]}()));
     return state_.back().data;
   }
 
-  // Whether the moments of a half variable have its dtype, as in PyTorch. Then every slot of it must.
-  bool has_half_slots(const TensorArgs& tensor, size_t first) const {
-    if (size_of(tensor.dtype) != 2 || state_[first].dtype != tensor.dtype) return false;
-    for (size_t k = first + 1; k < state_.size(); ++k) {
-      if (state_[k].dtype == tensor.dtype) continue;
-      throw py::type_error(state_[k].label + ": " + name_of(*state_[k].dtype) + ", expected " + name_of(tensor.dtype) +
-                           " like " + state_[first].label);
-    }
-    return true;
+  void* state(const py::dict& slots, const char* name, size_t i, bool is_moment = false) {
+    return slot(slots, name, i, [&](const py::object& array, const std::string& label) {
+      return read_state<Arrays>(array, label, variables_[i], is_moment);
+    });
   }
 
-  void add_tensor(const py::dict& slots, size_t i, bool decays) {
+  uint8_t* scales(const py::dict& slots, const char* name, size_t i) {
+    return static_cast<uint8_t*>(slot(slots, name, i, [&](const py::object& array, const std::string& label) {
+      return read_scales<Arrays>(array, label, variables_[i], code_blocks(variables_[i].size));
+    }));
+  }
+
+  // How m, the slot `first`, is stored. Every moment must be stored like it.
+  fastadam_moments moments_of(const TensorArgs& tensor, size_t i, size_t first, const Randomness& random) const {
+    const Buffer& m = state_[first];
+    for (size_t k = first + 1; k < state_.size(); ++k) {
+      if (state_[k].dtype == m.dtype && is_codes(state_[k]) == is_codes(m)) continue;
+      const auto name = [](const Buffer& b) { return b.dtype ? name_of(*b.dtype) : b.dtype_name.c_str(); };
+      throw py::type_error(state_[k].label + ": " + name(state_[k]) + ", expected " + name(m) + " like " + m.label);
+    }
+    if (is_codes(m)) return FASTADAM_MOMENTS_8BIT;
+    if (m.dtype == FASTADAM_BFLOAT16 && random.moments) return FASTADAM_MOMENTS_BFLOAT16;
+    if (size_of(tensor.dtype) == 2 && m.dtype == tensor.dtype) return FASTADAM_MOMENTS_HALF;
+    if (m.dtype == state_dtype(tensor.dtype)) return FASTADAM_MOMENTS_WIDE;
+    throw py::type_error(m.label + ": " + name_of(*m.dtype) + ", expected " + name_of(state_dtype(tensor.dtype)) +
+                         " for " + name_of(tensor.dtype) + " " + variables_[i].label);
+  }
+
+  void add_tensor(const py::dict& slots, size_t i, bool decays, const Randomness& random) {
     TensorArgs t{};
     const size_t first = state_.size();
     t.dtype = t.grad_dtype = *variables_[i].dtype;
@@ -226,13 +257,37 @@ class VariableSet {
     t.m = state(slots, "m", i, true);
     t.v = state(slots, "v", i, true);
     t.vhat = state(slots, "vhat", i, true);
+    t.moments = moments_of(t, i, first, random);
     t.average = state(slots, "average", i);
     t.accumulator = state(slots, "gradient_accumulator", i);
+    t.m_scales = scales(slots, "m_scale", i);
+    t.v_scales = scales(slots, "v_scale", i);
+    t.low = static_cast<int16_t*>(slot(slots, "low", i, [&](const py::object& array, const std::string& label) {
+      return read_low<Arrays>(array, label, variables_[i]);
+    }));
     t.decays = decays;
     t.size = variables_[i].size;
     t.next = -1;
-    t.half_slots = has_half_slots(t, first);
+    t.parameter = random.numbers.empty() ? i : random.numbers[i];
+    t.stochastic = random.variables && t.dtype == FASTADAM_BFLOAT16 && t.low == nullptr;
+    require_small(t, variables_[i].label);
     tensors_.push_back(t);
+  }
+
+  // Raises if the arrays of a variable cannot be stored as in small_state.h.
+  void require_small(const TensorArgs& t, const std::string& label) const {
+    const bool has_codes = t.moments == FASTADAM_MOMENTS_8BIT;
+    if (has_codes != (t.m_scales != nullptr && t.v_scales != nullptr) && t.size > 0) {
+      throw py::value_error(std::string("m_scale, v_scale: ") + (has_codes ? "missing, expected them" : "given") +
+                            " for " + label + (has_codes ? ", whose moments are uint8" : " without uint8 moments"));
+    }
+    if (!is_small(t)) return;
+    if (place().gpu) throw py::value_error("moments: small ones of " + label + " on a GPU, expected CPU memory");
+    if (has_codes && t.vhat != nullptr)
+      throw py::value_error("vhat: of " + label + " with uint8 moments, expected none");
+    if (t.low != nullptr && t.average != nullptr) {
+      throw py::value_error("average: of " + label + " in two halves, expected none");
+    }
   }
 
   void add_copy(const py::object& array, size_t i) {

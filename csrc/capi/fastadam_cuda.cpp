@@ -167,8 +167,8 @@ struct fastadam_cuda_plan {
       if (tensor.*array.data != own.*array.data) check.refuse(array.name, "expected the array of the plan");
     }
     const bool same = tensor.size == own.size && tensor.dtype == own.dtype && tensor.next == own.next &&
-                      tensor.decays == own.decays && tensor.half_slots == own.half_slots;
-    if (!same) check.refuse("size, dtype, next, decays, half_slots", "expected the values of the plan");
+                      tensor.decays == own.decays && tensor.moments == own.moments;
+    if (!same) check.refuse("size, dtype, next, decays, moments", "expected the values of the plan");
     if (tensor.stale != nullptr) check.refuse("stale", "not null, expected null");
     const cuda::SortedRows* sorted = sorted_[static_cast<size_t>(i)].rows.get();
     if (tensor.rows != nullptr && (sorted == nullptr || tensor.rows != &sorted->rows())) {
@@ -232,6 +232,7 @@ void refuse_host_options(const fastadam_list& list, const AdamHyper& hyper) {
     const TensorArgs& tensor = list.tensors[i];
     const TensorCheck check(tensor, i, RowChecks::kShape);
     if (tensor.copy != nullptr) check.refuse("copy", "not null, expected null on a GPU");
+    if (is_small(tensor)) check.refuse("moments, low, stochastic", "expected wide or half moments alone on a GPU");
     if (tensor.telemetry != nullptr) check.refuse("telemetry", "not null, expected null on a GPU");
     const bool is_half = size_of(tensor.grad_dtype) == 2;
     if (is_half && tensor.grad_dtype != tensor.dtype)

@@ -22,6 +22,8 @@ inline StepArgs prepare_step(const TensorArgs* tensors, int64_t count, const Ada
   args.lazy = lazy;
   args.ema_overwrite = hyper.ema_overwrite;
   args.zero_gradients = hyper.zero_gradients;
+  args.seed = hyper.seed;
+  args.number = hyper.step;
   bool has_single = false;
   bool has_double = false;
   bool has_factor =

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../core/small_state.h"
 #include "../core/step_args.h"
 
 namespace fastadam {
@@ -89,7 +90,10 @@ class TensorCheck {
 
   void check_step(const AdamHyper& hyper, bool amsgrad) const {
     check_variable();
-    const DType slot = t_.half_slots ? t_.dtype : state_dtype(t_.dtype);
+    if (t_.moments < FASTADAM_MOMENTS_WIDE || t_.moments > FASTADAM_MOMENTS_8BIT) {
+      refuse("moments", (std::to_string(static_cast<int>(t_.moments)) + ", expected a fastadam_moments").c_str());
+    }
+    const int64_t slot = moment_size();
     require(t_.m, slot, t_.size, "m");
     require(t_.v, slot, t_.size, "v");
     if (t_.vhat != nullptr) require(t_.vhat, slot, t_.size, "vhat");
@@ -98,9 +102,12 @@ class TensorCheck {
     if (needs_vhat && t_.vhat == nullptr) refuse("vhat", "null, expected in all tensors or in none");
     if (t_.stale != nullptr) refuse("stale", "not null, expected null");
     check_gradient();
-    if (t_.half_slots && (size_of(t_.dtype) != 2 || t_.rows != nullptr || t_.grad_dtype != t_.dtype)) {
-      refuse("half_slots", "true, expected only for a float16 or bfloat16 variable with a dense gradient of its dtype");
+    if (has_half_moments(t_) && (size_of(t_.dtype) != 2 || t_.rows != nullptr || t_.grad_dtype != t_.dtype)) {
+      refuse(
+          "moments",
+          "FASTADAM_MOMENTS_HALF, expected only for a float16 or bfloat16 variable with a dense gradient of its dtype");
     }
+    if (is_small(t_)) check_small();
     if (hyper.l2 != 0 && t_.rows != nullptr)
       refuse("l2", (std::to_string(hyper.l2) + ", expected 0 with a sparse gradient; use weight_decay").c_str());
     if (t_.copy != nullptr) check_copy();
@@ -112,9 +119,12 @@ class TensorCheck {
     }
     const DType wide = state_dtype(t_.dtype);
     check_apart({{"var", t_.var, t_.size * size_of(t_.dtype)},
-                 {"m", t_.m, t_.size * size_of(slot)},
-                 {"v", t_.v, t_.size * size_of(slot)},
-                 {"vhat", t_.vhat, t_.size * size_of(slot)},
+                 {"m", t_.m, t_.size * slot},
+                 {"v", t_.v, t_.size * slot},
+                 {"vhat", t_.vhat, t_.size * slot},
+                 {"m_scales", t_.m_scales, has_codes() ? code_blocks(t_.size) : 0},
+                 {"v_scales", t_.v_scales, has_codes() ? code_blocks(t_.size) : 0},
+                 {"low", t_.low, t_.size * 2},
                  {"average", t_.average, t_.size * size_of(wide)},
                  {"copy", t_.copy, t_.size * size_of(t_.copy_dtype)}});
   }
@@ -198,6 +208,31 @@ class TensorCheck {
     refuse(array.name, (std::string("shares memory with ") + written.name + ", expected its own").c_str());
   }
 
+  bool has_codes() const { return t_.moments == FASTADAM_MOMENTS_8BIT; }
+
+  int64_t moment_size() const {
+    if (has_codes()) return 1;
+    if (t_.moments == FASTADAM_MOMENTS_BFLOAT16) return 2;
+    return size_of(has_half_moments(t_) ? t_.dtype : state_dtype(t_.dtype));
+  }
+
+  // What is stored as in small_state.h.
+  void check_small() const {
+    const bool is_bfloat16 = t_.dtype == FASTADAM_BFLOAT16;
+    if (t_.dtype == FASTADAM_FLOAT64) refuse("moments", "small ones of a float64 variable, expected a smaller dtype");
+    if (t_.rows != nullptr) refuse("rows", "not null, expected null with small moments, low or stochastic");
+    if (t_.low != nullptr && !is_bfloat16) refuse("low", "not null, expected null unless dtype is FASTADAM_BFLOAT16");
+    if (t_.stochastic && (!is_bfloat16 || t_.low != nullptr)) {
+      refuse("stochastic", "true, expected only for a bfloat16 variable without low");
+    }
+    if (t_.low != nullptr) require(t_.low, 2, t_.size, "low");
+    if (t_.low != nullptr && t_.average != nullptr) refuse("average", "not null, expected null with low");
+    if (!has_codes()) return;
+    require(t_.m_scales, 1, code_blocks(t_.size), "m_scales");
+    require(t_.v_scales, 1, code_blocks(t_.size), "v_scales");
+    if (t_.vhat != nullptr) refuse("vhat", "not null, expected null with FASTADAM_MOMENTS_8BIT");
+  }
+
   void check_copy() const {
     if (t_.copy_dtype < FASTADAM_FLOAT16 || t_.copy_dtype > FASTADAM_FLOAT32) {
       refuse("copy_dtype", (std::to_string(static_cast<int>(t_.copy_dtype)) +
@@ -252,12 +287,16 @@ class TensorCheck {
   }
 
   void require(const void* data, DType dtype, int64_t size, const char* name) const {
+    require(data, size_of(dtype), size, name);
+  }
+
+  void require(const void* data, int64_t item_size, int64_t size, const char* name) const {
     if (size < 0 || size > kMostElements) {
       refuse(name, (std::to_string(size) + " elements, expected 0 to 2^59").c_str());
     }
     if (size == 0) return;
     if (data == nullptr) refuse(name, "null");
-    if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(size_of(dtype)) != 0) {
+    if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(item_size) != 0) {
       refuse(name, "misaligned, expected an address that is a multiple of the item size");
     }
   }

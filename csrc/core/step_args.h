@@ -39,6 +39,13 @@ constexpr int64_t kPeakSteps = 64;
 struct TileMeasure;
 struct StepLog;
 
+FASTADAM_INLINE bool has_half_moments(const TensorArgs& tensor) { return tensor.moments == FASTADAM_MOMENTS_HALF; }
+
+// Whether arrays of a variable are stored as in small_state.h.
+FASTADAM_INLINE bool is_small(const TensorArgs& tensor) {
+  return tensor.moments > FASTADAM_MOMENTS_HALF || tensor.low != nullptr || tensor.stochastic;
+}
+
 // All gradients of a step, grouped by variable: TensorArgs::next chains the gradients of one variable.
 struct Chains {
   const TensorArgs* tensors;
@@ -105,6 +112,8 @@ struct StepArgs {
   double telemetry_unit;           // a power of two: what is added to a variable is measured times this
   const int64_t* measure_offsets;  // measures[measure_offsets[k]]: the first tile of variable k
   const StepLog* log;              // receives what undoes the step, or null
+  uint64_t seed;
+  int64_t number;         // of the step
   const Factor* factors;  // with norm clipping: the factor of each tensor, which replaces its grad_factor; or null
 };
 

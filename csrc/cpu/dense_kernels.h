@@ -145,12 +145,13 @@ __attribute__((noinline)) void update_part(const StepArgs& step, const TensorArg
   void* const slots[] = {tensor.m, tensor.v, tensor.vhat};
   const int slot_count = step.amsgrad ? 3 : 2;
   float* values[3] = {};
-  for (int i = 0; i < slot_count; ++i) values[i] = read(slots[i], tensor.half_slots, 2 + i);
+  for (int i = 0; i < slot_count; ++i) values[i] = read(slots[i], has_half_moments(tensor), 2 + i);
   const float* grad = read(tensor.grad, tensor.grad_dtype == tensor.dtype, 1);
   update_for<float>(step)(read(tensor.var, true, 0), grad, values[0], values[1], values[2], size, step.scalars_f32,
                           factor, keep, false);
   convert(room[0], static_cast<Half*>(tensor.var) + at, size);
-  for (int i = 0; i < slot_count && tensor.half_slots; ++i) convert(values[i], static_cast<Half*>(slots[i]) + at, size);
+  for (int i = 0; i < slot_count && has_half_moments(tensor); ++i)
+    convert(values[i], static_cast<Half*>(slots[i]) + at, size);
 }
 
 template <class Half, class Grad, class Slot, bool kAmsgrad, int kTransform>
@@ -184,7 +185,7 @@ constexpr UpdateKernel kHalf[2][kTransformCount] = {
 // Updates a variable of a half type. Its gradient and its slots have the same type or are float.
 template <class Half>
 void adam_dense_half(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
-  const auto& kernels = tensor.half_slots                   ? kHalf<Half, Half, Half>
+  const auto& kernels = has_half_moments(tensor)            ? kHalf<Half, Half, Half>
                         : tensor.grad_dtype == tensor.dtype ? kHalf<Half, Half, float>
                                                             : kHalf<Half, float, float>;
   kernels[step.amsgrad][step.transform](step, tensor, begin, end);

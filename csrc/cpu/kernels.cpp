@@ -13,6 +13,7 @@
 #include "lanes.h"
 #include "measured_kernels.h"
 #include "row_kernels.h"
+#include "small_kernels.h"
 #include "undo_kernels.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
@@ -122,6 +123,7 @@ void accumulate(const TensorArgs& tensor, int64_t begin, int64_t end, bool resta
 
 extern const Kernels kernels = {
     {adam_dense_half<Float16>, adam_dense_half<BFloat16>, adam_dense<float>, adam_dense<double>},
+    {adam_small<Float16>, adam_small<BFloat16>, adam_small<float>, nullptr},
     {adam_all_rows<Float16>, adam_all_rows<BFloat16>, adam_all_rows<float>, adam_all_rows<double>},
     {adam_touched_rows<Float16>, adam_touched_rows<BFloat16>, adam_touched_rows<float>, adam_touched_rows<double>},
     {{sum_squares<Float16, false>, sum_squares<Float16, true>},

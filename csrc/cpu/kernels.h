@@ -44,6 +44,7 @@ using SumKernel = void (*)(const TensorArgs& tensor, int64_t begin, int64_t end,
 // Indexed by the dtype of the variable, except where a comment says otherwise.
 struct Kernels {
   UpdateKernel dense[kDTypeCount];
+  UpdateKernel small[kDTypeCount];         // dense, with arrays as in small_state.h; null for float64
   UpdateKernel all_rows[kDTypeCount];      // IndexedSlices, TF's rule: updates every row
   UpdateKernel touched_rows[kDTypeCount];  // updates only the rows of the gradient, first by the steps that they missed
   NormKernel norm[kDTypeCount][2];         // [dtype of the gradient][require_finite]

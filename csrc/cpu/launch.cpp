@@ -73,6 +73,7 @@ struct StepTask {
 
   UpdateKernel kernel_for(const TensorArgs& tensor) const {
     const auto dtype = static_cast<int>(tensor.dtype);
+    if (is_small(tensor)) return kernels->small[dtype];
     if (tensor.rows == nullptr && tensor.stale == nullptr) return kernels->dense[dtype];
     return tensor.stale != nullptr || step.lazy ? kernels->touched_rows[dtype] : kernels->all_rows[dtype];
   }

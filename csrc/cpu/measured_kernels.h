@@ -11,6 +11,7 @@
 #include "../core/split.h"
 #include "../core/telemetry.h"
 #include "lanes.h"
+#include "tile_values.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
@@ -152,31 +153,6 @@ UpdateTile<T> update_tile_for(const StepArgs& step) {
   return kUpdates[step.amsgrad][step.transform];
 }
 
-// Calls work(operands) for the arrays of one tile: themselves, or copies of arrays of a half type in their compute
-// type, which are rounded back.
-template <class Storage, class Work>
-FASTADAM_INLINE void in_compute_types(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t size,
-                                      Work work) {
-  using T = Compute<Storage>;
-  T room[5][kTile];
-  Storage* const var = static_cast<Storage*>(tensor.var) + begin;
-  T* const var_values = in_compute_type_of(var, size, room[0]);
-  void* const slots[] = {tensor.m, tensor.v, tensor.vhat};
-  const int slot_count = step.amsgrad ? 3 : 2;
-  T* values[3] = {};
-  for (int i = 0; i < slot_count; ++i) {
-    values[i] = tensor.half_slots ? in_compute_type_of(static_cast<Storage*>(slots[i]) + begin, size, room[2 + i])
-                                  : static_cast<T*>(slots[i]) + begin;
-  }
-  work(Operands<T>{var_values, gradient_of(tensor, begin, size, room[1]), values[0], values[1], values[2]});
-  if constexpr (sizeof(Storage) == 2) {
-    convert(var_values, var, size);
-    for (int i = 0; i < slot_count && tensor.half_slots; ++i) {
-      convert(values[i], static_cast<Storage*>(slots[i]) + begin, size);
-    }
-  }
-}
-
 // The sum of squares of `size` elements in double.
 template <class T>
 __attribute__((noinline)) double exact_sum(const T* values, int64_t size) {
@@ -198,6 +174,13 @@ template <class Copy, class T>
 __attribute__((noinline)) int32_t count_same(const T* before, const T* now, int64_t size) {
   int32_t same = 0;
   for (int64_t i = 0; i < size; ++i) same += store<Copy>(before[i]).bits == store<Copy>(now[i]).bits ? 1 : 0;
+  return same;
+}
+
+// The same of the high halves of a variable in two halves.
+__attribute__((noinline)) inline int32_t count_same_high(const float* before, const float* now, int64_t size) {
+  int32_t same = 0;
+  for (int64_t i = 0; i < size; ++i) same += high_half(before[i]) == high_half(now[i]) ? 1 : 0;
   return same;
 }
 
@@ -229,25 +212,29 @@ TileMeasure adam_measured(const StepArgs& step, const TensorArgs& tensor, int64_
   const bool is_to_bfloat16 = tensor.copy != nullptr && tensor.copy_dtype == FASTADAM_BFLOAT16;
   const bool is_to_float16 = tensor.copy != nullptr && tensor.copy_dtype == FASTADAM_FLOAT16;
   const int64_t size = end - begin;
-  TileMeasure result{};
+  TileValues<Storage> values(step, tensor, begin, size);
+  const Operands<T>& all = values.operands();
   T before[kTile];
-  in_compute_types<Storage>(step, tensor, begin, size, [&](const Operands<T>& all) {
-    if (kIsHalf || is_to_float16) std::memcpy(before, all.var, static_cast<size_t>(size) * sizeof(T));
-    UpdateTile<T> update = update_tile_for<kNotRounded, T>(step);
-    if constexpr (sizeof(T) == 4) {
-      if (is_to_bfloat16) update = update_tile_for<kToBFloat16, T>(step);
-    }
-    result = update(all, size, s, factor, keep, unit, step.prefetch);
-    if (is_doubtful<T>(result.gradient)) result.gradient = exact_sum(all.grad, size);
-    if (is_doubtful<T>(result.parameter)) result.parameter = exact_sum(all.var, size);
-    if constexpr (sizeof(T) == 4) {
-      if (is_to_float16) result.unchanged = count_same<Float16>(before, all.var, size);
-    }
-    for (int64_t i = 0; i < size && !is_finite(result.gradient); ++i) {
-      result.not_finite += is_finite(static_cast<double>(all.grad[i])) ? 0 : 1;
-    }
-  });
-  if constexpr (kIsHalf) measure_rounded(static_cast<const Storage*>(tensor.var) + begin, before, size, unit, result);
+  if (kIsHalf || is_to_float16) std::memcpy(before, all.var, static_cast<size_t>(size) * sizeof(T));
+  UpdateTile<T> update = update_tile_for<kNotRounded, T>(step);
+  if constexpr (sizeof(T) == 4) {
+    if (is_to_bfloat16) update = update_tile_for<kToBFloat16, T>(step);
+  }
+  TileMeasure result = update(all, size, s, factor, keep, unit, step.prefetch);
+  if (is_doubtful<T>(result.gradient)) result.gradient = exact_sum(all.grad, size);
+  if (is_doubtful<T>(result.parameter)) result.parameter = exact_sum(all.var, size);
+  if constexpr (sizeof(T) == 4) {
+    if (is_to_float16) result.unchanged = count_same<Float16>(before, all.var, size);
+    if (tensor.low != nullptr) result.unchanged = count_same_high(before, all.var, size);
+  }
+  for (int64_t i = 0; i < size && !is_finite(result.gradient); ++i) {
+    result.not_finite += is_finite(static_cast<double>(all.grad[i])) ? 0 : 1;
+  }
+  values.finish();
+  if constexpr (kIsHalf) {
+    const auto* var = static_cast<const Storage*>(tensor.var) + begin;
+    if (tensor.low == nullptr) measure_rounded(var, before, size, unit, result);
+  }
   return result;
 }
 

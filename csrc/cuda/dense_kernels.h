@@ -92,7 +92,7 @@ struct DenseStep {
     const Chunk chunk = chunks[block];
     if (gradients[chunk.tensor].dtype != tensors[chunk.tensor].dtype) {
       update<T, T>(chunk, thread);
-    } else if (tensors[chunk.tensor].half_slots) {
+    } else if (has_half_moments(tensors[chunk.tensor])) {
       if constexpr (sizeof(Storage) == 2) update<Storage, Storage>(chunk, thread);
     } else {
       update<Storage, T>(chunk, thread);

@@ -38,7 +38,7 @@
 #endif
 
 /* Increases when a struct of this header changes. The library refuses lists of another ABI. */
-#define FASTADAM_ABI 2
+#define FASTADAM_ABI 3
 
 /* The largest argument of fastadam_set_num_threads. */
 #define FASTADAM_MOST_THREADS 1024
@@ -71,6 +71,21 @@ enum
   FASTADAM_CUDA_ERROR, /* the CUDA runtime failed (only fastadam_cuda.h) */
 };
 
+/* How the moments of a variable are stored. Rounding at random is decided by seed, step, parameter and element alone.
+ */
+#if defined(__cplusplus)
+enum fastadam_moments : int32_t
+#else
+typedef int32_t fastadam_moments;
+enum
+#endif
+{
+  FASTADAM_MOMENTS_WIDE,     /* float32; float64 for a float64 variable */
+  FASTADAM_MOMENTS_HALF,     /* dtype of a half variable, rounded to nearest. Its gradient has it too, and is dense */
+  FASTADAM_MOMENTS_BFLOAT16, /* rounded at random; not for float64 variables and sparse gradients */
+  FASTADAM_MOMENTS_8BIT,     /* codes of 8 bits with m_scales and v_scales, rounded at random; likewise; without vhat */
+};
+
 /* The numbers of one step, in double; each tensor rounds them to its arithmetic. fastadam_defaults() fills them in. */
 typedef struct fastadam_hyper {
   int64_t step; /* t, from 1 */
@@ -92,6 +107,7 @@ typedef struct fastadam_hyper {
   double l2;               /* coupled: l2 * variable is added to the gradient, after clip and factor; dense only */
   bool epsilon_corrected;  /* epsilon is added to the bias-corrected root, as PyTorch and optax do */
   bool zero_gradients;     /* gradients, which must be dense and writable, are 0 after the step */
+  uint64_t seed;           /* of rounding at random */
 } fastadam_hyper;
 
 /* The rows of a sparse gradient, unique and ascending, and the positions of their values. See fastadam_sort_rows. */
@@ -128,10 +144,15 @@ typedef struct fastadam_tensor {
   fastadam_dtype dtype;
   fastadam_dtype grad_dtype; /* dtype; float32 for a half variable; a half type for a dense gradient of a float32 one */
   bool decays;               /* weight_decay applies; l2 always does */
-  bool half_slots;           /* m, v and vhat of a half variable have its dtype. Its gradient must too, and be dense */
-  void* average;             /* moving average of the variable, float32 or float64, or null */
-  void* copy; /* receives a float32 variable after the step, rounded to nearest even; or null. If a variable
-                 has several gradients, that of the first counts */
+  fastadam_moments moments;
+  bool stochastic;    /* a bfloat16 variable without `low` is rounded at random */
+  uint64_t parameter; /* the number of the variable among those of one seed */
+  uint8_t* m_scales;  /* of 8-bit moments: one for each 128 elements. Zeros are a state of zeros */
+  uint8_t* v_scales;
+  int16_t* low;  /* the low halves of float32 values whose high halves are a bfloat16 variable; or null */
+  void* average; /* moving average of the variable, float32 or float64, or null */
+  void* copy;    /* receives a float32 variable after the step, rounded to nearest even; or null. If a variable
+                    has several gradients, that of the first counts */
   fastadam_dtype copy_dtype;               /* float16, bfloat16 or float32 */
   fastadam_telemetry* telemetry;           /* receives what the step did, or null. Likewise; not for sparse gradients */
   void* accumulator;                       /* sum of gradients, float32 or float64, for fastadam_accumulate; or null */
@@ -217,6 +238,7 @@ static inline fastadam_hyper fastadam_defaults(int64_t step) {
   hyper.weight_decay = hyper.ema_momentum = hyper.l2 = 0;
   hyper.ema_overwrite = hyper.require_finite = hyper.clip_after_dedupe = hyper.epsilon_corrected = false;
   hyper.zero_gradients = false;
+  hyper.seed = 0;
   return hyper;
 }
 
@@ -235,7 +257,11 @@ static inline fastadam_tensor fastadam_dense(void* var, const void* grad, void* 
   tensor.grad_factor = 1;
   tensor.dtype = tensor.grad_dtype = tensor.copy_dtype = dtype;
   tensor.decays = true;
-  tensor.half_slots = false;
+  tensor.moments = FASTADAM_MOMENTS_WIDE;
+  tensor.stochastic = false;
+  tensor.parameter = 0;
+  tensor.m_scales = tensor.v_scales = NULL;
+  tensor.low = NULL;
   tensor.rows = NULL;
   tensor.stale = NULL;
   return tensor;

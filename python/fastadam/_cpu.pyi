@@ -58,6 +58,27 @@ class ClosedForms:
     def exist(beta_1: float, beta_2: float, amsgrad: bool) -> bool:
         """Whether gaps of any length have one, if the rate is constant."""
 
+code_block: int  # elements that share the scale of an 8-bit moment
+
+def encode_moment(
+    values: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.uint8],
+    is_m: bool,
+    seed: int,
+    step: int,
+    number: int,
+) -> None:
+    """Write the codes of a moment, rounded as that step of parameter ``number`` would: csrc/core/small_state.h."""
+
+def decode_moment(
+    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8], values: npt.NDArray[np.float32], is_m: bool
+) -> None: ...
+def round_moment(
+    values: npt.NDArray[np.float32], bits: npt.NDArray[np.uint16], seed: int, step: int, number: int
+) -> None:
+    """Write a moment as bits of bfloat16, rounded likewise."""
+
 class StepLog:
     """What undoes one step: csrc/core/undo.h."""
 
@@ -80,6 +101,9 @@ class Plan:
         histories: Sequence[tuple[Any, ...] | None],
         context: Any = None,
         copies: Sequence[Any] = (),
+        stochastic_moments: bool = False,
+        stochastic_variables: bool = False,
+        numbers: Sequence[int] = (),
     ) -> None: ...
     def catch_up(self, ids: Any, hyper: StepHyper, counter: npt.NDArray[np.int64] | None) -> None: ...
     @property

@@ -180,7 +180,7 @@ struct Variable {
     tensor.grad_factor = 0.37 * (t + 1);
     tensor.dtype = dtype;
     tensor.grad_dtype = grad_dtype;
-    tensor.half_slots = slot_dtype != state_dtype(dtype);
+    if (slot_dtype != state_dtype(dtype)) tensor.moments = FASTADAM_MOMENTS_HALF;
     tensor.grad_size = size;
     tensor.decays = t % 2 == 1;
     return tensor;
@@ -211,7 +211,7 @@ inline StepScalars<T> scalars(int t) {
 // The rule as published, one element and one operation at a time.
 template <class T>
 __attribute__((noinline)) void adam(const TensorArgs& tensor, const StepScalars<T>& s, int transform) {
-  const DType state = tensor.half_slots ? tensor.dtype : state_dtype(tensor.dtype);
+  const DType state = has_half_moments(tensor) ? tensor.dtype : state_dtype(tensor.dtype);
   for (int64_t i = 0; i < tensor.size; ++i) {
     T g = static_cast<T>(read(tensor.grad, tensor.grad_dtype, i));
     if (transform > 0 && g > s.clip_value) g = s.clip_value;

@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: Apache-2.0
+// Part of kernels.cpp and included by nothing else: the loops over variables whose arrays are stored as in
+// ../core/small_state.h. Everything that is done to an element is done in registers, as the arithmetic would take
+// longer than the memory otherwise.
+#pragma once
+
+#include "../core/adam_math.h"
+#include "../core/small_state.h"
+#include "dense_kernels.h"
+#include "tile_values.h"
+#include "vectors.h"
+
+namespace fastadam::cpu::FASTADAM_ISA {
+namespace {
+
+constexpr int64_t kVectors = kCodeBlock / kWidth;  // of a block
+
+// ---- how gradients are read ----
+
+struct FloatGradient {
+  static constexpr int64_t kBytes = 4;
+  FASTADAM_INLINE static Lanes load(const TensorArgs& tensor, int64_t i) {
+    return Lanes::load(static_cast<const float*>(tensor.grad) + i);
+  }
+};
+
+struct BFloat16Gradient {
+  static constexpr int64_t kBytes = 2;
+  FASTADAM_INLINE static Lanes load(const TensorArgs& tensor, int64_t i) {
+    return Lanes(load_words(static_cast<const uint16_t*>(tensor.grad) + i) << 16);
+  }
+};
+
+// ---- how variables are read and written; load(j) and store(j) are for the kWidth elements from j * kWidth of a block
+// --
+
+struct FloatVariable {
+  static constexpr int64_t kBytes = 4;
+  float* at;
+
+  FASTADAM_INLINE FloatVariable(const TensorArgs& tensor, uint64_t /*key*/, int64_t begin)
+      : at(static_cast<float*>(tensor.var) + begin) {}
+  FASTADAM_INLINE Lanes load(int64_t j) const { return Lanes::load(at + j * kWidth); }
+  FASTADAM_INLINE void store(int64_t j, Lanes x) { x.store(at + j * kWidth); }
+};
+
+FASTADAM_INLINE Words is_nan(Lanes x) { return (Words)(x.magnitude() > 0x7f800000u); }
+
+struct SplitVariable {
+  static constexpr int64_t kBytes = 2;
+  uint16_t* high;
+  uint16_t* low;
+
+  FASTADAM_INLINE SplitVariable(const TensorArgs& tensor, uint64_t /*key*/, int64_t begin)
+      : high(static_cast<uint16_t*>(tensor.var) + begin), low(reinterpret_cast<uint16_t*>(tensor.low) + begin) {}
+  FASTADAM_INLINE Lanes load(int64_t j) const {
+    // The sign of the low half counts 2^16, so it takes 1 from the high one.
+    const Words lows = load_words(low + j * kWidth);
+    return Lanes((load_words(high + j * kWidth) << 16) + lows - ((lows & 0x8000u) << 1));
+  }
+  FASTADAM_INLINE void store(int64_t j, Lanes x) {
+    const Words nan = is_nan(x);
+    const Words highs = (nan & (x.bits() >> 16 | 0x40u)) | (~nan & ((x.bits() + 0x8000u) >> 16));
+    store_words(high + j * kWidth, highs);
+    store_words(low + j * kWidth, ~nan & x.bits() & 0xffffu);
+  }
+};
+
+FASTADAM_INLINE Words bfloat16_at_random(Lanes x, Words word) {
+  const Words nan = is_nan(x);
+  return (nan & (x.bits() >> 16 | 0x40u)) | (~nan & ((x.bits() + (word >> 16)) >> 16));
+}
+
+struct RandomVariable {
+  static constexpr int64_t kBytes = 2;
+  uint16_t* at;
+  RandomWords words;
+
+  FASTADAM_INLINE RandomVariable(const TensorArgs& tensor, uint64_t key, int64_t begin)
+      : at(static_cast<uint16_t*>(tensor.var) + begin), words(key, kOfVariables, begin) {}
+  FASTADAM_INLINE Lanes load(int64_t j) const { return Lanes(load_words(at + j * kWidth) << 16); }
+  FASTADAM_INLINE void store(int64_t j, Lanes x) { store_words(at + j * kWidth, bfloat16_at_random(x, words.next(j))); }
+};
+
+// ---- how moments are read, kept until the block is done, and written ----
+
+struct FloatMoments {
+  static constexpr int64_t kBytes = 4;
+  float* m;
+  float* v;
+
+  FASTADAM_INLINE FloatMoments(const TensorArgs& tensor, int64_t begin)
+      : m(static_cast<float*>(tensor.m) + begin), v(static_cast<float*>(tensor.v) + begin) {}
+  FASTADAM_INLINE Lanes load_m(int64_t j) const { return Lanes::load(m + j * kWidth); }
+  FASTADAM_INLINE Lanes load_v(int64_t j) const { return Lanes::load(v + j * kWidth); }
+  FASTADAM_INLINE void keep(int64_t j, Lanes m_j, Lanes v_j) {
+    m_j.store(m + j * kWidth);
+    v_j.store(v + j * kWidth);
+  }
+  FASTADAM_INLINE void write(uint64_t /*key*/, int64_t /*begin*/) {}
+};
+
+struct RandomMoments {
+  static constexpr int64_t kBytes = 2;
+  uint16_t* m;
+  uint16_t* v;
+  Lanes m_values[kVectors];
+  Lanes v_values[kVectors];
+
+  FASTADAM_INLINE RandomMoments(const TensorArgs& tensor, int64_t begin)
+      : m(static_cast<uint16_t*>(tensor.m) + begin), v(static_cast<uint16_t*>(tensor.v) + begin) {}
+  FASTADAM_INLINE Lanes load_m(int64_t j) const { return Lanes(load_words(m + j * kWidth) << 16); }
+  FASTADAM_INLINE Lanes load_v(int64_t j) const { return Lanes(load_words(v + j * kWidth) << 16); }
+  FASTADAM_INLINE void keep(int64_t j, Lanes m_j, Lanes v_j) {
+    m_values[j] = m_j;
+    v_values[j] = v_j;
+  }
+  FASTADAM_INLINE void write(uint64_t key, int64_t begin) {
+    RandomWords words(key, kOfMoments, begin);
+    for (int64_t j = 0; j < kVectors; ++j) {
+      const Words word = words.next(j);
+      store_words(m + j * kWidth, bfloat16_at_random(m_values[j], word));
+      store_words(v + j * kWidth, bfloat16_at_random(v_values[j], word));
+    }
+  }
+};
+
+// The scale of a block, or its inverse, and the offset of its codes.
+template <bool kIsM>
+struct BlockCode {
+  static constexpr uint32_t kBase = Code<kIsM>::kBase << kCodeShift;
+  Lanes scale;
+  Lanes offset;
+
+  FASTADAM_INLINE static BlockCode to_read(uint8_t byte) {
+    const float value = scale_value(byte);
+    return {Lanes(value), Lanes(-Code<kIsM>::kOffset * value)};
+  }
+  FASTADAM_INLINE static BlockCode to_write(uint8_t byte) {
+    return {Lanes(inverse_scale(byte)), Lanes(Code<kIsM>::kOffset)};
+  }
+};
+
+struct CodedMoments {
+  static constexpr int64_t kBytes = 1;
+  uint8_t* m;
+  uint8_t* v;
+  uint8_t* m_scale;
+  uint8_t* v_scale;
+  BlockCode<true> m_code;
+  BlockCode<false> v_code;
+  Lanes m_values[kVectors];
+  Lanes v_values[kVectors];
+  Words m_top{};
+  Words v_top{};
+
+  FASTADAM_INLINE CodedMoments(const TensorArgs& tensor, int64_t begin)
+      : m(static_cast<uint8_t*>(tensor.m) + begin),
+        v(static_cast<uint8_t*>(tensor.v) + begin),
+        m_scale(tensor.m_scales + begin / kCodeBlock),
+        v_scale(tensor.v_scales + begin / kCodeBlock),
+        m_code(BlockCode<true>::to_read(*m_scale)),
+        v_code(BlockCode<false>::to_read(*v_scale)) {}
+  FASTADAM_INLINE Lanes load_m(int64_t j) const {
+    const Words codes = load_words(m + j * kWidth) << kCodeShift;
+    const Lanes x(BlockCode<true>::kBase | (codes & (0x7fu << kCodeShift)));
+    return Lanes(multiply_add(x, m_code.scale, m_code.offset).bits() | ((codes << 4) & 0x80000000u));
+  }
+  FASTADAM_INLINE Lanes load_v(int64_t j) const {
+    const Lanes x(BlockCode<false>::kBase | (load_words(v + j * kWidth) << kCodeShift));
+    return multiply_add(x, v_code.scale, v_code.offset);
+  }
+  FASTADAM_INLINE void keep(int64_t j, Lanes m_j, Lanes v_j) {
+    m_values[j] = m_j;
+    v_values[j] = v_j;
+    m_top = larger(m_top, m_j.magnitude());
+    v_top = larger(v_top, v_j.magnitude());
+  }
+  FASTADAM_INLINE void write(uint64_t key, int64_t begin) {
+    *m_scale = scale_of<true>(largest(m_top));
+    *v_scale = scale_of<false>(largest(v_top));
+    m_code = BlockCode<true>::to_write(*m_scale);
+    v_code = BlockCode<false>::to_write(*v_scale);
+    // An inverse of 0 times infinity or NaN is NaN, whose code is not 0.
+    const uint32_t m_kept = *m_scale == kNoScale ? 0 : 0xff;
+    const uint32_t v_kept = *v_scale == kNoScale ? 0 : 0xff;
+    RandomWords words(key, kOfMoments, begin);
+    for (int64_t j = 0; j < kVectors; ++j) {
+      const Words random = words.next(j) >> 12;
+      const Lanes m_j = m_values[j];
+      const Lanes v_j = v_values[j];
+      const Words m_bits = multiply_add(Lanes(m_j.magnitude()), m_code.scale, m_code.offset).bits() + random;
+      const Words v_bits = multiply_add(v_j, v_code.scale, v_code.offset).bits() + random;
+      const Words least = smaller(v_j.bits(), Words{} + (1u << kCodeShift)) + BlockCode<false>::kBase;
+      const Words m_codes = ((m_bits >> kCodeShift) & 0x7fu) | ((m_j.bits() >> 24) & 0x80u);
+      store_words(m + j * kWidth, m_codes & m_kept);
+      store_words(v + j * kWidth, (larger(v_bits, least) >> kCodeShift) & v_kept);
+    }
+  }
+};
+
+// Updates kCodeBlock elements from `begin`.
+template <class Moments, class Variable, class Gradient, bool kTransforms>
+FASTADAM_INLINE void update_block(const TensorArgs& tensor, int64_t begin, const StepScalars<Lanes>& s,
+                                  FactorPair<Lanes> factor, Lanes keep, uint64_t key) {
+  Moments moments(tensor, begin);
+  Variable variable(tensor, key, begin);
+  for (int64_t j = 0; j < kVectors; ++j) {
+    Lanes g = Gradient::load(tensor, begin + j * kWidth);
+    if constexpr (kTransforms) g = transform_gradient(g, s.clip_value, factor);
+    Lanes var = variable.load(j);
+    Lanes m = moments.load_m(j);
+    Lanes v = moments.load_v(j);
+    Lanes vhat{};
+    adam_update<false>(var, g, m, v, vhat, keep, s);
+    variable.store(j, var);
+    moments.keep(j, m, v);
+  }
+  moments.write(key, begin);
+}
+
+FASTADAM_INLINE StepScalars<Lanes> in_lanes(const StepScalars<float>& s) {
+  return {Lanes(s.alpha),
+          Lanes(s.row_alpha),
+          Lanes(s.beta_1),
+          Lanes(s.beta_2),
+          Lanes(s.one_minus_beta_1),
+          Lanes(s.one_minus_beta_2),
+          Lanes(s.epsilon),
+          Lanes(s.clip_value),
+          Lanes(s.keep),
+          Lanes(s.ema_momentum),
+          Lanes(s.l2)};
+}
+
+// Brings a block that is kAhead elements further into cache.
+template <class Moments, class Variable, class Gradient>
+FASTADAM_INLINE void prefetch_ahead(const TensorArgs& tensor, int64_t begin) {
+  constexpr int64_t kAhead = 4 * kCodeBlock;
+  const auto lines = [begin](const void* array, int64_t bytes) {
+    const char* from = static_cast<const char*>(array) + (begin + kAhead) * bytes;
+    for (int64_t at = 0; at < kCodeBlock * bytes; at += kCacheLineBytes) __builtin_prefetch(from + at);
+  };
+  lines(tensor.var, Variable::kBytes);
+  lines(tensor.grad, Gradient::kBytes);
+  lines(tensor.m, Moments::kBytes);
+  lines(tensor.v, Moments::kBytes);
+  if (tensor.low != nullptr) lines(tensor.low, 2);
+}
+
+template <class Moments, class Variable, class Gradient, bool kTransforms>
+void update_blocks(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+  const StepScalars<Lanes> s = in_lanes(step.scalars_f32);
+  const FactorPair<float> pair = factor_of<float>(step, tensor);
+  const FactorPair<Lanes> factor{Lanes(pair.first), Lanes(pair.second)};
+  const Lanes keep(tensor.decays ? step.scalars_f32.keep : 1.0f);
+  const uint64_t key = random_key(step.seed, step.number, tensor.parameter);
+  const TensorArgs here = tensor;
+  for (int64_t at = begin; at < end; at += kCodeBlock) {
+    if (step.prefetch) prefetch_ahead<Moments, Variable, Gradient>(here, at);
+    update_block<Moments, Variable, Gradient, kTransforms>(here, at, s, factor, keep, key);
+  }
+}
+
+template <class Moments, class Variable>
+UpdateKernel blocks_for(const StepArgs& step, const TensorArgs& tensor) {
+  static constexpr UpdateKernel kKernels[2][2] = {
+      {update_blocks<Moments, Variable, FloatGradient, false>, update_blocks<Moments, Variable, FloatGradient, true>},
+      {update_blocks<Moments, Variable, BFloat16Gradient, false>,
+       update_blocks<Moments, Variable, BFloat16Gradient, true>}};
+  return kKernels[tensor.grad_dtype == FASTADAM_BFLOAT16][step.transform != kAsItIs];
+}
+
+template <class Type>
+struct Tag {
+  using type = Type;
+};
+
+// The loop over whole blocks; null if the options of the step or the tensor have none.
+template <class Storage>
+UpdateKernel blocks_for(const StepArgs& step, const TensorArgs& tensor) {
+  const bool has_loop = !step.amsgrad && step.transform != kAndL2 && tensor.grad_dtype != FASTADAM_FLOAT16;
+  if (sizeof(Storage) == 2 && tensor.low == nullptr && !tensor.stochastic) return nullptr;
+  if (!has_loop) return nullptr;
+  const auto of_variable = [&](auto variable) -> UpdateKernel {
+    using Variable = typename decltype(variable)::type;
+    if (tensor.moments == FASTADAM_MOMENTS_8BIT) return blocks_for<CodedMoments, Variable>(step, tensor);
+    if (tensor.moments == FASTADAM_MOMENTS_BFLOAT16) return blocks_for<RandomMoments, Variable>(step, tensor);
+    if (tensor.moments == FASTADAM_MOMENTS_WIDE) return blocks_for<FloatMoments, Variable>(step, tensor);
+    return nullptr;
+  };
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    return tensor.low != nullptr ? of_variable(Tag<SplitVariable>()) : of_variable(Tag<RandomVariable>());
+  } else {
+    return of_variable(Tag<FloatVariable>());
+  }
+}
+
+// Updates a variable whose arrays are stored as in small_state.h.
+template <class Storage>
+void adam_small(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+  if (const UpdateKernel blocks = blocks_for<Storage>(step, tensor)) {
+    const int64_t whole = begin + (end - begin) / kCodeBlock * kCodeBlock;
+    blocks(step, tensor, begin, whole);
+    begin = whole;
+  }
+  const StepScalars<float>& s = step.scalars_f32;
+  const FactorPair<float> factor = factor_of<float>(step, tensor);
+  const float keep = tensor.decays ? s.keep : 1.0f;
+  const UpdateRange<float> update = update_for<float>(step);
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t size = end - at < kTile ? end - at : kTile;
+    TileValues<Storage> values(step, tensor, at, size);
+    const Operands<float>& all = values.operands();
+    update(all.var, all.grad, all.m, all.v, all.vhat, size, s, factor, keep, false);
+    values.finish();
+  }
+}
+
+}  // namespace
+}  // namespace fastadam::cpu::FASTADAM_ISA

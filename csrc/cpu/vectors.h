@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// Part of kernels.cpp and included by nothing else: numbers in the lanes of one register, for loops that mix elements
+// of one, two and four bytes, which compilers vectorise badly. Lanes has the operators that the update rule needs.
+#pragma once
+
+#include <cstring>
+
+#include "../core/small_state.h"
+#include "lanes.h"
+
+namespace fastadam::cpu::FASTADAM_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kWidth = 8;
+#else
+constexpr int64_t kWidth = 4;
+#endif
+
+using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
+using Halves = uint16_t __attribute__((vector_size(2 * kWidth)));
+using Bytes = uint8_t __attribute__((vector_size(kWidth)));
+
+template <class Vector>
+FASTADAM_INLINE Vector load_vector(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+template <class Vector>
+FASTADAM_INLINE void store_vector(void* to, const Vector& vector) {
+  std::memcpy(to, &vector, sizeof(vector));
+}
+
+// Elements of one or two bytes as words, and words that fit in these as elements.
+#if defined(__AVX512F__)
+FASTADAM_INLINE Words load_words(const uint8_t* from) {
+  return (Words)_mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+FASTADAM_INLINE Words load_words(const uint16_t* from) {
+  return (Words)_mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+FASTADAM_INLINE void store_words(uint8_t* to, Words words) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(kAll, (__m512i)words));
+}
+FASTADAM_INLINE void store_words(uint16_t* to, Words words) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(kAll, (__m512i)words));
+}
+#elif defined(__AVX2__)
+FASTADAM_INLINE Words load_words(const uint8_t* from) {
+  return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+FASTADAM_INLINE Words load_words(const uint16_t* from) {
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+FASTADAM_INLINE __m128i narrowed(Words words) {
+  const auto all = (__m256i)words;
+  return _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+FASTADAM_INLINE void store_words(uint8_t* to, Words words) {
+  const __m128i halves = narrowed(words);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves, halves));
+}
+FASTADAM_INLINE void store_words(uint16_t* to, Words words) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrowed(words));
+}
+#else
+FASTADAM_INLINE Words load_words(const uint8_t* from) {
+  return __builtin_convertvector(load_vector<Bytes>(from), Words);
+}
+FASTADAM_INLINE Words load_words(const uint16_t* from) {
+  return __builtin_convertvector(load_vector<Halves>(from), Words);
+}
+FASTADAM_INLINE void store_words(uint8_t* to, Words words) { store_vector(to, __builtin_convertvector(words, Bytes)); }
+FASTADAM_INLINE void store_words(uint16_t* to, Words words) {
+  store_vector(to, __builtin_convertvector(words, Halves));
+}
+#endif
+
+struct Lanes {
+  using Floats = float __attribute__((vector_size(4 * kWidth)));
+
+  Floats x;
+
+  Lanes() = default;
+  FASTADAM_INLINE explicit Lanes(float value) : x(value - Floats{}) {}
+  FASTADAM_INLINE explicit Lanes(Words bits) : x((Floats)bits) {}
+  FASTADAM_INLINE explicit Lanes(Floats values) : x(values) {}
+  FASTADAM_INLINE static Lanes load(const float* from) { return Lanes(load_vector<Floats>(from)); }
+
+  FASTADAM_INLINE void store(float* to) const { store_vector(to, x); }
+  FASTADAM_INLINE Words bits() const { return (Words)x; }
+  FASTADAM_INLINE Words magnitude() const { return bits() & 0x7fffffffu; }
+
+  FASTADAM_INLINE friend Lanes operator+(Lanes a, Lanes b) { return Lanes(a.x + b.x); }
+  FASTADAM_INLINE friend Lanes operator-(Lanes a, Lanes b) { return Lanes(a.x - b.x); }
+  FASTADAM_INLINE friend Lanes operator*(Lanes a, Lanes b) { return Lanes(a.x * b.x); }
+  FASTADAM_INLINE friend Lanes operator/(Lanes a, Lanes b) { return Lanes(a.x / b.x); }
+  FASTADAM_INLINE Lanes& operator+=(Lanes other) { return *this = *this + other; }
+
+  FASTADAM_INLINE friend Lanes sqrt(Lanes a) {
+#if defined(__AVX512F__)
+    return Lanes(_mm512_maskz_sqrt_ps(kAll, a.x));
+#elif defined(__AVX2__)
+    return Lanes(_mm256_sqrt_ps(a.x));
+#else
+    Lanes result;
+    for (int64_t i = 0; i < kWidth; ++i) result.x[i] = std::sqrt(a.x[i]);
+    return result;
+#endif
+  }
+
+  // NaN passes through both comparisons.
+  FASTADAM_INLINE friend Lanes clip_by_value(Lanes g, Lanes limit) {
+    g = Lanes(limit.x < g.x ? limit.x : g.x);
+    return Lanes(g.x < -limit.x ? -limit.x : g.x);
+  }
+};
+
+// a * b + c where neither order of rounding matters: the product is exact, or nothing is lost of it.
+FASTADAM_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+#if defined(__AVX512F__)
+  return Lanes(_mm512_maskz_fmadd_ps(kAll, a.x, b.x, c.x));
+#else
+  return a * b + c;
+#endif
+}
+
+FASTADAM_INLINE Words larger(Words a, Words b) { return a > b ? a : b; }
+FASTADAM_INLINE Words smaller(Words a, Words b) { return a < b ? a : b; }
+
+#if defined(__AVX2__)
+FASTADAM_INLINE uint32_t largest(__m256i words) {
+  __m128i four = _mm_max_epu32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+}
+#endif
+
+FASTADAM_INLINE uint32_t largest(Words words) {
+#if defined(__AVX512F__)
+  __m256i halves[2];
+  std::memcpy(halves, &words, sizeof(halves));
+  return largest(_mm256_max_epu32(halves[0], halves[1]));
+#elif defined(__AVX2__)
+  return largest((__m256i)words);
+#else
+  uint32_t result = words[0];
+  for (int64_t i = 1; i < kWidth; ++i) result = words[i] > result ? words[i] : result;
+  return result;
+#endif
+}
+
+// The words of kCodeBlock elements from `begin`, a multiple of that, in order.
+class RandomWords {
+ public:
+  FASTADAM_INLINE RandomWords(uint64_t key, RandomStream stream, int64_t begin) {
+    const uint64_t own = block_key(key, stream, begin);
+    for (int64_t k = 0; k < kRegisters; ++k) {
+      Words lane;
+      for (int64_t i = 0; i < kWidth; ++i) lane[i] = static_cast<uint32_t>(k * kWidth + i);
+      lanes_[k] = first_word(own, begin, lane);
+    }
+  }
+
+  // Those of the kWidth elements that start at element j * kWidth; must be called for j = 0, 1, ...
+  FASTADAM_INLINE Words next(int64_t j) {
+    Words& lane = lanes_[j % kRegisters];
+    const Words result = lane;
+    lane = next_word(lane);
+    return result;
+  }
+
+ private:
+  static constexpr int64_t kRegisters = kRandomLanes / kWidth;
+  Words lanes_[kRegisters];
+};
+
+}  // namespace
+}  // namespace fastadam::cpu::FASTADAM_ISA

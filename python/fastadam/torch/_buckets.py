@@ -15,9 +15,9 @@ from fastadam._core.native.plan import Factors, Norms, StepHyper
 from fastadam._core.native.worker import Handle
 from fastadam.torch._checks import Group, ParamState, States, firsts_of, label_of
 from fastadam.torch._clipping import add_shards, is_sharded
-from fastadam.torch._formats import MASTER
 from fastadam.torch._grad_scaler import ScaledStep
 from fastadam.torch._no_memory import hide_gradients, refuse_simulation
+from fastadam.torch._stored import MASTER
 
 if TYPE_CHECKING:
     from fastadam.torch._native_calls import Call

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastadam._core.native.backend import _cpu
-from fastadam.torch._formats import scales_size
 from fastadam.torch._layout import local_of
+from fastadam.torch._stored import has_no_place, scales_size
 
 __all__ = ["Key", "decoded", "encoded", "joined", "low_half", "rounded"]
 
@@ -75,7 +75,7 @@ def joined(param: Tensor, low: Tensor) -> Tensor:
     """
     found = torch.empty_like(param, dtype=torch.float32, memory_format=torch.preserve_format, requires_grad=False)
     value = local_of(param.detach())
-    kept = local_of(low).masked_fill((value == 0) & (local_of(low) < 0), 0).to(torch.int32)
+    kept = local_of(low).masked_fill(has_no_place(value, local_of(low)), 0).to(torch.int32)
     high = _bits(value) << 16
     master = (high + kept).view(torch.float32)
     is_other = (master.to(torch.bfloat16) != value) & ~value.isnan()
@@ -88,7 +88,7 @@ def _bits(values: Tensor) -> Tensor:
     return values.view(torch.int16 if values.element_size() == 2 else torch.int32).to(torch.int32)
 
 
-def _memory(tensor: Tensor) -> npt.NDArray[np.generic]:
+def _memory(tensor: Tensor) -> npt.NDArray[Any]:
     """The elements of a tensor without gaps, in the order in which they lie in memory."""
-    flat: npt.NDArray[np.generic] = tensor.detach().as_strided((tensor.numel(),), (1,)).numpy()
+    flat: npt.NDArray[Any] = tensor.detach().as_strided((tensor.numel(),), (1,)).numpy()
     return flat

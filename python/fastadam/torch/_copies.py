@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, label_of
-from fastadam.torch._formats import HALF, LOW, MASTER
 from fastadam.torch._layout import Turn, clusters_of, is_lazy_view, local_of, span_of, versions_of
+from fastadam.torch._stored import HALF, LOW, MASTER, has_no_place
 
 __all__ = ["ComputeParams", "Copies", "check_compute_params", "check_groups_apart", "check_place"]
 
@@ -133,8 +133,9 @@ class Copies:
 
     def __init__(self, params: list[Tensor], computed: Sequence[Tensor | None], states: list[ParamState]) -> None:
         self._params, self._computed = params, list(computed)
-        self._mastered = [i for i, state in enumerate(states) if MASTER in state]
-        self._split = [i for i, state in enumerate(states) if LOW in state]
+        halves = [i for i, param in enumerate(params) if states and param.dtype in HALF]
+        self._mastered = [i for i in halves if MASTER in states[i]]
+        self._split = [i for i in halves if LOW in states[i]]
         self.receivers: list[Tensor | None] = list(computed) or [None] * len(params)
         for i in self._mastered:
             self.receivers[i] = params[i]
@@ -177,13 +178,13 @@ class Copies:
     def take_written(self, states: list[ParamState]) -> None:
         """Before a step: where a parameter is not its rounded master any more, its value becomes the master's.
 
-        One that is the high half of its master keeps the low half, unless that would turn a zero into a NaN.
+        One that is the high half of its master keeps the low half, unless that would make a NaN of it.
         """
         if not (self._mastered or self._split) or self.are_rounded:
             return
         for i in self._split:
-            value, low = local_of(self._params[i].detach()), local_of(states[i][LOW])
-            low.masked_fill_((value == 0) & (low < 0), 0)
+            low = local_of(states[i][LOW])
+            low.masked_fill_(has_no_place(local_of(self._params[i].detach()), low), 0)
         for i in self._mastered:
             value, master = local_of(self._params[i].detach()), local_of(states[i][MASTER])
             master.copy_(torch.where(master.to(value.dtype) == value, master, value.to(master.dtype)))

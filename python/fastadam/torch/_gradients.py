@@ -8,9 +8,9 @@ from torch import Tensor
 from fastadam._core.common.types import AnyGradient
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gpu import cuda_module
-from fastadam.torch._formats import HALF
 from fastadam.torch._layout import View, gradient_like
 from fastadam.torch._state import Kind
+from fastadam.torch._stored import HALF
 
 __all__ = ["GradientReader"]
 

@@ -15,11 +15,11 @@ from fastadam._core.native.plan import Factors, Plan, StepHyper
 from fastadam.torch._checks import Group, ParamState, check_options, check_rule
 from fastadam.torch._copies import Copies
 from fastadam.torch._deferred import Table
-from fastadam.torch._formats import MASTER, SCALES
 from fastadam.torch._gradients import GradientReader
 from fastadam.torch._layout import ALONE, Turn, View, flattened, is_plain, local_of
 from fastadam.torch._state import Kind, check_slots
 from fastadam.torch._step_count import StepCounts, is_on_gpu, whole_count
+from fastadam.torch._stored import MASTER, SCALES
 
 __all__ = ["ParameterSet"]
 

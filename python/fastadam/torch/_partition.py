@@ -17,12 +17,13 @@ from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, States, check_flags, label_of
 from fastadam.torch._copies import Copies, check_compute_params, check_groups_apart, check_place
 from fastadam.torch._deferred import Table, Tables
-from fastadam.torch._formats import SLOTS, asked_of, check_formats, stored_as
+from fastadam.torch._formats import asked_of, check_formats
 from fastadam.torch._layout import UNORDERED, Turn, turns_of
 from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._state import Kind, states_of
 from fastadam.torch._step_count import StepCounts, is_on_gpu
+from fastadam.torch._stored import SLOTS, SMALL, stored_as
 
 __all__ = ["Partitions", "refuse_new_in_capture"]
 
@@ -199,7 +200,11 @@ class Partitions:
             )
         refuse_new_in_capture(params[0])
         states = states_of(known, params, labels, self._options.state_format(group))
-        stored = [stored_as(p, s, group, label) for p, s, label in zip(params, states, labels, strict=True)]
+        asked = asked_of(group)
+        stored = [
+            stored_as(*each, may_be_small=asked.moments in SMALL, rounds=asked.rounds)
+            for each in zip(params, states, labels, strict=True)
+        ]
         counts = StepCounts([state["step"] for state in states])
         sets, apart = [], [0.0] * len(places)
         if is_on_gpu(params[0]) or (kind.rows and self._mode in DEFERRED):

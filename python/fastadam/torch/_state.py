@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fastadam._core.common.types import SparseUpdate
 from fastadam.torch._checks import ParamState, States
-from fastadam.torch._formats import HALF, LOW, MASTER, SLOTS, StateFormat, Stored
+from fastadam.torch._formats import StateFormat
 from fastadam.torch._layout import is_lazy_view, local_of
 from fastadam.torch._step_count import number_of, zero_steps
+from fastadam.torch._stored import HALF, LOW, MASTER, SLOTS, Stored
 
 __all__ = ["NEEDED", "Kind", "check_slots", "require_keys", "states_of"]
 

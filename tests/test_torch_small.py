@@ -1,0 +1,727 @@
+"""Smaller states in fastadam.torch: moments of 8 or 16 bits, split masters, parameters that are rounded at random.
+
+A step is compared to the bit with the step of a float32 optimizer that begins with what is stored, the results of which
+codes_reference.py stores.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import codes_reference as codes  # noqa: E402
+import fastadam.torch  # noqa: E402
+from torch_twins import parameters  # noqa: E402
+
+SHAPES = ((5, 7), (1000,), (3, 129), (1,), (128, 3))  # whole blocks, tails and less than a block
+SEED = 2**63 + 5
+CODES = {"exp_avg": codes.M, "exp_avg_sq": codes.V}
+OPTIONS = [
+    {},
+    {"weight_decay": 0.1},
+    {"maximize": True, "decoupled_weight_decay": True, "weight_decay": 0.1},
+    {"clipnorm": 0.5},
+    {"global_clipnorm": 0.5, "clipvalue": 1.0, "skip_nonfinite": True},
+    {"fused": True},
+    {"foreach": True},
+]
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def give_gradients(params, k, scale=1.0):
+    generator = torch.Generator().manual_seed(k)
+    for param in params:
+        gradient = torch.randn(param.shape, generator=generator) * 10.0 ** -(k % 4) * scale
+        param.grad = torch.empty_like(param, requires_grad=False).copy_(gradient)
+
+
+def in_order(tensor):
+    """The elements of a tensor without gaps in the order of memory, as an array."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).clone()
+
+
+def floats(tensor):
+    return in_order(tensor.detach().float()).numpy()
+
+
+def bits_of_bfloat16(tensor):
+    return in_order(tensor).view(torch.int16).numpy().view(np.uint16)
+
+
+class Reference:
+    """The float32 steps of an optimizer with smaller states, and how their results are stored."""
+
+    def __init__(self, params, numbers=None, **options):
+        self.numbers = range(len(params)) if numbers is None else numbers
+        self.plain = [torch.nn.Parameter(param.detach().float().clone()) for param in params]
+        self.optimizer = fastadam.torch.Adam(self.plain, **options)
+
+    def words(self, k, place, stream=0):
+        key = codes.key(SEED, k + 1, self.numbers[place], stream)
+        return codes.words(key, np.arange(self.plain[place].numel()))
+
+    def step(self, tested, params, k):
+        """Expects of a step of ``tested`` what a float32 step from its state makes."""
+        before = [copy.deepcopy(tested.state.get(param)) for param in params]
+        for place, (param, plain) in enumerate(zip(params, self.plain, strict=True)):
+            plain.grad = param.grad.float()
+            with torch.no_grad():
+                plain.copy_(value_of(param, before[place]))
+            if before[place]:
+                for key in CODES:
+                    self.optimizer.state[plain][key].copy_(moment_of(before[place], key))
+        self.optimizer.step()
+        tested.step()
+        for place, (param, plain) in enumerate(zip(params, self.plain, strict=True)):
+            state, expected = tested.state[param], self.optimizer.state[plain]
+            assert float(state["step"]) == float(expected["step"]) == k + 1
+            for key in CODES:
+                self.check_moment(state, expected, key, self.words(k, place))
+            self.check_value(tested, param, state, plain, self.words(k, place, stream=1))
+
+    def check_moment(self, state, expected, key, words):
+        values = floats(expected[key])
+        if state[key].dtype == torch.uint8:
+            stored, scales = codes.store(CODES[key], values, 128, words)
+            np.testing.assert_array_equal(in_order(state[key]).numpy(), stored)
+            np.testing.assert_array_equal(state[f"{key}_scale"].numpy(), scales)
+        elif state[key].dtype == torch.bfloat16:
+            np.testing.assert_array_equal(bits_of_bfloat16(state[key]), codes.bfloat16(values, words >> 16))
+        else:
+            assert torch.equal(state[key], expected[key])
+
+    def check_value(self, tested, param, state, plain, words):
+        values = floats(plain)
+        if "master_low" in state:
+            high, low = codes.split(values)
+            np.testing.assert_array_equal(bits_of_bfloat16(param), high)
+            np.testing.assert_array_equal(in_order(state["master_low"]).numpy(), low)
+        elif "master" in state:
+            assert torch.equal(state["master"], plain)
+            assert torch.equal(param, plain.detach().to(param.dtype))
+        elif param.dtype == torch.bfloat16 and tested.param_groups[0].get("stochastic_rounding"):
+            np.testing.assert_array_equal(bits_of_bfloat16(param), codes.bfloat16(values, words >> 16))
+        else:
+            assert torch.equal(param, plain.detach().to(param.dtype))
+
+
+def value_of(param, state):
+    """The float32 value of a parameter: its master, if it has one."""
+    if state and "master" in state:
+        return state["master"]
+    if state and "master_low" in state:
+        joined = codes.joined(bits_of_bfloat16(param), in_order(state["master_low"]).numpy())
+        return torch.from_numpy(joined.copy()).as_strided(param.shape, param.stride())
+    return param.detach().float()
+
+
+def moment_of(state, key):
+    moment = state[key]
+    if moment.dtype != torch.uint8:
+        return moment.float()
+    read = codes.read(CODES[key], in_order(moment).numpy(), state[f"{key}_scale"].numpy(), 128)
+    return torch.from_numpy(read.copy()).as_strided(moment.shape, moment.stride())
+
+
+def small(params, cls=fastadam.torch.Adam, **options):
+    return cls(params, **{"lr": 0.01, "float32_for": 0, "seed": SEED, **options})
+
+
+def state_bytes(optimizer, param):
+    return {key: (value.dtype, value.clone()) for key, value in optimizer.state[param].items()}
+
+
+def check_equal(ours, other):
+    """Two optimizers have the same bits in parameters and states."""
+    for a, b in zip(groups_of(ours), groups_of(other), strict=True):
+        assert torch.equal(a, b)
+        mine, theirs = ours.state[a], other.state[b]
+        assert list(mine) == list(theirs)
+        for key, value in mine.items():
+            assert value.dtype == theirs[key].dtype
+            assert torch.equal(value, theirs[key])
+
+
+def groups_of(optimizer):
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("moments", ["8bit", "bfloat16"])
+def test_small_moments_store_what_a_float32_step_makes_of_what_was_stored(moments, options):
+    params = parameters(*SHAPES, dtype=torch.float32)
+    reference = Reference(params, lr=0.01, **options)
+    tested = small(params, moments=moments, **options)
+    for k in range(6):
+        give_gradients(params, k)
+        reference.step(tested, params, k)
+    dtype = torch.uint8 if moments == "8bit" else torch.bfloat16
+    assert all(tested.state[param][key].dtype == dtype for param in params for key in CODES)
+
+
+@pytest.mark.parametrize("moments", ["8bit", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "choice", [{"master": "split"}, {"master": "float32"}, {"stochastic_rounding": True}, {}], ids=str
+)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_parameters_with_each_kind_of_state(dtype, choice, moments):
+    if dtype == torch.float16 and choice == {"master": "split"}:
+        return
+    params = parameters(*SHAPES, dtype=dtype)
+    reference = Reference(params, lr=0.01)
+    tested = small(params, moments=moments, **choice, **({"float32_for": None} if moments == "float32" else {}))
+    for k in range(6):
+        give_gradients(params, k)
+        reference.step(tested, params, k)
+
+
+def test_amsgrad_with_bfloat16_moments():
+    params = parameters((300,), dtype=torch.float32)
+    tested = small(params, moments="bfloat16", amsgrad=True)
+    largest = torch.zeros(300)
+    for k in range(6):
+        give_gradients(params, k)
+        tested.step()
+        state = tested.state[params[0]]
+        assert state["max_exp_avg_sq"].dtype == torch.bfloat16
+        assert (state["max_exp_avg_sq"].float() >= largest).all()
+        largest = state["max_exp_avg_sq"].float()
+
+
+@pytest.mark.parametrize("moments", ["8bit", "bfloat16"])
+@pytest.mark.parametrize(
+    "make", [lambda t: t.t(), lambda t: t[:, ::2], lambda t: t[1:, 1:]], ids=["transposed", "steps", "slice"]
+)
+def test_strided_parameters_are_coded_in_the_order_of_their_memory(make, moments):
+    base = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    params = [torch.nn.Parameter(make(base))]
+    dense = [torch.nn.Parameter(torch.empty_like(params[0]).copy_(params[0].detach()))]
+    tested, reference = small(params, moments=moments), small(dense, moments=moments)
+    for k in range(4):
+        give_gradients(dense, k)
+        params[0].grad = dense[0].grad.contiguous()
+        tested.step()
+        reference.step()
+        assert torch.equal(params[0], dense[0])
+        for key, value in reference.state[dense[0]].items():
+            assert torch.equal(tested.state[params[0]][key], value)
+
+
+def test_parameters_of_all_formats_step_together():
+    """Numbers are places in all groups, whatever sets and groups the parameters are in."""
+    params = parameters((200,), (4100,), (300,), (4200,), dtype=torch.float32)
+    groups = [{"params": params[:2]}, {"params": params[2:], "moments": "bfloat16"}]
+    tested = fastadam.torch.Adam(groups, lr=0.01, moments="8bit", seed=SEED, global_clipnorm=1.0)
+    reference = Reference(params, lr=0.01, global_clipnorm=1.0)
+    for k in range(4):
+        give_gradients(params, k)
+        reference.step(tested, params, k)
+    kinds = [tested.state[param]["exp_avg"].dtype for param in params]
+    assert kinds == [torch.float32, torch.uint8, torch.float32, torch.bfloat16]
+
+
+def test_steps_that_differ_give_each_parameter_the_words_of_its_own():
+    params = parameters((200,), (300,), dtype=torch.float32)
+    tested = small(params, moments="8bit")
+    alone = [small([param], moments="8bit") for param in copy.deepcopy(params)]
+    for k in range(5):
+        give_gradients(params, k)
+        if k % 2:
+            params[0].grad = None
+        tested.step()
+        if k % 2 == 0:
+            other = groups_of(alone[0])[0]
+            other.grad = params[0].grad.clone()
+            alone[0].step()
+            assert torch.equal(params[0], other)
+            assert torch.equal(tested.state[params[0]]["exp_avg"], alone[0].state[other]["exp_avg"])
+    assert [float(state["step"]) for state in tested.state.values()] == [3, 5]
+
+
+def test_other_seeds_and_numbers_give_other_bits():
+    def run(place, seed):
+        params = [torch.nn.Parameter(torch.ones(512)) for _ in range(3)]
+        tested = small(params, moments="8bit", seed=seed)
+        give_gradients([params[place]], 0)
+        tested.step()
+        return tested.state[params[place]]["exp_avg"]
+
+    assert torch.equal(run(0, 1), run(0, 1))
+    assert not torch.equal(run(0, 1), run(1, 1))
+    assert not torch.equal(run(0, 1), run(0, 2))
+
+
+@pytest.mark.parametrize("how", ["buckets", "early", "overlap", "closure", "compiled"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Dynamo
+@pytest.mark.parametrize(
+    "options", [{"moments": "8bit"}, {"master": "split", "moments": "8bit"}, {"stochastic_rounding": True}]
+)
+def test_every_way_to_step_gives_the_same_bits(how, options):
+    dtype = torch.float32 if options == {"moments": "8bit"} else torch.bfloat16
+    rule = {"float32_for": 500} if "moments" in options else {"float32_for": None}
+    params = parameters((50, 20), (10,), dtype=dtype)
+    twins = copy.deepcopy(params)
+    tested = small(params, global_clipnorm=1.0, **options, **rule)
+    plain = small(twins, global_clipnorm=1.0, **options, **rule)
+    compiled = torch.compile(tested.step, backend="eager") if how == "compiled" else None
+    for k in range(5):
+        give_gradients(twins, k)
+        for param, twin in zip(params, twins, strict=True):
+            param.grad = None if how == "overlap" else twin.grad.clone()
+        plain.step()
+        if how in ("buckets", "early"):
+            tested.begin_step(early=how == "early")
+            for param in params[::-1]:
+                tested.step_bucket([param]).result()
+            tested.end_step()
+        elif how == "overlap":
+            with fastadam.torch.overlap(tested):
+                sum((param * twin.grad).sum() for param, twin in zip(params, twins, strict=True)).backward()
+        elif how == "closure":
+            assert tested.step(lambda: 3) == 3
+        else:
+            compiled()
+        check_equal(tested, plain)
+
+
+def test_a_step_that_is_skipped_or_refused_changes_nothing():
+    params = parameters((300,), (5,), dtype=torch.bfloat16)
+    tested = fastadam.torch.AdamW(params, moments="8bit", master="split", float32_for=10, skip_nonfinite=True)
+    give_gradients(params, 0)
+    tested.step()
+    before = copy.deepcopy(tested)
+    give_gradients(params, 1)
+    params[1].grad[2] = float("nan")
+    tested.step()
+    assert tested.last_step_skipped
+    check_equal(tested, before)
+    params[1].grad = torch.ones(5, dtype=torch.bfloat16)
+    tested.state[params[0]]["exp_avg_scale"] = torch.zeros(7, dtype=torch.uint8)
+    kept = [params[0].detach().clone(), params[1].detach().clone()]
+    with pytest.raises(ValueError, match=r"params'\]\[0\]: exp_avg_scale: shape \(7,\), expected \(3,\)"):
+        tested.step()
+    assert all(map(torch.equal, params, kept))
+
+
+def test_telemetry_measures_split_parameters():
+    params = parameters((300,), dtype=torch.bfloat16)
+    tested = small(params, moments="8bit", master="split", telemetry=True, lr=1e-3)
+    give_gradients(params, 0)
+    before = params[0].detach().clone()
+    tested.step()
+    report = tested.telemetry().to_dict()
+    assert report["gradient_norm/0.0"] == pytest.approx(params[0].grad.double().norm().item(), rel=1e-5)
+    assert report["update_rms/0.0"] == pytest.approx(1e-3, rel=1e-2)
+    changed = int((params[0] != before).sum())
+    assert 0 < changed < 300
+    assert report["unchanged/0.0"] == pytest.approx(300 - changed)
+
+
+def test_a_grad_scaler_scales_and_skips():
+    params = parameters((600,), dtype=torch.float32)
+    twins = copy.deepcopy(params)
+    tested, plain = small(params, moments="8bit"), small(twins, moments="8bit")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10)
+    for k in range(4):
+        give_gradients(twins, k)
+        params[0].grad = twins[0].grad * 4.0
+        if k == 2:
+            params[0].grad[3] = float("inf")
+        scaler.scale(torch.ones(()))  # as a loss
+        scaler.step(tested)
+        scaler.update(4.0)
+        if k != 2:
+            plain.step()
+        check_equal(tested, plain)
+
+
+# ---- split masters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_split_master_is_a_float32_parameter_to_the_bit(options):
+    params = parameters(*SHAPES, dtype=torch.bfloat16)
+    plain = [torch.nn.Parameter(param.detach().float()) for param in params]
+    tested = small(params, master="split", float32_for=None, **options)
+    reference = fastadam.torch.Adam(plain, lr=0.01, **options)
+    for k in range(20):
+        give_gradients(params, k)
+        for param, other in zip(params, plain, strict=True):
+            other.grad = param.grad.float()
+        tested.step()
+        reference.step()
+        for param, other in zip(params, plain, strict=True):
+            state = tested.state[param]
+            assert torch.equal(value_of(param, state).view(torch.int32), other.detach().view(torch.int32))
+            expected = ((other.detach().view(torch.int32) + 0x8000) >> 16).to(torch.int16)
+            assert torch.equal(param.detach().view(torch.int16), expected)
+            assert state["exp_avg"].dtype == torch.float32
+            assert torch.equal(state["exp_avg"], reference.state[other]["exp_avg"])
+
+
+def test_a_split_master_moves_where_its_parameter_cannot():
+    (param,) = parameters((64,), dtype=torch.bfloat16)
+    with torch.no_grad():
+        param.fill_(1.0)
+    tested = fastadam.torch.Adam([param], lr=1e-5, master="split")
+    for _ in range(1000):
+        param.grad = torch.ones_like(param)
+        tested.step()
+    assert torch.equal(param, torch.full_like(param, 0.99))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 2.0, float("inf"), float("nan")])
+def test_what_is_written_to_a_split_parameter_is_what_it_goes_on_from(value):
+    (param,) = parameters((64,), dtype=torch.bfloat16)
+    tested = fastadam.torch.Adam([param], lr=1e-3, master="split")
+    give_gradients([param], 0)
+    tested.step()
+    assert (tested.state[param]["master_low"] < 0).any()
+    with torch.no_grad():
+        param.fill_(value)
+    param.grad = torch.zeros_like(param)
+    tested.param_groups[0]["lr"] = 0.0
+    tested.step()
+    if value != value:
+        assert param.isnan().all()
+    else:
+        assert torch.equal(param, torch.full_like(param, value))
+
+
+def test_float32_parameters_beside_split_ones_are_stepped_as_usual():
+    half, single = *parameters((33,), dtype=torch.bfloat16), *parameters((9,), dtype=torch.float32)
+    (twin,) = parameters((9,), dtype=torch.float32)
+    tested, plain = fastadam.torch.Adam([half, single], master="split"), fastadam.torch.Adam([twin])
+    for k in range(3):
+        give_gradients([half, single], k)
+        twin.grad = single.grad.clone()
+        tested.step()
+        plain.step()
+    assert torch.equal(single, twin)
+    assert list(tested.state[single]) == ["step", "exp_avg", "exp_avg_sq"]
+    assert "master_low" in tested.state[half]
+
+
+# ---- parameters that are rounded at random ---------------------------------------------------------------------------
+
+
+def test_bfloat16_parameters_learn_with_stochastic_rounding():
+    """Steps of 1e-3 from 1.0, where the neighbours are 0.0039 and 0.0078 apart: to nearest none would move.
+
+    100 steps of 65,536 elements. The sum of their roundings has a standard deviation of at most sqrt(100) * 0.0039 / 2
+    for one element, so the mean of one of at most 7.7e-5; 5 of them are exceeded with a probability of 6e-7.
+    """
+    runs = {}
+    for name, dtype, options in [
+        ("float32", torch.float32, {}),
+        ("stochastic", torch.bfloat16, {"stochastic_rounding": True, "moments": "float32", "seed": 3}),
+        ("nearest", torch.bfloat16, {"moments": "float32"}),
+    ]:
+        param = torch.nn.Parameter(torch.ones(65536, dtype=dtype))
+        optimizer = fastadam.torch.Adam([param], lr=1e-3, **options)
+        for _ in range(100):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        runs[name] = param.detach().double().mean().item()
+    assert runs["float32"] == pytest.approx(0.9, abs=1e-5)
+    assert runs["nearest"] == 1.0
+    assert abs(runs["stochastic"] - runs["float32"]) < 5 * 7.7e-5
+
+
+def test_bfloat16_moments_keep_their_means():
+    """v after gradients have shrunk to a tenth: 1.00 of float32's within 0.01, where to nearest it is several times.
+
+    The mean over 65,536 elements of v / v_float32, each with an error below 2**-8 * sqrt(1000) = 0.12, has a standard
+    deviation of less than 5e-4: 0.01 is exceeded with a probability below 1e-80.
+    """
+    means = {}
+    for name, dtype, moments in [
+        ("float32", torch.float32, None),
+        ("random", torch.float32, "bfloat16"),
+        ("nearest", torch.bfloat16, None),
+    ]:
+        param = torch.nn.Parameter(torch.zeros(65536, dtype=dtype))
+        optimizer = fastadam.torch.Adam([param], lr=0.0, moments=moments, seed=1)
+        for k in range(2500):
+            param.grad = torch.full_like(param, 1.0 if k < 500 else 0.1)
+            optimizer.step()
+        means[name] = optimizer.state[param]["exp_avg_sq"].double().mean().item()
+    assert means["random"] / means["float32"] == pytest.approx(1.0, abs=0.01)
+    assert means["nearest"] / means["float32"] > 2
+
+
+def test_turning_stochastic_rounding_on_is_noticed():
+    params = parameters((3000,), dtype=torch.bfloat16)
+    twins = copy.deepcopy(params)
+    tested = fastadam.torch.Adam(params, lr=1e-4, moments="float32")
+    plain = fastadam.torch.Adam(twins, lr=1e-4, moments="float32")
+    for k in range(6):
+        give_gradients(params, k)
+        twins[0].grad = params[0].grad.clone()
+        if k == 3:
+            tested.param_groups[0]["stochastic_rounding"] = True
+        tested.step()
+        plain.step()
+        assert torch.equal(params[0], twins[0]) == (k < 3)
+
+
+# ---- which parameters ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (None, [True, False, False]),
+        (0, [False, False, False]),
+        (5000, [True, True, False]),
+        (lambda name, shape: len(shape) == 1, [True, False, False]),
+        (lambda name, shape: name == "big", [False, False, True]),
+        (["^med", "bias"], [True, True, False]),
+        ([], [False, False, False]),
+    ],
+    ids=["default", "0", "5000", "shape", "name", "patterns", "no patterns"],
+)
+@pytest.mark.parametrize("moments", ["8bit", "bfloat16"])
+def test_float32_for_says_which_parameters_keep_float32(rule, expected, moments):
+    params = dict(
+        zip(("bias", "medium", "big"), parameters((4095,), (64, 64), (100, 100), dtype=torch.float32), strict=True)
+    )
+    tested = fastadam.torch.AdamW(params.items(), moments=moments, float32_for=rule)
+    give_gradients(params.values(), 0)
+    tested.step()
+    assert [tested.state[param]["exp_avg"].dtype == torch.float32 for param in params.values()] == expected
+
+
+def test_parameters_that_cannot_be_small_keep_moments_of_their_dtype():
+    params = [
+        torch.nn.Parameter(torch.ones(5000, dtype=dtype)) for dtype in (torch.float64, torch.complex64, torch.float32)
+    ]
+    tested = fastadam.torch.Adam(params, moments="8bit")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    tested.step()
+    assert [tested.state[param]["exp_avg"].dtype for param in params] == [torch.float64, torch.complex64, torch.uint8]
+
+
+def table(sparse_update="dense", **options):
+    torch.manual_seed(0)
+    words = torch.nn.Embedding(1000, 8, sparse=True).to(options.pop("dtype", torch.float32))
+    optimizer = fastadam.torch.Adam(words.parameters(), sparse_update=sparse_update, **options)
+    return words, optimizer
+
+
+def look_up(words, optimizer, ids=(1, 5, 5)):
+    optimizer.zero_grad()
+    words(torch.tensor(ids)).float().square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
+@pytest.mark.parametrize("moments", ["8bit", "bfloat16"])
+def test_a_table_keeps_float32_moments(mode, moments):
+    words, optimizer = table(mode, moments=moments)
+    plain_words, plain = table(mode)
+    for _ in range(3):
+        look_up(words, optimizer)
+        look_up(plain_words, plain)
+    for each in (optimizer, plain):
+        each.sync()
+    assert optimizer.state[words.weight]["exp_avg"].dtype == torch.float32
+    assert torch.equal(words.weight, plain_words.weight)
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+def test_a_table_of_a_model_with_split_masters_has_a_float32_master(mode):
+    words, optimizer = table(mode, master="split", dtype=torch.bfloat16)
+    look_up(words, optimizer)
+    state = optimizer.state[words.weight]
+    assert state["master"].dtype == torch.float32
+    assert "master_low" not in state
+    resumed_words, resumed = table(mode, master="split", dtype=torch.bfloat16)
+    resumed_words.load_state_dict(words.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        look_up(words, optimizer)
+        look_up(resumed_words, resumed)
+    check_equal(optimizer, resumed)
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"moments": "8bit"}, "sparse with moments='8bit', expected dense gradients, or float32_for= that names"),
+        ({"moments": "bfloat16"}, "sparse with moments='bfloat16', expected dense gradients, or float32_for="),
+        ({"master": "split"}, "sparse with master='split', expected dense gradients, or master='float32'"),
+    ],
+    ids=str,
+)
+def test_a_sparse_gradient_after_dense_ones_is_refused(mode, options, text):
+    if mode == "deferred" and "master" in options:
+        return
+    words, optimizer = table(mode, dtype=torch.bfloat16 if "master" in options else torch.float32, **options)
+    words.weight.grad = torch.ones_like(words.weight)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()), words.weight.detach().clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"grad of param_groups.*: {text}"):
+            look_up(words, optimizer)
+    assert torch.equal(words.weight, before[1])
+    for key, value in before[0]["state"][0].items():
+        assert torch.equal(optimizer.state[words.weight][key], value)
+
+
+def test_stochastic_rounding_takes_sparse_gradients_where_every_row_moves():
+    words, optimizer = table(stochastic_rounding=True, dtype=torch.bfloat16)
+    look_up(words, optimizer)
+    look_up(words, optimizer)
+    words, optimizer = table("lazy", stochastic_rounding=True, moments="float32", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="sparse with sparse_update='lazy' and with stochastic_rounding=True"):
+        look_up(words, optimizer)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"moments": "int8"}, ValueError, "moments: 'int8', expected None, 'float32', 'bfloat16' or '8bit'"),
+        ({"moments": 8}, ValueError, "moments: 8, expected None"),
+        ({"master": "float16"}, ValueError, "master: 'float16', expected None, 'float32' or 'split'"),
+        ({"master": True}, ValueError, "master: True, expected None"),
+        ({"master": "split", "master_weights": True}, ValueError, "master_weights: True with master='split', expected"),
+        ({"stochastic_rounding": 1}, TypeError, "stochastic_rounding: 1, expected True or False"),
+        ({"stochastic_rounding": True, "master": "split"}, ValueError, "stochastic_rounding: True with master='split'"),
+        ({"stochastic_rounding": True, "master_weights": True}, ValueError, "stochastic_rounding: True with master='float"),
+        ({"amsgrad": True, "moments": "8bit"}, ValueError, "amsgrad: True with moments='8bit', .*; expected moments='b"),
+        ({"master": "split", "sparse_update": "deferred"}, ValueError, "master: 'split' with sparse_update='deferred'"),
+        ({"seed": -1, "moments": "8bit"}, ValueError, r"seed: -1, expected an integer from 0 to 2\*\*64 - 1"),
+        ({"seed": 2**64, "moments": "8bit"}, ValueError, "seed: 18446744073709551616, expected an integer from 0"),
+        ({"seed": 1.0, "moments": "8bit"}, TypeError, "seed: 1.0, expected an integer"),
+        ({"float32_for": 0}, ValueError, "float32_for: given with moments=None, expected moments='bfloat16' or '8bit'"),
+        ({"float32_for": -1, "moments": "8bit"}, ValueError, "float32_for: -1, expected a number of elements, a function"),
+        ({"float32_for": 1.5, "moments": "8bit"}, TypeError, "float32_for: 1.5, expected a number of elements"),
+        ({"float32_for": True, "moments": "8bit"}, TypeError, "float32_for: True, expected a number of elements"),
+        ({"float32_for": "bias", "moments": "8bit"}, TypeError, "float32_for: str, expected a number of elements"),
+        ({"float32_for": [3], "moments": "8bit"}, ValueError, r"float32_for\[0\]: 3, expected a pattern"),
+        ({"float32_for": ["("], "moments": "8bit"}, ValueError, r"float32_for\[0\]: '\(', expected a pattern"),
+        ({"float32_for": ["bias"], "moments": "8bit"}, ValueError, "float32_for: patterns of names with parameters without"),
+        ({"moments_dtype": torch.float32}, TypeError, "moments_dtype; moments='float32' takes the place of moments_dtype"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("cls", [fastadam.torch.Adam, fastadam.torch.AdamW])
+def test_options_that_are_refused(cls, options, error, text):
+    with pytest.raises(error, match=text):
+        cls([torch.nn.Parameter(torch.ones(1))], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"moments": "4bit"}, ValueError, "moments: '4bit', expected"),
+        ({"master": "both"}, ValueError, "master: 'both', expected"),
+        ({"amsgrad": True}, ValueError, "amsgrad: True with moments='8bit'"),
+        ({"seed": -3}, ValueError, "seed: -3, expected"),
+        ({"stochastic_rounding": "yes"}, TypeError, "stochastic_rounding: 'yes', expected"),
+    ],
+)
+def test_options_of_a_group_that_are_refused(options, error, text):
+    first, second = parameters((4,), (4,), dtype=torch.float32)
+    with pytest.raises(error, match=text):
+        fastadam.torch.Adam([{"params": [first], **options}], moments="8bit")
+    tested = small([first], moments="8bit")
+    with pytest.raises(error, match=text):
+        tested.add_param_group({"params": [second], **options})
+    assert len(tested.param_groups) == 1
+    give_gradients([first], 0)
+    tested.step()
+    before = first.detach().clone()
+    tested.param_groups[0].update(options)
+    if "moments" not in options and "master" not in options and "seed" not in options:
+        with pytest.raises(error, match=text):
+            tested.step()
+        assert torch.equal(first, before)
+
+
+def test_a_float16_parameter_cannot_be_split():
+    (param,) = parameters((4,), dtype=torch.float16)
+    tested = fastadam.torch.Adam([param], master="split")
+    param.grad = torch.ones_like(param)
+    with pytest.raises(
+        TypeError, match=r"master: 'split' with .*\[0\] of torch.float16, expected bfloat16 parameters, or"
+    ):
+        tested.step()
+    assert not tested.state
+
+
+def test_patterns_that_name_nothing_are_warned_of_once():
+    named = [("weight", torch.nn.Parameter(torch.ones(2)))]
+    with pytest.warns(
+        UserWarning, match="float32_for: 'embd' names none of the parameters; compare model.named_param"
+    ) as found:
+        fastadam.torch.Adam(named, moments="8bit", float32_for=["weight", "embd"])
+    assert [each.filename for each in found] == [__file__]
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master_low"])
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "kind", "shared"])
+def test_a_state_that_was_spoilt_is_refused(key, wrong):
+    params = parameters((300,), (300,), dtype=torch.bfloat16)
+    tested = small(params, moments="8bit", master="split")
+    give_gradients(params, 0)
+    tested.step()
+    first, second = (tested.state[param] for param in params)
+    good = first[key]
+    first[key] = {"shape": good[:-1], "dtype": good.to(torch.float64), "kind": "text", "shared": second[key]}[wrong]
+    before = [param.detach().clone() for param in params]
+    give_gradients(params, 1)
+    with pytest.raises((TypeError, ValueError), match=key if wrong != "shared" else "share|overlap"):
+        tested.step()
+    assert all(map(torch.equal, params, before))
+    first[key] = good
+    tested.step()
+
+
+def test_codes_in_another_order_than_their_parameter_are_refused():
+    params = [torch.nn.Parameter(torch.ones(40, 30))]
+    tested = small(params, moments="8bit")
+    give_gradients(params, 0)
+    tested.step()
+    params[0].data = params[0].data.t().contiguous().t()
+    params[0].grad = torch.ones_like(params[0])
+    with pytest.raises(
+        ValueError, match=r"exp_avg: strides \(30, 1\) with a parameter of strides \(1, 40\), expected codes"
+    ):
+        tested.step()
+    tested.load_state_dict(tested.state_dict())
+    tested.step()
+
+
+def test_attributes_belong_to_the_groups():
+    tested = small(parameters((4,)), moments="8bit")
+    for name in ("moments", "master", "stochastic_rounding", "seed"):
+        with pytest.raises(AttributeError, match=rf"expected group\['{name}'\]"):
+            getattr(tested, name)
+
+
+def test_parameters_without_memory_get_states_without_memory():
+    param = torch.nn.Parameter(torch.empty(5000, dtype=torch.bfloat16, device="meta"))
+    tested = fastadam.torch.Adam([param], moments="8bit", master="split")
+    param.grad = torch.empty_like(param)
+    tested.step()
+    state = tested.state[param]
+    assert {key: (value.dtype, len(value), value.is_meta) for key, value in state.items() if key != "step"} == {
+        "exp_avg": (torch.uint8, 5000, True),
+        "exp_avg_sq": (torch.uint8, 5000, True),
+        "exp_avg_scale": (torch.uint8, 40, True),
+        "exp_avg_sq_scale": (torch.uint8, 40, True),
+        "master_low": (torch.int16, 5000, True),
+    }

@@ -40,16 +40,17 @@ class _List(ctypes.Structure):
     _fields_ = (
         ("count", ctypes.c_int64),
         ("offsets", ctypes.POINTER(ctypes.c_int64)),
-        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("var", "grad", "m", "v", "vhat", "copy")),
+        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("var", "grad", "m", "v", "vhat", "copy", "low")),
     )
 
 
-def floor_of(function: str, streams: list[list[np.ndarray]], copies: list[np.ndarray] | None = None) -> Contender:
+def floor_of(function: str, streams: list[list[np.ndarray]], copies=None, low=None) -> Contender:
     """A function of bench/floor.cpp on these streams: variables, gradients, m, v and, if there is one, vhat."""
     kernel = load_floor(function)
     sizes = [array.size for array in streams[0]]
     offsets = (ctypes.c_int64 * (len(sizes) + 1))(*np.cumsum([0, *sizes]).tolist())
-    named = dict(zip(("var", "grad", "m", "v", "vhat"), streams, strict=False)) | ({"copy": copies} if copies else {})
+    named = dict(zip(("var", "grad", "m", "v", "vhat"), streams, strict=False))
+    named |= {name: arrays for name, arrays in (("copy", copies), ("low", low)) if arrays}
     pointers = {k: (ctypes.c_void_p * len(sizes))(*(a.ctypes.data for a in arrays)) for k, arrays in named.items()}
     tensors = ctypes.byref(_List(len(sizes), offsets, **pointers))
     return Contender(lambda _keep_alive=named: kernel(tensors))

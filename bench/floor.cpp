@@ -22,6 +22,7 @@ struct List {
   void* const* v;
   void* const* vhat;  // null without AMSGrad
   void* const* copy;  // bfloat16; null without a copy of the variables
+  void* const* low;   // the low halves of split masters; null without
 };
 
 // Does all loads before all stores: a load after a store to the same offset in another page waits for the store.
@@ -123,6 +124,29 @@ struct WithCopy {
   }
 };
 
+// Small moments, and gradients like the variables. Scales of 8-bit moments (1/32 byte moved) are left out.
+template <class Storage, class Moment, bool kLow>
+struct Small {
+  static void touch(const List& list, int64_t i, int64_t begin, int64_t end) {
+    Storage* __restrict var = static_cast<Storage*>(list.var[i]);
+    const Storage* __restrict grad = static_cast<const Storage*>(list.grad[i]);
+    Moment* __restrict m = static_cast<Moment*>(list.m[i]);
+    Moment* __restrict v = static_cast<Moment*>(list.v[i]);
+    uint16_t* __restrict low = kLow ? static_cast<uint16_t*>(list.low[i]) : nullptr;
+#pragma omp simd
+    for (int64_t at = begin; at < end; ++at) {
+      const auto new_m = static_cast<Moment>(m[at] + 1);
+      const auto new_v = static_cast<Moment>(v[at] - 1);
+      const auto new_low = static_cast<uint16_t>(kLow ? low[at] + 1 : 0);
+      const auto new_var = static_cast<Storage>(var[at] + grad[at]);
+      m[at] = new_m;
+      v[at] = new_v;
+      if constexpr (kLow) low[at] = new_low;
+      var[at] = new_var;
+    }
+  }
+};
+
 template <class Storage, bool kGrad, bool kAmsgrad>
 struct Plain {
   static void touch(const List& list, int64_t i, int64_t begin, int64_t end) {
@@ -160,6 +184,10 @@ extern "C" void floor_copy_float32(const List* list) { floor_of<WithCopy<float, 
 extern "C" void floor_copy_bfloat16(const List* list) { floor_of<WithCopy<uint16_t, false>>(*list); }
 extern "C" void floor_copy_float32_streamed(const List* list) { floor_of<WithCopy<float, true>>(*list); }
 extern "C" void floor_copy_bfloat16_streamed(const List* list) { floor_of<WithCopy<uint16_t, true>>(*list); }
+extern "C" void floor_bfloat16_moments(const List* list) { floor_of<Small<float, uint16_t, false>>(*list); }
+extern "C" void floor_8bit_moments(const List* list) { floor_of<Small<float, uint8_t, false>>(*list); }
+extern "C" void floor_split_bfloat16_moments(const List* list) { floor_of<Small<uint16_t, uint16_t, true>>(*list); }
+extern "C" void floor_split_8bit_moments(const List* list) { floor_of<Small<uint16_t, uint8_t, true>>(*list); }
 
 // The compute limit: one square root and one division per element of `list`, on numbers that stay in L1.
 extern "C" void floor_divider(const List* list) {

@@ -32,8 +32,8 @@ def llama(layers: int = 8) -> list[int]:
     return [128256 * width, *block * layers, width]
 
 
-def small_gpt(width: int = 512, blocks: int = 8, words: int = 8192, context: int = 32):
-    """A GPT of PyTorch, by default of 29.4 M parameters, whose call on ids returns the loss of the next ids."""
+def small_gpt(width: int = 384, blocks: int = 6, words: int = 4096, context: int = 32, seed: int = 0):
+    """A GPT of PyTorch, by default of 12.2 M parameters, whose call on ids returns the loss of the next ids."""
     import torch
     from torch import nn
 
@@ -41,6 +41,8 @@ def small_gpt(width: int = 512, blocks: int = 8, words: int = 8192, context: int
         def __init__(self) -> None:
             super().__init__()
             self.words, self.places = nn.Embedding(words, width), nn.Embedding(context, width)
+            for table in (self.words, self.places):
+                nn.init.normal_(table.weight, std=0.02)  # as GPT-2: the first loss is about log(words)
             block = nn.TransformerEncoderLayer(
                 width, max(1, width // 64), 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
             )
@@ -50,8 +52,8 @@ def small_gpt(width: int = 512, blocks: int = 8, words: int = 8192, context: int
         def forward(self, ids):
             hidden = self.words(ids) + self.places.weight
             hidden = self.blocks(hidden, mask=self.mask, is_causal=True)
-            logits = hidden @ self.words.weight.T
+            logits = (hidden @ self.words.weight.T).float()
             return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return Gpt()

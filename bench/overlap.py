@@ -2,9 +2,10 @@
 
     python bench/overlap.py [--turns N] [--only WORD ...]
 
-The rules are those of bench/compare.py, and every step has the bits of the plain one. The share that is hidden is
-(step after - overlap) / (step after - nothing but the gradients). On the CPU the backward pass and the step share the
-threads; gradients that arrive, as from a GPU, leave them idle. bench/results/overlap.json has the last figures.
+The rules are those of bench/compare.py, and every step has the bits of the plain one. The share that is hidden is (step
+after - overlap) / (step after - nothing but the gradients). Overlapped steps are timed after 100 others, when the logs
+that undo them hold no whole copies any more. On the CPU the backward pass and the step share the threads; gradients
+that arrive, as from a GPU, leave them idle. bench/results/overlap.json has the last figures.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from models import small_gpt
 CLIPS = (None, "never", "always", "tenth")
 RATES = (2, 8)  # GB/s
 STEPS = 10  # in one call of a contender; the same number as there
+SPLITS = {"overlap, 1 + 1 threads": (1, 1), "overlap, 2 + 2 threads": (2, 2)}  # of the backward pass and the step
+GRADIENTS, AFTER = "gradients", "step after"
 
 
 @dataclass
@@ -32,30 +35,33 @@ class Case:
     sizes: list[int]
     contenders: dict[str, dict[str, Any]]  # their options
     steps: int = STEPS
+    calls: int | None = 1  # in a turn; None: as many as in other benchmarks
 
 
 def gpt_sizes() -> list[int]:
     return [parameter.numel() for parameter in small_gpt().parameters()]
 
 
+def clipped(clip: str | None) -> str:
+    return f", clipped: {clip}"
+
+
 def cases() -> Iterator[Case]:
-    halves = {"overlap, 1 + 1 threads": (1, 1), "overlap, 2 + 1 threads": (2, 1), "overlap, 2 + 2 threads": (2, 2)}
+    contenders: dict[str, dict[str, Any]] = {GRADIENTS: {"how": GRADIENTS}}
     for clip in CLIPS:
-        contenders: dict[str, dict[str, Any]] = {
-            name: {"how": how, "clip": clip}
-            for name, how in {"gradients": "backward only", "step after": "step after"}.items()
-        }
-        for name, (backward, step) in halves.items():
-            contenders[name] = {"how": "overlap", "clip": clip, "threads": backward, "step_threads": step}
-        yield Case(f"GPT, clipped: {clip}", "gpt", [], contenders)
-    sizes = gpt_sizes()
+        contenders[AFTER + clipped(clip)] = {"how": AFTER, "clip": clip}
+        for name, (backward, step) in SPLITS.items():
+            options = {"how": "overlap", "clip": clip, "threads": backward, "step_threads": step}
+            contenders[name + clipped(clip)] = options
+    yield Case("GPT", "gpt", [], contenders)
     for rate in RATES:
+        contenders = {GRADIENTS: {"how": GRADIENTS, "rate": rate}}
         for clip in CLIPS:
-            named = {"gradients": "arrival only", "step after": "step after", "overlap": "overlap"}
-            contenders = {name: {"how": how, "clip": clip, "rate": rate} for name, how in named.items()}
-            yield Case(f"arrivals, {rate} GB/s, clipped: {clip}", "arrivals", sizes, contenders)
+            for how in (AFTER, "overlap"):
+                contenders[how + clipped(clip)] = {"how": how, "clip": clip, "rate": rate}
+        yield Case(f"arrivals, {rate} GB/s", "arrivals", gpt_sizes(), contenders)
     hows = ("plain", "made early", "undone and made again", "given up")
-    yield Case("undo, 2^24", "undo", [2**24], {how: {"how": how} for how in hows}, steps=1)
+    yield Case("undo, 2^24", "undo", [2**24], {how: {"how": how} for how in hows}, steps=1, calls=None)
 
 
 def measure(case: Case, turns: int) -> dict[str, Any]:
@@ -65,16 +71,16 @@ def measure(case: Case, turns: int) -> dict[str, Any]:
         for name, options in case.contenders.items():
             workers.append(Worker(f"overlap_contenders.{case.function}", case.sizes, **options))
             workers[-1].name = name
-        take_turns(workers, turns)
+        take_turns(workers, turns, steps_per_turn=case.calls)
         times = {worker.name: [t / case.steps for t in worker.times] for worker in workers}
     finally:
         for worker in workers:
             worker.close()
     quotients = undone(times) if case.function == "undo" else hidden(times)
-    if case.function == "undo":
-        from overlap_contenders import log_bytes
+    from overlap_contenders import LOG_BYTES
 
-        quotients["bytes of the log for each parameter after step 100"] = log_bytes([2**20], 100)
+    if case.function in LOG_BYTES:
+        quotients["bytes of the log for each parameter after step 100"] = LOG_BYTES[case.function]()
     return {
         "case": case.name,
         "seconds": {name: median(each) for name, each in times.items()},
@@ -84,10 +90,14 @@ def measure(case: Case, turns: int) -> dict[str, Any]:
 
 
 def hidden(times: dict[str, list[float]]) -> dict[str, float]:
-    """The share of the step's time that each way hides."""
-    alone, after = median(times["gradients"]), median(times["step after"])
-    ways = [name for name in times if name.startswith("overlap")]
-    return {f"hidden, {name}": (after - median(times[name])) / (after - alone) for name in ways}
+    """The share of the step's time that each way hides, of steps with the same clip."""
+    alone, shares = median(times[GRADIENTS]), {}
+    for clip in CLIPS:
+        after = median(times[AFTER + clipped(clip)])
+        for name in times:
+            if name.startswith("overlap") and name.endswith(clipped(clip)):
+                shares[f"hidden, {name}"] = (after - median(times[name])) / (after - alone)
+    return shares
 
 
 def undone(times: dict[str, list[float]]) -> dict[str, float]:
@@ -103,14 +113,14 @@ def undone(times: dict[str, list[float]]) -> dict[str, float]:
 def show(row: dict[str, Any]) -> None:
     for name, t in row["seconds"].items():
         least = row["least seconds"][name]
-        print(f"{row['case']:<36}{name:<28}{t * 1e3:>9.2f} ms, least {least * 1e3:.2f}", flush=True)
+        print(f"{row['case']:<20}{name:<40}{t * 1e3:>9.2f} ms, least {least * 1e3:.2f}", flush=True)
     for name, quotient in row["quotients"].items():
-        print(f"{row['case']:<36}{name}: {quotient:.2f}", flush=True)
+        print(f"{row['case']:<20}{name}: {quotient:.2f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=11)
+    parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with one of these in their name")
     parser.add_argument("--no-results", action="store_true", help="nothing is written")
     arguments = parser.parse_args()

@@ -1,7 +1,8 @@
 """The contenders of bench/overlap.py: gradients with the step after them, or meanwhile; and steps that are undone.
 
-`clip` says which steps exceed the bound of the joint norm: None for no bound, "never", "always", or "tenth" for one
-step in ten; with a bound, gradients must also be finite. `how` says what a contender does.
+`how` says what a contender does; with "gradients" nothing is stepped. Those that keep a log have made 100 steps before
+they are timed. `clip` says which steps exceed the bound of the joint norm: None for no bound, "never", "always", or
+"tenth" for one step in ten; with a bound, gradients must also be finite.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from host_contenders import _parts
 from models import small_gpt
 
 STEPS = 10  # in one call of a contender
+BEFORE = 100  # steps that a log takes to become as it stays; a multiple of STEPS, so that the tenth ends a call
 BUCKETS = 16
+BATCHES = 8  # that follow one another, so that moments do not settle on one gradient
 SPIKE = 5.0  # what the tenth gradient is multiplied by
 BOUNDS = {"never": 1e6, "always": 0.5, "tenth": 2.0}  # times the norm of the first gradients
 
@@ -40,43 +43,39 @@ def _is_spike(clip: str | None, step: int) -> bool:
 # ---- a backward pass ------------------------------------------------------------------------------------------------
 
 
-def _gpt_steps(model, batch: int, how: str, clip: str | None, step_threads: int | None) -> Callable[[], None]:
-    """One call: forward, backward and step."""
+def _gpt_steps(model, batch: int, how: str, clip: str | None, step_threads: int | None):
+    """One call: forward, backward and step. Also returns the parameters and the optimizer."""
     context, (words, _) = model.places.weight.shape[0], model.words.weight.shape
-    ids = torch.randint(words, (batch, context), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(words, (batch, context), generator=generator) for _ in range(BATCHES)]
     parameters = list(model.parameters())
-    model(ids).backward()
+    model(batches[0]).backward()
     optimizer = _optimizer(parameters, clip)
     optimizer.zero_grad()
+    if how == "overlap":
+        megabytes = sum(parameter.nbytes for parameter in parameters) / 2**20
+        overlap(optimizer, bucket_mb=megabytes / BUCKETS, threads=step_threads).attach()
     count = 0
 
     def step() -> None:
         nonlocal count
-        loss = model(ids) * (SPIKE if _is_spike(clip, count) else 1.0)
+        loss = model(batches[count % BATCHES]) * (SPIKE if _is_spike(clip, count) else 1.0)
         count += 1
-        if how == "overlap":
-            with overlap(optimizer, threads=step_threads):
-                loss.backward()
-        else:
-            loss.backward()
-            if how == "step after":
-                optimizer.step()
+        loss.backward()
+        if how != "gradients":
+            optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return step, parameters, optimizer
 
 
-def gpt(sizes, how, clip=None, batch=2, threads=None, step_threads=None):
-    """A GPT on the CPU; how: "backward only", "step after" or "overlap". `threads`: of the backward pass."""
+def gpt(sizes, how, clip=None, batch=1, threads=None, step_threads=None):
+    """A GPT on the CPU; how: "gradients", "step after" or "overlap". `threads`: of the backward pass."""
     if threads is not None:
         torch.set_num_threads(threads)
-    small = [small_gpt(64, 2, 100, 8) for _ in range(2)]
-    _compare(
-        [_gpt_steps(model, 2, way, clip, step_threads) for model, way in zip(small, (how, "step after"), strict=True)],
-        [list(model.parameters()) for model in small],
-        how,
-    )
-    return _many(_gpt_steps(small_gpt(), batch, how, clip, step_threads))
+    runs = [_gpt_steps(small_gpt(64, 2, 100, 8), 2, way, clip, step_threads) for way in (how, "step after")]
+    _compare([run[0] for run in runs], [run[1] for run in runs], how)
+    return _many(_gpt_steps(small_gpt(), batch, how, clip, step_threads)[0], how)
 
 
 # ---- gradients that arrive ------------------------------------------------------------------------------------------
@@ -84,18 +83,19 @@ def gpt(sizes, how, clip=None, batch=2, threads=None, step_threads=None):
 
 def _arrival_steps(sizes: list[int], rate: float, how: str, clip: str | None):
     """One call: all gradients arrive, and are stepped. Also returns the parameters."""
-    parameters, (come,) = _tensors(sizes, 1)
-    spikes = [gradient * SPIKE for gradient in come] if clip == "tenth" else come
-    for parameter, gradient in zip(parameters, come, strict=True):
+    parameters, lists = _tensors(sizes, 4)
+    for parameter, gradient in zip(parameters, lists[0], strict=True):
         parameter.grad = gradient.clone()
-    sources = [dict(zip(parameters, each, strict=True)) for each in (come, spikes)]
+    sources = [dict(zip(parameters, each, strict=True)) for each in lists]
+    if clip == "tenth":
+        sources.append({parameter: gradient * SPIKE for parameter, gradient in sources[0].items()})
     parts = _parts(parameters[::-1], BUCKETS)
     optimizer = _optimizer(parameters, clip)
     count = 0
 
     def step() -> None:
         nonlocal count
-        source = sources[_is_spike(clip, count)]
+        source = sources[-1 if _is_spike(clip, count) else count % len(lists)]
         count += 1
         if how == "overlap":
             optimizer.begin_step(early=True)
@@ -116,11 +116,11 @@ def _arrival_steps(sizes: list[int], rate: float, how: str, clip: str | None):
 
 
 def arrivals(sizes, how, rate, clip=None):
-    """Gradients that arrive at `rate` GB/s, as from a GPU; how: "arrival only", "step after" or "overlap"."""
+    """Gradients that arrive at `rate` GB/s, as from a GPU; how: "gradients", "step after" or "overlap"."""
     torch.set_num_threads(1)  # of the copies
     runs = [_arrival_steps([70_000, 37, 5000], 1e12, way, clip) for way in (how, "step after")]
     _compare([run[0] for run in runs], [run[1] for run in runs], how)
-    return _many(_arrival_steps(sizes, rate * 1e9, how, clip)[0])
+    return _many(_arrival_steps(sizes, rate * 1e9, how, clip)[0], how)
 
 
 # ---- steps that are undone ------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def undo(sizes, how):
         runs = [_undo_steps([70_000, 37], way, clip) for way in (how, "plain")]
         _compare([run[0] for run in runs], [run[1] for run in runs], how)
     step = _undo_steps(sizes, how, clip)[0]
-    for _ in range(100):  # until the log is as it stays
+    for _ in range(BEFORE):
         step()
     return Contender(step)
 
@@ -162,12 +162,16 @@ def _undo_steps(sizes: list[int], how: str, clip: str):
     return step, parameters, optimizer
 
 
-def log_bytes(sizes: list[int], steps: int) -> float:
-    """Bytes for each parameter that the log takes after so many steps."""
-    step, _, optimizer = _undo_steps(sizes, "made early", "never")
-    for _ in range(steps):
+def _log_bytes(step, parameters, optimizer) -> float:
+    for _ in range(BEFORE):
         step()
-    return sum(log.nbytes for log in optimizer._stepper.logs.values()) / sum(sizes)
+    return sum(log.nbytes for log in optimizer._stepper.logs.values()) / sum(p.numel() for p in parameters)
+
+
+LOG_BYTES = {  # for each parameter, of the log after 100 steps
+    "gpt": lambda: _log_bytes(*_gpt_steps(small_gpt(), 1, "overlap", "never", None)),
+    "undo": lambda: _log_bytes(*_undo_steps([2**20], "made early", "never")),
+}
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
@@ -180,7 +184,11 @@ def _tensors(sizes: list[int], count: int):
     return [torch.nn.Parameter(values) for values in lists[0]], lists[1:]
 
 
-def _many(step: Callable[[], None]) -> Contender:
+def _many(step: Callable[[], None], how: str) -> Contender:
+    """So many steps in one call, after others."""
+    for _ in range(BEFORE if how == "overlap" else STEPS):
+        step()
+
     def steps() -> None:
         for _ in range(STEPS):
             step()
@@ -190,7 +198,7 @@ def _many(step: Callable[[], None]) -> Contender:
 
 def _compare(steps, parameters, how: str) -> None:
     """The same bits after some steps of both, unless `how` makes none."""
-    if how in ("backward only", "arrival only"):
+    if how == "gradients":
         return
     for _ in range(3 * STEPS):
         for step in steps:

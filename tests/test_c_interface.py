@@ -96,7 +96,7 @@ def assert_output_of_the_cpp_program(output):
         ("1", "beta_2: 1.000000 is 1 in float32, expected less"),
         ("1", "step: 0, expected 1 or more"),
         ("3", "a gradient is not finite"),
-        ("1", "list: ABI 3, expected 2, the ABI of this library"),
+        ("1", "list: ABI 4, expected 3, the ABI of this library"),
         ("1", "tensors[1].grad_factor: expected a finite number"),
         ("1", "tensors[1].grad_factor: infinite in float32, expected a finite number"),
         ("1", "tensors[1].var: 9223372036854775807 elements, expected 0 to 2^59"),

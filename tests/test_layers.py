@@ -28,7 +28,7 @@ LAYERS = [
     ["_core.autodiff", "_core.minimize", "_core.saving", "_core.bucketed"],
     ["_core.optimizer"],
     ["_core.adam", "_core.adamw", "_core.loss_scale"],
-    ["_core.functional", "_core.norm", "_core.machine", "cuda"],
+    ["_core.functional", "_core.norm", "_core.machine", "_core.memory", "cuda"],
     ["exchange"],
     ["", "_core"],
     ["torch", "jax"],
@@ -37,7 +37,13 @@ LAYERS = [
     ["__main__"],
 ]
 ADAPTERS = ("torch", "jax", "keras")
-OF_ADAPTERS = ("_core.common", "_core.native", "_core.deferred.history", "schedules")  # what these may import
+OF_ADAPTERS = (  # what these may import
+    "_core.common",
+    "_core.native",
+    "_core.deferred.history",
+    "exchange._foreign",
+    "schedules",
+)
 EXTENSIONS = {"_cpu", "_cuda", "_jax", "_jax_cuda"}
 
 

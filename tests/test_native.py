@@ -11,7 +11,7 @@ import pytest
 from compiled import build, run, tool
 
 DIGEST_PROGRAMS = ["kernel_test", "row_test", "sum_test"]
-THREAD_PROGRAMS = [*DIGEST_PROGRAMS, "index_test", "undo_test"]
+THREAD_PROGRAMS = [*DIGEST_PROGRAMS, "index_test", "undo_test", "small_test"]
 PROGRAMS = [*THREAD_PROGRAMS, "form_test", "cuda_test", "cuda_row_test"]
 pytestmark = pytest.mark.native
 
@@ -40,6 +40,12 @@ def test_steps_are_undone_to_the_bit():
     found = run(programs() / "undo_test")
     assert "undoes a step to the bit" in found
     assert "finds the one tile whose gradient has changed" in found
+
+
+def test_small_states_have_the_same_bits_everywhere():
+    found = run(programs() / "small_test")
+    assert "gives the bits of the other instruction sets" in found
+    assert "digest 816a54bd769e4fb9" in found
 
 
 def test_closed_forms_are_the_sum_of_the_steps():

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import fastadam.torch  # noqa: E402
+from gloo_processes import needs_gloo, run_in_two_processes  # noqa: E402
 from torch import distributed  # noqa: E402
-
-needs_gloo = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="needs PyTorch with gloo"
-)
 
 
 def network():
@@ -137,26 +133,10 @@ def checkpoint(folder):
     check_equal(resumed.parameters(), unsharded(6))
 
 
-ENGINES = (zero, fsdp, clipped, checkpoint)
-
-
-def _work(rank, folder, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        for engine in ENGINES:
-            engine(folder)
-    finally:
-        distributed.destroy_process_group()
-
-
 @needs_gloo
 def test_two_processes_do_what_one_does(tmp_path):
-    """With all engines, since starting the processes is what takes long; a failure names the engine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_work, args=(os.fspath(tmp_path), port), nprocs=2)
+    """With all engines, since starting the processes is what takes long."""
+    run_in_two_processes((zero, fsdp, clipped, checkpoint), tmp_path)
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------

@@ -369,29 +369,7 @@ def test_parameters_without_memory_get_masters_without_memory():
     assert opt.state[param]["exp_avg"].dtype == torch.float32
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_half_weights_with_masters_train_like_float32():
-    """A small rate, at which most updates are lost in bfloat16 without masters."""
-
-    def train(dtype, **options):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
-        opt = fastadam.torch.AdamW(model.to(dtype).parameters(), lr=3e-4, weight_decay=0.0, **options)
-        x = torch.randn(128, 8)
-        y = torch.sin(x.sum(1, keepdim=True))
-        for _ in range(1000):
-            opt.zero_grad()
-            loss = (model(x.to(dtype)).float() - y).square().mean()
-            loss.backward()
-            opt.step()
-        return loss.item()
-
-    full = train(torch.float32)
-    assert abs(train(torch.bfloat16, master_weights=True) / full - 1) < 0.02
-    assert train(torch.bfloat16) > 1.5 * full
+# ---- buckets ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("early", [False, True])

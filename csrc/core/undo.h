@@ -11,7 +11,6 @@
 // the tile cannot be computed: they stay as the step has left them.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "adam_math.h"
@@ -124,7 +123,7 @@ FASTADAM_INLINE uint32_t checksum_with(uint32_t sum, float g) {
   const uint32_t mixed = (sum ^ bit_cast<uint32_t>(g)) * 0x9e3779b1u;
   return mixed ^ (mixed >> 15);
 }
-template <std::size_t kLanes>
+template <auto kLanes>
 FASTADAM_INLINE uint32_t checksum_of(const uint32_t (&lanes)[kLanes]) {
   uint32_t sum = 0;
   for (const uint32_t lane : lanes) sum = (sum ^ lane) * 0x85ebca6bu + 1;

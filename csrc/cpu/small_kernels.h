@@ -42,44 +42,60 @@ struct FloatVariable {
       : at(static_cast<float*>(tensor.var) + begin) {}
   FASTADAM_INLINE Lanes load(int64_t j) const { return Lanes::load(at + j * kWidth); }
   FASTADAM_INLINE void store(int64_t j, Lanes x) { x.store(at + j * kWidth); }
+  FASTADAM_INLINE void finish() {}
 };
 
-FASTADAM_INLINE Words is_nan(Lanes x) { return (Words)(x.magnitude() > 0x7f800000u); }
+// The most that magnitude() is of numbers that are not NaN: these are stored as the bits that they have, while those of
+// NaN, which could become a number, need a second look.
+constexpr uint32_t kMostFinite = 0x7f800000;
 
 struct SplitVariable {
   static constexpr int64_t kBytes = 2;
-  uint16_t* high;
-  uint16_t* low;
+  BFloat16* high;
+  int16_t* low;
+  Words top{};
 
   FASTADAM_INLINE SplitVariable(const TensorArgs& tensor, uint64_t /*key*/, int64_t begin)
-      : high(static_cast<uint16_t*>(tensor.var) + begin), low(reinterpret_cast<uint16_t*>(tensor.low) + begin) {}
+      : high(static_cast<BFloat16*>(tensor.var) + begin), low(tensor.low + begin) {}
   FASTADAM_INLINE Lanes load(int64_t j) const {
-    // The sign of the low half counts 2^16, so it takes 1 from the high one.
-    const Words lows = load_words(low + j * kWidth);
-    return Lanes((load_words(high + j * kWidth) << 16) + lows - ((lows & 0x8000u) << 1));
+    const Words highs = load_words(reinterpret_cast<const uint16_t*>(high) + j * kWidth) << 16;
+    return Lanes(highs + load_words(low + j * kWidth));
   }
   FASTADAM_INLINE void store(int64_t j, Lanes x) {
-    const Words nan = is_nan(x);
-    const Words highs = (nan & (x.bits() >> 16 | 0x40u)) | (~nan & ((x.bits() + 0x8000u) >> 16));
-    store_words(high + j * kWidth, highs);
-    store_words(low + j * kWidth, ~nan & x.bits() & 0xffffu);
+    top = larger(top, x.magnitude());
+    store_words(reinterpret_cast<uint16_t*>(high) + j * kWidth, (x.bits() + 0x8000u) >> 16);
+    store_words(reinterpret_cast<uint16_t*>(low) + j * kWidth, x.bits());
+  }
+  FASTADAM_INLINE void finish() {
+    if (__builtin_expect(largest(top) > kMostFinite, 0)) store_nan();
+  }
+
+  __attribute__((noinline)) void store_nan() {
+    float values[kCodeBlock];
+    read_halves(high, low, kCodeBlock, values);
+    write_halves(values, kCodeBlock, high, low);
   }
 };
 
-FASTADAM_INLINE Words bfloat16_at_random(Lanes x, Words word) {
-  const Words nan = is_nan(x);
-  return (nan & (x.bits() >> 16 | 0x40u)) | (~nan & ((x.bits() + (word >> 16)) >> 16));
-}
+// The bits of a bfloat16, unless x is NaN.
+FASTADAM_INLINE Words bfloat16_at_random(Lanes x, Words word) { return (x.bits() + (word >> 16)) >> 16; }
 
 struct RandomVariable {
   static constexpr int64_t kBytes = 2;
-  uint16_t* at;
+  BFloat16* at;
   RandomWords words;
 
   FASTADAM_INLINE RandomVariable(const TensorArgs& tensor, uint64_t key, int64_t begin)
-      : at(static_cast<uint16_t*>(tensor.var) + begin), words(key, kOfVariables, begin) {}
-  FASTADAM_INLINE Lanes load(int64_t j) const { return Lanes(load_words(at + j * kWidth) << 16); }
-  FASTADAM_INLINE void store(int64_t j, Lanes x) { store_words(at + j * kWidth, bfloat16_at_random(x, words.next(j))); }
+      : at(static_cast<BFloat16*>(tensor.var) + begin), words(key, kOfVariables, begin) {}
+  FASTADAM_INLINE Lanes load(int64_t j) const {
+    return Lanes(load_words(reinterpret_cast<const uint16_t*>(at) + j * kWidth) << 16);
+  }
+  FASTADAM_INLINE void store(int64_t j, Lanes x) {
+    const Words is_nan = (Words)(x.magnitude() > kMostFinite);
+    const Words bits = (is_nan & (x.bits() >> 16 | 0x40u)) | (~is_nan & bfloat16_at_random(x, words.next(j)));
+    store_words(reinterpret_cast<uint16_t*>(at) + j * kWidth, bits);
+  }
+  FASTADAM_INLINE void finish() {}
 };
 
 // ---- how moments are read, kept until the block is done, and written ----
@@ -102,26 +118,42 @@ struct FloatMoments {
 
 struct RandomMoments {
   static constexpr int64_t kBytes = 2;
-  uint16_t* m;
-  uint16_t* v;
+  BFloat16* m;
+  BFloat16* v;
   Lanes m_values[kVectors];
   Lanes v_values[kVectors];
+  Words top{};
 
   FASTADAM_INLINE RandomMoments(const TensorArgs& tensor, int64_t begin)
-      : m(static_cast<uint16_t*>(tensor.m) + begin), v(static_cast<uint16_t*>(tensor.v) + begin) {}
-  FASTADAM_INLINE Lanes load_m(int64_t j) const { return Lanes(load_words(m + j * kWidth) << 16); }
-  FASTADAM_INLINE Lanes load_v(int64_t j) const { return Lanes(load_words(v + j * kWidth) << 16); }
+      : m(static_cast<BFloat16*>(tensor.m) + begin), v(static_cast<BFloat16*>(tensor.v) + begin) {}
+  FASTADAM_INLINE static Lanes load(const BFloat16* from) {
+    return Lanes(load_words(reinterpret_cast<const uint16_t*>(from)) << 16);
+  }
+  FASTADAM_INLINE Lanes load_m(int64_t j) const { return load(m + j * kWidth); }
+  FASTADAM_INLINE Lanes load_v(int64_t j) const { return load(v + j * kWidth); }
   FASTADAM_INLINE void keep(int64_t j, Lanes m_j, Lanes v_j) {
     m_values[j] = m_j;
     v_values[j] = v_j;
+    top = larger(top, larger(m_j.magnitude(), v_j.magnitude()));
   }
   FASTADAM_INLINE void write(uint64_t key, int64_t begin) {
     RandomWords words(key, kOfMoments, begin);
     for (int64_t j = 0; j < kVectors; ++j) {
       const Words word = words.next(j);
-      store_words(m + j * kWidth, bfloat16_at_random(m_values[j], word));
-      store_words(v + j * kWidth, bfloat16_at_random(v_values[j], word));
+      store_words(reinterpret_cast<uint16_t*>(m) + j * kWidth, bfloat16_at_random(m_values[j], word));
+      store_words(reinterpret_cast<uint16_t*>(v) + j * kWidth, bfloat16_at_random(v_values[j], word));
     }
+    if (__builtin_expect(largest(top) > kMostFinite, 0)) write_nan(key, begin);
+  }
+
+  __attribute__((noinline)) void write_nan(uint64_t key, int64_t begin) const {
+    uint32_t words[kCodeBlock];
+    float values[kCodeBlock];
+    random_words(key, kOfMoments, begin, words);
+    std::memcpy(values, m_values, sizeof(values));
+    write_at_random(values, words, kCodeBlock, m);
+    std::memcpy(values, v_values, sizeof(values));
+    write_at_random(values, words, kCodeBlock, v);
   }
 };
 
@@ -162,9 +194,10 @@ struct CodedMoments {
         m_code(BlockCode<true>::to_read(*m_scale)),
         v_code(BlockCode<false>::to_read(*v_scale)) {}
   FASTADAM_INLINE Lanes load_m(int64_t j) const {
-    const Words codes = load_words(m + j * kWidth) << kCodeShift;
+    // With its sign extended, a code that is shifted to the place of a mantissa has its sign at the highest bit.
+    const Words codes = load_words(reinterpret_cast<const int8_t*>(m) + j * kWidth) << kCodeShift;
     const Lanes x(BlockCode<true>::kBase | (codes & (0x7fu << kCodeShift)));
-    return Lanes(multiply_add(x, m_code.scale, m_code.offset).bits() | ((codes << 4) & 0x80000000u));
+    return Lanes(multiply_add(x, m_code.scale, m_code.offset).bits() | (codes & 0x80000000u));
   }
   FASTADAM_INLINE Lanes load_v(int64_t j) const {
     const Lanes x(BlockCode<false>::kBase | (load_words(v + j * kWidth) << kCodeShift));
@@ -181,9 +214,6 @@ struct CodedMoments {
     *v_scale = scale_of<false>(largest(v_top));
     m_code = BlockCode<true>::to_write(*m_scale);
     v_code = BlockCode<false>::to_write(*v_scale);
-    // An inverse of 0 times infinity or NaN is NaN, whose code is not 0.
-    const uint32_t m_kept = *m_scale == kNoScale ? 0 : 0xff;
-    const uint32_t v_kept = *v_scale == kNoScale ? 0 : 0xff;
     RandomWords words(key, kOfMoments, begin);
     for (int64_t j = 0; j < kVectors; ++j) {
       const Words random = words.next(j) >> 12;
@@ -192,10 +222,12 @@ struct CodedMoments {
       const Words m_bits = multiply_add(Lanes(m_j.magnitude()), m_code.scale, m_code.offset).bits() + random;
       const Words v_bits = multiply_add(v_j, v_code.scale, v_code.offset).bits() + random;
       const Words least = smaller(v_j.bits(), Words{} + (1u << kCodeShift)) + BlockCode<false>::kBase;
-      const Words m_codes = ((m_bits >> kCodeShift) & 0x7fu) | ((m_j.bits() >> 24) & 0x80u);
-      store_words(m + j * kWidth, m_codes & m_kept);
-      store_words(v + j * kWidth, (larger(v_bits, least) >> kCodeShift) & v_kept);
+      store_words(m + j * kWidth, select(0x80, m_j.bits() >> 24, m_bits >> kCodeShift));
+      store_words(v + j * kWidth, larger(v_bits, least) >> kCodeShift);
     }
+    // 0 times infinity or NaN is NaN, whose code is not 0.
+    if (__builtin_expect(*m_scale == kNoScale, 0)) std::memset(m, 0, kCodeBlock);
+    if (__builtin_expect(*v_scale == kNoScale, 0)) std::memset(v, 0, kCodeBlock);
   }
 };
 
@@ -216,6 +248,7 @@ FASTADAM_INLINE void update_block(const TensorArgs& tensor, int64_t begin, const
     variable.store(j, var);
     moments.keep(j, m, v);
   }
+  variable.finish();
   moments.write(key, begin);
 }
 

@@ -20,8 +20,6 @@ constexpr int64_t kWidth = 4;
 #endif
 
 using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
-using Halves = uint16_t __attribute__((vector_size(2 * kWidth)));
-using Bytes = uint8_t __attribute__((vector_size(kWidth)));
 
 template <class Vector>
 FASTADAM_INLINE Vector load_vector(const void* from) {
@@ -34,50 +32,82 @@ FASTADAM_INLINE void store_vector(void* to, const Vector& vector) {
   std::memcpy(to, &vector, sizeof(vector));
 }
 
-// Elements of one or two bytes as words, and words that fit in these as elements.
+// load_words: elements of one or two bytes, signed or not, as words. store_words: the low bits of words.
 #if defined(__AVX512F__)
 FASTADAM_INLINE Words load_words(const uint8_t* from) {
-  return (Words)_mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return (Words)_mm512_maskz_cvtepu8_epi32(kAll, load_vector<__m128i>(from));
+}
+FASTADAM_INLINE Words load_words(const int8_t* from) {
+  return (Words)_mm512_maskz_cvtepi8_epi32(kAll, load_vector<__m128i>(from));
 }
 FASTADAM_INLINE Words load_words(const uint16_t* from) {
-  return (Words)_mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (Words)_mm512_maskz_cvtepu16_epi32(kAll, load_vector<__m256i>(from));
+}
+FASTADAM_INLINE Words load_words(const int16_t* from) {
+  return (Words)_mm512_maskz_cvtepi16_epi32(kAll, load_vector<__m256i>(from));
 }
 FASTADAM_INLINE void store_words(uint8_t* to, Words words) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(kAll, (__m512i)words));
+  store_vector(to, _mm512_maskz_cvtepi32_epi8(kAll, (__m512i)words));
 }
 FASTADAM_INLINE void store_words(uint16_t* to, Words words) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(kAll, (__m512i)words));
+  store_vector(to, _mm512_maskz_cvtepi32_epi16(kAll, (__m512i)words));
 }
 #elif defined(__AVX2__)
 FASTADAM_INLINE Words load_words(const uint8_t* from) {
   return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 }
+FASTADAM_INLINE Words load_words(const int8_t* from) {
+  return (Words)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
 FASTADAM_INLINE Words load_words(const uint16_t* from) {
-  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return (Words)_mm256_cvtepu16_epi32(load_vector<__m128i>(from));
+}
+FASTADAM_INLINE Words load_words(const int16_t* from) {
+  return (Words)_mm256_cvtepi16_epi32(load_vector<__m128i>(from));
 }
 FASTADAM_INLINE __m128i narrowed(Words words) {
   const auto all = (__m256i)words;
   return _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
 }
 FASTADAM_INLINE void store_words(uint8_t* to, Words words) {
-  const __m128i halves = narrowed(words);
+  const __m128i halves = narrowed(words & 0xffu);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves, halves));
 }
-FASTADAM_INLINE void store_words(uint16_t* to, Words words) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrowed(words));
-}
+FASTADAM_INLINE void store_words(uint16_t* to, Words words) { store_vector(to, narrowed(words & 0xffffu)); }
 #else
+using Bytes = uint8_t __attribute__((vector_size(kWidth)));
+using SignedBytes = int8_t __attribute__((vector_size(kWidth)));
+using Halves = uint16_t __attribute__((vector_size(2 * kWidth)));
+using SignedHalves = int16_t __attribute__((vector_size(2 * kWidth)));
+using SignedWords = int32_t __attribute__((vector_size(4 * kWidth)));
+
 FASTADAM_INLINE Words load_words(const uint8_t* from) {
   return __builtin_convertvector(load_vector<Bytes>(from), Words);
 }
+FASTADAM_INLINE Words load_words(const int8_t* from) {
+  return (Words) __builtin_convertvector(load_vector<SignedBytes>(from), SignedWords);
+}
 FASTADAM_INLINE Words load_words(const uint16_t* from) {
   return __builtin_convertvector(load_vector<Halves>(from), Words);
+}
+FASTADAM_INLINE Words load_words(const int16_t* from) {
+  return (Words) __builtin_convertvector(load_vector<SignedHalves>(from), SignedWords);
 }
 FASTADAM_INLINE void store_words(uint8_t* to, Words words) { store_vector(to, __builtin_convertvector(words, Bytes)); }
 FASTADAM_INLINE void store_words(uint16_t* to, Words words) {
   store_vector(to, __builtin_convertvector(words, Halves));
 }
 #endif
+
+// The bits of `ones` where the mask has ones, else those of `zeros`.
+FASTADAM_INLINE Words select(uint32_t mask, Words ones, Words zeros) {
+#if defined(__AVX512F__)
+  const __m512i all = _mm512_set1_epi32(static_cast<int>(mask));
+  return (Words)_mm512_ternarylogic_epi32(all, (__m512i)ones, (__m512i)zeros, 0xca);
+#else
+  return (ones & mask) | (zeros & ~mask);
+#endif
+}
 
 struct Lanes {
   using Floats = float __attribute__((vector_size(4 * kWidth)));

@@ -28,6 +28,7 @@ from fastadam._core.common.telemetry import Telemetry
 from fastadam._core.functional import adam_step
 from fastadam._core.loss_scale import LossScaleOptimizer
 from fastadam._core.machine import current_isa, get_num_threads, isas, set_isa, set_num_threads, show_config
+from fastadam._core.memory import MemoryRow, MemoryTable, memory
 from fastadam._core.minimize import set_gradient_provider
 from fastadam._core.native.slices import IndexedSlices
 from fastadam._core.native.variable import Variable
@@ -53,6 +54,8 @@ __all__ = [
     "AdamW",
     "IndexedSlices",
     "LossScaleOptimizer",
+    "MemoryRow",
+    "MemoryTable",
     "Telemetry",
     "Variable",
     "__version__",
@@ -63,6 +66,7 @@ __all__ = [
     "get_num_threads",
     "global_norm",
     "isas",
+    "memory",
     "reference",
     "schedules",
     "set_gradient_provider",

@@ -1,5 +1,6 @@
-"""``python -m fastadam``, or ``fastadam``: print the facts for a bug report. With ``demo``: train a small model.
+"""``python -m fastadam``, or ``fastadam``: print the facts for a bug report.
 
+With ``demo``: train a small model. With ``memory``: the bytes that training needs, for each choice of formats.
 For C and C++ programs: ``cc program.c $(python -m fastadam --include) $(python -m fastadam --libs)``.
 """
 
@@ -10,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastadam import __version__, show_config
+from fastadam import __version__, memory, show_config
+from fastadam._core.memory import BANDWIDTH, BITS
 from fastadam._core.native.backend import _cpu
 from fastadam._demo import digits, embedding
 from fastadam._demo.show import DEFAULT_PICTURE, PictureError, check_picture
@@ -52,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--embedding", action="store_true", help="train a text classifier instead, with a deferred and a dense table"
     )
     demo.add_argument("--steps", type=int, metavar="N", help=f"with --embedding: default {embedding.STEPS}")
+    table = _add_memory(commands)
     options = parser.parse_args(arguments)
     if options.paths:
         if options.command is not None:
@@ -61,11 +64,35 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command is None:
         show_config()
         return
+    if options.command == "memory":
+        _print_memory(table, options)
+        return
     try:
         _run_demo(demo, options)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _add_memory(commands: Any) -> argparse.ArgumentParser:
+    what = "print the bytes that are held and moved per parameter, for each choice of formats"
+    table: argparse.ArgumentParser = commands.add_parser("memory", help=what, description=what)
+    table.add_argument("--parameters", type=float, required=True, metavar="N", help="such as 7e9")
+    table.add_argument("--gradients", choices=BITS, help="default: as the parameters")
+    table.add_argument("--amsgrad", action="store_true", help="with the maximum of the second moments")
+    table.add_argument("--ema", action="store_true", help="with a moving average of the parameters")
+    what = f"bytes per second to and from memory, for the time of a step; default {BANDWIDTH:g}, two channels of DDR4"
+    table.add_argument("--bandwidth", type=float, default=BANDWIDTH, metavar="B", help=what)
+    return table
+
+
+def _print_memory(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if not (1 <= options.parameters < 2**63 and options.parameters == int(options.parameters)):
+        parser.error(f"--parameters {options.parameters:g}: expected a whole number of at least 1")
+    if not 0 < options.bandwidth < float("inf"):
+        parser.error(f"--bandwidth {options.bandwidth:g}: expected a positive number")
+    choices = {"gradients": options.gradients, "amsgrad": options.amsgrad, "use_ema": options.ema}
+    print(memory(int(options.parameters), bandwidth=options.bandwidth, **choices))
 
 
 def _run_demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

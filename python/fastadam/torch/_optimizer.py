@@ -195,6 +195,17 @@ class Adam(torch.optim.Optimizer):
     ...     weight.sum().backward()
     ...     opt.step()
     ...     assert torch.allclose(weight, torch.full((2,), 0.9))
+
+    The exact float32 master of bfloat16 parameters, and moments of 8 bits: 6 bytes for each parameter.
+
+    >>> if importlib.util.find_spec("torch"):
+    ...     model = torch.nn.Linear(64, 64).bfloat16()
+    ...     opt = fastadam.torch.AdamW(model.named_parameters(), moments="8bit", master="split", float32_for=["bias"])
+    ...     model(torch.ones(1, 64).bfloat16()).sum().backward()
+    ...     opt.step()
+    ...     assert opt.state[model.weight]["exp_avg"].dtype == torch.uint8
+    ...     assert opt.state[model.weight]["master_low"].dtype == torch.int16
+    ...     assert opt.state[model.bias]["exp_avg"].dtype == torch.float32
     """
 
     lr: OfGroups = OfGroups("lr")

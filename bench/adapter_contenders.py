@@ -14,9 +14,8 @@ def torch(sizes, dtype="float32", moments=None):
     """`fastadam.torch.Adam.step()`; `moments`: "float32" for half parameters."""
     import fastadam.torch
 
-    torch, parameters, read = _parameters(sizes, dtype)
-    moments_dtype = None if moments is None else torch.float32
-    optimizer = fastadam.torch.Adam(parameters, lr=0.001, eps=1e-7, moments_dtype=moments_dtype)
+    _, parameters, read = _parameters(sizes, dtype)
+    optimizer = fastadam.torch.Adam(parameters, lr=0.001, eps=1e-7, moments=moments)
     return Contender(optimizer.step, read)
 
 

@@ -43,7 +43,7 @@ REFERENCE = "float32"
 CONFIGURATIONS = {  # the first is the reference
     REFERENCE: Configuration(torch.float32),
     "bfloat16, float32 masters": Configuration(torch.bfloat16, {"master_weights": True}),
-    "bfloat16, float32 moments": Configuration(torch.bfloat16, {"moments_dtype": torch.float32}),
+    "bfloat16, float32 moments": Configuration(torch.bfloat16, {"moments": "float32"}),
     "bfloat16 alone": Configuration(torch.bfloat16),
 }
 

@@ -96,9 +96,9 @@ def test_a_step_of_half_parameters_is_that_of_torchs_fused_kernel_to_one_roundin
 def test_float32_moments_of_half_parameters_keep_what_half_ones_lose(dtype):
     start = parameters((1000,), dtype=dtype)[0]
     runs = {}
-    for option in (None, torch.float32):
+    for option in (None, "float32"):
         weight = torch.nn.Parameter(start.detach().clone())
-        optimizer = fastadam.torch.Adam([weight], lr=0.01, betas=(0.9, 0.9999), moments_dtype=option)
+        optimizer = fastadam.torch.Adam([weight], lr=0.01, betas=(0.9, 0.9999), moments=option)
         exact = torch.nn.Parameter(start.detach().double())
         reference = torch.optim.Adam([exact], lr=0.01, betas=(0.9, 0.9999))
         generator = torch.Generator().manual_seed(0)
@@ -109,8 +109,8 @@ def test_float32_moments_of_half_parameters_keep_what_half_ones_lose(dtype):
             reference.step()
         runs[option] = (weight.detach(), optimizer.state[weight], reference.state[exact])
     for option, (_, state, _) in runs.items():
-        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == (option or dtype)
-    _, state, exact_state = runs[torch.float32]
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == (torch.float32 if option else dtype)
+    _, state, exact_state = runs["float32"]
     torch.testing.assert_close(state["exp_avg_sq"].double(), exact_state["exp_avg_sq"], rtol=1e-5, atol=0)
     lost = runs[None][1]["exp_avg_sq"].double()
     assert bool(((lost - exact_state["exp_avg_sq"]).abs() > 1e-3 * exact_state["exp_avg_sq"]).any())

@@ -89,7 +89,11 @@ UNUSABLE = {
     **{
         f"{name} of {dtype}": (put(name, torch.ones(5, 3).to(dtype)), rf"'a': {name}: {dtype}, expected torch.float32 or")
         for name in ("exp_avg", "exp_avg_sq")
-        for dtype in (torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64)
+        for dtype in (torch.int8, torch.int64, torch.bool, torch.complex64)
+    },
+    **{
+        f"{name} of torch.uint8": (put(name, torch.ones(5, 3).byte()), "'a': without 'exp_avg_scale', 'exp_avg_sq_scale', exp")
+        for name in ("exp_avg", "exp_avg_sq")
     },
     **{
         f"step of {value!r}": (put("step", value), rf"state of parameter 'a': step:? {shown}, expected a (whole )?number")

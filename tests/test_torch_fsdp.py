@@ -69,31 +69,61 @@ def against_torch(_folder):
 
 def masters(folder):
     """Half shards with masters that are shards, saved and loaded with the weights in between."""
+    save_and_resume(f"{folder}/masters", "master", torch.float32, master="float32")
+
+
+def halves(folder):
+    """The low halves of masters, and bfloat16 moments, as shards."""
+    options = {"moments": "bfloat16", "master": "split", "float32_for": 0, "seed": 5}
+    save_and_resume(f"{folder}/halves", "master_low", torch.int16, **options)
+
+
+def save_and_resume(folder, key, dtype, **options):
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     def made():
         model = sharded(HALF)
-        return model, fastadam.torch.AdamW(model.parameters(), lr=0.01, master_weights=True, global_clipnorm=0.5)
+        return model, fastadam.torch.AdamW(model.parameters(), lr=0.01, global_clipnorm=0.5, **options)
 
     model, optimizer = made()
     train(model, optimizer, range(3))
     for param in model.parameters():
-        master = optimizer.state[param]["master"]
+        master = optimizer.state[param][key]
         assert type(master).__name__ == "DTensor"
-        assert master.dtype == torch.float32
-        assert torch.equal(master.to_local().to(HALF), param.to_local())
+        assert master.dtype == dtype
+        assert key != "master" or torch.equal(master.to_local().to(HALF), param.to_local())
     weights, state = get_state_dict(model, optimizer)
-    dcp.save({"weights": weights, "state": state}, checkpoint_id=f"{folder}/masters")
+    dcp.save({"weights": weights, "state": state}, checkpoint_id=folder)
     train(model, optimizer, range(3, 6))
     resumed, other = made()
     weights, state = get_state_dict(resumed, other)
-    dcp.load({"weights": weights, "state": state}, checkpoint_id=f"{folder}/masters")
+    dcp.load({"weights": weights, "state": state}, checkpoint_id=folder)
     set_state_dict(resumed, other, model_state_dict=weights, optim_state_dict=state)
     train(resumed, other, range(3, 6))
     for a, b in zip(resumed.parameters(), model.parameters(), strict=True):
         assert torch.equal(a.to_local(), b.to_local())
-        assert torch.equal(other.state[a]["master"].to_local(), optimizer.state[b]["master"].to_local())
+        for name, value in optimizer.state[b].items():
+            found = other.state[a][name]
+            assert found.dtype == value.dtype
+            assert name == "step" or torch.equal(found.to_local(), value.to_local())
+
+
+def codes(_folder):
+    """8-bit moments of shards are refused, whether they begin or are loaded."""
+    model = sharded(torch.float32)
+    plain = fastadam.torch.AdamW(model.parameters())
+    train(model, plain, range(1))
+    optimizer = fastadam.torch.AdamW(model.parameters(), moments="8bit", float32_for=0)
+    for call in (optimizer.step, lambda: optimizer.load_state_dict(plain.state_dict())):
+        try:
+            call()
+        except ValueError as error:
+            assert "moments: '8bit' with" in str(error)  # noqa: PT017  in a process without pytest
+            assert "a DTensor, whose blocks" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError("8-bit moments of a DTensor were taken")
+    assert not optimizer.state
 
 
 def computed(_folder):
@@ -117,4 +147,4 @@ def computed(_folder):
 
 def test_two_processes_do_what_one_does(tmp_path):
     """With all engines, since starting the processes is what takes long."""
-    run_in_two_processes((plain_and_clipped, against_torch, masters, computed), tmp_path)
+    run_in_two_processes((plain_and_clipped, against_torch, masters, halves, codes, computed), tmp_path)

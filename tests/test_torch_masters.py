@@ -19,7 +19,7 @@ HALF = [torch.bfloat16, torch.float16]
 OPTIONS = [
     {},
     {"amsgrad": True, "weight_decay": 0.1},
-    {"maximize": True, "moments_dtype": torch.float32},
+    {"maximize": True, "moments": "float32"},
     {"clipnorm": 0.5},
     {"global_clipnorm": 0.5, "clipvalue": 1.0, "skip_nonfinite": True},
     {"fused": True},
@@ -259,7 +259,7 @@ def test_an_optimizer_that_was_pickled_by_an_older_version_has_none():
     opt = fastadam.torch.Adam(parameters((2,)))
     state = opt.__getstate__()
     options = object.__new__(type(opt._options))
-    older = {k: v for k, v in vars(opt._options).items() if k not in ("master_weights", "telemetry")}
+    older = {k: v for k, v in vars(opt._options).items() if k not in ("float32_rule", "telemetry")}
     options.__setstate__(older)
     opt.__setstate__({**state, "_options": options})
     assert opt.master_weights is False
@@ -345,7 +345,7 @@ def test_the_option_is_a_bool(wrong):
 
 @pytest.mark.parametrize("mode", ["deferred", "deferred_fast"])
 def test_deferred_modes_are_refused(mode):
-    with pytest.raises(ValueError, match=f"master_weights: True with sparse_update='{mode}'"):
+    with pytest.raises(ValueError, match=f"master: 'float32' with sparse_update='{mode}'"):
         fastadam.torch.Adam(parameters((2,)), master_weights=True, sparse_update=mode)
 
 
@@ -355,7 +355,7 @@ def test_half_parameters_that_share_memory_are_refused():
     opt = fastadam.torch.Adam(parts, master_weights=True)
     for part in parts:
         part.grad = torch.ones_like(part)
-    with pytest.raises(ValueError, match="master_weights: True with .* shares memory with another parameter"):
+    with pytest.raises(ValueError, match="master: 'float32' with .* shares memory with another parameter"):
         opt.step()
     assert not whole.any()
 

@@ -30,7 +30,7 @@ from torch_twins import parameters  # noqa: E402
         ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
         ({"differentiable": True}, ValueError, "differentiable: True, expected False"),
         ({"sparse_update": "rows"}, ValueError, "sparse_update: 'rows', expected one of"),
-        ({"moments_dtype": torch.float64}, ValueError, "moments_dtype: torch.float64, expected None or torch.float32"),
+        ({"moments": torch.float32}, ValueError, "moments: torch.float32, expected None, 'float32', 'bfloat16' or"),
     ],
 )
 def test_arguments_that_are_refused(options, error, text):

@@ -50,11 +50,11 @@ def test_a_worker_process_steps_the_state_that_it_shares():
             torch.testing.assert_close(b, a, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("moments", [torch.float32, None], ids=["float32 moments", "moments like parameters"])
+@pytest.mark.parametrize("moments", ["float32", None], ids=["float32 moments", "moments like parameters"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_unpickling_keeps_the_tensors_of_a_state(dtype, moments):
     """`__setstate__` replaces none, so tensors that are the same object before are the same object after."""
-    optimizer = shared(fastadam.torch.Adam, dtype, moments_dtype=moments)
+    optimizer = shared(fastadam.torch.Adam, dtype, moments=moments)
     held = list(optimizer.state.values())
     twin, twin_held = copy.deepcopy((optimizer, held))
     other, other_held = pickle.loads(pickle.dumps((optimizer, held)))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam.torch._optimizer import ELSEWHERE, Adam
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from torch.optim.optimizer import ParamsT, StateDict
+
+    from fastadam.torch._formats import Master, Moments
 
 __all__ = ["AdamW"]
 
@@ -48,7 +51,11 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
-        moments_dtype: torch.dtype | None = None,
+        moments: Moments | None = None,
+        master: Master | None = None,
+        stochastic_rounding: bool = False,
+        float32_for: int | Callable[[str, tuple[int, ...]], bool] | Iterable[str] | None = None,
+        seed: int = 0,
         clipvalue: float | None = None,
         clipnorm: float | None = None,
         global_clipnorm: float | None = None,
@@ -70,7 +77,11 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             sparse_update=sparse_update,
-            moments_dtype=moments_dtype,
+            moments=moments,
+            master=master,
+            stochastic_rounding=stochastic_rounding,
+            float32_for=float32_for,
+            seed=seed,
             clipvalue=clipvalue,
             clipnorm=clipnorm,
             global_clipnorm=global_clipnorm,

@@ -13,11 +13,11 @@ from fastadam._core.common.checks import check_list
 from fastadam._core.native.buckets import Bucket, OpenStep
 from fastadam._core.native.plan import Factors, Norms, StepHyper
 from fastadam._core.native.worker import Handle
-from fastadam.torch._checks import Group, ParamState, States, label_of
+from fastadam.torch._checks import Group, ParamState, States, firsts_of, label_of
 from fastadam.torch._clipping import add_shards, is_sharded
 from fastadam.torch._grad_scaler import ScaledStep
 from fastadam.torch._no_memory import hide_gradients, refuse_simulation
-from fastadam.torch._state import MASTER
+from fastadam.torch._stored import MASTER
 
 if TYPE_CHECKING:
     from fastadam.torch._native_calls import Call
@@ -84,6 +84,7 @@ class BucketedStep:
         self._stepper, self._state = stepper, state
         self._groups: list[Group] = [{**group, "params": list(group["params"])} for group in groups]
         self._scaled = ScaledStep(None if loss_scale == 1.0 else torch.tensor(loss_scale), None)
+        self._firsts = firsts_of(self._groups)
         self._places: dict[int, tuple[int, int]] = {}  # by the identity of the parameter
         for index, group in enumerate(self._groups):
             for place, param in enumerate(group["params"]):
@@ -250,7 +251,7 @@ class BucketedStep:
                 stepper.clipping.require_host(index, group, gradients)
                 raise RuntimeError("step_bucket: parameters on a GPU, expected CPU memory")
             stepper.require_options(index, group, gradients)
-            for ready in stepper.ready(index, group, self._state, gradients, self._scaled):
+            for ready in stepper.ready(index, group, self._firsts[index], self._state, gradients, self._scaled):
                 call = stepper.call_of(index, ready, group, gradients, self._scaled, Counter())
                 checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)
                 calls.append(call._replace(gradients=checked))

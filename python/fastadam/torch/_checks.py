@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers as numbers_abc
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -34,6 +35,7 @@ __all__ = [
     "check_rule",
     "check_saved_group",
     "check_tensor",
+    "firsts_of",
     "label_of",
 ]
 
@@ -67,6 +69,11 @@ def label_of(group: Group, index: int, place: int) -> str:
     """What error messages call a parameter: its name, or its place in the groups."""
     names = group.get("param_names")
     return f"parameter '{names[place]}'" if names else f"param_groups[{index}]['params'][{place}]"
+
+
+def firsts_of(groups: list[Group]) -> list[int]:
+    """For each group how many parameters those before it have: the number of its first parameter."""
+    return list(accumulate((len(group["params"]) for group in groups), initial=0))
 
 
 def check_flags(group: Group, param: Tensor, label: str, sparse_update: str) -> None:

@@ -21,7 +21,7 @@ from fastadam.torch._grad_scaler import ScaledStep
 from fastadam.torch._layout import Turn, turns_of
 from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
-from fastadam.torch._state import SLOTS, Kind, states_of
+from fastadam.torch._state import Kind, states_of
 from fastadam.torch._step_count import is_on_gpu, whole_count
 
 __all__ = ["Columns", "CompiledSteps", "traced_step"]
@@ -93,7 +93,7 @@ class Columns(NamedTuple):
             check_options(group)
             for param, label in zip(stepped, labels, strict=True):
                 check_flags(group, param, label, options.sparse_update)
-            named = states_of(states, stepped, labels, group, options.state_format) if stepped else []
+            named = states_of(states, stepped, labels, options.state_format(group)) if stepped else []
         except (RuntimeError, TypeError, ValueError):
             return False  # in the compiler these would be internal errors
         for param, state in zip(stepped, named, strict=True):
@@ -209,7 +209,7 @@ def _by_turn_and_count(
 
 def _set_of(steps: CompiledSteps | None, key: SetKey, columns: Columns) -> ParameterSet:
     """The set of the last step if it was made with this memory; otherwise a new one."""
-    names = [SLOTS[name] for name in key.kind.slots]
+    names = list(key.kind.slots.values())
     slots = [columns.exp_avgs, columns.exp_avg_sqs, columns.max_exp_avg_sqs][: len(names)]
     params = [columns.params[place] for place in key.places]
     states = [

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, label_of
 from fastadam.torch._layout import Turn, clusters_of, is_lazy_view, local_of, span_of, versions_of
-from fastadam.torch._state import HALF, MASTER, StateFormat
+from fastadam.torch._stored import HALF, LOW, MASTER, has_no_place
 
 __all__ = ["ComputeParams", "Copies", "check_compute_params", "check_groups_apart", "check_place"]
 
@@ -61,7 +61,7 @@ def _check(tensor: object, param: Tensor, name: str, label: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: {type(tensor).__name__}, expected a tensor or None")
     if param.dtype != torch.float32:
-        hint = "; master_weights=True keeps float32 masters of half parameters" if param.dtype in HALF else ""
+        hint = "; master='float32' keeps float32 masters of half parameters" if param.dtype in HALF else ""
         raise TypeError(f"{name}: beside {label} of {param.dtype}, expected None or a float32 parameter{hint}")
     if tensor.dtype not in _KINDS:
         raise TypeError(f"{name}: {tensor.dtype}, expected torch.bfloat16, torch.float16 or torch.float32")
@@ -109,7 +109,7 @@ def check_place(copies: Copies, params: list[Tensor], labels: list[str], turn: T
     if measures and params[0].is_cuda:
         raise ValueError(f"telemetry: True with {labels[0]} on {params[0].device}, expected parameters in CPU memory")
     for label, param, receiver in zip(labels, params, copies.receivers, strict=False):
-        name = "master_weights: True" if receiver is param else "compute_params: a tensor"
+        name = "master: 'float32'" if receiver is param else "compute_params: a tensor"
         if receiver is not None and param.is_cuda:
             raise ValueError(f"{name} with {label} on {param.device}, expected parameters in CPU memory")
         if receiver is not None and not turn.owns_memory:
@@ -128,19 +128,22 @@ class Copies:
     Args:
         params: The parameters.
         computed: For each of them None or the tensor that receives its copy.
-        state_format: Says which parameters receive the copies of masters in their states.
+        states: Of the parameters. Those with a master receive its copies.
     """
 
-    def __init__(self, params: list[Tensor], computed: Sequence[Tensor | None], state_format: StateFormat) -> None:
+    def __init__(self, params: list[Tensor], computed: Sequence[Tensor | None], states: list[ParamState]) -> None:
         self._params, self._computed = params, list(computed)
-        self._mastered = [i for i, param in enumerate(params) if state_format.has_master(param)]
+        halves = [i for i, param in enumerate(params) if states and param.dtype in HALF]
+        self._mastered = [i for i in halves if MASTER in states[i]]
+        self._split = [i for i in halves if LOW in states[i]]
         self.receivers: list[Tensor | None] = list(computed) or [None] * len(params)
         for i in self._mastered:
             self.receivers[i] = params[i]
         self.written = [tensor for tensor in self.receivers if tensor is not None]
         if not self.written:
             self.receivers = []
-        # Of `written` after the last step: versions, empty if nobody asks for them, and addresses.
+        self._watched = self.written + [params[i] for i in self._split]
+        # Of `_watched` after the last step: versions, empty if nobody asks for them, and addresses.
         self._versions: list[int | None] = []
         self._addresses: list[int] = []
 
@@ -165,28 +168,34 @@ class Copies:
     @property
     def are_untouched(self) -> bool:
         """Whether only the optimizer has written to parameters with masters, in this memory, since their last step."""
-        return not self._mastered or versions_of(self.written) == self._versions
+        return not (self._mastered or self._split) or versions_of(self._watched) == self._versions
 
     @property
     def are_rounded(self) -> bool:
         """Whether the receivers hold, as far as that can be seen, what the last step wrote to them."""
-        return versions_of(self.written) == self._versions and self._places() == self._addresses
+        return versions_of(self._watched) == self._versions and self._places() == self._addresses
 
     def take_written(self, states: list[ParamState]) -> None:
-        """Before a step: where a parameter is not its rounded master any more, its value becomes the master's."""
-        if not self._mastered or self.are_rounded:
+        """Before a step: where a parameter is not its rounded master any more, its value becomes the master's.
+
+        One that is the high half of its master keeps the low half, unless that would make a NaN of it.
+        """
+        if not (self._mastered or self._split) or self.are_rounded:
             return
+        for i in self._split:
+            low = local_of(states[i][LOW])
+            low.masked_fill_(has_no_place(local_of(self._params[i].detach()), low), 0)
         for i in self._mastered:
             value, master = local_of(self._params[i].detach()), local_of(states[i][MASTER])
             master.copy_(torch.where(master.to(value.dtype) == value, master, value.to(master.dtype)))
 
     def note_step(self) -> None:
         """After a step, once the versions of the receivers have gone up."""
-        self._versions, self._addresses = versions_of(self.written), self._places()
+        self._versions, self._addresses = versions_of(self._watched), self._places()
 
     def note_repeated(self) -> None:
         """The same after a step that was like the last one, with the same memory; faster."""
-        self._versions = versions_of(self.written) if self._mastered else []
+        self._versions = versions_of(self._watched) if self._mastered or self._split else []
 
     def _places(self) -> list[int]:
-        return [local_of(tensor).data_ptr() for tensor in self.written]
+        return [local_of(tensor).data_ptr() for tensor in self._watched]

@@ -15,7 +15,7 @@ from fastadam._core.native.backend import _cpu
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, States
 from fastadam.torch._layout import versions_of
-from fastadam.torch._state import SLOTS
+from fastadam.torch._stored import SLOTS
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, SparseUpdate

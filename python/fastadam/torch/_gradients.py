@@ -9,7 +9,8 @@ from fastadam._core.common.types import AnyGradient
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gpu import cuda_module
 from fastadam.torch._layout import View, gradient_like
-from fastadam.torch._state import HALF, Kind
+from fastadam.torch._state import Kind
+from fastadam.torch._stored import HALF
 
 __all__ = ["GradientReader"]
 
@@ -39,7 +40,8 @@ class GradientReader:
         self._moments, self._views, self._dtypes = moments, views, dtypes
         self.were_converted = False  # some gradient of the last step could not be read as it was
         self._densify = False
-        self._half = {i for i, moment in enumerate(moments) if moment.dtype in HALF}
+        are_random = kind.stored.moments is not None
+        self._half = set() if are_random else {i for i, moment in enumerate(moments) if moment.dtype in HALF}
         # Where sparse gradients came before: torch takes a millisecond to say that they cannot be read as dense ones.
         self._sparse: set[int] = set()
         self._slices = (cuda_module() if params[0].device.type == "cuda" else _cpu).Slices
@@ -81,18 +83,34 @@ class GradientReader:
         found = gradient.detach().resolve_conj().resolve_neg().to(self._dtypes[i])
         return found.clone(memory_format=torch.contiguous_format)
 
+    def _require_float32(self, label: str) -> None:
+        """Raise ValueError if states are too small for sparse gradients."""
+        stored = self._kind.stored
+        if stored.moments is not None:
+            raise ValueError(
+                f"{label}: sparse with moments={stored.moments!r}, expected dense gradients, or float32_for= "
+                "that names this parameter"
+            )
+        if stored.split:
+            raise ValueError(
+                f"{label}: sparse with master='split', expected dense gradients, or master='float32' in its group"
+            )
+
     def _rows_of(self, gradient: Tensor, i: int) -> AnyGradient:
         """A sparse gradient as rows, or as a dense one where every row moves and rows cannot be read."""
         label, param = f"grad of {self._labels[i]}", self._params[i]
         if gradient.shape != param.shape:
             raise ValueError(f"{label}: shape {tuple(gradient.shape)}, expected {tuple(param.shape)}")
+        self._require_float32(label)
         reason = ""
         if gradient.sparse_dim() == 0 or (gradient.sparse_dim() > 1 and not self._kind.rows):
             reason = f"{gradient.sparse_dim()} sparse axes, expected one or more"
         elif i in self._views:
             reason = "for a parameter that is not contiguous and real, expected one that is"
         elif i in self._half:
-            reason = f"with moments of {self._moments[i].dtype}, expected moments_dtype=torch.float32"
+            reason = f"with moments of {self._moments[i].dtype}, expected moments='float32'"
+        elif self._kind.stored.rounds:
+            reason = "with stochastic_rounding=True, expected False"
         if reason and self._kind.rows:
             raise ValueError(f"{label}: sparse with sparse_update={self._kind.mode!r} and {reason}")
         if reason or self._densify:

@@ -17,6 +17,7 @@ __all__ = [
     "clusters_of",
     "flattened",
     "gradient_like",
+    "in_order_of",
     "is_lazy_view",
     "is_plain",
     "local_of",
@@ -179,6 +180,11 @@ def _order_of(tensor: Tensor) -> tuple[int, ...]:
     """The axes by decreasing stride."""
     strides = tensor.stride()
     return tuple(sorted(range(len(strides)), key=lambda axis: (-strides[axis], axis)))
+
+
+def in_order_of(tensor: Tensor, parameter: Tensor) -> bool:
+    """Whether the elements of a tensor lie in memory in the order in which those of a parameter do, without gaps."""
+    return bool(tensor.permute(_order_of(parameter)).is_contiguous())
 
 
 class View:

@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastadam.torch._checks import Group, ParamState, States, check_saved_group, label_of
-from fastadam.torch._state import (
-    MASTER,
-    NEEDED,
-    SLOTS,
-    StateFormat,
-    require_keys,
-)
+from fastadam.torch._checks import Group, ParamState, States, check_saved_group, firsts_of, label_of
+from fastadam.torch._conversion import Key
+from fastadam.torch._formats import OPTIONS, Choice, StateFormat, asked_of, check_seed
+from fastadam.torch._loaded_state import OURS, LoadedState
+from fastadam.torch._state import NEEDED, require_keys
 from fastadam.torch._step_count import number_of, whole_count, zero_steps
+from fastadam.torch._stored import MASTER, SCALES, SLOTS
 
 __all__ = ["check_is_dict", "fill_groups", "keep_tensors", "restore_states"]
 
 _FLAGS = ("foreach", "capturable", "differentiable", "fused")  # they belong to the implementation, not to the rule
-_NAMES = ("step", *SLOTS.values())
+_NAMES = ("step", *OURS)
+_OF_CODES = (SLOTS["m"], SLOTS["v"], *SCALES.values())
 _NEEDED_IN_GROUP = ("lr", "betas", "eps")
 _NEEDED_IN_DICT = ("state", "param_groups")
 
 
-def fill_groups(groups: list[Group], before: list[Group]) -> None:
-    """Add the options that older versions and other optimizers do not save.
+class SavedFormat(NamedTuple):
+    """What a group asked for where its states were saved, and whether it asks for the same here."""
 
-    The flags of the groups ``before`` stay, and their ``compute_params``, which are not saved.
+    has_same_moments: bool
+    has_same_master: bool
+
+    def keeps(self, choice: Choice, kept: ParamState) -> Choice:
+        """The choice for a state: one that is larger than what its group asked for was so for its sparse gradients."""
+        moment = kept.get(SLOTS["m"])
+        if self.has_same_moments and isinstance(moment, Tensor) and moment.dtype == torch.float32:
+            choice = choice._replace(moments="float32")
+        if self.has_same_master and choice.master == "split" and MASTER in kept:
+            choice = choice._replace(master="float32")
+        return choice
+
+
+def fill_groups(groups: list[Group], before: list[Group], defaults: Group) -> list[SavedFormat]:
+    """Add the options that older versions and other optimizers do not save, and ``defaults``.
+
+    Of the groups ``before`` the flags stay, how they store states, and ``compute_params``, which are not saved.
+
+    Returns:
+        For each group what it asked for where it was saved.
     """
+    saved = []
     for index, group in enumerate(groups):
+        of = before[index] if before else defaults
+        saved.append(SavedFormat(*(name in group and group[name] == of.get(name) for name in ("moments", "master"))))
         for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
             group.setdefault(name, False)
         for name in ("foreach", "fused"):
             group.setdefault(name, None)
         group.setdefault("weight_decay", 0)  # SparseAdam has none
+        for name, value in {**defaults, **({"seed": of["seed"]} if "seed" in of else {})}.items():
+            group.setdefault(name, value)
         if before:
-            group.update({name: before[index][name] for name in _FLAGS})
-            group.pop("compute_params", None)
-            group.update({name: before[index][name] for name in ("compute_params",) if name in before[index]})
+            kept = (*OPTIONS, "compute_params")
+            for name in kept:
+                group.pop(name, None)
+            group.update({name: of[name] for name in (*_FLAGS, *kept) if name in of})
+    return saved
 
 
 def check_is_dict(state_dict: object) -> None:
@@ -91,10 +116,14 @@ def keep_tensors(optimizer: torch.optim.Optimizer, state_dict: ParamState) -> Pa
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=False)):
         require_keys(_NEEDED_IN_GROUP, saved, f"state_dict: param_groups[{index}]")
         check_saved_group(saved, f"state_dict: param_groups[{index}]")
+        _check_saved_formats(group, saved, f"state_dict: param_groups[{index}]")
         for place, key in enumerate(saved["params"][: len(group["params"])]):
             state = state_dict["state"].get(key)
             if state and isinstance(state, dict):
-                require_keys(NEEDED, state, f"state of {label_of(group, index, place)}")
+                label = f"state of {label_of(group, index, place)}"
+                require_keys(NEEDED, state, label)
+                if _has_codes(state):
+                    require_keys(_OF_CODES, state, label, "8-bit moments of fastadam")
     known = {key for group in state_dict["param_groups"] for key in group["params"]}
     state = {
         key: {name: _Kept(x) if isinstance(x, Tensor) or name in _NAMES else x for name, x in value.items()}
@@ -105,19 +134,47 @@ def keep_tensors(optimizer: torch.optim.Optimizer, state_dict: ParamState) -> Pa
     return {**state_dict, "state": state}
 
 
-def restore_states(state: States, groups: list[Group], state_format: StateFormat) -> None:
+def _has_codes(state: ParamState) -> bool:
+    """Whether a state has 8-bit moments, or parts of them."""
+    moments = [state.get(SLOTS[name]) for name in ("m", "v")]
+    return any(isinstance(moment, Tensor) and moment.dtype == torch.uint8 for moment in moments) or any(
+        key in state for key in SCALES.values()
+    )
+
+
+def _check_saved_formats(group: Group, saved: Group, label: str) -> None:
+    try:
+        check_seed(saved.get("seed", 0))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{label}: {error}") from error
+    if saved.get("amsgrad") and asked_of(group).moments == "8bit":
+        raise ValueError(
+            f"{label}: amsgrad: True, expected False as the optimizer has moments='8bit', or an optimizer with "
+            "moments='bfloat16' or 'float32'"
+        )
+
+
+def restore_states(
+    state: States, groups: list[Group], format_of: Callable[[Group], StateFormat], saved: list[SavedFormat]
+) -> None:
     """Replace what :func:`keep_tensors` kept by clones on the parameters' devices, with step counts side by side.
 
     Other tensors, which were unpickled or copied with the optimizer, stay as they are: another process may share them.
-    A moment that is loaded keeps its dtype if that is the parameter's, or if it is float32 and the parameter is half
-    precision. Other dtypes, which the kernels do not support, become that of a new moment. Masters are left out if the
-    parameter has none: they would not be stepped.
+    What is loaded is brought into the format that the parameter's group asks for. A moment that the group wants in the
+    parameter's dtype stays float32 if it is and the parameter is half precision. Other dtypes, which the kernels do not
+    support, become that of a new moment. Masters are left out if the parameter has none: they would not be stepped.
+
+    Args:
+        state: Of the optimizer, with what was kept.
+        groups: Of the optimizer.
+        format_of: What a group asks for.
+        saved: For each group what it asked for where it was saved; empty if nothing was loaded.
 
     Raises:
         TypeError: A state is not a dict, or a moment is not a tensor of floating point numbers.
         ValueError: A moment is sparse, has no data or another shape, or a step is not a count.
     """
-    for index, group in enumerate(groups):
+    for index, (group, first) in enumerate(zip(groups, firsts_of(groups), strict=False)):
         states = []
         for place, param in enumerate(group["params"]):
             if not state.get(param):
@@ -126,54 +183,22 @@ def restore_states(state: States, groups: list[Group], state_format: StateFormat
             label = f"state of {called}"
             if not isinstance(named, dict):
                 raise TypeError(f"{label}: {type(named).__name__}, expected a dict")
-            if isinstance(named.get(MASTER), _Kept) and not state_format.has_master(param):
-                del named[MASTER]
-            for name, value in named.items():
-                if name == "step" and not isinstance(value, Tensor):
-                    named[name] = number_of(value.value if isinstance(value, _Kept) else value, label)
-                    if isinstance(value, _Kept):
-                        whole_count(named[name], called)
-                elif name not in _NAMES and name != MASTER and isinstance(value, _Kept):
-                    named[name] = _foreign_like(param, value.value, state_format, label, name)
-                elif isinstance(value, _Kept):
-                    named[name] = _moment_like(param, value.value, state_format, f"{label}: {name}")
+            step = named.get("step")
+            if "step" in named and not isinstance(step, Tensor):
+                named["step"] = number_of(step.value if isinstance(step, _Kept) else step, label)
+                if isinstance(step, _Kept):
+                    whole_count(named["step"], called)
+            kept = {name: value.value for name, value in named.items() if isinstance(value, _Kept)}
+            if kept:
+                choice = format_of(group).choose(param, called, is_sparse=False)
+                loading = LoadedState(param, kept, saved[index].keeps(choice, kept), label)
+                named.update(loading.moments(Key(group.get("seed", 0), int(named["step"]), first + place)))
+                named.update(loading.master())
+                named.update(loading.others())
+                for name in [name for name, value in named.items() if isinstance(value, _Kept)]:
+                    del named[name]
             states.append((param, named))
         _place_steps(states, on_device=group["capturable"] or bool(group["fused"]))
-
-
-def _foreign_like(param: Tensor, value: Tensor, state_format: StateFormat, label: str, name: str) -> Tensor:
-    """What another program has put into the state; it is taken if it has the parameter's shape."""
-    _refuse_wrapper(value, f"{label}: {name}")
-    if value.shape != param.shape:
-        expected = "step, exp_avg and exp_avg_sq, as Adam and AdamW have them"
-        raise ValueError(f"{label}: with {name!r} of shape {tuple(value.shape)}, expected {expected}")
-    return _cloned_like(param, value, state_format, f"{label}: {name}")
-
-
-def _moment_like(param: Tensor, value: object, state_format: StateFormat, label: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{label}: {type(value).__name__}, expected a tensor")
-    _refuse_wrapper(value, label)
-    if value.shape != param.shape:
-        raise ValueError(f"{label}: shape {tuple(value.shape)}, expected {tuple(param.shape)}")
-    if not value.is_floating_point() and not (value.is_complex() and param.is_complex()):
-        expected = f"{param.dtype} or another floating point dtype"
-        raise TypeError(f"{label}: {value.dtype}, expected {expected}")
-    return _cloned_like(param, value, state_format, label)
-
-
-def _refuse_wrapper(value: Tensor, label: str) -> None:
-    if is_traceable_wrapper_subclass(value) and not hasattr(value, "_local_tensor"):
-        raise TypeError(f"{label}: {type(value).__name__}, expected a plain tensor, as its dequantize() may return")
-
-
-def _cloned_like(param: Tensor, value: Tensor, state_format: StateFormat, label: str) -> Tensor:
-    if value.layout != torch.strided:
-        raise ValueError(f"{label}: {value.layout}, expected a dense tensor")
-    if value.is_meta and not param.is_meta:
-        raise ValueError(f"{label}: on {value.device}, without data, expected a tensor with data")
-    dtype = state_format.dtype_of_loaded(param, value)
-    return value.detach().to(device=param.device, dtype=dtype).clone(memory_format=torch.preserve_format)
 
 
 def _place_steps(states: list[tuple[Tensor, ParamState]], *, on_device: bool) -> None:

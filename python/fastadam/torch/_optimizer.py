@@ -28,6 +28,7 @@ from fastadam.torch._clipping import Clipping
 from fastadam.torch._compiled import Columns, traced_step
 from fastadam.torch._copies import ComputeParams, check_compute_params, check_groups_apart
 from fastadam.torch._deferred import Reader
+from fastadam.torch._formats import Float32Rule, check_formats, fill_seed, given_formats, master_of
 from fastadam.torch._loading import check_is_dict, fill_groups, keep_tensors, restore_states
 from fastadam.torch._options import Options
 from fastadam.torch._step import GroupStepper
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from fastadam._core.common.telemetry import Telemetry
     from fastadam._core.common.types import SparseUpdate
     from fastadam.torch._checks import Group
+    from fastadam.torch._formats import Master, Moments
 
 __all__ = ["ELSEWHERE", "Adam", "stepper_of"]
 
@@ -47,6 +49,7 @@ ELSEWHERE = {
     "use_ema": "torch.optim.swa_utils.AveragedModel keeps averages",
     "ema_momentum": "torch.optim.swa_utils.AveragedModel keeps averages",
     "loss_scale_factor": "torch.amp.GradScaler scales the loss",
+    "moments_dtype": "moments='float32' takes the place of moments_dtype=torch.float32",
 }
 
 
@@ -113,12 +116,32 @@ class Adam(torch.optim.Optimizer):
       bfloat16, float16 or float32 that receives its value after every step that moves it. These tensors are the
       caller's: they are copied and pickled with the optimizer, and not part of state dicts. A gradient of a half type
       (``parameter.grad_dtype = torch.bfloat16``) is read as it is.
-    - With ``master_weights`` bfloat16 and float16 parameters are the rounded values, and the optimizer owns the float32
-      ones, ``state[parameter]["master"]``, with float32 moments. They begin as the parameter. What is written to a
-      parameter between steps, as by ``load_state_dict`` of the model, becomes the master's value wherever the master
-      does not round to it, so that a checkpoint of both goes on to the bit in whatever order it is loaded. Writes
-      through ``parameter.data`` are not noticed: the next step overwrites them. A state dict without masters, as of
-      ``torch.optim.AdamW``, may be loaded: masters are then made of the parameters. torch's optimizers ignore the key.
+    - With ``master="float32"`` bfloat16 and float16 parameters are the rounded values, and the optimizer owns the
+      float32 ones, ``state[parameter]["master"]``, with float32 moments. They begin as the parameter. What is written
+      to a parameter between steps, as by ``load_state_dict`` of the model, becomes the master's value wherever the
+      master does not round to it, so that a checkpoint of both goes on to the bit in whatever order it is loaded.
+      Writes through ``parameter.data`` are not noticed: the next step overwrites them. A state dict without masters, as
+      of ``torch.optim.AdamW``, may be loaded: masters are then made of the parameters. torch's optimizers ignore the
+      key.
+
+    Smaller states, for float32, bfloat16 and float16 parameters in CPU memory with dense gradients:
+
+    - ``moments="bfloat16"`` (4 bytes for each parameter) and ``moments="8bit"`` (2 bytes; 128 elements share a scale)
+      are rounded stochastically, which keeps their means. ``float32_for`` says which parameters keep float32 moments.
+      A parameter whose first gradient is sparse keeps them too; a sparse gradient that comes later is refused, and so
+      are 8-bit moments with ``amsgrad`` and of DTensors. float64 and complex parameters keep moments of their dtype.
+    - ``master="split"`` (2 bytes) keeps the low half of float32 masters whose high half is the bfloat16 parameter:
+      ``state[parameter]["master_low"]``. The parameter is then rounded to nearest, with ties away from zero. What is
+      written to a parameter becomes the high half of its master. A parameter whose first gradient is sparse has a
+      float32 master.
+    - ``stochastic_rounding`` rounds bfloat16 parameters so that they move as far as float32 ones in the mean, without a
+      master.
+
+    The random bits derive from ``seed``, the step, the number of the parameter in the groups and the element, whatever
+    the threads and the instruction set: a run that is resumed goes on to the bit. Elements of a DTensor are counted in
+    the shard of the process, so that they differ for other shards. A state dict in any of these formats, or of
+    ``torch.optim``, may be loaded into an optimizer with any other: it is converted. ``torch.compile`` breaks the graph
+    at a step with these options.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of them.
@@ -139,14 +162,21 @@ class Adam(torch.optim.Optimizer):
         decoupled_weight_decay: Shrink the parameters by ``lr * weight_decay`` instead (AdamW).
         sparse_update: "dense", "deferred", "deferred_fast" or "lazy", for all groups; loading a state dict does not
             change it.
-        moments_dtype: ``torch.float32`` for float32 moments of half parameters; None for the parameter's dtype.
+        moments: "float32", "bfloat16" or "8bit" moments; None for the parameter's dtype. Like the next two and ``seed``
+            it is an option of groups; a group's ``moments`` and ``master`` are for states that begin, and must stay.
+        master: "float32" to keep float32 masters of bfloat16 and float16 parameters, "split" to keep the low halves of
+            masters whose high halves are bfloat16 parameters; None for none. Other parameters are stepped as usual.
+        stochastic_rounding: Round bfloat16 parameters stochastically, without a master.
+        float32_for: Which parameters keep float32 moments when ``moments`` are smaller: those with fewer elements than
+            a number, those for which a function of the name and the shape is true, or those whose name one of some
+            regular expressions finds. None stands for 4096. Parameters whose first gradient is sparse always do.
+        seed: Of stochastic rounding, from 0 to 2**64 - 1.
         clipvalue: Each element of the gradients is clipped to ``[-clipvalue, clipvalue]``; None for no bound.
         clipnorm: Each gradient is scaled to at most this Euclidean norm; None for no bound.
         global_clipnorm: All gradients are scaled alike, so that their joint norm is at most this; None for no bound.
         skip_nonfinite: A step changes nothing, not even step counts, if an element of a gradient, or a norm that is to
             be clipped, is infinite or NaN; :attr:`last_step_skipped` says so.
-        master_weights: Keep float32 masters of bfloat16 and float16 parameters, which are on the CPU; others are
-            stepped as usual. Belongs to the optimizer, like the next one; neither can be set later.
+        master_weights: True means ``master="float32"``.
         telemetry: Measure in every step what it does to each parameter, for :meth:`telemetry`. Gradients must be dense
             and on the CPU.
 
@@ -165,6 +195,17 @@ class Adam(torch.optim.Optimizer):
     ...     weight.sum().backward()
     ...     opt.step()
     ...     assert torch.allclose(weight, torch.full((2,), 0.9))
+
+    The exact float32 master of bfloat16 parameters, and moments of 8 bits: 6 bytes for each parameter.
+
+    >>> if importlib.util.find_spec("torch"):
+    ...     model = torch.nn.Linear(64, 64).bfloat16()
+    ...     opt = fastadam.torch.AdamW(model.named_parameters(), moments="8bit", master="split", float32_for=["bias"])
+    ...     model(torch.ones(1, 64).bfloat16()).sum().backward()
+    ...     opt.step()
+    ...     assert opt.state[model.weight]["exp_avg"].dtype == torch.uint8
+    ...     assert opt.state[model.weight]["master_low"].dtype == torch.int16
+    ...     assert opt.state[model.bias]["exp_avg"].dtype == torch.float32
     """
 
     lr: OfGroups = OfGroups("lr")
@@ -174,6 +215,10 @@ class Adam(torch.optim.Optimizer):
     weight_decay: OfGroups = OfGroups("weight_decay")
     amsgrad: OfGroups = OfGroups("amsgrad")
     maximize: OfGroups = OfGroups("maximize")
+    moments: OfGroups = OfGroups("moments")
+    master: OfGroups = OfGroups("master")
+    stochastic_rounding: OfGroups = OfGroups("stochastic_rounding")
+    seed: OfGroups = OfGroups("seed")
     _step_supports_amp_scaling: bool  # as in torch only with `fused`: GradScaler hands over grad_scale and found_inf
 
     @suggests_keywords("optimizer", ELSEWHERE)
@@ -193,7 +238,11 @@ class Adam(torch.optim.Optimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
-        moments_dtype: torch.dtype | None = None,
+        moments: Moments | None = None,
+        master: Master | None = None,
+        stochastic_rounding: bool = False,
+        float32_for: int | Callable[[str, tuple[int, ...]], bool] | Iterable[str] | None = None,
+        seed: int = 0,
         clipvalue: float | None = None,
         clipnorm: float | None = None,
         global_clipnorm: float | None = None,
@@ -206,7 +255,7 @@ class Adam(torch.optim.Optimizer):
         clipping.set(
             clipvalue=clipvalue, clipnorm=clipnorm, global_clipnorm=global_clipnorm, skip_nonfinite=skip_nonfinite
         )
-        self._options = Options(sparse_update, moments_dtype, [], clipping, master_weights, telemetry)
+        self._options = Options(sparse_update, [], clipping, telemetry, Float32Rule(float32_for))
         self._stepper = GroupStepper(self._options)
         check_kinds(lr, betas, eps, weight_decay)
         tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
@@ -228,8 +277,11 @@ class Adam(torch.optim.Optimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
+            **given_formats(moments, master_of(master, master_weights), stochastic_rounding, seed),
         }
+        check_formats(defaults, sparse_update)
         super().__init__(check_params(params), defaults)
+        self._options.float32_rule.check_use(self.param_groups)
         if fused:
             self._step_supports_amp_scaling = True
 
@@ -308,14 +360,9 @@ class Adam(torch.optim.Optimizer):
         return self._options.sparse_update
 
     @property
-    def moments_dtype(self) -> torch.dtype | None:
-        """The dtype of the moments of half parameters; None for the parameter's dtype."""
-        return self._options.moments_dtype
-
-    @property
     def master_weights(self) -> bool:
-        """Whether half parameters have float32 masters; see the class."""
-        return self._options.master_weights
+        """Whether half parameters have float32 masters unless their group says otherwise; see the class."""
+        return bool(self.defaults.get("master") == "float32")
 
     def telemetry(self) -> Telemetry:
         """What the last step did to each parameter that had a gradient: ``telemetry=True`` in the constructor.
@@ -560,8 +607,11 @@ class Adam(torch.optim.Optimizer):
     def state_dict(self) -> StateDict:
         """The state dict of ``torch.optim.Adam``; every row of every table is brought up to date first.
 
-        With ``master_weights`` the state of a half parameter has a float32 ``master``, too, and float32 moments: with
-        the masters as its parameters it is the state of a float32 model. ``compute_params`` are left out.
+        With ``master="float32"`` the state of a half parameter has a float32 ``master``, too, and float32 moments: with
+        the masters as its parameters it is the state of a float32 model. ``compute_params`` are left out. 8-bit moments
+        are ``exp_avg`` and ``exp_avg_sq`` of uint8 with ``exp_avg_scale`` and ``exp_avg_sq_scale``, one byte for 128
+        elements in the order of memory; ``master_low`` is the int16 low half of a split master. torch's optimizers
+        cannot use them: load the state into an optimizer with ``moments="float32"`` first.
         """
         with self._stepper.lock:
             self._stepper.require_closed("state_dict")
@@ -611,6 +661,9 @@ class Adam(torch.optim.Optimizer):
             check_options(param_group)
         super().add_param_group(param_group)
         try:
+            check_formats(param_group, self._options.sparse_update)
+            fill_seed(param_group, self.defaults.get("seed", 0))
+            self._options.float32_rule.require_names(param_group)
             check_compute_params(param_group, len(self.param_groups) - 1, self._options.sparse_update)
             check_groups_apart(enumerate(self.param_groups))
         except (TypeError, ValueError):
@@ -631,8 +684,11 @@ class Adam(torch.optim.Optimizer):
         self._stepper = GroupStepper(self._options, previous)
         for reader in self._options.readers:
             reader.optimizer = self
-        fill_groups(self.param_groups, before)
-        restore_states(self.state, self.param_groups, self._options.state_format)
+        of_older = self._options.defaults_of_groups()
+        for name, value in of_older.items():
+            self.defaults.setdefault(name, value)
+        saved = fill_groups(self.param_groups, before, of_older)
+        restore_states(self.state, self.param_groups, self._options.state_format, saved)
 
 
 def stepper_of(optimizer: Adam) -> GroupStepper:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from fastadam._core.common.types import SparseUpdate
-from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group
 from fastadam.torch._clipping import Clipping
 from fastadam.torch._deferred import Reader
-from fastadam.torch._state import StateFormat
+from fastadam.torch._formats import Float32Rule, StateFormat, asked_of, given_formats
 
 __all__ = ["Options"]
 
@@ -21,34 +20,34 @@ class Options:
     """It is copied and pickled with the optimizer, and not part of state dicts."""
 
     sparse_update: SparseUpdate
-    moments_dtype: torch.dtype | None
     readers: list[Reader]  # of attached modules
     clipping: Clipping = field(default_factory=Clipping)
-    master_weights: bool = False
     telemetry: bool = False
+    float32_rule: Float32Rule = field(default_factory=lambda: Float32Rule(None))
 
     def __post_init__(self) -> None:
-        if self.moments_dtype not in (None, torch.float32):
-            raise ValueError(f"moments_dtype: {self.moments_dtype}, expected None or torch.float32")
-        for name in ("master_weights", "telemetry"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: {type(value).__name__}, expected a bool")
-        if self.master_weights and self.sparse_update in DEFERRED:
-            raise ValueError(
-                f"master_weights: True with sparse_update={self.sparse_update!r}, whose rows wait in memory, expected "
-                "sparse_update='dense' or 'lazy'"
-            )
+        if not isinstance(self.telemetry, bool):
+            raise TypeError(f"telemetry: {type(self.telemetry).__name__}, expected a bool")
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update({"clipping": Clipping(), **state})  # older versions had none
+        of_older: dict[str, object] = {"clipping": Clipping(), "float32_rule": Float32Rule(None)}
+        vars(self).update({**of_older, **state})
 
-    @property
-    def state_format(self) -> StateFormat:
-        """What the states of parameters consist of."""
-        return StateFormat(torch.float32 if self.master_weights else self.moments_dtype, self.master_weights)
+    def state_format(self, group: Group) -> StateFormat:
+        """What the states of the parameters of a group consist of."""
+        return StateFormat(group, self.float32_rule)
+
+    def defaults_of_groups(self) -> Group:
+        """The options of groups that older versions had here."""
+        of_older = vars(self)
+        moments = "float32" if of_older.get("moments_dtype") == torch.float32 else None
+        return given_formats(moments, "float32" if of_older.get("master_weights") else None, False, 0)
 
     def need_eager(self, groups: list[Group]) -> bool:
         """Whether ``torch.compile`` cannot trace a step with these options."""
-        has_own = self.clipping.is_on or self.master_weights or self.telemetry
-        return has_own or any(group.get("compute_params") is not None for group in groups)
+        return self.clipping.is_on or self.telemetry or any(map(_needs_eager, groups))
+
+
+def _needs_eager(group: Group) -> bool:
+    asked = asked_of(group)
+    return asked.is_random or asked.master is not None or group.get("compute_params") is not None

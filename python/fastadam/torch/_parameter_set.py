@@ -17,8 +17,9 @@ from fastadam.torch._copies import Copies
 from fastadam.torch._deferred import Table
 from fastadam.torch._gradients import GradientReader
 from fastadam.torch._layout import ALONE, Turn, View, flattened, is_plain, local_of
-from fastadam.torch._state import MASTER, SLOTS, Kind, StateFormat, check_slots
+from fastadam.torch._state import Kind, check_slots
 from fastadam.torch._step_count import StepCounts, is_on_gpu, whole_count
+from fastadam.torch._stored import MASTER, SCALES
 
 __all__ = ["ParameterSet"]
 
@@ -40,6 +41,7 @@ class ParameterSet:
         context: On a GPU, the context of the set that this one replaces.
         copies: The tensors that receive rounded copies of the parameters; None for none.
         measures: Each step measures what it does to the parameters.
+        numbers: The parameters' numbers in the optimizer, from which stochastic rounding derives; None for none.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class ParameterSet:
         *,
         copies: Copies | None = None,
         measures: bool = False,
+        numbers: list[int] | None = None,
     ) -> None:
         self.params, self.states, self.labels = params, states, labels
         self.positions, self.kind, self.tables, self.turn = positions, kind, tables, turn
-        self.copies = Copies(params, [], StateFormat()) if copies is None else copies
-        self._measures = measures
+        self.copies = Copies(params, [], []) if copies is None else copies
+        self._measures, self._numbers = measures, numbers
+        self._keys = kind.slots
         self.device = params[0].device
         self._reversed = [-1.0] * len(params)  # factors of gradients to be maximized
         self.counts = counts or StepCounts([state["step"] for state in states])
@@ -70,7 +74,11 @@ class ParameterSet:
         self.counter = np.zeros((), np.int64)
         self._is_scaled = False  # whether some step was made, only the GPU knows
         self._columns = self._read_columns()
-        check_slots((MASTER, *map(SLOTS.__getitem__, kind.slots)), self._columns, params, labels)
+        keys = [key for key in self._keys.values() if key not in SCALES.values()]
+        self._shaped = 1 + len(keys)  # columns whose tensors have the shapes of the parameters
+        check_slots([MASTER, *keys], self._columns[: self._shaped], params, labels, kind.stored)
+        for param, state, label in zip(params, states, labels, strict=True):
+            kind.stored.check_slots(param, state, label)
         self._views: dict[int, View] = {}
         for i, label in enumerate(labels):
             if not is_plain(row := self._row(i)):
@@ -84,12 +92,12 @@ class ParameterSet:
 
     def _read_columns(self) -> list[list[Tensor]]:
         """The parameters, or masters in their place, then each of their slots."""
-        keys = [SLOTS[name] for name in self.kind.slots]
+        keys = self._keys.values()
         return [self.copies.stepped(self.states), *[[state[key] for state in self.states] for key in keys]]
 
     def _row(self, i: int) -> list[Tensor]:
-        """What a step reads and writes of parameter i besides its count and its gradient; last its copy, if any."""
-        row = [column[i] for column in self._columns]
+        """What a step reads and writes of parameter i besides its count, scales and gradient; last its copy, if any."""
+        row = [column[i] for column in self._columns[: self._shaped]]
         receivers = self.copies.receivers
         return [*row, receivers[i]] if receivers and receivers[i] is not None else row
 
@@ -102,9 +110,9 @@ class ParameterSet:
         receivers = [None if t is None else flattened(t, axes) if axes > 1 else t for t in self.copies.receivers]
         for i, view in self._views.items():
             seen = view.read(self._row(i))
-            for column, tensor in zip(columns, seen, strict=False):
+            for column, tensor in zip(columns[: self._shaped], seen, strict=False):
                 column[i] = tensor
-            if len(seen) > len(columns):
+            if len(seen) > self._shaped:
                 receivers[i] = seen[-1]
         return columns, receivers
 
@@ -112,7 +120,7 @@ class ParameterSet:
         """Make the native plan; again after the numbers of a table's history have changed."""
         native = cuda_module() if self.device.type == "cuda" else _cpu
         (params, *slots), receivers = self._natives()
-        named = dict(zip(self.kind.slots, slots, strict=True))
+        named = dict(zip(self._keys, slots, strict=True))
         self.buffers = [native.Buffer(param, label) for param, label in zip(params, self.labels, strict=True)]
         if self.device.type == "cuda" and self.context is None:
             self.context = native.Context(self.buffers[0].device)
@@ -125,6 +133,9 @@ class ParameterSet:
             histories=[table.history.native for table in self.tables] or None,
             copies=[None if t is None else t.detach() for t in receivers],  # they may refer to the optimizer
             context=self.context,
+            stochastic_moments=self.kind.stored.moments == "bfloat16",
+            stochastic_variables=self.kind.stored.rounds,
+            numbers=self._numbers,
         )
         if self._measures:
             self.plan.set_telemetry(True)
@@ -149,12 +160,12 @@ class ParameterSet:
             if not view.fits(self._row(i)):
                 return False
         (params, *slots), receivers = self._natives()
-        return self.plan.holds(params, dict(zip(self.kind.slots, slots, strict=True)), receivers)
+        return self.plan.holds(params, dict(zip(self._keys, slots, strict=True)), receivers)
 
     def move_to(self, params: list[Tensor], states: list[ParamState]) -> bool:
         """Continue with other tensors that have the same memory; False if they have not."""
         self.params, self.states = params, states
-        self.copies = Copies(params, [], StateFormat())
+        self.copies = Copies(params, [], [])
         self.counts = StepCounts([state["step"] for state in states])
         return self.is_current()
 
@@ -164,6 +175,7 @@ class ParameterSet:
     def can_be_followed(self) -> bool:
         """Whether the last step was so plain that :class:`RepeatedSteps` can repeat it."""
         is_special = self._views or self.tables or self.kind.axes > 1 or self._gradients.were_converted
+        is_special = is_special or self.kind.stored.is_small
         return self.context is None and not is_special and self.counts.are_plain and self.turn.is_alone
 
     @property
@@ -178,8 +190,7 @@ class ParameterSet:
 
     def follow(self) -> bool:
         """Have the plan compare the states by itself from here on; False if it cannot."""
-        keys = tuple(SLOTS[name] for name in self.kind.slots)
-        return self.plan.follow(self.states, keys, self.copies.masters(self.states))
+        return self.plan.follow(self.states, tuple(self._keys.values()), self.copies.masters(self.states))
 
     @property
     def written(self) -> list[Tensor]:
@@ -259,6 +270,7 @@ class ParameterSet:
             weight_decay=weight_decay if decoupled else 0.0,
             l2=0.0 if decoupled else weight_decay,
             epsilon_corrected=not self.kind.rows,
+            seed=group.get("seed", 0),
         )
 
     def factors_of(self, group: Group) -> list[float]:

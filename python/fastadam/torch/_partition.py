@@ -17,11 +17,13 @@ from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, States, check_flags, label_of
 from fastadam.torch._copies import Copies, check_compute_params, check_groups_apart, check_place
 from fastadam.torch._deferred import Table, Tables
+from fastadam.torch._formats import asked_of, check_formats
 from fastadam.torch._layout import UNORDERED, Turn, turns_of
 from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
-from fastadam.torch._state import SLOTS, Kind, states_of
+from fastadam.torch._state import Kind, states_of
 from fastadam.torch._step_count import StepCounts, is_on_gpu
+from fastadam.torch._stored import SLOTS, SMALL, stored_as
 
 __all__ = ["Partitions", "refuse_new_in_capture"]
 
@@ -40,6 +42,8 @@ class Key(NamedTuple):
     gradients: bytes  # the kind of each parameter's gradient
     amsgrad: bool
     decays: bool
+    rounds: bool  # bfloat16 parameters are rounded at random
+    first: int  # the number of its first parameter in the optimizer
 
 
 class Partition(NamedTuple):
@@ -91,13 +95,23 @@ class Partitions:
             self._epoch += 1
 
     def of(
-        self, index: int, group: Group, state: States, gradients: list[Tensor | None], *, renew: bool
+        self, index: int, group: Group, first: int, state: States, gradients: list[Tensor | None], *, renew: bool
     ) -> list[ParameterSet]:
-        """The sets of the parameters of a group that have a gradient, made anew if need be or if told to."""
+        """The sets of the parameters of a group that have a gradient, made anew if need be or if told to.
+
+        Args:
+            index: The place of the group.
+            group: The group.
+            first: How many parameters the groups before it have.
+            state: ``optimizer.state``.
+            gradients: For each parameter its gradient or None.
+            renew: Make the sets anew.
+        """
         kinds = self._kinds_of(group["params"], gradients)
         if not any(kinds):
             return []
-        key = Key(index, kinds, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]))
+        rounds = asked_of(group).rounds
+        key = Key(index, kinds, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]), rounds, first)
         kept = self._kept.get(key)
         if kept is not None and not renew and kept.is_current(group, state, self._epoch):
             return kept.sets
@@ -137,7 +151,8 @@ class Partitions:
     def _make(self, key: Key, group: Group, state: States, replaced: Partition | None) -> list[ParameterSet]:
         """New sets in the order of steps; on a GPU they continue with the contexts of those that they replace."""
         sets: list[ParameterSet] = []
-        check_compute_params(group, key.group, self._mode)  # the caller may have replaced them
+        check_formats(group, self._mode)  # the caller may have changed them, and these
+        check_compute_params(group, key.group, self._mode)
         check_groups_apart([(key.group, group)])
         contexts = {tuple(old.positions): old.context for old in replaced.sets} if replaced else {}
         params = group["params"]
@@ -150,7 +165,7 @@ class Partitions:
                 axes = max(code - _ROWS + 1, 1)
                 kind = Kind(self._mode, code >= _ROWS, key.amsgrad, key.decays, axes)
                 for there in _by_value(places, [params[place].device for place in places]):
-                    made = self._make_sets(key.group, group, kind, there, turn, known, contexts)
+                    made = self._make_sets(key, group, kind, there, turn, known, contexts)
                     sets += made
                     if not turn.is_alone:
                         known.update(
@@ -160,7 +175,7 @@ class Partitions:
 
     def _make_sets(
         self,
-        index: int,
+        key: Key,
         group: Group,
         kind: Kind,
         places: list[int],
@@ -170,10 +185,11 @@ class Partitions:
     ) -> list[ParameterSet]:
         """The sets of parameters with one kind of gradient and one turn on one device.
 
-        There is one set for each step count on a GPU and of tables whose rows wait, otherwise one set.
+        There is one set for each way in which states are stored, and for each step count on a GPU and of tables whose
+        rows wait.
         """
         params = [group["params"][place] for place in places]
-        labels = [label_of(group, index, place) for place in places]
+        labels = [label_of(group, key.group, place) for place in places]
         for param, label in zip(params, labels, strict=True):
             check_flags(group, param, label, self._mode)
         if kind.rows and self._mode in DEFERRED and not turn.is_alone:
@@ -183,22 +199,30 @@ class Partitions:
                 f"sparse_update={self._mode!r}"
             )
         refuse_new_in_capture(params[0])
-        states = states_of(known, params, labels, group, self._options.state_format)
+        states = states_of(known, params, labels, self._options.state_format(group))
+        asked = asked_of(group)
+        stored = [
+            stored_as(*each, may_be_small=asked.moments in SMALL, rounds=asked.rounds)
+            for each in zip(params, states, labels, strict=True)
+        ]
         counts = StepCounts([state["step"] for state in states])
-        sets, parts = [], [list(range(len(places)))]
+        sets, apart = [], [0.0] * len(places)
         if is_on_gpu(params[0]) or (kind.rows and self._mode in DEFERRED):
-            parts = _by_value(range(len(places)), counts.read())
+            apart = counts.read()
+        parts = _by_value(range(len(places)), list(zip(stored, apart, strict=True)))
         for which in parts:
             if len(parts) > 1:
                 counts = StepCounts([states[k]["step"] for k in which])
             chosen, named, called = [params[k] for k in which], [states[k] for k in which], [labels[k] for k in which]
             positions = [places[k] for k in which]
             context = contexts.get(tuple(positions))
-            sets.append(self._make_set(group, chosen, named, called, positions, kind, turn, counts, context))
+            like = kind._replace(stored=stored[which[0]])
+            sets.append(self._make_set(key, group, chosen, named, called, positions, like, turn, counts, context))
         return sets
 
     def _make_set(
         self,
+        key: Key,
         group: Group,
         params: list[Tensor],
         states: list[ParamState],
@@ -217,11 +241,22 @@ class Partitions:
                 tables.append(self._tables.make(param, state, label, numbers))
         computed = group.get("compute_params")
         given = [] if computed is None else [computed[place] for place in positions]
-        copies = Copies(params, given, self._options.state_format)
+        copies = Copies(params, given, states)
         measures = self._options.telemetry
         check_place(copies, params, labels, turn, measures=measures)
         return ParameterSet(
-            params, states, labels, positions, kind, tables, turn, counts, context, copies=copies, measures=measures
+            params,
+            states,
+            labels,
+            positions,
+            kind,
+            tables,
+            turn,
+            counts,
+            context,
+            copies=copies,
+            measures=measures,
+            numbers=[key.first + place for place in positions] if kind.stored.is_small else None,
         )
 
 

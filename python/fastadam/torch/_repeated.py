@@ -27,6 +27,7 @@ class RepeatedStep:
 
     def __init__(self, sets: list[ParameterSet], groups: list[Group], state: States, clipping: Clipping) -> None:
         self._sets, self._clipping = sets, clipping
+        self._rounds = [group.get("stochastic_rounding") for group in groups]
         self._steps = RepeatedSteps([each.plan for each in sets], groups, state)
         self._written = [tensor for each in sets for tensor in each.written]
         # With which the plans remember the numbers of the step: the scale of the gradients, then options of the group.
@@ -64,6 +65,8 @@ class RepeatedStep:
         if len(groups) != len(self._sets) or not all(each.copies.are_untouched for each in self._sets):
             return None
         for index, group in enumerate(groups):
+            if group.get("stochastic_rounding") != self._rounds[index]:
+                return None
             numbers = (gradient_scale, *_read_options(group))
             if numbers != self._numbers[index] and not self._remember(index, group, gradient_scale, numbers):
                 return None

@@ -13,7 +13,7 @@ from fastadam._core.deferred.history import Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buckets import Guess
 from fastadam._core.native.plan import StepHyper
-from fastadam.torch._checks import Group, States
+from fastadam.torch._checks import Group, States, firsts_of
 from fastadam.torch._clipping import clip_jointly, is_sharded
 from fastadam.torch._compiled import CompiledSteps
 from fastadam.torch._deferred import Tables
@@ -151,7 +151,7 @@ class GroupStepper:
         calls: list[Call] = []
         raised: Counter[int] = Counter()  # step counts, by their addresses, that earlier groups raise
         simulated = Simulated()
-        for index, group in enumerate(groups):
+        for index, (group, first) in enumerate(zip(groups, firsts_of(groups), strict=False)):
             gradients = [param.grad for param in group["params"]]
             if places := hide_gradients(group["params"], gradients):
                 simulated.add(index, group, places, state, self._options)
@@ -159,7 +159,7 @@ class GroupStepper:
             self.require_options(index, group, gradients)
             of_group = [
                 self.call_of(index, ready, group, gradients, scaled, raised)
-                for ready in self.ready(index, group, state, gradients, scaled)
+                for ready in self.ready(index, group, first, state, gradients, scaled)
             ]
             calls += of_group
             if len(groups) > 1:
@@ -221,13 +221,13 @@ class GroupStepper:
         ]
 
     def ready(
-        self, index: int, group: Group, state: States, gradients: list[Tensor | None], scaled: ScaledStep
+        self, index: int, group: Group, first: int, state: States, gradients: list[Tensor | None], scaled: ScaledStep
     ) -> list[Ready]:
         """The sets of a group that are to be stepped, those whose counts may not differ with one step count."""
-        ready = self._read_counts(self.partitions.of(index, group, state, gradients, renew=False), group, scaled)
+        ready = self._read_counts(self.partitions.of(index, group, first, state, gradients, renew=False), group, scaled)
         if _are_apart(ready):
             return ready
-        return self._read_counts(self.partitions.of(index, group, state, gradients, renew=True), group, scaled)
+        return self._read_counts(self.partitions.of(index, group, first, state, gradients, renew=True), group, scaled)
 
     def _read_counts(self, sets: list[ParameterSet], group: Group, scaled: ScaledStep) -> list[Ready]:
         ready = []

@@ -48,7 +48,8 @@ parameters. A NaN gives (bits(x) >> 16) | 0x40. An infinity stays; a magnitude a
 infinite. Nearest even, for comparison: r = 0x7FFF + (bits(x) >> 16 & 1).
 
 **Split master.** high = (bits(p) + 0x8000) >> 16 is the bfloat16 that the model uses, low = bits(p) - (high << 16) the int16
-beside it: bits(p) = (high << 16) + low. Ties go away from zero, not to even: to even, both neighbours of an even high at
+beside it: bits(p) = (high << 16) + low. A low below 0 beside a high of 0 or -0, which
+only a write from outside leaves, counts as 0. Ties go away from zero, not to even: to even, both neighbours of an even high at
 distance 0x8000 would have to be kept by one int16. A NaN gives high = (bits(p) >> 16) | 0x40, low = 0. A p above the
 largest bfloat16 may have an infinite high, and is still exact.
 """
@@ -182,4 +183,5 @@ def split(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def joined(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    return value((high.astype(np.uint32) << 16) + low.astype(np.int32).view(np.uint32))
+    magnitude = ((high & 0x7FFF).astype(np.int32) << 16) + low
+    return value((high & 0x8000).astype(np.uint32) << 16 | np.maximum(magnitude, 0).astype(np.uint32))

@@ -22,9 +22,10 @@ def quantized(tensor):
 
 
 def rename(saved):
-    """As bitsandbytes calls the moments."""
+    """As bitsandbytes calls the moments, of which the second is missing."""
     for named in saved["state"].values():
-        named["state1"], named["state2"] = named.pop("exp_avg"), named.pop("exp_avg_sq")
+        named["state1"] = named.pop("exp_avg")
+        del named["exp_avg_sq"]
 
 
 def quantize(saved):
@@ -46,7 +47,7 @@ FOREIGN = {
     ),
     "RMSprop": (lambda p: torch.optim.RMSprop(p), None, "without 'betas', expected lr, betas and eps"),
     "Adamax": (lambda p: torch.optim.Adamax(p), None, "state of parameter 'a': without 'exp_avg_sq', expected step"),
-    "bitsandbytes": (torch.optim.Adam, rename, "parameter 'a': without 'exp_avg', 'exp_avg_sq', expected step, exp"),
+    "bitsandbytes": (torch.optim.Adam, rename, "without 'state2', expected step, state1 and state2"),
     "NAdam": (
         torch.optim.NAdam,
         None,

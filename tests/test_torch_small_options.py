@@ -154,7 +154,7 @@ def test_stochastic_rounding_takes_sparse_gradients_where_every_row_moves():
         ({"float32_for": [3], "moments": "8bit"}, ValueError, r"float32_for\[0\]: 3, expected a pattern"),
         ({"float32_for": ["("], "moments": "8bit"}, ValueError, r"float32_for\[0\]: '\(', expected a pattern"),
         ({"float32_for": ["bias"], "moments": "8bit"}, ValueError, "float32_for: patterns of names with parameters without"),
-        ({"moments_dtype": torch.float32}, TypeError, "moments_dtype; moments='float32' takes the place of moments_dtype"),
+        ({"moments_dtype": torch.float32}, TypeError, "moments_dtype; did you mean moments?"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("cls", [fastadam.torch.Adam, fastadam.torch.AdamW])

@@ -440,7 +440,7 @@ def test_a_state_that_cannot_be_used_is_refused_and_changes_nothing(kind, same):
 
 
 FOREIGN = {
-    "bitsandbytes": ({"state1": torch.zeros(300, dtype=torch.uint8), "step": 3}, "'exp_avg', 'exp_avg_sq'"),
+    "bitsandbytes": ({"state1": torch.zeros(300, dtype=torch.uint8), "step": 3}, "'state2'"),
     "half of ours": ({"step": 3, "exp_avg": torch.zeros(300)}, "'exp_avg_sq'"),
     "SGD": ({"momentum_buffer": torch.zeros(300)}, "'step', 'exp_avg', 'exp_avg_sq'"),
 }

@@ -59,7 +59,8 @@ struct SplitVariable {
       : high(static_cast<BFloat16*>(tensor.var) + begin), low(tensor.low + begin) {}
   FASTADAM_INLINE Lanes load(int64_t j) const {
     const Words highs = load_words(reinterpret_cast<const uint16_t*>(high) + j * kWidth) << 16;
-    return Lanes(highs + load_words(low + j * kWidth));
+    const Words magnitude = positive((highs & 0x7fffffffu) + load_words(low + j * kWidth));
+    return Lanes(select(0x80000000u, highs, magnitude));
   }
   FASTADAM_INLINE void store(int64_t j, Lanes x) {
     top = larger(top, x.magnitude());

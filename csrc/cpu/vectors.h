@@ -158,6 +158,12 @@ FASTADAM_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
 #endif
 }
 
+// The larger of a and 0, as signed numbers.
+FASTADAM_INLINE Words positive(Words a) {
+  using Signed = int32_t __attribute__((vector_size(4 * kWidth)));
+  return (Words)((Signed)a > 0 ? (Signed)a : Signed{});
+}
+
 FASTADAM_INLINE Words larger(Words a, Words b) { return a > b ? a : b; }
 FASTADAM_INLINE Words smaller(Words a, Words b) { return a < b ? a : b; }
 

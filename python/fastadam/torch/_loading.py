@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastadam.exchange._foreign import foreign_states
 from fastadam.torch._checks import Group, ParamState, States, check_saved_group, firsts_of, label_of
 from fastadam.torch._conversion import Key
 from fastadam.torch._formats import OPTIONS, Choice, StateFormat, asked_of, check_seed
@@ -113,6 +114,7 @@ def keep_tensors(optimizer: torch.optim.Optimizer, state_dict: ParamState) -> Pa
     """
     check_is_dict(state_dict)  # a hook may have returned it
     _check_structure(state_dict)
+    state_dict = {**foreign_states(state_dict)}  # of bitsandbytes and torchao
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=False)):
         require_keys(_NEEDED_IN_GROUP, saved, f"state_dict: param_groups[{index}]")
         check_saved_group(saved, f"state_dict: param_groups[{index}]")

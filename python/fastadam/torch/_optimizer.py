@@ -49,7 +49,6 @@ ELSEWHERE = {
     "use_ema": "torch.optim.swa_utils.AveragedModel keeps averages",
     "ema_momentum": "torch.optim.swa_utils.AveragedModel keeps averages",
     "loss_scale_factor": "torch.amp.GradScaler scales the loss",
-    "moments_dtype": "moments='float32' takes the place of moments_dtype=torch.float32",
 }
 
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../core/float_mode.h"
+#include "group_steps.h"
 #include "plan.h"
 
 namespace fastadam::bind {

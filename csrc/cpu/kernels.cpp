@@ -11,6 +11,7 @@
 #include "dense_kernels.h"
 #include "finish_kernels.h"
 #include "lanes.h"
+#include "logged_kernels.h"
 #include "measured_kernels.h"
 #include "row_kernels.h"
 #include "small_kernels.h"

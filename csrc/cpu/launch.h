@@ -16,8 +16,8 @@ void run_step(const StepArgs& step);
 // Sets TileLog::is_changed in step.log, for a step with these arguments that filled it.
 void run_check(const StepArgs& step);
 
-// Undoes a step that filled step.log, whose arguments these are; its gradients must be as they were. If `instead` is not
-// null, makes that step of the same variables in its place, while they are in cache.
+// Undoes a step that filled step.log, whose arguments these are; its gradients must be as they were. If `instead` is
+// not null, makes that step of the same variables in its place, while they are in cache.
 void run_undo(const StepArgs& step, const StepArgs* instead);
 
 void run_accumulate(const AccumulateArgs& args);

@@ -13,25 +13,47 @@
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
-// Updates kCodeBlock elements from `begin`.
+// Updates kCodeBlock elements from `begin`; or returns false, with nothing written, if that needs TileValues.
 template <class Moments, class Variable, class Gradient, bool kTransforms>
-FASTADAM_INLINE void update_block(const TensorArgs& tensor, int64_t begin, const StepScalars<Lanes>& s,
+FASTADAM_INLINE bool update_block(const TensorArgs& tensor, int64_t begin, const StepScalars<Lanes>& s,
                                   FactorPair<Lanes> factor, Lanes keep, uint64_t key) {
+  constexpr bool kTakesNan = Moments::kTakesNan && std::is_same_v<Variable, FloatVariable>;
   Moments moments(tensor, begin);
-  Variable variable(tensor, key, begin);
+  const Variable variable(tensor, begin);
+  BlockValues values;
+  NanCheck check;
   for (int64_t j = 0; j < kVectors; ++j) {
     Lanes g = Gradient::load(tensor, begin + j * kWidth);
     if constexpr (kTransforms) g = transform_gradient(g, s.clip_value, factor);
-    Lanes var = variable.load(j);
-    Lanes m = moments.load_m(j);
-    Lanes v = moments.load_v(j);
+    values.var[j] = variable.load(j);
+    values.m[j] = moments.load_m(j);
+    values.v[j] = moments.load_v(j);
     Lanes vhat{};
-    adam_update<false>(var, g, m, v, vhat, keep, s);
-    variable.store(j, var);
-    moments.keep(j, m, v);
+    adam_update<false>(values.var[j], g, values.m[j], values.v[j], vhat, keep, s);
+    moments.note(values.m[j], values.v[j]);
+    if constexpr (!kTakesNan) check.add(values.var[j]);
   }
-  variable.finish();
-  moments.write(key, begin);
+  if (!kTakesNan && __builtin_expect(check.has_found(), 0)) return false;
+  variable.write(values.var, key, begin);
+  moments.write(values, key, begin);
+  return true;
+}
+
+// The same for any number of elements, options and formats.
+template <class Storage>
+__attribute__((noinline)) void update_tiles(const StepArgs& step, const TensorArgs& tensor, int64_t begin,
+                                            int64_t end) {
+  const StepScalars<float>& s = step.scalars_f32;
+  const FactorPair<float> factor = factor_of<float>(step, tensor);
+  const float keep = tensor.decays ? s.keep : 1.0f;
+  const UpdateRange<float> update = update_for<float>(step);
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t size = end - at < kTile ? end - at : kTile;
+    TileValues<Storage> values(step, tensor, at, size);
+    const Operands<float>& all = values.operands();
+    update(all.var, all.grad, all.m, all.v, all.vhat, size, s, factor, keep, false);
+    values.finish();
+  }
 }
 
 FASTADAM_INLINE StepScalars<Lanes> in_lanes(const StepScalars<float>& s) {
@@ -56,7 +78,7 @@ FASTADAM_INLINE void prefetch_ahead(const TensorArgs& tensor, int64_t begin) {
     const char* from = static_cast<const char*>(array) + (begin + kAhead) * bytes;
     for (int64_t at = 0; at < kCodeBlock * bytes; at += kCacheLineBytes) __builtin_prefetch(from + at);
   };
-  lines(tensor.var, Variable::kBytes);
+  lines(tensor.var, sizeof(typename Variable::Storage));
   lines(tensor.grad, Gradient::kBytes);
   lines(tensor.m, Moments::kBytes);
   lines(tensor.v, Moments::kBytes);
@@ -73,7 +95,9 @@ void update_blocks(const StepArgs& step, const TensorArgs& tensor, int64_t begin
   const TensorArgs here = tensor;
   for (int64_t at = begin; at < end; at += kCodeBlock) {
     if (step.prefetch) prefetch_ahead<Moments, Variable, Gradient>(here, at);
-    update_block<Moments, Variable, Gradient, kTransforms>(here, at, s, factor, keep, key);
+    if (!update_block<Moments, Variable, Gradient, kTransforms>(here, at, s, factor, keep, key)) {
+      update_tiles<typename Variable::Storage>(step, tensor, at, at + kCodeBlock);
+    }
   }
 }
 
@@ -119,17 +143,7 @@ void adam_small(const StepArgs& step, const TensorArgs& tensor, int64_t begin, i
     blocks(step, tensor, begin, whole);
     begin = whole;
   }
-  const StepScalars<float>& s = step.scalars_f32;
-  const FactorPair<float> factor = factor_of<float>(step, tensor);
-  const float keep = tensor.decays ? s.keep : 1.0f;
-  const UpdateRange<float> update = update_for<float>(step);
-  for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t size = end - at < kTile ? end - at : kTile;
-    TileValues<Storage> values(step, tensor, at, size);
-    const Operands<float>& all = values.operands();
-    update(all.var, all.grad, all.m, all.v, all.vhat, size, s, factor, keep, false);
-    values.finish();
-  }
+  if (begin < end) update_tiles<Storage>(step, tensor, begin, end);
 }
 
 }  // namespace

@@ -158,12 +158,6 @@ FASTADAM_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
 #endif
 }
 
-// The larger of a and 0, as signed numbers.
-FASTADAM_INLINE Words positive(Words a) {
-  using Signed = int32_t __attribute__((vector_size(4 * kWidth)));
-  return (Words)((Signed)a > 0 ? (Signed)a : Signed{});
-}
-
 FASTADAM_INLINE Words larger(Words a, Words b) { return a > b ? a : b; }
 FASTADAM_INLINE Words smaller(Words a, Words b) { return a < b ? a : b; }
 
@@ -189,6 +183,24 @@ FASTADAM_INLINE uint32_t largest(Words words) {
   return result;
 #endif
 }
+
+// Whether one of the numbers is NaN.
+class NanCheck {
+ public:
+#if defined(__AVX512F__)
+  FASTADAM_INLINE void add(Lanes a) { found_ |= _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q); }
+  FASTADAM_INLINE bool has_found() const { return found_ != 0; }
+
+ private:
+  __mmask16 found_ = 0;
+#else
+  FASTADAM_INLINE void add(Lanes a) { found_ |= (Words)(a.x != a.x); }
+  FASTADAM_INLINE bool has_found() const { return largest(found_) != 0; }
+
+ private:
+  Words found_{};
+#endif
+};
 
 // The words of kCodeBlock elements from `begin`, a multiple of that, in order.
 class RandomWords {

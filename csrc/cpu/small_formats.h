@@ -37,13 +37,15 @@ struct BlockValues {
   Lanes v[kVectors];
 };
 
-// The bits of a bfloat16, unless x is NaN, which may become a number.
-FASTADAM_INLINE Words bfloat16_at_random(Lanes x, Words word) { return (x.bits() + (word >> 16)) >> 16; }
+// Has the bits of a bfloat16 in the high halves, unless x is NaN, which may become a number.
+FASTADAM_INLINE Words bfloat16_at_random(Lanes x, Words word) { return x.bits() + (word >> 16); }
 
 FASTADAM_INLINE Lanes load_halves(const BFloat16* from) {
   return Lanes(load_words(reinterpret_cast<const uint16_t*>(from)) << 16);
 }
-FASTADAM_INLINE void store_halves(BFloat16* to, Words words) { store_words(reinterpret_cast<uint16_t*>(to), words); }
+FASTADAM_INLINE void store_high(BFloat16* to, Words first, Words second) {
+  store_pair<true>(reinterpret_cast<uint16_t*>(to), first, second);
+}
 
 // ---- how variables are read and written; load(j) is for the kWidth elements from j * kWidth of a block ----
 // If an element would be NaN, a block is left to TileValues, so these need not take care of NaN.
@@ -72,9 +74,11 @@ struct SplitVariable {
     return Lanes(load_halves(high + j * kWidth).bits() + load_words(low + j * kWidth));
   }
   FASTADAM_INLINE void write(const Lanes* values, uint64_t /*key*/, int64_t /*begin*/) const {
-    for (int64_t j = 0; j < kVectors; ++j) {
-      store_halves(high + j * kWidth, (values[j].bits() + 0x8000u) >> 16);
-      store_words(reinterpret_cast<uint16_t*>(low) + j * kWidth, values[j].bits());
+    for (int64_t j = 0; j < kVectors; j += 2) {
+      const Words first = values[j].bits();
+      const Words second = values[j + 1].bits();
+      store_high(high + j * kWidth, first + 0x8000u, second + 0x8000u);
+      store_pair<false>(reinterpret_cast<uint16_t*>(low) + j * kWidth, first, second);
     }
   }
 };
@@ -88,8 +92,9 @@ struct RandomVariable {
   FASTADAM_INLINE Lanes load(int64_t j) const { return load_halves(at + j * kWidth); }
   FASTADAM_INLINE void write(const Lanes* values, uint64_t key, int64_t begin) const {
     RandomWords words(key, kOfVariables, begin);
-    for (int64_t j = 0; j < kVectors; ++j) {
-      store_halves(at + j * kWidth, bfloat16_at_random(values[j], words.next(j)));
+    for (int64_t j = 0; j < kVectors; j += 2) {
+      const Words first = bfloat16_at_random(values[j], words.next(j));
+      store_high(at + j * kWidth, first, bfloat16_at_random(values[j + 1], words.next(j + 1)));
     }
   }
 };
@@ -129,10 +134,11 @@ struct RandomMoments {
   // NaN in a moment makes the variable NaN.
   FASTADAM_INLINE void write(const BlockValues& values, uint64_t key, int64_t begin) const {
     RandomWords words(key, kOfMoments, begin);
-    for (int64_t j = 0; j < kVectors; ++j) {
-      const Words word = words.next(j);
-      store_halves(m + j * kWidth, bfloat16_at_random(values.m[j], word));
-      store_halves(v + j * kWidth, bfloat16_at_random(values.v[j], word));
+    for (int64_t j = 0; j < kVectors; j += 2) {
+      const Words first = words.next(j);
+      const Words second = words.next(j + 1);
+      store_high(m + j * kWidth, bfloat16_at_random(values.m[j], first), bfloat16_at_random(values.m[j + 1], second));
+      store_high(v + j * kWidth, bfloat16_at_random(values.v[j], first), bfloat16_at_random(values.v[j + 1], second));
     }
   }
 };

@@ -99,6 +99,23 @@ FASTADAM_INLINE void store_words(uint16_t* to, Words words) {
 }
 #endif
 
+// Stores the high halves of the words of two vectors, or the low ones.
+template <bool kHigh>
+FASTADAM_INLINE void store_pair(uint16_t* to, Words first, Words second) {
+#if defined(__AVX512F__)
+  alignas(64) static constexpr int16_t kPlaces[2][32] = {
+      {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+       32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62},
+      {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+       33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63}};
+  const __m512i places = _mm512_load_si512(kPlaces[kHigh]);
+  store_vector(to, _mm512_permutex2var_epi16((__m512i)first, places, (__m512i)second));
+#else
+  store_words(to, kHigh ? first >> 16 : first);
+  store_words(to + kWidth, kHigh ? second >> 16 : second);
+#endif
+}
+
 // The bits of `ones` where the mask has ones, else those of `zeros`.
 FASTADAM_INLINE Words select(uint32_t mask, Words ones, Words zeros) {
 #if defined(__AVX512F__)

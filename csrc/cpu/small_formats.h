@@ -199,15 +199,22 @@ struct CodedMoments {
     m_code = BlockCode<true>::to_write(*m_scale);
     v_code = BlockCode<false>::to_write(*v_scale);
     RandomWords words(key, kOfMoments, begin);
-    for (int64_t j = 0; j < kVectors; ++j) {
-      const Words random = words.next(j) >> 12;
-      const Lanes m_j = values.m[j];
-      const Lanes v_j = values.v[j];
-      const Words m_bits = multiply_add(Lanes(m_j.magnitude()), m_code.scale, m_code.offset).bits() + random;
-      const Words v_bits = multiply_add(v_j, v_code.scale, v_code.offset).bits() + random;
-      const Words least = smaller(v_j.bits(), Words{} + (1u << kCodeShift)) + BlockCode<false>::kBase;
-      store_words(m + j * kWidth, select(0x80, m_j.bits() >> 24, m_bits >> kCodeShift));
-      store_words(v + j * kWidth, larger(v_bits, least) >> kCodeShift);
+    // Codes are moved to the highest byte of a word.
+    constexpr int kUp = 24 - kCodeShift;
+    for (int64_t j = 0; j < kVectors; j += 4) {
+      Words m_codes[4];
+      Words v_codes[4];
+      for (int64_t k = 0; k < 4; ++k) {
+        const Words random = words.next(j + k) >> 12;
+        const Lanes m_k = values.m[j + k];
+        const Lanes v_k = values.v[j + k];
+        const Words m_bits = multiply_add(Lanes(m_k.magnitude()), m_code.scale, m_code.offset).bits() + random;
+        const Words v_bits = multiply_add(v_k, v_code.scale, v_code.offset).bits() + random;
+        m_codes[k] = select(0x80000000u, m_k.bits(), m_bits << kUp);
+        v_codes[k] = at_least_if_positive(v_bits, BlockCode<false>::kBase + (1u << kCodeShift), v_k) << kUp;
+      }
+      store_top_bytes(m + j * kWidth, m_codes);
+      store_top_bytes(v + j * kWidth, v_codes);
     }
     // 0 times infinity or NaN is NaN, whose code is not 0.
     if (__builtin_expect(*m_scale == kNoScale, 0)) std::memset(m, 0, kCodeBlock);

@@ -99,20 +99,49 @@ FASTADAM_INLINE void store_words(uint16_t* to, Words words) {
 }
 #endif
 
-// Stores the high halves of the words of two vectors, or the low ones.
-template <bool kHigh>
-FASTADAM_INLINE void store_pair(uint16_t* to, Words first, Words second) {
 #if defined(__AVX512F__)
+// The high halves of the words of two vectors, or the low ones.
+template <bool kHigh>
+FASTADAM_INLINE __m512i halves_of(Words first, Words second) {
   alignas(64) static constexpr int16_t kPlaces[2][32] = {
       {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
        32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62},
       {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63}};
-  const __m512i places = _mm512_load_si512(kPlaces[kHigh]);
-  store_vector(to, _mm512_permutex2var_epi16((__m512i)first, places, (__m512i)second));
+  return _mm512_permutex2var_epi16((__m512i)first, _mm512_load_si512(kPlaces[kHigh]), (__m512i)second);
+}
+#endif
+
+// Stores them.
+template <bool kHigh>
+FASTADAM_INLINE void store_pair(uint16_t* to, Words first, Words second) {
+#if defined(__AVX512F__)
+  store_vector(to, halves_of<kHigh>(first, second));
 #else
   store_words(to, kHigh ? first >> 16 : first);
   store_words(to + kWidth, kHigh ? second >> 16 : second);
+#endif
+}
+
+// Stores the highest bytes of the words of four vectors.
+FASTADAM_INLINE void store_top_bytes(uint8_t* to, const Words (&words)[4]) {
+#if defined(__AVX512F__)
+  __m512i halves[2];
+  for (int k = 0; k < 2; ++k) {
+    halves[k] = _mm512_maskz_srli_epi16(0xffffffff, halves_of<true>(words[2 * k], words[2 * k + 1]), 8);
+  }
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  const __m512i bytes = _mm512_maskz_packus_epi16(~__mmask64{0}, halves[0], halves[1]);
+  store_vector(to, _mm512_maskz_permutexvar_epi64(0xff, order, bytes));
+#elif defined(__AVX2__)
+  __m256i halves[2];
+  for (int k = 0; k < 2; ++k) {
+    halves[k] = _mm256_packus_epi32((__m256i)(words[2 * k] >> 24), (__m256i)(words[2 * k + 1] >> 24));
+  }
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  store_vector(to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(halves[0], halves[1]), order));
+#else
+  for (int k = 0; k < 4; ++k) store_words(to + k * kWidth, words[k] >> 24);
 #endif
 }
 
@@ -176,7 +205,17 @@ FASTADAM_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
 }
 
 FASTADAM_INLINE Words larger(Words a, Words b) { return a > b ? a : b; }
-FASTADAM_INLINE Words smaller(Words a, Words b) { return a < b ? a : b; }
+
+// `words`, but at least `least` where a is above 0.
+FASTADAM_INLINE Words at_least_if_positive(Words words, uint32_t least, Lanes a) {
+#if defined(__AVX512F__)
+  const __mmask16 positive = _mm512_cmp_ps_mask(a.x, _mm512_setzero_ps(), _CMP_GT_OQ);
+  const __m512i leasts = _mm512_set1_epi32(static_cast<int>(least));
+  return (Words)_mm512_mask_max_epu32((__m512i)words, positive, (__m512i)words, leasts);
+#else
+  return larger(words, (Words)(a.x > 0) & least);
+#endif
+}
 
 #if defined(__AVX2__)
 FASTADAM_INLINE uint32_t largest(__m256i words) {

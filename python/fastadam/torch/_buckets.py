@@ -83,7 +83,7 @@ class BucketedStep:
     ) -> None:
         self._stepper, self._state = stepper, state
         self._groups: list[Group] = [{**group, "params": list(group["params"])} for group in groups]
-        self._scaled = ScaledStep(None if loss_scale == 1.0 else torch.tensor(loss_scale), None)
+        self._scaled = ScaledStep(None if loss_scale == 1.0 else torch.tensor(loss_scale, dtype=torch.float32), None)
         self._places: dict[int, tuple[int, int]] = {}  # by the identity of the parameter
         for index, group in enumerate(self._groups):
             for place, param in enumerate(group["params"]):

@@ -44,6 +44,40 @@ def test_a_step_that_is_dropped_in_the_block(drop):
         loss_of(net).backward()
 
 
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize(("key", "value"), [("lr", 0.5), ("betas", (0.5, 0.6)), ("weight_decay", 0.3)])
+def test_numbers_that_are_set_between_the_backward_pass_and_the_step(key, value, kind, early):
+    """The early part has used the old ones, so the step would be neither the old nor the new."""
+    _, optimizer, params = prepared()
+    [group] = optimizer.param_groups
+    group["lr"] = kind(1e-2)
+    before = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.begin_step(early=early)
+    optimizer.step_bucket(params).result(30)
+    old = group[key]
+    if isinstance(old, torch.Tensor):
+        old.fill_(value)
+    else:
+        group[key] = value
+    with pytest.raises(RuntimeError, match=rf"^param_groups\[0\]\['{key}'\]: set from .* while a step was open"):
+        optimizer.end_step()
+    assert all(map(torch.equal, before, params))
+    optimizer.step()
+
+
+@pytest.mark.parametrize("option", ["clipvalue", "clipnorm", "global_clipnorm", "skip_nonfinite"])
+def test_clipping_is_not_set_while_a_step_is_open(option):
+    _, optimizer, _ = prepared()
+    optimizer.begin_step()
+    with pytest.raises(RuntimeError, match=f"^{option}: a step is open, expected end_step"):
+        setattr(optimizer, option, True if option == "skip_nonfinite" else 1.0)
+    optimizer.abort_step()
+    assert not getattr(optimizer, option)
+
+
 def test_the_scale_of_the_loss_is_not_rounded_to_the_default_dtype():
     def moment():
         weight = torch.nn.Parameter(torch.ones(4, dtype=torch.float32))

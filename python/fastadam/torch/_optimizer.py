@@ -464,6 +464,7 @@ class Adam(torch.optim.Optimizer):
 
     def _set_clipping(self, **options: object) -> None:
         with self._stepper.lock:
+            self._stepper.require_closed(next(iter(options)))
             self._options.clipping.set(**options)
             self._stepper.forget_numbers()
 

@@ -31,7 +31,7 @@ def measured(grads, before, after, copy_dtype=None):
     for g, old, new in zip(grads, before, after, strict=True):
         g, change, now = g.astype(np.float64), new.astype(np.float64) - old.astype(np.float64), new.astype(np.float64)
         dtype = copy_dtype or new.dtype
-        same = (bits(old.astype(dtype)) == bits(new.astype(dtype))).mean()
+        same = (old.astype(dtype) == new.astype(dtype)).mean()
         norm, update, parameter = np.sqrt((g**2).sum()), np.sqrt((change**2).mean()), np.sqrt((now**2).mean())
         rows.append((norm, update, parameter, same, np.count_nonzero(~np.isfinite(g))))
     return np.array(rows).T
@@ -94,6 +94,31 @@ def test_updates_of_any_size_are_measured(rate):
     grads, before = arrays(1), [x.copy() for x in w]
     opt.apply_gradients(zip(grads, w, strict=True))
     np.testing.assert_allclose(opt.telemetry().update_rms, measured(grads, before, w)[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("has_copy", [False, True])
+def test_zero_that_becomes_minus_zero_is_unchanged(isa, has_copy):
+    """The update is lost in the rounding to float16."""
+    w = np.full(700, 5e-10, np.float32) if has_copy else np.zeros(700, np.float16)
+    copies = [np.zeros(700, np.float16)] if has_copy else None
+    opt = fastadam.Adam(1e-9, telemetry=True)
+    opt.apply_gradients([(np.ones(700, w.dtype), w)], copies=copies)
+    stored = copies[0] if has_copy else w
+    assert (stored == 0).all()
+    assert np.signbit(stored).all()
+    assert opt.telemetry().unchanged.tolist() == [1]
+
+
+@pytest.mark.parametrize("copy_dtype", [None, "float32", "float16"])
+@pytest.mark.parametrize(("size", "gradient", "decay"), [(1e25, 1.0, 0.1), (0.0, 1e-30, None), (1e-27, 1e-29, None)])
+def test_updates_far_from_the_rate_are_measured(isa, size, gradient, decay, copy_dtype):
+    w, opt = arrays(0, scale=size), fastadam.Adam(0.01, weight_decay=decay, telemetry=True)
+    grads, before = arrays(1, scale=gradient), [x.copy() for x in w]
+    copies = {} if copy_dtype is None else {"copies": [np.zeros(x.shape, copy_dtype) for x in w]}
+    opt.apply_gradients(zip(grads, w, strict=True), **copies)
+    expected = measured(grads, before, w)[1]
+    assert (expected > 0).all()
+    np.testing.assert_allclose(opt.telemetry().update_rms, expected, rtol=1e-6)
 
 
 def test_gradients_are_measured_unscaled_and_unclipped():

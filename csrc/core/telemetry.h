@@ -2,10 +2,9 @@
 // What a step reports of a variable, summed tile by tile over a tree of fixed shape: the same bits for every
 // instruction set, thread count and alignment.
 //
-// Squares are added in the arithmetic of the variable, sixteen at a time, and then in double: their sum is within 1e-6
-// of the exact one. If float32 may have overflowed or flushed squares to zero, the sum of a tile is computed again in
-// double, except that of updates, which are gone then. These are measured in units of about the step size, so that
-// their squares are representable.
+// Squares of a tile are added in the arithmetic of the variable, in lanes, and lanes and tiles in double: a sum is
+// within 1e-6 of the exact one. If float32 may have overflowed or flushed squares to zero, the sum of the tile is
+// computed again in double. Updates are measured in units of about the step size, so that they rarely need it.
 #pragma once
 
 #include <cmath>
@@ -27,7 +26,7 @@ struct TileMeasure {
 // Below this a sum of squares in float32 may lack a share of 2^-37.
 constexpr double kLeastTileSum = 0x1p-80;
 
-// The unit of updates for a step size: float32 can represent ratios of 1e-19 to 1e19 to it.
+// The unit of updates for a step size: float32 can represent the squares of 1e-19 to 1e19 of it.
 inline double telemetry_unit(double step_size) {
   int exponent = 0;
   std::frexp(step_size, &exponent);

@@ -126,7 +126,10 @@ FASTADAM_INLINE uint32_t checksum_with(uint32_t sum, float g) {
 template <auto kLanes>
 FASTADAM_INLINE uint32_t checksum_of(const uint32_t (&lanes)[kLanes]) {
   uint32_t sum = 0;
-  for (const uint32_t lane : lanes) sum = (sum ^ lane) * 0x85ebca6bu + 1;
+  for (const uint32_t lane : lanes) {
+    sum = (sum ^ lane) * 0x85ebca6bu + 1;
+    sum ^= sum >> 16;  // lanes that differ in sign differ in high bits, which the product does not bring down
+  }
   return sum;
 }
 

@@ -3,7 +3,6 @@
 // (../core/telemetry.h). A second pass over the same tile would add a third to the time of a step.
 #pragma once
 
-#include <cstring>
 #include <type_traits>
 
 #include "../core/adam_math.h"
@@ -19,15 +18,15 @@ namespace {
 // What the elements of a variable are rounded to before they are compared with what they were.
 enum Rounding : int { kNotRounded, kToBFloat16 };
 
-// Whether two numbers, which are not NaN, are the same once they are rounded to nearest even.
+// Whether two numbers are equal once they are rounded to nearest even: 0 and -0 are, NaN is not.
 template <int kRounding>
 FASTADAM_INLINE int32_t is_same(float a, float b) {
   if constexpr (kRounding == kNotRounded) return a == b ? 1 : 0;
   const auto rounded = [](float x) {
     const uint32_t bits = bit_cast<uint32_t>(x);
-    return bits + 0x7fff + ((bits >> 16) & 1);
+    return bit_cast<float>((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000);
   };
-  return (rounded(a) ^ rounded(b)) < 0x10000 ? 1 : 0;
+  return rounded(a) == rounded(b) ? 1 : 0;
 }
 template <int kRounding>
 FASTADAM_INLINE int32_t is_same(double a, double b) {
@@ -67,10 +66,10 @@ FASTADAM_INLINE double sum_of_lanes(const T* lanes) {
 }
 
 // Updates kCount elements for each of `lanes` lanes, and adds them to the sums; what is added to a variable times
-// `unit`.
+// `unit`. Of float32, `was` receives the values before.
 template <bool kAmsgrad, int kTransform, int kRounding, int64_t kCount, class T>
 FASTADAM_INLINE void update_lanes(const Operands<T>& operands, int64_t lanes, const StepScalars<T>& s,
-                                  FactorPair<T> factor, T keep, T unit, TileSums<T>& sums) {
+                                  FactorPair<T> factor, T keep, T unit, TileSums<T>& sums, T* __restrict was) {
   T* __restrict var = operands.var;
   const T* __restrict grad = operands.grad;
   T* __restrict m = operands.m;
@@ -87,6 +86,7 @@ FASTADAM_INLINE void update_lanes(const Operands<T>& operands, int64_t lanes, co
       T g = grad[i];
       const T before = var[i];
       T var_i = before;
+      if constexpr (sizeof(T) == 4) was[i] = before;
       gradients += g * g;
       if constexpr (kTransform != kAsItIs) g = transform_gradient(g, s.clip_value, factor);
       if constexpr (kTransform == kAndL2) g = add_l2(g, var_i, s.l2);
@@ -112,12 +112,12 @@ FASTADAM_INLINE void update_lanes(const Operands<T>& operands, int64_t lanes, co
 
 template <class T>
 using UpdateTile = TileMeasure (*)(const Operands<T>& operands, int64_t size, const StepScalars<T>& scalars,
-                                   FactorPair<T> factor, T keep, T unit, bool prefetch);
+                                   FactorPair<T> factor, T keep, T unit, bool prefetch, T* was);
 
-// Updates at most kTile elements, and measures the step.
+// Updates at most kTile elements, and measures the step. Of float32, `was` receives the values before.
 template <bool kAmsgrad, int kTransform, int kRounding, class T>
 TileMeasure update_tile(const Operands<T>& all, int64_t size, const StepScalars<T>& scalars, FactorPair<T> factor,
-                        T keep, T unit, bool prefetch) {
+                        T keep, T unit, bool prefetch, T* was) {
   const StepScalars<T> s = scalars;
   TileSums<T> sums;
   const auto from = [&all](int64_t at) {
@@ -129,11 +129,12 @@ TileMeasure update_tile(const Operands<T>& all, int64_t size, const StepScalars<
     for (int64_t i = 0; i < kLaneGroup && prefetch; i += kBlock) {
       prefetch_far(sizeof(T), group.var + i, group.grad + i, group.m + i, group.v + i);
     }
-    update_lanes<kAmsgrad, kTransform, kRounding, kLaneGroup / kLanes>(group, kLanes, s, factor, keep, unit, sums);
+    update_lanes<kAmsgrad, kTransform, kRounding, kLaneGroup / kLanes>(group, kLanes, s, factor, keep, unit, sums,
+                                                                       was + at);
   }
   for (; at < size; at += kLanes) {
     const int64_t lanes = size - at < kLanes ? size - at : kLanes;
-    update_lanes<kAmsgrad, kTransform, kRounding, 1>(from(at), lanes, s, factor, keep, unit, sums);
+    update_lanes<kAmsgrad, kTransform, kRounding, 1>(from(at), lanes, s, factor, keep, unit, sums, was + at);
   }
   TileMeasure result{};
   result.gradient = sum_of_lanes(sums.gradient);
@@ -164,6 +165,17 @@ __attribute__((noinline)) double exact_sum(const T* values, int64_t size) {
   return pairwise_sum(lanes, kNormLanes);
 }
 
+// The same of what was added to `size` elements, times `unit`.
+template <class T>
+__attribute__((noinline)) double exact_sum_of_changes(const T* before, const T* now, int64_t size, double unit) {
+  double lanes[kNormLanes] = {};
+  for (int64_t i = 0; i < size; ++i) {
+    const double added = (static_cast<double>(now[i]) - static_cast<double>(before[i])) * unit;
+    lanes[i % kNormLanes] += added * added;
+  }
+  return pairwise_sum(lanes, kNormLanes);
+}
+
 // Whether a sum of squares in float32 may have overflowed, or lack elements whose squares were flushed to zero.
 template <class T>
 FASTADAM_INLINE bool is_doubtful(double sum) {
@@ -173,30 +185,27 @@ FASTADAM_INLINE bool is_doubtful(double sum) {
 template <class Copy, class T>
 __attribute__((noinline)) int32_t count_same(const T* before, const T* now, int64_t size) {
   int32_t same = 0;
-  for (int64_t i = 0; i < size; ++i) same += store<Copy>(before[i]).bits == store<Copy>(now[i]).bits ? 1 : 0;
+  for (int64_t i = 0; i < size; ++i) same += load(store<Copy>(before[i])) == load(store<Copy>(now[i])) ? 1 : 0;
   return same;
 }
 
 // The same of the high halves of a variable in two halves.
 __attribute__((noinline)) inline int32_t count_same_high(const float* before, const float* now, int64_t size) {
   int32_t same = 0;
-  for (int64_t i = 0; i < size; ++i) same += high_half(before[i]) == high_half(now[i]) ? 1 : 0;
+  const auto high = [](float x) { return load(BFloat16{static_cast<uint16_t>(high_half(x))}); };
+  for (int64_t i = 0; i < size; ++i) same += high(before[i]) == high(now[i]) ? 1 : 0;
   return same;
 }
 
 // Measures again what rounding to Half has changed.
 template <class Half>
-__attribute__((noinline)) void measure_rounded(const Half* var, const float* before, int64_t size, float unit,
+__attribute__((noinline)) void measure_rounded(const Half* var, const float* before, int64_t size, double unit,
                                                TileMeasure& result) {
   float now[kTile];
-  float added[kTile];
   convert(var, now, size);
   result.unchanged = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    added[i] = (now[i] - before[i]) * unit;
-    result.unchanged += bit_cast<uint32_t>(now[i]) == bit_cast<uint32_t>(before[i]) ? 1 : 0;
-  }
-  result.update = exact_sum(added, size);
+  for (int64_t i = 0; i < size; ++i) result.unchanged += now[i] == before[i] ? 1 : 0;
+  result.update = exact_sum_of_changes(before, now, size, unit);
   result.parameter = exact_sum(now, size);
 }
 
@@ -214,15 +223,15 @@ TileMeasure adam_measured(const StepArgs& step, const TensorArgs& tensor, int64_
   const int64_t size = end - begin;
   TileValues<Storage> values(step, tensor, begin, size);
   const Operands<T>& all = values.operands();
-  T before[kTile];
-  if (kIsHalf || is_to_float16) std::memcpy(before, all.var, static_cast<size_t>(size) * sizeof(T));
+  alignas(kCacheLineBytes) T before[kTile];
   UpdateTile<T> update = update_tile_for<kNotRounded, T>(step);
   if constexpr (sizeof(T) == 4) {
     if (is_to_bfloat16) update = update_tile_for<kToBFloat16, T>(step);
   }
-  TileMeasure result = update(all, size, s, factor, keep, unit, step.prefetch);
+  TileMeasure result = update(all, size, s, factor, keep, unit, step.prefetch, before);
   if (is_doubtful<T>(result.gradient)) result.gradient = exact_sum(all.grad, size);
   if (is_doubtful<T>(result.parameter)) result.parameter = exact_sum(all.var, size);
+  if (is_doubtful<T>(result.update)) result.update = exact_sum_of_changes(before, all.var, size, step.telemetry_unit);
   if constexpr (sizeof(T) == 4) {
     if (is_to_float16) result.unchanged = count_same<Float16>(before, all.var, size);
     if (tensor.low != nullptr) result.unchanged = count_same_high(before, all.var, size);
@@ -233,7 +242,7 @@ TileMeasure adam_measured(const StepArgs& step, const TensorArgs& tensor, int64_
   values.finish();
   if constexpr (kIsHalf) {
     const auto* var = static_cast<const Storage*>(tensor.var) + begin;
-    if (tensor.low == nullptr) measure_rounded(var, before, size, unit, result);
+    if (tensor.low == nullptr) measure_rounded(var, before, size, step.telemetry_unit, result);
   }
   return result;
 }

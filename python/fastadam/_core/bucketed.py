@@ -59,7 +59,9 @@ class BucketedStep(OpenStep):
         self.require(plan.places, [f"grads_and_vars[{place}]" for place in plan.plan.positions])
         gradients = plan.plan.check(gradients)
         plan.plan.check_numbers(self._hyper)
-        return self.add([Bucket(plan.plan, gradients, self._hyper, [], plan.places, self._maker(plan, gradients))])
+        labels = [f"variables[{place}] of build()" for (place,) in plan.places]
+        make = self._maker(plan, gradients)
+        return self.add([Bucket(plan.plan, gradients, self._hyper, [], plan.places, make, labels=labels)])
 
     def _require_built(self, pairs: list[AnyPair]) -> None:
         """Raise if a variable has no slots yet: these, and squares, must not come in the order of the buckets."""

@@ -83,7 +83,9 @@ class BucketedStep:
     ) -> None:
         self._stepper, self._state = stepper, state
         self._groups: list[Group] = [{**group, "params": list(group["params"])} for group in groups]
-        self._scaled = ScaledStep(None if loss_scale == 1.0 else torch.tensor(loss_scale), None)
+        self._numbers = [_numbers_of(group) for group in self._groups]
+        self._live_groups = groups
+        self._scaled = ScaledStep(None if loss_scale == 1.0 else torch.tensor(loss_scale, dtype=torch.float32), None)
         self._firsts = firsts_of(self._groups)
         self._places: dict[int, tuple[int, int]] = {}  # by the identity of the parameter
         for index, group in enumerate(self._groups):
@@ -161,6 +163,11 @@ class BucketedStep:
         Returns:
             Whether it was made; False if a gradient was not finite and has to be.
         """
+        try:
+            self._require_same_numbers()
+        except BaseException:
+            self.abort()
+            raise
         if self._waits:
             return self._make_plain()
         try:
@@ -177,6 +184,16 @@ class BucketedStep:
             self.abort()
             raise
         return self._open.finish(self._commit)
+
+    def _require_same_numbers(self) -> None:
+        for index, (group, numbers) in enumerate(zip(self._live_groups, self._numbers, strict=False)):
+            for key, number in _numbers_of(group).items():
+                old = numbers.get(key)
+                if number != old:
+                    raise RuntimeError(
+                        f"param_groups[{index}][{key!r}]: set from {old} to {number} while a step was open, "
+                        "expected that before begin_step() or the backward pass; the step was undone"
+                    )
 
     def _make_plain(self) -> bool:
         def step() -> bool:
@@ -296,6 +313,18 @@ class BucketedStep:
         if is_sharded(params):
             add_shards(params, norms, require_finite=self._stepper.clipping.skip_nonfinite)
         return norms
+
+
+def _numbers_of(group: Group) -> dict[str, object]:
+    """The numbers of a group, by value: those in tensors can be changed in place."""
+    keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+    return {key: _value_of(group[key]) for key in keys if key in group}
+
+
+def _value_of(number: object) -> object:
+    if isinstance(number, (tuple, list)):
+        return tuple(map(_value_of, number))
+    return number.tolist() if isinstance(number, Tensor) else number
 
 
 def _are_on_host(groups: list[Group]) -> bool:

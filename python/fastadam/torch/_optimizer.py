@@ -419,10 +419,7 @@ class Adam(torch.optim.Optimizer):
         ...     opt.end_step()
         """
         check_bool("early", early)
-        if threads is not None:
-            check_count("threads", threads)
-        if not check_number("loss_scale", loss_scale) > 0:
-            raise ValueError(f"loss_scale: {loss_scale}, expected a number above 0")
+        check_begin(threads, loss_scale)
         stepper = self._stepper
         with stepper.lock:
             stepper.require_closed("begin_step")
@@ -513,6 +510,7 @@ class Adam(torch.optim.Optimizer):
 
     def _set_clipping(self, **options: object) -> None:
         with self._stepper.lock:
+            self._stepper.require_closed(next(iter(options)))
             self._options.clipping.set(**options)
             self._stepper.forget_numbers()
 
@@ -688,6 +686,14 @@ class Adam(torch.optim.Optimizer):
             self.defaults.setdefault(name, value)
         saved = fill_groups(self.param_groups, before, of_older)
         restore_states(self.state, self.param_groups, self._options.state_format, saved)
+
+
+def check_begin(threads: object, loss_scale: float) -> None:
+    """Check arguments of ``begin_step``, for :mod:`fastadam.torch._overlap` too."""
+    if threads is not None:
+        check_count("threads", threads)
+    if not check_number("loss_scale", loss_scale) > 0:
+        raise ValueError(f"loss_scale: {loss_scale}, expected a number above 0")
 
 
 def stepper_of(optimizer: Adam) -> GroupStepper:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastadam.torch._optimizer import Adam, stepper_of
+from fastadam._core.common.checks import check_number
+from fastadam.torch._optimizer import Adam, check_begin, stepper_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -97,6 +98,11 @@ class Overlap:
 
     def _finish(self) -> None:
         self._waiting, self._size = [], 0.0
+        if not self.is_open:
+            raise RuntimeError(
+                "overlap: the step was ended or dropped inside the block, expected no zero_grad(), end_step() or "
+                "abort_step() there"
+            )
         self._optimizer.end_step()
 
     def _begin(self) -> None:
@@ -165,6 +171,10 @@ def overlap(
     Returns:
         A context manager around the backward pass, in the place of ``optimizer.step()``; or call its ``attach()``.
 
+    Raises:
+        TypeError: ``optimizer`` is not a :class:`fastadam.torch.Adam`, or another argument is not a number.
+        ValueError: ``bucket_mb`` is below 0, or ``threads`` or ``loss_scale`` is not above 0.
+
     >>> import importlib.util
     >>> if importlib.util.find_spec("torch"):
     ...     import torch, fastadam.torch
@@ -174,4 +184,9 @@ def overlap(
     ...     with fastadam.torch.overlap(opt):
     ...         loss.backward()
     """
+    if not isinstance(optimizer, Adam):
+        raise TypeError(f"optimizer: {type(optimizer).__name__}, expected a fastadam.torch.Adam or AdamW")
+    if bucket_mb is not None and not check_number("bucket_mb", bucket_mb) >= 0:
+        raise ValueError(f"bucket_mb: {bucket_mb}, expected None or a number of at least 0")
+    check_begin(threads, loss_scale)
     return Overlap(optimizer, bucket_mb, threads, loss_scale)

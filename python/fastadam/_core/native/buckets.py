@@ -35,6 +35,11 @@ class Bucket(NamedTuple):
     make: Callable[[Factors | None], object]  # makes the native step, with factors of joined norms if there are any
     note: Callable[[], None] = lambda: None  # notes the step once it is certain
     is_plain: bool = True  # make() does nothing but the native step, so that this can be undone
+    labels: Sequence[str] = ()  # what error messages call the variables; empty for those of the plan
+
+    def labels_of(self, indices: Sequence[int]) -> list[str]:
+        """What error messages call some of the variables."""
+        return [self.labels[i] if self.labels else self.plan.buffers[i].label for i in indices]
 
 
 @dataclass(eq=False)
@@ -71,7 +76,15 @@ class Guess:
         self._failures = [*self._failures[-3:], failed]
 
 
-_live: weakref.WeakSet[OpenStep] = weakref.WeakSet()
+_live: list[weakref.ref[OpenStep]] = []  # a WeakSet has callbacks, in which an exception of a signal handler is lost
+
+
+def _note_live(step: OpenStep) -> None:
+    for ref in list(_live):
+        if (other := ref()) is None or not other.is_open:
+            with contextlib.suppress(ValueError):  # another thread has removed it
+                _live.remove(ref)
+    _live.append(weakref.ref(step))
 
 
 class OpenStep:
@@ -113,7 +126,7 @@ class OpenStep:
         self._group_of: dict[Place, _Group] = {}  # also those that a signal has kept from being taken
         self.is_open = True  # until the worker has made or undone it
         self._worker = Worker.take()
-        _live.add(self)
+        _note_live(self)
 
     # ---- the buckets -----------------------------------------------------------------------------------------------
 
@@ -250,7 +263,7 @@ class OpenStep:
             commit(False)
             return False
         failed = bool(wrong) or (all(part.used is None for part in parts) and self._would_fail(parts, clipped))
-        self._make_again(wrong)
+        changed = self._make_again(wrong)
         for part, factors in zip(parts, clipped, strict=True):
             if part.used is None:
                 part.bucket.make(factors if len(factors) else None)
@@ -263,6 +276,7 @@ class OpenStep:
             self._guess.note(failed=failed)
             if not self._guess.pays:
                 self._logs.clear()
+        _require_unchanged(changed, "The step was made")
         return True
 
     def _wrong(self, parts: list[_Part], clipped: list[Factors]) -> list[tuple[_Part, Factors]]:
@@ -278,16 +292,16 @@ class OpenStep:
                 self._undo_all()  # raises
         return wrong
 
-    def _make_again(self, wrong: list[tuple[_Part, Factors]]) -> None:
-        """Make parts with the right factors in place of the wrong ones."""
+    def _make_again(self, wrong: list[tuple[_Part, Factors]]) -> list[str]:
+        """Make parts with the right factors in place of the wrong ones; return labels of what has changed meanwhile."""
         changed: list[str] = []
         for part, right in wrong:
             plan, gradients, hyper, factors, *_ = part.bucket
             assert part.used is not None
             found = plan.undo(gradients, hyper, factors, part.used, part.log, right)
             part.used = right
-            changed += [plan.buffers[i].label for i in found]
-        _require_unchanged(changed)
+            changed += part.bucket.labels_of(found)
+        return changed
 
     def _joined(self, parts: list[_Part]) -> list[Factors] | None:
         """For each part the factors of its gradients; None if the step must be skipped."""
@@ -331,21 +345,37 @@ class OpenStep:
             if used is None:
                 continue
             try:
-                changed += [plan.buffers[i].label for i in plan.undo(gradients, hyper, factors, used, part.log)]
-            except (RuntimeError, TypeError, ValueError) as error:  # memory that was replaced
+                try:
+                    found = plan.undo(gradients, hyper, factors, used, part.log)
+                except (RuntimeError, TypeError, ValueError):
+                    found = plan.undo(_with_memory(plan, gradients), hyper, factors, used, part.log)
+                changed += part.bucket.labels_of(found)
+            except (RuntimeError, TypeError, ValueError) as error:  # memory of variables that was replaced
                 changed.append(str(error))
         _require_unchanged(changed)
 
 
-def _require_unchanged(labels: Sequence[str]) -> None:
+def _require_unchanged(labels: Sequence[str], outcome: str = "The step was undone") -> None:
     """Raise if there are labels: of variables whose gradients have changed."""
     if not labels:
         return
     names = ", ".join(labels[:3]) + (" ..." if len(labels) > 3 else "")
     raise RuntimeError(
         f"gradients of {names}: changed since step_bucket(), expected them as they were until the step ends. "
-        "The step was undone, but moments of these variables have taken it"
+        f"{outcome}, but moments of these variables have taken the wrong one"
     )
+
+
+def _with_memory(plan: Plan, gradients: list[AnyGradient]) -> list[AnyGradient]:
+    """The gradients, with zeros for those whose memory was taken away since they were checked."""
+    usable: list[AnyGradient] = [np.zeros(buffer.shape, np.float32) for buffer in plan.buffers]
+    for i, gradient in enumerate(gradients):
+        zeros, usable[i] = usable[i], gradient
+        try:
+            plan.check(usable)
+        except (RuntimeError, TypeError, ValueError):
+            usable[i] = zeros
+    return usable
 
 
 def _ones(factors: list[float], norms: Norms) -> Factors:
@@ -358,6 +388,7 @@ def _same(a: Factors, b: Factors) -> bool:
 
 @atexit.register
 def _abort_all() -> None:
-    for step in list(_live):
-        with contextlib.suppress(RuntimeError):
-            step.abort()
+    for ref in _live:
+        if (step := ref()) is not None:
+            with contextlib.suppress(RuntimeError):
+                step.abort()

@@ -143,7 +143,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
         mine = {row["configuration"]: row for row in rows if row["task"] == task}
         if REFERENCE in mine:
             spread = mine[REFERENCE]["spread"]
-            place.axvspan(-spread, spread, color="black", alpha=0.1, label="spread of float32's seeds")
+            label = "standard deviation of float32's seeds"
+            place.axvspan(-spread, spread, color="black", alpha=0.1, label=label)
         for height, name in enumerate(names):
             above = mine[name]["above"] if name in mine else []
             place.plot(above, [height] * len(above), "o", color="tab:blue", markersize=4, alpha=0.5)
@@ -151,9 +152,10 @@ def plot(rows: list[dict[str, Any]]) -> None:
                 place.plot(statistics.mean(above), height, "|", color="tab:red", markersize=14, markeredgewidth=2)
         place.axvline(0, color="black", linewidth=0.8)
         place.set(title=task, xlabel="loss above float32, same seed", yticks=range(len(names)), yticklabels=names)
+        place.locator_params(axis="x", nbins=4)
         place.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
-    axes[0].legend(fontsize=7, loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", fontsize=8, frameon=False)
     figure.savefig(RESULTS / "training.png", dpi=90, pil_kwargs={"optimize": True}, metadata={"Software": None})
     plt.close(figure)
 

@@ -56,4 +56,14 @@ def _stepped(sizes, dtype, make):
     parameters = [torch.nn.Parameter(tensor(w)) for w in variables]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = tensor(gradient)
-    return Contender(make(parameters).step, lambda: variables, weight_decay=WEIGHT_DECAY)
+    optimizer = make(parameters)
+
+    def read():
+        """The variables, or the float32 masters that they and the low halves make up."""
+        lows = [optimizer.state[parameter].get("master_low") for parameter in parameters]
+        return [
+            w if low is None else ((tensor(w).view(torch.int16).int() << 16) + low.int()).view(torch.float32).numpy()
+            for w, low in zip(variables, lows, strict=True)
+        ]
+
+    return Contender(optimizer.step, read, weight_decay=WEIGHT_DECAY)

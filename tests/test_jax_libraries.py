@@ -144,6 +144,7 @@ def test_complex_leaves_are_optaxs(others):
 # ---- Flax, Equinox, Orbax --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # seconds to import
 def test_a_train_state_of_flax_goes_on_to_the_bit():
     train_state = pytest.importorskip("flax.training.train_state")
     serialization = pytest.importorskip("flax.serialization")
@@ -163,6 +164,7 @@ def test_a_train_state_of_flax_goes_on_to_the_bit():
     assert_same(state.params, run(fj.adamw(0.1), start)[-1][0])
 
 
+@pytest.mark.slow  # seconds to import
 def test_an_optimizer_of_nnx_updates_the_model():
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
@@ -203,6 +205,7 @@ def test_a_module_of_equinox_is_trained():
     assert_near(found, expected, 24)
 
 
+@pytest.mark.slow  # seconds to import
 @pytest.mark.filterwarnings("ignore")  # of Orbax
 @pytest.mark.parametrize("mu_dtype", [None, "bfloat16"])
 def test_orbax_restores_to_the_bit(mu_dtype, tmp_path):

@@ -14,37 +14,16 @@ from absent import need
 torch = pytest.importorskip("torch")
 
 import fastadam.torch  # noqa: E402
+from torch_network import assert_same, batches, bits, network  # noqa: E402
 
 # Of the trainers: a process group, workers and devices that the CPU does not have, and functions they plan to rename.
 pytestmark = pytest.mark.filterwarnings("ignore")
-BATCHES = 8
+slow = pytest.mark.slow  # of packages that take seconds to import
 
 
 @pytest.fixture(autouse=True)
 def _random_numbers():
     torch.manual_seed(0)
-
-
-def network():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(8, 7), torch.nn.Dropout(0.3), torch.nn.Tanh(), torch.nn.Linear(7, 1))
-
-
-def batches():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(6, 8, generator=generator) for _ in range(BATCHES)]
-
-
-def bits(model, optimizer):
-    """Parameters and states, in the order of the groups."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    slots = [optimizer.state[p][name] for p in params for name in sorted(optimizer.state[p])]
-    return [t.detach().clone() for t in [*model.parameters(), *slots]]
-
-
-def assert_same(found, expected):
-    assert len(found) == len(expected)
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def assert_trained(model, before):
@@ -102,6 +81,7 @@ def inner(trainer):
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 
 
+@slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -125,6 +105,7 @@ def test_a_trainer_resumes_with_the_bits_of_the_uninterrupted_run(make, tmp_path
     assert_same(bits(resumed.model, inner(resumed)), bits(whole.model, inner(whole)))
 
 
+@slow
 def test_a_trainer_excludes_biases_and_norms_from_the_decay(tmp_path):
     """Hugging Face makes two groups, as for its own AdamW."""
     trainer = with_class(tmp_path, {"weight_decay": 0.25})
@@ -236,6 +217,7 @@ def fit(folder, epochs, options, resume=None, **settings):
     return module, trainer.optimizers[0]
 
 
+@slow
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
@@ -256,6 +238,7 @@ def test_lightning_resumes_with_the_bits_of_the_uninterrupted_run(settings, opti
     assert_trained(found.network, list(network().to(next(found.parameters()).dtype).parameters()))
 
 
+@slow
 def test_the_clipping_of_lightning_is_torchs(tmp_path):
     """The gradients that the optimizer gets, under mixed precision."""
     pytest.importorskip("lightning")

@@ -245,7 +245,8 @@ def check_like(label: str, array: jax.Array, of: str, param: jax.Array, dtypes: 
 def convert_floats(arrays: Arrays, dtypes: Sequence[np.dtype[Any]]) -> Arrays:
     """Arrays of these dtypes; what is not a float array is left for a check to refuse."""
     return [
-        x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for x, dtype in zip(arrays, dtypes, strict=True)
+        x.astype(dtype) if x.dtype != dtype and jnp.issubdtype(x.dtype, jnp.floating) else x
+        for x, dtype in zip(arrays, dtypes, strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ from absent import need
 torch = pytest.importorskip("torch")
 
 import fastadam.torch  # noqa: E402
-from torch_network import assert_same, batches, bits, network  # noqa: E402
+from torch_network import BATCHES, assert_same, batches, bits, network  # noqa: E402
 
 # Of the trainers: a process group, workers and devices that the CPU does not have, and functions they plan to rename.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -65,7 +65,7 @@ def trainer_of(folder, model, options=None, **given):
 
 
 def with_class(folder, options=None, **settings):
-    settings = {"lr": 0.01, "weight_decay": 0.1, **settings}
+    settings = {"lr": 0.01, **settings}
     return trainer_of(folder, language_model(), options, optimizer_cls_and_kwargs=(fastadam.torch.AdamW, settings))
 
 
@@ -106,12 +106,12 @@ def test_a_trainer_resumes_with_the_bits_of_the_uninterrupted_run(make, tmp_path
 
 
 @slow
-def test_a_trainer_excludes_biases_and_norms_from_the_decay(tmp_path):
-    """Hugging Face makes two groups, as for its own AdamW."""
-    trainer = with_class(tmp_path, {"weight_decay": 0.25})
+def test_a_trainer_sets_the_decay_and_leaves_the_rate_to_the_keywords(tmp_path):
+    """It makes two groups, as for its own AdamW: biases and norms do not decay."""
+    trainer = with_class(tmp_path, {"weight_decay": 0.25}, lr=0.5)
     trainer.create_optimizer()
-    decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
-    assert decays == [0.25, 0.0]
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.25, 0.0]
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.5, 0.5]
 
 
 # ---- Accelerate ------------------------------------------------------------------------------------------------------
@@ -174,6 +174,33 @@ def test_a_scheduler_of_accelerate_waits_for_a_skipped_step(accelerator, kind):
         waiting.step()
         seen.append((wrapped.step_was_skipped, scheduler.get_last_lr()[0]))
     assert seen == [(False, 0.5), (True, 0.5), (False, 0.25), (False, 0.125)]
+
+
+def test_accelerate_accumulates_and_clips():
+    """A step is made after every second batch, and has the numbers of torch's optimizer."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def trained(kind):
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = network()
+        model, optimizer = accelerator.prepare(model, kind(model.parameters(), lr=0.1, eps=1e-3))
+        for batch in batches():
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch).square().mean())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 0.05)
+                optimizer.step()
+                optimizer.zero_grad()
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        steps = {float(state["step"]) for state in optimizer.optimizer.state.values()}
+        return list(model.parameters()), steps
+
+    torch.manual_seed(0)
+    (theirs, counts), (ours, steps) = trained(torch.optim.AdamW), trained(fastadam.torch.AdamW)
+    assert steps == counts == {BATCHES / 2}
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 # ---- Lightning -------------------------------------------------------------------------------------------------------

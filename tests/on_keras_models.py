@@ -32,9 +32,15 @@ def model_with(optimizer, **options):
 
 
 def fit(model, epochs=2):
+    return fit_with(model, [], epochs)
+
+
+def fit_with(model, callbacks, epochs, validates=False, **options):
     rng = np.random.RandomState(0)
     x = rng.randint(0, 10, (32, 4)).astype(np.int32)
-    return model.fit(x, x.mean(1, keepdims=True).astype(F32), 8, epochs, verbose=0, shuffle=False).history["loss"]
+    y = x.mean(1, keepdims=True).astype(F32)
+    options |= {"validation_data": (x, y)} if validates else {}
+    return model.fit(x, y, 8, epochs, verbose=0, shuffle=False, callbacks=callbacks, **options).history["loss"]
 
 
 def train(model, steps=3):

@@ -51,6 +51,7 @@ def test_the_documents_have_examples():
 def test_an_example_of_the_documents_runs(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     needed = [name for name in FRAMEWORKS if f"import fastadam.{name}" in example]
+    needed += ["sklearn"] if "from sklearn" in example else []
     need(*needed, *(["torch"] if "keras" in needed else []))
     if not needed:
         exec(compile(example, "example", "exec"), {"__name__": "__main__"})

@@ -17,8 +17,13 @@ def test_what_the_kernels_have_not_is_refused():
         for kind in (fj.adam, fj.adamw):
             with pytest.raises(ValueError, match=f"{option}: {found}: the kernels do not have it"):
                 kind(0.1, **{option: 1e-8 if option == "eps_root" else True})
-    with pytest.raises(TypeError, match=r"mu_dtype: bfloat16, expected None or float32 like params\['w'\]"):
-        fj.adam(0.1, mu_dtype="bfloat16").init({"w": jnp.ones(3)})
+    for dtype, found in (("int32", "int32"), (complex, "complex128"), ("bf16", "'bf16'"), (True, "True")):
+        with pytest.raises(TypeError, match=f"mu_dtype: {found}, expected a float dtype"):
+            fj.adam(0.1, mu_dtype=dtype)
+    with pytest.raises(
+        TypeError, match=r"params\['w'\]: int32, expected one of float16.* float64, complex64, complex128"
+    ):
+        fj.adam(0.1).init({"w": jnp.ones(3, int)})
     with pytest.raises(TypeError, match="amsgrad: 'no', expected True or False"):
         fj.init(jnp.ones(3), amsgrad="no")
     with pytest.raises(TypeError, match="ScaleByAmsgradState, with the maximum of bias-corrected moments"):

@@ -13,7 +13,7 @@ import pytest
 from helpers import run_python
 
 HERE = Path(__file__).parent
-FILES = [HERE / f"on_keras_{name}.py" for name in ("steps", "memory", "models", "schedules")]
+FILES = [HERE / f"on_keras_{name}.py" for name in ("steps", "memory", "models", "callbacks", "schedules")]
 
 
 def need(*packages):

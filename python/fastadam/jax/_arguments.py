@@ -221,11 +221,12 @@ def state_dtype(param: jax.Array) -> np.dtype[Any]:
     return jnp.dtype("float32") if param.dtype.name in HALF else param.dtype
 
 
-def check_params(labels: Sequence[str], params: Arrays, name: str = "params") -> None:
-    """Refuse dtypes that the kernels do not have."""
+def check_params(labels: Sequence[str], params: Arrays, name: str = "params", others: str = "") -> None:
+    """Refuse dtypes that the kernels do not have. `others` are dtypes that the caller takes as well."""
     for label, param in zip(labels, params, strict=True):
         if param.dtype.name not in _FLOATS:
-            raise TypeError(f"{name}{label}: {param.dtype}, expected one of {', '.join(_FLOATS)}")
+            expected = ", ".join([*_FLOATS, *([others] if others else [])])
+            raise TypeError(f"{name}{label}: {param.dtype}, expected one of {expected}")
 
 
 def check_shape(label: str, array: jax.Array, shape: tuple[int, ...], like: str) -> None:
@@ -239,6 +240,27 @@ def check_like(label: str, array: jax.Array, of: str, param: jax.Array, dtypes: 
     check_shape(label, array, param.shape, f"the shape of {of}")
     if array.dtype not in dtypes:
         raise TypeError(f"{label}: {array.dtype}, expected {' or '.join(map(str, dtypes))} as {of} is {param.dtype}")
+
+
+def convert_floats(arrays: Arrays, dtypes: Sequence[np.dtype[Any]]) -> Arrays:
+    """Arrays of these dtypes; what is not a float array is left for a check to refuse."""
+    return [
+        x.astype(dtype) if x.dtype != dtype and jnp.issubdtype(x.dtype, jnp.floating) else x
+        for x, dtype in zip(arrays, dtypes, strict=True)
+    ]
+
+
+def in_one_dtype(params: Arrays, mu: Arrays, nu: Arrays) -> tuple[Arrays, Arrays]:
+    """Both moments of each parameter in the dtype of a step, where optax's ``mu_dtype`` gave them two dtypes."""
+    firsts, seconds = [], []
+    for param, first, second in zip(params, mu, nu, strict=True):
+        wide = state_dtype(param)
+        is_wider = jnp.issubdtype(first.dtype, jnp.floating) and jnp.promote_types(first.dtype, wide) == wide
+        if first.dtype != second.dtype and is_wider and second.dtype in (param.dtype, wide):
+            first, second = first.astype(wide), second.astype(wide)
+        firsts.append(first)
+        seconds.append(second)
+    return firsts, seconds
 
 
 def convert_gradient(label: str, grad: jax.Array, param: jax.Array, keeps_float32: bool = True) -> jax.Array:

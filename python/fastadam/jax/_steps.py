@@ -23,9 +23,11 @@ from fastadam.jax._arguments import (
     check_params,
     check_scalar,
     check_shape,
+    convert_floats,
     convert_gradient,
     flatten,
     flatten_like,
+    in_one_dtype,
     moments_of,
     next_count,
     pack_numbers,
@@ -114,7 +116,8 @@ def fused_update(
             float32 for half parameters with float32 moments.
         state: The result of :func:`init`, or a named tuple with ``count``, ``mu``, ``nu`` (and ``nu_max``), such as
             the first state in the chain of ``optax.adam``. Moments of half parameters are float32, or have the
-            parameters' dtype.
+            parameters' dtype. First moments may have optax's ``mu_dtype``, if the dtype of the step is as wide
+            (float32 for half parameters, else the parameters'); XLA then converts them before and after.
         learning_rate: A number, a scalar array, or a schedule: a function of ``state.count``.
         b1: Decay rate of m, in [0, 1); a number or a scalar array, like the arguments below.
         b2: Decay rate of v, in [0, 1).
@@ -146,17 +149,21 @@ def fused_update(
     labels, leaves, structure = flatten(params, "params")
     count = next_count(state)
     trees = {name: flatten_like(name, tree, labels, structure) for name, tree in moments_of(state).items()}
+    mu, nu = in_one_dtype(leaves, trees["mu"], trees["nu"])
     new, *moments = step_leaves(
         labels,
         leaves,
         flatten_like("grads", grads, labels, structure),
-        trees,
+        {**trees, "mu": mu, "nu": nu},
         count=count,
         numbers=pack_numbers(rate_of(learning_rate, state), b1, b2, eps, weight_decay, grad_factor),
         epsilon_corrected=epsilon_corrected,
         decays=spread_mask(mask, params, structure, weight_decay),
     )
-    fields = dict(zip(trees, (structure.unflatten(arrays) for arrays in moments), strict=True))
+    fields = {
+        name: structure.unflatten(convert_floats(new_arrays, [x.dtype for x in arrays]))
+        for (name, arrays), new_arrays in zip(trees.items(), moments, strict=True)
+    }
     return structure.unflatten(new), _replace(state, count=count, **fields)
 
 

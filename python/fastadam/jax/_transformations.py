@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,10 @@ from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import Tree
 from fastadam.jax._arguments import (
     CLIPPING,
+    Arrays,
     check_params,
     check_scalar,
+    convert_floats,
     flatten,
     flatten_like,
     moments_of,
@@ -59,16 +61,17 @@ def scale_by_adam(
         eps: Added to the square root of the bias-corrected moment.
         eps_root: Must be 0: the kernels do not have it. If its value is known only when the computation runs, as under
             ``optax.inject_hyperparams``, another value makes ``eps`` NaN, which the step refuses.
-        mu_dtype: Must be None or the dtype of the parameters: the kernels keep both moments in one dtype. As in optax,
-            the moments have the dtype of the parameters.
+        mu_dtype: The dtype of the first moments. The default is the dtype of the parameters, which the second moments
+            always have. Where the two differ, the step runs in the wider dtype, and XLA converts before and after.
         nesterov: Must be False: the kernels do not have it.
 
     Returns:
-        An ``optax.GradientTransformation``. Its ``update`` converts gradients to the dtype of the moments.
+        An ``optax.GradientTransformation``. Its ``update`` converts gradients to the dtype of the moments. Complex
+        parameters are left to optax's own transformation, which squares the absolute value of a gradient.
 
     Raises:
         ImportError: optax is not installed.
-        TypeError: From ``init``: ``mu_dtype`` is another dtype, or a parameter is complex or not a float array. From
+        TypeError: ``mu_dtype`` is not a float dtype. From ``init``: a parameter is not a float or complex array. From
             ``update``: the state is not one of Adam.
         ValueError: ``nesterov`` is True, or ``eps_root`` is not 0.
 
@@ -84,15 +87,17 @@ def scale_by_adam(
     if check_bool("nesterov", nesterov):
         raise ValueError("nesterov: True, expected False: the kernels do not have it")
     corrected = _without_root(eps, check_scalar("eps_root", eps_root))
+    first_dtype = _float_dtype(mu_dtype)
+    of_complex = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype)
 
     def init_moments(params: Tree) -> Tree:
         labels, leaves, structure = flatten(params, "params")
-        check_params(labels, leaves)
-        for label, leaf in zip(labels, leaves, strict=True):
-            if mu_dtype is not None and np.dtype(mu_dtype) != leaf.dtype:
-                raise TypeError(f"mu_dtype: {np.dtype(mu_dtype)}, expected None or {leaf.dtype} like params{label}")
-        zeros = [structure.unflatten([jnp.zeros_like(x) for x in leaves]) for _ in range(2)]
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), *zeros)
+        is_complex = [jnp.iscomplexobj(leaf) for leaf in leaves]
+        of_floats, floats = _those(is_complex, False, labels, leaves)
+        check_params(of_floats, floats, others="complex64, complex128")
+        mu = [jnp.zeros_like(leaf, dtype=first_dtype) for leaf in leaves]
+        nu = [jnp.zeros_like(leaf) for leaf in leaves]
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), structure.unflatten(mu), structure.unflatten(nu))
 
     def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
         del params
@@ -100,24 +105,53 @@ def scale_by_adam(
         labels, _, structure = flatten(moments["mu"], "mu")
         leaves = flatten_like("updates", updates, labels, structure, "the moments in the state")
         trees = {name: flatten_like(name, tree, labels, structure) for name, tree in moments.items()}
-        gradients = [
-            leaf.astype(mu.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-            for leaf, mu in zip(leaves, trees["mu"], strict=True)
-        ]
-        directions, mu, nu = step_leaves(
-            labels,
+        is_complex = [jnp.iscomplexobj(nu) for nu in trees["nu"]]
+        names, gradients, *arrays = _those(is_complex, False, labels, leaves, *trees.values())
+        dtypes = [jnp.promote_types(mu.dtype, nu.dtype) for mu, nu in zip(arrays[0], arrays[1], strict=True)]
+        directions, *new = step_leaves(
+            names,
             None,
-            gradients,
-            trees,
+            convert_floats(gradients, dtypes),
+            {name: convert_floats(kind, dtypes) for name, kind in zip(trees, arrays, strict=True)},
             count=count,
             numbers=pack_numbers(-1.0, b1, b2, corrected, 0.0, 1.0),
             epsilon_corrected=True,
-            decays=[False] * len(leaves),
+            decays=[False] * len(names),
         )
-        new = state._replace(count=count, mu=structure.unflatten(mu), nu=structure.unflatten(nu))
-        return structure.unflatten(directions), new
+        kinds = [[x.dtype for x in kind] for kind in arrays]
+        results = [directions, *map(convert_floats, new, kinds)]
+        if any(is_complex):
+            gradients, mu, nu = _those(is_complex, True, leaves, trees["mu"], trees["nu"])
+            found, after = of_complex.update(gradients, optax.ScaleByAdamState(state.count, mu, nu))
+            results = [_merged(is_complex, *pair) for pair in zip(results, (found, after.mu, after.nu), strict=True)]
+        directions, mu, nu = map(structure.unflatten, results)
+        return directions, state._replace(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformation(init_moments, update)
+
+
+def _those(flags: list[bool], flag: bool, *lists: list[Any]) -> list[list[Any]]:
+    """Of each list, the elements whose flag is this one."""
+    return [[x for x, own in zip(each, flags, strict=True) if own == flag] for each in lists]
+
+
+def _merged(is_complex: list[bool], of_floats: Arrays, of_complex: Arrays) -> Arrays:
+    floats, others = iter(of_floats), iter(of_complex)
+    return [next(others if flag else floats) for flag in is_complex]
+
+
+def _float_dtype(mu_dtype: DTypeLike | None) -> np.dtype[Any] | None:
+    """The dtype that JAX uses for this one: float32 for float64 unless it is configured otherwise."""
+    if mu_dtype is None:
+        return None
+    try:
+        dtype = jnp.dtype(mu_dtype)
+    except TypeError as error:
+        raise TypeError(f"mu_dtype: {mu_dtype!r}, expected a float dtype") from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"mu_dtype: {dtype}, expected a float dtype")
+    available: np.dtype[Any] = jax.dtypes.canonicalize_dtype(dtype)
+    return available
 
 
 def _without_root(eps: Scalar, eps_root: Scalar) -> Scalar:
@@ -156,7 +190,7 @@ def adam(
         b2: Decay rate of v.
         eps: Added to the square root of the bias-corrected moment.
         eps_root: Must be 0.
-        mu_dtype: Must be None or the dtype of the parameters.
+        mu_dtype: The dtype of the first moments; None for the dtype of the parameters.
         nesterov: Must be False.
 
     >>> import importlib.util, jax.numpy as jnp, fastadam.jax
@@ -196,7 +230,7 @@ def adamw(
         b2: Decay rate of v.
         eps: Added to the square root of the bias-corrected moment.
         eps_root: Must be 0.
-        mu_dtype: Must be None or the dtype of the parameters.
+        mu_dtype: The dtype of the first moments; None for the dtype of the parameters.
         weight_decay: Decoupled weight decay.
         mask: Which parameters decay: a tree of bools, a prefix of one, or a function of the parameters.
         nesterov: Must be False.

@@ -37,7 +37,19 @@ __all__ = [
     "check_tensor",
     "firsts_of",
     "label_of",
+    "refuse_options_of_optimizer",
 ]
+
+_OF_OPTIMIZER = (
+    "sparse_update",
+    "float32_for",
+    "clipvalue",
+    "clipnorm",
+    "global_clipnorm",
+    "skip_nonfinite",
+    "master_weights",
+    "telemetry",
+)
 
 
 Group: TypeAlias = dict[str, Any]  # a parameter group: "params", and its values of the options
@@ -95,6 +107,12 @@ def check_options(group: Group) -> None:
         raise ValueError("differentiable: True, expected False: the kernels have no derivative")
     if not 0.0 <= group.get("weight_decay", 0.0) < math.inf:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+
+
+def refuse_options_of_optimizer(group: Group) -> None:
+    """Refuse a group with an option that is one for all groups: nothing would read it there."""
+    if found := [name for name in _OF_OPTIMIZER if name in group]:
+        raise ValueError(f"{found[0]}: in a parameter group, expected it as an argument of the optimizer")
 
 
 def check_rule(group: Group) -> None:

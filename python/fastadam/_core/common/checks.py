@@ -13,6 +13,7 @@ from fastadam._core.common.types import AnyArray
 __all__ = [
     "check_beta",
     "check_bool",
+    "check_choice",
     "check_clip",
     "check_count",
     "check_epsilon",
@@ -89,6 +90,15 @@ def check_bool(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: {value!r}, expected True or False")
     return bool(value)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise TypeError or ValueError for anything but None and one of these strings."""
+    if value is None or (isinstance(value, str) and value in choices):
+        return
+    listed = ", ".join(map(repr, choices))
+    kind = ValueError if isinstance(value, str) else TypeError
+    raise kind(f"{name}: {value!r:.60}, expected {listed} or None")
 
 
 def check_iterations(name: str, value: AnyArray) -> int:

@@ -232,6 +232,33 @@ def test_what_is_not_a_state_dict_is_refused(convert, given):
         convert(given)
 
 
+@pytest.mark.parametrize("convert", [exchange.from_bitsandbytes, exchange.to_bitsandbytes, exchange.from_torchao])
+@pytest.mark.parametrize("state", [torch.ones(2), 3, [1], None], ids=["tensor", "number", "list", "none"])
+def test_a_state_that_is_not_a_dict_is_refused(convert, state):
+    with pytest.raises(TypeError, match=f"state of parameter 0: {type(state).__name__}, expected a dict"):
+        convert({"state": {0: state}, "param_groups": []})
+
+
+def test_a_wrapping_that_is_not_a_dict_is_refused():
+    with pytest.raises(TypeError, match=f"state of parameter 0: {QUANT}: list, expected a dict"):
+        exchange.from_bitsandbytes({"state": {0: {"step": 1, QUANT: []}}, "param_groups": []})
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), "x", object()], ids=["tensor", "string", "object"])
+@pytest.mark.parametrize(
+    "name", ["lr", "eps", "weight_decay", "betas", "amsgrad", "maximize", "decoupled_weight_decay"]
+)
+def test_an_option_of_the_wrong_type_is_refused_by_its_name(name, value):
+    saved = copy.deepcopy(trained()[0].state_dict())
+    saved["param_groups"][0][name] = value
+    shown = r"betas(\[0\])?" if name == "betas" else name
+    with pytest.raises(TypeError, match=rf"param_groups\[0\]: {shown}: {type(value).__name__}, expected "):
+        exchange.to_bitsandbytes(saved)
+    if name == "lr":
+        with pytest.raises(TypeError, match=rf"param_groups\[0\]: lr: {type(value).__name__}, expected a number"):
+            exchange.from_torchao(saved)
+
+
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 

@@ -183,6 +183,9 @@ def check_saved_group(group: Group, label: str) -> None:
                 raise TypeError(f"{name}: a tensor of {value.dtype} on {value.device}, expected a real number")
         check_options({"weight_decay": decay})
         check_rule(group)
+        for name in ("amsgrad", "maximize", "decoupled_weight_decay"):
+            if not isinstance(flag := group.get(name, False), (bool, np.bool_, int, type(None))):
+                raise TypeError(f"{name}: {type(flag).__name__}, expected True or False")
     except (TypeError, ValueError) as error:
         raise type(error)(f"{label}: {error}") from error
 

@@ -53,7 +53,7 @@ def fill_groups(groups: list[Group], before: list[Group], defaults: Group) -> li
     saved = []
     for index, group in enumerate(groups):
         of = before[index] if before else defaults
-        saved.append(SavedFormat(*(name in group and group[name] == of.get(name) for name in ("moments", "master"))))
+        saved.append(SavedFormat(*(_is_same(group.get(name, 0), of.get(name)) for name in ("moments", "master"))))
         for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
             group.setdefault(name, False)
         for name in ("foreach", "fused"):
@@ -67,6 +67,10 @@ def fill_groups(groups: list[Group], before: list[Group], defaults: Group) -> li
                 group.pop(name, None)
             group.update({name: of[name] for name in (*_FLAGS, *kept) if name in of})
     return saved
+
+
+def _is_same(saved: object, asked: str | None) -> bool:
+    return isinstance(saved, (str, type(None))) and saved == asked
 
 
 def check_is_dict(state_dict: object) -> None:
@@ -92,6 +96,8 @@ def _check_structure(state_dict: Mapping[str, object]) -> None:
         for place, key in enumerate(group["params"]):
             if not isinstance(key, Hashable):
                 raise TypeError(f"{label}: params[{place}]: {_shown(key)}, expected the number of a parameter")
+            if not isinstance(states.get(key, {}), Mapping):
+                raise TypeError(f"state_dict: state of parameter {key}: {_shown(states[key])}, expected a dict")
 
 
 def _shown(value: object) -> str:

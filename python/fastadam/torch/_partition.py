@@ -134,8 +134,8 @@ class Partitions:
                 now, before = getattr(asked, name), getattr(noted[1], name)
                 if now != before:
                     raise ValueError(
-                        f"param_groups[{index}]: {name}: {now!r}, expected {before!r} as when the states were begun; load "
-                        f"the state dict into a new optimizer with {name}={now!r}, which converts it"
+                        f"param_groups[{index}]: {name}: {now!r}, expected {before!r} as when the states were begun; a "
+                        f"new optimizer with {name}={now!r} converts the state dict that it loads"
                     )
         self._asked[index] = group, asked
 

@@ -110,10 +110,11 @@ def check_iterations(name: str, value: AnyArray) -> int:
 
 
 def check_count(name: str, value: object) -> int:
-    """An integer of at least 1; True and 2.0 are refused."""
+    """An integer from 1 to 2**63 - 2; True and 2.0 are refused."""
     count = check_integer(name, value, "an integer of at least 1")
     if not 1 <= count < 2**63 - 1:
-        raise ValueError(f"{name}: {count}, expected an integer of at least 1")
+        expected = "an integer of at least 1" if count < 1 else "an integer below 2**63 - 1"
+        raise ValueError(f"{name}: {count}, expected {expected}")
     return count
 
 

@@ -511,3 +511,64 @@ def test_a_shard_of_a_dtensor_is_decoded():
         assert found.placements == whole.placements
     finally:
         destroy_process_group()
+
+
+# ---- fastadam.Adam -------------------------------------------------------------------------------------------------
+
+
+def trained_core(moments):
+    w = np.linspace(-1, 1, 6000, dtype=np.float32).reshape(60, 100)
+    optimizer = fastadam.Adam(0.01, moments=moments, seed=5)
+    for step in range(3):
+        optimizer.apply_gradients([(gradients(step, w.size).reshape(w.shape), w)])
+    return optimizer, w
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
+def test_a_core_optimizer_writes_its_moments_as_float32_for_pytorch(moments):
+    optimizer, w = trained_core(moments)
+    saved = exchange.to_torch_state_dict(optimizer, [w], epsilon=1e-8)
+    for key, name in (("exp_avg", "m"), ("exp_avg_sq", "v")):
+        expected = np.asarray(optimizer.get_slot(w, name), np.float32)
+        np.testing.assert_array_equal(saved["state"][0][key].numpy(), expected)
+    torch.optim.Adam([torch.nn.Parameter(torch.from_numpy(w.copy()))]).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("options", [{"master": "split"}, {"stochastic_rounding": True}], ids=str)
+def test_what_pytorch_does_not_have_is_not_written(options):
+    optimizer = fastadam.Adam(**options)
+    w = np.ones(3, np.float32)
+    optimizer.build([w])
+    with pytest.raises(ValueError, match=f"optimizer: .*'{next(iter(options))}'.* option that PyTorch does not have"):
+        exchange.to_torch_state_dict(optimizer, [w], epsilon=1e-8)
+
+
+@pytest.mark.parametrize("strides", [(100, 1), (1, 60)], ids=["C", "F"])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
+def test_a_core_optimizer_reads_the_states_of_fastadam_torch(moments, strides):
+    parameter = torch.nn.Parameter(torch.ones(6000).as_strided((60, 100), strides))
+    theirs = fastadam.torch.Adam([parameter], moments=moments)
+    parameter.grad = torch.from_numpy(gradients(0, 6000).reshape(60, 100).copy())
+    theirs.step()
+    wide = fastadam.torch.Adam([torch.nn.Parameter(torch.ones(60, 100))], moments="float32")
+    wide.load_state_dict(theirs.state_dict())
+    w = np.ones((60, 100), np.float32)
+    optimizer = fastadam.Adam()
+    exchange.from_torch_state_dict(optimizer, theirs.state_dict(), [w], epsilon=1e-8)
+    (expected,) = wide.state.values()
+    np.testing.assert_array_equal(optimizer.get_slot(w, "m"), expected["exp_avg"].numpy())
+    np.testing.assert_array_equal(optimizer.get_slot(w, "v"), expected["exp_avg_sq"].numpy())
+
+
+def test_codes_without_scales_are_refused_by_name():
+    parameter = torch.nn.Parameter(torch.ones(6000))
+    theirs = fastadam.torch.Adam([parameter], moments="8bit")
+    parameter.grad = torch.ones(6000)
+    theirs.step()
+    saved = copy.deepcopy(theirs.state_dict())
+    del saved["state"][0]["exp_avg_sq_scale"]
+    w = np.ones(6000, np.float32)
+    optimizer = fastadam.Adam()
+    with pytest.raises(ValueError, match="state of parameter 0: without 'exp_avg_sq_scale', expected exp_avg_sq and"):
+        exchange.from_torch_state_dict(optimizer, saved, [w], epsilon=1e-8)
+    assert not optimizer.get_slot_names() or len(optimizer.get_weights()) == 1

@@ -9,6 +9,7 @@ from fastadam._core.common.checks import check_bool, check_iterations, check_lis
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import AnyArray, Config
 from fastadam._core.native.slices import DEFERRED
+from fastadam.exchange._moments import moment_of
 from fastadam.exchange._state import assign, check_adam, check_epsilon_here, copies_of_slots, moment_names
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _NOT_HERE = {"maximize": False, "decoupled_weight_decay": False}
 
 @suggests_keywords()
 def to_torch_state_dict(optimizer: Adam, variables: Iterable[VariableLike], *, epsilon: float) -> dict[str, Any]:
-    r"""A ``state_dict`` for ``torch.optim.Adam.load_state_dict``, with the slots as CPU tensors.
+    r"""A ``state_dict`` for ``torch.optim.Adam.load_state_dict``, with the slots as CPU tensors; small ones as float32.
 
     .. math:: \epsilon_{torch} = \hat\epsilon / \sqrt{1 - \beta_2^t}
 
@@ -80,7 +81,7 @@ def to_torch_state_dict(optimizer: Adam, variables: Iterable[VariableLike], *, e
 def from_torch_state_dict(
     optimizer: Adam, state_dict: Mapping[str, Any], variables: Iterable[VariableLike], *, epsilon: float
 ) -> None:
-    r"""Set hyperparameters and state from ``torch.optim.Adam.state_dict()``.
+    r"""Set hyperparameters and state from ``torch.optim.Adam.state_dict()``, or that of :class:`fastadam.torch.Adam`.
 
     .. math:: \hat\epsilon = \epsilon_{torch} \sqrt{1 - \beta_2^t}
 
@@ -125,7 +126,7 @@ def from_torch_state_dict(
     if missing or len(steps) != 1:
         raise ValueError(f"state_dict: steps {sorted(steps)}, without {missing}, expected one step and all of {names}")
     hyper = _checked_hyper(group, eps)
-    slots = {name: [_on_cpu(state[_KEYS[name]]) for state in states] for name in names}
+    slots = {name: [_moment(state, _KEYS[name], i) for i, state in enumerate(states)] for name in names}
     assign(optimizer, targets, check_iterations("step", steps.pop()), slots, hyper)
 
 
@@ -162,14 +163,18 @@ def _group_of(state_dict: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Ma
     return options[0], [state_dict["state"][i] for i in places]
 
 
-def _on_cpu(tensor: AnyArray) -> AnyArray:
-    return tensor.detach().cpu() if hasattr(tensor, "detach") else tensor
+def _moment(state: Mapping[str, Any], key: str, number: int) -> AnyArray:
+    moment = state[key]
+    if str(getattr(moment, "dtype", "")) == "torch.uint8":  # the codes of fastadam.torch
+        moment = moment_of(state, key, f"state_dict: state of parameter {number}: {key}", signed=key == "exp_avg")
+    return moment.detach().cpu() if hasattr(moment, "detach") else moment
 
 
 def _plain_config(optimizer: Adam) -> Config:
     """The configuration, if PyTorch's Adam has all options in it."""
     config = optimizer.get_config()
-    for unused in ("max_staleness", "clip_after_dedupe"):  # no effect without clipping
+    # Without clipping the first have no effect; the others say how moments are stored, which are float32 in the result.
+    for unused in ("max_staleness", "clip_after_dedupe", "moments", "float32_for", "seed"):
         config.pop(unused, None)
     if config.get("sparse_update") in DEFERRED:  # the same update as "dense"
         del config["sparse_update"]

@@ -572,3 +572,44 @@ def test_codes_without_scales_are_refused_by_name():
     with pytest.raises(ValueError, match="state of parameter 0: without 'exp_avg_sq_scale', expected exp_avg_sq and"):
         exchange.from_torch_state_dict(optimizer, saved, [w], epsilon=1e-8)
     assert not optimizer.get_slot_names() or len(optimizer.get_weights()) == 1
+
+
+MALFORMED = {
+    "state": (lambda d: d["state"].update({0: torch.ones(2)}), "state of parameter 0: Tensor, expected a dict"),
+    "empty state": (lambda d: d["state"].update({0: {}}), r"parameters \[0\] have no state"),
+    "no step": (
+        lambda d: d["state"][0].pop("step"),
+        "state of parameter 0: without 'step', expected step, exp_avg and",
+    ),
+    "step": (lambda d: d["state"][0].update(step=torch.ones(2)), "state_dict: step: Tensor, expected a number"),
+    "meta": (
+        lambda d: d["state"][0].update(exp_avg=torch.ones(9, device="meta")),
+        "exp_avg: .* on meta, expected a dense",
+    ),
+    "groups": (
+        lambda d: d.update(param_groups=torch.ones(2)),
+        "state_dict: param_groups: Tensor, expected a list of dicts",
+    ),
+    "no group": (lambda d: d.update(param_groups=[]), "state_dict: param_groups: empty, expected"),
+    "params": (lambda d: d["param_groups"][0].update(params=3), r"param_groups\[0\]: params: int, expected a list"),
+    **{
+        f"{name} {type(value).__name__}": (
+            lambda d, name=name, value=value: d["param_groups"][0].update({name: value}),
+            rf"param_groups\[0\]: {name}: {type(value).__name__}, expected",
+        )
+        for name in ("lr", "eps", "weight_decay", "betas", "amsgrad", "maximize", "decoupled_weight_decay")
+        for value in (torch.ones(2), object())
+    },
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_malformed_state_dict_is_refused_by_name(kind):
+    optimizer, w = trained_core("8bit")
+    change, message = MALFORMED[kind]
+    saved = copy.deepcopy(exchange.to_torch_state_dict(optimizer, [w], epsilon=1e-8))
+    change(saved)
+    before = optimizer.get_weights()
+    with pytest.raises((TypeError, ValueError), match=message):
+        exchange.from_torch_state_dict(optimizer, saved, [w], epsilon=1e-8)
+    assert all(map(np.array_equal, optimizer.get_weights(), before))

@@ -294,6 +294,17 @@ def test_a_float16_parameter_cannot_be_split():
     assert not tested.state
 
 
+def test_a_split_parameter_that_becomes_float16_is_refused():
+    (param,) = parameters((4,), dtype=torch.bfloat16)
+    tested = fastadam.torch.Adam([param], master="split")
+    give_gradients([param], 0)
+    tested.step()
+    param.data = param.data.half()  # as model.half() does
+    give_gradients([param], 1)
+    with pytest.raises(TypeError, match=r"master: 'split' with .*\[0\] of torch.float16, expected bfloat16 parameters"):
+        tested.step()
+
+
 def test_patterns_that_name_nothing_are_warned_of_once():
     named = [("weight", torch.nn.Parameter(torch.ones(2)))]
     with pytest.warns(

@@ -207,7 +207,9 @@ class StateFormat(NamedTuple):
         """Add what a state lacks that was begun or saved with other options."""
         if self.group["amsgrad"] and SLOTS["vhat"] not in state:
             state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
-        if asked_of(self.group).master is None or param.dtype not in HALF or MASTER in state or LOW in state:
+        if asked_of(self.group).master is None or param.dtype not in HALF or MASTER in state:
+            return
+        if LOW in state and param.dtype == torch.bfloat16:
             return
         if self.choose(param, label, is_sparse=_has_sparse_gradient(param)).master == "split":
             state[LOW] = torch.zeros_like(

@@ -143,7 +143,7 @@ def test_a_state_that_is_not_a_dict_is_refused_by_its_key(value):
     step(ours, 0)
     saved = copy.deepcopy(ours.state_dict())
     saved["state"][1] = value
-    with pytest.raises(TypeError, match=rf"state_dict: state of parameter 1: {type(value).__name__}, expected a dict"):
+    with pytest.raises(TypeError, match=rf"state of .*\[1\]: {type(value).__name__}, expected a dict"):
         ours.load_state_dict(saved)
 
 

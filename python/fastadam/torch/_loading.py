@@ -96,8 +96,6 @@ def _check_structure(state_dict: Mapping[str, object]) -> None:
         for place, key in enumerate(group["params"]):
             if not isinstance(key, Hashable):
                 raise TypeError(f"{label}: params[{place}]: {_shown(key)}, expected the number of a parameter")
-            if not isinstance(states.get(key, {}), Mapping):
-                raise TypeError(f"state_dict: state of parameter {key}: {_shown(states[key])}, expected a dict")
 
 
 def _shown(value: object) -> str:
@@ -126,9 +124,10 @@ def keep_tensors(optimizer: torch.optim.Optimizer, state_dict: ParamState) -> Pa
         check_saved_group(saved, f"state_dict: param_groups[{index}]")
         _check_saved_formats(group, saved, f"state_dict: param_groups[{index}]")
         for place, key in enumerate(saved["params"][: len(group["params"])]):
-            state = state_dict["state"].get(key)
-            if state and isinstance(state, dict):
-                label = f"state of {label_of(group, index, place)}"
+            state, label = state_dict["state"].get(key, {}), f"state of {label_of(group, index, place)}"
+            if not isinstance(state, dict):
+                raise TypeError(f"{label}: {_shown(state)}, expected a dict")
+            if state:
                 require_keys(NEEDED, state, label)
                 if _has_codes(state):
                     require_keys(_OF_CODES, state, label, "8-bit moments of fastadam")

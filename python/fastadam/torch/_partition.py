@@ -90,6 +90,7 @@ class Partitions:
         """Before a step: have the states compared again if the optimizer has got others."""
         if groups < self._groups:
             self._forget(lambda kept: kept.group >= groups)
+            self._asked = {index: asked for index, asked in self._asked.items() if index < groups}
         self._groups = groups
         if self.known is None or not _cpu.same_items(state, self.known):
             self.known = {**state}

@@ -208,7 +208,11 @@ def test_masters_copies_and_8_bit_states_of_pytorch_count():
         ({"w": (3,)}, "optimizer_or_shapes: dict, expected"),
         ([(3,), "w"], r"optimizer_or_shapes\[1\]: str, expected a shape, an array or a number"),
         ([(3, -1)], r"optimizer_or_shapes\[0\]: \(3, -1\), expected whole numbers >= 0"),
-        ([(3, 1.5)], r"optimizer_or_shapes\[0\]: \(3, 1.5\), expected whole numbers"),
+        ([(3, 1.5)], r"optimizer_or_shapes\[0\]: 1.5, expected a shape, an array or a number"),
+        ([(3, True)], r"optimizer_or_shapes\[0\]: True, expected a shape, an array or a number"),
+        ([True], r"optimizer_or_shapes\[0\]: True, expected a shape, an array or a number"),
+        ([("kernel", "x")], r"optimizer_or_shapes\[0\]: tuple, expected a shape, an array or a number"),
+        (10**30, "optimizer_or_shapes: 10{30}, expected an integer below 2"),
         ([], "optimizer_or_shapes: no elements, expected at least one"),
         ([(0, 4)], "optimizer_or_shapes: no elements"),
         (0, "optimizer_or_shapes: 0, expected an integer of at least 1"),
@@ -225,6 +229,7 @@ def test_what_has_no_size_is_refused(given, message):
     [
         ({"gradients": "float16"}, "gradients: 'float16', expected 'float32', 'bfloat16' or None"),
         ({"gradients": 4}, "gradients: 4, expected 'float32'"),
+        ({"gradients": np.ones(2)}, "gradients: array.*, expected 'float32'"),
         ({"amsgrad": 1}, "amsgrad: "),
         ({"use_ema": "yes"}, "use_ema: "),
         ({"bandwidth": 0}, "bandwidth: 0.0, expected a positive number of bytes"),
@@ -237,6 +242,17 @@ def test_what_has_no_size_is_refused(given, message):
 def test_wrong_options_are_refused_by_name(option, message):
     with pytest.raises((TypeError, ValueError), match=message):
         fastadam.memory(100, **option)
+
+
+def test_names_may_come_with_the_arrays():
+    named = [("kernel", np.zeros((70, 80), F32)), ("bias", (80,)), ("scale", 80)]
+    assert fastadam.memory(named) == fastadam.memory([5600, 80, 80])
+
+
+def test_a_model_is_refused_with_a_hint():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"optimizer_or_shapes: Linear, .*; of a model pass model.parameters\(\)"):
+        fastadam.memory(torch.nn.Linear(2, 2))
 
 
 def test_an_optimizer_of_pytorch_without_state_is_refused():
@@ -264,6 +280,7 @@ def test_the_command_prints_the_table(capsys):
         (["--parameters", "0"], "--parameters 0: expected a whole number of at least 1"),
         (["--parameters", "1.5"], "--parameters 1.5: expected a whole number"),
         (["--parameters", "nan"], "--parameters nan: expected a whole number"),
+        (["--parameters", "1e30"], "--parameters 1e+30: expected a whole number of at least 1 and below 2**62"),
         (["--parameters", "inf"], "--parameters inf: expected a whole number"),
         (["--parameters", "1e6", "--bandwidth", "0"], "--bandwidth 0: expected a positive number"),
         (["--parameters", "1e6", "--gradients", "int8"], "argument --gradients: invalid choice: 'int8'"),

@@ -142,6 +142,16 @@ def test_each_call_writes_the_copies_that_it_is_given():
             np.testing.assert_array_equal(array, w.astype(array.dtype) if array is copy else before)
 
 
+def test_calls_may_have_fewer_or_more_variables_with_copies():
+    variables = [np.ones(4, np.float32) for _ in range(3)]
+    opt = fastadam.Adam(0.1)
+    for count in (3, 1, 2, 3, 1):
+        used, copies = variables[-count:], [np.zeros(4, BFLOAT16) for _ in range(count)]
+        opt.apply_gradients([(np.ones(4, np.float32), w) for w in used], copies=copies)
+        for w, copy in zip(used, copies, strict=True):
+            np.testing.assert_array_equal(copy, w.astype(BFLOAT16))
+
+
 def test_a_loss_scale_skips_copies_too():
     w, copy, zeroed = np.ones(2, np.float32), np.zeros(2, np.float16), np.array([np.inf, 1], np.float32)
     opt = fastadam.LossScaleOptimizer(fastadam.Adam(0.1), initial_scale=2.0)

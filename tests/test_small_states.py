@@ -395,6 +395,7 @@ BAD = {
     "moments dtype": ({"moments": np.float32}, TypeError, "moments: <class 'numpy.float32'>, expected 'float32'"),
     "moments list": ({"moments": ["8bit"]}, TypeError, "moments: ['8bit'], expected"),
     "master": ({"master": "both"}, ValueError, "master: 'both', expected 'split' or None"),
+    "master array": ({"master": np.ones(2)}, TypeError, "master: array([1., 1.]), expected 'split' or None"),
     "master bool": ({"master": True}, TypeError, "master: True, expected 'split' or None"),
     "master float32": ({"master": "float32"}, ValueError, "for float32 masters pass float32 variables"),
     "rounding": ({"stochastic_rounding": 1}, TypeError, "stochastic_rounding: 1, expected True or False"),

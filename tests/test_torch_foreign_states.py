@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -134,6 +135,38 @@ def test_what_every_later_step_would_refuse_is_refused_at_load(kind):
     for optimizer in (ours, twin):
         step(optimizer, 1)
     check_same(ours, twin, 0)
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), [1.0], 3], ids=["tensor", "list", "number"])
+def test_a_state_that_is_not_a_dict_is_refused_by_its_key(value):
+    ours, _ = (fastadam.torch.Adam(parameters(*SHAPES, dtype=torch.float32)) for _ in "ab")
+    step(ours, 0)
+    saved = copy.deepcopy(ours.state_dict())
+    saved["state"][1] = value
+    with pytest.raises(TypeError, match=rf"state of .*\[1\]: {type(value).__name__}, expected a dict"):
+        ours.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize", "decoupled_weight_decay"])
+@pytest.mark.parametrize("moments", [None, "8bit"])
+def test_a_flag_that_is_a_tensor_is_refused_by_its_name(name, moments):
+    ours = fastadam.torch.Adam(parameters(*SHAPES, dtype=torch.float32), moments=moments)
+    saved = copy.deepcopy(ours.state_dict())
+    saved["param_groups"][0][name] = torch.ones(2)
+    with pytest.raises(TypeError, match=rf"param_groups\[0\]: {name}: Tensor, expected True or False"):
+        ours.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("name", ["moments", "master"])
+@pytest.mark.parametrize("value", [np.ones(3), torch.ones(3), 8], ids=["array", "tensor", "number"])
+def test_formats_of_a_state_dict_do_not_count_whatever_they_are(name, value):
+    """The optimizer that loads has its own."""
+    ours = fastadam.torch.Adam(parameters(*SHAPES, dtype=torch.float32))
+    step(ours, 0)
+    saved = copy.deepcopy(ours.state_dict())
+    saved["param_groups"][0][name] = value
+    ours.load_state_dict(saved)
+    assert name not in ours.param_groups[0]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from torch_twins import parameters  # noqa: E402
         ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
         ({"differentiable": True}, ValueError, "differentiable: True, expected False"),
         ({"sparse_update": "rows"}, ValueError, "sparse_update: 'rows', expected one of"),
-        ({"moments": torch.float32}, ValueError, "moments: torch.float32, expected None, 'float32', 'bfloat16' or"),
+        ({"moments": torch.float32}, TypeError, "moments: torch.float32, expected 'float32', 'bfloat16', '8bit' or"),
     ],
 )
 def test_arguments_that_are_refused(options, error, text):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -133,10 +134,10 @@ def test_stochastic_rounding_takes_sparse_gradients_where_every_row_moves():
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"moments": "int8"}, ValueError, "moments: 'int8', expected None, 'float32', 'bfloat16' or '8bit'"),
-        ({"moments": 8}, ValueError, "moments: 8, expected None"),
-        ({"master": "float16"}, ValueError, "master: 'float16', expected None, 'float32' or 'split'"),
-        ({"master": True}, ValueError, "master: True, expected None"),
+        ({"moments": "int8"}, ValueError, "moments: 'int8', expected 'float32', 'bfloat16', '8bit' or None"),
+        ({"moments": 8}, TypeError, "moments: 8, expected"),
+        ({"master": "float16"}, ValueError, "master: 'float16', expected 'float32', 'split' or None"),
+        ({"master": True}, TypeError, "master: True, expected"),
         ({"master": "split", "master_weights": True}, ValueError, "master_weights: True with master='split', expected"),
         ({"stochastic_rounding": 1}, TypeError, "stochastic_rounding: 1, expected True or False"),
         ({"stochastic_rounding": True, "master": "split"}, ValueError, "stochastic_rounding: True with master='split'"),
@@ -185,10 +186,101 @@ def test_options_of_a_group_that_are_refused(options, error, text):
     tested.step()
     before = first.detach().clone()
     tested.param_groups[0].update(options)
-    if "moments" not in options and "master" not in options and "seed" not in options:
-        with pytest.raises(error, match=text):
+    with pytest.raises(error, match=text):
+        tested.step()
+    assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("value", [3, True, b"8bit", torch.uint8, ["8bit"], torch.ones(2), lambda: "8bit"], ids=str)
+@pytest.mark.parametrize("name", ["moments", "master", "stochastic_rounding"])
+@pytest.mark.parametrize("of", ["optimizer", "group", "changed group"])
+def test_options_of_the_wrong_type_are_refused_by_their_names(of, name, value):
+    if name == "stochastic_rounding" and value is True:
+        value = "yes"
+    (param,) = parameters((4,), dtype=torch.bfloat16)
+    tested = fastadam.torch.Adam([param], moments="bfloat16", float32_for=0)
+    give_gradients([param], 0)
+    tested.step()
+    before = param.detach().clone()
+
+    def give():
+        if of == "optimizer":
+            fastadam.torch.Adam([param], **{name: value})
+        elif of == "group":
+            fastadam.torch.Adam([{"params": [param], name: value}])
+        else:
+            tested.param_groups[0][name] = value
             tested.step()
-        assert torch.equal(first, before)
+
+    with pytest.raises(TypeError, match=f"^{name}: "):
+        give()
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("begun", [{}, {"moments": "8bit"}, {"moments": "float32"}, {"master": "split"}], ids=str)
+@pytest.mark.parametrize("change", [{"moments": "bfloat16"}, {"master": "float32"}], ids=str)
+def test_a_format_that_is_changed_after_the_first_step_is_refused(begun, change):
+    """States stay in their format, so that the option would be ignored."""
+    (param,) = parameters((5000,), dtype=torch.bfloat16)
+    tested = fastadam.torch.Adam([param], lr=0.1, **begun)
+    tested.param_groups[0].update(change)  # before the first step it is taken
+    give_gradients([param], 0)
+    tested.step()
+    tested.step()
+    assert ("master" in tested.state[param]) == (change == {"master": "float32"})
+    kept, before = {**tested.param_groups[0]}, param.detach().clone()
+    ((name, value),) = change.items()
+    tested.param_groups[0][name] = begun.get(name)
+    with pytest.raises(
+        ValueError, match=rf"param_groups\[0\]: {name}: {begun.get(name)!r}, expected '{value}' as when"
+    ):
+        tested.step()
+    assert torch.equal(param, before)
+    tested.param_groups[0].update(kept)
+    tested.step()
+    assert not torch.equal(param, before)
+
+
+def test_stochastic_rounding_may_be_switched_on_and_off():
+    params = parameters((500,), dtype=torch.bfloat16)
+    twins = copy.deepcopy(params)
+    tested, plain = fastadam.torch.Adam(params, lr=1e-3, seed=3), fastadam.torch.Adam(twins, lr=1e-3)
+    for k, rounds in enumerate([False, False, True, True, False]):
+        tested.param_groups[0]["stochastic_rounding"] = rounds
+        for optimizer, group in ((tested, params), (plain, twins)):
+            give_gradients(group, k)
+            optimizer.step()
+        assert torch.equal(params[0], twins[0]) == (k < 2)
+
+
+def test_options_of_numpy_are_saved_as_plain_values(tmp_path):
+    (param,) = parameters((4,), dtype=torch.bfloat16)
+    options = {"moments": np.str_("8bit"), "stochastic_rounding": np.bool_(True), "seed": np.uint64(2**64 - 1)}
+    for group in ({"params": [param], **options}, {"params": [param]}):
+        tested = fastadam.torch.Adam([group], **(options if len(group) == 1 else {}), float32_for=None)
+        torch.save(tested.state_dict(), tmp_path / "saved.pt")
+        saved = torch.load(tmp_path / "saved.pt", weights_only=True)["param_groups"][0]
+        assert {name: saved[name] for name in options} == options
+
+
+@pytest.mark.parametrize("name", ["float32_for", "global_clipnorm", "telemetry", "sparse_update"])
+def test_an_option_of_the_optimizer_is_refused_in_a_group(name):
+    first, second = parameters((4,), (4,), dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"^{name}: in a parameter group, expected it as an argument of the optimizer"):
+        fastadam.torch.Adam([{"params": [first], name: 1}])
+    tested = fastadam.torch.Adam([first])
+    with pytest.raises(ValueError, match=f"^{name}: in a parameter group"):
+        tested.add_param_group({"params": [second], name: 1})
+    assert len(tested.param_groups) == 1
+
+
+def test_float32_for_must_answer_true_or_false():
+    (param,) = parameters((5000,), dtype=torch.float32)
+    tested = fastadam.torch.Adam([param], moments="8bit", float32_for=lambda name, shape: None)
+    give_gradients([param], 0)
+    with pytest.raises(TypeError, match="float32_for: None, expected True or False"):
+        tested.step()
+    assert not tested.state
 
 
 def test_a_float16_parameter_cannot_be_split():
@@ -200,6 +292,17 @@ def test_a_float16_parameter_cannot_be_split():
     ):
         tested.step()
     assert not tested.state
+
+
+def test_a_split_parameter_that_becomes_float16_is_refused():
+    (param,) = parameters((4,), dtype=torch.bfloat16)
+    tested = fastadam.torch.Adam([param], master="split")
+    give_gradients([param], 0)
+    tested.step()
+    param.data = param.data.half()  # as model.half() does
+    give_gradients([param], 1)
+    with pytest.raises(TypeError, match=r"master: 'split' with .*\[0\] of torch.float16, expected bfloat16 parameters"):
+        tested.step()
 
 
 def test_patterns_that_name_nothing_are_warned_of_once():

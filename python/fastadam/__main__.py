@@ -87,8 +87,8 @@ def _add_memory(commands: Any) -> argparse.ArgumentParser:
 
 
 def _print_memory(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if not (1 <= options.parameters < 2**63 and options.parameters == int(options.parameters)):
-        parser.error(f"--parameters {options.parameters:g}: expected a whole number of at least 1")
+    if not (1 <= options.parameters < 2**62 and options.parameters == int(options.parameters)):
+        parser.error(f"--parameters {options.parameters:g}: expected a whole number of at least 1 and below 2**62")
     if not 0 < options.bandwidth < float("inf"):
         parser.error(f"--bandwidth {options.bandwidth:g}: expected a positive number")
     choices = {"gradients": options.gradients, "amsgrad": options.amsgrad, "use_ema": options.ema}

@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from fastadam._core.common.checks import check_bool, check_count, check_number
+from fastadam._core.common.checks import check_bool, check_choice, check_count, check_integer, check_number
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.optimizer import Optimizer
 from fastadam._core.options.keras3 import ACCUMULATOR
@@ -114,7 +114,10 @@ class MemoryTable(tuple[MemoryRow, ...]):
 
 @suggests_keywords()
 def memory(
-    optimizer_or_shapes: Optimizer | int | Iterable[int | tuple[int, ...] | VariableLike] | Foreign,
+    optimizer_or_shapes: Optimizer
+    | int
+    | Iterable[int | tuple[int, ...] | tuple[str, Foreign] | VariableLike]
+    | Foreign,
     *,
     gradients: Literal["float32", "bfloat16"] | None = None,
     amsgrad: bool = False,
@@ -128,8 +131,8 @@ def memory(
 
     Args:
         optimizer_or_shapes: A :class:`fastadam.Adam` or AdamW, or one of PyTorch such as :class:`fastadam.torch.AdamW`,
-            after its first step or ``build``; or the shapes, arrays or sizes of the parameters; or their number, as
-            of one tensor. Tensors of fewer than 4096 elements keep float32 moments.
+            after its first step or ``build``; or the shapes, arrays or sizes of the parameters, or pairs of a name and
+            one of these; or their number, as of one tensor. Tensors of fewer than 4096 elements keep float32 moments.
         gradients: Their dtype; None: that of the parameters as the model uses them.
         amsgrad: Count the maximum of the second moments.
         use_ema: Count a float32 moving average of the parameters.
@@ -148,8 +151,7 @@ def memory(
     >>> round(fastadam.memory(7 * 10**9)[-3].held / 2**30, 1)  # GiB, split master and 8-bit moments
     52.3
     """
-    if gradients is not None and gradients not in BITS:
-        raise ValueError(f"gradients: {gradients!r}, expected 'float32', 'bfloat16' or None")
+    check_choice("gradients", gradients, BITS)
     check_bool("amsgrad", amsgrad)
     check_bool("use_ema", use_ema)
     speed = check_number("bandwidth", bandwidth)
@@ -293,18 +295,22 @@ def _sizes_of(shapes: Foreign) -> list[int]:
         return [check_count("optimizer_or_shapes", shapes)]
     if not isinstance(shapes, Iterable) or isinstance(shapes, (str, bytes, dict)) or hasattr(shapes, "shape"):
         found = type(shapes).__name__
-        raise TypeError(f"optimizer_or_shapes: {found}, expected an optimizer, a list of shapes or arrays, or a number")
+        hint = "; of a model pass model.parameters()" if hasattr(shapes, "named_parameters") else ""
+        expected = f"an optimizer, a list of shapes or arrays, or a number{hint}"
+        raise TypeError(f"optimizer_or_shapes: {found}, expected {expected}")
     sizes = []
     for place, item in enumerate(shapes):
         label = f"optimizer_or_shapes[{place}]"
-        shape = getattr(item, "shape", item)
+        is_named = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        array = item[1] if is_named else item
+        shape = getattr(array, "shape", array)
         shape = (shape,) if hasattr(shape, "__index__") else shape
         if not isinstance(shape, Iterable) or isinstance(shape, (str, bytes, dict)):
             raise TypeError(f"{label}: {type(item).__name__}, expected a shape, an array or a number of elements")
-        dims = list(shape)
-        if not all(hasattr(dim, "__index__") and dim >= 0 for dim in dims):
+        dims = [check_integer(label, dim, "a shape, an array or a number of elements") for dim in shape]
+        if any(dim < 0 for dim in dims):
             raise ValueError(f"{label}: {tuple(dims)}, expected whole numbers >= 0")
-        sizes.append(math.prod(int(dim) for dim in dims))
+        sizes.append(math.prod(dims))
     if not sum(sizes):
         raise ValueError("optimizer_or_shapes: no elements, expected at least one parameter")
     return sizes

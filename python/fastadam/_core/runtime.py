@@ -55,9 +55,9 @@ class StepPlan:
         if not copies:
             return not self.has_copies
         places = self.plan.positions
-        return self.has_copies and self.plan.has_copies(
-            copies if len(places) == len(copies) else [copies[place] for place in places]
-        )
+        if not self.has_copies or places[-1] >= len(copies):  # of a call with fewer variables
+            return False
+        return self.plan.has_copies(copies if len(places) == len(copies) else [copies[place] for place in places])
 
 
 class Runtime:

@@ -11,7 +11,9 @@ from fastadam.exchange._moments import (
     check_state_dict,
     check_values,
     count_of,
+    is_set,
     moment_of,
+    number_of,
     plain_tensor,
     require,
     times_scales,
@@ -130,11 +132,12 @@ def to_bitsandbytes(state_dict: Mapping[str, Any], *, min_8bit_size: int = 4096)
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _decoded(saved: object, label: str) -> dict[str, Any]:
+def _decoded(saved: Mapping[str, Any], label: str) -> dict[str, Any]:
     """PyTorch's state of one parameter."""
-    if not isinstance(saved, Mapping):
-        raise TypeError(f"{label}: {type(saved).__name__}, expected a dict")
-    state = {**{key: value for key, value in saved.items() if key != WRAPPED}, **saved.get(WRAPPED, {})}
+    wrapped = saved.get(WRAPPED, {})
+    if not isinstance(wrapped, Mapping):
+        raise TypeError(f"{label}: {WRAPPED}: {type(wrapped).__name__}, expected a dict")
+    state = {**{key: value for key, value in saved.items() if key != WRAPPED}, **wrapped}
     needed = ["step", "state1", "state2"]
     if any(str(getattr(state.get(name), "dtype", "")) == "torch.uint8" for name in ("state1", "state2")):
         needed += _OF_8_BITS
@@ -170,12 +173,10 @@ def _moment(state: Mapping[str, Any], number: int, label: str) -> Tensor:
     return times_scales(qmap.to(codes.device)[codes.long()], absmax.to(codes.device), BLOCK)
 
 
-def _encoded(saved: object, label: str, smallest: int) -> dict[str, Any]:
+def _encoded(saved: Mapping[str, Any], label: str, smallest: int) -> dict[str, Any]:
     """What bitsandbytes keeps for one parameter."""
     import torch
 
-    if not isinstance(saved, Mapping):
-        raise TypeError(f"{label}: {type(saved).__name__}, expected a dict")
     require(("step", "exp_avg", "exp_avg_sq"), saved, label, "Adam has them")
     for name in ("max_exp_avg_sq", "master", "master_low"):
         if name in saved:
@@ -218,7 +219,7 @@ def _dynamic_map(*, signed: bool) -> Tensor:
 
 
 def _group_from(group: Mapping[str, Any], label: str) -> dict[str, Any]:
-    if group.get("alpha"):
+    if number_of(group.get("alpha") or 0.0, f"{label}: alpha"):
         raise ValueError(f"{label}: alpha: {group['alpha']}, expected 0: it belongs to AdEMAMix")
     kept = {key: value for key, value in group.items() if key not in _OF_ADEMAMIX}
     return {**kept, "decoupled_weight_decay": True}
@@ -227,14 +228,22 @@ def _group_from(group: Mapping[str, Any], label: str) -> dict[str, Any]:
 def _group_to(group: Mapping[str, Any], label: str) -> dict[str, Any]:
     require(("lr", "betas", "eps"), group, label, "Adam has them")
     for name in ("amsgrad", "maximize"):
-        if group.get(name):
+        if is_set(group, name, label):
             raise ValueError(f"{label}: {name}: True, expected False: bitsandbytes does not have it")
-    decay = float(group.get("weight_decay", 0.0))
-    if decay and not group.get("decoupled_weight_decay"):
+    decay = number_of(group.get("weight_decay", 0.0), f"{label}: weight_decay")
+    if not is_set(group, "decoupled_weight_decay", label) and decay:
         raise ValueError(
             f"{label}: weight_decay: {decay} added to the gradient, expected 0, or decoupled_weight_decay as in AdamW: "
             "bitsandbytes decays weights apart from the gradient"
         )
     kept = {key: value for key, value in group.items() if key not in _NOT_THERE}
-    betas = tuple(float(beta) for beta in group["betas"])
-    return {**kept, "lr": float(group["lr"]), "betas": betas, "eps": float(group["eps"]), "weight_decay": decay}
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{label}: betas: {type(betas).__name__}, expected a pair of numbers")
+    return {
+        **kept,
+        "lr": number_of(group["lr"], f"{label}: lr"),
+        "betas": tuple(number_of(beta, f"{label}: betas[{i}]") for i, beta in enumerate(betas)),
+        "eps": number_of(group["eps"], f"{label}: eps"),
+        "weight_decay": decay,
+    }

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["check_state_dict", "check_values", "count_of", "moment_of", "plain_tensor", "require", "times_scales"]
+__all__ = [
+    "check_state_dict",
+    "check_values",
+    "count_of",
+    "is_set",
+    "moment_of",
+    "number_of",
+    "plain_tensor",
+    "require",
+    "times_scales",
+]
 
 _BLOCK = 128  # elements of fastadam's 8-bit moments that share a scale
 
@@ -22,6 +32,9 @@ def check_state_dict(state_dict: object) -> None:
         raise TypeError(f"state_dict: state: {type(states).__name__}, expected a dict of the states of the parameters")
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
         raise TypeError(f"state_dict: param_groups: {type(groups).__name__}, expected a list of dicts")
+    for key, state in states.items():
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state of parameter {key}: {type(state).__name__}, expected a dict")
 
 
 def require(needed: Iterable[str], found: Mapping[str, object], label: str, source: str) -> None:
@@ -30,6 +43,24 @@ def require(needed: Iterable[str], found: Mapping[str, object], label: str, sour
     if missing := [repr(name) for name in needed if name not in found]:
         expected = f"{', '.join(needed[:-1])} and {needed[-1]}"
         raise ValueError(f"{label}: without {', '.join(missing)}, expected {expected}, as {source}")
+
+
+def number_of(value: object, label: str) -> float:
+    """An option of a group as a float, which may be kept in a tensor."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{label}: {type(value).__name__}, expected a number") from None
+
+
+def is_set(group: Mapping[str, object], name: str, label: str) -> bool:
+    """Whether a group has a flag that is True."""
+    flag = group.get(name)
+    if not isinstance(flag, (bool, int, type(None))):
+        raise TypeError(f"{label}: {name}: {type(flag).__name__}, expected True or False")
+    return bool(flag)
 
 
 def plain_tensor(value: object, label: str) -> Tensor:

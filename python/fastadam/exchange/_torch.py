@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastadam._core.common.checks import check_bool, check_iterations, check_list, check_non_negative
+from fastadam._core.common.checks import check_iterations, check_list, check_non_negative
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import AnyArray, Config
 from fastadam._core.native.slices import DEFERRED
+from fastadam.exchange._moments import check_state_dict, is_set, moment_of, number_of, plain_tensor, require
 from fastadam.exchange._state import assign, check_adam, check_epsilon_here, copies_of_slots, moment_names
 
 if TYPE_CHECKING:
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["from_torch_state_dict", "to_torch_state_dict"]
 
 _KEYS = {"m": "exp_avg", "v": "exp_avg_sq", "vhat": "max_exp_avg_sq"}
-_NOT_HERE = {"maximize": False, "decoupled_weight_decay": False}
+_NOT_HERE = ("maximize", "decoupled_weight_decay", "weight_decay")  # PyTorch's Adam adds the decay to the gradient
 
 
 @suggests_keywords()
 def to_torch_state_dict(optimizer: Adam, variables: Iterable[VariableLike], *, epsilon: float) -> dict[str, Any]:
-    r"""A ``state_dict`` for ``torch.optim.Adam.load_state_dict``, with the slots as CPU tensors.
+    r"""A ``state_dict`` for ``torch.optim.Adam.load_state_dict``, with the slots as CPU tensors; small ones as float32.
 
     .. math:: \epsilon_{torch} = \hat\epsilon / \sqrt{1 - \beta_2^t}
 
@@ -80,7 +81,7 @@ def to_torch_state_dict(optimizer: Adam, variables: Iterable[VariableLike], *, e
 def from_torch_state_dict(
     optimizer: Adam, state_dict: Mapping[str, Any], variables: Iterable[VariableLike], *, epsilon: float
 ) -> None:
-    r"""Set hyperparameters and state from ``torch.optim.Adam.state_dict()``.
+    r"""Set hyperparameters and state from ``torch.optim.Adam.state_dict()``, or that of :class:`fastadam.torch.Adam`.
 
     .. math:: \hat\epsilon = \epsilon_{torch} \sqrt{1 - \beta_2^t}
 
@@ -116,60 +117,81 @@ def from_torch_state_dict(
     check_adam(optimizer)
     eps = check_epsilon_here(epsilon)
     targets = check_list("variables", variables)
-    group, states = _group_of(state_dict)
+    rule, states = _rule_of(state_dict)
     if len(states) != len(targets):
         raise ValueError(f"state_dict: {len(states)} parameters with state, expected {len(targets)} like variables")
-    names = moment_names(check_bool("amsgrad", group["amsgrad"]))
+    names = moment_names(rule["amsgrad"])
     missing = [_KEYS[name] for name in names if any(_KEYS[name] not in state for state in states)]
-    steps = {float(state["step"]) for state in states}
+    steps = {number_of(state["step"], "state_dict: step") for state in states}
     if missing or len(steps) != 1:
         raise ValueError(f"state_dict: steps {sorted(steps)}, without {missing}, expected one step and all of {names}")
-    hyper = _checked_hyper(group, eps)
-    slots = {name: [_on_cpu(state[_KEYS[name]]) for state in states] for name in names}
+    hyper = _checked_hyper(rule, eps)
+    slots = {name: [_moment(state, _KEYS[name], i) for i, state in enumerate(states)] for name in names}
     assign(optimizer, targets, check_iterations("step", steps.pop()), slots, hyper)
 
 
-def _checked_hyper(group: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
-    """The hyperparameters of a group, checked by making an Adam with them."""
+def _checked_hyper(rule: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
+    """The hyperparameters of a rule, checked by making an Adam with them."""
     from fastadam._core.adam import Adam
 
-    beta_1, beta_2 = map(float, group["betas"])
-    hyper: dict[str, Any] = {
-        "learning_rate": float(group["lr"]),
-        "beta_1": beta_1,
-        "beta_2": beta_2,
-        "epsilon": epsilon,
-    }
+    names = ("learning_rate", "beta_1", "beta_2")
+    hyper: dict[str, Any] = {**dict(zip(names, (rule["lr"], *rule["betas"]), strict=True)), "epsilon": epsilon}
     Adam(**hyper)  # raises if one is invalid
-    return {**hyper, "amsgrad": bool(group["amsgrad"])}
+    return {**hyper, "amsgrad": rule["amsgrad"]}
 
 
-def _group_of(state_dict: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-        raise TypeError(f"state_dict: {type(state_dict).__name__}, expected a dict with 'state' and 'param_groups'")
+def _rule_of(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+    """What all groups say of the step, and the states in the order of the parameters."""
+    check_state_dict(state_dict)
     groups = state_dict["param_groups"]
-    options = [{key: value for key, value in group.items() if key not in ("params", "param_names")} for group in groups]
-    if any(option != options[0] for option in options):
+    if not groups:
+        raise ValueError("state_dict: param_groups: empty, expected the group of the parameters")
+    rules = [_rule_of_group(group, f"state_dict: param_groups[{i}]") for i, group in enumerate(groups)]
+    if any(rule != rules[0] for rule in rules):
         raise ValueError("state_dict: parameter groups with different options, expected one optimizer for each group")
-    refused = {key: options[0][key] for key, plain in _NOT_HERE.items() if options[0].get(key, plain) != plain}
-    if options[0].get("weight_decay"):
-        refused["weight_decay"] = options[0]["weight_decay"]  # which PyTorch's Adam adds to the gradient
-    if refused:
+    if refused := {name: rules[0][name] for name in _NOT_HERE if rules[0][name]}:
         raise ValueError(f"state_dict: {refused}, which fastadam.Adam does not have")
     places = [i for group in groups for i in group["params"]]
-    if absent := [i for i in places if i not in state_dict["state"]]:
+    states = state_dict["state"]
+    if absent := [i for i in places if not states.get(i)]:
         raise ValueError(f"state_dict: parameters {absent} have no state, expected the state of every parameter")
-    return options[0], [state_dict["state"][i] for i in places]
+    for i in places:
+        require(("step", "exp_avg", "exp_avg_sq"), states[i], f"state_dict: state of parameter {i}", "Adam has them")
+    return rules[0], [states[i] for i in places]
 
 
-def _on_cpu(tensor: AnyArray) -> AnyArray:
-    return tensor.detach().cpu() if hasattr(tensor, "detach") else tensor
+def _rule_of_group(group: Mapping[str, Any], label: str) -> dict[str, Any]:
+    require(("lr", "betas", "eps", "params"), group, label, "Adam has them")
+    betas, params = group["betas"], group["params"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{label}: betas: {type(betas).__name__}, expected a pair of numbers")
+    if not isinstance(params, (tuple, list)) or not all(isinstance(i, Hashable) for i in params):
+        raise TypeError(f"{label}: params: {type(params).__name__}, expected a list of the parameters' numbers")
+    return {
+        "lr": number_of(group["lr"], f"{label}: lr"),
+        "betas": tuple(number_of(beta, f"{label}: betas[{i}]") for i, beta in enumerate(betas)),
+        "eps": number_of(group["eps"], f"{label}: eps"),
+        "weight_decay": number_of(group.get("weight_decay", 0.0), f"{label}: weight_decay"),
+        **{name: is_set(group, name, label) for name in ("amsgrad", "maximize", "decoupled_weight_decay")},
+    }
+
+
+def _moment(state: Mapping[str, Any], key: str, number: int) -> AnyArray:
+    """A moment in CPU memory; the codes of fastadam.torch as float32."""
+    moment, label = state[key], f"state_dict: state of parameter {number}: {key}"
+    if not hasattr(moment, "detach"):
+        return moment
+    moment = plain_tensor(moment, label)
+    if str(moment.dtype) == "torch.uint8":
+        moment = moment_of(state, key, label, signed=key == "exp_avg")
+    return moment.cpu()
 
 
 def _plain_config(optimizer: Adam) -> Config:
     """The configuration, if PyTorch's Adam has all options in it."""
     config = optimizer.get_config()
-    for unused in ("max_staleness", "clip_after_dedupe"):  # no effect without clipping
+    # Without clipping the first have no effect; the others say how moments are stored, which are float32 in the result.
+    for unused in ("max_staleness", "clip_after_dedupe", "moments", "float32_for", "seed"):
         config.pop(unused, None)
     if config.get("sparse_update") in DEFERRED:  # the same update as "dense"
         del config["sparse_update"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastadam._core.common.keywords import suggests_keywords
-from fastadam.exchange._moments import check_state_dict, check_values, plain_tensor, require, times_scales
+from fastadam.exchange._moments import check_state_dict, check_values, number_of, plain_tensor, require, times_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,8 @@ def from_torchao(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         key: _plain(value, f"state of parameter {key}") if value else {} for key, value in state_dict["state"].items()
     }
     groups = [
-        {**group, "lr": float(group["lr"])} if "lr" in group else {**group} for group in state_dict["param_groups"]
+        {**group, "lr": number_of(group["lr"], f"param_groups[{i}]: lr")} if "lr" in group else {**group}
+        for i, group in enumerate(state_dict["param_groups"])
     ]
     return {**state_dict, "state": state, "param_groups": groups}
 
@@ -64,9 +65,7 @@ def _name_of(value: object) -> str | None:
     return kind.__name__ if kind.__module__.partition(".")[0] == "torchao" else None
 
 
-def _plain(state: object, label: str) -> dict[str, Any]:
-    if not isinstance(state, Mapping):
-        raise TypeError(f"{label}: {type(state).__name__}, expected a dict")
+def _plain(state: Mapping[str, Any], label: str) -> dict[str, Any]:
     require(("step", *_MOMENTS[:2]), state, label, "torchao's Adam has them")
     return {
         name: value if _name_of(value) is None else _whole(value, f"{label}: {name}", signed=name == "exp_avg")

@@ -37,7 +37,19 @@ __all__ = [
     "check_tensor",
     "firsts_of",
     "label_of",
+    "refuse_options_of_optimizer",
 ]
+
+_OF_OPTIMIZER = (
+    "sparse_update",
+    "float32_for",
+    "clipvalue",
+    "clipnorm",
+    "global_clipnorm",
+    "skip_nonfinite",
+    "master_weights",
+    "telemetry",
+)
 
 
 Group: TypeAlias = dict[str, Any]  # a parameter group: "params", and its values of the options
@@ -95,6 +107,12 @@ def check_options(group: Group) -> None:
         raise ValueError("differentiable: True, expected False: the kernels have no derivative")
     if not 0.0 <= group.get("weight_decay", 0.0) < math.inf:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+
+
+def refuse_options_of_optimizer(group: Group) -> None:
+    """Refuse a group with an option that is one for all groups: nothing would read it there."""
+    if found := [name for name in _OF_OPTIMIZER if name in group]:
+        raise ValueError(f"{found[0]}: in a parameter group, expected it as an argument of the optimizer")
 
 
 def check_rule(group: Group) -> None:
@@ -165,6 +183,9 @@ def check_saved_group(group: Group, label: str) -> None:
                 raise TypeError(f"{name}: a tensor of {value.dtype} on {value.device}, expected a real number")
         check_options({"weight_decay": decay})
         check_rule(group)
+        for name in ("amsgrad", "maximize", "decoupled_weight_decay"):
+            if not isinstance(flag := group.get(name, False), (bool, np.bool_, int, type(None))):
+                raise TypeError(f"{name}: {type(flag).__name__}, expected True or False")
     except (TypeError, ValueError) as error:
         raise type(error)(f"{label}: {error}") from error
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastadam._core.common.checks import check_bool, check_integer, check_list
+from fastadam._core.common.checks import check_bool, check_choice, check_integer, check_list
 from fastadam._core.common.patterns import check_pattern, found
 from fastadam._core.common.warning import warn
 from fastadam._core.native.slices import DEFERRED
@@ -50,20 +50,28 @@ class Asked(NamedTuple):
     @property
     def is_random(self) -> bool:
         """Whether anything may be rounded at random."""
-        return self.moments in SMALL or self.rounds
+        return self.rounds is True or (isinstance(self.moments, str) and self.moments in SMALL)
 
 
 def asked_of(group: Group) -> Asked:
-    """The options of a group, which lacks those that nobody has set: torch's groups have none of them."""
-    moments, master, rounds = (group.get(name, _DEFAULTS[name]) for name in OPTIONS)
-    return Asked(moments, master, bool(rounds))
+    """The options of a group, which lacks those that nobody has set: torch's groups have none of them.
+
+    They are as the caller has set them until :func:`check_formats` has checked them.
+    """
+    return Asked(group.get("moments"), group.get("master"), group.get("stochastic_rounding", False))
 
 
 def given_formats(moments: object, master: object, stochastic_rounding: object, seed: object) -> Group:
-    """Those of these options that a group has to have: the seed if it is read."""
+    """Those of these options that a group has to have, checked: the seed if it is read.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: It has another value than it can have.
+    """
     given = {"moments": moments, "master": master, "stochastic_rounding": stochastic_rounding, "seed": seed}
-    chosen = {name: value for name, value in given.items() if value is not _DEFAULTS[name]}
-    return fill_seed(chosen, seed)
+    checked = {name: _CHECKS[name](value) for name, value in given.items()}
+    chosen = {name: value for name, value in checked.items() if value != _DEFAULTS[name]}
+    return fill_seed(chosen, checked["seed"])
 
 
 def fill_seed(group: Group, seed: object) -> Group:
@@ -92,7 +100,7 @@ class Float32Rule:
         expected = "a number of elements, a function of a name and a shape, or a list of patterns of names"
         if given is None:
             self._least = _LEAST
-        elif callable(given):
+        elif callable(given) and not isinstance(given, type):
             self._function = given
         elif isinstance(given, Iterable):
             self.patterns = tuple(check_list("float32_for", given, expected))
@@ -131,7 +139,7 @@ class Float32Rule:
         place = next((place for place, other in enumerate(params) if other is param), None)
         name = label if not names or place is None else str(names[place])
         if self._function is not None:
-            return bool(self._function(name, tuple(param.shape)))
+            return check_bool("float32_for", self._function(name, tuple(param.shape)))
         return any(found(pattern, name) for pattern in self.patterns)
 
 
@@ -199,7 +207,9 @@ class StateFormat(NamedTuple):
         """Add what a state lacks that was begun or saved with other options."""
         if self.group["amsgrad"] and SLOTS["vhat"] not in state:
             state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
-        if asked_of(self.group).master is None or param.dtype not in HALF or MASTER in state or LOW in state:
+        if asked_of(self.group).master is None or param.dtype not in HALF or MASTER in state:
+            return
+        if LOW in state and param.dtype == torch.bfloat16:
             return
         if self.choose(param, label, is_sparse=_has_sparse_gradient(param)).master == "split":
             state[LOW] = torch.zeros_like(
@@ -214,19 +224,14 @@ def _has_sparse_gradient(param: Tensor) -> bool:
 
 
 def check_formats(group: Group, sparse_update: str) -> None:
-    """Check the options of a group that say how states are stored.
+    """Check the options of a group that say how states are stored; plain Python values take their place.
 
     Raises:
         TypeError: An option has the wrong type.
         ValueError: It has another value than it can have, or excludes another option.
     """
+    group.update({name: check(group[name]) for name, check in _CHECKS.items() if name in group})
     moments, master, rounds = asked_of(group)
-    if moments not in (None, "float32", *SMALL):
-        raise ValueError(f"moments: {moments!r:.60}, expected None, 'float32', 'bfloat16' or '8bit'")
-    if master not in (None, "float32", "split"):
-        raise ValueError(f"master: {master!r:.60}, expected None, 'float32' or 'split'")
-    check_bool("stochastic_rounding", group.get("stochastic_rounding", False))
-    check_seed(group.get("seed", 0))
     if group["amsgrad"] and moments == "8bit":
         raise ValueError(
             "amsgrad: True with moments='8bit', in whose rounding the largest second moment would only grow; expected "
@@ -247,12 +252,26 @@ def master_of(master: Master | None, master_weights: object) -> Master | None:
     """What the two arguments of the constructor mean together."""
     if not isinstance(master_weights, bool):
         raise TypeError(f"master_weights: {type(master_weights).__name__}, expected a bool")
-    if master_weights and master not in (None, "float32"):
+    if master_weights and master is not None and not (isinstance(master, str) and master == "float32"):
         raise ValueError(f"master_weights: True with master={master!r}, expected master='float32' or one of the two")
     return "float32" if master_weights else master
 
 
-def check_seed(seed: object) -> None:
-    """Raise what is wrong with the seed of stochastic rounding."""
-    if not 0 <= check_integer("seed", seed) < 2**64:
+def check_seed(seed: object) -> int:
+    """The seed of stochastic rounding, or raise what is wrong with it."""
+    if not 0 <= (number := check_integer("seed", seed)) < 2**64:
         raise ValueError(f"seed: {seed}, expected an integer from 0 to 2**64 - 1")
+    return number
+
+
+def _check_string(name: str, value: object, choices: tuple[str, ...]) -> str | None:
+    check_choice(name, value, choices)
+    return None if value is None else str(value)  # not NumPy's string: torch.load does not take it
+
+
+_CHECKS: dict[str, Callable[[Any], object]] = {
+    "moments": lambda value: _check_string("moments", value, ("float32", *SMALL)),
+    "master": lambda value: _check_string("master", value, ("float32", "split")),
+    "stochastic_rounding": lambda value: check_bool("stochastic_rounding", value),
+    "seed": check_seed,
+}

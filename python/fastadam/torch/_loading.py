@@ -53,7 +53,7 @@ def fill_groups(groups: list[Group], before: list[Group], defaults: Group) -> li
     saved = []
     for index, group in enumerate(groups):
         of = before[index] if before else defaults
-        saved.append(SavedFormat(*(name in group and group[name] == of.get(name) for name in ("moments", "master"))))
+        saved.append(SavedFormat(*(_is_same(group.get(name, 0), of.get(name)) for name in ("moments", "master"))))
         for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
             group.setdefault(name, False)
         for name in ("foreach", "fused"):
@@ -67,6 +67,10 @@ def fill_groups(groups: list[Group], before: list[Group], defaults: Group) -> li
                 group.pop(name, None)
             group.update({name: of[name] for name in (*_FLAGS, *kept) if name in of})
     return saved
+
+
+def _is_same(saved: object, asked: str | None) -> bool:
+    return isinstance(saved, (str, type(None))) and saved == asked
 
 
 def check_is_dict(state_dict: object) -> None:
@@ -120,9 +124,10 @@ def keep_tensors(optimizer: torch.optim.Optimizer, state_dict: ParamState) -> Pa
         check_saved_group(saved, f"state_dict: param_groups[{index}]")
         _check_saved_formats(group, saved, f"state_dict: param_groups[{index}]")
         for place, key in enumerate(saved["params"][: len(group["params"])]):
-            state = state_dict["state"].get(key)
-            if state and isinstance(state, dict):
-                label = f"state of {label_of(group, index, place)}"
+            state, label = state_dict["state"].get(key, {}), f"state of {label_of(group, index, place)}"
+            if not isinstance(state, dict):
+                raise TypeError(f"{label}: {_shown(state)}, expected a dict")
+            if state:
                 require_keys(NEEDED, state, label)
                 if _has_codes(state):
                     require_keys(_OF_CODES, state, label, "8-bit moments of fastadam")

@@ -23,6 +23,7 @@ from fastadam.torch._checks import (
     check_params,
     check_rows,
     check_tensor,
+    refuse_options_of_optimizer,
 )
 from fastadam.torch._clipping import Clipping
 from fastadam.torch._compiled import Columns, traced_step
@@ -656,6 +657,7 @@ class Adam(torch.optim.Optimizer):
         """Add parameters, with their own values of the options or the defaults, and perhaps ``compute_params``."""
         if isinstance(param_group, dict):
             check_options(param_group)
+            refuse_options_of_optimizer(param_group)
         super().add_param_group(param_group)
         try:
             check_formats(param_group, self._options.sparse_update)

@@ -15,6 +15,7 @@ from fastadam._core.native.plan import Factors, Plan, StepHyper
 from fastadam.torch._checks import Group, ParamState, check_options, check_rule
 from fastadam.torch._copies import Copies
 from fastadam.torch._deferred import Table
+from fastadam.torch._formats import check_seed
 from fastadam.torch._gradients import GradientReader
 from fastadam.torch._layout import ALONE, Turn, View, flattened, is_plain, local_of
 from fastadam.torch._state import Kind, check_slots
@@ -270,7 +271,7 @@ class ParameterSet:
             weight_decay=weight_decay if decoupled else 0.0,
             l2=0.0 if decoupled else weight_decay,
             epsilon_corrected=not self.kind.rows,
-            seed=group.get("seed", 0),
+            seed=check_seed(group["seed"]) if "seed" in group else 0,
         )
 
     def factors_of(self, group: Group) -> list[float]:

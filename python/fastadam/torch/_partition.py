@@ -17,7 +17,7 @@ from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, States, check_flags, label_of
 from fastadam.torch._copies import Copies, check_compute_params, check_groups_apart, check_place
 from fastadam.torch._deferred import Table, Tables
-from fastadam.torch._formats import asked_of, check_formats
+from fastadam.torch._formats import Asked, asked_of, check_formats
 from fastadam.torch._layout import UNORDERED, Turn, turns_of
 from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
@@ -83,12 +83,14 @@ class Partitions:
         self._kept: BoundedCache[Key, Partition] = BoundedCache(_MOST_PARAMETERS, Partition.size, least=4)
         self._epoch = 0
         self._groups = 0
+        self._asked: dict[int, tuple[Group, Asked]] = {}  # of each group, when its states were last found good
         self.known: States | None = None  # a copy of `optimizer.state` when it was last compared
 
     def note_state(self, state: States, groups: int) -> None:
         """Before a step: have the states compared again if the optimizer has got others."""
         if groups < self._groups:
             self._forget(lambda kept: kept.group >= groups)
+            self._asked = {index: asked for index, asked in self._asked.items() if index < groups}
         self._groups = groups
         if self.known is None or not _cpu.same_items(state, self.known):
             self.known = {**state}
@@ -110,6 +112,7 @@ class Partitions:
         kinds = self._kinds_of(group["params"], gradients)
         if not any(kinds):
             return []
+        self._note_formats(index, group, state)
         rounds = asked_of(group).rounds
         key = Key(index, kinds, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]), rounds, first)
         kept = self._kept.get(key)
@@ -119,6 +122,23 @@ class Partitions:
         self._forget(lambda other: other.group == index and not other.is_of(made.params))
         self._kept.put(key, made)
         return made.sets
+
+    def _note_formats(self, index: int, group: Group, state: States) -> None:
+        """Refuse options that have changed since states were begun, which stay as they are."""
+        noted, asked = self._asked.get(index), asked_of(group)
+        if noted is not None and noted[0] is group and all(map(is_, asked, noted[1])):
+            return
+        check_formats(group, self._mode)
+        asked = asked_of(group)
+        if noted is not None and noted[0] is group and any(state.get(param) for param in group["params"]):
+            for name in ("moments", "master"):
+                now, before = getattr(asked, name), getattr(noted[1], name)
+                if now != before:
+                    raise ValueError(
+                        f"param_groups[{index}]: {name}: {now!r}, expected {before!r} as when the states were begun; a "
+                        f"new optimizer with {name}={now!r} converts the state dict that it loads"
+                    )
+        self._asked[index] = group, asked
 
     def _forget(self, is_old: Callable[[Partition], bool]) -> None:
         for partition in [kept for kept in self._kept if is_old(kept)]:

@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from fastadam._core.native.plan import RepeatedSteps
 from fastadam.torch._checks import Group, States
 from fastadam.torch._clipping import Clipping
+from fastadam.torch._formats import asked_of
 
 if TYPE_CHECKING:
     from fastadam.torch._parameter_set import ParameterSet
@@ -27,7 +28,7 @@ class RepeatedStep:
 
     def __init__(self, sets: list[ParameterSet], groups: list[Group], state: States, clipping: Clipping) -> None:
         self._sets, self._clipping = sets, clipping
-        self._rounds = [group.get("stochastic_rounding") for group in groups]
+        self._asked = [asked_of(group) for group in groups]
         self._steps = RepeatedSteps([each.plan for each in sets], groups, state)
         self._written = [tensor for each in sets for tensor in each.written]
         # With which the plans remember the numbers of the step: the scale of the gradients, then options of the group.
@@ -65,7 +66,10 @@ class RepeatedStep:
         if len(groups) != len(self._sets) or not all(each.copies.are_untouched for each in self._sets):
             return None
         for index, group in enumerate(groups):
-            if group.get("stochastic_rounding") != self._rounds[index]:
+            moments, master, rounds = self._asked[index]
+            if group.get("moments") is not moments or group.get("master") is not master:
+                return None
+            if group.get("stochastic_rounding", False) is not rounds:
                 return None
             numbers = (gradient_scale, *_read_options(group))
             if numbers != self._numbers[index] and not self._remember(index, group, gradient_scale, numbers):

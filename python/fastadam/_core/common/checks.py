@@ -13,6 +13,7 @@ from fastadam._core.common.types import AnyArray
 __all__ = [
     "check_beta",
     "check_bool",
+    "check_choice",
     "check_clip",
     "check_count",
     "check_epsilon",
@@ -91,6 +92,15 @@ def check_bool(name: str, value: object) -> bool:
     return bool(value)
 
 
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise TypeError or ValueError for anything but None and one of these strings."""
+    if value is None or (isinstance(value, str) and value in choices):
+        return
+    listed = ", ".join(map(repr, choices))
+    kind = ValueError if isinstance(value, str) else TypeError
+    raise kind(f"{name}: {value!r:.60}, expected {listed} or None")
+
+
 def check_iterations(name: str, value: AnyArray) -> int:
     """A whole number of steps, at least 0, to which one more can be added."""
     number = check_non_negative(name, value)
@@ -100,10 +110,11 @@ def check_iterations(name: str, value: AnyArray) -> int:
 
 
 def check_count(name: str, value: object) -> int:
-    """An integer of at least 1; True and 2.0 are refused."""
+    """An integer from 1 to 2**63 - 2; True and 2.0 are refused."""
     count = check_integer(name, value, "an integer of at least 1")
     if not 1 <= count < 2**63 - 1:
-        raise ValueError(f"{name}: {count}, expected an integer of at least 1")
+        expected = "an integer of at least 1" if count < 1 else "an integer below 2**63 - 1"
+        raise ValueError(f"{name}: {count}, expected {expected}")
     return count
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from fastadam._core.common.checks import check_bool, check_integer
+from fastadam._core.common.checks import check_bool, check_choice, check_integer
 from fastadam._core.common.frameworks import require
 from fastadam._core.common.patterns import check_pattern, found
 
@@ -37,15 +37,15 @@ class SmallStates:
 
     def __post_init__(self) -> None:
         """Check every option, and make it what a JSON configuration can hold."""
-        _check_choice("moments", self.moments, _MOMENTS)
+        check_choice("moments", self.moments, _MOMENTS)
         if self.moments == "bfloat16":
             require("ml_dtypes", "moments='bfloat16'")
-        if self.master == "float32":
+        if isinstance(self.master, str) and self.master == "float32":
             raise ValueError(
                 "master: 'float32', expected 'split' or None; for float32 masters pass float32 variables, and the "
                 "half-precision weights of the model as copies= of apply_gradients"
             )
-        _check_choice("master", self.master, ("split",))
+        check_choice("master", self.master, ("split",))
         rounding = check_bool("stochastic_rounding", self.stochastic_rounding)
         if rounding and self.master:
             raise ValueError("stochastic_rounding: True with master='split', whose masters are exact, expected False")
@@ -108,14 +108,6 @@ def check_changes(changes: object) -> Config:
     if unknown := [name for name in changes if name not in names]:
         raise ValueError(f"changes: {unknown[0]!r:.60}, expected some of {names}")
     return dict(changes)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value is None or (isinstance(value, str) and value in choices):
-        return
-    listed = ", ".join(map(repr, choices))
-    kind = ValueError if isinstance(value, str) else TypeError
-    raise kind(f"{name}: {value!r:.60}, expected {listed} or None")
 
 
 def _check_float32_for(value: object) -> object:

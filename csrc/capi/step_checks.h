@@ -107,6 +107,9 @@ class TensorCheck {
           "moments",
           "FASTADAM_MOMENTS_HALF, expected only for a float16 or bfloat16 variable with a dense gradient of its dtype");
     }
+    if (!has_codes() && (t_.m_scales != nullptr || t_.v_scales != nullptr)) {
+      refuse("m_scales, v_scales", "not null, expected null unless moments is FASTADAM_MOMENTS_8BIT");
+    }
     if (is_small(t_)) check_small();
     if (hyper.l2 != 0 && t_.rows != nullptr)
       refuse("l2", (std::to_string(hyper.l2) + ", expected 0 with a sparse gradient; use weight_decay").c_str());

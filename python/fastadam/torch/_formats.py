@@ -55,8 +55,7 @@ class Asked(NamedTuple):
 
 def asked_of(group: Group) -> Asked:
     """The options of a group, which lacks those that nobody has set: torch's groups have none of them."""
-    moments, master, rounds = (group.get(name, _DEFAULTS[name]) for name in OPTIONS)
-    return Asked(moments, master, bool(rounds))
+    return Asked(group.get("moments"), group.get("master"), bool(group.get("stochastic_rounding")))
 
 
 def given_formats(moments: object, master: object, stochastic_rounding: object, seed: object) -> Group:

@@ -76,7 +76,7 @@ class _Part(NamedTuple):
 class _Record(NamedTuple):
     """What undoes a step of a subgroup."""
 
-    count: int  # after the step
+    number: int  # of the step
     hyper: StepHyper
     log: _cpu.StepLog | None
     before: list[Tensor]  # without a log
@@ -94,7 +94,7 @@ class _Record(NamedTuple):
                     "that is rolled back"
                 )
             plan.undo(part.gradients, self.hyper, [], _NO_FACTORS, self.log)
-        part.note([self.count - 1])
+        part.note([self.number - 1])
 
 
 class DeepSpeedCPUAdam(torch.optim.Optimizer):
@@ -269,7 +269,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
             if part is None:
                 return loss
             records = self._records.get(sub_group_id)
-            if not records or records[-1].count != state["step"]:
+            if not records or records[-1].number != state["step"]:
                 raise RuntimeError(
                     f"Cannot rollback sub_group_id {sub_group_id}: nothing is kept of step {state['step']}, expected "
                     "one of the last steps of this optimizer"
@@ -329,7 +329,9 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         for stored, of in by_storage.items():
             params, labels = zip(*[(group["params"][i], label_of(group, index, i)) for i, _ in of], strict=True)
             kind = Kind("dense", False, bool(group["amsgrad"]), self.adam_w_mode, stored=stored)
-            counts = [whole_count(number_of(s["step"], f"state of {n}"), n) for n, (_, s) in zip(labels, of, strict=True)]
+            counts = [
+                whole_count(number_of(s["step"], f"state of {n}"), n) for n, (_, s) in zip(labels, of, strict=True)
+            ]
             # A set counts in tensors.
             steps = torch.tensor(counts, dtype=torch.float64).unbind()
             chosen = ParameterSet(
@@ -371,7 +373,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Take clones of a state dict of this class, of DeepSpeed's or of ``torch.optim.AdamW``; moments keep their dtype.
+        """Take clones of a state dict of this class, DeepSpeed's or ``torch.optim.AdamW``; moments keep their dtype.
 
         Raises:
             ValueError: A different number or size of groups, or a step that is not a count.

@@ -334,9 +334,9 @@ class Adam(torch.optim.Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Foreign]) -> Callable[..., Foreign]:
-        """What torch calls in place of ``step``, for profilers and hooks: without any, ``step`` itself, in half the time.
+        """What torch puts in place of ``step`` for hooks and profilers; without any it calls ``step`` alone.
 
-        torch's wrapper takes as long as the step of a small parameter.
+        torch's own wrapper takes longer than the step of a small parameter.
         """
         hooked = torch.optim.Optimizer.profile_hook_step(func)
 

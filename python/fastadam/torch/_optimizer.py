@@ -343,12 +343,12 @@ class Adam(torch.optim.Optimizer):
         @wraps(func)
         def step(self: Adam, *args: object, **kwargs: object) -> Foreign:
             if (
-                self._optimizer_step_pre_hooks
+                torch.compiler.is_compiling()  # first, as the profiler cannot be asked in a trace
+                or self._optimizer_step_pre_hooks
                 or self._optimizer_step_post_hooks
                 or _global_optimizer_pre_hooks
                 or _global_optimizer_post_hooks
                 or torch.autograd._profiler_enabled()
-                or torch.compiler.is_compiling()
             ):
                 return hooked(self, *args, **kwargs)
             return func(self, *args, **kwargs)

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastadam._core.common.checks import check_bool
 from fastadam._core.common.keywords import suggests_keywords
-from fastadam._core.common.types import AnyGradient
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.plan import StepHyper
-from fastadam._core.native.worker import Handle, Worker
 from fastadam.torch._checks import (
     Group,
     ParamState,
@@ -28,6 +24,7 @@ from fastadam.torch._checks import (
     label_of,
 )
 from fastadam.torch._parameter_set import ParameterSet
+from fastadam.torch._recorded import NO_FACTORS, UNCORRECTED, Part, Record, without_signals
 from fastadam.torch._state import Kind, require_keys
 from fastadam.torch._step_count import number_of, whole_count
 from fastadam.torch._stored import HALF, SLOTS, Stored, stored_as
@@ -38,63 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["DeepSpeedCPUAdam"]
 
 Loss = TypeVar("Loss")
-Result = TypeVar("Result")
 
-_UNCORRECTED = 2**62  # the number of a step whose bias corrections are 1
-_NO_FACTORS = np.empty((0, 2))
 _SMALL, _MOST = 2**18, 4  # steps that can be undone of a subgroup of at most so many elements; of a larger one, one
-
-
-class _Part(NamedTuple):
-    """A part of a step, checked: parameters of one group whose states are stored alike."""
-
-    chosen: ParameterSet
-    gradients: list[AnyGradient]
-    hyper: StepHyper
-    counts: list[int]  # after the step
-    kept: list[tuple[Hashable, ParamState]]  # the states of the optimizer and their keys
-
-    def make(self) -> None:
-        """Make the native step and count it."""
-        steps = self.counts if len(set(self.counts)) > 1 and self.hyper.step != _UNCORRECTED else None
-        self.chosen.step(self.gradients, self.hyper, [], steps)
-        self.note(self.counts)
-
-    def note(self, counts: list[int]) -> None:
-        """Note the count of each parameter, and that its tensors were written."""
-        self.chosen.finish(counts)
-        for (_, state), count in zip(self.kept, counts, strict=True):
-            state["step"] = count
-
-    @property
-    def written(self) -> list[Tensor]:
-        """The parameters and their moments."""
-        counts = {id(tensor) for tensor in self.chosen.counts.written}
-        return [tensor for tensor in self.chosen.written if id(tensor) not in counts]
-
-
-class _Record(NamedTuple):
-    """What undoes a step of a subgroup."""
-
-    number: int  # of the step
-    hyper: StepHyper
-    log: _cpu.StepLog | None
-    before: list[Tensor]  # without a log
-
-    def undo(self, part: _Part) -> None:
-        """Undo the step, or raise RuntimeError and change nothing."""
-        if self.log is None:
-            for tensor, value in zip(part.written, self.before, strict=True):
-                tensor.copy_(value)
-        else:
-            plan = part.chosen.plan
-            if plan.changed_since(part.gradients, self.hyper, [], self.log):
-                raise RuntimeError(
-                    f"gradient of {part.chosen.labels[0]}: changed since step_subgroup(), expected that of the step "
-                    "that is rolled back"
-                )
-            plan.undo(part.gradients, self.hyper, [], _NO_FACTORS, self.log)
-        part.note([self.number - 1])
 
 
 class DeepSpeedCPUAdam(torch.optim.Optimizer):
@@ -169,7 +111,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         for name, value in flags.items():
             check_bool(name, value)
         self.adam_w_mode, self.fp32_optimizer_states = adamw_mode, fp32_optimizer_states
-        self._records: dict[Hashable, list[_Record]] = {}  # by subgroup, the last step last
+        self._records: dict[Hashable, list[Record]] = {}  # by subgroup, the last step last
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
@@ -210,7 +152,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
                     self.state.update(part.kept)
 
             if parts:
-                _without_signals(make)
+                without_signals(make)
         return loss
 
     def step_subgroup(self, subgroup_id: int, closure: Callable[[], Loss] | None = None) -> Loss | None:
@@ -234,7 +176,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         with torch.no_grad():
             part = self._part_of(subgroup_id, "step_subgroup")
             if part is not None:
-                _without_signals(partial(self._make_recorded, subgroup_id, part))
+                without_signals(partial(self._make_recorded, subgroup_id, part))
         return loss
 
     def rollback_subgroup(self, sub_group_id: int, closure: Callable[[], Loss] | None = None) -> Loss | None:
@@ -279,27 +221,27 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
                 records[-1].undo(part)
                 records.pop()
 
-            _without_signals(undo)
+            without_signals(undo)
         return loss
 
-    def _make_recorded(self, subgroup_id: int, part: _Part) -> None:
+    def _make_recorded(self, subgroup_id: int, part: Part) -> None:
         chosen = part.chosen
         log, before = None, []
         if chosen.is_plain and chosen.plan.can_undo(part.gradients):
             log = _cpu.StepLog()
-            chosen.plan.step_logged(part.gradients, part.hyper, [], _NO_FACTORS, log)
+            chosen.plan.step_logged(part.gradients, part.hyper, [], NO_FACTORS, log)
             part.note(part.counts)
         else:
             before = [tensor.clone() for tensor in part.written]
             part.make()
         self.state.update(part.kept)
         records = self._records.setdefault(subgroup_id, [])
-        records.append(_Record(part.counts[0], part.hyper, log, before))
+        records.append(Record(part.counts[0], part.hyper, log, before))
         del records[: -(_MOST if chosen.params[0].numel() <= _SMALL else 1)]
 
     # ---- parts of a step -------------------------------------------------------------------------------------------
 
-    def _part_of(self, subgroup_id: int, method: str) -> _Part | None:
+    def _part_of(self, subgroup_id: int, method: str) -> Part | None:
         found = [
             (index, place)
             for index, group in enumerate(self.param_groups)
@@ -313,7 +255,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         index, place = found[0]
         return self._parts_of(index, [place], subgroup_id)[0]
 
-    def _parts_of(self, index: int, places: list[int], subgroup_id: int | None = None) -> list[_Part]:
+    def _parts_of(self, index: int, places: list[int], subgroup_id: int | None = None) -> list[Part]:
         """The parameters at these places of a group, checked; nothing of the optimizer has changed yet."""
         group: Group = {**self.param_groups[index], "decoupled_weight_decay": self.adam_w_mode}
         by_storage: dict[Stored, list[tuple[int, ParamState]]] = {}
@@ -344,12 +286,12 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
                 numbers=[number + place for place, _ in of] if stored.is_small else None,
             )
             corrected = group.get("bias_correction", True)
-            hyper = chosen.numbers_of(group, counts[0] if corrected else _UNCORRECTED, 1.0)
+            hyper = chosen.numbers_of(group, counts[0] if corrected else UNCORRECTED, 1.0)
             read = chosen.read_gradients([param.grad for param in params], densify=hyper.l2 != 0)
             gradients = chosen.check(read, hyper, [], counts if corrected else None)
             keys: Sequence[Hashable] = params if subgroup_id is None else [subgroup_id]
             kept = [(key, state) for key, (_, state) in zip(keys, of, strict=True)]
-            parts.append(_Part(chosen, gradients, hyper, counts, kept))
+            parts.append(Part(chosen, gradients, hyper, counts, kept))
         return parts
 
     def _state_of(self, key: Hashable, param: Tensor, group: Group, label: str) -> ParamState:
@@ -408,18 +350,3 @@ def _evaluate(closure: Callable[[], Loss] | None) -> Loss | None:
         return None
     with torch.enable_grad():
         return closure()
-
-
-def _without_signals(work: Callable[[], Result]) -> Result:
-    """Do this on a thread of its own, so that a signal handler that raises cannot cut it off."""
-    worker = Worker.take()
-
-    def guarded() -> Result:
-        try:
-            _cpu.set_thread_budget(0)
-            with torch.no_grad():
-                return work()
-        finally:
-            worker.give_back()
-
-    return worker.complete(Handle(guarded))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import numpy as np
 from common import Contender
@@ -17,6 +18,21 @@ def torch(sizes, dtype="float32", moments=None):
     _, parameters, read = _parameters(sizes, dtype)
     optimizer = fastadam.torch.Adam(parameters, lr=0.001, eps=1e-7, moments=moments)
     return Contender(optimizer.step, read)
+
+
+def torch_apart(sizes, ours):
+    """One Adam for each parameter, ours or `torch.optim.Adam(fused=True)`, as torchao and Megatron-Core offload."""
+    import fastadam.torch
+
+    torch, parameters, read = _parameters(sizes)
+    make = fastadam.torch.Adam if ours else partial(torch.optim.Adam, fused=True)
+    optimizers = [make([parameter], lr=0.001, eps=1e-7) for parameter in parameters]
+
+    def step():
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return Contender(step, read)
 
 
 def torch_nothing(sizes):

@@ -41,6 +41,10 @@ HALF: dict[str, tuple[str, dict[str, Any]]] = {
     "fastadam.torch.Adam, float32 moments": ("adapter_contenders.torch", {"dtype": "bfloat16", "moments": "float32"}),
     "DeepSpeedCPUAdam, float32 moments": ("dense_contenders.deepspeed", {"dtype": "bfloat16"}),
 }
+APART: dict[str, tuple[str, dict[str, Any]]] = {
+    "fastadam.torch.Adam": ("adapter_contenders.torch_apart", {"ours": True}),
+    "torch.optim.Adam(fused=True)": ("adapter_contenders.torch_apart", {"ours": False}),
+}
 TABLES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "torch": {
         "fastadam.torch.Adam lazy": ("adapter_contenders.torch_table", {"mode": "lazy"}),
@@ -60,6 +64,7 @@ def cases() -> dict[str, tuple[list[int], dict[str, tuple[str, dict[str, Any]]]]
     """By name: the sizes, and the contenders."""
     dense = {f"{framework}: {name}": (sizes, of) for framework, of in DENSE.items() for name, sizes in LISTS.items()}
     halves = {f"torch: {size} bfloat16": ([size], HALF) for size in (2**15, 2**25)}
+    halves |= {f"torch: 1000 optimizers of {size}": ([size] * 1000, APART) for size in (64, 4096)}
     tables = {f"{framework}: table": (TABLE, of) for framework, of in TABLES.items()}
     return {**dense, **halves, **tables}
 

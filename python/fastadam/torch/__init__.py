@@ -11,12 +11,13 @@ from fastadam._core.common.public import publish
 
 try:
     from fastadam.torch._adamw import AdamW
+    from fastadam.torch._deepspeed import DeepSpeedCPUAdam
     from fastadam.torch._optimizer import Adam
     from fastadam.torch._overlap import Overlap, overlap
 except ModuleNotFoundError as _error:
     raise missing("fastadam.torch", _error) from None
 
-__all__ = ["Adam", "AdamW", "Overlap", "overlap"]
+__all__ = ["Adam", "AdamW", "DeepSpeedCPUAdam", "Overlap", "overlap"]
 
 publish(globals())
 

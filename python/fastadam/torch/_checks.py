@@ -143,7 +143,7 @@ def check_kinds(lr: object, betas: object, eps: object, weight_decay: object) ->
         raise TypeError(f"betas: {betas!r:.60}, expected a pair of numbers")
     numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "betas[0]": betas[0], "betas[1]": betas[1]}
     for name, value in numbers.items():
-        if not isinstance(value, (numbers_abc.Real, Tensor)):
+        if not isinstance(value, (float, int, Tensor, numbers_abc.Real)):  # the last is slow to ask for
             is_schedule = name == "lr" and callable(value)
             how = (
                 "; torch.optim.lr_scheduler.LambdaLR(optimizer, function) changes it after each step"

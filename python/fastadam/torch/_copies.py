@@ -166,6 +166,11 @@ class Copies:
         return [state[MASTER] if i in mastered else None for i, state in enumerate(states)]
 
     @property
+    def are_any(self) -> bool:
+        """Whether any parameter has a copy or a master."""
+        return bool(self._watched)
+
+    @property
     def are_untouched(self) -> bool:
         """Whether only the optimizer has written to parameters with masters, in this memory, since their last step."""
         return not (self._mastered or self._split) or versions_of(self._watched) == self._versions

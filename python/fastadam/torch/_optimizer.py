@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastadam._core.common.checks import check_bool, check_count, check_number
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
+from fastadam._core.common.types import Foreign
 from fastadam._core.native.slices import check_sparse_update
 from fastadam._core.native.worker import Handle
 from fastadam.torch._buckets import BucketedStep
@@ -329,6 +332,29 @@ class Adam(torch.optim.Optimizer):
                 if traced[index].params:
                     traced_step(index, group, traced[index], grad_scale, found_inf, stepper.compiled.number)
         return loss
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Foreign]) -> Callable[..., Foreign]:
+        """What torch puts in place of ``step`` for hooks and profilers; without any it calls ``step`` alone.
+
+        torch's own wrapper takes longer than the step of a small parameter.
+        """
+        hooked = torch.optim.Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: Adam, *args: object, **kwargs: object) -> Foreign:
+            if (
+                torch.compiler.is_compiling()  # first, as the profiler cannot be asked in a trace
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+                or torch.autograd._profiler_enabled()
+            ):
+                return hooked(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return step
 
     @torch._disable_dynamo
     def _step_eagerly(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

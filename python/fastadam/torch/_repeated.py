@@ -31,6 +31,7 @@ class RepeatedStep:
         self._asked = [asked_of(group) for group in groups]
         self._steps = RepeatedSteps([each.plan for each in sets], groups, state)
         self._written = [tensor for each in sets for tensor in each.written]
+        self._copies = [each.copies for each in sets if each.copies.are_any]
         # With which the plans remember the numbers of the step: the scale of the gradients, then options of the group.
         self._numbers: list[tuple[object, ...] | None] = [None] * len(sets)
 
@@ -63,8 +64,11 @@ class RepeatedStep:
             None, with nothing changed, if it differs from the last; otherwise whether it was made: False, with nothing
             changed, if it is skipped because of gradients that are not finite.
         """
-        if len(groups) != len(self._sets) or not all(each.copies.are_untouched for each in self._sets):
+        if len(groups) != len(self._sets):
             return None
+        for copies in self._copies:
+            if not copies.are_untouched:
+                return None
         for index, group in enumerate(groups):
             moments, master, rounds = self._asked[index]
             if group.get("moments") is not moments or group.get("master") is not master:
@@ -83,8 +87,8 @@ class RepeatedStep:
         finally:
             if was_made:
                 increment_version(self._written)
-                for each in self._sets:
-                    each.copies.note_repeated()
+                for copies in self._copies:
+                    copies.note_repeated()
         return was_made
 
     def _remember(self, index: int, group: Group, gradient_scale: float, numbers: tuple[object, ...]) -> bool:

@@ -215,19 +215,7 @@ class OpenStep:
             self._close(self._undo_all)
 
     def _close(self, work: Callable[[], bool]) -> bool:
-        handle = Handle(partial(self._do_last, work))
-        try:
-            self._worker.submit(handle)
-            handle.wait()
-        except BaseException:
-            while self._worker.has(handle):
-                try:
-                    self._worker.wake()
-                    handle.wait()
-                except BaseException:
-                    continue
-            raise
-        return handle.result()
+        return self._worker.complete(Handle(partial(self._do_last, work)))
 
     def _do_last(self, work: Callable[[], bool]) -> bool:
         if not self.is_open:  # a signal has cut off the call that waited for the end

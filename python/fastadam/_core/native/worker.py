@@ -112,6 +112,21 @@ class Worker:
         self._shared.tasks.append(task)
         self.wake()
 
+    def complete(self, task: Handle[Result]) -> Result:
+        """Have a task done, and return its result. If a signal handler raises meanwhile, the task is done first."""
+        try:
+            self.submit(task)
+            task.wait()
+        except BaseException:
+            while self.has(task):
+                try:
+                    self.wake()
+                    task.wait()
+                except BaseException:
+                    continue
+            raise
+        return task.result()
+
     def has(self, task: Handle[Result]) -> bool:
         """Whether a task was submitted and is not done yet."""
         return task in self._shared.tasks

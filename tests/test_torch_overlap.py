@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pytest
@@ -245,3 +246,36 @@ print("exits")
 """
     result = run_python(code)
     assert (result.returncode, result.stdout, result.stderr) == (0, "exits\n", "")
+
+
+@pytest.mark.parametrize("attach", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_gradients_of_compute_params_step_their_masters(attach, clip):
+    def trained(how):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)).bfloat16()
+        weights = list(model.parameters())
+        masters = [torch.nn.Parameter(weight.detach().float()) for weight in weights]
+        groups = [{"params": masters, "compute_params": weights}]
+        optimizer = fastadam.torch.AdamW(groups, lr=0.01, global_clipnorm=clip)
+        x = torch.randn(32, 8).bfloat16()
+        overlapped = fastadam.torch.overlap(optimizer, bucket_mb=0)
+        if how == "attach":
+            overlapped.attach()
+        for _ in range(10):
+            optimizer.zero_grad()
+            with overlapped if how == "with" else contextlib.nullcontext():
+                (model(x) - x.sum(1, keepdim=True)).float().square().mean().backward()
+            if how == "plain":
+                for master, weight in zip(masters, weights, strict=True):
+                    master.grad_dtype = torch.bfloat16
+                    master.grad, weight.grad = weight.grad, None
+            if how != "with":
+                optimizer.step()
+        return masters, weights
+
+    (masters, weights), (ours, copies) = trained("plain"), trained("attach" if attach else "with")
+    for master, weight, mine, copy in zip(masters, weights, ours, copies, strict=True):
+        assert torch.equal(mine, master)
+        assert torch.equal(copy, weight)
+        assert torch.equal(copy, mine.bfloat16())

@@ -124,3 +124,13 @@ def kept(optimizer, params, but):
         state[name] for p, state in optimizer.state.items() if p is not but for name in ("exp_avg", "exp_avg_sq")
     ]
     return [*params, *moments]
+
+
+def test_another_overlap_is_refused():
+    optimizer = fastadam.torch.AdamW([torch.nn.Parameter(torch.ones(3))])
+    attached = fastadam.torch.overlap(optimizer).attach()
+    other = fastadam.torch.overlap(optimizer)
+    with pytest.raises(RuntimeError, match=r"attach: another overlap\(\) of this optimizer is attached, expected its"):
+        other.attach()
+    attached.detach()
+    other.attach()

@@ -291,6 +291,8 @@ def _nbytes(tensor: Foreign) -> int:
 
 def _sizes_of(shapes: Foreign) -> list[int]:
     """Numbers of elements."""
+    if isinstance(shapes, float) and shapes.is_integer():
+        shapes = int(shapes)
     if isinstance(shapes, numbers.Integral):
         return [check_count("optimizer_or_shapes", shapes)]
     if not isinstance(shapes, Iterable) or isinstance(shapes, (str, bytes, dict)) or hasattr(shapes, "shape"):

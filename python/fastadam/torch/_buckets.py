@@ -343,8 +343,8 @@ def _require_unchanged(given: Iterable[_Given]) -> None:
             raise RuntimeError(f"{each.label}: was written to while a step was open, expected no write before it ends")
         if each.has_other_gradient():
             raise RuntimeError(
-                f"gradient of {each.label}: changed since step_bucket(), expected it as it was until the step ends; "
-                "the step was undone"
+                f"gradient of {each.label}: changed since step_bucket() or the backward pass, expected it as it was "
+                "until the step ends (the optimizer clips with global_clipnorm=); the step was undone"
             )
 
 

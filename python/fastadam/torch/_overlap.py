@@ -71,6 +71,10 @@ class Overlap:
         """
         if self._is_attached:
             raise RuntimeError("attach: already attached, expected detach() first")
+        stepper = stepper_of(self._optimizer)
+        if stepper.overlap is not None:
+            raise RuntimeError("attach: another overlap() of this optimizer is attached, expected its detach() first")
+        stepper.overlap = self
         self._is_attached = True
         self._add_hooks()
         return self
@@ -79,6 +83,8 @@ class Overlap:
         """Remove the hooks; a step that was begun stays open."""
         for hook in self._hooks:
             hook.remove()
+        if self._is_attached:
+            stepper_of(self._optimizer).overlap = None
         self._hooks, self._is_attached = [], False
 
     @property
@@ -107,18 +113,17 @@ class Overlap:
 
     def _begin(self) -> None:
         self._waiting, self._size, self._seen = [], 0.0, set()
-        stepper = stepper_of(self._optimizer)
-        if self._is_attached:
-            stepper.overlap = self
         self._optimizer.begin_step(early=True, threads=self._threads, loss_scale=self._loss_scale)
-        self._step = stepper.open
+        self._step = stepper_of(self._optimizer).open
 
     def _add_hooks(self) -> None:
-        params = (param for group in self._optimizer.param_groups for param in group["params"])
-        for param in params:
-            if param.requires_grad:
-                self._hooks.append(param.register_hook(partial(self._before, param)))
-                self._hooks.append(param.register_post_accumulate_grad_hook(self._note))
+        for group in self._optimizer.param_groups:
+            params = group["params"]
+            for param, copy in zip(params, group.get("compute_params") or [None] * len(params), strict=True):
+                source = copy if copy is not None and copy.requires_grad else param
+                if source.requires_grad:
+                    self._hooks.append(source.register_hook(partial(self._before, param)))
+                    self._hooks.append(source.register_post_accumulate_grad_hook(partial(self._take, param)))
 
     def _before(self, param: Tensor, _gradient: Tensor) -> None:
         """A gradient is about to be added to; only then can the step be undone."""
@@ -129,8 +134,16 @@ class Overlap:
                 "the block or before attach()"
             )
 
+    def _take(self, param: Tensor, source: Tensor) -> None:
+        """A gradient of a parameter, or of the ``compute_params`` tensor in its place, is complete."""
+        if source is not param and (self.is_open or self._is_attached):
+            gradient, source.grad = source.grad, None  # the next one must not be added to it
+            if gradient is not None and gradient.dtype != param.dtype:
+                param.grad_dtype = gradient.dtype  # it is read as it is
+            param.grad = gradient
+        self._note(param)
+
     def _note(self, param: Tensor) -> None:
-        """A gradient is complete."""
         if not self.is_open:
             if not self._is_attached:
                 return  # the block was left, and a signal handler has kept the hooks from being removed
@@ -156,6 +169,8 @@ def overlap(
     The result is that of ``backward()`` and ``optimizer.step()``, to the bit, with clipping and ``skip_nonfinite`` too:
     parameters are stepped as if nothing was clipped, and a log undoes that at the end if it was wrong. While most steps
     are clipped, none is made early. The log takes about 1.1 bytes for each parameter, more in the first steps.
+
+    If tensors of ``compute_params`` require gradients, these are moved to the parameters, the masters.
 
     Parameters that something else than the backward pass reads or writes, and their gradients, must be left alone until
     the step ends. Only float32 parameters (or masters) with dense gradients in CPU memory are stepped early, others at

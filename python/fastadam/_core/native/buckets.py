@@ -349,7 +349,8 @@ def _require_unchanged(labels: Sequence[str], outcome: str = "The step was undon
         return
     names = ", ".join(labels[:3]) + (" ..." if len(labels) > 3 else "")
     raise RuntimeError(
-        f"gradients of {names}: changed since step_bucket(), expected them as they were until the step ends. "
+        f"gradients of {names}: changed since step_bucket() or the backward pass, expected them as they were until the "
+        "step ends. "
         f"{outcome}, but moments of these variables have taken the wrong one"
     )
 

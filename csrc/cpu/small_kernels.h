@@ -73,10 +73,10 @@ FASTADAM_INLINE StepScalars<Lanes> in_lanes(const StepScalars<float>& s) {
 // Brings a block that is kAhead elements further into L2, as prefetch_far() does.
 template <class Moments, class Variable, class Gradient>
 FASTADAM_INLINE void prefetch_ahead(const TensorArgs& tensor, int64_t begin) {
-  constexpr int64_t kAhead = 8 * kCodeBlock;
+  constexpr int64_t kAhead = 16 * kCodeBlock;
   const auto lines = [begin](const void* array, int64_t bytes) {
     const char* from = static_cast<const char*>(array) + (begin + kAhead) * bytes;
-    for (int64_t at = 0; at < kCodeBlock * bytes; at += kCacheLineBytes) __builtin_prefetch(from + at, 0, 3);
+    for (int64_t at = 0; at < kCodeBlock * bytes; at += kCacheLineBytes) __builtin_prefetch(from + at, 0, 2);
   };
   lines(tensor.var, sizeof(typename Variable::Storage));
   lines(tensor.grad, Gradient::kBytes);

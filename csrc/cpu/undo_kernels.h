@@ -17,14 +17,17 @@ struct alignas(kCacheLineBytes) LoggedTile {
   uint32_t of[kLoggedArrays][kTile];
 };
 
+// Returns whether values of a block are stored.
 template <bool kAmsgrad>
-void read_escapes(const uint8_t* codes, int64_t size, const char* from, LoggedTile& tile) {
+bool read_escapes(const uint8_t* codes, int64_t size, const char* from, LoggedTile& tile) {
   const auto take = [&from](void* to, size_t bytes) {
     std::memcpy(to, from, bytes);
     from += bytes;
   };
+  bool has_values = false;
   for (int64_t at = 0; at < size; at += kLogBlock) {
     if (codes[at] == kRaw) {
+      has_values = true;
       for (int array = 0; array < (kAmsgrad ? 4 : 3); ++array) take(tile.of[array] + at, kLogBlock * sizeof(uint32_t));
       continue;
     }
@@ -38,10 +41,12 @@ void read_escapes(const uint8_t* codes, int64_t size, const char* from, LoggedTi
       if constexpr (kAmsgrad) take(&tile.of[kLoggedVhat][at + i], sizeof(uint32_t));
     });
   }
+  return has_values;
 }
 
+// Likewise.
 template <bool kAmsgrad>
-FASTADAM_INLINE void read_tile(const uint8_t* __restrict codes, int64_t size, const char* escapes, LoggedTile& tile) {
+FASTADAM_INLINE bool read_tile(const uint8_t* __restrict codes, int64_t size, const char* escapes, LoggedTile& tile) {
   uint32_t* __restrict var = tile.of[kLoggedVar];
   uint32_t* __restrict m = tile.of[kLoggedM];
   uint32_t* __restrict v = tile.of[kLoggedV];
@@ -56,7 +61,7 @@ FASTADAM_INLINE void read_tile(const uint8_t* __restrict codes, int64_t size, co
     v[i] = widened(v_of(bytes[i]), kInByte.v, kInWord.v);
     if constexpr (kAmsgrad) vhat[i] = 0;
   }
-  read_escapes<kAmsgrad>(codes, size, escapes, tile);
+  return read_escapes<kAmsgrad>(codes, size, escapes, tile);
 }
 
 // Undoes the step of a block that starts at element `at` of a tile.
@@ -99,17 +104,21 @@ void undo_tile(const Operands<float>& all, int64_t size, const LoggedStep& step,
                const char* escapes) {
   const LoggedStep here = step;
   LoggedTile tile;
-  read_tile<kAmsgrad>(codes, size, escapes, tile);
-  for (int64_t at = 0; at < size; at += kLogBlock) {
+  const bool has_values = read_tile<kAmsgrad>(codes, size, escapes, tile);
+  for (int64_t at = 0; at < size; at += kBlock) {
     const Operands<float> block = operands_from<kAmsgrad>(all, at);
-    if (here.prefetch && at % kBlock == 0) prefetch_far(sizeof(float), block.var, block.grad, block.m, block.v);
-    const int64_t count = size - at < kLogBlock ? size - at : kLogBlock;
-    if (codes[at] == kRaw) {
-      restore_block<kAmsgrad>(block, at, count, tile);
-    } else if (count == kLogBlock) {
-      undo_elements<kAmsgrad, kTransform>(block, at, kLogBlock, here, tile);
-    } else {
-      undo_elements<kAmsgrad, kTransform>(block, at, count, here, tile);
+    if (here.prefetch) prefetch_far(sizeof(float), block.var, block.grad, block.m, block.v);
+    if (!has_values && size - at >= kBlock) {
+      undo_elements<kAmsgrad, kTransform>(block, at, kBlock, here, tile);
+      continue;
+    }
+    for (int64_t i = at; i < size && i < at + kBlock; i += kLogBlock) {
+      const int64_t count = size - i < kLogBlock ? size - i : kLogBlock;
+      if (codes[i] == kRaw) {
+        restore_block<kAmsgrad>(operands_from<kAmsgrad>(all, i), i, count, tile);
+      } else {
+        undo_elements<kAmsgrad, kTransform>(operands_from<kAmsgrad>(all, i), i, count, here, tile);
+      }
     }
   }
 }

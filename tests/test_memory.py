@@ -203,7 +203,7 @@ def test_masters_copies_and_8_bit_states_of_pytorch_count():
     [
         (None, "optimizer_or_shapes: NoneType, expected an optimizer, a list of shapes or arrays, or a number"),
         ("adam", "optimizer_or_shapes: str, expected"),
-        (7e9, "optimizer_or_shapes: float, expected"),
+        (7.5, "optimizer_or_shapes: float, expected"),
         (np.zeros(3, F32), "optimizer_or_shapes: ndarray, expected an optimizer, a list"),
         ({"w": (3,)}, "optimizer_or_shapes: dict, expected"),
         ([(3,), "w"], r"optimizer_or_shapes\[1\]: str, expected a shape, an array or a number"),

@@ -141,11 +141,13 @@ def c_interface(**numbers):
 
     def run():
         w, m, v = start.copy(), np.zeros(100, F32), np.zeros(100, F32)
-        addresses = (a.ctypes.data for a in (w, g, m, v))
-        tensor = Tensor(*addresses, None, 100, -1, 1.0, 2, 2, True, False, None, None, 2, *[None] * 4, 100)
+        tensor = Tensor(*(a.ctypes.data for a in (w, g, m, v)), size=100, grad_size=100, next=-1, grad_factor=1.0)
+        tensor.dtype = tensor.grad_dtype = tensor.copy_dtype = 2
+        tensor.decays = True
         listed = List(ABI, ctypes.pointer(tensor), 1, None, None, 0)
-        hyper = Hyper(3, 0.001, 0.9, 0.999, 1e-7, 0, *[np.inf] * 3, 1, 0, 0, *[False] * 3, 0, False, False)
-        for name, number in numbers.items():
+        hyper = Hyper(step=3, learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-7, gradient_scale=1)
+        bounds = dict.fromkeys(("clip_value", "clip_norm", "global_clip_norm"), np.inf)
+        for name, number in (bounds | numbers).items():
             setattr(hyper, name, number)
         assert library.fastadam_step(ctypes.byref(listed), ctypes.byref(hyper), ctypes.c_bool(False)) == 0
         return [w, m, v]

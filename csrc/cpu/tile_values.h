@@ -8,95 +8,25 @@
 #include "../core/small_state.h"
 #include "../core/split.h"
 #include "lanes.h"
+#include "vectors.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
-// Widens or narrows as many elements as it can with special instructions, and returns their number: compilers vectorise
-// loops that mix elements of one, two and four bytes badly.
-template <class From, class To>
-FASTADAM_INLINE int64_t resize_fast(const From* /*from*/, To* /*to*/, int64_t /*size*/) {
-  return 0;
-}
-
-#if defined(__AVX512F__)
-FASTADAM_INLINE int64_t resize_fast(const uint8_t* from, uint32_t* to, int64_t size) {
-  for (int64_t i = 0; i + 16 <= size; i += 16) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    _mm512_storeu_si512(to + i, _mm512_maskz_cvtepu8_epi32(kAll, bytes));
-  }
-  return size / 16 * 16;
-}
-
-FASTADAM_INLINE int64_t resize_fast(const uint32_t* from, uint8_t* to, int64_t size) {
-  for (int64_t i = 0; i + 16 <= size; i += 16) {
-    const __m128i bytes = _mm512_maskz_cvtepi32_epi8(kAll, _mm512_loadu_si512(from + i));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), bytes);
-  }
-  return size / 16 * 16;
-}
-
-FASTADAM_INLINE int64_t resize_fast(const uint16_t* from, uint32_t* to, int64_t size) {
-  for (int64_t i = 0; i + 16 <= size; i += 16) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
-    _mm512_storeu_si512(to + i, _mm512_maskz_cvtepu16_epi32(kAll, halves));
-  }
-  return size / 16 * 16;
-}
-
-FASTADAM_INLINE int64_t resize_fast(const uint32_t* from, uint16_t* to, int64_t size) {
-  for (int64_t i = 0; i + 16 <= size; i += 16) {
-    const __m256i halves = _mm512_maskz_cvtepi32_epi16(kAll, _mm512_loadu_si512(from + i));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), halves);
-  }
-  return size / 16 * 16;
-}
-#elif defined(__AVX2__)
-FASTADAM_INLINE __m256i eight_from(const uint32_t* from) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-}
-
-FASTADAM_INLINE int64_t resize_fast(const uint8_t* from, uint32_t* to, int64_t size) {
-  for (int64_t i = 0; i + 8 <= size; i += 8) {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_cvtepu8_epi32(bytes));
-  }
-  return size / 8 * 8;
-}
-
-FASTADAM_INLINE int64_t resize_fast(const uint32_t* from, uint8_t* to, int64_t size) {
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int64_t i = 0; i + 32 <= size; i += 32) {
-    const __m256i first = _mm256_packus_epi32(eight_from(from + i), eight_from(from + i + 8));
-    const __m256i second = _mm256_packus_epi32(eight_from(from + i + 16), eight_from(from + i + 24));
-    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), order);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), bytes);
-  }
-  return size / 32 * 32;
-}
-
-FASTADAM_INLINE int64_t resize_fast(const uint16_t* from, uint32_t* to, int64_t size) {
-  for (int64_t i = 0; i + 8 <= size; i += 8) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_cvtepu16_epi32(halves));
-  }
-  return size / 8 * 8;
-}
-
-FASTADAM_INLINE int64_t resize_fast(const uint32_t* from, uint16_t* to, int64_t size) {
-  for (int64_t i = 0; i + 16 <= size; i += 16) {
-    const __m256i halves = _mm256_packus_epi32(eight_from(from + i), eight_from(from + i + 8));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_permute4x64_epi64(halves, 0xd8));
-  }
-  return size / 16 * 16;
-}
-#endif
-
-// Values that are narrowed have no other bits than those that are kept.
-template <class From, class To>
-FASTADAM_INLINE void resize(const From* __restrict from, To* __restrict to, int64_t size) {
+// Elements of one or two bytes as words, or the low bits of words as elements.
+template <class Element>
+FASTADAM_INLINE void resize(const Element* __restrict from, uint32_t* __restrict to, int64_t size) {
+  const int64_t whole = size / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) store_vector(to + i, load_words(from + i));
 #pragma omp simd
-  for (int64_t i = resize_fast(from, to, size); i < size; ++i) to[i] = static_cast<To>(from[i]);
+  for (int64_t i = whole; i < size; ++i) to[i] = from[i];
+}
+template <class Element>
+FASTADAM_INLINE void resize(const uint32_t* __restrict from, Element* __restrict to, int64_t size) {
+  const int64_t whole = size / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) store_words(to + i, load_vector<Words>(from + i));
+#pragma omp simd
+  for (int64_t i = whole; i < size; ++i) to[i] = static_cast<Element>(from[i]);
 }
 
 // Calls work(first, count) for each block of codes, `count` being a constant for whole ones.
@@ -175,7 +105,7 @@ __attribute__((noinline)) inline void write_halves(const float* __restrict from,
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     highs[i] = high_half(from[i]);
-    lows[i] = low_half(from[i], highs[i]) & 0xffffu;
+    lows[i] = low_half(from[i], highs[i]);
   }
   resize(highs, reinterpret_cast<uint16_t*>(high), size);
   resize(lows, reinterpret_cast<uint16_t*>(low), size);

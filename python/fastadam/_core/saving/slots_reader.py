@@ -127,8 +127,9 @@ class SlotsReader:
         for (name, i), array in sorted(late.items(), key=lambda item: (NAMES.index(item[0][0]), item[0][1])):
             places[i][name] = len(store.arrays)
             store.arrays.append(array)
-        used = [name for _, name in self._owners.values()] + list(NAMES)
-        store.names = [name for name in dict.fromkeys(used) if any(name in slots for slots in places)]
+        given = set().union(*places)
+        used = [name for _, name in self._owners.values()]
+        store.names = [name for name in dict.fromkeys([*used, *NAMES]) if name in given]
         for spec, slots, number in zip(self._specs, places, self._numbers, strict=True):
             store.add_waiting(Entry(spec, slots, number=number))
 

@@ -191,7 +191,7 @@ def test_options_of_a_group_that_are_refused(options, error, text):
     assert torch.equal(first, before)
 
 
-@pytest.mark.parametrize("value", [3, True, b"8bit", torch.uint8, ["8bit"], torch.ones(2), lambda: "8bit"], ids=str)
+@pytest.mark.parametrize("value", [3, True, b"8bit", torch.uint8, ["8bit"], torch.ones(2), len], ids=str)
 @pytest.mark.parametrize("name", ["moments", "master", "stochastic_rounding"])
 @pytest.mark.parametrize("of", ["optimizer", "group", "changed group"])
 def test_options_of_the_wrong_type_are_refused_by_their_names(of, name, value):

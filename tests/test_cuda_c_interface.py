@@ -315,7 +315,10 @@ def test_plans_that_cannot_be(twins):
     refused("CUDA: ", pair.device.listed, device=99, status=CUDA_ERROR)
     refused("list: null", None)
     tensors = pair.device.tensors
-    refused("list: ABI 3, expected 2, the ABI of this library", ctypes.byref(List(3, tensors, 2, None, None, 0)))
+    refused(
+        f"list: ABI {ABI + 1}, expected {ABI}, the ABI of this library",
+        ctypes.byref(List(ABI + 1, tensors, 2, None, None, 0)),
+    )
     heads = np.array([0, 0])
     twice = List(ABI, tensors, 2, heads.ctypes.data, None, 2)
     refused("heads: expected each tensor to belong to exactly one variable", ctypes.byref(twice))

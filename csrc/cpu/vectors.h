@@ -264,7 +264,7 @@ class RandomWords {
   FASTADAM_INLINE RandomWords(uint64_t key, RandomStream stream, int64_t begin) {
     const uint64_t own = block_key(key, stream, begin);
     for (int64_t k = 0; k < kRegisters; ++k) {
-      Words lane;
+      Words lane{};
       for (int64_t i = 0; i < kWidth; ++i) lane[i] = static_cast<uint32_t>(k * kWidth + i);
       lanes_[k] = first_word(own, begin, lane);
     }

@@ -110,7 +110,8 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         }
         for name, value in flags.items():
             check_bool(name, value)
-        self.adam_w_mode, self.fp32_optimizer_states = adamw_mode, fp32_optimizer_states
+        self.adam_w_mode: bool = adamw_mode
+        self.fp32_optimizer_states: bool = fp32_optimizer_states
         self._records: dict[Hashable, list[Record]] = {}  # by subgroup, the last step last
         defaults = {
             "lr": lr,

@@ -1,6 +1,7 @@
 """The formats of small states keep their promises: they round-trip, round without bias, and hide neither zeros nor NaNs."""
 
 import codes_reference as ref
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -165,7 +166,6 @@ def test_bfloat16_keeps_nan_infinity_and_zero_under_any_random_bits():
 
 
 def test_bfloat16_to_nearest_is_that_of_ml_dtypes():
-    ml_dtypes = pytest.importorskip("ml_dtypes")
     x = np.random.default_rng(0).integers(0, 1 << 32, 1 << 18, np.uint32).view(np.float32)
     x = ref.flushed(x[~np.isnan(x)])
     x[:4] = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF], np.uint32).view(np.float32)

@@ -85,7 +85,7 @@ FASTADAM_INLINE uint32_t high_half(float x) {
 FASTADAM_INLINE uint32_t low_half(float x, uint32_t high) {
   return magnitude_bits(x) > 0x7f800000u ? 0 : bit_cast<uint32_t>(x) - (high << 16);
 }
-// A negative low half beside a zero, which something else has written to the variable, is no part of it.
+// If something else has set the variable to zero, a negative low half is left over and is ignored.
 FASTADAM_INLINE float joined(uint32_t high, int32_t low) {
   const int32_t magnitude = static_cast<int32_t>((high & 0x7fffu) << 16) + low;
   return bit_cast<float>((high & 0x8000u) << 16 | static_cast<uint32_t>(magnitude < 0 ? 0 : magnitude));

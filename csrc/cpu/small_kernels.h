@@ -135,13 +135,22 @@ UpdateKernel blocks_for(const StepArgs& step, const TensorArgs& tensor) {
   }
 }
 
+// SSE2 lacks most of the instructions that these loops need, and their code would be a seventh of the library.
+#if defined(__SSE2__) && !defined(__AVX2__)
+constexpr bool kHasBlocks = false;
+#else
+constexpr bool kHasBlocks = true;
+#endif
+
 // Updates a variable whose arrays are stored as in small_state.h.
 template <class Storage>
 void adam_small(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
-  if (const UpdateKernel blocks = blocks_for<Storage>(step, tensor)) {
-    const int64_t whole = begin + (end - begin) / kCodeBlock * kCodeBlock;
-    blocks(step, tensor, begin, whole);
-    begin = whole;
+  if constexpr (kHasBlocks) {
+    if (const UpdateKernel blocks = blocks_for<Storage>(step, tensor)) {
+      const int64_t whole = begin + (end - begin) / kCodeBlock * kCodeBlock;
+      blocks(step, tensor, begin, whole);
+      begin = whole;
+    }
   }
   if (begin < end) update_tiles<Storage>(step, tensor, begin, end);
 }

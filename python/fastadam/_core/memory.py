@@ -266,7 +266,7 @@ def _of_torch(optimizer: Foreign) -> _Found:
             found.sizes.append(_local(param).numel())
             found.gradient_items.append(param.element_size())
             found.parts["master" if copies else "parameters"] += _nbytes(param)
-            if "master" in state:  # of which the parameter is a copy
+            if "master" in state:  # the parameter is a rounded copy of it
                 found.only_written += _nbytes(param)
             if param.grad is not None:
                 found.parts["gradients"] += _nbytes(param.grad)

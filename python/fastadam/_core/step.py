@@ -368,7 +368,7 @@ def rate_after(rate: object, calls: int) -> AnyArray:
 
 
 def _refuse_sparse(dense_only: list[str | None], gradients: list[AnyGradient]) -> None:
-    """Raise for a sparse gradient of a variable that takes dense ones only, of which it is said why."""
+    """Raise for a sparse gradient of a variable that takes only dense ones; the error says why."""
     for why, gradient in zip(dense_only, gradients, strict=True):
         if why is not None and is_sparse(gradient):
             raise ValueError(why)

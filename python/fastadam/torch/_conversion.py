@@ -58,7 +58,7 @@ def rounded(values: Tensor, param: Tensor, key: Key) -> Tensor:
 def low_half(master: Tensor, param: Tensor) -> Tensor:
     """The low half of float32 masters, beside the bfloat16 parameter that they are rounded to.
 
-    A master halfway between two values of the parameter, of which the lower one in magnitude is even, has no low half:
+    The low half cannot represent a master halfway between two values of the parameter if the smaller one is even:
     it loses one bit.
     """
     found = torch.empty_like(param, dtype=torch.int16, memory_format=torch.preserve_format, requires_grad=False)

@@ -194,7 +194,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
             What ``closure`` returned.
 
         Raises:
-            RuntimeError: There is no step to undo, or the gradient has changed.
+            RuntimeError: No step is left to undo, or the gradient has changed since.
         """
         loss = _evaluate(closure)
         state = self.state.get(sub_group_id)

@@ -135,7 +135,7 @@ UpdateKernel blocks_for(const StepArgs& step, const TensorArgs& tensor) {
   }
 }
 
-// SSE2 lacks most of the instructions that these loops need, and their code would be a seventh of the library.
+// SSE2 lacks most of the instructions that these loops need, and their code would be a fifth of its kernels.
 #if defined(__SSE2__) && !defined(__AVX2__)
 constexpr bool kHasBlocks = false;
 #else

@@ -8,6 +8,7 @@ import sys
 import zipfile
 
 import fastadam
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import KERAS3, KERAS3_CASES, KERAS3_FILE
@@ -178,7 +179,7 @@ def test_files_that_are_none_are_refused(tmp_path):
 
 
 def test_bfloat16_in_a_file_becomes_float32(tmp_path):
-    h5py, ml_dtypes = pytest.importorskip("h5py"), pytest.importorskip("ml_dtypes")
+    h5py = pytest.importorskip("h5py")
     values = np.array([1.5, -2.0, 3e38], ml_dtypes.bfloat16)
     with h5py.File(tmp_path / "file", "w") as file:  # as keras/src/saving/saving_lib.py writes it
         file.create_dataset("optimizer/vars/0", data=values).attrs["dtype"] = "bfloat16"

@@ -7,6 +7,7 @@ import re
 from collections import OrderedDict, namedtuple
 
 import fastadam
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import random_array
@@ -218,7 +219,6 @@ def test_a_none_is_no_leaf_and_an_ordered_dict_keeps_its_order():
 
 
 def test_bfloat16_moments_are_widened():
-    ml_dtypes = pytest.importorskip("ml_dtypes")
     moments = [np.array([0.5, -1.25], ml_dtypes.bfloat16)]
     w, optimizer = np.ones(2, F32), fastadam.Adam()
     exchange.from_optax_state(optimizer, ScaleByAdamState(1, moments, moments), [w], epsilon=1e-8)

@@ -6,10 +6,12 @@ import functools
 import pickle
 import re
 import threading
+from pathlib import Path
 
 import fastadam
 import numpy as np
 import pytest
+from absent import need
 from cases import bits, random_array
 from helpers import run_python
 
@@ -264,14 +266,65 @@ print(np.asarray(step(w, g, fastadam.jax.init(w))[0]).tobytes().hex())
     assert result.stdout.split() == [np.asarray(compiled(w, g, state)[0]).tobytes().hex()], result.stderr
 
 
-def test_a_step_is_exported_with_the_check_that_the_guide_names():
+def dense_step(state, w, g, ids):
+    return STEP(w, g, state)
+
+
+def sparse_step(state, w, g, ids):
+    return fj.sparse_update(w, ids, g[:3], state, learning_rate=0.1, mode="lazy")
+
+
+def optax_step(state, w, g, ids):
+    updates, state = fj.scale_by_adam().update(g, state, w)
+    return optax.apply_updates(w, updates), state
+
+
+REGISTER = """
+jax.export.register_namedtuple_serialization(optax.ScaleByAdamState, serialized_name="optax.ScaleByAdamState")
+""".strip()
+
+
+@functools.cache
+def register_states():
+    exec(REGISTER, {"jax": jax, "optax": optax})
+
+
+@pytest.mark.parametrize("step", [dense_step, sparse_step, optax_step])
+def test_an_exported_step_has_the_same_bits_in_a_fresh_process(step, tmp_path):
+    """With the check and the calls that the guide names."""
+    need("flatbuffers")
     from jax import export
 
-    w, g = arrays(5, count=2)
-    state = fj.init(w)
-    check = export.DisabledSafetyCheck.custom_call("fastadam_dense_step")
-    exported = export.export(jax.jit(STEP), disabled_checks=[check])(w, g, state)
-    assert_same_bits(exported.call(w, g, state)[0], STEP(w, g, state)[0])
+    arguments = (*arrays(5, 4, count=2), jnp.array([4, 0, 4]))
+    state = STEP(*arguments[:2], fj.init(arguments[0]))[1]
+    target = "fastadam_sparse_step" if step is sparse_step else "fastadam_dense_step"
+    guide = (Path(__file__).parents[1] / "python" / "README.md").read_text()
+    assert f'"{target}"' in guide
+    assert REGISTER in guide
+    with pytest.raises(ValueError, match=target):
+        export.export(jax.jit(step))(state, *arguments)
+    check = export.DisabledSafetyCheck.custom_call(target)
+    exported = export.export(jax.jit(step), disabled_checks=[check])(state, *arguments)
+    expected = jax.tree.leaves(jax.jit(step)(state, *arguments))
+    assert_same_bits(exported.call(state, *arguments), expected)
+    register_states()
+    (tmp_path / "step").write_bytes(exported.serialize())
+    np.savez(tmp_path / "arguments.npz", *map(np.asarray, [*state, *arguments]))
+    code = f"""
+import pathlib
+import fastadam.jax, jax, numpy as np, optax
+from jax import export
+
+fastadam.jax.register()
+{REGISTER}
+folder = pathlib.Path({str(tmp_path)!r})
+step = export.deserialize(bytearray((folder / "step").read_bytes()))
+count, mu, nu, *arguments = np.load(folder / "arguments.npz").values()
+found = step.call(optax.ScaleByAdamState(count, mu, nu), *arguments)
+print(*[np.asarray(x).tobytes().hex() for x in jax.tree.leaves(found)])
+"""
+    result = run_python(code)
+    assert result.stdout.split() == [np.asarray(x).tobytes().hex() for x in expected], result.stderr
 
 
 def test_a_handler_that_jax_rejects_is_an_error_of_ours_and_jax_goes_on():

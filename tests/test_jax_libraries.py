@@ -7,6 +7,7 @@ import pytest
 
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
+contrib = pytest.importorskip("optax.contrib")
 jnp = jax.numpy
 import fastadam.jax as fj  # noqa: E402  after importorskip
 
@@ -27,8 +28,8 @@ def gradients(like, step):
     return jax.tree.map(random, like)
 
 
-def run(transformation, start, steps=range(6), state=None):
-    """The parameters and states after each of the steps."""
+def run(transformation, start, steps=range(6), state=None, like=None):
+    """The parameters and states after each of the steps, with gradients of ``like`` if they differ from parameters."""
 
     @jax.jit
     def step(values, state, grads):
@@ -37,7 +38,7 @@ def run(transformation, start, steps=range(6), state=None):
 
     values, state, seen = start, transformation.init(start) if state is None else state, []
     for k in steps:
-        values, state, updates = step(values, state, gradients(start, k))
+        values, state, updates = step(values, state, gradients(start if like is None else like, k))
         seen.append((values, state, updates))
     return seen
 
@@ -75,14 +76,65 @@ def assert_near(found, expected, bound):
         lambda m: optax.partition({"ours": m.adam(0.1), "sgd": optax.sgd(0.1)}, {"a": "ours", "b": "ours", "c": "sgd"}),
         lambda m: optax.apply_if_finite(m.adam(0.1), 3),
         lambda m: optax.chain(optax.clip_by_global_norm(0.5), m.adamw(optax.cosine_decay_schedule(0.1, 10))),
+        lambda m: optax.named_chain(("clip", optax.clip(0.5)), ("adam", m.adam(0.1))),
+        lambda m: optax.conditionally_mask(m.adam(0.1), lambda step: step % 2 == 0),
+        lambda m: optax.flatten(m.adam(0.1)),
     ],
-    ids=["MultiSteps", "masked", "inject_hyperparams", "partition", "apply_if_finite", "chain"],
+    ids=[
+        "MultiSteps",
+        "masked",
+        "inject_hyperparams",
+        "partition",
+        "apply_if_finite",
+        "chain",
+        "named_chain",
+        "conditionally_mask",
+        "flatten",
+    ],
 )
 def test_wrappers_of_optax_do_what_they_do_with_optax(wrap):
     """optax rounds ``1 - b2**t`` to float32, and half moments more often: a few units in the last place."""
     for found, expected in zip(run(wrap(fj), params()), run(wrap(optax), params()), strict=True):
         assert_near(found[0], expected[0], 24)
         assert jax.tree.structure(found[1]) == jax.tree.structure(expected[1])
+
+
+@pytest.mark.parametrize(
+    ("wrap", "start"),
+    [
+        (lambda m: optax.lookahead(m.adam(0.1), 3, 0.5), optax.LookaheadParams.init_synced),
+        (lambda m: contrib.schedule_free(m.adamw(0.1, b1=0.0), 0.1), lambda params: params),
+    ],
+    ids=["lookahead", "schedule_free"],
+)
+def test_wrappers_with_parameters_of_their_own_do_what_they_do_with_optax(wrap, start):
+    """Of float32: the differences are those of the last digit of an update, 0.1 in size."""
+    begun = params(a="float32", b="float32")
+    ours, theirs = (run(wrap(made), start(begun), like=begun) for made in (fj, optax))
+    for found, expected in zip(ours, theirs, strict=True):
+        assert_near(found[0], expected[0], 24)
+        assert jax.tree.structure(found[1]) == jax.tree.structure(expected[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: optax.apply_if_finite(m.adamw(0.1), 3),
+        lambda m: optax.MultiSteps(m.adamw(0.1), 1, should_skip_update_fn=optax.skip_not_finite),
+    ],
+    ids=["apply_if_finite", "MultiSteps"],
+)
+def test_a_gradient_that_is_not_finite_is_skipped(wrap, bad):
+    """With the bits of a run that has never seen it."""
+    start, transformation = params(), wrap(fj)
+    seen = run(transformation, start, range(2))[-1]
+    grads = gradients(start, 7)
+    grads["a"] = grads["a"].at[1, 2].set(bad)
+    updates, state = transformation.update(grads, seen[1], seen[0])
+    values = optax.apply_updates(seen[0], updates)
+    assert_same(values, seen[0])
+    assert_same(run(transformation, values, range(2, 4), state)[-1][0], run(transformation, start, range(4))[-1][0])
 
 
 # ---- dtypes of optax -------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import gc
 import sys
 import tracemalloc
@@ -12,35 +12,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fastadam.torch  # noqa: E402
-from absent import need  # noqa: E402
 from helpers import COUNT_THREADS, run_python  # noqa: E402
-
-
-class OnHost:
-    """A stream or an event where nothing runs at the same time."""
-
-    def wait_stream(self, other):
-        pass
-
-    def record_event(self):
-        return self
-
-    def synchronize(self):
-        pass
+from on_host import OfGpu, megatron_offload, torchao_offload  # noqa: E402
 
 
 @pytest.fixture
 def offload(monkeypatch):
-    """torchao's CPUOffloadOptimizer with parameters in CPU memory in place of a GPU's."""
-    need("torchao")
-    from torchao.optim import cpu_offload
-
-    empty_like = torch.empty_like
-    monkeypatch.setattr(cpu_offload, "get_available_devices", lambda: ["cpu", "cuda"])
-    monkeypatch.setattr(torch, "empty_like", lambda *given, pin_memory=False, **named: empty_like(*given, **named))
-    for name, value in {"Stream": OnHost, "current_stream": OnHost, "stream": contextlib.nullcontext}.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    return cpu_offload.CPUOffloadOptimizer
+    return torchao_offload(monkeypatch)
 
 
 def network():
@@ -76,6 +54,55 @@ def test_torchaos_offload_takes_the_class(offload):
     train(model, ours, range(5, 8))
     train(resumed, other, range(5, 8))
     torch.testing.assert_close(values(resumed), values(model), rtol=0, atol=0)
+
+
+@pytest.mark.slow  # of a package that takes seconds to import
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"overlap_cpu_optimizer_d2h_h2d": False}),
+        (torch.bfloat16, {"param_update_in_fp32": True}),
+    ],
+    ids=["float32", "one optimizer for each group", "bfloat16, updated in float32"],
+)
+def test_megatrons_offload_takes_the_class_and_resumes_to_the_bit(dtype, options, monkeypatch):
+    """Its own keys are in every group, it sets rates there, and replaces groups and states."""
+    kind = megatron_offload(monkeypatch)
+
+    def start(of):
+        torch.manual_seed(0)
+        return [of(torch.randn(shape).to(dtype)) for shape in ((8, 7), (7,), (5000,))]
+
+    def groups(params):
+        return [{"params": params[:2], "weight_decay": 0.25}, {"params": params[2:], "lr": 0.05}]
+
+    def offloaded(params):
+        return kind(groups(params), offload_fraction=1.0, cpu_optimizer_cls=fastadam.torch.AdamW, **options)
+
+    def step(params, optimizer, numbers, given=None):
+        for number in numbers:
+            generator = torch.Generator().manual_seed(number)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / (1 + number)
+            for param, receiver in zip(params, given or params, strict=True):
+                receiver.grad = torch.randn(param.shape, generator=generator).to(dtype).to(receiver.dtype)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    params, masters = start(OfGpu), [torch.nn.Parameter(p.float()) for p in start(torch.nn.Parameter)]
+    ours, plain = offloaded(params), fastadam.torch.AdamW(groups(masters))
+    assert {type(each) for each in ours.sub_optimizers} == {fastadam.torch.AdamW}
+    step(params, ours, range(4))
+    step(params, plain, range(4), masters)
+    torch.testing.assert_close([p.detach() for p in params], [p.detach().to(dtype) for p in masters], rtol=0, atol=0)
+    resumed = [OfGpu(p.detach().clone()) for p in params]
+    other = offloaded(resumed)
+    other.load_state_dict(copy.deepcopy(ours.state_dict()))
+    step(params, ours, range(4, 7))
+    step(resumed, other, range(4, 7))
+    torch.testing.assert_close([p.detach() for p in resumed], [p.detach() for p in params], rtol=0, atol=0)
+    assert all(float(state["step"]) == 7 for state in other.state.values())
 
 
 def test_one_optimizer_for_each_parameter_does_what_one_for_all_does():

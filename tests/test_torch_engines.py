@@ -54,10 +54,24 @@ def sharded():
 def zero(_folder):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    model = network()
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=fastadam.torch.Adam, lr=0.1, amsgrad=True)
+    def made():
+        model = network()
+        options = {"optimizer_class": fastadam.torch.Adam, "lr": 0.1, "amsgrad": True}
+        return model, ZeroRedundancyOptimizer(model.parameters(), **options)
+
+    model, optimizer = made()
     train(model, optimizer, range(5))
     check_equal(model.parameters(), unsharded(5, amsgrad=True))
+    optimizer.consolidate_state_dict(0)
+    saved = [copy.deepcopy(optimizer.state_dict()) if distributed.get_rank() == 0 else None]
+    distributed.broadcast_object_list(saved, 0)  # as if both processes read it from a file
+    resumed, other = made()
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(saved[0])
+    for run in ((model, optimizer), (resumed, other)):
+        train(*run, range(5, 8))
+    assert all(map(torch.equal, resumed.parameters(), model.parameters()))
+    assert all(float(state["step"]) == 8 for state in other.optim.state.values())
 
 
 def fsdp(_folder):
@@ -130,7 +144,11 @@ def checkpoint(folder):
     dcp.load({"weights": weights, "state": state}, checkpoint_id=folder)
     set_state_dict(resumed, other, model_state_dict=weights, optim_state_dict=state)
     train(resumed, other, range(3, 6))
-    check_equal(resumed.parameters(), unsharded(6))
+    for a, b in zip(resumed.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a.to_local(), b.to_local())
+        for name, value in optimizer.state[b].items():
+            found = other.state[a][name]
+            assert torch.equal(found, value) if name == "step" else torch.equal(found.to_local(), value.to_local())
 
 
 @needs_gloo
@@ -188,6 +206,37 @@ def test_a_compiled_first_step_makes_the_state():
     twin(torch.randn(6, 8).double()).pow(2).sum().backward()
     torch.compile(lambda: ours.step(), fullgraph=True, backend="aot_eager")()
     check_equal(twin.parameters(), [parameter.detach() for parameter in model.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("early", [True, False], ids=["before the load", "after the load"])
+def test_a_compiled_step_is_resumed_to_the_bit(early):
+    """With a state that is loaded after the step was compiled, or before."""
+
+    class Run:
+        def __init__(self):
+            self.model = network()
+            self.optimizer = fastadam.torch.AdamW(self.model.parameters(), lr=0.1, amsgrad=True)
+            self.zero_grad = self.optimizer.zero_grad
+            self.step = torch.compile(lambda: self.optimizer.step(), fullgraph=True, backend="aot_eager")
+
+        def train(self, steps):
+            train(self.model, self, steps)
+
+        def bits(self):
+            states = [value for state in self.optimizer.state.values() for value in state.values()]
+            return [tensor.detach().clone() for tensor in [*self.model.parameters(), *states]]
+
+    whole, resumed = Run(), Run()
+    whole.train(range(3))
+    if early:
+        resumed.train(range(7, 9))
+    resumed.model.load_state_dict(whole.model.state_dict())
+    resumed.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
+    for run in (whole, resumed):
+        run.train(range(3, 6))
+    assert all(map(torch.equal, resumed.bits(), whole.bits()))
+    assert len(whole.bits()) == 5 * 6
 
 
 def test_the_operator_says_what_it_mutates():

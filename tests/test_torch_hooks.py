@@ -79,6 +79,92 @@ def test_averages_and_rates_of_swa_utils():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_an_average_is_resumed_to_the_bit():
+    """Its parameters are copies that no step touches, in memory of their own."""
+    from torch.optim import swa_utils
+
+    def start():
+        model = network()
+        average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
+        return model, fastadam.torch.AdamW(model.parameters(), lr=0.1), average
+
+    def train_on(model, optimizer, average, data):
+        for batch in data:
+            optimizer.zero_grad()
+            model.eval()(batch).square().mean().backward()
+            optimizer.step()
+            average.update_parameters(model)
+
+    whole, resumed, data = start(), start(), batches()
+    train_on(*whole, data[:4])
+    for part, other in zip(whole, resumed, strict=True):
+        other.load_state_dict(copy.deepcopy(part.state_dict()))
+    for each in (whole, resumed):
+        train_on(*each, data[4:])
+    assert_same(bits(*resumed[:2]), bits(*whole[:2]))
+    assert_same(list(resumed[2].state_dict().values()), list(whole[2].state_dict().values()))
+    assert int(whole[2].n_averaged) == 8
+    assert not torch.equal(next(whole[2].parameters()), next(whole[0].parameters()))
+
+
+def test_hooks_of_state_dicts_see_and_change_what_they_do_in_torch():
+    def calls(kind):
+        seen = []
+        _, optimizer, _ = steps_of(kind, count=2)
+
+        def change(o, state_dict):
+            seen.append(("saved", sorted(state_dict)))
+            state_dict["param_groups"][0]["lr"] = 0.5
+            return {**state_dict, "more": 1}
+
+        def before(o, state_dict):
+            seen.append(("loading", state_dict.pop("more")))
+            return state_dict
+
+        optimizer.register_state_dict_pre_hook(lambda o: seen.append(("saving", len(o.state))))
+        optimizer.register_state_dict_post_hook(change)
+        optimizer.register_load_state_dict_pre_hook(before)
+        optimizer.register_load_state_dict_post_hook(lambda o: seen.append(("loaded", o.param_groups[0]["lr"])))
+        optimizer.load_state_dict(optimizer.state_dict())
+        return seen
+
+    theirs, ours = map(calls, KINDS)
+    assert ours == theirs
+    assert [name for name, _ in ours] == ["saving", "saved", "loading", "loaded"]
+    assert ours[-1] == ("loaded", 0.5)
+
+
+def test_a_step_in_the_backward_pass_has_the_bits_of_one_after_it():
+    """One optimizer for each parameter, in a hook that PyTorch calls when its gradient is there; and so resumed."""
+
+    def start():
+        model = network().eval()
+        optimizers = {p: fastadam.torch.AdamW([p], lr=0.1) for p in model.parameters()}
+
+        def step(p):
+            optimizers[p].step()
+            optimizers[p].zero_grad()
+
+        for p in optimizers:
+            p.register_post_accumulate_grad_hook(step)
+        return model, list(optimizers.values())
+
+    def train_on(model, data):
+        for batch in data:
+            model(batch).square().mean().backward()
+
+    (whole, optimizers), (resumed, others), data = start(), start(), batches()
+    train_on(whole, data[:4])
+    resumed.load_state_dict(whole.state_dict())
+    for optimizer, other in zip(optimizers, others, strict=True):
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (whole, resumed):
+        train_on(each, data[4:])
+    plain, _, _ = steps_of(fastadam.torch.AdamW, count=8)
+    assert_same(list(whole.parameters()), list(plain.parameters()))
+    assert_same(list(resumed.parameters()), list(plain.parameters()))
+
+
 @pytest.mark.parametrize(
     "make",
     [

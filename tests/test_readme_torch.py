@@ -256,3 +256,20 @@ def test_megatron(monkeypatch):
     )
     train(model, opt)
     assert_as_torch(model, opt.sub_optimizers[0])
+
+
+@slow
+@pytest.mark.filterwarnings("ignore")  # of the packages that it imports
+def test_torchrec():
+    need("torchrec", "fbgemm_gpu")
+    from torchrec.optim.keyed import KeyedOptimizerWrapper
+    from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+    model = network()
+    names = {
+        "KeyedOptimizerWrapper": KeyedOptimizerWrapper,
+        "in_backward_optimizer_filter": in_backward_optimizer_filter,
+    }
+    opt = written("TorchRec, unsharded", model=model, **names)
+    train(model, opt)
+    assert_as_torch(model, opt._optimizer)

@@ -87,16 +87,19 @@ def check_groups_apart(groups: Iterable[tuple[int, Group]]) -> None:
     Args:
         groups: Groups, each after its place.
     """
+    groups = list(groups)
+    receivers = [
+        (tensor, f"param_groups[{index}]['compute_params'][{place}]")
+        for index, group in groups
+        for place, tensor in enumerate(group.get("compute_params") or ())
+        if tensor is not None
+    ]
+    if not receivers:
+        return
     found: dict[int, tuple[Tensor, str]] = {}
-    receivers = []
     for index, group in groups:
         for place, param in enumerate(group["params"]):
             found.setdefault(id(param), (param, label_of(group, index, place)))
-        for place, tensor in enumerate(group.get("compute_params") or ()):
-            if tensor is not None:
-                receivers.append((tensor, f"param_groups[{index}]['compute_params'][{place}]"))
-    if not receivers:
-        return
     named = [pair for pair in (*receivers, *found.values()) if not pair[0].is_meta]
     for cluster in clusters_of([span_of(tensor) for tensor, _ in named]):
         names = [named[place][1] for place in cluster]

@@ -254,23 +254,20 @@ class Adam(torch.optim.Optimizer):
         telemetry: bool = False,
     ) -> None:
         check_sparse_update(sparse_update)
-        clipping = Clipping()
-        clipping.set(
-            clipvalue=clipvalue, clipnorm=clipnorm, global_clipnorm=global_clipnorm, skip_nonfinite=skip_nonfinite
-        )
+        clipping = Clipping.of(clipvalue, clipnorm, global_clipnorm, skip_nonfinite)
         self._options = Options(sparse_update, [], clipping, telemetry, Float32Rule(float32_for))
         self._stepper = GroupStepper(self._options)
         check_kinds(lr, betas, eps, weight_decay)
-        tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
-        for name, value in tensors.items():
-            check_tensor(name, value, foreach=bool(foreach), capturable=capturable)
+        for name, value in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
+            if isinstance(value, Tensor):
+                check_tensor(name, value, foreach=bool(foreach), capturable=capturable)
         check_numbers(lr, betas, eps, weight_decay)
         check_options({"differentiable": differentiable})
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         defaults = {
             "lr": lr,
-            "betas": tuple(beta.squeeze() if isinstance(beta, Tensor) else beta for beta in betas),
+            "betas": tuple([beta.squeeze() if isinstance(beta, Tensor) else beta for beta in betas]),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,

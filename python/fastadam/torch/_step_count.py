@@ -95,6 +95,8 @@ class StepCounts:
         self.forget()
         if self._whole is not None:
             self._whole.fill_(count)
+        elif len(self.steps) == 1:
+            self.steps[0].fill_(count)
         else:
             first = self.steps[0]
             self._copy(torch.full((), float(count), dtype=first.dtype, device=first.device))
@@ -168,12 +170,17 @@ def number_of(count: object, label: str) -> float:
 def zero_steps(count: int, device: torch.device) -> tuple[Tensor, ...]:
     """Step counts side by side, in torch's dtype; on a GPU each has its own version, which shows who wrote to it."""
     in_double = device.type == "cpu" and torch.get_default_dtype() == torch.float64
-    whole = torch.zeros(count, dtype=torch.float64 if in_double else torch.float32, device=device)
+    dtype = torch.float64 if in_double else torch.float32
+    if count == 1:
+        return (torch.zeros((), dtype=dtype, device=device),)
+    whole = torch.zeros(count, dtype=dtype, device=device)
     return tuple(whole.unbind() if device.type == "cpu" else (step.data for step in whole.unbind()))
 
 
 def _whole_of(steps: list[Tensor]) -> Tensor | None:
-    """One tensor over all of these, if they are neighbours in one."""
+    """One tensor over all of these, if they are several, and neighbours in one."""
+    if len(steps) == 1:
+        return None
     first, size = steps[0], steps[0].element_size()
     start, storage = first.data_ptr(), first.untyped_storage().data_ptr()
     for i, step in enumerate(steps):

@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import weakref
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -50,14 +50,19 @@ class CompiledSteps:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # of all steps, compiled or not, and of what reads rows or states
-        self.sets: BoundedCache[SetKey, ParameterSet] = BoundedCache(_MOST_SETS)
         self.skipped: bool | ScaledStep = False  # whether the last step, compiled or not, was; or what knows it
         self.number = number = id(self)
         # A WeakValueDictionary takes longer than the rest. The reference is the default of pop().
-        _known[number] = weakref.ref(self, partial(_known.pop, number))
+        _known[number] = weakref.ref(self, partial(_forget, number))
+
+    @cached_property
+    def sets(self) -> BoundedCache[SetKey, ParameterSet]:
+        """Those of compiled steps."""
+        return BoundedCache(_MOST_SETS)
 
 
 _known: dict[int, weakref.ref[CompiledSteps]] = {}
+_forget = _known.pop
 
 
 def _renew_locks() -> None:

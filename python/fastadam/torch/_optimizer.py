@@ -311,7 +311,8 @@ class Adam(torch.optim.Optimizer):
                 if stepper.overlap is not None and stepper.overlap.is_open:
                     stepper.overlap.step(grad_scale, found_inf)
                     return loss
-                stepper.require_closed("step")
+                if stepper.open is not None:
+                    stepper.require_closed("step")
                 stepper.step(self.param_groups, self.state, grad_scale, found_inf)
             return loss
         if self._options.need_eager(self.param_groups):

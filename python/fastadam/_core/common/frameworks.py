@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sized, ValuesView
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastadam._core.common.types import Tree
 
@@ -76,11 +76,12 @@ def require(package: str, what: str) -> ModuleType:
 
 def framework_of(value: object) -> str | None:
     """The framework that defines an object's class or a base of it: "keras", "tensorflow", "torch" or "jax"."""
-    return _framework_of_class(type(value))
+    cls: Any = type(value)
+    return _framework_of_class(cls)
 
 
 @functools.lru_cache(maxsize=64)
-def _framework_of_class(cls: type) -> str | None:
+def _framework_of_class(cls: type[object]) -> str | None:
     tops = {base.__module__.partition(".")[0] for base in cls.__mro__}
     return next((name for module, name in _MODULES.items() if module in tops), None)
 

@@ -143,8 +143,11 @@ def check_kinds(lr: object, betas: object, eps: object, weight_decay: object) ->
     """Check that these are numbers, before they are compared."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas: {betas!r:.60}, expected a pair of numbers")
+    given = (lr, eps, weight_decay, *betas)
+    if set(map(type, given)) <= {float, int}:
+        return
     names = ("lr", "eps", "weight_decay", "betas[0]", "betas[1]")
-    for name, value in zip(names, (lr, eps, weight_decay, *betas), strict=True):
+    for name, value in zip(names, given, strict=True):
         if not isinstance(value, (float, int, Tensor, numbers_abc.Real)):  # the last is slow to ask for
             is_schedule = name == "lr" and callable(value)
             how = (
@@ -194,6 +197,8 @@ def check_saved_group(group: Group, label: str) -> None:
 
 def check_params(params: ParamsT) -> ParamsT:
     """Refuse what cannot be parameters of torch; an iterator becomes a list. Torch's own check follows."""
+    if type(params) is list and params and type(params[0]) in _PLAIN:
+        return params
     if isinstance(params, torch.nn.Module):
         raise TypeError(f"params: {type(params).__name__}, expected its parameters: model.parameters()")
     if not isinstance(params, Iterable):

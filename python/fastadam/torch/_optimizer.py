@@ -688,7 +688,8 @@ class Adam(torch.optim.Optimizer):
             fill_seed(param_group, self.defaults.get("seed", 0))
             self._options.float32_rule.require_names(param_group)
             check_compute_params(param_group, len(self.param_groups) - 1, self._options.sparse_update)
-            check_groups_apart(enumerate(self.param_groups))
+            if any("compute_params" in group for group in self.param_groups):
+                check_groups_apart(enumerate(self.param_groups))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise

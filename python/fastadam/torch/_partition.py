@@ -284,6 +284,8 @@ class Partitions:
 
 
 def _turns_of(group: Group, params: list[Tensor], states: States) -> list[Turn]:
+    if len(params) < 2:
+        return turns_of(params, [None] * len(params), fused=False, foreach=False)
     known = [states.get(param) or {} for param in params]
     if group["foreach"]:
         moments = [id(named[SLOTS["m"]]) for named in known if SLOTS["m"] in named]

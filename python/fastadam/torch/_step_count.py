@@ -22,7 +22,6 @@ class StepCounts:
 
     def __init__(self, steps: list[Tensor]) -> None:
         self.steps = tuple(steps)
-        self.device = steps[0].device if all(step.device == steps[0].device for step in steps) else None
         self._whole = _whole_of(steps)
         self.addresses = tuple([step.data_ptr() for step in steps])
         self._caches = any(map(is_on_gpu, steps))
@@ -34,6 +33,12 @@ class StepCounts:
         if not all(map(is_, [state.get("step") for state in states], self.steps)):
             return False
         return tuple([step.data_ptr() for step in self.steps]) == self.addresses
+
+    @property
+    def device(self) -> torch.device | None:
+        """The one on which all are; None if they are on several."""
+        first = self.steps[0].device
+        return first if all(step.device == first for step in self.steps) else None
 
     @property
     def are_plain(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -111,17 +110,15 @@ print(one - before, native_threads() - before)
     assert result.stdout.split() == ["2", "2"], result.stderr
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_they_leave_no_memory_behind():
     code = """
-import gc, torch, fastadam.torch
+import gc, resource, torch, fastadam.torch
 params = [torch.nn.Parameter(torch.ones(1000)) for _ in range(100)]
 for p in params:
     p.grad = torch.ones(1000)
 def kilobytes():
     gc.collect()
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def work(rounds):
     for _ in range(rounds):
         for each in [fastadam.torch.AdamW([p]) for p in params]:
@@ -133,4 +130,4 @@ work(20)
 print(kilobytes() - before)
 """
     result = run_python(code)
-    assert int(result.stdout) < 1000, result.stderr  # 2000 optimizers; the moments of one take 8 kB
+    assert int(result.stdout) < 2000, result.stderr  # 2000 optimizers; the moments of one take 8 kB

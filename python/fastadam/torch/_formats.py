@@ -121,6 +121,15 @@ class Float32Rule:
             if self._least < 0:
                 raise ValueError(f"float32_for: {given}, expected {expected}")
 
+    @property
+    def shown(self) -> object:
+        """What was given, for a ``repr``."""
+        if not self.is_given:
+            return None
+        if self._function is not None:
+            return getattr(self._function, "__qualname__", type(self._function).__name__)
+        return list(self.patterns) if self.patterns else self._least
+
     def require_names(self, group: Group) -> None:
         """Raise ValueError if there are patterns of names, and parameters without."""
         if self.patterns and not group.get("param_names"):

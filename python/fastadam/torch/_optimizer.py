@@ -696,6 +696,12 @@ class Adam(torch.optim.Optimizer):
         if param_group.get("compute_params") is not None:
             param_group["compute_params"] = ComputeParams(param_group["compute_params"])
 
+    def __repr__(self) -> str:
+        """Torch's text of the groups; then the options of the optimizer that are not the defaults."""
+        groups: str = super().__repr__()
+        given = [f"    {name}: {value}\n" for name, value in self._options.given().items()]
+        return groups.removesuffix(")") + "".join(["All groups\n", *given] if given else []) + ")"
+
     def __getstate__(self) -> StateDict:
         self._stepper.require_closed("copy")
         self.sync()

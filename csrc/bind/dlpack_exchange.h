@@ -55,8 +55,8 @@ inline bool has_own_exchange_api(py::handle object) {
   return type->tp_dict != nullptr && PyDict_Contains(type->tp_dict, name.ptr()) == 1;
 }
 
-// A capsule that owns the memory of a tensor in CPU memory, as its `__dlpack__` makes it. Null for any other object, for
-// a tensor that requires gradients or is negated, and where only `__dlpack__` can say what is wrong.
+// A capsule that owns the memory of a tensor in CPU memory, as its `__dlpack__` makes it. Null for any other object,
+// for a tensor that requires gradients or is negated, and where only `__dlpack__` can say what is wrong.
 inline py::object exported_on_host(py::handle object) {
   static const py::handle requires_grad = PyUnicode_InternFromString("requires_grad");
   const dlpack::ExchangeApi* api = exchange_api_of(object);

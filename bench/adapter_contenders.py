@@ -20,19 +20,35 @@ def torch(sizes, dtype="float32", moments=None):
     return Contender(optimizer.step, read)
 
 
-def torch_apart(sizes, ours):
+def torch_apart(sizes, ours, dtype="float32"):
     """One Adam for each parameter, ours or `torch.optim.Adam(fused=True)`, as torchao and Megatron-Core offload."""
-    import fastadam.torch
-
-    torch, parameters, read = _parameters(sizes)
-    make = fastadam.torch.Adam if ours else partial(torch.optim.Adam, fused=True)
-    optimizers = [make([parameter], lr=0.001, eps=1e-7) for parameter in parameters]
+    _, parameters, read = _parameters(sizes, dtype)
+    optimizers = _apart(parameters, ours)
 
     def step():
         for optimizer in optimizers:
             optimizer.step()
 
     return Contender(step, read)
+
+
+def torch_made(sizes, ours, steps):
+    """Making these, and their first `steps` steps."""
+    _, parameters, _ = _parameters(sizes)
+
+    def step():
+        for optimizer in _apart(parameters, ours) * steps:
+            optimizer.step()
+
+    return Contender(step)
+
+
+def _apart(parameters, ours):
+    import fastadam.torch
+    import torch
+
+    make = fastadam.torch.Adam if ours else partial(torch.optim.Adam, fused=True)
+    return [make([parameter], lr=0.001, eps=1e-7) for parameter in parameters]
 
 
 def torch_nothing(sizes):

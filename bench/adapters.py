@@ -41,10 +41,6 @@ HALF: dict[str, tuple[str, dict[str, Any]]] = {
     "fastadam.torch.Adam, float32 moments": ("adapter_contenders.torch", {"dtype": "bfloat16", "moments": "float32"}),
     "DeepSpeedCPUAdam, float32 moments": ("dense_contenders.deepspeed", {"dtype": "bfloat16"}),
 }
-APART: dict[str, tuple[str, dict[str, Any]]] = {
-    "fastadam.torch.Adam": ("adapter_contenders.torch_apart", {"ours": True}),
-    "torch.optim.Adam(fused=True)": ("adapter_contenders.torch_apart", {"ours": False}),
-}
 TABLES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "torch": {
         "fastadam.torch.Adam lazy": ("adapter_contenders.torch_table", {"mode": "lazy"}),
@@ -60,13 +56,29 @@ TABLES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 }
 
 
+def apart(function: str, **options: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Hundreds of optimizers, each of one parameter."""
+    return {
+        "fastadam.torch.Adam": (f"adapter_contenders.{function}", {"ours": True, **options}),
+        "torch.optim.Adam(fused=True)": (f"adapter_contenders.{function}", {"ours": False, **options}),
+    }
+
+
 def cases() -> dict[str, tuple[list[int], dict[str, tuple[str, dict[str, Any]]]]]:
     """By name: the sizes, and the contenders."""
     dense = {f"{framework}: {name}": (sizes, of) for framework, of in DENSE.items() for name, sizes in LISTS.items()}
     halves = {f"torch: {size} bfloat16": ([size], HALF) for size in (2**15, 2**25)}
-    halves |= {f"torch: 1000 optimizers of {size}": ([size] * 1000, APART) for size in (64, 4096)}
+    many = {f"torch: 1000 optimizers of {size}": ([size] * 1000, apart("torch_apart")) for size in (64, 4096)}
+    many |= {
+        f"torch: 1000 optimizers of {size} bfloat16": ([size] * 1000, apart("torch_apart", dtype="bfloat16"))
+        for size in (64, 4096)
+    }
+    many |= {
+        f"torch: 1000 optimizers of 64, {what}": ([64] * 1000, apart("torch_made", steps=steps))
+        for steps, what in enumerate(("made", "and a first step", "and a second step"))
+    }
     tables = {f"{framework}: table": (TABLE, of) for framework, of in TABLES.items()}
-    return {**dense, **halves, **tables}
+    return {**dense, **halves, **many, **tables}
 
 
 def measure(name: str, sizes: list[int], contenders: dict[str, tuple[str, dict[str, Any]]], turns: int) -> dict:

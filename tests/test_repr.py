@@ -375,3 +375,38 @@ def test_with_accumulation_a_schedule_sees_the_calls():
 def test_current_learning_rate_refuses_what_the_step_refuses(rate, error, message):
     with pytest.raises(error, match=message):
         _ = fastadam.Adam(rate).current_learning_rate
+
+
+def named_bias(name, _shape):
+    return name == "bias"
+
+
+@pytest.mark.parametrize("options", [{}, {"moments": "8bit"}], ids=str)
+def test_an_optimizer_of_pytorch_shows_groups_as_torch_does(options):
+    torch = pytest.importorskip("torch")
+    import fastadam.torch
+
+    text = repr(fastadam.torch.AdamW([torch.nn.Parameter(torch.ones(2))], lr=0.1, **options))
+    assert text.startswith("AdamW (\nParameter Group 0\n    amsgrad: False\n")
+    assert text.endswith("    weight_decay: 0.01\n)")
+    assert all(f"    {name}: {value}\n" in text for name, value in options.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        ({"clipnorm": 1.0, "skip_nonfinite": True}, ["clipnorm: 1.0", "skip_nonfinite: True"]),
+        ({"clipvalue": 2.0, "telemetry": True}, ["clipvalue: 2.0", "telemetry: True"]),
+        ({"sparse_update": "lazy", "global_clipnorm": 3.0}, ["sparse_update: lazy", "global_clipnorm: 3.0"]),
+        ({"moments": "8bit", "float32_for": 100}, ["float32_for: 100"]),
+        ({"moments": "8bit", "float32_for": ["bias"]}, ["float32_for: ['bias']"]),
+        ({"moments": "8bit", "float32_for": named_bias}, ["float32_for: named_bias"]),
+    ],
+    ids=str,
+)
+def test_an_optimizer_of_pytorch_shows_options_that_belong_to_no_group(options, lines):
+    torch = pytest.importorskip("torch")
+    import fastadam.torch
+
+    text = repr(fastadam.torch.AdamW([("bias", torch.nn.Parameter(torch.ones(2)))], **options))
+    assert text.partition("All groups\n")[2].splitlines() == [*[f"    {line}" for line in lines], ")"]

@@ -64,7 +64,7 @@ struct ExchangeApi {
   } version;
   const ExchangeApi* previous;
   void* managed_tensor_allocator;
-  void* managed_tensor_from_object;
+  int (*managed_tensor_from_object)(void* object, DLManagedTensorVersioned** out);  // waits for no device
   void* managed_tensor_to_object;
   int (*tensor_from_object)(void* object, DLTensor* out);  // may be null; shape and strides belong to the object
   void* current_work_stream;

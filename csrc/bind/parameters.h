@@ -33,7 +33,7 @@ class StepCounts {
  public:
   // Returns false if it cannot be read and written here.
   bool add(const py::object& tensor) {
-    if (tensors_.empty()) first_ = read_variable<HostArrays>(tensor, "step");
+    if (tensors_.empty()) first_ = read_writable<HostArrays>(tensor, "step");
     const std::optional<ArrayAddress> now = address_if_like<HostArrays>(tensor, first_);
     if (!now || !first_.shape.empty() || size_of(*first_.dtype) < 4) return false;
     tensors_.push_back(tensor);

@@ -93,14 +93,7 @@ inline std::string library_of(py::handle object) {
 }
 
 // The Buffer owns the capsule without consuming it, so the capsule's destructor releases the memory.
-inline Buffer from_dlpack(const py::object& object, const Label& label, const py::dict& arguments) {
-  py::object capsule;
-  try {
-    capsule = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(dlpack::kMajorVersion, 0), **arguments);
-  } catch (py::error_already_set& error) {
-    if (!error.matches(PyExc_TypeError)) throw;
-    capsule = object.attr("__dlpack__")(**arguments);
-  }
+inline Buffer from_capsule(const py::object& capsule, const py::object& object, const Label& label) {
   Buffer b;
   b.owner = capsule;
   if (void* versioned = PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned")) {
@@ -122,6 +115,17 @@ inline Buffer from_dlpack(const py::object& object, const Label& label, const py
   derive_layout(b);
   if (b.data == nullptr && b.size > 0) throw py::value_error(label() + ": " + type_name(object) + " without memory");
   return b;
+}
+
+inline Buffer from_dlpack(const py::object& object, const Label& label, const py::dict& arguments) {
+  py::object capsule;
+  try {
+    capsule = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(dlpack::kMajorVersion, 0), **arguments);
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+    capsule = object.attr("__dlpack__")(**arguments);
+  }
+  return from_capsule(capsule, object, label);
 }
 
 inline bool is_masked(py::handle object) { return !is_plain_ndarray(object) && py::hasattr(object, "harden_mask"); }
@@ -201,6 +205,7 @@ Buffer from_any_dlpack(py::object object, const Label& label) {
 // Reads an array of another library; empty if the object exports no memory.
 template <class Arrays>
 std::optional<Buffer> read_exported(py::object object, const Label& label) {
+  if (const py::object capsule = exported_on_host(object)) return from_capsule(capsule, object, label);
   if (py::hasattr(object, "is_sparse") && py::bool_(object.attr("is_sparse"))) return std::nullopt;
   if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
     return from_any_dlpack<Arrays>(std::move(object), label);

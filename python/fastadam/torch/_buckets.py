@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -269,7 +268,7 @@ class BucketedStep:
                 raise RuntimeError("step_bucket: parameters on a GPU, expected CPU memory")
             stepper.require_options(index, group, gradients)
             for ready in stepper.ready(index, group, self._firsts[index], self._state, gradients, self._scaled):
-                call = stepper.call_of(index, ready, group, gradients, self._scaled, Counter())
+                call = stepper.call_of(index, ready, group, gradients, self._scaled, {})
                 checked = call.chosen.check(call.gradients, call.hyper, call.factors, call.steps)
                 calls.append(call._replace(gradients=checked))
         addresses = {address for call in calls for address in call.chosen.counts.addresses}

@@ -40,7 +40,7 @@ __all__ = [
     "refuse_options_of_optimizer",
 ]
 
-_OF_OPTIMIZER = (
+_OF_OPTIMIZER = {
     "sparse_update",
     "float32_for",
     "clipvalue",
@@ -49,7 +49,8 @@ _OF_OPTIMIZER = (
     "skip_nonfinite",
     "master_weights",
     "telemetry",
-)
+}
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 Group: TypeAlias = dict[str, Any]  # a parameter group: "params", and its values of the options
@@ -111,8 +112,9 @@ def check_options(group: Group) -> None:
 
 def refuse_options_of_optimizer(group: Group) -> None:
     """Refuse a group with an option that is one for all groups: nothing would read it there."""
-    if found := [name for name in _OF_OPTIMIZER if name in group]:
-        raise ValueError(f"{found[0]}: in a parameter group, expected it as an argument of the optimizer")
+    if not _OF_OPTIMIZER.isdisjoint(group):
+        found = next(name for name in group if name in _OF_OPTIMIZER)
+        raise ValueError(f"{found}: in a parameter group, expected it as an argument of the optimizer")
 
 
 def check_rule(group: Group) -> None:
@@ -141,8 +143,11 @@ def check_kinds(lr: object, betas: object, eps: object, weight_decay: object) ->
     """Check that these are numbers, before they are compared."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas: {betas!r:.60}, expected a pair of numbers")
-    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "betas[0]": betas[0], "betas[1]": betas[1]}
-    for name, value in numbers.items():
+    given = (lr, eps, weight_decay, *betas)
+    if set(map(type, given)) <= {float, int}:
+        return
+    names = ("lr", "eps", "weight_decay", "betas[0]", "betas[1]")
+    for name, value in zip(names, given, strict=True):
         if not isinstance(value, (float, int, Tensor, numbers_abc.Real)):  # the last is slow to ask for
             is_schedule = name == "lr" and callable(value)
             how = (
@@ -166,7 +171,7 @@ def check_numbers(
             raise ValueError(f"Invalid beta parameter at index {index}: {betas[index]}")
     if not weight_decay >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise ValueError("betas must be either both floats or both Tensors")
 
 
@@ -192,6 +197,8 @@ def check_saved_group(group: Group, label: str) -> None:
 
 def check_params(params: ParamsT) -> ParamsT:
     """Refuse what cannot be parameters of torch; an iterator becomes a list. Torch's own check follows."""
+    if type(params) is list and params and type(params[0]) in _PLAIN:
+        return params
     if isinstance(params, torch.nn.Module):
         raise TypeError(f"params: {type(params).__name__}, expected its parameters: model.parameters()")
     if not isinstance(params, Iterable):
@@ -201,6 +208,8 @@ def check_params(params: ParamsT) -> ParamsT:
         )
     items = list(params) if isinstance(params, Iterator) else params
     first = first_of(items)
+    if type(first) in _PLAIN:
+        return items
     hint = hint_for_variable(first) or ("for NumPy arrays use fastadam.Adam" if is_array(first) else None)
     if hint is not None:
         raise TypeError(f"params: {type(first).__name__}, expected parameters of PyTorch; {hint}")

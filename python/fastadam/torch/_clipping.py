@@ -16,21 +16,22 @@ from fastadam.torch._checks import Group, label_of
 
 __all__ = ["Clipping", "add_shards", "clip_jointly", "is_sharded"]
 
+_CLIPPING = ("clipvalue", "clipnorm", "global_clipnorm", "skip_nonfinite")
+
 
 class Clipping:
     """The options, checked. They belong to the optimizer, not to its groups: norms are of all groups together."""
 
-    def __init__(self) -> None:
-        self.clipvalue: float | None = None
-        self.clipnorm: float | None = None
-        self.global_clipnorm: float | None = None
-        self.skip_nonfinite = False
-        self.is_on = False  # whether any of them asks for anything
-        self.reads_norms = False  # before anything is written
+    clipvalue: float | None = None
+    clipnorm: float | None = None
+    global_clipnorm: float | None = None
+    skip_nonfinite = False
+    is_on = False  # whether any of them asks for anything
+    reads_norms = False  # before anything is written
 
     def set(self, **options: object) -> None:
         """Set some of the options, or raise what is wrong with them and set none."""
-        new = {**vars(self), **options}
+        new = {**{name: getattr(self, name) for name in _CLIPPING}, **options}
         for name in ("clipvalue", "clipnorm", "global_clipnorm"):
             new[name] = None if new[name] is None else check_clip(name, new[name])
         check_one_norm(new["clipnorm"], new["global_clipnorm"])
@@ -39,6 +40,16 @@ class Clipping:
         new["reads_norms"] = clips_norms or new["skip_nonfinite"]
         new["is_on"] = new["reads_norms"] or new["clipvalue"] is not None
         vars(self).update(new)
+
+    @classmethod
+    def of(cls, clipvalue: object, clipnorm: object, global_clipnorm: object, skip_nonfinite: object) -> Clipping:
+        """The options that a constructor was given, checked."""
+        made = cls()
+        if skip_nonfinite is not False or not (clipvalue is clipnorm is global_clipnorm is None):
+            made.set(
+                clipvalue=clipvalue, clipnorm=clipnorm, global_clipnorm=global_clipnorm, skip_nonfinite=skip_nonfinite
+            )
+        return made
 
     def bound(self, hyper: StepHyper) -> StepHyper:
         """The numbers of a step, with these options."""
@@ -59,8 +70,7 @@ class Clipping:
         for place, (param, gradient) in enumerate(zip(group["params"], gradients, strict=True)):
             if gradient is None or not param.is_cuda:
                 continue
-            names = ("clipvalue", "clipnorm", "global_clipnorm", "skip_nonfinite")
-            name = next(name for name in names if getattr(self, name) not in (None, False))
+            name = next(name for name in _CLIPPING if getattr(self, name) not in (None, False))
             raise ValueError(
                 f"{name}: {getattr(self, name)} with {label_of(group, index, place)} on {param.device}, expected "
                 "parameters in CPU memory; on a GPU call torch.nn.utils.clip_grad_norm_ before the step"

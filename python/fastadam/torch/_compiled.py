@@ -9,6 +9,7 @@ import contextlib
 import os
 import threading
 import weakref
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -49,19 +50,26 @@ class CompiledSteps:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # of all steps, compiled or not, and of what reads rows or states
-        self.sets: BoundedCache[SetKey, ParameterSet] = BoundedCache(_MOST_SETS)
         self.skipped: bool | ScaledStep = False  # whether the last step, compiled or not, was; or what knows it
-        self.number = id(self)
-        _known[self.number] = self
+        self.number = number = id(self)
+        # A WeakValueDictionary takes longer than the rest. The reference is the default of pop().
+        _known[number] = weakref.ref(self, partial(_forget, number))
+
+    @cached_property
+    def sets(self) -> BoundedCache[SetKey, ParameterSet]:
+        """Those of compiled steps."""
+        return BoundedCache(_MOST_SETS)
 
 
-_known: weakref.WeakValueDictionary[int, CompiledSteps] = weakref.WeakValueDictionary()
+_known: dict[int, weakref.ref[CompiledSteps]] = {}
+_forget = _known.pop
 
 
 def _renew_locks() -> None:
     """A thread that held a lock when the process forked does not exist in the child."""
-    for steps in list(_known.values()):
-        steps.lock = threading.RLock()
+    for known in list(_known.values()):
+        if (steps := known()) is not None:
+            steps.lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -160,7 +168,8 @@ def _adam(
     foreach: bool = False,
 ) -> None:
     scaled = ScaledStep(grad_scale, found_inf)
-    steps = _known.get(owner)
+    known = _known.get(owner)
+    steps = None if known is None else known()
     if steps is not None:
         steps.skipped = scaled.skips
     if scaled.skips:

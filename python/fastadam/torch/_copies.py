@@ -87,16 +87,19 @@ def check_groups_apart(groups: Iterable[tuple[int, Group]]) -> None:
     Args:
         groups: Groups, each after its place.
     """
+    groups = list(groups)
+    receivers = [
+        (tensor, f"param_groups[{index}]['compute_params'][{place}]")
+        for index, group in groups
+        for place, tensor in enumerate(group.get("compute_params") or ())
+        if tensor is not None
+    ]
+    if not receivers:
+        return
     found: dict[int, tuple[Tensor, str]] = {}
-    receivers = []
     for index, group in groups:
         for place, param in enumerate(group["params"]):
             found.setdefault(id(param), (param, label_of(group, index, place)))
-        for place, tensor in enumerate(group.get("compute_params") or ()):
-            if tensor is not None:
-                receivers.append((tensor, f"param_groups[{index}]['compute_params'][{place}]"))
-    if not receivers:
-        return
     named = [pair for pair in (*receivers, *found.values()) if not pair[0].is_meta]
     for cluster in clusters_of([span_of(tensor) for tensor, _ in named]):
         names = [named[place][1] for place in cluster]
@@ -132,20 +135,19 @@ class Copies:
     """
 
     def __init__(self, params: list[Tensor], computed: Sequence[Tensor | None], states: list[ParamState]) -> None:
-        self._params, self._computed = params, list(computed)
+        self._params, self._computed = params, tuple(computed)
         halves = [i for i, param in enumerate(params) if states and param.dtype in HALF]
-        self._mastered = [i for i in halves if MASTER in states[i]]
-        self._split = [i for i in halves if LOW in states[i]]
-        self.receivers: list[Tensor | None] = list(computed) or [None] * len(params)
+        self._mastered = tuple([i for i in halves if MASTER in states[i]])
+        self._split = tuple([i for i in halves if LOW in states[i]])
+        receivers = list(computed) or [None] * len(params)
         for i in self._mastered:
-            self.receivers[i] = params[i]
-        self.written = [tensor for tensor in self.receivers if tensor is not None]
-        if not self.written:
-            self.receivers = []
-        self._watched = self.written + [params[i] for i in self._split]
+            receivers[i] = params[i]
+        self.written = tuple([tensor for tensor in receivers if tensor is not None])
+        self.receivers: tuple[Tensor | None, ...] = tuple(receivers) if self.written else ()
+        self._watched = (*self.written, *[params[i] for i in self._split])
         # Of `_watched` after the last step: versions, empty if nobody asks for them, and addresses.
-        self._versions: list[int | None] = []
-        self._addresses: list[int] = []
+        self._versions: tuple[int | None, ...] = ()
+        self._addresses: tuple[int, ...] = ()
 
     def are(self, computed: Sequence[Tensor | None]) -> bool:
         """Whether these are still the tensors that were given."""
@@ -173,12 +175,12 @@ class Copies:
     @property
     def are_untouched(self) -> bool:
         """Whether only the optimizer has written to parameters with masters, in this memory, since their last step."""
-        return not (self._mastered or self._split) or versions_of(self._watched) == self._versions
+        return not (self._mastered or self._split) or tuple(versions_of(self._watched)) == self._versions
 
     @property
     def are_rounded(self) -> bool:
         """Whether the receivers hold, as far as that can be seen, what the last step wrote to them."""
-        return versions_of(self._watched) == self._versions and self._places() == self._addresses
+        return tuple(versions_of(self._watched)) == self._versions and self._places() == self._addresses
 
     def take_written(self, states: list[ParamState]) -> None:
         """Before a step: where a parameter is not its rounded master any more, its value becomes the master's.
@@ -196,11 +198,12 @@ class Copies:
 
     def note_step(self) -> None:
         """After a step, once the versions of the receivers have gone up."""
-        self._versions, self._addresses = versions_of(self._watched), self._places()
+        if self._watched:
+            self._versions, self._addresses = tuple(versions_of(self._watched)), self._places()
 
     def note_repeated(self) -> None:
         """The same after a step that was like the last one, with the same memory; faster."""
-        self._versions = versions_of(self._watched) if self._mastered or self._split else []
+        self._versions = tuple(versions_of(self._watched)) if self._mastered or self._split else ()
 
-    def _places(self) -> list[int]:
-        return [local_of(tensor).data_ptr() for tensor in self._watched]
+    def _places(self) -> tuple[int, ...]:
+        return tuple([local_of(tensor).data_ptr() for tensor in self._watched])

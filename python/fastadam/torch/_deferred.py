@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -202,7 +202,7 @@ class Tables:
         for table in removed:
             del self._tables[table.param]
 
-    def warn_of_unread(self, tables: list[Table]) -> None:
+    def warn_of_unread(self, tables: Sequence[Table]) -> None:
         """Once: the loss read rows that wait from memory, so this gradient belongs to stale values.
 
         There is no warning in a table's first step: no row waits before it, and only the second one shows whether rows

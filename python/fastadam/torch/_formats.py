@@ -53,11 +53,16 @@ class Asked(NamedTuple):
         return self.rounds is True or (isinstance(self.moments, str) and self.moments in SMALL)
 
 
+_NOTHING = Asked(None, None, rounds=False)
+
+
 def asked_of(group: Group) -> Asked:
     """The options of a group, which lacks those that nobody has set: torch's groups have none of them.
 
     They are as the caller has set them until :func:`check_formats` has checked them.
     """
+    if "moments" not in group and "master" not in group and "stochastic_rounding" not in group:
+        return _NOTHING
     return Asked(group.get("moments"), group.get("master"), group.get("stochastic_rounding", False))
 
 
@@ -68,6 +73,8 @@ def given_formats(moments: object, master: object, stochastic_rounding: object, 
         TypeError: An option has the wrong type.
         ValueError: It has another value than it can have.
     """
+    if moments is None and master is None and stochastic_rounding is False and type(seed) is int and seed == 0:
+        return {}
     given = {"moments": moments, "master": master, "stochastic_rounding": stochastic_rounding, "seed": seed}
     checked = {name: _CHECKS[name](value) for name, value in given.items()}
     chosen = {name: value for name, value in checked.items() if value != _DEFAULTS[name]}
@@ -114,6 +121,15 @@ class Float32Rule:
             if self._least < 0:
                 raise ValueError(f"float32_for: {given}, expected {expected}")
 
+    @property
+    def shown(self) -> object:
+        """What was given, for a ``repr``."""
+        if not self.is_given:
+            return None
+        if self._function is not None:
+            return getattr(self._function, "__qualname__", type(self._function).__name__)
+        return list(self.patterns) if self.patterns else self._least
+
     def require_names(self, group: Group) -> None:
         """Raise ValueError if there are patterns of names, and parameters without."""
         if self.patterns and not group.get("param_names"):
@@ -123,8 +139,10 @@ class Float32Rule:
 
     def check_use(self, groups: list[Group]) -> None:
         """Raise ValueError if no group has smaller moments; warn of patterns that name none of the parameters."""
+        if not self.is_given:
+            return
         asked = [asked_of(group).moments for group in groups]
-        if self.is_given and not set(asked) & set(SMALL):
+        if not set(asked) & set(SMALL):
             raise ValueError(f"float32_for: given with moments={asked[0]!r}, expected moments='bfloat16' or '8bit'")
         names = [name for group in groups for name in group.get("param_names") or ()]
         unused = [repr(pattern) for pattern in self.patterns if not any(found(pattern, name) for name in names)]
@@ -230,7 +248,10 @@ def check_formats(group: Group, sparse_update: str) -> None:
         TypeError: An option has the wrong type.
         ValueError: It has another value than it can have, or excludes another option.
     """
-    group.update({name: check(group[name]) for name, check in _CHECKS.items() if name in group})
+    given = [name for name in _CHECKS if name in group]
+    if not given:  # as in most groups
+        return
+    group.update({name: _CHECKS[name](group[name]) for name in given})
     moments, master, rounds = asked_of(group)
     if group["amsgrad"] and moments == "8bit":
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from fastadam.torch._state import Kind
 from fastadam.torch._stored import HALF
 
 __all__ = ["GradientReader"]
+
+
+_NONE: frozenset[int] = frozenset()
 
 
 class GradientReader:
@@ -30,20 +35,20 @@ class GradientReader:
     def __init__(
         self,
         params: list[Tensor],
-        labels: list[str],
+        labels: Sequence[str],
         kind: Kind,
         moments: list[Tensor],
         views: dict[int, View],
-        dtypes: list[torch.dtype],
+        dtypes: Sequence[torch.dtype],
     ) -> None:
         self._params, self._labels, self._kind = params, labels, kind
         self._moments, self._views, self._dtypes = moments, views, dtypes
         self.were_converted = False  # some gradient of the last step could not be read as it was
         self._densify = False
         are_random = kind.stored.moments is not None
-        self._half = set() if are_random else {i for i, moment in enumerate(moments) if moment.dtype in HALF}
+        self._half = () if are_random else tuple([i for i, moment in enumerate(moments) if moment.dtype in HALF])
         # Where sparse gradients came before: torch takes a millisecond to say that they cannot be read as dense ones.
-        self._sparse: set[int] = set()
+        self._sparse = _NONE
         self._slices = (cuda_module() if params[0].device.type == "cuda" else _cpu).Slices
 
     def read(self, gradients: list[Tensor], *, densify: bool) -> list[AnyGradient]:
@@ -68,7 +73,7 @@ class GradientReader:
         """A gradient that the plan cannot read directly."""
         self.were_converted = True
         if gradient.is_sparse:
-            self._sparse.add(i)
+            self._sparse |= {i}
         readable = self._rows_of(gradient, i) if gradient.is_sparse else self._dense(gradient, i)
         if readable is gradient:
             dtypes = f"{gradient.dtype} {gradient.layout}, expected {self._params[i].dtype}"

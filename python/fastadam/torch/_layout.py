@@ -89,6 +89,8 @@ def turns_of(params: Sequence[Tensor], steps: Sequence[Tensor | None], *, fused:
     Raises:
         ValueError: Parameters share memory with ``foreach``, or a step count but not their dtype or device with either.
     """
+    if len(params) < 2:
+        return [ALONE] * len(params)
     counts_first = fused or foreach
     keys = [_count_key(*pair) for pair in zip(params, steps, strict=True)]
     raises = Counter(keys)

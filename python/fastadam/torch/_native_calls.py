@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,9 +61,9 @@ class NativeCalls:
 
     def __init__(self, partitions: Partitions, tables: Tables) -> None:
         self._partitions, self._tables = partitions, tables
-        self._captured: list[ParameterSet] = []  # CUDA graphs write to their memory
+        self._captured: Sequence[ParameterSet] = ()  # CUDA graphs write to their memory
         self._pending: Pending | None = None
-        self._begun: list[Begun] = []  # of a step that is being made
+        self._begun: Sequence[Begun] = ()  # of a step that is being made
 
     @property
     def are_captured(self) -> bool:
@@ -84,7 +85,7 @@ class NativeCalls:
             return self._work_off(state)
         except BaseException:
             if not any(each.is_made for each in begun):
-                self._begun = []
+                self._begun = ()
                 raise
             self.finish(state)
             raise
@@ -97,7 +98,7 @@ class NativeCalls:
             if not each.is_made:
                 was_made = self._make(each.call, state)
         self._note(state)
-        self._begun = []
+        self._begun = ()
         return was_made
 
     def _make(self, call: Call, state: States) -> bool:
@@ -106,7 +107,7 @@ class NativeCalls:
         if chosen.is_capturing:
             chosen.step(call.gradients, call.hyper, call.factors)
             chosen.finish_in_graph(call.found_inf)
-            self._captured.append(chosen)
+            self._captured = (*self._captured, chosen)
             return True
         after = chosen.count_after(call.found_inf)
         self._pending = Pending(
@@ -124,7 +125,7 @@ class NativeCalls:
                 with torch.no_grad():
                     self._work_off(state)
             except Exception:  # not from a signal handler: trying again would raise it again
-                self._begun = []
+                self._begun = ()
                 raise
         self._note(state)
 

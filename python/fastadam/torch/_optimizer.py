@@ -254,23 +254,20 @@ class Adam(torch.optim.Optimizer):
         telemetry: bool = False,
     ) -> None:
         check_sparse_update(sparse_update)
-        clipping = Clipping()
-        clipping.set(
-            clipvalue=clipvalue, clipnorm=clipnorm, global_clipnorm=global_clipnorm, skip_nonfinite=skip_nonfinite
-        )
+        clipping = Clipping.of(clipvalue, clipnorm, global_clipnorm, skip_nonfinite)
         self._options = Options(sparse_update, [], clipping, telemetry, Float32Rule(float32_for))
         self._stepper = GroupStepper(self._options)
         check_kinds(lr, betas, eps, weight_decay)
-        tensors = {"lr": lr, "betas[0]": betas[0], "betas[1]": betas[1]}
-        for name, value in tensors.items():
-            check_tensor(name, value, foreach=bool(foreach), capturable=capturable)
+        for name, value in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
+            if isinstance(value, Tensor):
+                check_tensor(name, value, foreach=bool(foreach), capturable=capturable)
         check_numbers(lr, betas, eps, weight_decay)
         check_options({"differentiable": differentiable})
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         defaults = {
             "lr": lr,
-            "betas": tuple(beta.squeeze() if isinstance(beta, Tensor) else beta for beta in betas),
+            "betas": tuple([beta.squeeze() if isinstance(beta, Tensor) else beta for beta in betas]),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -314,7 +311,8 @@ class Adam(torch.optim.Optimizer):
                 if stepper.overlap is not None and stepper.overlap.is_open:
                     stepper.overlap.step(grad_scale, found_inf)
                     return loss
-                stepper.require_closed("step")
+                if stepper.open is not None:
+                    stepper.require_closed("step")
                 stepper.step(self.param_groups, self.state, grad_scale, found_inf)
             return loss
         if self._options.need_eager(self.param_groups):
@@ -690,12 +688,19 @@ class Adam(torch.optim.Optimizer):
             fill_seed(param_group, self.defaults.get("seed", 0))
             self._options.float32_rule.require_names(param_group)
             check_compute_params(param_group, len(self.param_groups) - 1, self._options.sparse_update)
-            check_groups_apart(enumerate(self.param_groups))
+            if any("compute_params" in group for group in self.param_groups):
+                check_groups_apart(enumerate(self.param_groups))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         if param_group.get("compute_params") is not None:
             param_group["compute_params"] = ComputeParams(param_group["compute_params"])
+
+    def __repr__(self) -> str:
+        """Torch's text of the groups; then the options of the optimizer that are not the defaults."""
+        groups: str = super().__repr__()
+        given = [f"    {name}: {value}\n" for name, value in self._options.given().items()]
+        return groups.removesuffix(")") + "".join(["All groups\n", *given] if given else []) + ")"
 
     def __getstate__(self) -> StateDict:
         self._stepper.require_closed("copy")

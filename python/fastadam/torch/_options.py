@@ -43,6 +43,20 @@ class Options:
         moments = "float32" if of_older.get("moments_dtype") == torch.float32 else None
         return given_formats(moments, "float32" if of_older.get("master_weights") else None, False, 0)
 
+    def given(self) -> dict[str, object]:
+        """Those that differ from their defaults, by name."""
+        clipping, rule = self.clipping, self.float32_rule
+        options = {
+            "sparse_update": (self.sparse_update, "dense"),
+            "float32_for": (rule.shown, None),
+            "clipvalue": (clipping.clipvalue, None),
+            "clipnorm": (clipping.clipnorm, None),
+            "global_clipnorm": (clipping.global_clipnorm, None),
+            "skip_nonfinite": (clipping.skip_nonfinite, False),
+            "telemetry": (self.telemetry, False),
+        }
+        return {name: value for name, (value, default) in options.items() if value != default}
+
     def need_eager(self, groups: list[Group]) -> bool:
         """Whether ``torch.compile`` cannot trace a step with these options."""
         return self.clipping.is_on or self.telemetry or any(map(_needs_eager, groups))

@@ -52,7 +52,7 @@ class ParameterSet:
         labels: list[str],
         positions: list[int],
         kind: Kind,
-        tables: list[Table],
+        tables: Sequence[Table],
         turn: Turn = ALONE,
         counts: StepCounts | None = None,
         context: Foreign = None,
@@ -67,7 +67,6 @@ class ParameterSet:
         self._measures, self._numbers = measures, numbers
         self._keys = kind.slots
         self.device = params[0].device
-        self._reversed = [-1.0] * len(params)  # factors of gradients to be maximized
         self.counts = counts or StepCounts([state["step"] for state in states])
         self.is_new = True  # no step was made yet, and the states may not be the optimizer's yet
         self.is_captured = False  # by a CUDA graph, whose memory this is from then on
@@ -78,15 +77,16 @@ class ParameterSet:
         keys = [key for key in self._keys.values() if key not in SCALES.values()]
         self._shaped = 1 + len(keys)  # columns whose tensors have the shapes of the parameters
         check_slots([MASTER, *keys], self._columns[: self._shaped], params, labels, kind.stored)
-        for param, state, label in zip(params, states, labels, strict=True):
-            kind.stored.check_slots(param, state, label)
+        if kind.stored.is_small:
+            for param, state, label in zip(params, states, labels, strict=True):
+                kind.stored.check_slots(param, state, label)
         self._views: dict[int, View] = {}
         for i, label in enumerate(labels):
             if not is_plain(row := self._row(i)):
                 self._views[i] = View(row, label)
         self.context = context
         self.make_plan()
-        dtypes = [getattr(torch, buffer.dtype) for buffer in self.buffers]
+        dtypes = tuple([getattr(torch, buffer.dtype) for buffer in self.buffers])
         self._gradients = GradientReader(params, labels, kind, self._columns[1], self._views, dtypes)
 
     # ---- the plan --------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class ParameterSet:
         receivers = self.copies.receivers
         return [*row, receivers[i]] if receivers and receivers[i] is not None else row
 
-    def _natives(self) -> tuple[list[list[Tensor]], list[Tensor | None]]:
+    def _natives(self) -> tuple[list[list[Tensor]], Sequence[Tensor | None]]:
         """The columns and the receivers of copies as the plan reads them."""
         axes = self.kind.axes
         if not self._views and axes == 1:
@@ -197,7 +197,7 @@ class ParameterSet:
     def written(self) -> list[Tensor]:
         """Every tensor that a step writes, for torch's version counters."""
         written = [tensor for column in self._columns for tensor in column]
-        return written + self.copies.written + self.counts.written
+        return [*written, *self.copies.written, *self.counts.written]
 
     # ---- on a GPU --------------------------------------------------------------------------------------------------
 
@@ -276,7 +276,7 @@ class ParameterSet:
 
     def factors_of(self, group: Group) -> list[float]:
         """The factors of the gradients besides their scale; empty for 1."""
-        return self._reversed if group["maximize"] else []
+        return [-1.0] * len(self.params) if group["maximize"] else []
 
     def read_gradients(self, gradients: list[Tensor], *, densify: bool) -> list[AnyGradient]:
         """The gradients as the plan takes them; ``densify``: without rows."""
@@ -358,7 +358,8 @@ class ParameterSet:
     def _note_written(self) -> None:
         for i, view in self._views.items():
             view.store(self._row(i))
-        written = [tensor for column in self._columns for tensor in column] + self.copies.written
+        written = [tensor for column in self._columns for tensor in column]
+        written += self.copies.written
         written += [local_of(tensor) for i in self._views for tensor in self._row(i)]
         torch.autograd.graph.increment_version(written)
         self.copies.note_step()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from operator import is_
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import is_, itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +22,11 @@ from fastadam.torch._formats import Asked, asked_of, check_formats
 from fastadam.torch._layout import UNORDERED, Turn, turns_of
 from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
-from fastadam.torch._state import Kind, states_of
+from fastadam.torch._state import Kind, kind_of, states_of
 from fastadam.torch._step_count import StepCounts, is_on_gpu
-from fastadam.torch._stored import SLOTS, SMALL, stored_as
+from fastadam.torch._stored import SLOTS, SMALL, Stored, stored_as
 
 __all__ = ["Partitions", "refuse_new_in_capture"]
-
-Value = TypeVar("Value", bound=Hashable)
 
 # A parameter without a gradient; with one that moves all of it; with one that moves the rows it names; with "lazy" one
 # more for each further axis of the indices.
@@ -46,13 +45,14 @@ class Key(NamedTuple):
     first: int  # the number of its first parameter in the optimizer
 
 
-class Partition(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Partition:
     """The sets of one group, and what shows that they are not out of date."""
 
     group: int  # its place
     params: list[Tensor]  # of the whole group
     sets: list[ParameterSet]
-    epoch: list[int]  # of `optimizer.state`, when the states were last compared; one number
+    epoch: int  # of `optimizer.state`, when the states were last compared
 
     def size(self) -> int:
         """How many parameters are in the sets."""
@@ -67,11 +67,11 @@ class Partition(NamedTuple):
         computed = group.get("compute_params")
         if not self.is_of(group["params"]) or (computed is not None and len(computed) != len(self.params)):
             return False
-        if self.epoch[0] != epoch:
+        if self.epoch != epoch:
             for each in self.sets:
                 if not all(state.get(p) is known for p, known in zip(each.params, each.states, strict=True)):
                     return False
-            self.epoch[0] = epoch
+            self.epoch = epoch
         return all(each.is_current(computed) for each in self.sets)
 
 
@@ -113,13 +113,14 @@ class Partitions:
         if not any(kinds):
             return []
         self._note_formats(index, group, state)
-        rounds = asked_of(group).rounds
+        rounds = self._asked[index][1].rounds
         key = Key(index, kinds, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]), rounds, first)
         kept = self._kept.get(key)
         if kept is not None and not renew and kept.is_current(group, state, self._epoch):
             return kept.sets
-        made = Partition(index, list(group["params"]), self._make(key, group, state, kept), [self._epoch])
-        self._forget(lambda other: other.group == index and not other.is_of(made.params))
+        made = Partition(index, list(group["params"]), self._make(key, group, state, kept), self._epoch)
+        if self._kept:
+            self._forget(lambda other: other.group == index and not other.is_of(made.params))
         self._kept.put(key, made)
         return made.sets
 
@@ -178,19 +179,16 @@ class Partitions:
         params = group["params"]
         chosen = [place for place, code in enumerate(key.gradients) if code]
         known = {**state}  # and the states that are new
-        turns = dict(zip(chosen, _turns_of(group, [params[place] for place in chosen], known), strict=True))
-        for turn in sorted(set(turns.values())):
-            for code in sorted(set(key.gradients) - {_NONE}):
-                places = [place for place in chosen if key.gradients[place] == code and turns[place] == turn]
-                axes = max(code - _ROWS + 1, 1)
-                kind = Kind(self._mode, code >= _ROWS, key.amsgrad, key.decays, axes)
-                for there in _by_value(places, [params[place].device for place in places]):
-                    made = self._make_sets(key, group, kind, there, turn, known, contexts)
-                    sets += made
-                    if not turn.is_alone:
-                        known.update(
-                            (p, named) for each in made for p, named in zip(each.params, each.states, strict=True)
-                        )
+        turns = _turns_of(group, [params[place] for place in chosen], known)
+        parts: dict[tuple[Turn, int, torch.device], list[int]] = {}
+        for place, turn in zip(chosen, turns, strict=True):
+            parts.setdefault((turn, key.gradients[place], params[place].device), []).append(place)
+        for turn, code, device in sorted(parts, key=itemgetter(0, 1)):
+            kind = kind_of(self._mode, code >= _ROWS, key.amsgrad, key.decays, max(code - _ROWS + 1, 1))
+            made = self._make_sets(key, group, kind, parts[turn, code, device], turn, known, contexts)
+            sets += made
+            if not turn.is_alone:
+                known.update((p, named) for each in made for p, named in zip(each.params, each.states, strict=True))
         return sets
 
     def _make_sets(
@@ -226,18 +224,21 @@ class Partitions:
             for each in zip(params, states, labels, strict=True)
         ]
         counts = StepCounts([state["step"] for state in states])
-        sets, apart = [], [0.0] * len(places)
+        apart = [0.0] * len(places)
         if is_on_gpu(params[0]) or (kind.rows and self._mode in DEFERRED):
             apart = counts.read()
-        parts = _by_value(range(len(places)), list(zip(stored, apart, strict=True)))
-        for which in parts:
+        parts: dict[tuple[Stored, float], list[int]] = {}
+        for k, value in enumerate(zip(stored, apart, strict=True)):
+            parts.setdefault(value, []).append(k)
+        sets = []
+        for (like, _), which in parts.items():
             if len(parts) > 1:
                 counts = StepCounts([states[k]["step"] for k in which])
             chosen, named, called = [params[k] for k in which], [states[k] for k in which], [labels[k] for k in which]
             positions = [places[k] for k in which]
             context = contexts.get(tuple(positions))
-            like = kind._replace(stored=stored[which[0]])
-            sets.append(self._make_set(key, group, chosen, named, called, positions, like, turn, counts, context))
+            how = kind._replace(stored=like) if like.is_small else kind
+            sets.append(self._make_set(key, group, chosen, named, called, positions, how, turn, counts, context))
         return sets
 
     def _make_set(
@@ -253,12 +254,14 @@ class Partitions:
         counts: StepCounts,
         context: Foreign,
     ) -> ParameterSet:
-        tables: list[Table] = []
+        tables: Sequence[Table] = ()
         if kind.rows and self._mode in DEFERRED:
             beta_1, beta_2 = map(float, group["betas"])
             numbers = Numbers(beta_1, beta_2, float(group["eps"]), kind.amsgrad)
-            for param, state, label in zip(params, states, labels, strict=True):
-                tables.append(self._tables.make(param, state, label, numbers))
+            tables = [
+                self._tables.make(param, state, label, numbers)
+                for param, state, label in zip(params, states, labels, strict=True)
+            ]
         computed = group.get("compute_params")
         given = [] if computed is None else [computed[place] for place in positions]
         copies = Copies(params, given, states)
@@ -281,6 +284,8 @@ class Partitions:
 
 
 def _turns_of(group: Group, params: list[Tensor], states: States) -> list[Turn]:
+    if len(params) < 2:
+        return turns_of(params, [None] * len(params), fused=False, foreach=False)
     known = [states.get(param) or {} for param in params]
     if group["foreach"]:
         moments = [id(named[SLOTS["m"]]) for named in known if SLOTS["m"] in named]
@@ -297,11 +302,3 @@ def refuse_new_in_capture(param: Tensor) -> None:
         raise RuntimeError(
             "a step is captured by a CUDA graph, expected capturable=True and a step before it that is not captured"
         )
-
-
-def _by_value(places: Sequence[int], values: Sequence[Value]) -> list[list[int]]:
-    """The places, in lists with one value each."""
-    parts: dict[Value, list[int]] = {}
-    for place, value in zip(places, values, strict=True):
-        parts.setdefault(value, []).append(place)
-    return list(parts.values())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
+import math
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING
 
 from torch.autograd.graph import increment_version
 
+from fastadam._core.native.backend import _cpu
 from fastadam._core.native.plan import RepeatedSteps
 from fastadam.torch._checks import Group, States
 from fastadam.torch._clipping import Clipping
@@ -28,12 +30,13 @@ class RepeatedStep:
 
     def __init__(self, sets: list[ParameterSet], groups: list[Group], state: States, clipping: Clipping) -> None:
         self._sets, self._clipping = sets, clipping
-        self._asked = [asked_of(group) for group in groups]
         self._steps = RepeatedSteps([each.plan for each in sets], groups, state)
         self._written = [tensor for each in sets for tensor in each.written]
-        self._copies = [each.copies for each in sets if each.copies.are_any]
+        self._copies = tuple([each.copies for each in sets if each.copies.are_any])
         # With which the plans remember the numbers of the step: the scale of the gradients, then options of the group.
         self._numbers: list[tuple[object, ...] | None] = [None] * len(sets)
+        self._known: list[Group] = [{**group} for group in groups]  # when their options were last compared
+        self._scale = math.nan  # then
 
     @classmethod
     def after(
@@ -69,15 +72,15 @@ class RepeatedStep:
         for copies in self._copies:
             if not copies.are_untouched:
                 return None
+        is_same_scale = gradient_scale == self._scale
+        if not is_same_scale:
+            self._scale = math.nan  # until every plan remembers it
         for index, group in enumerate(groups):
-            moments, master, rounds = self._asked[index]
-            if group.get("moments") is not moments or group.get("master") is not master:
+            is_constant = is_same_scale and self._numbers[index] is not None
+            is_known = is_constant and _cpu.same_items(group, self._known[index])
+            if not is_known and not self._compare(index, group, gradient_scale):
                 return None
-            if group.get("stochastic_rounding", False) is not rounds:
-                return None
-            numbers = (gradient_scale, *_read_options(group))
-            if numbers != self._numbers[index] and not self._remember(index, group, gradient_scale, numbers):
-                return None
+        self._scale = gradient_scale
         was_made: bool | None = True  # a signal may come as the call returns
         try:
             was_made = self._steps.make(groups, state)
@@ -91,14 +94,26 @@ class RepeatedStep:
                     copies.note_repeated()
         return was_made
 
-    def _remember(self, index: int, group: Group, gradient_scale: float, numbers: tuple[object, ...]) -> bool:
+    def _compare(self, index: int, group: Group, gradient_scale: float) -> bool:
+        """Compare the options of a group by value; False if they ask for another plan."""
+        if not all(map(is_, asked_of(group), asked_of(self._known[index]))):
+            return False
+        numbers = (gradient_scale, *_read_options(group))
+        is_constant = _are_constant(*numbers)  # a tensor can be equal to a number, and change later
+        if not (is_constant and numbers == self._numbers[index]):
+            if not self._remember(index, group, gradient_scale):
+                return False
+            self._numbers[index] = numbers if is_constant else None
+        self._known[index] = {**group}
+        return True
+
+    def _remember(self, index: int, group: Group, gradient_scale: float) -> bool:
         """Give the plan of a group other numbers; False if they ask for another plan."""
         chosen, kind = self._sets[index], self._sets[index].kind
         if (kind.amsgrad, kind.decays) != (bool(group["amsgrad"]), bool(group["decoupled_weight_decay"])):
             return False
         hyper = self._clipping.bound(chosen.numbers_of(group, 1, gradient_scale))
         chosen.plan.remember(hyper, factors=chosen.factors_of(group))
-        self._numbers[index] = numbers if _are_constant(*numbers) else None
         return True
 
 

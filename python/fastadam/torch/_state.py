@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from fastadam.torch._layout import is_lazy_view, local_of
 from fastadam.torch._step_count import number_of, zero_steps
 from fastadam.torch._stored import HALF, LOW, MASTER, SLOTS, Stored
 
-__all__ = ["NEEDED", "Kind", "check_slots", "require_keys", "states_of"]
+__all__ = ["NEEDED", "Kind", "check_slots", "kind_of", "require_keys", "states_of"]
 
+_HOST = torch.device("cpu")
 NEEDED = ("step", "exp_avg", "exp_avg_sq")  # in a state that is not empty
 
 
@@ -33,8 +35,16 @@ class Kind(NamedTuple):
     @property
     def slots(self) -> dict[str, str]:
         """What native code calls the slots: what the states call them. Those of another shape come last."""
-        moments = SLOTS if self.amsgrad else {name: SLOTS[name] for name in ("m", "v")}
-        return {**moments, **self.stored.slots}
+        return _slots_of(self.amsgrad, self.stored)
+
+
+kind_of = lru_cache(maxsize=64)(Kind)  # the one object of equal kinds
+
+
+@lru_cache(maxsize=64)  # there are fewer
+def _slots_of(amsgrad: bool, stored: Stored) -> dict[str, str]:
+    moments = SLOTS if amsgrad else {name: SLOTS[name] for name in ("m", "v")}
+    return {**moments, **stored.slots}
 
 
 def states_of(known: States, params: list[Tensor], labels: list[str], state_format: StateFormat) -> list[ParamState]:
@@ -45,13 +55,14 @@ def states_of(known: States, params: list[Tensor], labels: list[str], state_form
     fresh = [places[key] for key in made]
     group = state_format.group
     on_device = group["capturable"] or (group["fused"] and params[0].is_cuda)
-    steps = zero_steps(len(fresh), params[0].device if on_device else torch.device("cpu"))
+    steps = zero_steps(len(fresh), params[0].device if on_device else _HOST)
     for k, step in zip(fresh, steps, strict=True):
         states[k].update({"step": step, **state_format.begin(params[k], labels[k])})
-    for state, label in zip(states, labels, strict=True):
-        if "step" in state and not isinstance(state["step"], Tensor):
-            state["step"] = torch.tensor(number_of(state["step"], f"state of {label}"))
-        require_keys(NEEDED, state, f"state of {label}")
+    if len(fresh) < len(states):
+        for state, label in zip(states, labels, strict=True):
+            if "step" in state and not isinstance(state["step"], Tensor):
+                state["step"] = torch.tensor(number_of(state["step"], f"state of {label}"))
+            require_keys(NEEDED, state, f"state of {label}")
     for param, state, label in zip(params, states, labels, strict=True):
         state_format.complete(param, state, label)
     return states

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -27,7 +28,7 @@ from fastadam.torch._repeated import RepeatedStep
 from fastadam.torch._telemetry import joined, require_dense
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from fastadam._core.common.telemetry import Telemetry
     from fastadam._core.common.types import AnyArray
@@ -92,9 +93,7 @@ class GroupStepper:
         self.calls = NativeCalls(self.partitions, self.tables)
         self.open: OpenStep | None = None  # the step that begin_step() has begun
         self.overlap: Overlapped | None = None  # what has begun it and ends it in step()
-        self.guess = Guess()
-        self.logs: dict[object, _cpu.StepLog] = {}
-        self._last: list[tuple[int, ParameterSet]] = []  # the sets of the last step, and their groups
+        self._last: Sequence[tuple[int, ParameterSet]] = ()  # the sets of the last step, and their groups
         self._measured: list[tuple[int, ParameterSet]] | None = None  # with telemetry, also of a step that was skipped
         self._repeated: RepeatedStep | None = None
 
@@ -110,7 +109,8 @@ class GroupStepper:
         """
         self.calls.finish(state)
         if grad_scale is None and found_inf is None:
-            self.step_scaled(groups, state, _UNSCALED)
+            if not self._repeat(groups, state, 1.0):
+                self._step_anew(groups, state, _UNSCALED)
             return
         scaled = ScaledStep(grad_scale, found_inf)
         if scaled.host_skips:
@@ -122,6 +122,16 @@ class GroupStepper:
         with torch.no_grad():
             scaled.unscale(p.grad for group in groups for p in group["params"] if p.grad is not None)
 
+    @cached_property
+    def guess(self) -> Guess:
+        """Whether steps in buckets are made early."""
+        return Guess()
+
+    @cached_property
+    def logs(self) -> dict[object, _cpu.StepLog]:
+        """Of steps in buckets that were made early."""
+        return {}
+
     # ---- any step --------------------------------------------------------------------------------------------------
 
     def step_scaled(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
@@ -131,25 +141,38 @@ class GroupStepper:
             if scaled.skips:
                 self.compiled.skipped = True
                 return
-            made = None if scaled.is_extreme else self._repeated.make(groups, state, scaled.gradient_scale)
-            if made is not None:
-                self.compiled.skipped = not made
+            if scaled.is_extreme:
+                self._repeated = None
+            elif self._repeat(groups, state, scaled.gradient_scale):
                 return
+        self._step_anew(groups, state, scaled)
+
+    def _repeat(self, groups: list[Group], state: States, gradient_scale: float) -> bool:
+        """Make a step like the last one, or skip it as the options say; False, with nothing changed, if it differs."""
+        if self._repeated is None or is_simulation():
+            return False
+        made = self._repeated.make(groups, state, gradient_scale)
+        if made is None:
             self._repeated = None
+            return False
+        self.compiled.skipped = not made
+        return True
+
+    def _step_anew(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
         with torch.no_grad():
-            is_finite = self._step_anew(groups, state, scaled)
+            is_finite = self._make_anew(groups, state, scaled)
         self.compiled.skipped = scaled if is_finite else True
 
     def forget_numbers(self) -> None:
         """Before other options: no step is like the last one."""
         self._repeated = None
 
-    def _step_anew(self, groups: list[Group], state: States, scaled: ScaledStep) -> bool:
+    def _make_anew(self, groups: list[Group], state: States, scaled: ScaledStep) -> bool:
         """Returns False, with nothing changed, if gradients had to be finite and are not."""
         self.tables.forget_removed(groups, state)
         self.partitions.note_state(state, len(groups))
         calls: list[Call] = []
-        raised: Counter[int] = Counter()  # step counts, by their addresses, that earlier groups raise
+        raised: dict[int, int] = {}  # how often earlier groups raise the step counts at some addresses
         simulated = Simulated()
         for index, (group, first) in enumerate(zip(groups, firsts_of(groups), strict=False)):
             gradients = [param.grad for param in group["params"]]
@@ -163,7 +186,8 @@ class GroupStepper:
             ]
             calls += of_group
             if len(groups) > 1:
-                raised.update(address for call in of_group for address in call.chosen.counts.addresses)
+                for address in chain.from_iterable(call.chosen.counts.addresses for call in of_group):
+                    raised[address] = raised.get(address, 0) + 1
         are_joined = self._are_joined(calls)
         if len(calls) > 1 or are_joined:
             for i, call in enumerate(calls):
@@ -176,7 +200,7 @@ class GroupStepper:
             return False
         simulated.finish(state)
         before, self._last = self._last, [(call.group, call.chosen) for call in calls]
-        if self._last == before:
+        if not before or self._last == before:
             self._repeated = RepeatedStep.after(self._last, groups, state, self.clipping)
         return True
 
@@ -263,13 +287,15 @@ class GroupStepper:
         group: Group,
         gradients: list[Tensor | None],
         scaled: ScaledStep,
-        raised: Counter[int],
+        raised: dict[int, int],
     ) -> Call:
         """What the set does natively; rows of its tables that cannot wait are brought up to date."""
         chosen, there, counts = ready
         steps = chosen.next_steps(counts) if counts else [1]
         if raised and counts:
-            steps = [step + raised[address] for step, address in zip(steps, chosen.counts.addresses, strict=True)]
+            steps = [
+                step + raised.get(address, 0) for step, address in zip(steps, chosen.counts.addresses, strict=True)
+            ]
         hyper = chosen.numbers_of(group, steps[0], scaled.gradient_scale if there.grad_scale is None else 1.0)
         mine = [gradient for place in chosen.positions if (gradient := gradients[place]) is not None]
         if there.grad_scale is None:
@@ -329,6 +355,8 @@ class GroupStepper:
 
 def _are_apart(ready: list[Ready]) -> bool:
     """Whether each set that needs it has one step count, and such sets of one kind on the host have different ones."""
+    if len(ready) == 1 and ready[0].chosen.counts_may_differ:
+        return True
     alike = [each for each in ready if each.counts and not each.chosen.counts_may_differ]
     if any(each.counts.count(each.counts[0]) != len(each.counts) for each in alike):
         return False

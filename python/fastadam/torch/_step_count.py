@@ -21,10 +21,9 @@ class StepCounts:
     """
 
     def __init__(self, steps: list[Tensor]) -> None:
-        self.steps = steps
-        self.device = steps[0].device if all(step.device == steps[0].device for step in steps) else None
+        self.steps = tuple(steps)
         self._whole = _whole_of(steps)
-        self.addresses = [step.data_ptr() for step in steps]
+        self.addresses = tuple([step.data_ptr() for step in steps])
         self._caches = any(map(is_on_gpu, steps))
         self._versions: list[int] | None = None  # of the tensors when the count was cached; None: nothing is cached
         self._count: float | None = None  # the cached count; None: only the GPU knows it
@@ -33,7 +32,13 @@ class StepCounts:
         """Whether these are still the tensors in the parameters' states, with the same memory."""
         if not all(map(is_, [state.get("step") for state in states], self.steps)):
             return False
-        return [step.data_ptr() for step in self.steps] == self.addresses
+        return tuple([step.data_ptr() for step in self.steps]) == self.addresses
+
+    @property
+    def device(self) -> torch.device | None:
+        """The one on which all are; None if they are on several."""
+        first = self.steps[0].device
+        return first if all(step.device == first for step in self.steps) else None
 
     @property
     def are_plain(self) -> bool:
@@ -42,9 +47,9 @@ class StepCounts:
         return kinds <= {("cpu", torch.float32, 0), ("cpu", torch.float64, 0)}
 
     @property
-    def written(self) -> list[Tensor]:
+    def written(self) -> tuple[Tensor, ...]:
         """What :meth:`set` writes."""
-        return self.steps if self._whole is None else [self._whole]
+        return self.steps if self._whole is None else (self._whole,)
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
@@ -95,6 +100,8 @@ class StepCounts:
         self.forget()
         if self._whole is not None:
             self._whole.fill_(count)
+        elif len(self.steps) == 1:
+            self.steps[0].fill_(count)
         else:
             first = self.steps[0]
             self._copy(torch.full((), float(count), dtype=first.dtype, device=first.device))
@@ -168,12 +175,19 @@ def number_of(count: object, label: str) -> float:
 def zero_steps(count: int, device: torch.device) -> tuple[Tensor, ...]:
     """Step counts side by side, in torch's dtype; on a GPU each has its own version, which shows who wrote to it."""
     in_double = device.type == "cpu" and torch.get_default_dtype() == torch.float64
-    whole = torch.zeros(count, dtype=torch.float64 if in_double else torch.float32, device=device)
+    dtype = torch.float64 if in_double else torch.float32
+    if count == 0:
+        return ()
+    if count == 1:
+        return (torch.zeros((), dtype=dtype, device=device),)
+    whole = torch.zeros(count, dtype=dtype, device=device)
     return tuple(whole.unbind() if device.type == "cpu" else (step.data for step in whole.unbind()))
 
 
 def _whole_of(steps: list[Tensor]) -> Tensor | None:
-    """One tensor over all of these, if they are neighbours in one."""
+    """One tensor over all of these, if they are several, and neighbours in one."""
+    if len(steps) == 1:
+        return None
     first, size = steps[0], steps[0].element_size()
     start, storage = first.data_ptr(), first.untyped_storage().data_ptr()
     for i, step in enumerate(steps):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sized, ValuesView
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastadam._core.common.types import Tree
 
@@ -37,7 +38,7 @@ _NAMES = {
 # By top-level module. Keras comes first: with its torch backend, a layer is also a torch.nn.Module.
 _MODULES = {"keras": "keras", "tf_keras": "keras", "tensorflow": "tensorflow", "torch": "torch"}
 _MODULES |= {"jax": "jax", "jaxlib": "jax"}
-_CONTAINERS = (Mapping, ValuesView, list, tuple)
+_CONTAINERS = (list, tuple, Mapping, ValuesView)  # the last two are slow to ask for
 _HINTS = {
     "jax": "for JAX arrays use fastadam.jax (adam with optax, or fused_update)",
     "keras": "for Keras 3 models use model.compile(optimizer=fastadam.keras.Adam(...))",
@@ -75,7 +76,13 @@ def require(package: str, what: str) -> ModuleType:
 
 def framework_of(value: object) -> str | None:
     """The framework that defines an object's class or a base of it: "keras", "tensorflow", "torch" or "jax"."""
-    tops = {base.__module__.partition(".")[0] for base in type(value).__mro__}
+    cls: Any = type(value)
+    return _framework_of_class(cls)
+
+
+@functools.lru_cache(maxsize=64)
+def _framework_of_class(cls: type[object]) -> str | None:
+    tops = {base.__module__.partition(".")[0] for base in cls.__mro__}
     return next((name for module, name in _MODULES.items() if module in tops), None)
 
 

@@ -402,7 +402,7 @@ def test_an_optimizer_of_pytorch_shows_groups_as_torch_does(options):
         ({"moments": "8bit", "float32_for": ["bias"]}, ["float32_for: ['bias']"]),
         ({"moments": "8bit", "float32_for": named_bias}, ["float32_for: named_bias"]),
     ],
-    ids=str,
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_an_optimizer_of_pytorch_shows_options_that_belong_to_no_group(options, lines):
     torch = pytest.importorskip("torch")

@@ -44,6 +44,7 @@ class PageSizes {
  private:
   static constexpr uint64_t kSmall = 4096;
   static constexpr uint64_t kHuge = uint64_t{1} << 21;
+  static constexpr uint64_t kChunk = 16 * kHuge;
   static constexpr uint64_t kNowhere = std::numeric_limits<uint64_t>::max();
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -72,8 +73,8 @@ class PageSizes {
     return false;
   }
 
-  // One huge page of each moment, so that no step takes much longer than others. The kernel copies what is resident; if
-  // it is older than 6.1, it does so later, by itself.
+  // A few huge pages of each moment, so that no step takes much longer than others. The kernel copies what is resident;
+  // if it is older than 6.1, it does so later, by itself.
   void next(const TensorArgs& tensor, uint64_t bytes) {
     constexpr int kCollapse = 25;  // MADV_COLLAPSE
     if (at_ >= bytes) return;
@@ -83,9 +84,9 @@ class PageSizes {
       const uintptr_t end = (reinterpret_cast<uintptr_t>(array) + bytes) / kHuge * kHuge;
       if (first + at_ >= end) continue;
       if (at_ == 0) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-      madvise(reinterpret_cast<void*>(first + at_), kHuge, kCollapse);
+      madvise(reinterpret_cast<void*>(first + at_), std::min(kChunk, end - first - at_), kCollapse);
     }
-    at_ += kHuge;
+    at_ += kChunk;
   }
 #else
   static bool is_anonymous(const void*) { return false; }

@@ -33,6 +33,14 @@ FASTADAM_INLINE T peak_from(const StaleRows& stale, int64_t from) {
   return peak;
 }
 
+// Whether a step leaves elements as they are whose moments are +0. A displacement of -0 turns a variable of -0 into +0,
+// and an infinite rate makes NaN.
+template <class T>
+FASTADAM_INLINE bool leaves_zeros(T alpha, T keep) {
+  const bool is_negative = bits_of(alpha) >> (8 * sizeof(T) - 1) != 0;
+  return keep == T(1) && !is_negative && alpha - alpha == T(0);
+}
+
 // Calls make_step(alpha, keep) for the steps [from, now) of the history, in which the row had no gradient. If the
 // history permits stopping, asks all_at_rest(peak) after every few steps, and stops when it is true. Returns the number
 // of steps of the history that the variable has had; in the remaining ones only the moments decay, which is left to the

@@ -14,15 +14,17 @@ import numpy.typing as npt
 from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_integer, check_iterations, check_list
 from fastadam._core.common.strict import class_only
+from fastadam._core.deferred.history import Doubt
 from fastadam._core.minimize import Minimizer
 from fastadam._core.native.arrays import copy_beside
 from fastadam._core.native.buffers import buffer_of, buffers_of
 from fastadam._core.native.variable import label_of, unwrap
 from fastadam._core.options.options import Options
-from fastadam._core.options.state_format import LOW, SCALES
+from fastadam._core.options.state_format import LOW, MOMENTS, SCALES
 from fastadam._core.parts import Parts
 from fastadam._core.saving.reader import load_optimizer
 from fastadam._core.saving.writer import save_optimizer
+from fastadam._core.state.given_slots import GivenSlots
 from fastadam._core.state.initial_value import Initializer, initial_value
 from fastadam._core.state.moments import readable
 from fastadam._core.state.state import State
@@ -75,17 +77,45 @@ class Optimizer(Minimizer):
         self._parts.tables.set_calls(calls)
         self._parts.state.restart_accumulation([], per_step)
 
-    def build(self, var_list: Iterable[VariableLike]) -> None:
+    def build(
+        self,
+        var_list: Iterable[VariableLike],
+        slots: Sequence[Mapping[str, npt.NDArray[np.generic]] | None] | None = None,
+    ) -> None:
         """Create the slots of these variables now, so that ``set_weights`` works before the first step.
 
         An unpickled optimizer assigns its state to them, in the order in which the variables first came.
+
+        Args:
+            var_list: The variables.
+            slots: For each variable None, or arrays that become its slots as they are, neither copied nor set to zero:
+                ``{"m": ..., "v": ..., "vhat": ...}`` or some of these, of the variable's shape and layout and the
+                state's dtype (float32; float64 for a float64 variable). They may be memory maps of files. From then on
+                they are the optimizer's: write to them with :meth:`set_weights`.
+
+        Raises:
+            RuntimeError: A step is open; nothing is changed.
+            TypeError: A variable or a slot of the wrong type or dtype; nothing is changed.
+            ValueError: A slot of another shape or layout, read-only, in the memory of something else, or of a variable
+                that has it already; nothing is changed.
+
+        >>> import numpy as np, fastadam
+        >>> table, m, v = (np.zeros((1000, 2), np.float32) for _ in range(3))
+        >>> opt = fastadam.Adam(0.1, sparse_update="deferred")
+        >>> opt.build([table], slots=[{"m": m, "v": v}])
+        >>> step = opt.apply_gradients([(fastadam.IndexedSlices([[1.0, 1.0]], [7]), table)])
+        >>> m[7].round(3).tolist()
+        [0.10000000149011612, 0.10000000149011612]
         """
         variables = check_list("var_list", var_list)
         buffers = buffers_of(variables, range(len(variables)))
         options, state, runtime, _ = self._parts
         with runtime.lock:
             runtime.require_closed("build")
-            state.slots.prepare(buffers, options.state_format.of).commit()
+            if slots is None:
+                state.slots.prepare(buffers, options.state_format.of).commit()
+            else:
+                state.slots.take(GivenSlots(slots, buffers, options.state_format), buffers)
 
     @property
     def weights(self) -> list[AnyArray]:
@@ -102,6 +132,8 @@ class Optimizer(Minimizer):
             tables.raise_late()
             tables.catch_up_all()
             state.clear_stale_accumulators(options.calls_per_step)
+            for entry in state.entries:
+                entry.raise_doubt(Doubt.ALWAYS)
             return state.weights()
 
     def variables(self) -> list[AnyArray]:
@@ -151,13 +183,18 @@ class Optimizer(Minimizer):
         with runtime.lock:
             runtime.require_closed("get_slot")
             tables.raise_late()
-            tables.catch_up_all()
-            slots = state.slots.find(buffer_of(var))
-        if slots is None:
-            raise KeyError(f"{label}: not a variable of this optimizer")
-        if slot_name not in slots:
-            raise KeyError(f"{slot_name}: not a slot of {label}, which has {list(slots)}")
-        return readable(slots, slot_name)
+            buffer = buffer_of(var)
+            if state.slots.entry_of(buffer) is not None:
+                tables.catch_up(buffer)
+            entry = state.slots.entry_of(buffer)  # which catching up may have renewed
+            if entry is None:
+                raise KeyError(f"{label}: not a variable of this optimizer")
+            slots = state.slots.slots_of(entry)
+            if slot_name not in slots:
+                raise KeyError(f"{slot_name}: not a slot of {label}, which has {list(slots)}")
+            if slot_name in MOMENTS:
+                entry.raise_doubt(Doubt.ALWAYS)
+            return readable(slots, slot_name)
 
     def get_slot_names(self) -> list[str]:
         """Names of the slots in the order of their creation."""
@@ -165,6 +202,8 @@ class Optimizer(Minimizer):
 
     def add_slot(self, var: VariableLike, slot_name: str, initializer: Initializer = "zeros") -> AnyArray:
         """Create a slot of the variable's shape, appended to ``weights``, or return the existing one.
+
+        An array is copied, as in Keras; ``build(variables, slots=...)`` takes arrays as they are.
 
         Args:
             var: The variable.
@@ -192,9 +231,13 @@ class Optimizer(Minimizer):
 
         with runtime.lock:
             runtime.require_closed("add_slot")
-            tables.catch_up_all()
+            if state.slots.entry_of(buffer) is not None:
+                tables.catch_up(buffer)
             prepared = state.slots.prepare([buffer], format_of)
             prepared.commit()
+            entry = state.slots.entry_of(buffer)
+            if entry is not None and slot_name in MOMENTS:
+                entry.raise_doubt(Doubt.ALWAYS)
             return prepared.slots[slot_name][0]
 
     def add_weight(

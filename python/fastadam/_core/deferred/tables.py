@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.common.warning import warn
-from fastadam._core.deferred.history import Numbers
-from fastadam._core.native.arrays import native_of, on_gpu, zeros_beside
+from fastadam._core.deferred.history import Doubt, Numbers
+from fastadam._core.native.arrays import expect_random_rows, native_of, on_gpu, zeros_beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import buffer_of
 from fastadam._core.native.gpu import late_error
@@ -49,6 +49,9 @@ class Tables:
         values = _readable(variable, buffer)
         if out is not None:
             _check_out(out, values, (*ids.shape, *buffer.shape[1:]), label)
+        entry = self._state.slots.entry_of(buffer)
+        if self._options.sparse_update != "dense" and (entry is None or entry.history is None):
+            expect_random_rows(buffer.array(), small_pages=False)  # as the first step of a table does
         self.catch_up(buffer, ids)
         rows: npt.NDArray[np.uint16] = np.take(values, ids, axis=0, out=out, mode="clip")  # checked above
         return bfloat16_to_float32(rows) if rows.dtype == np.uint16 else rows
@@ -85,11 +88,10 @@ class Tables:
         if self._runtime.has_gpus:
             self.settle()
 
-    def catch_up_all(self, *, known_only: bool = False) -> None:
-        """Every row of every table; ``known_only``: except tables that a restored optimizer has not met."""
+    def catch_up_all(self) -> None:
+        """Every row of every table."""
         for entry in self._state.entries:
-            if entry.buffer is not None or not known_only:
-                self._catch_up_entry(entry)
+            self._catch_up_entry(entry)
 
     def catch_up(self, buffer: _cpu.Buffer, ids: AnyArray | None = None) -> None:
         """The rows ``ids`` of a variable, or all; nothing if it is not a deferred table."""
@@ -202,6 +204,7 @@ class Tables:
     def forget_histories(self) -> None:
         """Every row is up to date and none will wait."""
         for entry in self._state.entries:
+            entry.raise_doubt(Doubt.ONCE)
             entry.history = None
         self._runtime.clear_plans()
 

@@ -31,7 +31,7 @@ from fastadam._core.step import Stepper
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.common.types import AnyArray, Array, ArrayLike, Config, VariableLike
+    from fastadam._core.common.types import AnyArray, Array, ArrayLike, Config, Foreign, VariableLike
     from fastadam._core.native.backend import _cpu
 
 __all__ = ["Optimizer"]
@@ -282,8 +282,14 @@ class Optimizer(Minimizer):
 
     # ---- files and copies ------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str], variables: Iterable[VariableLike] | None = None) -> None:
-        """Write configuration, iterations and slots, not the variables, to one safetensors file.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        variables: Iterable[VariableLike] | None = None,
+        *,
+        values: bool = False,
+    ) -> None:
+        """Write configuration, iterations and slots, with ``values=True`` the variables too, to one safetensors file.
 
         The file is written under another name in its directory, then renamed: ``path`` is the old file or the new one,
         whole, whenever the process is killed or the disk is full (a killed process may leave ``.fastadam-*.tmp``).
@@ -292,13 +298,16 @@ class Optimizer(Minimizer):
         Args:
             path: The file, replaced if it exists; of any name whose suffix is not that of another format.
             variables: Which variables' slots, in which order; None means all, in the order they came.
+            values: Write the values of the variables, too; ``load`` writes them into the variables that it gets.
 
         Raises:
             OSError: The file could not be written.
-            ValueError: The suffix of another format; a variable without slots; a configuration that is not plain JSON.
+            RuntimeError: With ``values=True`` inside of ``with averages(...)``.
+            ValueError: The suffix of another format; a variable without slots; a configuration that is not plain JSON;
+                with ``values=True`` a variable on a GPU.
         """
         self._parts.runtime.require_closed("save")
-        save_optimizer(self, path, variables)
+        save_optimizer(self, path, variables, values=values)
 
     @class_only
     def load(
@@ -312,7 +321,8 @@ class Optimizer(Minimizer):
 
         Args:
             path: The file. It is data only: nothing in it is run.
-            variables: The variables, with the values they had, in the order they were saved in.
+            variables: The variables in the order they were saved in. They must have the values that they had, but get
+                these from a file of ``save(values=True)``.
             custom_objects: Schedule classes of your own by name.
             changes: ``moments``, ``master``, ``stochastic_rounding``, ``float32_for`` or ``seed`` in place of the saved
                 ones, such as ``{"moments": "8bit"}``. Moments are converted; fewer bits are rounded at random.
@@ -322,10 +332,14 @@ class Optimizer(Minimizer):
             ValueError: Other ``changes``; the file is damaged, of another class, or of other variables: shape, dtype or
                 name differ.
         """
-        optimizer, loss_scale = load_optimizer([cls], path, variables, custom_objects, changes)
-        if loss_scale is not None:
-            raise ValueError(f"{os.fsdecode(path)}: state of LossScaleOptimizer, expected {cls.__name__}")
-        return optimizer
+
+        def finish(optimizer: Foreign, loss_scale: Config | None) -> Foreign:
+            if loss_scale is not None:
+                raise ValueError(f"state of LossScaleOptimizer, expected {cls.__name__}")
+            return optimizer
+
+        loaded: Self = load_optimizer([cls], path, variables, finish, custom_objects, changes)
+        return loaded
 
     def __getstate__(self) -> Config:
         """Everything but the variables: the first ones that a restored optimizer meets take its slots, in order."""

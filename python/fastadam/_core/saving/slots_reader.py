@@ -8,11 +8,12 @@ import numpy as np
 
 from fastadam._core.common.frameworks import require
 from fastadam._core.common.types import AnyArray, HostArray
-from fastadam._core.native.arrays import copy_beside
+from fastadam._core.native.arrays import assign, to_host, zeros_beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.options.options import Options
 from fastadam._core.options.state_format import BLOCK, LOW, MOMENTS, NAMES, SCALES, VariableFormat
-from fastadam._core.saving.file_format import DTYPES, lacking_in
+from fastadam._core.saving.chunks import store as store_pieces
+from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VALUE, lacking_in
 from fastadam._core.saving.saved_file import SavedFile
 from fastadam._core.state.entry import Entry, Spec
 from fastadam._core.state.moments import RandomKey, check_scales, decoded, stored
@@ -35,7 +36,8 @@ class SlotsReader:
     def __init__(self, saved: SavedFile, specs: list[Spec], buffers: list[_cpu.Buffer]) -> None:
         self._saved, self._specs, self._buffers = saved, specs, buffers
         count = len(specs)
-        self._owners = {key: self._owner(key, count) for key in list(saved.checksums)[1:]}
+        slots = [key for key in saved.checksums if key != ITERATIONS and not key.startswith(VALUE)]
+        self._owners = {key: self._owner(key, count) for key in slots}
         self._slots: list[set[str]] = [set() for _ in specs]
         for i, name in self._owners.values():
             self._slots[i].add(name)
@@ -71,6 +73,8 @@ class SlotsReader:
             self._saved.check_tensor(key, shape, DTYPES[saved_in.dtype_of(buffer, name)])
             if saved_in.dtype_of(buffer, name) == "bfloat16":
                 require("ml_dtypes", "loading bfloat16 moments")
+            if name in SCALES:
+                check_scales(name, self._saved.tensor(key), f"{self._saved.path}: tensor '{key}'")
 
     def _check_complete(self, *, accumulates: bool) -> None:
         slots, variables = self._slots, len(self._specs)
@@ -100,26 +104,25 @@ class SlotsReader:
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
-    def fill(self, options: Options, state: State, *, converts: bool) -> None:
-        """Copy every slot, one at a time, in the order of ``weights``; new slots of a conversion come last.
+    def place(self, options: Options, state: State, *, converts: bool) -> None:
+        """Make every slot, all zero, in the order of ``weights``; new slots of a conversion come last.
 
         Moments stay in the format they were saved in if the optimizer has it, unless it ``converts`` them to its own.
         """
-        store, seed = state.slots, options.small.seed
-        step = int(state.calls) // options.calls_per_step
-        targets = [self._target(i, options, converts=converts) for i in range(len(self._specs))]
+        store = state.slots
+        self._key = RandomKey(options.small.seed, int(state.calls) // options.calls_per_step, 0)
+        self._targets = [self._target(i, options, converts=converts) for i in range(len(self._specs))]
         places: list[dict[str, int]] = [{} for _ in self._specs]
         late: dict[tuple[str, int], AnyArray] = {}
-        for key, (i, name) in self._owners.items():
-            buffer, target = self._buffers[i], targets[i]
-            if target is None or name not in (*MOMENTS, *SCALES):
-                arrays = {name: copy_beside(self._tensor(key, name), buffer)}
-            elif name in MOMENTS:
-                arrays = stored(target, buffer, name, self._decoded(i, name), RandomKey(seed, step, self._numbers[i]))
-            else:
-                arrays = {}
+        for i, name in self._owners.values():
+            target = self._targets[i]
             if name == LOW and options.small.master is None:
-                arrays = {}
+                continue
+            if target is None or name not in (*MOMENTS, *SCALES):
+                arrays = {name: self._zeros(i, name)}
+            else:
+                names = () if name in SCALES else (name, *_scales_of(target, self._buffers[i], name))
+                arrays = {each: _zeros_of(target, self._buffers[i], each) for each in names}
             if name in arrays:
                 places[i][name] = len(store.arrays)
                 store.arrays.append(arrays.pop(name))
@@ -132,6 +135,27 @@ class SlotsReader:
         store.names = [name for name in dict.fromkeys([*used, *NAMES]) if name in given]
         for spec, slots, number in zip(self._specs, places, self._numbers, strict=True):
             store.add_waiting(Entry(spec, slots, number=number))
+
+    def write(self, state: State) -> None:
+        """Copy or convert every tensor into its slot; everything has been checked."""
+        for key, (i, name) in self._owners.items():
+            slots, target = state.slots.slots_of(state.entries[i]), self._targets[i]
+            if target is not None and name in MOMENTS:
+                random = self._key._replace(number=self._numbers[i])
+                for part, values in stored(target, self._buffers[i], name, self._decoded(i, name), random).items():
+                    assign(slots[part], to_host(values))
+            elif name in slots and (target is None or name not in SCALES):
+                self._copy(key, slots[name])
+
+    def _copy(self, key: str, slot: AnyArray) -> None:
+        if isinstance(slot, np.ndarray):
+            store_pieces(slot, self._saved.reader_of(key), is_zero=True)
+        else:
+            assign(slot, self._saved.tensor(key))
+
+    def _zeros(self, i: int, name: str) -> AnyArray:
+        """A slot as it was saved."""
+        return _zeros_of(VariableFormat((), self._kinds[i] or "float32"), self._buffers[i], name)
 
     def _target(self, i: int, options: Options, *, converts: bool) -> VariableFormat | None:
         """The format that the moments of a variable are converted to; None if they stay as they are."""
@@ -147,11 +171,16 @@ class SlotsReader:
     def _decoded(self, i: int, name: str) -> HostArray:
         """The values of a moment. Blocks of codes follow the order that the variable had in memory."""
         keys = [key for key in (name, f"{name}_scale") if key in self._slots[i]]
-        slots = {key: self._tensor(f"{i}/{key}", key) for key in keys}
+        slots = {key: self._saved.tensor(f"{i}/{key}") for key in keys}
         layout: Literal["C", "F"] = "F" if self._specs[i].order == "F" else "C"
         return decoded({**slots, name: np.asarray(slots[name], order=layout)}, name)
 
-    def _tensor(self, key: str, name: str) -> HostArray:
-        array = self._saved.tensor(key)
-        check_scales(name, array, f"{self._saved.path}: tensor '{key}'")
-        return array
+
+def _scales_of(target: VariableFormat, buffer: _cpu.Buffer, name: str) -> list[str]:
+    """The scales that a moment has in a format."""
+    return [f"{name}_scale"] if target.dtype_of(buffer, name) == "uint8" else []
+
+
+def _zeros_of(chosen: VariableFormat, buffer: _cpu.Buffer, name: str) -> AnyArray:
+    """Zeros for any slot, the moving average too."""
+    return zeros_beside(buffer, chosen.dtype_of(buffer, name), chosen.shape_of(buffer.shape, buffer.size, name))

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from fastadam._core.common.checks import check_list
-from fastadam._core.common.files import replace_whole
+from fastadam._core.averages import refuse_while_swapped
+from fastadam._core.common.checks import check_bool, check_list
 from fastadam._core.common.types import AnyArray, Config, Foreign, HostArray
 from fastadam._core.native.arrays import to_host
-from fastadam._core.native.buffers import buffers_of, key_of
-from fastadam._core.options.exclusions import Exclusions
-from fastadam._core.options.keras3 import ACCUMULATOR
-from fastadam._core.options.state_format import BLOCK, kind_of
+from fastadam._core.native.backend import _cpu
 from fastadam._core.parts import parts_of
-from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VERSION, crc32, lacking_in, memory_of, path_of
+from fastadam._core.saving.chunks import pieces_of
+from fastadam._core.saving.description import description_of, entries_of, text_of
+from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VALUE, Tensor, path_of
+from fastadam._core.saving.tensor_file import TensorFile, write_tensors
 from fastadam._core.state.entry import Entry
 from fastadam._core.state.slots import SlotStore
-from fastadam._core.state.state import State
 
-__all__ = ["save_optimizer"]
+__all__ = ["check_target", "known_buffers", "save_optimizer", "values_of"]
 
 _OTHER_SUFFIXES = (
     *(".npy", ".npz", ".mat"),
@@ -41,8 +38,39 @@ def save_optimizer(
     path: str | os.PathLike[str],
     variables: Iterable[AnyArray] | None = None,
     loss_scale: Config | None = None,
+    *,
+    values: bool = False,
 ) -> None:
     """Save as described at ``Adam.save``; ``loss_scale`` is the state of a LossScaleOptimizer."""
+    name = check_target(path)
+    has_values = check_bool("values", values)
+    selection = None if variables is None else check_list("variables", variables)
+    _, state, runtime, tables = parts_of(optimizer)
+    with runtime.lock:
+        if has_values:
+            refuse_while_swapped(parts_of(optimizer), "save(values=True)")
+        entries = entries_of(state.slots, selection)
+        buffers = known_buffers(state.slots, entries) if has_values else []
+        tables.settle()
+        arrays = _arrays_of(state.slots, entries)
+        tensors = {ITERATIONS: Tensor("I64", ()), **{key: Tensor.like(array) for key, array in arrays.items()}}
+        tensors.update({f"{VALUE}{i}": Tensor(DTYPES[b.dtype], b.shape) for i, b in enumerate(buffers)})
+        description = {**description_of(optimizer, entries), "loss_scale": loss_scale, "values": has_values}
+
+        def fill(file: TensorFile) -> None:
+            file.append(ITERATIONS, np.array([state.calls]).view(np.uint8))
+            for key, array in arrays.items():
+                for piece in pieces_of(to_host(array)):
+                    file.append(key, piece)
+            for i, buffer in enumerate(buffers):
+                for piece in pieces_of(values_of(buffer)):
+                    file.append(f"{VALUE}{i}", piece)
+
+        write_tensors(name, tensors, lambda checksums: text_of(description, checksums, optimizer.name), fill)
+
+
+def check_target(path: str | os.PathLike[str]) -> str:
+    """The name of a file to be written; raises ValueError if its suffix is that of another format."""
     name = path_of(path)
     target = Path(name)
     if target.suffix.lower() in _OTHER_SUFFIXES:
@@ -50,96 +78,31 @@ def save_optimizer(
             f"path: '{target}' has the suffix of another format, expected {target.stem}.safetensors: the file would be "
             "in safetensors format"
         )
-    selection = None if variables is None else check_list("variables", variables)
-    options, _, runtime, tables = parts_of(optimizer)
-    if callable(options.small.float32_for):
-        raise ValueError(
-            "float32_for: a function, expected a size, a list of patterns or None in an optimizer to be saved"
-        )
-    with runtime.lock:
-        tables.settle()
-        tensors, header = _contents(optimizer, selection)
-        header["loss_scale"] = loss_scale
-        try:
-            text = json.dumps(header, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"get_config of {optimizer.name}: not plain JSON ({error})") from None
-        replace_whole(name, [_safetensors_header(tensors, text), *(memory_of(a) for a in tensors.values())])
+    return name
 
 
-def _safetensors_header(tensors: dict[str, HostArray], text: str) -> bytes:
-    """The header of the file. The library's own ``save_file`` would copy all tensors and leave temporary files."""
-    metadata = {"fastadam": text, "fastadam_crc32": str(zlib.crc32(text.encode()))}
-    header: Config = {"__metadata__": metadata}
-    end = 0
-    for name, array in tensors.items():
-        begin, end = end, end + array.nbytes
-        header[name] = {"dtype": DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    return len(encoded).to_bytes(8, "little") + encoded
-
-
-def _contents(optimizer: Foreign, selection: list[AnyArray] | None) -> tuple[dict[str, HostArray], Config]:
-    options, state, _, _ = parts_of(optimizer)
-    store = state.slots
-    entries = store.entries if selection is None else _entries_of(store, selection)
+def known_buffers(store: SlotStore, entries: list[Entry]) -> list[_cpu.Buffer]:
+    """The variables of these entries, whose values are to be saved."""
+    buffers = []
     for i, entry in enumerate(entries):
-        has_codes = _moments_of(store, entry) == "8bit"
-        if lacking := lacking_in(set(entry.slots), accumulates=options.accumulation is not None, has_codes=has_codes):
+        buffer = store.variable_of(entry)
+        if buffer is None:
             raise ValueError(
-                f"variables[{i}] {entry.spec}: slots {list(entry.slots)} without {lacking}, expected all of them: a "
-                "step or build() makes what add_slot has left out"
+                f"values: variable {i}, {entry.spec}, has not come since the optimizer was restored, expected build() "
+                "with all variables first"
             )
+        if buffer.device >= 0:
+            raise ValueError(f"values: {buffer.label} is on a GPU, expected variables in CPU memory")
+        buffers.append(buffer)
+    return buffers
+
+
+def values_of(buffer: _cpu.Buffer) -> HostArray:
+    """The memory of a variable on the host; bfloat16 may come as its bits."""
+    return buffer.source if isinstance(buffer.source, np.ndarray) else buffer.array()
+
+
+def _arrays_of(store: SlotStore, entries: list[Entry]) -> dict[str, AnyArray]:
+    """The slots by their names in the file, in the order of ``weights``."""
     places = {at: f"{i}/{name}" for i, entry in enumerate(entries) for name, at in entry.slots.items()}
-    slots = {places[at]: np.asarray(to_host(store.arrays[at]), order="C") for at in sorted(places)}
-    tensors = {ITERATIONS: np.array(state.calls), **slots}
-    header = {
-        "version": VERSION,
-        "optimizer": type(optimizer).__name__,
-        "config": optimizer.get_config(),
-        "variables": [entry.spec._asdict() for entry in entries],
-        "weights": [[name, crc32(array)] for name, array in tensors.items()],
-        "excluded": _excluded(options.exclusions, entries),
-        "slots": [list(entry.slots) for entry in entries],
-        "moments": [_moments_of(store, entry) for entry in entries],
-        "block": BLOCK,
-        "numbers": [entry.number for entry in entries],
-        "accumulating": [i for i, e in enumerate(entries) if _is_accumulating(state, e, options.calls_per_step)],
-    }
-    return tensors, header
-
-
-def _moments_of(store: SlotStore, entry: Entry) -> str | None:
-    """How the moments of a variable are stored; None if it has none."""
-    return kind_of(store.arrays[entry.slots["m"]]) if "m" in entry.slots else None
-
-
-def _is_accumulating(state: State, entry: Entry, calls_per_step: int) -> bool:
-    return ACCUMULATOR in entry.slots and state.is_accumulating(entry, calls_per_step)
-
-
-def _entries_of(store: SlotStore, variables: list[AnyArray]) -> list[Entry]:
-    entries: list[Entry] = []
-    for i, buffer in enumerate(buffers_of(variables, range(len(variables)))):
-        entry = store.entry_of(buffer)
-        if entry is None:
-            raise ValueError(
-                f"variables[{i}]: not a variable of this optimizer, expected one that a step or build() has used"
-            )
-        if entry in entries:
-            raise ValueError(f"variables[{i}]: the same as variables[{entries.index(entry)}], expected it once")
-        entries.append(entry)
-    return entries
-
-
-def _excluded(exclusions: Exclusions, entries: list[Entry]) -> Config:
-    """The variables and names given to ``exclude_from_weight_decay``, which are not part of the configuration."""
-    keys = [entry.buffer and key_of(entry.buffer) for entry in entries]
-    if None in keys and not exclusions.keys <= set(keys):
-        raise ValueError(
-            "exclude_from_weight_decay: var_list has a variable that was not used since the optimizer was restored, "
-            "expected build() with all variables first"
-        )
-    indices = [i for i, key in enumerate(keys) if key in exclusions.keys]
-    return {"names": list(exclusions.patterns), "variables": indices}
+    return {places[at]: store.arrays[at] for at in sorted(places)}

@@ -11,11 +11,27 @@ from fastadam._core.common.types import HostArray
 from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.options.state_format import LOW, SCALES
 
-__all__ = ["DTYPES", "ITEM_SIZES", "ITERATIONS", "VALUE", "VERSION", "Tensor", "lacking_in", "path_of"]
+__all__ = [
+    "ALPHAS",
+    "DTYPES",
+    "HAD",
+    "ITEM_SIZES",
+    "ITERATIONS",
+    "KEEPS",
+    "ROWS",
+    "VALUE",
+    "VERSION",
+    "Tensor",
+    "lacking_in",
+    "path_of",
+]
 
 VERSION = 3  # 1: without "moments", "block" and "numbers", all moments in full. 2: without "values" and "chain"
 ITERATIONS = "iterations"
 VALUE = "value/"  # begins the name of the values of a variable: "value/0"; its slots are "0/m", "0/v", ...
+ROWS = "rows/"  # of a table in a delta: which rows the file has
+HAD = "had/"  # how many steps since the base each of them has had
+ALPHAS, KEEPS = "alphas/", "keeps/"  # the rates of the steps since the last file
 DTYPES = {
     "int64": "I64",
     "int32": "I32",

@@ -22,6 +22,7 @@ from fastadam._core.common.warning import warn
 from fastadam._core.minimize import Minimizer, scaled
 from fastadam._core.pairs import check_copies, check_pairs_list
 from fastadam._core.parts import parts_of
+from fastadam._core.saving.delta_writer import save_delta
 from fastadam._core.saving.reader import load_optimizer
 from fastadam._core.saving.writer import save_optimizer
 from fastadam._core.step import Stepper
@@ -320,8 +321,15 @@ class LossScaleOptimizer(Minimizer):
     ) -> None:
         """Save the optimizer as :meth:`Adam.save` does, with the scale and the number of good steps."""
         with parts_of(self.inner_optimizer).runtime.lock:
-            state = {**{name: getattr(self, name) for name in _SAVED}, **self._own_config()}
-            save_optimizer(self.inner_optimizer, path, variables, state, values=values)
+            save_optimizer(self.inner_optimizer, path, variables, self._saved(), values=values)
+
+    def save_delta(self, path: str | os.PathLike[str]) -> None:
+        """Save what has changed since the last file as :meth:`Adam.save_delta` does, with the scale."""
+        with parts_of(self.inner_optimizer).runtime.lock:
+            save_delta(self.inner_optimizer, path, self._saved())
+
+    def _saved(self) -> Config:
+        return {**{name: getattr(self, name) for name in _SAVED}, **self._own_config()}
 
     @class_only
     def load(
@@ -330,6 +338,8 @@ class LossScaleOptimizer(Minimizer):
         variables: Iterable[VariableLike],
         custom_objects: Mapping[str, Any] | None = None,
         changes: Mapping[str, Any] | None = None,
+        *,
+        deltas: Iterable[str | os.PathLike[str]] = (),
     ) -> Self:
         """Load what :meth:`save` wrote, as :meth:`Adam.load` does; ``custom_objects`` may hold a subclass of Adam."""
         others = [entry for entry in (custom_objects or {}).values() if isinstance(entry, type)]
@@ -344,7 +354,7 @@ class LossScaleOptimizer(Minimizer):
             optimizer.step_counter = state["step_counter"]
             return optimizer
 
-        loaded: Self = load_optimizer(classes, path, variables, finish, custom_objects, changes)
+        loaded: Self = load_optimizer(classes, path, variables, finish, custom_objects, changes, deltas)
         return loaded
 
 

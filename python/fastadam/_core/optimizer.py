@@ -22,6 +22,7 @@ from fastadam._core.native.variable import label_of, unwrap
 from fastadam._core.options.options import Options
 from fastadam._core.options.state_format import LOW, MOMENTS, SCALES
 from fastadam._core.parts import Parts
+from fastadam._core.saving.delta_writer import save_delta
 from fastadam._core.saving.reader import load_optimizer
 from fastadam._core.saving.writer import save_optimizer
 from fastadam._core.state.initial_value import Initializer, initial_value
@@ -138,6 +139,7 @@ class Optimizer(Minimizer):
             refuse_while_swapped(self._parts, "set_weights")
             tables.settle()
             calls, slots = state.checked(weights, self.name)
+            tables.note_all_changed()
             state.fill(calls, slots, options.calls_per_step)
             tables.confirm()
 
@@ -307,7 +309,8 @@ class Optimizer(Minimizer):
         Args:
             path: The file, replaced if it exists; of any name whose suffix is not that of another format.
             variables: Which variables' slots, in which order; None means all, in the order they came.
-            values: Write the values of the variables, too; ``load`` writes them into the variables that it gets.
+            values: Write the values of the variables, too; ``load`` writes them into the variables that it gets, and
+                ``save_delta`` can follow. From then on lazy steps note which rows they touch.
 
         Raises:
             OSError: The file could not be written.
@@ -318,6 +321,45 @@ class Optimizer(Minimizer):
         self._parts.runtime.require_closed("save")
         save_optimizer(self, path, variables, values=values)
 
+    def save_delta(self, path: str | os.PathLike[str]) -> None:
+        """Write what has changed since the last ``save(values=True)`` or ``save_delta``, to be loaded after that file.
+
+        Of a table in a deferred or lazy mode these are the rows that had a gradient, with their moments, and the rates
+        of the steps, by which ``load`` moves all others. Of other variables, and of tables in the "dense" mode, it is
+        everything. What is written to variables and slots by other means than steps is not noticed, except by
+        ``set_weights``: save a new base then.
+
+        The file is replaced as by ``save``. If that fails, the next delta has everything since the last one that was
+        written.
+
+        Args:
+            path: The file; of any name whose suffix is not that of another format. Not one of the same chain.
+
+        Raises:
+            OSError: The file could not be written.
+            RuntimeError: Inside of ``with averages(...)``.
+            ValueError: There is no base; variables have come or been replaced since; a table has had more than 2^20
+                steps; ``path`` is the base or a delta of this chain.
+
+        >>> import tempfile, numpy as np, fastadam
+        >>> folder = tempfile.mkdtemp()
+        >>> table = np.ones((1000, 2), np.float32)
+        >>> opt = fastadam.Adam(0.1, sparse_update="deferred")
+        >>> opt.build([table])
+        >>> opt.save(f"{folder}/base", values=True)
+        >>> step = opt.apply_gradients([(fastadam.IndexedSlices([[0.5, 0.5]], [7]), table)])
+        >>> opt.save_delta(f"{folder}/delta_1")
+        >>> step = opt.apply_gradients([(fastadam.IndexedSlices([[0.5, 0.5]], [8]), table)])
+        >>> opt.save_delta(f"{folder}/delta_2")
+        >>> again = np.empty((1000, 2), np.float32)
+        >>> loaded = fastadam.Adam.load(f"{folder}/base", [again], deltas=[f"{folder}/delta_1", f"{folder}/delta_2"])
+        >>> opt.sync()
+        >>> np.array_equal(again, table)
+        True
+        """
+        self._parts.runtime.require_closed("save_delta")
+        save_delta(self, path)
+
     @class_only
     def load(
         cls,
@@ -325,8 +367,13 @@ class Optimizer(Minimizer):
         variables: Iterable[VariableLike],
         custom_objects: Mapping[str, object] | None = None,
         changes: Mapping[str, Any] | None = None,
+        *,
+        deltas: Iterable[str | os.PathLike[str]] = (),
     ) -> Self:
         """An optimizer from ``save``, which goes on to the bit with these variables.
+
+        A file of ``save(values=True)`` writes the values into the variables. Everything is checked before, checksums
+        included; only an interrupt can leave variables that are partly written.
 
         Args:
             path: The file. It is data only: nothing in it is run.
@@ -335,11 +382,13 @@ class Optimizer(Minimizer):
             custom_objects: Schedule classes of your own by name.
             changes: ``moments``, ``master``, ``stochastic_rounding``, ``float32_for`` or ``seed`` in place of the saved
                 ones, such as ``{"moments": "8bit"}``. Moments are converted; fewer bits are rounded at random.
+            deltas: Files of ``save_delta`` that follow a file of ``save(values=True)``, in their order. All rows of
+                tables are brought up to date.
 
         Raises:
-            OSError: The file cannot be read.
-            ValueError: Other ``changes``; the file is damaged, of another class, or of other variables: shape, dtype or
-                name differ.
+            OSError: A file cannot be read.
+            ValueError: Other ``changes``, or any with ``deltas``; a file is damaged, of another class, or of other
+                variables: shape, dtype or name differ; a delta that does not follow the file before it.
         """
 
         def finish(optimizer: Foreign, loss_scale: Config | None) -> Foreign:
@@ -347,7 +396,7 @@ class Optimizer(Minimizer):
                 raise ValueError(f"state of LossScaleOptimizer, expected {cls.__name__}")
             return optimizer
 
-        loaded: Self = load_optimizer([cls], path, variables, finish, custom_objects, changes)
+        loaded: Self = load_optimizer([cls], path, variables, finish, custom_objects, changes, deltas)
         return loaded
 
     def __getstate__(self) -> Config:

@@ -15,7 +15,7 @@ from fastadam._core.native.buffers import Key, key_of
 from fastadam._core.state.entry import Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["Chain", "Link", "Mark"]
 
@@ -102,12 +102,18 @@ class Chain:
         ]
         return cls(link, marks, is_complete=is_complete)
 
-    def note(self, entries: Iterable[Entry | None], indices: Iterable[npt.NDArray[np.integer] | None]) -> None:
-        """A step is about to change these rows of variables that have no history; None: all rows."""
-        for entry, rows in zip(entries, indices, strict=True):
-            mark = None if entry is None else self._by_place.get(entry.place)
-            if mark is not None and entry is not None and entry.history is None:
-                mark.note(rows, entry.spec.shape[0] if entry.spec.shape else 0)
+    def begin(self, entries: Sequence[Entry]) -> None:
+        """Of tables with a history, too, only what changes from here on is for the next file."""
+        for entry in entries:
+            if entry.history is not None:
+                entry.history.begin_trail()
+                entry.history.clear_changed()
+
+    def note(self, entry: Entry | None, indices: npt.NDArray[np.integer] | None) -> None:
+        """A step is about to change these rows of a variable that has no history; None: all rows."""
+        mark = None if entry is None else self._by_place.get(entry.place)
+        if mark is not None and entry is not None:
+            mark.note(indices, entry.spec.shape[0] if entry.spec.shape else 0)
 
     def note_all(self) -> None:
         """Every row of every variable may have changed."""

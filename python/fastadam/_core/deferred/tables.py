@@ -198,8 +198,14 @@ class Tables:
             if entry.history is not None:
                 entry.history.confirm()
 
+    def note_all_changed(self) -> None:
+        """For the next delta: no gradient tells which rows have changed."""
+        if self._runtime.chain is not None:
+            self._runtime.chain.note_all()
+
     def forget_histories(self) -> None:
         """Every row is up to date and none will wait."""
+        self.note_all_changed()
         for entry in self._state.entries:
             entry.raise_doubt(Doubt.ONCE)
             entry.history = None

@@ -58,10 +58,3 @@ class Trail:
             if len(all_alphas[part]):
                 segments.append(Segment(numbers, all_alphas[part], all_keeps[part]))
         return segments
-
-    def forget_before(self, begin: int) -> None:
-        """The steps before this one have been saved."""
-        self._begin, self.is_lost = begin, False
-        self._pieces = [piece for piece in self._pieces if piece[0] + len(piece[1]) > begin]
-        current = [change for change in self._changes if change[0] <= begin][-1]
-        self._changes = [current, *(change for change in self._changes if change[0] > begin)]

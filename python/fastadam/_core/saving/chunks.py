@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fastadam._core.common.types import HostArray
 
-__all__ = ["CHUNK", "Bytes", "pieces_of", "runs", "store"]
+__all__ = ["CHUNK", "Bytes", "bytes_of", "pieces_of", "runs", "store"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -27,6 +27,18 @@ def pieces_of(array: HostArray) -> Iterator[Bytes]:
         with _pages_as_before(block):
             piece = np.array(block, order="C")  # a checksum is of what is written, whatever another thread does
         yield piece.reshape(-1).view(np.uint8)
+
+
+def bytes_of(array: HostArray) -> Callable[[int], Bytes]:
+    """A function that returns the next bytes of an array in C order, so many of them."""
+    data, place = array.reshape(-1).view(np.uint8), 0
+
+    def read(count: int) -> Bytes:
+        nonlocal place
+        place += count
+        return data[place - count : place]
+
+    return read
 
 
 def store(array: HostArray, read: Callable[[int], Bytes], *, is_zero: bool) -> None:

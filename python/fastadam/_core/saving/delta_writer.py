@@ -3,48 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.averages import refuse_while_swapped
-from fastadam._core.common.types import Config, Foreign, HostArray
+from fastadam._core.common.types import Config, Foreign
 from fastadam._core.deferred.chain import Chain, Link, Mark
-from fastadam._core.deferred.trail import Segment
 from fastadam._core.native.backend import _cpu
-from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.parts import Parts, parts_of
-from fastadam._core.saving.chunks import CHUNK, Bytes, pieces_of
+from fastadam._core.saving.contents import Part, write_parts
 from fastadam._core.saving.description import description_of, text_of
-from fastadam._core.saving.file_format import ALPHAS, DTYPES, HAD, ITERATIONS, KEEPS, ROWS, VALUE, Tensor
 from fastadam._core.saving.saved_file import SavedFile
-from fastadam._core.saving.tensor_file import TensorFile, write_tensors
-from fastadam._core.saving.writer import check_target, known_buffers, values_of
+from fastadam._core.saving.writer import check_target, known_buffers
 from fastadam._core.state.entry import Entry
 
 __all__ = ["save_delta"]
-
-
-class _Part(NamedTuple):
-    """A variable in a delta: all of it if ``rows`` is None; else these rows, and the steps that move the others."""
-
-    buffer: _cpu.Buffer
-    slots: dict[int, tuple[str, HostArray]]  # by their places in `weights`: names and arrays
-    position: int  # steps from the base to this file
-    rows: npt.NDArray[np.int64] | None = None
-    had: npt.NDArray[np.int64] | None = None  # which of these steps each of the rows has had
-    segments: Sequence[Segment] = ()  # those since the last file
-    is_exact: bool = True
-
-    @property
-    def record(self) -> Config:
-        """What the description says of its rows."""
-        steps = [[list(segment.numbers), len(segment.alphas)] for segment in self.segments]
-        return {"rows": 0 if self.rows is None else len(self.rows), "steps": steps, "exact": self.is_exact}
 
 
 def save_delta(optimizer: Foreign, path: str | os.PathLike[str], loss_scale: Config | None = None) -> None:
@@ -69,26 +44,17 @@ def save_delta(optimizer: Foreign, path: str | os.PathLike[str], loss_scale: Con
         tables_in = {str(i): part.record for i, part in enumerate(changed) if part.rows is not None}
         description = {
             **description_of(optimizer, entries),
-            **{"loss_scale": loss_scale, "values": True},
+            "loss_scale": loss_scale,
+            "values": True,
             "chain": {**link._asdict(), "previous": chain.link.id},
             "positions": [part.position for part in changed],
             "tables": tables_in,
         }
-        contents = _contents(changed, np.array([state.calls]))
-
-        def fill(file: TensorFile) -> None:
-            for key, (_, pieces) in contents.items():
-                for piece in pieces():
-                    file.append(key, piece)
-
-        tensors = {key: tensor for key, (tensor, _) in contents.items()}
-        write_tensors(name, tensors, lambda checksums: text_of(description, checksums, optimizer.name), fill)
+        write_parts(name, changed, state.calls, lambda checksums: text_of(description, checksums, optimizer.name))
         # First the chain: what an interrupt leaves marked comes again in the next delta.
         positions, are_tables = [part.position for part in changed], [part.rows is not None for part in changed]
         runtime.chain = Chain.at(link, entries, positions, are_tables, is_complete=chain.is_complete)
-        for entry, part in zip(entries, changed, strict=True):
-            if entry.history is not None:
-                entry.history.begin_trail(part.rows)
+        runtime.chain.begin(entries)
 
 
 def _refuse_to_replace(path: str, link: Link) -> None:
@@ -108,10 +74,10 @@ def _refuse_to_replace(path: str, link: Link) -> None:
         )
 
 
-def _part_of(parts: Parts, mark: Mark, entry: Entry, buffer: _cpu.Buffer) -> _Part:
+def _part_of(parts: Parts, mark: Mark, entry: Entry, buffer: _cpu.Buffer) -> Part:
     options, state, _, tables = parts
     history = entry.history
-    slots = {at: (name, np.asarray(state.slots.arrays[at])) for name, at in entry.slots.items()}
+    slots = {at: (name, state.slots.arrays[at]) for name, at in entry.slots.items()}
     begin = mark.begin if history is mark.history else 0
     position = mark.position + (0 if history is None else history.total - begin)
     is_whole = (
@@ -125,17 +91,17 @@ def _part_of(parts: Parts, mark: Mark, entry: Entry, buffer: _cpu.Buffer) -> _Pa
     if is_whole:
         if history is not None:
             tables.catch_up(buffer)
-        return _Part(buffer, slots, position)
-    if history is not None and history.has_lost_steps:
+        return Part(buffer, slots, position)
+    if history is not None and history.trail is not None and history.trail.is_lost:
         raise ValueError(
             f"save_delta: {buffer.label} has had more than 2**20 steps since the last file, expected a new base, "
             "save(values=True)"
         )
     rows = _changed_rows(mark, entry)
     if history is None:
-        return _Part(buffer, slots, position, rows)
+        return Part(buffer, slots, position, rows)
     had = history.had(rows) - begin + mark.position
-    return _Part(buffer, slots, position, rows, had, history.segments(begin), history.exact)
+    return Part(buffer, slots, position, rows, had, history.segments(begin), history.exact)
 
 
 def _changed_rows(mark: Mark, entry: Entry) -> npt.NDArray[np.int64]:
@@ -146,42 +112,3 @@ def _changed_rows(mark: Mark, entry: Entry) -> npt.NDArray[np.int64]:
     if entry.history is not None:
         found.append(entry.history.changed_rows())
     return np.unique(np.concatenate(found))
-
-
-_Contents = dict[str, tuple[Tensor, Callable[[], Iterator[Bytes]]]]
-
-
-def _contents(parts: list[_Part], calls: HostArray) -> _Contents:
-    """For each tensor what it is, and a function that returns its bytes."""
-    contents: _Contents = {ITERATIONS: (Tensor("I64", ()), partial(pieces_of, calls))}
-    slots = sorted((at, i) for i, part in enumerate(parts) for at in part.slots)
-    for at, i in slots:
-        name, array = parts[i].slots[at]
-        contents[f"{i}/{name}"] = _content(array, DTYPES[str(array.dtype)], parts[i].rows)
-    for i, part in enumerate(parts):
-        contents[f"{VALUE}{i}"] = _content(values_of(part.buffer), DTYPES[part.buffer.dtype], part.rows)
-    for i, part in enumerate(parts):
-        more = {ROWS: part.rows, HAD: part.had}
-        if part.segments:
-            more[ALPHAS] = np.concatenate([segment.alphas for segment in part.segments])
-            more[KEEPS] = np.concatenate([segment.keeps for segment in part.segments])
-        for begin, array in more.items():
-            if array is not None:
-                contents[f"{begin}{i}"] = _content(array, DTYPES[str(array.dtype)], None)
-    return contents
-
-
-def _content(
-    array: HostArray, dtype: str, rows: npt.NDArray[np.int64] | None
-) -> tuple[Tensor, Callable[[], Iterator[Bytes]]]:
-    if rows is None:
-        return Tensor(dtype, array.shape), partial(pieces_of, array)
-    return Tensor(dtype, (len(rows), *array.shape[1:])), partial(_row_pieces, array, rows)
-
-
-def _row_pieces(array: HostArray, rows: npt.NDArray[np.int64]) -> Iterator[Bytes]:
-    if array[:1].nbytes == 0:
-        return
-    count = max(1, CHUNK // array[:1].nbytes)
-    for begin in range(0, len(rows), count):
-        yield np.take(array, rows[begin : begin + count], axis=0).reshape(-1).view(np.uint8)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import NamedTuple
 
+from fastadam._core.common.checks import check_list
 from fastadam._core.common.types import HostArray
 from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.options.state_format import LOW, SCALES
@@ -22,6 +23,7 @@ __all__ = [
     "VALUE",
     "VERSION",
     "Tensor",
+    "check_paths",
     "lacking_in",
     "path_of",
 ]
@@ -68,13 +70,19 @@ def lacking_in(slots: Set[str], *, accumulates: bool, has_codes: bool = False) -
     return sorted(together - slots) if slots & {*together, *SCALES, LOW, "vhat", "average"} else []
 
 
-def path_of(path: str | os.PathLike[str]) -> str:
+def check_paths(argument: str, paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """The names of files in a list."""
+    return [path_of(path, f"{argument}[{i}]") for i, path in enumerate(check_list(argument, paths))]
+
+
+def path_of(path: str | os.PathLike[str], argument: str = "path") -> str:
+    """The name of a file."""
     try:
         name = os.fsdecode(path)
     except TypeError as error:
-        raise TypeError(f"path: {type(path).__name__}, expected a string or a path") from error
+        raise TypeError(f"{argument}: {type(path).__name__}, expected a string or a path") from error
     if not name or "\0" in name:
         raise ValueError(
-            f"path: {name!r:.200}, expected the name of a file" + (", without null characters" * bool(name))
+            f"{argument}: {name!r:.200}, expected the name of a file" + (", without null characters" * bool(name))
         )
     return name

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from fastadam._core.common.checks import check_iterations, check_list
 from fastadam._core.common.types import AnyArray, Config, Foreign
+from fastadam._core.deferred.chain import Chain
 from fastadam._core.native.arrays import assign
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import buffers_of
@@ -15,11 +16,11 @@ from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.options.small_states import check_changes
 from fastadam._core.options.state_format import VariableFormat
 from fastadam._core.parts import parts_of
-from fastadam._core.saving.chunks import store
-from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VALUE, path_of
-from fastadam._core.saving.saved_file import SavedFile
+from fastadam._core.saving.chunks import bytes_of, store
+from fastadam._core.saving.contents import values_of
+from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VALUE, check_paths, path_of
+from fastadam._core.saving.saved_chain import SavedChain
 from fastadam._core.saving.slots_reader import SlotsReader
-from fastadam._core.saving.writer import values_of
 from fastadam._core.state.entry import Spec
 from fastadam._core.state.state import State
 
@@ -35,6 +36,7 @@ def load_optimizer(
     finish: Callable[[Foreign, Config | None], Foreign],
     custom_objects: Mapping[str, Any] | None = None,
     changes: Mapping[str, Any] | None = None,
+    deltas: Iterable[str | os.PathLike[str]] = (),
 ) -> Foreign:
     """Load as described at ``Adam.load``; ``changes`` are options of small states in place of those in the file.
 
@@ -46,12 +48,16 @@ def load_optimizer(
             called before anything is written to the variables. What it raises as a ValueError gets the file's name.
         custom_objects: Schedules by name.
         changes: Options of small states.
+        deltas: The files that follow.
     """
     name = path_of(path)
     small = check_changes(changes)
+    names = check_paths("deltas", deltas)
+    if names and small:
+        raise ValueError(f"changes: {changes} with deltas, expected None (merge_deltas makes one file of them first)")
     variables = check_list("variables", variables)
     buffers = buffers_of(variables, range(len(variables)))
-    with SavedFile(name) as saved:
+    with SavedChain(name, names) as saved:
         return _Reader(saved, small).read(classes, variables, buffers, finish, custom_objects)
 
 
@@ -65,7 +71,7 @@ class Saved(Protocol):
 class _Reader:
     """Reads a file. Every part is checked against the variables before the optimizer is returned."""
 
-    def __init__(self, saved: SavedFile, changes: Config) -> None:
+    def __init__(self, saved: SavedChain, changes: Config) -> None:
         self._saved, self._changes = saved, changes
         self._header, self._require, self._fail = saved.header, saved.require, saved.fail
 
@@ -100,11 +106,11 @@ class _Reader:
             result = finish(optimizer, self._header.get("loss_scale"))  # absent from files of version 0.1
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self._saved.path}: {error}") from None
-        for key in self._saved.checksums:
-            self._saved.check_checksum(key)
+        self._saved.check_checksums()
         slots.write(state)  # from here on nothing is refused
         if has_values:
             self._write_values(state, buffers)
+            self._begin_chain(optimizer)
         return result
 
     def _check_values(self, buffers: list[_cpu.Buffer]) -> bool:
@@ -120,11 +126,29 @@ class _Reader:
         return bool(has_values)
 
     def _write_values(self, state: State, buffers: list[_cpu.Buffer]) -> None:
-        for i, (buffer, spec) in enumerate(zip(buffers, self._header["slots"], strict=True)):
-            store(values_of(buffer), self._saved.reader_of(f"{VALUE}{i}"), is_zero=False)
+        for i, (buffer, saved) in enumerate(zip(buffers, self._header["slots"], strict=True)):
             slots = state.slots.slots_of(state.entries[i])
-            if "average" in slots and "average" not in spec:  # made from the values that the variable had before
+            if i in self._saved.tables:
+                self._write_table(i, buffer, slots)
+            else:
+                store(values_of(buffer), self._saved.reader_of(f"{VALUE}{i}"), is_zero=False)
+            if "average" in slots and "average" not in saved:  # made from the values that the variable had before
                 assign(slots["average"], VariableFormat(()).begin(buffer, "average"))
+
+    def _write_table(self, i: int, buffer: _cpu.Buffer, slots: dict[str, AnyArray]) -> None:
+        targets = {f"{VALUE}{i}": values_of(buffer), **{f"{i}/{name}": array for name, array in slots.items()}}
+        for begin, arrays in self._saved.tables[i].blocks():
+            for key, rows in arrays.items():
+                block = targets[key][begin : begin + len(rows)]
+                store(block, bytes_of(rows), is_zero=not key.startswith(VALUE))
+
+    def _begin_chain(self, optimizer: Foreign) -> None:
+        """The next delta follows the last file."""
+        _, state, runtime, _ = parts_of(optimizer)
+        link = self._saved.link
+        if link is not None:
+            are_tables = [i in self._saved.tables for i in range(len(state.entries))]
+            runtime.chain = Chain.at(link, state.entries, self._saved.positions, are_tables, is_complete=True)
 
     def _set_accumulating(self, optimizer: Foreign) -> None:
         options, state, _, _ = parts_of(optimizer)

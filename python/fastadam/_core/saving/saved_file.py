@@ -15,6 +15,7 @@ import numpy as np
 from fastadam._core.common.files import require_regular
 from fastadam._core.common.frameworks import require
 from fastadam._core.common.types import Config, HostArray
+from fastadam._core.deferred.chain import Link
 from fastadam._core.saving.chunks import CHUNK, Bytes
 from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VERSION, Tensor
 
@@ -44,7 +45,7 @@ class SavedFile:
 
     def __init__(self, path: str, label: str | None = None) -> None:
         self.path = path
-        self._label = label or path
+        self.label = label or path
         safetensors = _safetensors()
         require_regular(path)
         self._file = open(path, "rb", buffering=0)  # noqa: PTH123, SIM115  # closed by __exit__
@@ -71,6 +72,10 @@ class SavedFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing can be read from now on."""
         self._file.close()
 
     # ---- what it says ----------------------------------------------------------------------------------------------
@@ -111,9 +116,42 @@ class SavedFile:
         self.require(good, f"tensors {keys!s:.80}", f"{listed!s:.80}")
         return dict(listed)
 
+    @property
+    def link(self) -> Link | None:
+        """The place of the file in a chain; None if it belongs to none."""
+        record = self.header.get("chain")
+        if record is None:
+            return None
+        good = isinstance(record, dict) and set(record) == {*Link._fields, "previous"}
+        good = good and type(record["number"]) is int and record["number"] >= 0
+        good = good and isinstance(record["base"], str) and isinstance(record["id"], str)
+        good = good and isinstance(record["previous"], (str, type(None)))
+        self.require(good, f"'chain' {record!r:.60}", "the ids of this file and those before it")
+        return Link(record["base"], record["id"], record["number"])
+
+    @property
+    def previous(self) -> str | None:
+        """The id of the file that a delta follows; None for a file that can be loaded alone."""
+        return None if self.link is None else self.header["chain"]["previous"]
+
+    def has_rows_of(self, index: int) -> bool:
+        """Whether it has only some rows of this variable."""
+        tables = self.header.get("tables", {})
+        self.require(isinstance(tables, dict), f"'tables' {tables!r:.60}", "a dict")
+        return str(index) in tables
+
+    def tensor_of(self, key: str) -> Tensor:
+        """What this tensor consists of."""
+        self.require(key in self._places, f"no tensor '{key}'", "one of that name")
+        return self._places[key][0]
+
+    def holds(self, key: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return key in self._places
+
     def check_tensor(self, key: str, shape: tuple[int, ...], dtype: str) -> None:
         """Raise unless a tensor has this shape, and this dtype in the words of safetensors."""
-        tensor = self._places[key][0]
+        tensor = self.tensor_of(key)
         self.require(tensor == (dtype, shape), f"tensor '{key}' {tensor.dtype} {tensor.shape}", f"{dtype} {shape}")
 
     # ---- tensors ---------------------------------------------------------------------------------------------------
@@ -174,7 +212,7 @@ class SavedFile:
 
     def fail(self, actual: str, expected: str) -> NoReturn:
         """Raise what is wrong with the file."""
-        raise ValueError(f"{self._label}: {actual}, expected {expected}")
+        raise ValueError(f"{self.label}: {actual}, expected {expected}")
 
 
 def _format_of(path: str) -> str | None:

@@ -14,7 +14,7 @@ from fastadam._core.options.options import Options
 from fastadam._core.options.state_format import BLOCK, LOW, MOMENTS, NAMES, SCALES, VariableFormat
 from fastadam._core.saving.chunks import store as store_pieces
 from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VALUE, lacking_in
-from fastadam._core.saving.saved_file import SavedFile
+from fastadam._core.saving.saved_chain import SavedChain
 from fastadam._core.state.entry import Entry, Spec
 from fastadam._core.state.moments import RandomKey, check_scales, decoded, stored
 from fastadam._core.state.state import State
@@ -33,7 +33,7 @@ class SlotsReader:
         buffers: The variables.
     """
 
-    def __init__(self, saved: SavedFile, specs: list[Spec], buffers: list[_cpu.Buffer]) -> None:
+    def __init__(self, saved: SavedChain, specs: list[Spec], buffers: list[_cpu.Buffer]) -> None:
         self._saved, self._specs, self._buffers = saved, specs, buffers
         count = len(specs)
         slots = [key for key in saved.checksums if key != ITERATIONS and not key.startswith(VALUE)]
@@ -137,8 +137,10 @@ class SlotsReader:
             store.add_waiting(Entry(spec, slots, number=number))
 
     def write(self, state: State) -> None:
-        """Copy or convert every tensor into its slot; everything has been checked."""
+        """Copy or convert every tensor into its slot, but those of tables in deltas; everything has been checked."""
         for key, (i, name) in self._owners.items():
+            if i in self._saved.tables:
+                continue
             slots, target = state.slots.slots_of(state.entries[i]), self._targets[i]
             if target is not None and name in MOMENTS:
                 random = self._key._replace(number=self._numbers[i])

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_bool, check_list
-from fastadam._core.common.types import AnyArray, Config, Foreign, HostArray
-from fastadam._core.native.arrays import to_host
+from fastadam._core.common.types import AnyArray, Config, Foreign
+from fastadam._core.deferred.chain import Chain, Link
 from fastadam._core.native.backend import _cpu
 from fastadam._core.parts import parts_of
-from fastadam._core.saving.chunks import pieces_of
+from fastadam._core.saving.contents import Part, write_parts
 from fastadam._core.saving.description import description_of, entries_of, text_of
-from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VALUE, Tensor, path_of
-from fastadam._core.saving.tensor_file import TensorFile, write_tensors
+from fastadam._core.saving.file_format import path_of
 from fastadam._core.state.entry import Entry
 from fastadam._core.state.slots import SlotStore
 
-__all__ = ["check_target", "known_buffers", "save_optimizer", "values_of"]
+__all__ = ["check_target", "known_buffers", "save_optimizer"]
 
 _OTHER_SUFFIXES = (
     *(".npy", ".npz", ".mat"),
@@ -50,23 +47,21 @@ def save_optimizer(
         if has_values:
             refuse_while_swapped(parts_of(optimizer), "save(values=True)")
         entries = entries_of(state.slots, selection)
-        buffers = known_buffers(state.slots, entries) if has_values else []
+        buffers = known_buffers(state.slots, entries) if has_values else [None] * len(entries)
         tables.settle()
-        arrays = _arrays_of(state.slots, entries)
-        tensors = {ITERATIONS: Tensor("I64", ()), **{key: Tensor.like(array) for key, array in arrays.items()}}
-        tensors.update({f"{VALUE}{i}": Tensor(DTYPES[b.dtype], b.shape) for i, b in enumerate(buffers)})
+        slots = [{at: (slot, state.slots.arrays[at]) for slot, at in entry.slots.items()} for entry in entries]
         description = {**description_of(optimizer, entries), "loss_scale": loss_scale, "values": has_values}
-
-        def fill(file: TensorFile) -> None:
-            file.append(ITERATIONS, np.array([state.calls]).view(np.uint8))
-            for key, array in arrays.items():
-                for piece in pieces_of(to_host(array)):
-                    file.append(key, piece)
-            for i, buffer in enumerate(buffers):
-                for piece in pieces_of(values_of(buffer)):
-                    file.append(f"{VALUE}{i}", piece)
-
-        write_tensors(name, tensors, lambda checksums: text_of(description, checksums, optimizer.name), fill)
+        link = Link.new()
+        if has_values:
+            description["chain"] = {**link._asdict(), "previous": None}
+            description["positions"] = [0] * len(entries)
+        written = [Part(*row) for row in zip(buffers, slots, strict=True)]
+        write_parts(name, written, state.calls, lambda checksums: text_of(description, checksums, optimizer.name))
+        if has_values:
+            is_complete, zeros = len(entries) == len(state.entries), [0] * len(entries)
+            runtime.repeats = False  # steps note which rows they change
+            runtime.chain = Chain.at(link, entries, zeros, [False] * len(entries), is_complete=is_complete)
+            runtime.chain.begin(entries)
 
 
 def check_target(path: str | os.PathLike[str]) -> str:
@@ -81,7 +76,7 @@ def check_target(path: str | os.PathLike[str]) -> str:
     return name
 
 
-def known_buffers(store: SlotStore, entries: list[Entry]) -> list[_cpu.Buffer]:
+def known_buffers(store: SlotStore, entries: Sequence[Entry]) -> list[_cpu.Buffer]:
     """The variables of these entries, whose values are to be saved."""
     buffers = []
     for i, entry in enumerate(entries):
@@ -95,14 +90,3 @@ def known_buffers(store: SlotStore, entries: list[Entry]) -> list[_cpu.Buffer]:
             raise ValueError(f"values: {buffer.label} is on a GPU, expected variables in CPU memory")
         buffers.append(buffer)
     return buffers
-
-
-def values_of(buffer: _cpu.Buffer) -> HostArray:
-    """The memory of a variable on the host; bfloat16 may come as its bits."""
-    return buffer.source if isinstance(buffer.source, np.ndarray) else buffer.array()
-
-
-def _arrays_of(store: SlotStore, entries: list[Entry]) -> dict[str, AnyArray]:
-    """The slots by their names in the file, in the order of ``weights``."""
-    places = {at: f"{i}/{name}" for i, entry in enumerate(entries) for name, at in entry.slots.items()}
-    return {places[at]: store.arrays[at] for at in sorted(places)}

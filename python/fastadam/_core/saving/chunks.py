@@ -59,19 +59,9 @@ def _store_block(block: HostArray, data: Bytes, *, is_zero: bool) -> None:
         if not is_zero or data.any():
             block[...] = data.view(block.dtype).reshape(block.shape)
         return
-    memory, address = block.reshape(-1).view(np.uint8), block.ctypes.data
-    filled = list(runs(data, address))
-    if not is_zero and 2 * sum(end - begin for begin, end in filled) > len(data):
-        for begin, end in runs(data, address, memory):
-            memory[begin:end] = data[begin:end]
-        return
-    with _without_reading_ahead(block):
-        for begin, end in filled:
-            memory[begin:end] = data[begin:end]
-    ends = [0, *(end for run in filled for end in run), len(data)]
-    for begin, end in [] if is_zero else zip(ends[::2], ends[1::2], strict=True):
-        for first, last in runs(memory[begin:end], address + begin):
-            memory[begin + first : begin + last] = 0
+    memory = block.reshape(-1).view(np.uint8)
+    for begin, end in runs(data, block.ctypes.data, None if is_zero else memory):
+        memory[begin:end] = data[begin:end]
 
 
 def runs(data: Bytes, address: int, other: Bytes | None = None) -> Iterator[tuple[int, int]]:
@@ -111,9 +101,15 @@ def _blocks(array: HostArray) -> Iterator[HostArray]:
 
 @contextlib.contextmanager
 def _pages_as_before(block: HostArray) -> Iterator[None]:
-    """Drop the pages of a shared memory map of a file that this block made resident: the file has what they hold."""
+    """Drop the pages of a shared memory map of a file that this block made resident: the file has what they hold.
+
+    They are asked for at once, which is fast even where steps expect random rows. Pages that the kernel reads ahead by
+    itself may hang together: a row that is written to one of them later would take room for all in a file with holes.
+    """
     mapping = _shared_mapping_of(block)
     absent = [] if mapping is None else [run for span in _extents(block) for run in _absent_runs(*span)]
+    for begin, end in absent:
+        _advise(mapping, "MADV_WILLNEED", begin, end)
     try:
         yield
     finally:
@@ -121,20 +117,8 @@ def _pages_as_before(block: HostArray) -> Iterator[None]:
             _advise(mapping, "MADV_DONTNEED", begin, end)
 
 
-@contextlib.contextmanager
-def _without_reading_ahead(block: HostArray) -> Iterator[None]:
-    """Else a page that is written in a hole of a file makes its neighbours take room on the disk."""
-    mapping = _shared_mapping_of(block)
-    span = _pages_of(block) if mapping is not None else (0, 0)
-    _advise(mapping, "MADV_RANDOM", *span)
-    try:
-        yield
-    finally:
-        _advise(mapping, "MADV_NORMAL", *span)
-
-
 def _advise(mapping: mmap.mmap | None, advice: str, begin: int, end: int) -> None:
-    if mapping is None or begin == end or not hasattr(mmap, advice):
+    if mapping is None or not hasattr(mmap, advice):
         return
     start = np.frombuffer(mapping, np.uint8).ctypes.data
     with contextlib.suppress(OSError):  # locked into memory

@@ -184,5 +184,6 @@ def _scales_of(target: VariableFormat, buffer: _cpu.Buffer, name: str) -> list[s
 
 
 def _zeros_of(chosen: VariableFormat, buffer: _cpu.Buffer, name: str) -> AnyArray:
-    """Zeros for any slot, the moving average too."""
-    return zeros_beside(buffer, chosen.dtype_of(buffer, name), chosen.shape_of(buffer.shape, buffer.size, name))
+    """Zeros for any slot, the moving average too; the pages where the file has zeros stay untouched."""
+    shape = chosen.shape_of(buffer.shape, buffer.size, name)
+    return zeros_beside(buffer, chosen.dtype_of(buffer, name), shape, untouched=True)

@@ -689,7 +689,7 @@ for attempt in range(40):
                 for old in sorted(path.glob("delta_*")):
                     old.unlink()
             else:
-                optimizer.save_delta(path / f"delta_{count:05d}")
+                optimizer.save_delta(path / f"delta_{int(optimizer.iterations):07d}")
     time.sleep(random.uniform(0, 0.01 * attempt))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

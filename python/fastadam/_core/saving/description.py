@@ -40,6 +40,7 @@ def description_of(optimizer: Foreign, entries: Sequence[Entry]) -> Config:
         "config": optimizer.get_config(),
         "variables": [entry.spec._asdict() for entry in entries],
         "excluded": _excluded(options.exclusions, entries),
+        "sparse": [i for i, entry in enumerate(entries) if entry.history or options.sparse_update == "lazy"],
         "slots": [list(entry.slots) for entry in entries],
         "moments": [_moments_of(store, entry) for entry in entries],
         "block": BLOCK,

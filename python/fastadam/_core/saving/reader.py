@@ -147,7 +147,7 @@ class _Reader:
         _, state, runtime, _ = parts_of(optimizer)
         link = self._saved.link
         if link is not None:
-            are_tables = [i in self._saved.tables for i in range(len(state.entries))]
+            are_tables = [i in self._saved.tables or i in self._header["sparse"] for i in range(len(state.entries))]
             runtime.chain = Chain.at(link, state.entries, self._saved.positions, are_tables, is_complete=True)
 
     def _set_accumulating(self, optimizer: Foreign) -> None:

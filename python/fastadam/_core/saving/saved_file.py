@@ -83,7 +83,7 @@ class SavedFile:
     def _read_places(self) -> dict[str, tuple[Tensor, int]]:
         """What the tensors are and where they begin, from a header that the library has found good."""
         size = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._exactly(8, size))
+        header = json.loads(self._exactly(8, size).tobytes())
         return {
             key: (Tensor(record["dtype"], tuple(record["shape"])), 8 + size + record["data_offsets"][0])
             for key, record in header.items()
@@ -178,7 +178,7 @@ class SavedFile:
         def read(count: int) -> Bytes:
             nonlocal place
             place += count
-            return np.frombuffer(self._exactly(place - count, count), np.uint8)
+            return self._exactly(place - count, count)
 
         return read
 
@@ -192,9 +192,9 @@ class SavedFile:
         array: HostArray = data.view(name).reshape(tensor.shape)
         return array
 
-    def _exactly(self, begin: int, count: int) -> bytearray:
-        data = bytearray(count)
-        rest = memoryview(data)
+    def _exactly(self, begin: int, count: int) -> Bytes:
+        data = np.empty(count, np.uint8)
+        rest = data.data
         self._file.seek(begin)
         while rest:
             done = self._file.readinto(rest)

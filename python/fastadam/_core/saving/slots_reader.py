@@ -45,6 +45,8 @@ class SlotsReader:
         full = ["float32" if "m" in names else None for names in self._slots]
         self._kinds: list[str | None] = self._listed("moments") if is_new else full
         self._numbers: list[int] = self._listed("numbers") if is_new else list(range(count))
+        self._tables: list[int] = saved.header.get("sparse", [])  # absent from files of version 2
+        saved.require(isinstance(self._tables, list), f"'sparse' {self._tables!r:.60}", "indices of tables")
         block = saved.header.get("block", BLOCK)
         saved.require(type(block) is int and block == BLOCK, f"'block' {block!r:.60}", str(BLOCK))
 
@@ -157,7 +159,9 @@ class SlotsReader:
 
     def _zeros(self, i: int, name: str) -> AnyArray:
         """A slot as it was saved."""
-        return _zeros_of(VariableFormat((), self._kinds[i] or "float32"), self._buffers[i], name)
+        is_table = i in self._tables  # rows of zeros take no memory
+        chosen = VariableFormat((), self._kinds[i] or "float32", moves_rows_alone=is_table)
+        return _zeros_of(chosen, self._buffers[i], name)
 
     def _target(self, i: int, options: Options, *, converts: bool) -> VariableFormat | None:
         """The format that the moments of a variable are converted to; None if they stay as they are."""
@@ -184,6 +188,6 @@ def _scales_of(target: VariableFormat, buffer: _cpu.Buffer, name: str) -> list[s
 
 
 def _zeros_of(chosen: VariableFormat, buffer: _cpu.Buffer, name: str) -> AnyArray:
-    """Zeros for any slot, the moving average too; the pages where the file has zeros stay untouched."""
+    """Zeros for any slot, the moving average too."""
     shape = chosen.shape_of(buffer.shape, buffer.size, name)
-    return zeros_beside(buffer, chosen.dtype_of(buffer, name), shape, untouched=True)
+    return zeros_beside(buffer, chosen.dtype_of(buffer, name), shape, untouched=chosen.moves_rows_alone)

@@ -297,3 +297,79 @@ def test_a_damaged_file_with_values_changes_nothing(tmp_path):
         with pytest.raises(ValueError, match=str(tmp_path / "opt")):
             fastadam.Adam.load(tmp_path / "opt", [other])
         assert (other == 7).all()
+
+
+# ---- slots of the user's -----------------------------------------------------------------------------------------------
+
+
+def test_moments_are_written_to_arrays_that_are_given(tmp_path):
+    variables = [np.ones((300, 5), F32), np.ones(3, F32)]
+    optimizer = fastadam.Adam(0.1, amsgrad=True)
+    train(optimizer, variables, range(3))
+    optimizer.save(tmp_path / "opt", values=True)
+    m = np.memmap(tmp_path / "m", F32, "w+", shape=(300, 5))
+    v = np.full((300, 5), 7, F32)
+    others = [np.zeros_like(w) for w in variables]
+    again = fastadam.Adam.load(tmp_path / "opt", others, slots=[{"m": m, "v": v}, None])
+    assert again.get_slot(others[0], "m") is m
+    assert again.get_slot(others[0], "v") is v
+    assert_same(again.get_weights(), optimizer.get_weights())
+    for made, mine in ((optimizer, variables), (again, others)):
+        train(made, mine, range(3, 6))
+    assert_same(others, variables)
+    assert_same(again.get_weights(), optimizer.get_weights())
+
+
+def test_moments_of_deltas_are_written_to_arrays_that_are_given(tmp_path):
+    table = np.ones((300, 5), F32)
+    optimizer = fastadam.Adam(0.1, sparse_update="deferred")
+    optimizer.build([table])
+    optimizer.save(tmp_path / "opt", values=True)
+    for i in (3, 7, 3):
+        optimizer.apply_gradients([(fastadam.IndexedSlices(np.ones((1, 5), F32), [i]), table)])
+    optimizer.save_delta(tmp_path / "delta")
+    m, other = np.full((300, 5), 7, F32), np.zeros_like(table)
+    again = fastadam.Adam.load(tmp_path / "opt", [other], deltas=[tmp_path / "delta"], slots=[{"m": m}])
+    assert_same(again.get_weights(), optimizer.get_weights())
+    assert again.get_slot(other, "m") is m
+
+
+W = np.ones((4, 2), F32)
+BAD_SLOTS = {
+    "too few": ([], ValueError, "slots: 0 items, expected one for each of 1 variables"),
+    "an array": ([np.zeros((4, 2), F32)], TypeError, r"slots\[0\]: ndarray, expected a dict of arrays or None"),
+    "a list": ([{"m": [0]}], TypeError, r"slots\[0\]\['m'\]: list, expected a NumPy array"),
+    "dtype": ([{"m": np.full((4, 2), 7.0)}], TypeError, r"slots\[0\]\['m'\]: float64, expected float32"),
+    "shape": ([{"v": np.full(8, 7, F32)}], ValueError, r"slots\[0\]\['v'\]: shape \(8,\), expected \(4, 2\)"),
+    "order": ([{"v": np.full((4, 2), 7, F32, order="F")}], ValueError, r"slots\[0\]\['v'\]: strides"),
+    "another slot": (
+        [{"vhat": np.full((4, 2), 7, F32)}],
+        ValueError,
+        r"slots\[0\]\['vhat'\]: not a slot that the file",
+    ),
+    "the variable": ([{"m": W}], ValueError, r"slots\[0\]\['m'\]: shares memory with"),
+    "one twice": ([dict.fromkeys("mv", np.full((4, 2), 7, F32))], ValueError, "shares memory with"),
+    "damaged file": ([{"m": np.full((4, 2), 7, F32)}], ValueError, "checksum of tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SLOTS)
+def test_slots_that_do_not_fit_are_refused_and_nothing_changes(kind, tmp_path):
+    slots, error, message = BAD_SLOTS[kind]
+    optimizer = fastadam.Adam(0.1)
+    optimizer.build([w := np.zeros((4, 2), F32)])
+    optimizer.save(tmp_path / "opt", values=True)
+    if kind == "damaged file":
+        data = (tmp_path / "opt").read_bytes()
+        (tmp_path / "opt").write_bytes(data[:-1] + b"\1")
+    with pytest.raises(error, match=message):
+        fastadam.Adam.load(tmp_path / "opt", [W], slots=slots)
+    assert (W == 1).all()
+    assert all(
+        (array == 7).all()
+        for item in slots
+        if isinstance(item, dict)
+        for array in item.values()
+        if isinstance(array, np.ndarray) and array is not W
+    )
+    del w

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -340,6 +340,7 @@ class LossScaleOptimizer(Minimizer):
         changes: Mapping[str, Any] | None = None,
         *,
         deltas: Iterable[str | os.PathLike[str]] = (),
+        slots: Sequence[Mapping[str, HostArray] | None] | None = None,
     ) -> Self:
         """Load what :meth:`save` wrote, as :meth:`Adam.load` does; ``custom_objects`` may hold a subclass of Adam."""
         others = [entry for entry in (custom_objects or {}).values() if isinstance(entry, type)]
@@ -354,7 +355,7 @@ class LossScaleOptimizer(Minimizer):
             optimizer.step_counter = state["step_counter"]
             return optimizer
 
-        loaded: Self = load_optimizer(classes, path, variables, finish, custom_objects, changes, deltas)
+        loaded: Self = load_optimizer(classes, path, variables, finish, custom_objects, changes, deltas, slots)
         return loaded
 
 

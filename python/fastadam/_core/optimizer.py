@@ -403,6 +403,7 @@ class Optimizer(Minimizer):
         changes: Mapping[str, Any] | None = None,
         *,
         deltas: Iterable[str | os.PathLike[str]] = (),
+        slots: Sequence[Mapping[str, npt.NDArray[np.generic]] | None] | None = None,
     ) -> Self:
         """An optimizer from ``save``, which goes on to the bit with these variables.
 
@@ -418,11 +419,15 @@ class Optimizer(Minimizer):
                 ones, such as ``{"moments": "8bit"}``. Moments are converted; fewer bits are rounded at random.
             deltas: Files of ``save_delta`` that follow a file of ``save(values=True)``, in their order. All rows of
                 tables are brought up to date.
+            slots: As of :meth:`build`: for each variable None, or arrays that the moments are written to and that
+                become its slots, such as memory maps. Of slots that the file has.
 
         Raises:
             OSError: A file cannot be read.
+            TypeError: A slot of another type or dtype.
             ValueError: Other ``changes``, or any with ``deltas``; a file is damaged, of another class, or of other
-                variables: shape, dtype or name differ; a delta that does not follow the file before it.
+                variables: shape, dtype or name differ; a delta that does not follow the file before it; a slot that
+                does not fit.
         """
 
         def finish(optimizer: Foreign, loss_scale: Config | None) -> Foreign:
@@ -430,7 +435,7 @@ class Optimizer(Minimizer):
                 raise ValueError(f"state of LossScaleOptimizer, expected {cls.__name__}")
             return optimizer
 
-        loaded: Self = load_optimizer([cls], path, variables, finish, custom_objects, changes, deltas)
+        loaded: Self = load_optimizer([cls], path, variables, finish, custom_objects, changes, deltas, slots)
         return loaded
 
     def __getstate__(self) -> Config:

@@ -22,6 +22,7 @@ from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VALUE, check_p
 from fastadam._core.saving.saved_chain import SavedChain
 from fastadam._core.saving.slots_reader import SlotsReader
 from fastadam._core.state.entry import Spec
+from fastadam._core.state.given_slots import GivenSlots
 from fastadam._core.state.state import State
 
 __all__ = ["load_optimizer"]
@@ -37,6 +38,7 @@ def load_optimizer(
     custom_objects: Mapping[str, Any] | None = None,
     changes: Mapping[str, Any] | None = None,
     deltas: Iterable[str | os.PathLike[str]] = (),
+    given: Iterable[object] | None = None,
 ) -> Foreign:
     """Load as described at ``Adam.load``; ``changes`` are options of small states in place of those in the file.
 
@@ -49,6 +51,7 @@ def load_optimizer(
         custom_objects: Schedules by name.
         changes: Options of small states.
         deltas: The files that follow.
+        given: Arrays for slots, as ``slots`` of ``Adam.load``.
     """
     name = path_of(path)
     small = check_changes(changes)
@@ -58,7 +61,7 @@ def load_optimizer(
     variables = check_list("variables", variables)
     buffers = buffers_of(variables, range(len(variables)))
     with SavedChain(name, names) as saved:
-        return _Reader(saved, small).read(classes, variables, buffers, finish, custom_objects)
+        return _Reader(saved, small, given).read(classes, variables, buffers, finish, custom_objects)
 
 
 class Saved(Protocol):
@@ -71,8 +74,8 @@ class Saved(Protocol):
 class _Reader:
     """Reads a file. Every part is checked against the variables before the optimizer is returned."""
 
-    def __init__(self, saved: SavedChain, changes: Config) -> None:
-        self._saved, self._changes = saved, changes
+    def __init__(self, saved: SavedChain, changes: Config, given: Iterable[object] | None) -> None:
+        self._saved, self._changes, self._given = saved, changes, given
         self._header, self._require, self._fail = saved.header, saved.require, saved.fail
 
     def read(
@@ -94,7 +97,8 @@ class _Reader:
         slots = SlotsReader(self._saved, specs, buffers)
         slots.check(accumulates=options.accumulation is not None)
         has_values = self._check_values(buffers)
-        slots.place(options, state, converts=not {"moments", "float32_for"}.isdisjoint(self._changes))
+        given = None if self._given is None else GivenSlots(self._given, buffers, options.state_format)
+        slots.place(options, state, given, converts=not {"moments", "float32_for"}.isdisjoint(self._changes))
         self._set_accumulating(optimizer)
         try:
             optimizer.build(variables)
@@ -109,7 +113,7 @@ class _Reader:
         self._saved.check_checksums()
         slots.write(state)  # from here on nothing is refused
         if has_values:
-            self._write_values(state, buffers)
+            self._write_values(state, buffers, slots)
             self._begin_chain(optimizer)
         return result
 
@@ -125,22 +129,23 @@ class _Reader:
             self._saved.check_tensor(f"{VALUE}{i}", buffer.shape, DTYPES[buffer.dtype])
         return bool(has_values)
 
-    def _write_values(self, state: State, buffers: list[_cpu.Buffer]) -> None:
+    def _write_values(self, state: State, buffers: list[_cpu.Buffer], reader: SlotsReader) -> None:
         for i, (buffer, saved) in enumerate(zip(buffers, self._header["slots"], strict=True)):
             slots = state.slots.slots_of(state.entries[i])
             if i in self._saved.tables:
-                self._write_table(i, buffer, slots)
+                self._write_table(i, buffer, slots, reader)
             else:
                 store(values_of(buffer), self._saved.reader_of(f"{VALUE}{i}"), is_zero=False)
             if "average" in slots and "average" not in saved:  # made from the values that the variable had before
                 assign(slots["average"], VariableFormat(()).begin(buffer, "average"))
 
-    def _write_table(self, i: int, buffer: _cpu.Buffer, slots: dict[str, AnyArray]) -> None:
+    def _write_table(self, i: int, buffer: _cpu.Buffer, slots: dict[str, AnyArray], reader: SlotsReader) -> None:
         targets = {f"{VALUE}{i}": values_of(buffer), **{f"{i}/{name}": array for name, array in slots.items()}}
+        are_zero = {f"{i}/{name}": reader.is_zero(i, name) for name in slots}
         for begin, arrays in self._saved.tables[i].blocks():
             for key, rows in arrays.items():
                 block = targets[key][begin : begin + len(rows)]
-                store(block, bytes_of(rows), is_zero=not key.startswith(VALUE))
+                store(block, bytes_of(rows), is_zero=are_zero.get(key, False))
 
     def _begin_chain(self, optimizer: Foreign) -> None:
         """The next delta follows the last file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastadam._core.saving.chunks import store as store_pieces
 from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VALUE, lacking_in
 from fastadam._core.saving.saved_chain import SavedChain
 from fastadam._core.state.entry import Entry, Spec
+from fastadam._core.state.given_slots import GivenSlots, is_a_hole
 from fastadam._core.state.moments import RandomKey, check_scales, decoded, stored
 from fastadam._core.state.state import State
 
@@ -45,6 +47,7 @@ class SlotsReader:
         full = ["float32" if "m" in names else None for names in self._slots]
         self._kinds: list[str | None] = self._listed("moments") if is_new else full
         self._numbers: list[int] = self._listed("numbers") if is_new else list(range(count))
+        self._given: list[Mapping[str, HostArray]] = [{} for _ in specs]
         self._tables: list[int] = saved.header.get("sparse", [])  # absent from files of version 2
         saved.require(isinstance(self._tables, list), f"'sparse' {self._tables!r:.60}", "indices of tables")
         block = saved.header.get("block", BLOCK)
@@ -106,14 +109,17 @@ class SlotsReader:
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
-    def place(self, options: Options, state: State, *, converts: bool) -> None:
-        """Make every slot, all zero, in the order of ``weights``; new slots of a conversion come last.
+    def place(self, options: Options, state: State, given: GivenSlots | None, *, converts: bool) -> None:
+        """Make every slot that is not given, all zero, in the order of ``weights``; those of a conversion come last.
 
         Moments stay in the format they were saved in if the optimizer has it, unless it ``converts`` them to its own.
         """
         store = state.slots
         self._key = RandomKey(options.small.seed, int(state.calls) // options.calls_per_step, 0)
         self._targets = [self._target(i, options, converts=converts) for i in range(len(self._specs))]
+        if given is not None:
+            self._given = [given.of_file(buffer, self._dtypes_of(i)) for i, buffer in enumerate(self._buffers)]
+            given.require_apart((buffer.label, buffer.address, buffer.nbytes) for buffer in self._buffers)
         places: list[dict[str, int]] = [{} for _ in self._specs]
         late: dict[tuple[str, int], AnyArray] = {}
         for i, name in self._owners.values():
@@ -121,10 +127,10 @@ class SlotsReader:
             if name == LOW and options.small.master is None:
                 continue
             if target is None or name not in (*MOMENTS, *SCALES):
-                arrays = {name: self._zeros(i, name)}
+                arrays = {name: self._begin(i, name, self._saved_format(i))}
             else:
                 names = () if name in SCALES else (name, *_scales_of(target, self._buffers[i], name))
-                arrays = {each: _zeros_of(target, self._buffers[i], each) for each in names}
+                arrays = {each: self._begin(i, each, target) for each in names}
             if name in arrays:
                 places[i][name] = len(store.arrays)
                 store.arrays.append(arrays.pop(name))
@@ -132,9 +138,9 @@ class SlotsReader:
         for (name, i), array in sorted(late.items(), key=lambda item: (NAMES.index(item[0][0]), item[0][1])):
             places[i][name] = len(store.arrays)
             store.arrays.append(array)
-        given = set().union(*places)
+        present = set().union(*places)
         used = [name for _, name in self._owners.values()]
-        store.names = [name for name in dict.fromkeys([*used, *NAMES]) if name in given]
+        store.names = [name for name in dict.fromkeys([*used, *NAMES]) if name in present]
         for spec, slots, number in zip(self._specs, places, self._numbers, strict=True):
             store.add_waiting(Entry(spec, slots, number=number))
 
@@ -149,19 +155,34 @@ class SlotsReader:
                 for part, values in stored(target, self._buffers[i], name, self._decoded(i, name), random).items():
                     assign(slots[part], to_host(values))
             elif name in slots and (target is None or name not in SCALES):
-                self._copy(key, slots[name])
+                self._copy(key, slots[name], is_zero=self.is_zero(i, name))
 
-    def _copy(self, key: str, slot: AnyArray) -> None:
+    def is_zero(self, i: int, name: str) -> bool:
+        """Whether a slot is known to be all zero before it is written."""
+        return name not in self._given[i] or is_a_hole(self._given[i][name])
+
+    def _copy(self, key: str, slot: AnyArray, *, is_zero: bool) -> None:
         if isinstance(slot, np.ndarray):
-            store_pieces(slot, self._saved.reader_of(key), is_zero=True)
+            store_pieces(slot, self._saved.reader_of(key), is_zero=is_zero)
         else:
             assign(slot, self._saved.tensor(key))
 
-    def _zeros(self, i: int, name: str) -> AnyArray:
-        """A slot as it was saved."""
-        is_table = i in self._tables  # rows of zeros take no memory
-        chosen = VariableFormat((), self._kinds[i] or "float32", moves_rows_alone=is_table)
-        return _zeros_of(chosen, self._buffers[i], name)
+    def _begin(self, i: int, name: str, chosen: VariableFormat) -> AnyArray:
+        """The array that is given for a slot, or zeros, the moving average too."""
+        if name in self._given[i]:
+            return self._given[i][name]
+        buffer = self._buffers[i]
+        shape = chosen.shape_of(buffer.shape, buffer.size, name)
+        return zeros_beside(buffer, chosen.dtype_of(buffer, name), shape, untouched=chosen.moves_rows_alone)
+
+    def _saved_format(self, i: int) -> VariableFormat:
+        """How a variable's slots were saved; of tables, rows of zeros take no memory."""
+        return VariableFormat((), self._kinds[i] or "float32", moves_rows_alone=i in self._tables)
+
+    def _dtypes_of(self, i: int) -> dict[str, str]:
+        """The dtypes that the slots of a variable will have."""
+        chosen = self._targets[i] or self._saved_format(i)
+        return {name: chosen.dtype_of(self._buffers[i], name) for name in self._slots[i]}
 
     def _target(self, i: int, options: Options, *, converts: bool) -> VariableFormat | None:
         """The format that the moments of a variable are converted to; None if they stay as they are."""
@@ -185,9 +206,3 @@ class SlotsReader:
 def _scales_of(target: VariableFormat, buffer: _cpu.Buffer, name: str) -> list[str]:
     """The scales that a moment has in a format."""
     return [f"{name}_scale"] if target.dtype_of(buffer, name) == "uint8" else []
-
-
-def _zeros_of(chosen: VariableFormat, buffer: _cpu.Buffer, name: str) -> AnyArray:
-    """Zeros for any slot, the moving average too."""
-    shape = chosen.shape_of(buffer.shape, buffer.size, name)
-    return zeros_beside(buffer, chosen.dtype_of(buffer, name), shape, untouched=chosen.moves_rows_alone)

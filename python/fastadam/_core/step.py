@@ -161,7 +161,7 @@ class Stepper:
         for place, buffer, history, gradient in zip(
             plan.plan.positions, plan.plan.buffers, plan.histories, gradients, strict=True
         ):
-            if history is None:
+            if history is None and buffer.device < 0:
                 native = native_gradient(gradient, buffer, f"grads[{place}]")
                 chain.note(self.state.slots.entry_of(buffer), np.asarray(native.indices) if is_slices(native) else None)
 

@@ -385,7 +385,7 @@ class History:
         return History(rates, self.numbers, self.shape, self.exact, fingerprint, self.flags.copy())
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"trail": None, **state})
         if "flags" not in state:  # a pickle of fastadam 0.1
             self.flags = untouched_zeros(self.shape[:1], np.uint8)
             self.rates = self.rates._replace(counts=np.array([*self.rates.counts[:3], *[0] * 5], np.int64)[:5])

@@ -115,7 +115,7 @@ def test_gradients_of_other_dtypes_are_rounded_to_that_of_the_variable_first():
 def test_tied_weights_of_torch():
     torch = pytest.importorskip("torch")
     w, plain = torch.ones(6, 2), np.ones((6, 2), F32)
-    rows = torch.sparse_coo_tensor([[1, 4, 1]], torch.full((3, 2), 0.5), (6, 2))
+    rows = torch.sparse_coo_tensor([[1, 4, 1]], torch.full((3, 2), 0.5), (6, 2), check_invariants=True)
     dense = torch.full((6, 2), 0.25)
     optimizer = fastadam.Adam(0.1, sum_repeated=True)
     optimizer.apply_gradients([(rows, w), (dense, w)])

@@ -288,8 +288,9 @@ class Plan {
                                  Plan* update, const py::list& rows, const AdamHyper& hyper, int64_t* counter) {
     {
       const Scope scope(backend(), variables().place());
-      const Call call(set_, gradients);
+      Call call(set_, gradients);
       if (!call.to_convert().empty()) return call.to_convert();
+      call.cover_all_rows();
       if (update != nullptr) {  // refused before anything is written
         update->variables().require_current();
         update->arguments(hyper, {});

@@ -102,6 +102,9 @@ class TensorSet {
       set_.measure();
     }
 
+    // Gradients are only added up: a share of the work is a part of the variables, whatever rows a step moves.
+    void cover_all_rows() { set_.variables_.measure(false); }
+
     // After a step, whose scalars these are, or after rows were only brought up to date.
     void note_histories(const StepArgs* step, int64_t counter) {
       if (!set_.has_tables_) return;

@@ -149,7 +149,7 @@ FASTADAM_INLINE void for_moving_rows(const uint8_t* flags, int64_t width, int64_
 
 // Updates elements [begin, end) of the table, which have a dense gradient.
 template <class Storage>
-FASTADAM_INLINE void update_densely(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+__attribute__((noinline)) void update_densely(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   if constexpr (sizeof(Storage) == 2) {
     adam_dense_half<Storage>(step, tensor, begin, end);
   } else {
@@ -293,8 +293,6 @@ FASTADAM_INLINE void load_part(const TensorArgs& tensor, int64_t at, int64_t siz
     row.v[i] = slots.v[i];
     row.vhat[i] = kAmsgrad ? slots.vhat[i] : T(0);
   }
-  if (tensor.average == nullptr) return;
-  for (int64_t i = 0; i < size; ++i) row.average[i] = static_cast<const T*>(tensor.average)[at + i];
 }
 
 // Only if the values differ: a page that is not written stays clean, or is not even there.
@@ -313,7 +311,17 @@ FASTADAM_INLINE void store_part(const RowPart<T>& row, const TensorArgs& tensor,
   store_changed(row.m, slots.m, size);
   store_changed(row.v, slots.v, size);
   if constexpr (kAmsgrad) store_changed(row.vhat, slots.vhat, size);
-  if (tensor.average != nullptr) store_changed(row.average, static_cast<T*>(tensor.average) + at, size);
+}
+
+template <class T>
+__attribute__((noinline)) void load_average(const TensorArgs& tensor, int64_t at, int64_t size, RowPart<T>& row) {
+  std::memcpy(row.average, static_cast<const T*>(tensor.average) + at, static_cast<size_t>(size) * sizeof(T));
+}
+
+template <class T>
+__attribute__((noinline)) void store_average(const RowPart<T>& row, const TensorArgs& tensor, int64_t at,
+                                             int64_t size) {
+  store_changed(row.average, static_cast<T*>(tensor.average) + at, size);
 }
 
 // Whether all moments are +0.
@@ -326,31 +334,29 @@ FASTADAM_INLINE bool has_zeros(const RowPart<T>& row, int64_t size) {
 }
 
 template <bool kAmsgrad, class Storage, class T>
-FASTADAM_INLINE bool all_at_rest(const RowPart<T>& row, int64_t size, T peak, const StepScalars<T>& s, bool dense) {
+FASTADAM_INLINE bool all_at_rest(const RowPart<T>& row, int64_t size, T peak, T epsilon) {
   int moving = 0;
 #pragma omp simd reduction(+ : moving)
   for (int64_t i = 0; i < size; ++i) {
-    moving += !is_at_rest<kAmsgrad, Storage>(row.var[i], row.m[i], row.v[i], row.vhat[i], peak, s.epsilon);
-  }
-  if (!dense || moving > 0) return moving == 0;
-#pragma omp simd reduction(+ : moving)
-  for (int64_t i = 0; i < size; ++i) {
-    moving += !stays_at_rest<Storage>(row.var[i], row.m[i], peak, s);
+    moving += !is_at_rest<kAmsgrad, Storage>(row.var[i], row.m[i], row.v[i], row.vhat[i], peak, epsilon);
   }
   return moving == 0;
 }
 
-// Applies one step of the history to a row without a gradient.
-template <bool kAmsgrad, bool kDense, class Storage, class T>
-FASTADAM_INLINE void replay_step(RowPart<T>& row, int64_t size, T keep, const StepScalars<T>& s) {
+template <class Storage, class T>
+__attribute__((noinline)) bool all_stay_at_rest(const RowPart<T>& row, int64_t size, T peak, const StepScalars<T>& s) {
+  int moving = 0;
+  for (int64_t i = 0; i < size; ++i) moving += !stays_at_rest<Storage>(row.var[i], row.m[i], peak, s);
+  return moving == 0;
+}
+
+// Applies one dense step to a row whose gradient was 0.
+template <bool kAmsgrad, class Storage, class T>
+__attribute__((noinline)) void replay_densely(RowPart<T>& row, int64_t size, T keep, const StepScalars<T>& s) {
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     T var = row.var[i];
-    if constexpr (kDense) {
-      adam_update<kAmsgrad>(var, T(0), row.m[i], row.v[i], row.vhat[i], keep, s);
-    } else {
-      adam_update_row<kAmsgrad, false>(var, T(0), row.m[i], row.v[i], row.vhat[i], keep, s);
-    }
+    adam_update<kAmsgrad>(var, T(0), row.m[i], row.v[i], row.vhat[i], keep, s);
     row.var[i] = load(store<Storage>(var));
   }
 }
@@ -362,14 +368,20 @@ FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& ro
   const auto make_step = [&](T alpha, T keep) {
     s.alpha = s.row_alpha = alpha;
     if (stale.dense) {
-      replay_step<kAmsgrad, true, Storage>(row, size, keep, s);
+      replay_densely<kAmsgrad, Storage>(row, size, keep, s);
     } else {
-      replay_step<kAmsgrad, false, Storage>(row, size, keep, s);
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) {
+        T var = row.var[i];
+        adam_update_row<kAmsgrad, false>(var, T(0), row.m[i], row.v[i], row.vhat[i], keep, s);
+        row.var[i] = load(store<Storage>(var));
+      }
     }
     if (averages) average_once(row.average, row.var, size, s.ema_momentum);
   };
   const int64_t step = replay_steps<T>(stale, from, make_step, [&](T peak) {
-    return all_at_rest<kAmsgrad, Storage>(row, size, peak, s, stale.dense);
+    return all_at_rest<kAmsgrad, Storage>(row, size, peak, s.epsilon) &&
+           (!stale.dense || all_stay_at_rest<Storage>(row, size, peak, s));
   });
   const int64_t left = stale.now - step;
   if (left == 0) return;
@@ -399,9 +411,11 @@ __attribute__((noinline)) void replay_row(const TensorArgs& tensor, int64_t from
   RowPart<T> row;
   load_part<kAmsgrad, Storage>(tensor, at, size, row);
   const bool averages = tensor.average != nullptr;
+  if (averages) load_average(tensor, at, size, row);
   StaleRows stale = *tensor.stale;
   if (stale.leaves_zeros && !averages && has_zeros<kAmsgrad>(row, size)) stale.now = from + 1;  // all steps do what one does
   replay<kAmsgrad, Storage>(stale, from, row, size, s, averages);
+  if (averages) store_average(row, tensor, at, size);
   store_part<kAmsgrad, Storage>(row, tensor, at, size);
 }
 

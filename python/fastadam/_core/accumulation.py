@@ -71,7 +71,7 @@ def accumulate(
             state.clear_accumulator(entry)
         else:
             assign(state.slots.slots_of(entry)[ACCUMULATOR], 0)
-    if update is not None and moves:
+    if update is not None:
         tables.before_step(update, touches, numbers)
     state.begin(cycle)
     is_finite = plan.plan.accumulate(

@@ -92,14 +92,17 @@ void flag_moving_rows(py::array_t<uint8_t> flags, const py::array& moments) {
   }
 }
 
-// From here on the kernel puts small pages under these addresses, where it knows huge ones: a row that is touched makes
-// 4 KiB resident, not 2 MiB.
-void avoid_huge_pages([[maybe_unused]] const py::array& array) {
+// Tells the operating system that the rows of this array are touched in no order: one of a file makes 4 KiB resident,
+// not also what lies around it. `small_pages`: no huge pages either, where one of anonymous memory would make 2 MiB
+// resident.
+void expect_random_rows([[maybe_unused]] const py::array& array, [[maybe_unused]] bool small_pages) {
 #if defined(__linux__)
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto begin = reinterpret_cast<uintptr_t>(array.data()) / page * page;
   const uintptr_t end = reinterpret_cast<uintptr_t>(array.data()) + static_cast<uintptr_t>(array.nbytes());
-  if (array.nbytes() > 0) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_NOHUGEPAGE);
+  if (end == begin) return;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_RANDOM);
+  if (small_pages) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_NOHUGEPAGE);
 #endif
 }
 
@@ -149,7 +152,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("copy_all", &copy_all, py::arg("copies"), py::arg("counter"));
   m.def("drop_steps", &fastadam::bind::StaleTable::drop, py::arg("history"), py::arg("count"));
   m.def("flag_moving_rows", &flag_moving_rows, py::arg("flags"), py::arg("moments"));
-  m.def("avoid_huge_pages", &avoid_huge_pages, py::arg("array"));
+  m.def("expect_random_rows", &expect_random_rows, py::arg("array"), py::arg("small_pages"));
   m.def("norm", &norm, py::arg("arrays"));
   fastadam::bind::register_small_moments(m);
   py::class_<ArithmeticScope>(m, "DefaultArithmetic", py::module_local())

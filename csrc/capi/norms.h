@@ -108,7 +108,8 @@ class Norms : public GradientNorms {
     for (size_t i = 0; i < squares.size(); ++i) {
       squares[i] = pairwise_sum(sums.data() + block_offsets[i], block_offsets[i + 1] - block_offsets[i]);
       if (!is_accumulated(tensors[i])) continue;
-      const auto sum = tensors[i].grad_dtype == FASTADAM_FLOAT64 ? sum_squares_of_rows<double> : sum_squares_of_rows<float>;
+      const auto sum =
+          tensors[i].grad_dtype == FASTADAM_FLOAT64 ? sum_squares_of_rows<double> : sum_squares_of_rows<float>;
       squares[i] = sum(tensors[i], clip_value, require_finite, units == nullptr ? 1.0 : units[i]);
     }
     return squares;

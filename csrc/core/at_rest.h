@@ -24,15 +24,6 @@ FASTADAM_INLINE bool is_at_rest(T var, T m, T v, T vhat, T peak, T epsilon) {
          bits_of(load(store<Storage>(var + change))) == bits_of(var);
 }
 
-// What must also be true if the steps follow the rule for dense gradients, which were 0. There m stops falling where
-// what is subtracted from it is flushed to zero, so that m / sqrt(v) may grow as v falls: up to that m over epsilon.
-template <class Storage, class T>
-FASTADAM_INLINE bool stays_at_rest(T var, T m, T peak, const StepScalars<T>& s) {
-  const T least = std::numeric_limits<T>::min() / s.one_minus_beta_1;
-  const T size = m < T(0) ? -m : m;
-  return is_at_rest<false, Storage>(var, size < least ? size : least, T(0), T(0), peak, s.epsilon);
-}
-
 // The largest |alpha| of the steps [from, now), possibly including a few earlier steps.
 template <class T>
 FASTADAM_INLINE T peak_from(const StaleRows& stale, int64_t from) {

@@ -36,7 +36,7 @@ struct fastadam_stale_rows {
   // By row: one without kMoves has moments of +0 and is left as it is, not even read. Null if every row is replayed.
   const uint8_t* flags = nullptr;
   bool moves_all = false;  // no row is behind, and the step moves every row that has kMoves in `flags`
-  bool dense = false;  // the steps followed the rule for dense gradients, which were 0 in these rows
+  bool dense = false;      // the steps followed the rule for dense gradients, which were 0 in these rows
 };
 
 namespace fastadam {

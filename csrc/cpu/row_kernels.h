@@ -149,7 +149,8 @@ FASTADAM_INLINE void for_moving_rows(const uint8_t* flags, int64_t width, int64_
 
 // Updates elements [begin, end) of the table, which have a dense gradient.
 template <class Storage>
-__attribute__((noinline)) void update_densely(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+__attribute__((noinline)) void update_densely(const StepArgs& step, const TensorArgs& tensor, int64_t begin,
+                                              int64_t end) {
   if constexpr (sizeof(Storage) == 2) {
     adam_dense_half<Storage>(step, tensor, begin, end);
   } else {
@@ -261,16 +262,17 @@ __attribute__((noinline)) void fall_repeatedly(T* values, int64_t size, T factor
 }
 
 template <class T>
-__attribute__((noinline)) void average_once(T* __restrict averages, const T* __restrict var, int64_t size, T momentum) {
+__attribute__((noinline)) void move_averages(T* __restrict averages, const T* __restrict var, int64_t size,
+                                             T momentum) {
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) averages[i] = moving_average(averages[i], var[i], momentum);
 }
 
 template <class T>
-__attribute__((noinline)) void average_repeatedly(T* averages, const T* var, int64_t size, T momentum, int64_t times) {
-  move_repeatedly(averages, var, size, times, [=](T average, T beside) {
-    return moving_average(average, beside, momentum);
-  });
+__attribute__((noinline)) void move_averages_repeatedly(T* averages, const T* var, int64_t size, T momentum,
+                                                        int64_t times) {
+  move_repeatedly(averages, var, size, times,
+                  [=](T average, T beside) { return moving_average(average, beside, momentum); });
 }
 
 // Up to kColumns columns of one row, in the compute type.
@@ -280,11 +282,10 @@ struct RowPart {
   T m[kColumns];
   T v[kColumns];
   T vhat[kColumns];
-  T average[kColumns];
 };
 
 template <bool kAmsgrad, class Storage, class T>
-FASTADAM_INLINE void load_part(const TensorArgs& tensor, int64_t at, int64_t size, RowPart<T>& row) {
+__attribute__((noinline)) void load_part(const TensorArgs& tensor, int64_t at, int64_t size, RowPart<T>& row) {
   const Storage* var = static_cast<const Storage*>(tensor.var) + at;
   const Operands<T> slots = operands_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
   for (int64_t i = 0; i < size; ++i) {
@@ -303,7 +304,7 @@ FASTADAM_INLINE void store_changed(const Item* values, Item* to, int64_t size) {
 }
 
 template <bool kAmsgrad, class Storage, class T>
-FASTADAM_INLINE void store_part(const RowPart<T>& row, const TensorArgs& tensor, int64_t at, int64_t size) {
+__attribute__((noinline)) void store_part(const RowPart<T>& row, const TensorArgs& tensor, int64_t at, int64_t size) {
   Storage var[kColumns];
   for (int64_t i = 0; i < size; ++i) var[i] = store<Storage>(row.var[i]);
   store_changed(var, static_cast<Storage*>(tensor.var) + at, size);
@@ -311,17 +312,6 @@ FASTADAM_INLINE void store_part(const RowPart<T>& row, const TensorArgs& tensor,
   store_changed(row.m, slots.m, size);
   store_changed(row.v, slots.v, size);
   if constexpr (kAmsgrad) store_changed(row.vhat, slots.vhat, size);
-}
-
-template <class T>
-__attribute__((noinline)) void load_average(const TensorArgs& tensor, int64_t at, int64_t size, RowPart<T>& row) {
-  std::memcpy(row.average, static_cast<const T*>(tensor.average) + at, static_cast<size_t>(size) * sizeof(T));
-}
-
-template <class T>
-__attribute__((noinline)) void store_average(const RowPart<T>& row, const TensorArgs& tensor, int64_t at,
-                                             int64_t size) {
-  store_changed(row.average, static_cast<T*>(tensor.average) + at, size);
 }
 
 // Whether all moments are +0.
@@ -334,7 +324,7 @@ FASTADAM_INLINE bool has_zeros(const RowPart<T>& row, int64_t size) {
 }
 
 template <bool kAmsgrad, class Storage, class T>
-FASTADAM_INLINE bool all_at_rest(const RowPart<T>& row, int64_t size, T peak, T epsilon) {
+__attribute__((noinline)) bool all_at_rest(const RowPart<T>& row, int64_t size, T peak, T epsilon) {
   int moving = 0;
 #pragma omp simd reduction(+ : moving)
   for (int64_t i = 0; i < size; ++i) {
@@ -343,52 +333,85 @@ FASTADAM_INLINE bool all_at_rest(const RowPart<T>& row, int64_t size, T peak, T 
   return moving == 0;
 }
 
-template <class Storage, class T>
-__attribute__((noinline)) bool all_stay_at_rest(const RowPart<T>& row, int64_t size, T peak, const StepScalars<T>& s) {
-  int moving = 0;
-  for (int64_t i = 0; i < size; ++i) moving += !stays_at_rest<Storage>(row.var[i], row.m[i], peak, s);
-  return moving == 0;
+// Applies the steps [from, now) of the history, in which the row had no gradient.
+template <bool kAmsgrad, class Storage, class T>
+FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& row, int64_t size, StepScalars<T> s) {
+  const auto make_step = [&](T alpha, T keep) {
+    s.row_alpha = alpha;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      T var = row.var[i];
+      adam_update_row<kAmsgrad, false>(var, T(0), row.m[i], row.v[i], row.vhat[i], keep, s);
+      row.var[i] = load(store<Storage>(var));
+    }
+  };
+  const int64_t step = replay_steps<T>(
+      stale, from, make_step, [&](T peak) { return all_at_rest<kAmsgrad, Storage>(row, size, peak, s.epsilon); });
+  if (step == stale.now) return;
+  decay_repeatedly(row.m, size, s.beta_1, stale.now - step);
+  decay_repeatedly(row.v, size, s.beta_2, stale.now - step);
 }
 
-// Applies one dense step to a row whose gradient was 0.
-template <bool kAmsgrad, class Storage, class T>
-__attribute__((noinline)) void replay_densely(RowPart<T>& row, int64_t size, T keep, const StepScalars<T>& s) {
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    T var = row.var[i];
-    adam_update<kAmsgrad>(var, T(0), row.m[i], row.v[i], row.vhat[i], keep, s);
-    row.var[i] = load(store<Storage>(var));
+// Rounds elements to the type in which the variable is stored.
+template <class Storage, class T>
+FASTADAM_INLINE void round_through(T* var, int64_t size) {
+  if constexpr (sizeof(Storage) == 2) {
+    Storage stored[kColumns];
+    convert(var, stored, size);
+    convert(stored, var, size);
   }
 }
 
-// Applies the steps [from, now) of the history, in which the row had no gradient. `averages`: the row has an average.
-template <bool kAmsgrad, class Storage, class T>
-FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& row, int64_t size, StepScalars<T> s,
-                            bool averages) {
+// The same as replay(), for steps that follow the rule for dense gradients, which were 0, or that move averages, too.
+// It calls the loops of such steps, where replay() has its own: fewer copies of them, for rarer options.
+template <class Storage, class T>
+__attribute__((noinline)) void replay_with_options(const StaleRows& stale, bool amsgrad, int64_t from, RowPart<T>& row,
+                                                   T* averages, int64_t size, StepScalars<T> s) {
+  static constexpr T kZeros[kColumns] = {};
+  TensorArgs part{};
+  part.var = row.var;
+  part.m = row.m;
+  part.v = row.v;
+  part.vhat = row.vhat;
+  const auto step_densely = amsgrad ? update_range<true, kAsItIs, T> : update_range<false, kAsItIs, T>;
+  const auto step_rows = amsgrad ? move_untouched_rows<true, T, T> : move_untouched_rows<false, T, T>;
+  const auto are_at_rest = amsgrad ? all_at_rest<true, Storage, T> : all_at_rest<false, Storage, T>;
   const auto make_step = [&](T alpha, T keep) {
     s.alpha = s.row_alpha = alpha;
     if (stale.dense) {
-      replay_densely<kAmsgrad, Storage>(row, size, keep, s);
+      step_densely(row.var, kZeros, row.m, row.v, row.vhat, size, s, FactorPair<T>{}, keep, false);
     } else {
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) {
-        T var = row.var[i];
-        adam_update_row<kAmsgrad, false>(var, T(0), row.m[i], row.v[i], row.vhat[i], keep, s);
-        row.var[i] = load(store<Storage>(var));
-      }
+      step_rows(part, 0, size, keep, s, false);
     }
-    if (averages) average_once(row.average, row.var, size, s.ema_momentum);
+    round_through<Storage>(row.var, size);
+    if (averages != nullptr) move_averages(averages, row.var, size, s.ema_momentum);
   };
+  // By the dense rule m stops falling where m (1 - beta_1) is flushed to zero, and then m / sqrt(v) may grow. It does
+  // not matter if m times any rate to come is flushed, too.
   const int64_t step = replay_steps<T>(stale, from, make_step, [&](T peak) {
-    return all_at_rest<kAmsgrad, Storage>(row, size, peak, s.epsilon) &&
-           (!stale.dense || all_stay_at_rest<Storage>(row, size, peak, s));
+    return (!stale.dense || peak <= s.one_minus_beta_1) && are_at_rest(row, size, peak, s.epsilon);
   });
   const int64_t left = stale.now - step;
   if (left == 0) return;
-  if (averages) average_repeatedly(row.average, row.var, size, s.ema_momentum, left);
+  if (averages != nullptr) move_averages_repeatedly(averages, row.var, size, s.ema_momentum, left);
   const auto move_moments = stale.dense ? fall_repeatedly<T> : decay_repeatedly<T>;
   move_moments(row.m, size, stale.dense ? s.one_minus_beta_1 : s.beta_1, left);
   move_moments(row.v, size, stale.dense ? s.one_minus_beta_2 : s.beta_2, left);
+}
+
+// With the average of the row, if there is one.
+template <class Storage, class T>
+__attribute__((noinline)) void replay_average(const TensorArgs& tensor, const StaleRows& stale, bool amsgrad,
+                                              int64_t from, int64_t at, RowPart<T>& row, int64_t size,
+                                              const StepScalars<T>& s) {
+  if (tensor.average == nullptr) {
+    return replay_with_options<Storage>(stale, amsgrad, from, row, static_cast<T*>(nullptr), size, s);
+  }
+  T* average = static_cast<T*>(tensor.average) + at;
+  T averages[kColumns];
+  std::memcpy(averages, average, static_cast<size_t>(size) * sizeof(T));
+  replay_with_options<Storage>(stale, amsgrad, from, row, averages, size, s);
+  store_changed(averages, average, size);
 }
 
 // Applies all missed steps at once to `size` elements of a row, starting at element `at` of the table.
@@ -410,12 +433,13 @@ __attribute__((noinline)) void replay_row(const TensorArgs& tensor, int64_t from
                                           const StepScalars<T>& s) {
   RowPart<T> row;
   load_part<kAmsgrad, Storage>(tensor, at, size, row);
-  const bool averages = tensor.average != nullptr;
-  if (averages) load_average(tensor, at, size, row);
   StaleRows stale = *tensor.stale;
-  if (stale.leaves_zeros && !averages && has_zeros<kAmsgrad>(row, size)) stale.now = from + 1;  // all steps do what one does
-  replay<kAmsgrad, Storage>(stale, from, row, size, s, averages);
-  if (averages) store_average(row, tensor, at, size);
+  const bool is_plain = !stale.dense && tensor.average == nullptr;
+  if (stale.leaves_zeros && tensor.average == nullptr && has_zeros<kAmsgrad>(row, size)) {
+    stale.now = from + 1;  // all steps do what one does
+  }
+  if (is_plain) replay<kAmsgrad, Storage>(stale, from, row, size, s);
+  if (!is_plain) replay_average<Storage>(tensor, stale, kAmsgrad, from, at, row, size, s);
   store_part<kAmsgrad, Storage>(row, tensor, at, size);
 }
 

@@ -297,7 +297,7 @@ class Stepper:
         prepared = state.slots.prepare(buffers, partial(state_format.of, tables=sparse))
         moments, lows = prepared.slots["m"], prepared.slots.get(LOW, [None] * len(buffers))
         if state_format.moves_rows_alone:
-            _expect_random_rows(prepared, buffers, tables)
+            _expect_random_rows(prepared, buffers, sparse)
         dense_only = [state_format.why_dense(*row) for row in zip(buffers, moments, lows, strict=True)]
         _refuse_sparse(dense_only, gradients)
         self._refuse_rows_on_gpu(buffers, gradients)

@@ -600,7 +600,7 @@ def test_any_program_is_the_dense_oracle(program, accumulation, average, clip, d
                 with twins.optimizers[0].averages(twins.tables[:1]), twins.optimizers[1].averages(twins.tables[1:]):
                     assert_same(twins.tables[:1], twins.tables[1:])
         elif name in COPIES:
-            if not (scaled and name == "weights"):  # which has no scale
+            if name != "weights" or not (scaled or "amsgrad" in dict(program)):  # no scale there, other slots
                 twins.optimizers[1] = COPIES[name](twins)
                 twins.apply(twins.slices([1]))
         else:

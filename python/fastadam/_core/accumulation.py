@@ -84,6 +84,7 @@ def accumulate(
         update=None if update is None else update.plan,
         rows=rows,
     )
+    state.settle_cycle()
     if update is not None and is_finite:
         tables.after_step(update)
     if plan.has_tables:

@@ -134,6 +134,10 @@ class State:
         """Let the cycle become this one when the native code raises ``calls``, and not before."""
         self._journal = Journal(self.cycle, cycle, self.calls, int(self.calls) + 1)
 
+    def settle_cycle(self) -> None:
+        """Keep the present cycle, whatever count is set from here on."""
+        self._journal = Journal(self.cycle, self.cycle, self.calls, 0)
+
     def is_accumulating(self, entry: Entry, calls_per_step: int) -> bool:
         """Whether the accumulator of a variable holds gradients for the next step."""
         return calls_per_step > 1 and entry.place in self.cycle.of(int(self.calls) // calls_per_step)

@@ -81,6 +81,9 @@ OPTIONS = {
     "float16": {"dtype": np.float16},
     "bfloat16": {"dtype": ml_dtypes.bfloat16, "weight_decay": 0.1},
     "three axes": {"width": (2, 3), "amsgrad": True},
+    "averages": {"use_ema": True, "ema_momentum": 0.9},
+    "averages put back": {"use_ema": True, "ema_overwrite_frequency": 4},
+    "accumulated": {"gradient_accumulation_steps": 4},
     "no columns": {"width": (0,)},
     "one axis": {"width": ()},
 }
@@ -194,6 +197,10 @@ def switch_modes(training):
     training.optimizer.sparse_update = mode
 
 
+def average(training):
+    training.optimizer.use_ema = not training.optimizer.use_ema
+
+
 def restart_count(training):
     training.optimizer.iterations = 3
 
@@ -211,6 +218,7 @@ ACTIONS = [
     overwrite_weights,
     switch_modes,
     restart_count,
+    average,
 ]
 
 
@@ -226,11 +234,13 @@ def fail_to_save(optimizer, path, monkeypatch, name):
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("mode", ["deferred", "lazy"])
-def test_random_programs_of_steps_deltas_merges_and_restarts(mode, seed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("accumulates", [None, 3])
+def test_random_programs_of_steps_deltas_merges_and_restarts(accumulates, mode, seed, tmp_path, monkeypatch):
     monkeypatch.setattr(histories, "_FIRST_ROOM", 64)
     monkeypatch.setattr(histories, "_MOST_ROOM", 128)
     rng = np.random.RandomState(seed)
-    straight, training = (Training(sparse_update=mode, weight_decay=[None, 0.01][seed % 2]) for _ in range(2))
+    options = {"weight_decay": [None, 0.01][seed % 2], "gradient_accumulation_steps": accumulates}
+    straight, training = (Training(sparse_update=mode, **options) for _ in range(2))
     if seed % 3:
         for each in (straight, training):
             each.steps(3)

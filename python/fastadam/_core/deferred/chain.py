@@ -102,13 +102,6 @@ class Chain:
         ]
         return cls(link, marks, is_complete=is_complete)
 
-    def begin(self, entries: Sequence[Entry]) -> None:
-        """Of tables with a history, too, only what changes from here on is for the next file."""
-        for entry in entries:
-            if entry.history is not None:
-                entry.history.begin_trail()
-                entry.history.clear_changed()
-
     def note(self, entry: Entry | None, indices: npt.NDArray[np.integer] | None) -> None:
         """A step is about to change these rows of a variable that has no history; None: all rows."""
         mark = None if entry is None else self._by_place.get(entry.place)

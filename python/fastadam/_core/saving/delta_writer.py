@@ -16,7 +16,7 @@ from fastadam._core.parts import Parts, parts_of
 from fastadam._core.saving.contents import Part, write_parts
 from fastadam._core.saving.description import description_of, text_of
 from fastadam._core.saving.saved_file import SavedFile
-from fastadam._core.saving.writer import check_target, known_buffers
+from fastadam._core.saving.writer import begin_chain, check_target, known_buffers
 from fastadam._core.state.entry import Entry
 
 __all__ = ["save_delta"]
@@ -53,8 +53,8 @@ def save_delta(optimizer: Foreign, path: str | os.PathLike[str], loss_scale: Con
         write_parts(name, changed, state.calls, lambda checksums: text_of(description, checksums, optimizer.name))
         # First the chain: what an interrupt leaves marked comes again in the next delta.
         positions, are_tables = [part.position for part in changed], [part.rows is not None for part in changed]
-        runtime.chain = Chain.at(link, entries, positions, are_tables, is_complete=chain.is_complete)
-        runtime.chain.begin(entries)
+        chain = Chain.at(link, entries, positions, are_tables, is_complete=chain.is_complete)
+        begin_chain(parts, chain, entries)
 
 
 def _refuse_to_replace(path: str, link: Link) -> None:
@@ -80,6 +80,7 @@ def _part_of(parts: Parts, mark: Mark, entry: Entry, buffer: _cpu.Buffer) -> Par
     slots = {at: (name, state.slots.arrays[at]) for name, at in entry.slots.items()}
     begin = mark.begin if history is mark.history else 0
     position = mark.position + (0 if history is None else history.total - begin)
+    accumulated = state.accumulated_rows(entry, options.calls_per_step)
     is_whole = (
         mark.is_whole
         or not (mark.is_table or history is not None)
@@ -88,7 +89,7 @@ def _part_of(parts: Parts, mark: Mark, entry: Entry, buffer: _cpu.Buffer) -> Par
         or not set(entry.slots) - {"m", "v", "vhat"} <= mark.slots  # a new average
         or (options.keras3.use_ema and (history is None or options.keras3.ema_overwrite_frequency is not None))
     )
-    if is_whole:
+    if is_whole or accumulated is None:
         if history is not None:
             tables.catch_up(buffer)
         return Part(buffer, slots, position)
@@ -97,16 +98,16 @@ def _part_of(parts: Parts, mark: Mark, entry: Entry, buffer: _cpu.Buffer) -> Par
             f"save_delta: {buffer.label} has had more than 2**20 steps since the last file, expected a new base, "
             "save(values=True)"
         )
-    rows = _changed_rows(mark, entry)
+    rows = _changed_rows(mark, entry, accumulated)
     if history is None:
         return Part(buffer, slots, position, rows)
     had = history.had(rows) - begin + mark.position
     return Part(buffer, slots, position, rows, had, history.segments(begin), history.exact)
 
 
-def _changed_rows(mark: Mark, entry: Entry) -> npt.NDArray[np.int64]:
-    """The rows of a table that had a gradient since the last file, in order."""
-    found = [np.zeros(0, np.int64)]
+def _changed_rows(mark: Mark, entry: Entry, accumulated: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The rows of a table that had a gradient since the last file, and of which one waits, in order."""
+    found = [accumulated]
     if mark.rows is not None:
         found.append(np.flatnonzero(mark.rows))
     if entry.history is not None:

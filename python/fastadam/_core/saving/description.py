@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from fastadam._core.common.types import AnyArray, Config, Foreign
 from fastadam._core.native.buffers import buffers_of, key_of
 from fastadam._core.options.exclusions import Exclusions
@@ -34,6 +36,8 @@ def description_of(optimizer: Foreign, entries: Sequence[Entry]) -> Config:
                 f"variables[{i}] {entry.spec}: slots {list(entry.slots)} without {lacking}, expected all of them: a "
                 "step or build() makes what add_slot has left out"
             )
+    accumulating = [i for i, entry in enumerate(entries) if _is_accumulating(state, entry, options.calls_per_step)]
+    rows = {i: state.cycle.rows.get(entries[i].place) for i in accumulating}
     return {
         "version": VERSION,
         "optimizer": type(optimizer).__name__,
@@ -45,7 +49,8 @@ def description_of(optimizer: Foreign, entries: Sequence[Entry]) -> Config:
         "moments": [_moments_of(store, entry) for entry in entries],
         "block": BLOCK,
         "numbers": [entry.number for entry in entries],
-        "accumulating": [i for i, e in enumerate(entries) if _is_accumulating(state, e, options.calls_per_step)],
+        "accumulating": accumulating,
+        "accumulated_rows": {i: np.unique(np.concatenate(noted)).tolist() for i, noted in rows.items() if noted},
     }
 
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from fastadam._core.common.checks import check_iterations, check_list
 from fastadam._core.common.types import AnyArray, Config, Foreign
 from fastadam._core.deferred.chain import Chain
@@ -21,9 +23,10 @@ from fastadam._core.saving.contents import values_of
 from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VALUE, check_paths, path_of
 from fastadam._core.saving.saved_chain import SavedChain
 from fastadam._core.saving.slots_reader import SlotsReader
-from fastadam._core.state.entry import Spec
+from fastadam._core.saving.writer import begin_chain
+from fastadam._core.state.entry import Entry, Spec
 from fastadam._core.state.given_slots import GivenSlots
-from fastadam._core.state.state import State
+from fastadam._core.state.state import Rows, State
 
 __all__ = ["load_optimizer"]
 
@@ -149,11 +152,12 @@ class _Reader:
 
     def _begin_chain(self, optimizer: Foreign) -> None:
         """The next delta follows the last file."""
-        _, state, runtime, _ = parts_of(optimizer)
+        state = parts_of(optimizer).state
         link = self._saved.link
         if link is not None:
             are_tables = [i in self._saved.tables or i in self._header["sparse"] for i in range(len(state.entries))]
-            runtime.chain = Chain.at(link, state.entries, self._saved.positions, are_tables, is_complete=True)
+            chain = Chain.at(link, state.entries, self._saved.positions, are_tables, is_complete=True)
+            begin_chain(parts_of(optimizer), chain, state.entries)
 
     def _set_accumulating(self, optimizer: Foreign) -> None:
         options, state, _, _ = parts_of(optimizer)
@@ -162,7 +166,21 @@ class _Reader:
         good = isinstance(places, list) and all(type(i) is int and i in entries for i in places)
         good = good and all(ACCUMULATOR in entries[i].slots for i in places)
         self._require(good, f"'accumulating' {places!r:.60}", f"indices of variables with a '{ACCUMULATOR}'")
-        state.restart_accumulation([entries[i] for i in places], options.calls_per_step)
+        state.restart_accumulation(
+            [entries[i].place for i in places], options.calls_per_step, self._accumulated_rows(entries, places)
+        )
+
+    def _accumulated_rows(self, entries: dict[int, Entry], places: list[int]) -> Rows:
+        """The rows outside of which accumulators are zero, of tables in the middle of a cycle."""
+        saved: Any = self._header.get("accumulated_rows", {})  # not in the files of fastadam 0.1
+        indices = {str(i): i for i in places}
+        good = isinstance(saved, dict) and set(saved) <= set(indices)
+        for key, rows in saved.items() if good else ():
+            shape = entries[indices[key]].spec.shape
+            good = good and bool(shape) and isinstance(rows, list)
+            good = good and all(type(row) is int and 0 <= row < shape[0] for row in rows)
+        self._require(good, f"'accumulated_rows' {saved!r:.60}", "rows of variables whose gradients are accumulated")
+        return {entries[indices[key]].place: (np.array(rows, np.int64),) for key, rows in saved.items()}
 
     def _exclude(self, optimizer: Any, variables: list[AnyArray]) -> None:
         excluded = self._header["excluded"]

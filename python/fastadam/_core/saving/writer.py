@@ -11,14 +11,14 @@ from fastadam._core.common.checks import check_bool, check_list
 from fastadam._core.common.types import AnyArray, Config, Foreign
 from fastadam._core.deferred.chain import Chain, Link
 from fastadam._core.native.backend import _cpu
-from fastadam._core.parts import parts_of
+from fastadam._core.parts import Parts, parts_of
 from fastadam._core.saving.contents import Part, write_parts
 from fastadam._core.saving.description import description_of, entries_of, text_of
 from fastadam._core.saving.file_format import path_of
 from fastadam._core.state.entry import Entry
 from fastadam._core.state.slots import SlotStore
 
-__all__ = ["check_target", "known_buffers", "save_optimizer"]
+__all__ = ["begin_chain", "check_target", "known_buffers", "save_optimizer"]
 
 _OTHER_SUFFIXES = (
     *(".npy", ".npz", ".mat"),
@@ -59,9 +59,21 @@ def save_optimizer(
         write_parts(name, written, state.calls, lambda checksums: text_of(description, checksums, optimizer.name))
         if has_values:
             is_complete, zeros = len(entries) == len(state.entries), [0] * len(entries)
-            runtime.repeats = False  # steps note which rows they change
-            runtime.chain = Chain.at(link, entries, zeros, [False] * len(entries), is_complete=is_complete)
-            runtime.chain.begin(entries)
+            chain = Chain.at(link, entries, zeros, [False] * len(entries), is_complete=is_complete)
+            begin_chain(parts_of(optimizer), chain, entries)
+
+
+def begin_chain(parts: Parts, chain: Chain, entries: Sequence[Entry]) -> None:
+    """What changes from here on is for the next delta: a file of these entries was written."""
+    options, state, runtime, _ = parts
+    runtime.repeats = False  # steps note which rows they change
+    runtime.chain = chain
+    for entry in entries:
+        if entry.history is not None:
+            entry.history.begin_trail()
+            entry.history.clear_changed()
+        elif state.is_accumulating(entry, options.calls_per_step):
+            chain.note(entry, state.accumulated_rows(entry, options.calls_per_step))
 
 
 def check_target(path: str | os.PathLike[str]) -> str:

@@ -18,7 +18,7 @@ from cases import bits
 from fastadam._core.deferred import history as histories
 from fastadam._core.deferred import trail as trails
 from fastadam._core.parts import parts_of
-from helpers import assert_same
+from helpers import assert_same, slow
 
 F32 = np.float32
 ROWS = 200
@@ -93,6 +93,8 @@ MODES = ["deferred", "lazy", "dense", "deferred_fast"]
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_chain_gives_back_a_training_to_the_bit(mode, options, tmp_path):
+    if mode == "lazy" and "ema_overwrite_frequency" in options:
+        options = {"use_ema": True}  # it is refused with lazy steps
     training = Training(sparse_update=mode, **options)
     training.steps(5)
     base, deltas = tmp_path / "base", []
@@ -177,6 +179,7 @@ def change_decay(training):
 
 def switch_amsgrad_on(training):
     training.optimizer.amsgrad = True
+    training.optimizer.build(training.variables)
 
 
 def crowd(training):
@@ -199,6 +202,7 @@ def switch_modes(training):
 
 def average(training):
     training.optimizer.use_ema = not training.optimizer.use_ema
+    training.optimizer.build(training.variables)
 
 
 def restart_count(training):
@@ -232,7 +236,7 @@ def fail_to_save(optimizer, path, monkeypatch, name):
             optimizer.save_delta(path)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(6), *slow(*range(6, 40))])
 @pytest.mark.parametrize("mode", ["deferred", "lazy"])
 @pytest.mark.parametrize("accumulates", [None, 3])
 def test_random_programs_of_steps_deltas_merges_and_restarts(accumulates, mode, seed, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from fastadam._core.common.types import Config, HostArray
 from fastadam._core.deferred.history import History, Numbers
 from fastadam._core.deferred.trail import Segment
 from fastadam._core.native.backend import _cpu
+from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.saving.chunks import CHUNK
 from fastadam._core.saving.file_format import ALPHAS, DTYPES, HAD, ITEM_SIZES, KEEPS, ROWS, VALUE, Tensor
 from fastadam._core.saving.saved_file import SavedFile
@@ -145,8 +146,12 @@ class ChangedRows:
         tensors = {key: self._deltas[-1].tensor_of(key) for key in self.keys}
         sizes = {key: ITEM_SIZES[t.dtype] * int(np.prod(self._shape[1:])) for key, t in tensors.items()}
         types = {key: _numpy_type(t.dtype) for key, t in tensors.items()}
-        readers = {key: self._whole.reader_of(key) for key in self.keys if self._whole.holds(key)}
-        changes = [_Cursor(file, self._indices_of(file), sizes) for file in self._deltas]
+        last, earlier = self._deltas[-1], [key for key in self.keys if key != f"{self._index}/{ACCUMULATOR}"]
+        readers = {key: self._whole.reader_of(key) for key in earlier if self._whole.holds(key)}
+        changes = [_Cursor(file, self._indices_of(file), sizes, earlier) for file in self._deltas[:-1]]
+        # Gradients that wait are in rows of the last file; what a step has left in an accumulator is of no use.
+        waits = self._index in last.header["accumulating"]
+        changes.append(_Cursor(last, self._indices_of(last), sizes, self.keys if waits else earlier))
         count = max(1, CHUNK // max(1, *sizes.values()))
         for begin in range(0, self._shape[0], count):
             rows = min(count, self._shape[0] - begin)
@@ -188,9 +193,10 @@ class _Cursor:
         file: SavedFile,
         indices: Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]],
         sizes: dict[str, int],
+        keys: Sequence[str],
     ) -> None:
         self._indices, self._sizes = indices, sizes
-        self._readers = {key: file.reader_of(key) for key in sizes if file.holds(key)}
+        self._readers = {key: file.reader_of(key) for key in keys if file.holds(key)}
         self._ids = self._had = np.zeros(0, np.int64)
 
     def below(self, end: int) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], dict[str, HostArray]]]:

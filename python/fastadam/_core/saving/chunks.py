@@ -16,7 +16,7 @@ __all__ = ["CHUNK", "Bytes", "bytes_of", "pieces_of", "runs", "store"]
 
 Bytes = npt.NDArray[np.uint8]
 
-CHUNK = 2**22  # bytes; a multiple of huge pages, whose ends no reading ahead of the kernel crosses
+CHUNK = 2**20  # bytes: what is copied, added up, looked through and written stays in a cache
 _PAGE = mmap.PAGESIZE
 _PRESENT = np.uint64(1 << 63)  # of an entry in /proc/self/pagemap
 
@@ -66,12 +66,14 @@ def _store_block(block: HostArray, data: Bytes, *, is_zero: bool) -> None:
 
 def runs(data: Bytes, address: int, other: Bytes | None = None) -> Iterator[tuple[int, int]]:
     """Where bytes that go to an address differ from zero, or from others: beginnings and ends, as whole pages there."""
-    differs = data if other is None else data != other
     head = min(-address % _PAGE, len(data))
     pages = (len(data) - head) // _PAGE
+    end = head + pages * _PAGE
+    data = data if other is None else data ^ other
+    words = data[head:end].view(np.uint64).reshape(pages, _PAGE // 8)
     marks = np.zeros(pages + 2, bool)  # the part before the first whole page, the pages, and the rest
-    marks[0], marks[-1] = differs[:head].any(), differs[head + pages * _PAGE :].any()
-    np.any(differs[head : head + pages * _PAGE].reshape(pages, _PAGE), axis=1, out=marks[1:-1])
+    marks[0], marks[-1] = data[:head].any(), data[end:].any()
+    marks[1:-1] = np.bitwise_or.reduce(words, axis=1) != 0
     edges = np.flatnonzero(np.diff(marks, prepend=False, append=False)).reshape(-1, 2)
     for first, last in edges.tolist():
         yield max(0, head + (first - 1) * _PAGE), min(len(data), head + (last - 1) * _PAGE)

@@ -301,18 +301,20 @@ FASTADAM_INLINE void load_part(const TensorArgs& tensor, int64_t at, int64_t siz
 template <class Item>
 FASTADAM_INLINE void store_changed(const Item* values, Item* to, int64_t size) {
   const size_t bytes = static_cast<size_t>(size) * sizeof(Item);
-  if (std::memcmp(values, to, bytes) != 0) std::memcpy(to, values, bytes);
+  const bool begins_alike = std::memcmp(values, to, sizeof(Item)) == 0;  // seldom, and without a call
+  if (begins_alike && std::memcmp(values, to, bytes) == 0) return;
+  for (int64_t i = 0; i < size; ++i) to[i] = values[i];
 }
 
 template <bool kAmsgrad, class Storage, class T>
 FASTADAM_INLINE void store_part(const RowPart<T>& row, const TensorArgs& tensor, int64_t at, int64_t size) {
-  Storage* var = static_cast<Storage*>(tensor.var) + at;
-  if constexpr (sizeof(Storage) == 2) {
-    Storage stored[kColumns];
-    convert(row.var, stored, size);
-    store_changed(stored, var, size);
+  Storage* to = static_cast<Storage*>(tensor.var) + at;
+  if constexpr (sizeof(Storage) != 2) {
+    store_changed(row.var, to, size);
   } else {
-    store_changed(row.var, var, size);
+    Storage var[kColumns];
+    convert(row.var, var, size);
+    store_changed(var, to, size);
   }
   const Operands<T> slots = operands_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
   store_changed(row.m, slots.m, size);

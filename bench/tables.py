@@ -21,9 +21,9 @@ PLACES = ("memory", "files")
 
 
 def _arrays(place: str, shape: tuple[int, int]) -> list[np.ndarray]:
-    """Table, m and v: zeros, none of them resident. The files have no name any more, and go with the process."""
+    """The table, resident, or table, m and v in files of holes, which have no name any more and go with the process."""
     if place == "memory":
-        return [np.zeros(shape, np.float32)]
+        return [np.ones(shape, np.float32)]
     with tempfile.TemporaryDirectory(dir=".") as folder:
         return [np.memmap(Path(folder) / name, np.float32, "w+", shape=shape) for name in ("table", "m", "v")]
 

@@ -12,8 +12,12 @@
 #endif
 
 #include <algorithm>
+#include <cinttypes>
 #include <cstdint>
+#include <cstdio>
+#include <fstream>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "../core/step_args.h"
@@ -32,12 +36,15 @@ class PageSizes {
         static_cast<uint64_t>(tensor.rows->count) * (static_cast<uint64_t>(tensor.rows->width) * item / kSmall + 1);
     if (bytes < 2 * kHuge || touched_ < std::max(due_, bytes / kSmall / 2)) return;
     due_ = 2 * touched_;
-    if (are_resident(tensor.m, bytes)) at_ = 0;
+    const bool are_ours =
+        is_anonymous(tensor.m) && is_anonymous(tensor.v) && (tensor.vhat == nullptr || is_anonymous(tensor.vhat));
+    if (are_ours && are_resident(tensor.m, bytes)) at_ = 0;
   }
 
  private:
   static constexpr uint64_t kSmall = 4096;
   static constexpr uint64_t kHuge = uint64_t{1} << 21;
+  static constexpr uint64_t kChunk = 16 * kHuge;
   static constexpr uint64_t kNowhere = std::numeric_limits<uint64_t>::max();
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -52,8 +59,22 @@ class PageSizes {
     return static_cast<uint64_t>(resident) * 2 >= pages.size();
   }
 
-  // One huge page of each moment, so that no step takes much longer than others. The kernel copies what is resident;
-  // for an array of a file, or if the kernel is older than 6.1, it does nothing here.
+  // Whether memory is not of a file, whose pages the page cache has as it likes.
+  static bool is_anonymous(const void* array) {
+    const auto address = reinterpret_cast<uintptr_t>(array);
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; std::getline(maps, line);) {
+      uintptr_t begin = 0;
+      uintptr_t end = 0;
+      unsigned long inode = 1;
+      const int found = std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %lu", &begin, &end, &inode);
+      if (found == 3 && begin <= address && address < end) return inode == 0;
+    }
+    return false;
+  }
+
+  // A few huge pages of each moment, so that no step takes much longer than others. The kernel copies what is resident;
+  // if it is older than 6.1, it does so later, by itself.
   void next(const TensorArgs& tensor, uint64_t bytes) {
     constexpr int kCollapse = 25;  // MADV_COLLAPSE
     if (at_ >= bytes) return;
@@ -63,11 +84,12 @@ class PageSizes {
       const uintptr_t end = (reinterpret_cast<uintptr_t>(array) + bytes) / kHuge * kHuge;
       if (first + at_ >= end) continue;
       if (at_ == 0) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-      madvise(reinterpret_cast<void*>(first + at_), kHuge, kCollapse);
+      madvise(reinterpret_cast<void*>(first + at_), std::min(kChunk, end - first - at_), kCollapse);
     }
-    at_ += kHuge;
+    at_ += kChunk;
   }
 #else
+  static bool is_anonymous(const void*) { return false; }
   static bool are_resident(const void*, uint64_t) { return false; }
   void next(const TensorArgs&, uint64_t) {}
 #endif

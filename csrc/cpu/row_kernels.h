@@ -285,11 +285,12 @@ struct RowPart {
 };
 
 template <bool kAmsgrad, class Storage, class T>
-__attribute__((noinline)) void load_part(const TensorArgs& tensor, int64_t at, int64_t size, RowPart<T>& row) {
+FASTADAM_INLINE void load_part(const TensorArgs& tensor, int64_t at, int64_t size, RowPart<T>& row) {
   const Storage* var = static_cast<const Storage*>(tensor.var) + at;
   const Operands<T> slots = operands_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
+  if constexpr (sizeof(Storage) == 2) convert(var, row.var, size);
   for (int64_t i = 0; i < size; ++i) {
-    row.var[i] = load(var[i]);
+    if constexpr (sizeof(Storage) != 2) row.var[i] = var[i];
     row.m[i] = slots.m[i];
     row.v[i] = slots.v[i];
     row.vhat[i] = kAmsgrad ? slots.vhat[i] : T(0);
@@ -300,14 +301,21 @@ __attribute__((noinline)) void load_part(const TensorArgs& tensor, int64_t at, i
 template <class Item>
 FASTADAM_INLINE void store_changed(const Item* values, Item* to, int64_t size) {
   const size_t bytes = static_cast<size_t>(size) * sizeof(Item);
-  if (std::memcmp(values, to, bytes) != 0) std::memcpy(to, values, bytes);
+  const bool begins_alike = std::memcmp(values, to, sizeof(Item)) == 0;  // seldom, and without a call
+  if (begins_alike && std::memcmp(values, to, bytes) == 0) return;
+  for (int64_t i = 0; i < size; ++i) to[i] = values[i];
 }
 
 template <bool kAmsgrad, class Storage, class T>
-__attribute__((noinline)) void store_part(const RowPart<T>& row, const TensorArgs& tensor, int64_t at, int64_t size) {
-  Storage var[kColumns];
-  for (int64_t i = 0; i < size; ++i) var[i] = store<Storage>(row.var[i]);
-  store_changed(var, static_cast<Storage*>(tensor.var) + at, size);
+FASTADAM_INLINE void store_part(const RowPart<T>& row, const TensorArgs& tensor, int64_t at, int64_t size) {
+  Storage* to = static_cast<Storage*>(tensor.var) + at;
+  if constexpr (sizeof(Storage) != 2) {
+    store_changed(row.var, to, size);
+  } else {
+    Storage var[kColumns];
+    convert(row.var, var, size);
+    store_changed(var, to, size);
+  }
   const Operands<T> slots = operands_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
   store_changed(row.m, slots.m, size);
   store_changed(row.v, slots.v, size);
@@ -324,7 +332,7 @@ FASTADAM_INLINE bool has_zeros(const RowPart<T>& row, int64_t size) {
 }
 
 template <bool kAmsgrad, class Storage, class T>
-__attribute__((noinline)) bool all_at_rest(const RowPart<T>& row, int64_t size, T peak, T epsilon) {
+FASTADAM_INLINE bool all_at_rest(const RowPart<T>& row, int64_t size, T peak, T epsilon) {
   int moving = 0;
 #pragma omp simd reduction(+ : moving)
   for (int64_t i = 0; i < size; ++i) {
@@ -352,6 +360,18 @@ FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& ro
   decay_repeatedly(row.v, size, s.beta_2, stale.now - step);
 }
 
+// The same as all_at_rest(), for both rules of the second moment.
+template <class Storage, class T>
+__attribute__((noinline)) bool rests(const RowPart<T>& row, bool amsgrad, int64_t size, T peak, T epsilon) {
+  const T* second_moment = amsgrad ? row.vhat : row.v;
+  int moving = 0;
+#pragma omp simd reduction(+ : moving)
+  for (int64_t i = 0; i < size; ++i) {
+    moving += !is_at_rest<false, Storage>(row.var[i], row.m[i], second_moment[i], T(0), peak, epsilon);
+  }
+  return moving == 0;
+}
+
 // Rounds elements to the type in which the variable is stored.
 template <class Storage, class T>
 FASTADAM_INLINE void round_through(T* var, int64_t size) {
@@ -375,7 +395,6 @@ __attribute__((noinline)) void replay_with_options(const StaleRows& stale, bool 
   part.vhat = row.vhat;
   const auto step_densely = amsgrad ? update_range<true, kAsItIs, T> : update_range<false, kAsItIs, T>;
   const auto step_rows = amsgrad ? move_untouched_rows<true, T, T> : move_untouched_rows<false, T, T>;
-  const auto are_at_rest = amsgrad ? all_at_rest<true, Storage, T> : all_at_rest<false, Storage, T>;
   const auto make_step = [&](T alpha, T keep) {
     s.alpha = s.row_alpha = alpha;
     if (stale.dense) {
@@ -389,7 +408,7 @@ __attribute__((noinline)) void replay_with_options(const StaleRows& stale, bool 
   // By the dense rule m stops falling where m (1 - beta_1) is flushed to zero, and then m / sqrt(v) may grow. It does
   // not matter if m times any rate to come is flushed, too.
   const int64_t step = replay_steps<T>(stale, from, make_step, [&](T peak) {
-    return (!stale.dense || peak <= s.one_minus_beta_1) && are_at_rest(row, size, peak, s.epsilon);
+    return (!stale.dense || peak <= s.one_minus_beta_1) && rests<Storage>(row, amsgrad, size, peak, s.epsilon);
   });
   const int64_t left = stale.now - step;
   if (left == 0) return;

@@ -129,7 +129,8 @@ void check_accumulated(DType dtype, int64_t width, bool amsgrad, bool may_stop, 
   stale.dense = true;
   const Array sums = slice_values(state, initial.size);
   Array first(state, initial.size);
-  for (int64_t i = 0; i < initial.size; ++i) first.set(i, read(initial.var.at(0), dtype, i) * (1 + i % 3));
+  for (int64_t i = 0; i < initial.size; ++i)
+    first.set(i, read(initial.var.at(0), dtype, i) * static_cast<double>(1 + i % 3));
   for (const bool has_gradient : {false, true}) {
     const auto args = [&](const Variable& table, const Array& average) {
       TensorArgs tensor = table.args(t, amsgrad);
@@ -150,7 +151,8 @@ void check_accumulated(DType dtype, int64_t width, bool amsgrad, bool may_stop, 
         const Array average(first, 3);
         const auto kernel = isa.kernels->touched_rows[static_cast<int>(dtype)];
         run_pieces(kernel, step_of(t, amsgrad, true), args(table, average), rows.count * width, piece);
-        const std::string rule = isa.name + (averages ? ", accumulated with averages: " : ", accumulated: ");
+        const std::string rule =
+            std::string(isa.name) + (averages ? ", accumulated with averages: " : ", accumulated: ");
         claims.note(rule + kFormats[static_cast<int>(dtype)].name + " has the bits of dense steps",
                     table == expected && average == expected_average);
       }

@@ -56,7 +56,7 @@ def accumulate(
         labels = [f"grads[{position}]" for position in plan.plan.positions]
         gradients = [native_gradient(*row) for row in zip(gradients, plan.plan.buffers, labels, strict=True)]
     cycle = Cycle(step, earlier.union(fresh), _noted(parts, entries, gradients, fresh))
-    restart = not earlier.intersection(entry.place for entry in entries) and cycle.rows.keys().isdisjoint(fresh)
+    restart = not earlier.intersection([entry.place for entry in entries]) and cycle.rows.keys().isdisjoint(fresh)
     numbers = tables.numbers_of(hyper, amsgrad=plan.amsgrad, averages=plan.averages)
     update = _update_plan(parts, plan, entries, cycle, numbers) if is_last else None
     rows = _rows_of(parts, update, cycle) if update else None

@@ -14,7 +14,7 @@ from fastadam._core.common.telemetry import Telemetry
 from fastadam._core.common.warning import warn
 from fastadam._core.deferred.history import Doubt
 from fastadam._core.hyperparameters import Clip, Hyper
-from fastadam._core.native.arrays import MANY_BYTES, on_gpu
+from fastadam._core.native.arrays import expect_random_rows, on_gpu
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, buffers_of, key_of
 from fastadam._core.native.gpu import cuda_module
@@ -407,11 +407,11 @@ def rate_after(rate: object, calls: int) -> AnyArray:
 def _expect_random_rows(prepared: Prepared, buffers: list[_cpu.Buffer], tables: set[Key]) -> None:
     """Have steps make no memory resident but that of the rows of tables, whoever made their arrays."""
     for i, buffer in enumerate(buffers):
-        if buffer.device < 0 and buffer.nbytes >= MANY_BYTES and key_of(buffer) in tables:
-            _cpu.expect_random_rows(buffer.array(), small_pages=False)
+        if buffer.device < 0 and key_of(buffer) in tables:
+            expect_random_rows(buffer.array(), small_pages=False)
             for column in prepared.slots.values():
                 if (array := column[i]) is not None:
-                    _cpu.expect_random_rows(array, small_pages=True)
+                    expect_random_rows(array, small_pages=True)
 
 
 def _refuse_sparse(dense_only: list[str | None], gradients: list[AnyGradient]) -> None:

@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 
 from fastadam._core.common.warning import warn
 from fastadam._core.deferred.history import Doubt, History, Numbers
+from fastadam._core.native.arrays import expect_random_rows
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, States
@@ -32,7 +33,10 @@ class Table:
         moments = self._moments_now().values()
         is_new = not number_of(state["step"], label) and not any(versions_of(list(moments)))
         doubt = Doubt.NONE if is_new else Doubt.ONCE
-        self.history = History.of(_cpu.Buffer(param, label), numbers, exact, doubt)
+        buffer = _cpu.Buffer(param, label)
+        self.history = History.of(buffer, numbers, exact, doubt)
+        if buffer.device < 0:
+            expect_random_rows(buffer.array(), small_pages=False)
         self._note()
 
     def _note(self) -> None:

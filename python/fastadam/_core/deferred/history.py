@@ -123,9 +123,11 @@ class History:
         """This history, or a copy on the GPU if its table is on one."""
         if buffer.device < 0 or self._table is not None:
             return self
+        found = self.rates.copy(self.rates.last.copy())
+        _cpu.drop_steps((*found, None, 1.0, self.flags), int(found.counts[2]))  # on a GPU rows count from the first
         last = zeros_beside(buffer, "int32", (self.shape[0],))
-        assign(last, self.rates.last)
-        twin = History(self.rates.copy(last), self.numbers, self.shape, self.exact)
+        assign(last, found.last)
+        twin = History(found._replace(last=last), self.numbers, self.shape, self.exact)
         twin._table = buffer
         twin.calls = np.zeros(self.room, np.int64)
         return twin

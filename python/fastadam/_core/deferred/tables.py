@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fastadam._core.common.warning import warn
 from fastadam._core.deferred.history import Doubt, History, Numbers
-from fastadam._core.native.arrays import native_of, on_gpu, zeros_beside
+from fastadam._core.native.arrays import expect_random_rows, native_of, on_gpu, zeros_beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import buffer_of
 from fastadam._core.native.gpu import late_error
@@ -53,6 +53,9 @@ class Tables:
         values = _readable(variable, buffer)
         if out is not None:
             _check_out(out, values, (*ids.shape, *buffer.shape[1:]), label)
+        entry = self._state.slots.entry_of(buffer)
+        if self._options.sparse_update != "dense" and (entry is None or entry.history is None):
+            expect_random_rows(buffer.array(), small_pages=False)  # as the first step of a table does
         self.catch_up(buffer, ids)
         rows: npt.NDArray[np.uint16] = np.take(values, ids, axis=0, out=out, mode="clip")  # checked above
         return bfloat16_to_float32(rows) if rows.dtype == np.uint16 else rows

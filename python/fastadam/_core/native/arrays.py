@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray
 
 __all__ = [
-    "MANY_BYTES",
     "assign",
     "beside",
     "copy_beside",
+    "expect_random_rows",
     "native_for",
     "native_of",
     "on_gpu",
@@ -35,7 +35,7 @@ __all__ = [
 _GPU_TYPES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _CACHE_LINE = 64
 _PAGE = 4096
-MANY_BYTES = 2**20  # of an array whose pages are worth a thought
+_MANY_BYTES = 2**20  # of an array whose pages are worth a thought
 
 
 def on_gpu(array: AnyArray) -> bool:
@@ -134,12 +134,22 @@ def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray
     ``np.zeros`` asks for huge pages, and may be given memory that was used before and must be cleared.
     """
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    if nbytes < MANY_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
+    if nbytes < _MANY_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return np.zeros(shape, dtype)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     array: npt.NDArray[Any] = np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
-    _cpu.expect_random_rows(array, small_pages=True)
+    expect_random_rows(array, small_pages=True)
     return array
+
+
+def expect_random_rows(array: npt.NDArray[Any], *, small_pages: bool) -> None:
+    """Tell the operating system that rows of an array are read and written in no order.
+
+    Of a file it then reads no more than is asked for; with ``small_pages`` a row of anonymous memory makes 4 KiB
+    resident, not 2 MiB.
+    """
+    if array.nbytes >= _MANY_BYTES:
+        _cpu.expect_random_rows(array, small_pages)
 
 
 def zeros_like_variable(

@@ -14,6 +14,7 @@ from fastadam._core.native.arrays import assign, native_of, to_host, zeros_besid
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import fingerprint_of
 from fastadam._core.native.plan import Plan, StepHyper
+from fastadam._core.native.rows import RowMap
 from fastadam._core.native.slices import IndexedSlices
 
 __all__ = ["History", "Numbers", "Rates", "crossover"]
@@ -120,8 +121,8 @@ class History:
 
     @property
     def behind(self) -> npt.NDArray[np.bool_]:
-        """For each row whether it waits; of a table on the host."""
-        return np.asarray(self.rates.last) < self.steps
+        """For each row whether it waits."""
+        return to_host(self.rates.last) < self.steps
 
     def is_behind(self, gradient: object) -> bool:
         """Whether a step on the host touches a row that waits; the indices have not been checked."""
@@ -235,6 +236,16 @@ class History:
             return History(rates, self.numbers, self.shape, self.exact)
         fingerprint = self.fingerprint if buffer is None else fingerprint_of(buffer)
         return History(self.rates.copy(self.rates.last.copy()), self.numbers, self.shape, self.exact, fingerprint)
+
+    def moved(self, buffer: _cpu.Buffer, row_map: RowMap) -> History:
+        """For the array that replaces the table: rows that wait go on waiting, and fresh rows wait for nothing."""
+        last = np.full(buffer.shape[0], self.steps, np.int32)
+        last[row_map.kept] = to_host(self.rates.last)[row_map.sources[row_map.kept]]
+        twin = History(self.rates.copy(last), self.numbers, buffer.shape, self.exact).placed(buffer)
+        twin.is_read = self.is_read
+        if self.calls is not None:
+            twin.calls = self.calls.copy()
+        return twin
 
     def fits(self, buffer: _cpu.Buffer) -> bool:
         """Whether this is the table, as it was, that the copied history belongs to."""

@@ -223,6 +223,30 @@ class SlotStore:
             self._register(buffer)
         self._put(new)
 
+    def replace(self, entry: Entry, buffer: _cpu.Buffer, arrays: Mapping[str, AnyArray], history: History | None) -> None:
+        """Put a variable with these slots in the place of a known one; in a draft."""
+        self._unregister(entry)
+        self.require_new_memory(buffer)
+        for name, array in arrays.items():
+            self.arrays[entry.slots[name]] = array
+        spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
+        self._put(replace(entry, recorded=spec, buffer=buffer, history=history, origin=None, fingerprint=None))
+        self._register(buffer)
+
+    def remove(self, entry: Entry) -> None:
+        """Drop a known variable and its slots; the places of others move up. In a draft."""
+        self._unregister(entry)
+        gone = set(entry.slots.values())
+        places = list(itertools.accumulate((at not in gone for at in range(len(self.arrays))), initial=0))
+        self.arrays = [array for at, array in enumerate(self.arrays) if at not in gone]
+        others = [other for other in self.entries if other is not entry]
+        self.entries, self._adoption = [], self._adoption.without_origins()
+        for place, other in enumerate(others):
+            slots = {name: places[at] for name, at in other.slots.items()}
+            self.entries.append(replace(other, slots=slots, place=place))
+            self._put(self.entries[place])
+            self._adoption.add(self.entries[place])
+
     def _put(self, entry: Entry) -> None:
         self.entries[entry.place] = entry
         if entry.buffer:
@@ -241,6 +265,12 @@ class SlotStore:
         if buffer.nbytes:
             end = buffer.address + buffer.nbytes
             bisect.insort(self._intervals, (buffer.address, end, buffer), key=lambda interval: interval[:2])
+
+    def _unregister(self, entry: Entry) -> None:
+        if entry.buffer is not None:
+            key = key_of(entry.buffer)
+            del self._known[key]
+            self._intervals = [interval for interval in self._intervals if key_of(interval[2]) != key]
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 

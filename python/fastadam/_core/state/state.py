@@ -127,6 +127,15 @@ class State:
         """Whether the accumulator of a variable holds gradients for the next step."""
         return calls_per_step > 1 and entry.place in self.cycle.of(int(self.calls) // calls_per_step)
 
+    def drop(self, entry: Entry) -> None:
+        """Drop a known variable and its slots, at once: no signal handler runs in between."""
+        draft = self.slots.draft()
+        draft.remove(entry)
+        step, places = self.cycle
+        left = (place - (place > entry.place) for place in places if place != entry.place)
+        cycle = Cycle(step, frozenset(left))
+        vars(self).update(slots=draft, _journal=Journal(cycle, cycle, self.calls, 0))
+
     def restart_accumulation(self, entries: Iterable[Entry], calls_per_step: int) -> None:
         """As if only these variables had had gradients since the last step."""
         cycle = Cycle(int(self.calls) // calls_per_step, frozenset(entry.place for entry in entries))

@@ -46,7 +46,6 @@ def resize(parts: Parts, old: VariableLike, new: VariableLike, rows: ArrayLike |
         draft = state.slots.draft()
         arrays = _moved(parts, entry, known, buffer, row_map)
         history = _moved_history(entry, known, buffer, row_map)
-        buffer = buffer_of(new)  # not called "new" from here on
         draft.replace(entry, buffer, arrays, history)
         key, excluded = key_of(known), options.exclusions
         if key in excluded.keys:

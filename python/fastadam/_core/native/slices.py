@@ -110,14 +110,14 @@ def check_sparse_update(value: object) -> SparseUpdate:
     return cast("SparseUpdate", str(value))
 
 
-def check_ids(ids: ArrayLike, shape: tuple[int, ...], label: str) -> HostArray:
-    """Row indices of a variable of this shape, as int32 or int64 of any shape."""
-    rows = as_integers("ids", ids)
+def check_ids(ids: ArrayLike, shape: tuple[int, ...], label: str, name: str = "ids") -> HostArray:
+    """Row indices of a variable of this shape, as int32 or int64 of any shape; ``name``: of the argument."""
+    rows = as_integers(name, ids)
     if not shape:
-        raise ValueError(f"ids: {label} has shape (), expected at least one axis")
+        raise ValueError(f"{name}: {label} has shape (), expected at least one axis")
     bad = rows[(rows < 0) | (rows >= shape[0])]
     if bad.size:
-        raise ValueError(f"ids: {bad.flat[0]} is not a row of {label}, expected 0 <= id < {shape[0]}")
+        raise ValueError(f"{name}: {bad.flat[0]} is not a row of {label}, expected 0 <= {name.removesuffix('s')} < {shape[0]}")
     return rows
 
 

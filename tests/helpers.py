@@ -230,7 +230,7 @@ class Pair:
 
     def lags(self):
         history = history_of(self.optimizers[1])
-        return history is not None and bool((history.rates.last < history.steps).any())
+        return history is not None and history.waits
 
     def compare(self):
         dense, deferred = (optimizer.get_weights() for optimizer in self.optimizers)

@@ -180,9 +180,18 @@ def test_dense_gradients_and_changes_of_mode_find_every_row_up_to_date():
 
 def test_a_history_of_many_steps_is_grown():
     pair = Pair(rows=100, width=(2,))
+    pair.step([50])
     for step in range(2500):
         pair.step([step % 4] if step % 97 == 0 else [])
-    assert len(history_of(pair.optimizers[1]).rates.alphas) == 4096
+    assert history_of(pair.optimizers[1]).room == 4096
+    pair.compare()
+
+
+def test_rows_that_were_never_touched_keep_no_history():
+    pair = Pair(rows=100, width=(2,))
+    for step in range(2500):
+        pair.step([step % 4])
+    assert history_of(pair.optimizers[1]).room == 1024
     pair.compare()
 
 
@@ -193,7 +202,7 @@ def test_a_sweep_bounds_gaps_and_history_and_changes_no_bit(max_staleness, optio
     for step in range(2200):
         pair.step([step % 20] if step % 97 == 0 else [])
         history = history_of(pair.optimizers[1])
-        assert step < max_staleness or (history.steps - history.rates.last).max() <= max_staleness
+        assert not history.behind(steps=history.steps - max_staleness).any()
     assert history.room <= (2048 if max_staleness < 1000 else 4096)
     pair.compare()
 

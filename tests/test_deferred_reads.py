@@ -33,7 +33,7 @@ def test_a_row_that_waits_is_stale_until_it_is_read():
         np.testing.assert_array_equal(values, pair.tables[0])
 
 
-@pytest.mark.parametrize("read", ["get_weights", "get_config", "get_slot", "weights", "variables"])
+@pytest.mark.parametrize("read", ["get_weights", "get_slot", "weights", "variables"])
 def test_what_reads_the_state_finds_every_row_up_to_date(read):
     pair = Pair()
     pair.step([3])
@@ -46,6 +46,18 @@ def test_what_reads_the_state_finds_every_row_up_to_date(read):
         found()
     assert not pair.lags()
     np.testing.assert_array_equal(bits(pair.tables[1]), bits(pair.tables[0]))
+
+
+def test_a_configuration_moves_no_row():
+    pair = Pair()
+    pair.step([3])
+    pair.rest(4)
+    before = pair.tables[1].copy()
+    config = pair.optimizers[1].get_config()
+    np.testing.assert_array_equal(before, pair.tables[1])
+    assert pair.lags()
+    assert config == fastadam.Adam(0.01, sparse_update="deferred").get_config()
+    pair.compare()
 
 
 def test_a_refused_step_leaves_history_and_rows_as_they_were():

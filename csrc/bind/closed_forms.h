@@ -22,7 +22,7 @@ __attribute__((noinline)) inline double rounded_to_float(double x) { return stat
 
 class ClosedForms {
  public:
-  // Computes the forms for rows that have had from[0], ..., from[count - 1] steps of the history of a float32 table.
+  // Computes the forms for rows of a float32 table; `from`: as in StaleRows, for `count` rows.
   void prepare(const int32_t* from, int64_t count, const StaleRows& rows, const AdamHyper& hyper, bool amsgrad) {
     beta_1_ = rounded_to_float(hyper.beta_1);
     beta_2_ = rounded_to_float(hyper.beta_2);
@@ -33,7 +33,7 @@ class ClosedForms {
     forms_.clear();
     from_.clear();
     places_.resize(static_cast<size_t>(now_) + 1);
-    for (int64_t k = 0; k < count; ++k) add(from[k]);
+    for (int64_t k = 0; k < count; ++k) add(std::max<int64_t>(from[k] - rows.synced, 0));
     const int64_t window = window_of(fall(), amsgrad);
     make_near(window, kFewNodes);
     if (!all_near_exist(window)) make_near(window, kMaxNodes);
@@ -45,7 +45,7 @@ class ClosedForms {
     }
   }
 
-  // Call this when the history was cleared.
+  // Call this when the steps of the history count from another one.
   void clear() {
     windows_.clear();
     log_keeps_.clear();

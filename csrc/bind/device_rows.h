@@ -99,7 +99,7 @@ class DeviceTable : public History {
         context_(std::move(context)) {}
 
   const StaleRows& rows(const Rows*, const AdamHyper& hyper, bool amsgrad) {
-    read(args_, hyper, amsgrad);
+    read(args_, 0, hyper, amsgrad);
     if (forms_ != nullptr) write_forms(hyper, amsgrad);
     history_->point(args_);
     if (forms_ == nullptr) args_.forms = nullptr;
@@ -107,19 +107,21 @@ class DeviceTable : public History {
     return args_;
   }
 
-  void note(const Rows&, const StepArgs* step, bool decays, int64_t call) {
-    if (step == nullptr) return;
+  const StaleRows* all_rows() const { return nullptr; }
+
+  void note(const TensorArgs& tensor, const StepArgs* step, int64_t call) {
+    if (step == nullptr || tensor.stale == nullptr) return;
     calls_.mutable_data()[steps()] = call;
-    append(*step, decays);
+    append(*step, tensor.decays, 0);
     history_->append(alphas_.data(), keeps_.data(), peaks_.data(), steps() - 1, context_->stream());
   }
 
-  // The history is kept: the step that cleared it may later turn out to have done nothing.
-  void clear() {
+  // The pass may later turn out to have done nothing.
+  void note_pass() {
     counts()[2] = steps();
     if (forms_ != nullptr) forms_->clear();
   }
-  bool is_empty() const { return counts_.data()[2] == steps(); }
+  bool is_empty() const { return steps() == synced(); }
 
  private:
   // Writes the forms of every gap since all rows were up to date: only the device knows which gaps exist. The forms are

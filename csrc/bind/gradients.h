@@ -53,6 +53,7 @@ class Gradients {
   void read_accumulators() {
     for (TensorArgs& t : variables_.tensors()) {
       t.rows = nullptr;
+      t.stale = nullptr;
       t.grad_size = t.size;
       t.grad = t.accumulator;
       t.grad_dtype = state_dtype(t.dtype);

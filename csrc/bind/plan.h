@@ -322,7 +322,7 @@ class Plan {
       backend().catch_up(set_.tensors()[0], args, value_of(counter));
     }
     if (ids) call.note_histories(nullptr, 0);
-    if (!ids) call.clear_history();
+    if (!ids) call.note_pass();
   }
 
   // Has later steps report what they do to each variable, or not.

@@ -84,7 +84,7 @@ class TensorSet {
       for (size_t i = 0; i < set_.tables_.size(); ++i) {
         if (set_.tables_[i] == nullptr || set_.tensors()[i].rows == nullptr || !set_.is_crowded(i)) continue;
         catch_up(set_.all_rows_of(i, hyper));
-        set_.tables_[i]->clear();
+        set_.tables_[i]->note_pass();
       }
       for (size_t i = 0; i < set_.tables_.size(); ++i) set_.read_history(i, hyper);
       set_.measure();
@@ -94,14 +94,12 @@ class TensorSet {
     void note_histories(const StepArgs* step, int64_t counter) {
       if (!set_.has_tables_) return;
       for (size_t i = 0; i < set_.tables_.size(); ++i) {
-        const TensorArgs& tensor = set_.tensors()[i];
-        if (tensor.stale == nullptr || tensor.rows == nullptr) continue;
-        set_.tables_[i]->note(*tensor.rows, step, tensor.decays, counter);
+        if (set_.tables_[i] != nullptr) set_.tables_[i]->note(set_.tensors()[i], step, counter);
       }
     }
 
     // After all rows of the only variable were brought up to date.
-    void clear_history() { set_.tables_[0]->clear(); }
+    void note_pass() { set_.tables_[0]->note_pass(); }
 
    private:
     // The other constructors delegate to this one, so the destructor runs even if they throw.
@@ -172,12 +170,13 @@ class TensorSet {
     TensorArgs& tensor = tensors()[i];
     tensor.stale = nullptr;
     if (tables_[i] == nullptr) return;
-    const bool waits = tensor.rows != nullptr && !(tables_[i]->is_empty() && is_crowded(i));
-    if (waits) tables_[i]->require_room(variables_[i].label);
-    if (waits) tensor.stale = &tables_[i]->rows(tensor.rows, hyper, variables_.amsgrad());
     if (tensor.rows == nullptr && !tables_[i]->is_empty()) {
       throw py::value_error(variables_[i].label + ": rows are not up to date, expected sync() before this gradient");
     }
+    tables_[i]->require_room(variables_[i].label);
+    if (tensor.rows == nullptr) return;
+    const bool moves_all = tables_[i]->is_empty() && is_crowded(i);
+    tensor.stale = moves_all ? tables_[i]->all_rows() : &tables_[i]->rows(tensor.rows, hyper, variables_.amsgrad());
   }
 
   // Without rows a step always moves all elements.

@@ -11,7 +11,7 @@ namespace fastadam {
 
 // The number of elements of a variable that a step with this gradient updates.
 inline int64_t moved_elements(const TensorArgs& tensor, bool lazy) {
-  const bool only_rows = tensor.rows != nullptr && (lazy || tensor.stale != nullptr);
+  const bool only_rows = tensor.rows != nullptr && moves_rows_alone(tensor, lazy);
   return only_rows ? tensor.rows->count * tensor.rows->width : tensor.size;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "adam_math.h"
 #include "step_args.h"
@@ -31,6 +32,13 @@ FASTADAM_INLINE T peak_from(const StaleRows& stale, int64_t from) {
   T peak = T(0);
   for (int64_t i = from / kPeakSteps; i * kPeakSteps < stale.now; ++i) peak = peaks[i] > peak ? peaks[i] : peak;
   return peak;
+}
+
+// Whether a step leaves elements as they are whose moments are +0. A displacement of -0 turns a variable of -0 into +0,
+// and an infinite rate makes NaN.
+template <class T>
+FASTADAM_INLINE bool leaves_zeros(T alpha, T keep) {
+  return keep == T(1) && !std::signbit(alpha) && alpha <= std::numeric_limits<T>::max();
 }
 
 // Calls make_step(alpha, keep) for the steps [from, now) of the history, in which the row had no gradient. If the

@@ -16,7 +16,8 @@ using TensorArgs = fastadam_tensor;
 
 }  // namespace fastadam
 
-// A deferred table. Each row has had only the first `from` steps of the history; the others are applied now.
+// A deferred table. Steps count from the last one that every row has had. Each row has had `from` - `synced` of them,
+// or none if that is negative; the others are applied now.
 struct fastadam_stale_rows {
   using ClosedForm = fastadam::ClosedForm;
   const void* alphas;   // row_alpha of each step, in the compute type of the variable
@@ -29,12 +30,27 @@ struct fastadam_stale_rows {
   // forms[places[from]] is the closed form of a gap longer than kShortGap. Null if every step is replayed.
   const ClosedForm* forms = nullptr;
   const int32_t* places = nullptr;
+  int64_t synced = 0;
+  // The steps change nothing where all moments are +0: none decays weights, and no rate is negative or infinite.
+  bool leaves_zeros = false;
+  // By row: one without kMoves has moments of +0 and is left as it is, not even read. Null if every row is replayed.
+  const uint8_t* flags = nullptr;
+  bool moves_all = false;  // no row is behind, and the step moves every row that has kMoves in `flags`
 };
 
 namespace fastadam {
 
 using StaleRows = fastadam_stale_rows;
 constexpr int64_t kPeakSteps = 64;
+
+// Flags of a row.
+constexpr uint8_t kMoves = 1;    // its moments may be other than +0
+constexpr uint8_t kChanged = 2;  // it had a gradient since Python cleared this
+
+// Whether the steps of a gradient, or catching up, move only some rows.
+FASTADAM_INLINE bool moves_rows_alone(const TensorArgs& tensor, bool lazy) {
+  return tensor.stale != nullptr ? !tensor.stale->moves_all : lazy && tensor.rows != nullptr;
+}
 
 struct TileMeasure;
 struct StepLog;

@@ -55,7 +55,7 @@ void for_each_chain(const Chains& chains, int64_t block, int64_t blocks, Visit v
 // Whether rows are brought up to date. They may have missed many steps, so such a step is never short.
 bool catches_up(const Chains& chains) {
   return std::any_of(chains.heads, chains.heads + chains.count,
-                     [&](int64_t head) { return chains.tensors[head].stale != nullptr; });
+                     [&](int64_t head) { return moves_rows_alone(chains.tensors[head], false); });
 }
 
 // Makes stores that went past the caches visible to other threads.
@@ -75,7 +75,7 @@ struct StepTask {
     const auto dtype = static_cast<int>(tensor.dtype);
     if (is_small(tensor)) return kernels->small[dtype];
     if (tensor.rows == nullptr && tensor.stale == nullptr) return kernels->dense[dtype];
-    return tensor.stale != nullptr || step.lazy ? kernels->touched_rows[dtype] : kernels->all_rows[dtype];
+    return moves_rows_alone(tensor, step.lazy) ? kernels->touched_rows[dtype] : kernels->all_rows[dtype];
   }
 
   void run_block(int64_t block) const {

@@ -2,6 +2,8 @@
 // Part of kernels.cpp and included by nothing else: the loops over the rows of IndexedSlices and of deferred tables.
 #pragma once
 
+#include <cstring>
+
 #include "../core/adam_math.h"
 #include "../core/at_rest.h"
 #include "../core/closed_form.h"
@@ -122,7 +124,29 @@ FASTADAM_INLINE void prefetch_row(const TensorArgs& tensor, int64_t k) {
   for (int64_t i = 0; i < size; i += kStep) __builtin_prefetch(grad + i * item);
 }
 
-// TF's rule: updates elements [begin, end) of the table, with or without a gradient.
+// The first row from `row` on, before `end`, that has kMoves or not; `end` if there is none.
+inline int64_t next_row(const uint8_t* flags, int64_t row, int64_t end, bool moves) {
+  while (row < end && ((flags[row] & kMoves) != 0) != moves) ++row;
+  return row;
+}
+
+// Calls move(at, end) for the runs of elements of [at, end) whose rows have kMoves.
+template <class Move>
+FASTADAM_INLINE void for_moving_rows(const uint8_t* flags, int64_t width, int64_t at, int64_t end, Move move) {
+  const int64_t rows = (end + width - 1) / width;
+  while (at < end) {
+    const int64_t row = next_row(flags, at / width, rows, true);
+    if (row == rows) return;
+    const int64_t begin = row * width > at ? row * width : at;
+    const int64_t stop = next_row(flags, row, rows, false) * width;
+    at = stop < end ? stop : end;
+    move(begin, at);
+  }
+}
+
+// TF's rule: updates elements [begin, end) of the table, with or without a gradient. In a deferred table the rows
+// without kMoves are left as they are: a step would flush their denormals and quiet their signalling NaNs, and nothing
+// else.
 template <class Storage>
 void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
@@ -134,6 +158,8 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
   const auto touch = step.amsgrad ? touch_row<true, Storage, T> : touch_row<false, Storage, T>;
   const auto move_untouched =
       step.amsgrad ? move_untouched_rows<true, Storage, T> : move_untouched_rows<false, Storage, T>;
+  const bool leaves = tensor.stale != nullptr && leaves_zeros(s.row_alpha, keep);
+  const uint8_t* flags = leaves ? tensor.stale->flags : nullptr;
   T sums[kColumns];
   int64_t k = first_row_from(rows, begin / rows.width);
   for (int64_t at = begin; at < end;) {
@@ -141,7 +167,9 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
     if (k == rows.count || rows.rows[k] != at / rows.width) {
       const int64_t next = k < rows.count ? rows.rows[k] * rows.width : end;
       const int64_t stop = next < end ? next : end;
-      move_untouched(tensor, at, stop, keep, s, step.prefetch);
+      const auto move = [&](int64_t from, int64_t to) { move_untouched(tensor, from, to, keep, s, step.prefetch); };
+      if (flags == nullptr) move(at, stop);
+      if (flags != nullptr) for_moving_rows(flags, rows.width, at, stop, move);
       at = stop;
       continue;
     }
@@ -187,6 +215,45 @@ struct RowPart {
 };
 
 template <bool kAmsgrad, class Storage, class T>
+FASTADAM_INLINE void load_part(const TensorArgs& tensor, int64_t at, int64_t size, RowPart<T>& row) {
+  const Storage* var = static_cast<const Storage*>(tensor.var) + at;
+  const Operands<T> slots = operands_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
+  for (int64_t i = 0; i < size; ++i) {
+    row.var[i] = load(var[i]);
+    row.m[i] = slots.m[i];
+    row.v[i] = slots.v[i];
+    row.vhat[i] = kAmsgrad ? slots.vhat[i] : T(0);
+  }
+}
+
+// Only if the values differ: a page that is not written stays clean, or is not even there.
+template <class Item>
+FASTADAM_INLINE void store_changed(const Item* values, Item* to, int64_t size) {
+  const size_t bytes = static_cast<size_t>(size) * sizeof(Item);
+  if (std::memcmp(values, to, bytes) != 0) std::memcpy(to, values, bytes);
+}
+
+template <bool kAmsgrad, class Storage, class T>
+FASTADAM_INLINE void store_part(const RowPart<T>& row, const TensorArgs& tensor, int64_t at, int64_t size) {
+  Storage var[kColumns];
+  for (int64_t i = 0; i < size; ++i) var[i] = store<Storage>(row.var[i]);
+  store_changed(var, static_cast<Storage*>(tensor.var) + at, size);
+  const Operands<T> slots = operands_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
+  store_changed(row.m, slots.m, size);
+  store_changed(row.v, slots.v, size);
+  if constexpr (kAmsgrad) store_changed(row.vhat, slots.vhat, size);
+}
+
+// Whether all moments are +0.
+template <bool kAmsgrad, class T>
+FASTADAM_INLINE bool has_zeros(const RowPart<T>& row, int64_t size) {
+  if (bits_of(row.m[0]) != 0 || bits_of(row.v[0]) != 0) return false;  // nearly always
+  decltype(bits_of(T(0))) bits = 0;
+  for (int64_t i = 0; i < size; ++i) bits |= bits_of(row.m[i]) | bits_of(row.v[i]) | bits_of(row.vhat[i]);
+  return bits == 0;
+}
+
+template <bool kAmsgrad, class Storage, class T>
 FASTADAM_INLINE bool all_at_rest(const RowPart<T>& row, int64_t size, T peak, T epsilon) {
   int moving = 0;
 #pragma omp simd reduction(+ : moving)
@@ -219,41 +286,25 @@ FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& ro
 template <bool kAmsgrad, class Storage, class T>
 __attribute__((noinline)) void jump_row(const ClosedForm& form, const TensorArgs& tensor, int64_t at, int64_t size,
                                         const StepScalars<T>& s) {
-  in_compute_type(static_cast<Storage*>(tensor.var) + at, size, [&](T* values, int64_t from, int64_t count) {
-    const Operands<T> operands = operands_of<kAmsgrad>(tensor, at + from, values);
-    T* __restrict var = operands.var;
-    T* __restrict m = operands.m;
-    T* __restrict v = operands.v;
-    T* __restrict vhat = operands.vhat;
+  RowPart<T> row;
+  load_part<kAmsgrad, Storage>(tensor, at, size, row);
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      T vhat_i = kAmsgrad ? vhat[i] : T(0);
-      adam_jump<kAmsgrad>(var[i], m[i], v[i], vhat_i, form, s.beta_2, s.epsilon);
-      if constexpr (kAmsgrad) vhat[i] = vhat_i;
-    }
-  });
+  for (int64_t i = 0; i < size; ++i) {
+    adam_jump<kAmsgrad>(row.var[i], row.m[i], row.v[i], row.vhat[i], form, s.beta_2, s.epsilon);
+  }
+  store_part<kAmsgrad, Storage>(row, tensor, at, size);
 }
 
 // Applies the steps [from, now) one after another to `size` elements of a row, starting at element `at` of the table.
 template <bool kAmsgrad, class Storage, class T>
 __attribute__((noinline)) void replay_row(const TensorArgs& tensor, int64_t from, int64_t at, int64_t size,
                                           const StepScalars<T>& s) {
-  Storage* var = static_cast<Storage*>(tensor.var) + at;
-  const Operands<T> slots = operands_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
   RowPart<T> row;
-  for (int64_t i = 0; i < size; ++i) {
-    row.var[i] = load(var[i]);
-    row.m[i] = slots.m[i];
-    row.v[i] = slots.v[i];
-    row.vhat[i] = kAmsgrad ? slots.vhat[i] : T(0);
-  }
-  replay<kAmsgrad, Storage>(*tensor.stale, from, row, size, s);
-  for (int64_t i = 0; i < size; ++i) {
-    var[i] = store<Storage>(row.var[i]);
-    slots.m[i] = row.m[i];
-    slots.v[i] = row.v[i];
-    if constexpr (kAmsgrad) slots.vhat[i] = row.vhat[i];
-  }
+  load_part<kAmsgrad, Storage>(tensor, at, size, row);
+  StaleRows stale = *tensor.stale;
+  if (stale.leaves_zeros && has_zeros<kAmsgrad>(row, size)) stale.now = from + 1;  // all steps do what one does
+  replay<kAmsgrad, Storage>(stale, from, row, size, s);
+  store_part<kAmsgrad, Storage>(row, tensor, at, size);
 }
 
 template <class Storage, class T>
@@ -266,6 +317,12 @@ FASTADAM_INLINE void catch_up_row(bool amsgrad, const TensorArgs& tensor, int64_
     if (form.exists) return jump(form, tensor, at, size, s);
   }
   (amsgrad ? replay_row<true, Storage, T> : replay_row<false, Storage, T>)(tensor, from, at, size, s);
+}
+
+// The steps that a row has had of those that not every row has had; `k`: its place in stale.from.
+FASTADAM_INLINE int64_t steps_had(const StaleRows& stale, int64_t k) {
+  const int64_t steps = stale.from[k] - stale.synced;
+  return steps < 0 ? 0 : steps;
 }
 
 // Updates only the rows of the gradient, counting their elements row after row. In a deferred table a row first gets
@@ -285,10 +342,15 @@ void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t b
     const int64_t k = at / width;
     const int64_t column = at % width;
     const int64_t size = columns_from(column, width, at, end);
-    const int64_t place = (tensor.rows == nullptr ? k : tensor.rows->rows[k]) * width + column;
+    const int64_t row = tensor.rows == nullptr ? k : tensor.rows->rows[k];
+    const int64_t place = row * width + column;
     if (column == 0 && tensor.rows != nullptr) prefetch_row<Storage>(tensor, k);
-    if (stale != nullptr && stale->from[k] != stale->now) {
-      catch_up_row<Storage>(step.amsgrad, tensor, stale->from[k], place, size, s);
+    if (stale != nullptr && (stale->flags == nullptr || (stale->flags[row] & kMoves) != 0)) {
+      const int64_t from = steps_had(*stale, k);
+      if (from != stale->now) catch_up_row<Storage>(step.amsgrad, tensor, from, place, size, s);
+    } else if (tensor.rows == nullptr) {
+      at = next_row(stale->flags, row, (end + width - 1) / width, true) * width;
+      continue;
     }
     if (tensor.grad != nullptr) {
       sum(tensor, k, column, size, s.clip_value, factor, sums);

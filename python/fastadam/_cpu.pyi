@@ -181,6 +181,15 @@ class Plan:
 def copy_all(copies: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], counter: npt.NDArray[np.int64]) -> None:
     """Copy each second array over the first, of the same size in bytes, then raise the counter; nothing in between."""
 
+def drop_steps(history: tuple[Any, ...], count: int) -> None:
+    """Drop the oldest steps of a history in its arrays; nothing is interrupted in between."""
+
+def flag_moving_rows(flags: npt.NDArray[np.uint8], moments: npt.NDArray[Any]) -> None:
+    """Set the flag MOVES of the rows of a table that have a moment other than +0."""
+
+def avoid_huge_pages(array: npt.NDArray[Any]) -> None:
+    """Have the kernel put small pages under this array from here on, if it knows huge ones."""
+
 def same_items(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
     """Whether the dicts have the same objects as keys and values, in the same order; nothing is hashed."""
 

@@ -78,4 +78,13 @@ def _update_plan(parts: Parts, plan: Plan, places: list[int], cycle: Cycle) -> P
     decays = options.decays([entry.spec.name for entry in waiting], buffers)
     context = parts.runtime.context_of(buffers[0])
     rounding = options.small.rounding
-    return Plan(buffers, prepared.slots, decays=decays, context=context, numbers=prepared.numbers, **rounding)
+    histories = [None if entry.history is None else entry.history.native for entry in waiting]
+    return Plan(
+        buffers,
+        prepared.slots,
+        decays=decays,
+        histories=histories,
+        context=context,
+        numbers=prepared.numbers,
+        **rounding,
+    )

@@ -549,12 +549,10 @@ class Adam(Optimizer):
     def get_config(self) -> Config:
         """The constructor's arguments as plain JSON values; callables by their present value.
 
-        Rows of deferred tables are brought up to date first, for a second optimizer made from the configuration.
+        Rows of deferred tables stay as they are: call :meth:`sync` before another optimizer goes on with such a table.
         """
-        options, _, runtime, tables = parts_of(self)
-        with runtime.lock:
-            runtime.require_closed("get_config")
-            tables.catch_up_all(known_only=True)
+        options, _, runtime, _ = parts_of(self)
+        runtime.require_closed("get_config")
         config: Config = {"name": self.name}
         config.update({name: bound for name, bound in options.clips.items() if bound is not None})
         for name in ("learning_rate", "decay", "beta_1", "beta_2", "epsilon"):

@@ -15,12 +15,13 @@ from fastadam._core import resizing
 from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_integer, check_iterations, check_list
 from fastadam._core.common.strict import class_only
+from fastadam._core.deferred.history import Doubt
 from fastadam._core.minimize import Minimizer
 from fastadam._core.native.arrays import copy_beside
 from fastadam._core.native.buffers import buffer_of, buffers_of
 from fastadam._core.native.variable import label_of, unwrap
 from fastadam._core.options.options import Options
-from fastadam._core.options.state_format import LOW, SCALES
+from fastadam._core.options.state_format import LOW, MOMENTS, SCALES
 from fastadam._core.parts import Parts
 from fastadam._core.saving.reader import load_optimizer
 from fastadam._core.saving.writer import save_optimizer
@@ -103,6 +104,8 @@ class Optimizer(Minimizer):
             tables.raise_late()
             tables.catch_up_all()
             state.clear_stale_accumulators(options.calls_per_step)
+            for entry in state.entries:
+                entry.raise_doubt(Doubt.ALWAYS)
             return state.weights()
 
     def variables(self) -> list[AnyArray]:
@@ -153,12 +156,15 @@ class Optimizer(Minimizer):
             runtime.require_closed("get_slot")
             tables.raise_late()
             tables.catch_up_all()
-            slots = state.slots.find(buffer_of(var))
-        if slots is None:
-            raise KeyError(f"{label}: not a variable of this optimizer")
-        if slot_name not in slots:
-            raise KeyError(f"{slot_name}: not a slot of {label}, which has {list(slots)}")
-        return readable(slots, slot_name)
+            entry = state.slots.entry_of(buffer_of(var))
+            if entry is None:
+                raise KeyError(f"{label}: not a variable of this optimizer")
+            slots = state.slots.slots_of(entry)
+            if slot_name not in slots:
+                raise KeyError(f"{slot_name}: not a slot of {label}, which has {list(slots)}")
+            if slot_name in MOMENTS:
+                entry.raise_doubt(Doubt.ALWAYS)
+            return readable(slots, slot_name)
 
     def get_slot_names(self) -> list[str]:
         """Names of the slots in the order of their creation."""
@@ -196,6 +202,9 @@ class Optimizer(Minimizer):
             tables.catch_up_all()
             prepared = state.slots.prepare([buffer], format_of)
             prepared.commit()
+            entry = state.slots.entry_of(buffer)
+            if entry is not None and slot_name in MOMENTS:
+                entry.raise_doubt(Doubt.ALWAYS)
             return prepared.slots[slot_name][0]
 
     def add_weight(

@@ -116,7 +116,7 @@ def _moved_history(entry: Entry, known: _cpu.Buffer, buffer: _cpu.Buffer, row_ma
         is_shifted = np.may_share_memory(before, after) and not (
             row_map.keeps_places and known.address == buffer.address
         )
-        row = None if is_shifted else row_map.differing(before, after, history.behind)
+        row = None if is_shifted else row_map.differing(before, after, history.behind())
         if is_shifted or row is not None:
             where = f"row {row} is not the one of {known.label}," if row is not None else f"in the memory of {known.label},"
             raise ValueError(
@@ -167,6 +167,9 @@ def reset(parts: Parts, variable: VariableLike | None, rows: ArrayLike | None) -
         _cpu.copy_all([pair for start in starts for pair in start.on_host()], np.zeros((), np.int64))
         for start in starts:
             start.on_gpu()
+        for entry in entries:
+            if entry.history is not None:
+                entry.history.note_reset(ids)
 
 
 class _Start(NamedTuple):
@@ -220,6 +223,8 @@ def _starts_of(parts: Parts, entry: Entry, ids: npt.NDArray[np.integer] | None) 
             start = np.empty_like(slot) if isinstance(slot, np.ndarray) else to_host(slot)
             start[...] = _float_values_of(entry.buffer)
             yield _Start(slot, start, ids)
+        elif name in MOMENTS and ids is None and entry.history is not None:
+            yield _Start(slot, None, entry.history.moving_rows())
         else:
             yield _Start(slot, None, ids)
 

@@ -10,7 +10,7 @@ from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_clip, check_iterations, check_number
 from fastadam._core.common.telemetry import Telemetry
 from fastadam._core.common.warning import warn
-from fastadam._core.deferred.history import History, Numbers
+from fastadam._core.deferred.history import Doubt, History, Numbers
 from fastadam._core.hyperparameters import Clip, Hyper
 from fastadam._core.native.arrays import on_gpu
 from fastadam._core.native.backend import _cpu
@@ -309,7 +309,10 @@ class Stepper:
         version = version._replace(slots=state.slots.version)
         made = StepPlan(plan, version, amsgrad, decays, histories, dense_only, has_copies=bool(copies))
         for buffer, history in zip(buffers, histories, strict=True):
-            if history is not None and (entry := state.slots.entry_of(buffer)) and entry.history is not history:
+            entry = state.slots.entry_of(buffer)
+            if entry is not None and history is None:
+                entry.raise_doubt(Doubt.ONCE)  # should it become a table later
+            elif entry is not None and entry.history is not history:
                 runtime.clear_plans()  # one of them may know the variable without a history
                 entry.history = history
         runtime.add_plan(made, pairs)
@@ -324,11 +327,12 @@ class Stepper:
         if entry is not None and entry.history is not None:
             if entry.history.is_full:
                 self.runtime.clear_plans()  # they read the old arrays, whatever becomes of this step
-                entry.history.make_room()
+                entry.history.make_room(partial(self.tables.catch_up, buffer))
             return entry.history.placed(buffer)
         if not is_sparse(gradient) or not buffer.shape:
             return None
-        return History.of(buffer, numbers, exact=self.options.sparse_update == "deferred")
+        doubt = Doubt.NONE if entry is None else entry.doubt
+        return History.of(buffer, numbers, self.options.sparse_update == "deferred", doubt)
 
     # ---- weight decay ----------------------------------------------------------------------------------------------
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastadam._core.common.warning import warn
-from fastadam._core.deferred.history import History, Numbers
+from fastadam._core.deferred.history import Doubt, History, Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, States
 from fastadam.torch._layout import versions_of
+from fastadam.torch._step_count import number_of
 from fastadam.torch._stored import SLOTS
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ class Table:
 
     def __init__(self, param: Tensor, state: ParamState, label: str, numbers: Numbers, exact: bool) -> None:
         self.param, self.state, self.label = param, state, label
-        self.history = History.of(_cpu.Buffer(param, label), numbers, exact)
+        moments = self._moments_now().values()
+        is_new = not number_of(state["step"], label) and not any(versions_of(list(moments)))
+        doubt = Doubt.NONE if is_new else Doubt.ONCE
+        self.history = History.of(_cpu.Buffer(param, label), numbers, exact, doubt)
         self._note()
 
     def _note(self) -> None:
@@ -114,13 +118,16 @@ class Table:
             return False
         rows = len(known)
         same = (now == known).reshape(rows, -1).all(1) & (known != 0).reshape(rows, -1).any(1)
-        return bool((same & torch.from_numpy(self.history.behind)).any())
+        return bool((same & torch.from_numpy(self.history.behind())).any())
 
     def take_moments(self) -> None:
         """Go on with the moments that the state has now, after the waiting steps were made with those before."""
         if self._are_replaced():
             self.catch_up()
+            self.history.raise_doubt(Doubt.ONCE)
         elif not self.history.waits:
+            if self._seen[1:] != [_mark_of(moment) for moment in self._moments.values()]:
+                self.history.raise_doubt(Doubt.ONCE)
             self._note()
 
     def before_step(self, numbers: Numbers, *, touches_rows: bool) -> bool:
@@ -169,7 +176,7 @@ class Tables:
                 found.catch_up()  # with the moments that its rows waited with
             found = Table(param, state, label, numbers, exact=self._mode == "deferred")
         if found.history.is_full:
-            found.history.make_room()
+            found.history.make_room(found.catch_up)
         return found
 
     def keep(self, tables: Iterable[Table]) -> None:

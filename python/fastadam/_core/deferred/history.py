@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.common.types import AnyArray, NativeHistory
-from fastadam._core.native.arrays import assign, native_of, to_host, zeros_beside
+from fastadam._core.native.arrays import assign, native_of, to_host, untouched_zeros, zeros_beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import fingerprint_of
 from fastadam._core.native.plan import Plan, StepHyper
 from fastadam._core.native.rows import RowMap
 from fastadam._core.native.slices import IndexedSlices
 
-__all__ = ["History", "Numbers", "Rates", "crossover"]
+__all__ = ["CHANGED", "MOVES", "Doubt", "History", "Numbers", "Rates", "crossover"]
 
 _PEAK_STEPS = 64  # kPeakSteps in csrc/core/step_args.h
 _FIRST_ROOM = 1024
+_MOST_ROOM = 2**16  # on the host
+_MANY_ROWS = 2**20  # looked through at a time
+MOVES, CHANGED = 1, 2  # flags of a row: kMoves and kChanged in csrc/core/step_args.h
 _CACHE_BYTES = 2**25
 _DEVICE_CROSSOVER = 2.0  # of `crossover`; not measured on a GPU
+
+
+class Doubt(enum.IntEnum):
+    """Whether rows may have moments that no step gave them."""
+
+    NONE = 0
+    ONCE = 1  # they were restored or set: a pass over all rows shows which have
+    ALWAYS = 2  # a user has the arrays
 
 
 class Numbers(NamedTuple):
@@ -41,13 +53,15 @@ class Rates(NamedTuple):
     alphas: npt.NDArray[np.floating]  # for each step its rate, in the dtype of the moments
     keeps: npt.NDArray[np.floating]  # for each step its factor of weight decay
     peaks: npt.NDArray[np.floating]  # for every 64 steps the largest |alpha|
-    counts: npt.NDArray[np.int64]  # steps; steps with weight decay; on a GPU, steps that every row has had
+    counts: npt.NDArray[np.int64]
+    """Steps; those since the last pass that move even rows without moments (on a GPU: of all); steps that every row has
+    had; a :class:`Doubt`; steps dropped before the first."""
 
     @classmethod
     def zeros(cls, last: AnyArray, dtype: str, room: int) -> Rates:
         """Room for this many steps."""
         alphas, keeps, peaks = (np.zeros(size, dtype) for size in (room, room, room // _PEAK_STEPS))
-        return cls(last, alphas, keeps, peaks, np.zeros(3, np.int64))
+        return cls(last, alphas, keeps, peaks, np.zeros(5, np.int64))
 
     def copy(self, last: AnyArray) -> Rates:
         """The same steps in arrays of their own, with these counts of the rows."""
@@ -58,15 +72,27 @@ class Rates(NamedTuple):
 class History:
     """The steps of one table, and which of them each row has had.
 
-    ``rates`` are replaced all at once: whatever is interrupted leaves one whole history. On a GPU they are never
-    cleared, and ``calls`` has the count of calls before each step, so that steps which turn out to have done nothing
-    can be taken back.
+    A step that moves all rows is a step of the history, too, and a row has had at least the steps before the last of
+    these. ``rates`` are replaced all at once or changed by one native call: whatever is interrupted leaves one whole
+    history. On a GPU ``calls`` has the count of calls before each step, so that steps which turn out to have done
+    nothing can be taken back.
+
+    On the host ``flags`` says of each row whether it ``MOVES``: its moments may be other than zero, so that it moves
+    without a gradient. The others are neither read nor written, unless weights decay. ``CHANGED``: it had a gradient
+    since someone cleared that flag. In doubt whether rows without ``MOVES`` have moments, all are replayed.
     """
 
     def __init__(
-        self, rates: Rates, numbers: Numbers, shape: tuple[int, ...], exact: bool, fingerprint: int | None = None
+        self,
+        rates: Rates,
+        numbers: Numbers,
+        shape: tuple[int, ...],
+        exact: bool,
+        fingerprint: int | None = None,
+        flags: npt.NDArray[np.uint8] | None = None,
     ) -> None:
         self.rates = rates
+        self.flags = untouched_zeros((shape[0],), np.uint8) if flags is None else flags
         self.numbers = numbers
         self.shape = shape
         self.exact = exact  # rows get the bits of dense steps; else missed steps may be summed in closed form
@@ -81,9 +107,13 @@ class History:
         self._plan: Plan | None = None  # brings rows up to date
 
     @classmethod
-    def of(cls, buffer: _cpu.Buffer, numbers: Numbers, exact: bool) -> History:
-        """The history of a table whose rows are all up to date; a float64 table is always exact."""
-        rates = Rates.zeros(np.zeros(buffer.shape[0], np.int32), buffer.state_dtype, _FIRST_ROOM)
+    def of(cls, buffer: _cpu.Buffer, numbers: Numbers, exact: bool, doubt: Doubt) -> History:
+        """The history of a table whose rows are all up to date; a float64 table is always exact.
+
+        ``doubt``: whether its moments are zero.
+        """
+        rates = Rates.zeros(untouched_zeros(buffer.shape[:1], np.int32), buffer.state_dtype, _FIRST_ROOM)
+        rates.counts[3] = doubt
         return cls(rates, numbers, buffer.shape, exact or buffer.state_dtype == "float64").placed(buffer)
 
     def placed(self, buffer: _cpu.Buffer) -> History:
@@ -107,7 +137,7 @@ class History:
     @property
     def waits(self) -> bool:
         """Whether some row may be behind; False again once all rows have been brought up to date in one call."""
-        return self.steps != (0 if self.calls is None else int(self.rates.counts[2]))
+        return self.steps != int(self.rates.counts[2])
 
     @property
     def room(self) -> int:
@@ -120,16 +150,30 @@ class History:
         return self.steps >= self.room
 
     @property
-    def behind(self) -> npt.NDArray[np.bool_]:
-        """For each row whether it waits."""
-        return to_host(self.rates.last) < self.steps
+    def dropped(self) -> int:
+        """Steps before the first that the history still has, on the host."""
+        return int(self.rates.counts[4])
+
+    @property
+    def leaves_rows(self) -> bool:
+        """Whether rows without MOVES are left as they are."""
+        return self._table is None and not self.rates.counts[1] and self.rates.counts[3] == Doubt.NONE
+
+    def behind(self, rows: npt.NDArray[np.integer] | slice = slice(None), steps: int | None = None) -> AnyArray:
+        """For each of these rows whether it waits for one of the first so many steps.
+
+        A row that all steps leave as it is never waits.
+        """
+        had = np.maximum(to_host(self.rates.last)[rows], self.rates.counts[2])
+        waits = had < (self.steps if steps is None else steps)
+        return waits & ((self.flags[rows] & MOVES) != 0) if self.leaves_rows else waits
 
     def is_behind(self, gradient: object) -> bool:
         """Whether a step on the host touches a row that waits; the indices have not been checked."""
         indices = gradient.indices if isinstance(gradient, IndexedSlices) else None
-        if not self.waits or not isinstance(indices, np.ndarray) or not isinstance(self.rates.last, np.ndarray):
+        if not self.waits or not isinstance(indices, np.ndarray) or self._table is not None or not self.shape[0]:
             return False
-        return bool(indices.size and (np.take(self.rates.last, indices, mode="clip") < self.steps).any())
+        return bool(indices.size and self.behind(np.clip(indices, 0, self.shape[0] - 1)).any())
 
     def must_catch_up(self, numbers: Numbers, *, touches_rows: bool) -> bool:
         """Rows cannot wait for a dense gradient, nor for numbers that the history does not have."""
@@ -156,7 +200,15 @@ class History:
             self._plan = Plan([table], columns, histories=[self.native], context=context)
         flat = np.ascontiguousarray(ids.reshape(-1)) if isinstance(ids, np.ndarray) else ids
         self._plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon), counter)
+        if ids is None and self._table is None and self.rates.counts[3] == Doubt.ONCE:
+            for (moments,) in columns.values():  # the pass has read them
+                _cpu.flag_moving_rows(self.flags, _cpu.Buffer(moments, "slot").array())
+            self.rates.counts[3] = Doubt.NONE
         return True
+
+    def raise_doubt(self, doubt: Doubt) -> None:
+        """From here on there is at least this doubt."""
+        self.rates.counts[3] = max(int(self.rates.counts[3]), doubt)
 
     def change_numbers(self, numbers: Numbers) -> None:
         """Use other numbers from here on; every row is up to date."""
@@ -182,7 +234,7 @@ class History:
         if self.calls is None:
             return
         steps = int(np.searchsorted(self.calls[: self.steps], calls))
-        self.rates.counts[:] = (steps, np.count_nonzero(self.rates.keeps[:steps] != 1), 0)
+        self.rates.counts[:3] = (steps, np.count_nonzero(self.rates.keeps[:steps] != 1), 0)
         self._forms = self._plan = None
 
     # ---- memory ----------------------------------------------------------------------------------------------------
@@ -197,34 +249,73 @@ class History:
             replays = self.exact or not _cpu.ClosedForms.exist(beta_1, beta_2, amsgrad)
             self._crossover = crossover(self.shape, self.rates.alphas.itemsize, replays)
         if self._table is None:
-            return (*self.rates, self._forms, self._crossover)
+            return (*self.rates, self._forms, self._crossover, self.flags)
         rows = _DEVICE_CROSSOVER if self.exact else self._crossover  # a pass changes last bits of closed forms
         if self._on_gpu is None:
             native, stream = native_of(self._table), native_of(self._table).stream_of(self._table.source) or 0
             self._on_gpu = native.History(*self.rates[1:4], self.steps, self._table.device, stream)
         return (*self.rates, self._forms, rows, self.calls, self._on_gpu)
 
-    def make_room(self) -> None:
+    def make_room(self, catch_up: Callable[[npt.NDArray[np.int64]], None]) -> None:
+        """For another step: drop steps that no row waits for, if they are half of all, or grow.
+
+        On the host it does not grow beyond ``_MOST_ROOM``: ``catch_up`` brings the rows up to date that lag further
+        behind than half of that. On a GPU it grows as long as there is such a row.
+        """
+        steps = self.steps
+        if self._table is not None:
+            self._make_room_on_gpu()
+            return
+        first = max(int(self.rates.counts[2]), self._least_had() // _PEAK_STEPS * _PEAK_STEPS)
+        if first < steps // 2 and self.room < _MOST_ROOM:
+            self._grow()
+            return
+        if first < steps // 2:
+            first = steps // 2
+            for rows in self._lagging(first):
+                catch_up(rows)
+        _cpu.drop_steps(self.native, first)
+
+    def _least_had(self) -> int:
+        """The steps that every row has had which may not be left as it is."""
+        least = self.steps
+        for begin in range(0, self.shape[0], _MANY_ROWS):
+            rows = slice(begin, begin + _MANY_ROWS)
+            had = self.rates.last[rows]
+            moving = had[(self.flags[rows] & MOVES) != 0] if self.leaves_rows else had
+            least = min(least, int(moving.min(initial=least)))
+        return least
+
+    def _lagging(self, steps: int) -> Iterator[npt.NDArray[np.int64]]:
+        """The rows that wait for one of the first so many steps."""
+        for begin in range(0, self.shape[0], _MANY_ROWS):
+            rows = np.flatnonzero(self.behind(slice(begin, begin + _MANY_ROWS), steps)) + begin
+            if rows.size:
+                yield rows
+
+    def _grow(self) -> None:
+        """Twice as much room, in new arrays."""
+        self._on_gpu = self._plan = None
+        alphas, keeps, peaks = (np.concatenate([old, np.zeros_like(old)]) for old in self.rates[1:4])
+        self.rates = self.rates._replace(alphas=alphas, keeps=keeps, peaks=peaks)
+        if self.calls is not None:
+            self.calls = np.concatenate([self.calls, np.zeros_like(self.calls)])
+
+    def _make_room_on_gpu(self) -> None:
         """In new arrays: without the steps that every row has had, if these are half of them, else twice as long."""
         rates = self.rates
         last = to_host(rates.last)
         first = int(last.min(initial=self.steps)) // _PEAK_STEPS * _PEAK_STEPS
-        self._on_gpu = self._plan = None
         if first < self.steps // 2:
-            alphas, keeps, peaks = (np.concatenate([old, np.zeros_like(old)]) for old in rates[1:4])
-            self.rates = Rates(rates.last, alphas, keeps, peaks, rates.counts)
-            if self.calls is not None:
-                self.calls = np.concatenate([self.calls, np.zeros_like(self.calls)])
+            self._grow()
             return
-        self._forms = None
+        self._on_gpu = self._plan = self._forms = None
         places = (first, first, first // _PEAK_STEPS)
         alphas, keeps, peaks = (np.roll(old, -place) for old, place in zip(rates[1:4], places, strict=True))
         steps, synced = self.steps - first, max(0, int(rates.counts[2]) - first)
-        counts = np.array([steps, np.count_nonzero(keeps[:steps] != 1), synced], np.int64)
-        shifted: AnyArray = last - np.int32(first)
-        if self._table is not None:
-            shifted = zeros_beside(self._table, "int32", last.shape)
-            assign(shifted, last - np.int32(first))
+        counts = np.array([steps, np.count_nonzero(keeps[:steps] != 1), synced, 0, 0], np.int64)
+        shifted = zeros_beside(self._table, "int32", last.shape)  # type: ignore[arg-type]
+        assign(shifted, last - np.int32(first))
         if self.calls is not None:
             self.calls = np.roll(self.calls, -first)
         self.rates = Rates(shifted, alphas, keeps, peaks, counts)
@@ -232,20 +323,52 @@ class History:
     def copy(self, buffer: _cpu.Buffer | None) -> History:
         """With arrays of its own, for a copy of the table as it is now; a table on a GPU is up to date."""
         if self._table is not None:
-            rates = self.rates._replace(last=np.zeros(self.shape[0], np.int32), counts=np.zeros(3, np.int64))
-            return History(rates, self.numbers, self.shape, self.exact)
+            rates = self.rates._replace(last=np.zeros(self.shape[0], np.int32), counts=np.zeros(5, np.int64))
+            twin = History(rates, self.numbers, self.shape, self.exact)
+            twin.raise_doubt(Doubt.ONCE)
+            return twin
         fingerprint = self.fingerprint if buffer is None else fingerprint_of(buffer)
-        return History(self.rates.copy(self.rates.last.copy()), self.numbers, self.shape, self.exact, fingerprint)
+        rates = self.rates.copy(self.rates.last.copy())
+        rates.counts[3] = min(int(rates.counts[3]), Doubt.ONCE)  # nobody has the arrays of the copy
+        return History(rates, self.numbers, self.shape, self.exact, fingerprint, self.flags.copy())
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        if "flags" not in state:  # a pickle of fastadam 0.1
+            self.flags = untouched_zeros(self.shape[:1], np.uint8)
+            self.rates = self.rates._replace(counts=np.array([*self.rates.counts[:3], *[0] * 5], np.int64)[:5])
+            self.raise_doubt(Doubt.ONCE)
+
+    # ---- rows that change ------------------------------------------------------------------------------------------
 
     def moved(self, buffer: _cpu.Buffer, row_map: RowMap) -> History:
         """For the array that replaces the table: rows that wait go on waiting, and fresh rows wait for nothing."""
-        last = np.full(buffer.shape[0], self.steps, np.int32)
-        last[row_map.kept] = to_host(self.rates.last)[row_map.sources[row_map.kept]]
-        twin = History(self.rates.copy(last), self.numbers, buffer.shape, self.exact).placed(buffer)
+        last = untouched_zeros(buffer.shape[:1], np.int32)
+        if self.waits:
+            last[...] = self.steps
+            last[row_map.kept] = to_host(self.rates.last)[row_map.sources[row_map.kept]]
+        flags = untouched_zeros(buffer.shape[:1], np.uint8)
+        row_map.move(self.flags, flags)
+        rates = self.rates.copy(last)
+        rates.counts[3] = min(int(rates.counts[3]), Doubt.ONCE)  # nobody has the new arrays
+        twin = History(rates, self.numbers, buffer.shape, self.exact, flags=flags).placed(buffer)
         twin.is_read = self.is_read
         if self.calls is not None:
             twin.calls = self.calls.copy()
         return twin
+
+    def moving_rows(self) -> npt.NDArray[np.int64] | None:
+        """The rows that may have moments; None if any may."""
+        if self._table is not None or self.rates.counts[3] != Doubt.NONE:
+            return None
+        return np.flatnonzero(self.flags & MOVES)
+
+    def note_reset(self, ids: npt.NDArray[np.integer] | None) -> None:
+        """The moments of these rows, or of all, which are up to date, have become zero."""
+        rows = self.moving_rows() if ids is None else ids
+        self.flags[slice(None) if rows is None else rows] = CHANGED
+        if ids is None and self.rates.counts[3] == Doubt.ONCE:
+            self.rates.counts[3] = Doubt.NONE
 
     def fits(self, buffer: _cpu.Buffer) -> bool:
         """Whether this is the table, as it was, that the copied history belongs to."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.common.warning import warn
-from fastadam._core.deferred.history import Numbers
+from fastadam._core.deferred.history import Doubt, Numbers
 from fastadam._core.native.arrays import native_of, on_gpu, zeros_beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import buffer_of
@@ -85,11 +85,10 @@ class Tables:
         if self._runtime.has_gpus:
             self.settle()
 
-    def catch_up_all(self, *, known_only: bool = False) -> None:
-        """Every row of every table; ``known_only``: except tables that a restored optimizer has not met."""
+    def catch_up_all(self) -> None:
+        """Every row of every table."""
         for entry in self._state.entries:
-            if entry.buffer is not None or not known_only:
-                self._catch_up_entry(entry)
+            self._catch_up_entry(entry)
 
     def catch_up(self, buffer: _cpu.Buffer, ids: AnyArray | None = None) -> None:
         """The rows ``ids`` of a variable, or all; nothing if it is not a deferred table."""
@@ -202,6 +201,7 @@ class Tables:
     def forget_histories(self) -> None:
         """Every row is up to date and none will wait."""
         for entry in self._state.entries:
+            entry.raise_doubt(Doubt.ONCE)
             entry.history = None
         self._runtime.clear_plans()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import mmap
 import sys
 from collections.abc import Iterable
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ __all__ = [
     "native_of",
     "on_gpu",
     "to_host",
+    "untouched_zeros",
     "zeros_beside",
     "zeros_like_variable",
 ]
@@ -32,6 +34,7 @@ __all__ = [
 _GPU_TYPES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _CACHE_LINE = 64
 _PAGE = 4096
+_MANY_BYTES = 2**20
 
 
 def on_gpu(array: AnyArray) -> bool:
@@ -118,6 +121,20 @@ def zeros_beside(buffer: _cpu.Buffer, dtype: str | None = None, shape: tuple[int
         )
     native = cuda_module()
     return native.DeviceArray(list(shape), dtype, buffer.order, buffer.device, native.stream_of(buffer.source) or 0)
+
+
+def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Zeros whose pages come to be when they are written to, 4 KiB at a time.
+
+    ``np.zeros`` asks for huge pages, and may be given memory that was used before and must be cleared.
+    """
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if nbytes < _MANY_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return np.zeros(shape, dtype)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    array: npt.NDArray[Any] = np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
+    _cpu.avoid_huge_pages(array)
+    return array
 
 
 def zeros_like_variable(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastadam._core.deferred.history import History
+from fastadam._core.deferred.history import Doubt, History
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.variable import name_in, present_name
 
@@ -45,6 +45,13 @@ class Entry:
     fingerprint: int | None = None  # of the values that this had when the copy was made
     place: int = -1  # in the store
     number: int = -1  # its own part of the random numbers: the place, unless a file or a copy says otherwise
+    doubt: Doubt = Doubt.ONCE  # of its moments, as long as it has no history, which has its own
+
+    def raise_doubt(self, doubt: Doubt) -> None:
+        """Moments were set, or will be by a user who has the arrays."""
+        self.doubt = max(self.doubt, doubt)
+        if self.history is not None:
+            self.history.raise_doubt(doubt)
 
     @property
     def spec(self) -> Spec:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fastadam._core.common.types import AnyArray, Config
-from fastadam._core.deferred.history import History
+from fastadam._core.deferred.history import Doubt, History
 from fastadam._core.native.arrays import copy_beside, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, fingerprint_of, key_of
@@ -212,7 +212,7 @@ class SlotStore:
         """Add a new slot; in a draft."""
         entry = self._known.get(key_of(buffer))
         slots = {} if entry is None else entry.slots
-        new = Entry(Spec.of(buffer), {}, buffer) if entry is None else replace(entry)
+        new = Entry(Spec.of(buffer), {}, buffer, doubt=Doubt.NONE) if entry is None else replace(entry)
         new.slots = {**slots, name: len(self.arrays)}
         self.arrays.append(array)
         self.names = list(dict.fromkeys([*self.names, name]))
@@ -230,7 +230,8 @@ class SlotStore:
         for name, array in arrays.items():
             self.arrays[entry.slots[name]] = array
         spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
-        self._put(replace(entry, recorded=spec, buffer=buffer, history=history, origin=None, fingerprint=None))
+        doubt = min(entry.doubt, Doubt.ONCE)  # nobody has the new arrays
+        self._put(replace(entry, recorded=spec, buffer=buffer, history=history, doubt=doubt, origin=None, fingerprint=None))
         self._register(buffer)
 
     def remove(self, entry: Entry) -> None:

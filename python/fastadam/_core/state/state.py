@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.common.checks import check_iterations, check_list
+from fastadam._core.deferred.history import Doubt
 from fastadam._core.native.arrays import assign, on_gpu, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.options.keras3 import ACCUMULATOR
@@ -109,6 +110,8 @@ class State:
         for array, values in on_gpu:
             assign(array, values)
         self._journal = Journal(self.cycle, cycle, self._fills, int(self._fills) + 1)
+        for entry in self.entries:
+            entry.raise_doubt(Doubt.ONCE)
         _cpu.copy_all([*on_host, (self.calls, np.array(calls, np.int64))], self._fills)
 
     # ---- accumulated gradients -------------------------------------------------------------------------------------

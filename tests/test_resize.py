@@ -542,7 +542,7 @@ REFUSED = {
 def state_of(optimizer, table):
     """What a refused call must not have changed, rows that wait included."""
     history = history_of(optimizer)
-    behind = history.behind.copy() if history else None
+    behind = history.behind().copy() if history else None
     return pickle.dumps([table, parts_of(optimizer).state.copies(), behind])
 
 

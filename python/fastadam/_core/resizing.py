@@ -187,8 +187,9 @@ class _Start(NamedTuple):
             yield self.slot, self._whole(self.slot)
             return
         places = np.arange(len(self.slot)) if self.ids is None else self.ids.astype(np.int64)
-        zeros = np.zeros(min(self.slot.nbytes, CHUNK_BYTES) + self.slot.nbytes // len(self.slot), np.uint8)
-        for chunk in chunks_of(places, self.slot):
+        row_bytes = self.slot.nbytes // len(self.slot)
+        zeros = np.zeros(max(CHUNK_BYTES, row_bytes), np.uint8)
+        for chunk in chunks_of(places, row_bytes):
             for run in np.split(chunk, np.flatnonzero(np.diff(chunk) > 1) + 1):
                 here = self.slot[run[0] : run[-1] + 1]
                 start = zeros[: here.nbytes] if self.values is None else self.values[run[0] : run[-1] + 1]

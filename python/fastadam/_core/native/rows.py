@@ -63,26 +63,29 @@ class RowMap:
 
     def move(self, old: HostArray, new: HostArray) -> None:
         """Copy the rows that are kept into an array of zeros; rows of zeros are not written."""
-        for places in chunks_of(self.kept, old):
+        for places in chunks_of(self.kept, old.nbytes // max(len(old), 1)):
             values = old[self.sources[places]]
             is_set = bits_of(values).any(1)
             new[places[is_set]] = values[is_set]
 
     def differing(self, old: HostArray, new: HostArray, waiting: npt.NDArray[np.bool_]) -> int | None:
         """The first row of the new array that was a ``waiting`` one and does not have its bits; None if there is none."""
-        for places in chunks_of(self.kept[waiting[self.sources[self.kept]]], old):
+        for places in chunks_of(self.waiting(waiting), old.nbytes // max(len(old), 1)):
             differ = (bits_of(old[self.sources[places]]) != bits_of(new[places])).any(1)
             if differ.any():
                 return int(places[differ][0])
         return None
 
+    def waiting(self, waiting: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """The rows of the new array that were ``waiting`` ones of the old."""
+        places: npt.NDArray[np.int64] = self.kept[waiting[self.sources[self.kept]]]
+        return places
 
-def chunks_of(places: npt.NDArray[np.int64], array: HostArray) -> Iterator[npt.NDArray[np.int64]]:
-    """The places of rows of an array, so many at a time that copies of the rows are small; none if rows are empty."""
-    if not array.size:
-        return
-    size = max(1, CHUNK_BYTES * len(array) // array.nbytes)
-    for start in range(0, len(places), size):
+
+def chunks_of(places: npt.NDArray[np.int64], row_bytes: int) -> Iterator[npt.NDArray[np.int64]]:
+    """The places of rows of this size, so many at a time that copies of the rows are small; none if rows are empty."""
+    size = max(1, CHUNK_BYTES // row_bytes) if row_bytes else len(places) + 1
+    for start in range(0, len(places) if row_bytes else 0, size):
         yield places[start : start + size]
 
 

@@ -99,7 +99,9 @@ def test_a_table_that_becomes_another_array_is_warned_of_and_the_warning_names_r
     kept = table if is_kept else None
     del table
     text = warned(lambda: step_by_half(optimizer, new), r"starts with moments of zero.*opt\.resize\(old, new\)")
-    assert text.startswith(f"grads_and_vars[0]: a new array of shape {new.shape}, while the optimizer has updated one of")
+    assert text.startswith(
+        f"grads_and_vars[0]: a new array of shape {new.shape}, while the optimizer has updated one of"
+    )
     assert ("that is gone" in text) == (not is_kept)
     assert ("with these values" in text) == is_kept
     del kept

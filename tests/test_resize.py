@@ -57,9 +57,7 @@ class Twins:
         self.twin_table = self.table.copy(order="K")
         exact = "dense" if options.get("sparse_update") == "deferred" else options.get("sparse_update", "dense")
         self.optimizer = fastadam.Adam(learning_rate, **options)
-        self.twin = fastadam.Adam(
-            learning_rate, **{**options, "sparse_update": exact, "max_staleness": None}
-        )
+        self.twin = fastadam.Adam(learning_rate, **{**options, "sparse_update": exact, "max_staleness": None})
 
     def step(self, ids=None):
         shape = (len(self.table if ids is None else ids), *self.table.shape[1:])
@@ -238,7 +236,9 @@ def test_any_program_ends_as_that_of_optimizers_that_are_made_anew(program, mode
 
 def three(**options):
     names = ["first", "table", "last"]
-    variables = [fastadam.Variable(np.arange(n * 2, dtype=F32).reshape(n, 2) + 1, name) for n, name in enumerate(names, 2)]
+    variables = [
+        fastadam.Variable(np.arange(n * 2, dtype=F32).reshape(n, 2) + 1, name) for n, name in enumerate(names, 2)
+    ]
     optimizer = fastadam.Adam(0.1, **options)
     step_by_half(optimizer, *variables)
     return optimizer, variables
@@ -348,7 +348,10 @@ SMALL = {
 
 def small(kind, width):
     rng, dtype = np.random.RandomState(0), ml_dtypes.bfloat16 if kind == "split" else F32
-    optimizer, table = fastadam.Adam(0.1, float32_for=1, **SMALL[kind]), random_array(rng, (16, width), -3, 2).astype(dtype)
+    optimizer, table = (
+        fastadam.Adam(0.1, float32_for=1, **SMALL[kind]),
+        random_array(rng, (16, width), -3, 2).astype(dtype),
+    )
     for _ in range(3):
         optimizer.apply_gradients([(random_array(rng, (16, width), -3, 2).astype(dtype), table)])
     return optimizer, table
@@ -482,7 +485,9 @@ def test_an_unpickled_optimizer_has_to_see_its_variables_first():
     optimizer, table = used()
     again = pickle.loads(pickle.dumps(optimizer))
     for call in (lambda: again.resize(table, table.copy()), lambda: again.forget(table), lambda: again.reset(table)):
-        with pytest.raises(ValueError, match=r"not a variable of this optimizer, expected one that a step or build\(\)"):
+        with pytest.raises(
+            ValueError, match=r"not a variable of this optimizer, expected one that a step or build\(\)"
+        ):
             call()
     again.reset()
     again.build([table])
@@ -562,13 +567,14 @@ def test_values_that_were_copied_before_rows_were_brought_up_to_date_are_refused
     optimizer, table = used(**DEFERRED)
     for _ in range(3):
         optimizer.apply_gradients([(IndexedSlices(ones(1, 2), [5]), table)])
-    stale = table.copy()
     optimizer.gather(table, [row])
     before = state_of(optimizer, table)
     changed = table.copy()
     other = 1 - row
     changed[other, 1] += 1
-    with pytest.raises(ValueError, match=rf"^new: row {other} is not the one of old, whose rows wait for their steps; exp"):
+    with pytest.raises(
+        ValueError, match=rf"^new: row {other} is not the one of old, whose rows wait for their steps; exp"
+    ):
         optimizer.resize(table, changed)
     assert state_of(optimizer, table) == before
     optimizer.sync()
@@ -607,7 +613,11 @@ def test_none_can_be_called_in_the_middle_of_something(call, when):
 @pytest.mark.parametrize("call", ["resize", "forget", "reset"])
 def test_code_that_a_step_runs_cannot_call_them(call):
     table = ones(4, 2)
-    calls = {"resize": lambda o: o.resize(table, ones(5, 2)), "forget": lambda o: o.forget(table), "reset": lambda o: o.reset()}
+    calls = {
+        "resize": lambda o: o.resize(table, ones(5, 2)),
+        "forget": lambda o: o.forget(table),
+        "reset": lambda o: o.reset(),
+    }
 
     def rate():
         if optimizer.iterations:

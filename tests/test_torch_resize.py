@@ -93,7 +93,11 @@ class Twins:
         state = {key: value.clone() for key, value in self.twin.state.get(old_twin, {}).items()}
         for key in state:
             if key in SHAPED:
-                start = new_twin.detach().to(state[key].dtype) if key == "master" else torch.zeros_like(new_twin, dtype=state[key].dtype)
+                start = (
+                    new_twin.detach().to(state[key].dtype)
+                    if key == "master"
+                    else torch.zeros_like(new_twin, dtype=state[key].dtype)
+                )
                 state[key] = mapped(rows, state[key], start)
         of_bias = self.twin.state.get(self.twin_bias, {})
         self.twin = fastadam.torch.Adam([new_twin, self.twin_bias], **self.options)
@@ -269,7 +273,9 @@ def test_a_forgotten_parameter_leaves_the_groups_and_the_others_go_on(place):
     gone = params.pop(place)
     optimizer.forget(gone)
     assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [id(p) for p in params]
-    assert [n for g in optimizer.param_groups for n in g["param_names"]] == [n for k, n in enumerate("abc") if k != place]
+    assert [n for g in optimizer.param_groups for n in g["param_names"]] == [
+        n for k, n in enumerate("abc") if k != place
+    ]
     assert gone not in optimizer.state
     before = gone.detach().clone()
     gone.grad = torch.ones_like(gone)
@@ -433,7 +439,9 @@ def test_values_that_are_not_those_that_wait_are_refused():
     before = weight.detach().clone()
     stale = weight.detach().clone()
     stale[1, 0] += 1
-    with pytest.raises(ValueError, match=r"^new: row 1 is not the one of old, whose rows wait for their steps; expected"):
+    with pytest.raises(
+        ValueError, match=r"^new: row 1 is not the one of old, whose rows wait for their steps; expected"
+    ):
         optimizer.resize(weight, torch.nn.Parameter(stale))
     with pytest.raises(ValueError, match=r"^new: in the memory of old, whose rows wait for their steps; expected sync"):
         optimizer.resize(weight, weight, [5, 4, 3, 2, 1, 0])
@@ -455,15 +463,35 @@ def test_a_write_while_rows_wait_is_refused_as_by_any_call():
 
 NEW = torch.nn.Parameter(torch.zeros(3, 2))
 REFUSED = {
-    "unknown": (lambda o, p: o.resize(NEW, p), ValueError, r"^old: a tensor of shape \(3, 2\), expected a parameter of"),
+    "unknown": (
+        lambda o, p: o.resize(NEW, p),
+        ValueError,
+        r"^old: a tensor of shape \(3, 2\), expected a parameter of",
+    ),
     "unknown to forget": (lambda o, p: o.forget(NEW), ValueError, "^param: a tensor of shape"),
     "unknown to reset": (lambda o, p: o.reset(NEW), ValueError, "^param: a tensor of shape"),
     "array": (lambda o, p: o.forget(np.ones(3)), TypeError, "^param: ndarray, expected a parameter"),
-    "known": (lambda o, p: o.resize(p, o.param_groups[0]["params"][1]), ValueError, "^new: a parameter of this optimizer"),
-    "dtype": (lambda o, p: o.resize(p, torch.zeros(3, 2, dtype=BF16)), ValueError, r"^new: torch.bfloat16 \(3, 2\) on cpu, e"),
-    "width": (lambda o, p: o.resize(p, torch.zeros(3, 3)), ValueError, r"^new: .*expected torch.float32 \(n, 2\) on cpu"),
+    "known": (
+        lambda o, p: o.resize(p, o.param_groups[0]["params"][1]),
+        ValueError,
+        "^new: a parameter of this optimizer",
+    ),
+    "dtype": (
+        lambda o, p: o.resize(p, torch.zeros(3, 2, dtype=BF16)),
+        ValueError,
+        r"^new: torch.bfloat16 \(3, 2\) on cpu, e",
+    ),
+    "width": (
+        lambda o, p: o.resize(p, torch.zeros(3, 3)),
+        ValueError,
+        r"^new: .*expected torch.float32 \(n, 2\) on cpu",
+    ),
     "axes": (lambda o, p: o.resize(p, torch.zeros(6)), ValueError, r"^new: torch.float32 \(6,\) on cpu, expected"),
-    "no leaf": (lambda o, p: o.resize(p, torch.zeros(3, 2, requires_grad=True) * 2), ValueError, "^new: the result of other"),
+    "no leaf": (
+        lambda o, p: o.resize(p, torch.zeros(3, 2, requires_grad=True) * 2),
+        ValueError,
+        "^new: the result of other",
+    ),
     "list": (lambda o, p: o.resize(p, [[1.0, 2.0]]), TypeError, "^new: list, expected a tensor"),
     "float rows": (lambda o, p: o.resize(p, NEW, torch.zeros(3)), TypeError, "^rows: dtype float32, expected integers"),
     "too few rows": (lambda o, p: o.resize(p, NEW, [0, 1]), ValueError, r"^rows: shape \(2,\), expected \(3,\)"),
@@ -495,7 +523,11 @@ def test_none_can_be_called_in_the_middle_of_something(call, when):
     param, new = torch.nn.Parameter(torch.ones(4, 2)), torch.nn.Parameter(torch.ones(5, 2))
     optimizer = fastadam.torch.Adam([param])
     step(optimizer)
-    calls = {"resize": lambda: optimizer.resize(param, new), "forget": lambda: optimizer.forget(param), "reset": optimizer.reset}
+    calls = {
+        "resize": lambda: optimizer.resize(param, new),
+        "forget": lambda: optimizer.forget(param),
+        "reset": optimizer.reset,
+    }
     if when == "overlap":
         overlap = fastadam.torch.overlap(optimizer).attach()
     else:

@@ -286,11 +286,11 @@ class Optimizer(Minimizer):
         for steps go on waiting in ``new``, which must have them as they are in the memory of ``old`` then; or call
         :meth:`sync` before they are copied. Where ``max_staleness`` is set, all rows are brought up to date.
 
-        A fresh row has moments of zero, the slots of :meth:`add_slot` zeros, and a moving average that starts at its
-        value. The bias correction is that of the optimizer's next step, as for a row that has had no gradient so far. In
-        the middle of an accumulation cycle rows keep what they have accumulated. 8-bit moments are decoded and rounded
-        anew, which changes them only where blocks of 128 elements change. The place in ``weights``, an exclusion from
-        weight decay and, unless ``new`` has one, the name go to ``new``; ``old`` is forgotten.
+        A fresh row has moments of zero, zeros in the slots of :meth:`add_slot`, and a moving average that starts at its
+        value. Its bias correction is that of the optimizer's next step, as for a row that has had no gradient so far.
+        In the middle of an accumulation cycle rows keep what they have accumulated. 8-bit moments are decoded and
+        rounded anew, which changes them only where blocks of 128 elements change. The place in ``weights``, an
+        exclusion from weight decay and, unless ``new`` has one, the name go to ``new``; ``old`` is forgotten.
 
         Args:
             old: A variable.
@@ -343,7 +343,7 @@ class Optimizer(Minimizer):
         resizing.forget(self._parts, var)
 
     def reset(self, var: VariableLike | None = None, rows: ArrayLike | None = None) -> None:
-        """Set moments to zero in place, as before the first step: of a variable, of some of its rows, or of all variables.
+        """Set moments to zero in place, as before the first step: of a variable, of some of its rows, or of all.
 
         Rows that wait for steps are brought up to date first. Moving averages start at the variable again, gradients
         that were accumulated for the next step are dropped, and slots with names of your own stay as they are.

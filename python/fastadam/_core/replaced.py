@@ -19,6 +19,8 @@ from fastadam._core.native.variable import name_in
 
 __all__ = ["Replacements"]
 
+_MANY_ROWS = 1024  # compared at a time
+
 
 @dataclass(frozen=True)
 class _Met:
@@ -52,6 +54,7 @@ class Replacements:
         buffers: Sequence[_cpu.Buffer],
         new: set[Key],
         plans: Iterable[Sequence[_cpu.Buffer]],
+        kept: Iterable[_cpu.Buffer],
     ) -> None:
         """Call it before a step with variables that have no plan.
 
@@ -60,10 +63,11 @@ class Replacements:
             buffers: The same variables as buffers.
             new: Keys of the variables that the optimizer has not met.
             plans: The buffers of each plan that is kept.
+            kept: Other buffers that the optimizer keeps.
         """
         if self._has_warned:
             return
-        references = _references_of(plans) if new else {}
+        references = _references_of(plans, kept) if new else {}
         here = {key_of(buffer) for buffer in buffers}
         for (place, variable), buffer in zip(given.items(), buffers, strict=True):
             key = key_of(buffer)
@@ -116,17 +120,27 @@ def _continues(new: _cpu.Buffer, old: _cpu.Buffer) -> bool:
     one, other = new.array()[:rows], old.array()[:rows]
     if one.flat[0] != other.flat[0] or np.may_share_memory(one, other):
         return False
-    bits = bits_of(one)
-    return bool((bits == bits_of(other)).all() and (bits != bits.flat[0]).any())
+    varies = False
+    for begin in range(0, rows, _MANY_ROWS):
+        bits = bits_of(one[begin : begin + _MANY_ROWS])
+        if (bits != bits_of(other[begin : begin + _MANY_ROWS])).any():
+            return False
+        varies = varies or bool((bits != bits.flat[0]).any() or one[begin].flat[0] != one.flat[0])
+    return varies
 
 
-def _references_of(plans: Iterable[Sequence[_cpu.Buffer]]) -> dict[int, tuple[set[int], int]]:
-    """For the id of each array: the Buffers of plans that refer to it, and how many native plans have a copy of one."""
+def _references_of(
+    plans: Iterable[Sequence[_cpu.Buffer]], kept: Iterable[_cpu.Buffer]
+) -> dict[int, tuple[set[int], int]]:
+    """For the id of each array: the Buffers that refer to it, and how many native plans have a copy of one."""
     references: dict[int, tuple[set[int], int]] = {}
     for buffers in plans:
         for buffer in buffers:
             ids, count = references.get(id(buffer.source), (set(), 0))
             references[id(buffer.source)] = (ids | {id(buffer)}, count + 1)
+    for buffer in kept:
+        ids, count = references.get(id(buffer.source), (set(), 0))
+        references[id(buffer.source)] = (ids | {id(buffer)}, count)
     return references
 
 

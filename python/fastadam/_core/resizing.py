@@ -41,10 +41,9 @@ def resize(parts: Parts, old: VariableLike, new: VariableLike, rows: ArrayLike |
         _require_between_steps(parts, "resize")
         entry, known = _known(parts, old, "old")
         buffer = _replacement(parts, new, known)
-        lengths = [shape[0] if shape else 1 for shape in (known.shape, buffer.shape)]
-        row_map = RowMap.of(rows, *lengths, known.label)
+        row_map = RowMap.of(rows, _rows_of(known), _rows_of(buffer), known.label)
         draft = state.slots.draft()
-        arrays = _moved(parts, entry, known, buffer, row_map)
+        arrays = _moved(parts, entry, buffer, row_map)
         history = _moved_history(entry, known, buffer, row_map)
         draft.replace(entry, buffer, arrays, history)
         key, excluded = key_of(known), options.exclusions
@@ -82,9 +81,7 @@ def _place(buffer: _cpu.Buffer) -> str:
     return f" on GPU {buffer.device}" if buffer.device >= 0 else ""
 
 
-def _moved(
-    parts: Parts, entry: Entry, known: _cpu.Buffer, buffer: _cpu.Buffer, row_map: RowMap
-) -> dict[str, AnyArray]:
+def _moved(parts: Parts, entry: Entry, buffer: _cpu.Buffer, row_map: RowMap) -> dict[str, AnyArray]:
     """The slots of a variable for the array that replaces it; 8-bit moments are rounded anew."""
     slots = parts.state.slots.slots_of(entry)
     arrays: dict[str, AnyArray] = {}
@@ -118,7 +115,7 @@ def _moved_history(entry: Entry, known: _cpu.Buffer, buffer: _cpu.Buffer, row_ma
         )
         row = None if is_shifted else row_map.differing(before, after, history.behind())
         if is_shifted or row is not None:
-            where = f"row {row} is not the one of {known.label}," if row is not None else f"in the memory of {known.label},"
+            where = f"in the memory of {known.label}," if is_shifted else f"row {row} is not the one of {known.label},"
             raise ValueError(
                 f"{buffer.label}: {where} whose rows wait for their steps; expected sync() before the values are copied"
             )
@@ -202,7 +199,7 @@ class _Start(NamedTuple):
             assign(self.slot, self._whole(to_host(self.slot)))
 
     def _whole(self, slot: HostArray) -> HostArray:
-        whole = slot.copy(order="K")
+        whole: HostArray = slot.copy(order="K")
         rows = slice(None) if self.ids is None else self.ids
         with_rows(whole)[rows] = 0 if self.values is None else with_rows(self.values)[rows]
         return whole
@@ -256,6 +253,10 @@ def _known(parts: Parts, variable: VariableLike, argument: str) -> tuple[Entry, 
             f"{buffer.label}: not a variable of this optimizer, expected one that a step or build() has used"
         )
     return entry, buffer
+
+
+def _rows_of(buffer: _cpu.Buffer) -> int:
+    return buffer.shape[0] if buffer.shape else 1
 
 
 def _host_values(buffer: _cpu.Buffer) -> HostArray:

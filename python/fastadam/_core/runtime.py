@@ -113,7 +113,7 @@ class Runtime:
         self._plans.clear()
 
     def let_go(self, key: Key) -> None:
-        """Forget everything made of a variable that the optimizer will not know any more, and of the places of others."""
+        """Forget everything made of a variable that the optimizer is to forget, and of the places of others."""
         self.clear_plans()
         self.forget_closed()
         self.logs.clear()

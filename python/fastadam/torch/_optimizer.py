@@ -673,9 +673,8 @@ class Adam(torch.optim.Optimizer):
         ...     opt.resize(old, words.weight)
         ...     assert opt.state[words.weight]["exp_avg"].shape == (4, 3)
         """
-        stepper = self._stepper
-        with stepper.lock:
-            _resizing.resize(stepper, self._options, self.param_groups, self.state, old, new, rows)
+        with self._stepper.lock:
+            _resizing.resize(self._held(), old, new, rows)
 
     @torch.no_grad()
     def forget(self, param: Tensor) -> None:
@@ -687,9 +686,8 @@ class Adam(torch.optim.Optimizer):
             ValueError: It is not a parameter of this optimizer.
             RuntimeError: As for :meth:`resize`.
         """
-        stepper = self._stepper
-        with stepper.lock:
-            _resizing.forget(stepper, self._options, self.param_groups, self.state, param)
+        with self._stepper.lock:
+            _resizing.forget(self._held(), param)
 
     @torch.no_grad()
     def reset(self, param: Tensor | None = None, rows: ArrayLike | None = None) -> None:
@@ -717,9 +715,11 @@ class Adam(torch.optim.Optimizer):
         ...     opt.reset(weight, rows=[0, 2])
         ...     assert (opt.state[weight]["exp_avg"] != 0).ravel().tolist() == [False, True, False]
         """
-        stepper = self._stepper
-        with stepper.lock:
-            _resizing.reset(stepper, self.param_groups, self.state, param, rows)
+        with self._stepper.lock:
+            _resizing.reset(self._held(), param, rows)
+
+    def _held(self) -> _resizing.Held:
+        return _resizing.Held(self._stepper, self._options, self.param_groups, self.state)
 
     # ---- state -----------------------------------------------------------------------------------------------------
 

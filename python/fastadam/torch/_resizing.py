@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +12,11 @@ from torch.autograd.graph import increment_version
 
 from fastadam._core.native.rows import RowMap, chunks_of
 from fastadam._core.native.slices import check_ids
-from fastadam.torch._checks import Group, ParamState, States, label_of
+from fastadam.torch._checks import Group, ParamState, States
 from fastadam.torch._conversion import Key, decoded, encoded
 from fastadam.torch._layout import is_lazy_view
 from fastadam.torch._step import GroupStepper
-from fastadam.torch._stored import LOW, MASTER, SCALES, SLOTS
+from fastadam.torch._stored import MASTER, SCALES, SLOTS
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import ArrayLike
@@ -30,18 +29,26 @@ _KEYS = {key: name for name, key in SLOTS.items()}  # torch's names: ours
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class Held(NamedTuple):
+    """What an optimizer consists of."""
+
+    stepper: GroupStepper
+    options: Options
+    groups: list[Group]
+    states: States
+
+
 class Place(NamedTuple):
     """Where a parameter is in the groups; it may come several times."""
 
     group: int
-    index: int
+    place: int
 
 
-def resize(
-    stepper: GroupStepper, options: Options, groups: list[Group], states: States, old: Tensor, new: Tensor, rows: ArrayLike
-) -> None:
+def resize(held: Held, old: Tensor, new: Tensor, rows: ArrayLike | None) -> None:
     """See ``Adam.resize``; call it under the lock."""
-    places = _places_of(stepper, groups, states, old, "resize", "old")
+    places = _places_of(held, old, "resize", "old")
+    stepper, options, groups, states = held
     _check_new(old, new, groups)
     state, table = states.get(old) or {}, stepper.tables.find(old)
     length = len(state[SLOTS["m"]]) if old is new and SLOTS["m"] in state else len(old) if old.ndim else 1
@@ -58,8 +65,8 @@ def resize(
     for place, copy in copies:
         group = groups[place.group]
         if copy is not None:
-            group["compute_params"][place.index] = copy
-        group["params"][place.index] = new
+            group["compute_params"][place.place] = copy
+        group["params"][place.place] = new
     if old is not new:
         states.pop(old, None)
     for reader in options.readers:
@@ -68,16 +75,17 @@ def resize(
     stepper.let_go()
 
 
-def forget(stepper: GroupStepper, options: Options, groups: list[Group], states: States, param: Tensor) -> None:
+def forget(held: Held, param: Tensor) -> None:
     """See ``Adam.forget``; call it under the lock."""
-    places = _places_of(stepper, groups, states, param, "forget", "param")
+    places = _places_of(held, param, "forget", "param")
+    stepper, options, groups, states = held
     stepper.catch_up(states, param)
     stepper.tables.replace(param, None)
     for place in reversed(places):
         group = groups[place.group]
         for name in ("params", "param_names", "compute_params"):
             if group.get(name) is not None:
-                del group[name][place.index]
+                del group[name][place.place]
     states.pop(param, None)
     for reader in options.readers[:]:
         if reader.weight == id(param):
@@ -86,15 +94,16 @@ def forget(stepper: GroupStepper, options: Options, groups: list[Group], states:
     stepper.let_go()
 
 
-def reset(stepper: GroupStepper, groups: list[Group], states: States, param: Tensor | None, rows: ArrayLike) -> None:
+def reset(held: Held, param: Tensor | None, rows: ArrayLike | None) -> None:
     """See ``Adam.reset``; call it under the lock."""
+    stepper, _, groups, states = held
     if param is None:
         if rows is not None:
             raise ValueError("rows: given without param, expected the parameter that they are rows of")
         chosen = [p for group in groups for p in group["params"]]
-        _require_between_steps(stepper, states, "reset")
+        _require_between_steps(held, "reset")
     else:
-        _places_of(stepper, groups, states, param, "reset", "param")
+        _places_of(held, param, "reset", "param")
         chosen = [param]
     ids = None
     if rows is not None:
@@ -108,7 +117,8 @@ def reset(stepper: GroupStepper, groups: list[Group], states: States, param: Ten
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _require_between_steps(stepper: GroupStepper, states: States, call: str) -> None:
+def _require_between_steps(held: Held, call: str) -> None:
+    stepper, _, _, states = held
     stepper.require_closed(call)
     if stepper.overlap is not None:
         raise RuntimeError(f"{call}: an overlap() of this optimizer is attached, expected its detach() first")
@@ -118,10 +128,9 @@ def _require_between_steps(stepper: GroupStepper, states: States, call: str) -> 
     stepper.tables.note_states(states)
 
 
-def _places_of(
-    stepper: GroupStepper, groups: list[Group], states: States, param: Tensor, call: str, argument: str
-) -> list[Place]:
-    _require_between_steps(stepper, states, call)
+def _places_of(held: Held, param: Tensor, call: str, argument: str) -> list[Place]:
+    _require_between_steps(held, call)
+    groups = held.groups
     if not isinstance(param, Tensor):
         raise TypeError(f"{argument}: {type(param).__name__}, expected a parameter of this optimizer")
     places = [Place(i, k) for i, group in enumerate(groups) for k, each in enumerate(group["params"]) if each is param]
@@ -148,9 +157,8 @@ def _check_new(old: Tensor, new: object, groups: list[Group]) -> None:
     kinds = [(t.dtype, t.device, t.layout, t.ndim, t.shape[1:]) for t in (old, new)]
     if kinds[0] != kinds[1] or is_lazy_view(new):
         shape = str(("n", *old.shape[1:]) if old.ndim else ()).replace("'", "")
-        raise ValueError(
-            f"new: {new.dtype} {tuple(new.shape)} on {new.device}, expected {old.dtype} {shape} on {old.device} like old"
-        )
+        found = f"{new.dtype} {tuple(new.shape)} on {new.device}"
+        raise ValueError(f"new: {found}, expected {old.dtype} {shape} on {old.device} like old")
 
 
 def _check_values(table: Table, old: Tensor, new: Tensor, row_map: RowMap) -> None:
@@ -163,15 +171,14 @@ def _check_values(table: Table, old: Tensor, new: Tensor, row_map: RowMap) -> No
     )
     row = None
     for chunk in chunks_of(places, _row_bytes(old)) if not is_shifted else ():
-        differ = (_bits(old.detach()[torch.from_numpy(row_map.sources[chunk])]) != _bits(new.detach()[torch.from_numpy(chunk)]))
+        before = old.detach()[torch.from_numpy(row_map.sources[chunk])]
+        differ = _bits(before) != _bits(new.detach()[torch.from_numpy(chunk)])
         if differ.any():
             row = int(chunk[differ.any(1).nonzero()[0]])
             break
     if is_shifted or row is not None:
         where = "in the memory of old," if is_shifted else f"row {row} is not the one of old,"
-        raise ValueError(
-            f"new: {where} whose rows wait for their steps; expected sync() before the values are copied"
-        )
+        raise ValueError(f"new: {where} whose rows wait for their steps; expected sync() before the values are copied")
 
 
 # ---- states ----------------------------------------------------------------------------------------------------------
@@ -199,7 +206,7 @@ def _moved(
             _with_rows(after)[fresh] = _with_rows(new.detach())[fresh].to(after.dtype)
         if is_coded:
             group = groups[place.group]
-            number = sum(len(other["params"]) for other in groups[: place.group]) + place.index
+            number = sum(len(other["params"]) for other in groups[: place.group]) + place.place
             seeded = Key(int(group.get("seed", 0)), int(state["step"]), number)
             moved[key], moved[scale_key] = encoded(after, new, seeded, signed=key == SLOTS["m"])
         else:
@@ -219,7 +226,7 @@ def _move(before: Tensor, after: Tensor, row_map: RowMap) -> None:
 def _rounded_copy(groups: list[Group], place: Place, new: Tensor) -> Tensor | None:
     """A tensor in the place of the one that received rounded copies of the old parameter, if there was one."""
     computed = groups[place.group].get("compute_params")
-    before = None if computed is None else computed[place.index]
+    before = None if computed is None else computed[place.place]
     if before is None:
         return None
     copy = new.detach().to(before.dtype, memory_format=torch.preserve_format, copy=True)
@@ -254,7 +261,7 @@ def _zero(state: ParamState, ids: npt.NDArray[np.int64] | None, table: Table | N
         table.note_reset(ids)
 
 
-def _on_host(rows: ArrayLike) -> ArrayLike:
+def _on_host(rows: ArrayLike | None) -> Any:
     return rows.detach().cpu().numpy() if isinstance(rows, Tensor) else rows
 
 

@@ -53,7 +53,7 @@ class RowMap:
             raise ValueError(f"rows: shape {given.shape}, expected ({new},), a number for each row of the new array")
         bad = given[(given < -1) | (given >= old)]
         if bad.size:
-            raise ValueError(f"rows: {bad[0]} is not a row of {label}, expected 0 <= row < {old}, or -1 for a fresh one")
+            raise ValueError(f"rows: {bad[0]} is not a row of {label}, expected 0 <= row < {old}, or -1 for fresh ones")
         return cls(given.astype(np.int64))
 
     @property
@@ -69,7 +69,7 @@ class RowMap:
             new[places[is_set]] = values[is_set]
 
     def differing(self, old: HostArray, new: HostArray, waiting: npt.NDArray[np.bool_]) -> int | None:
-        """The first row of the new array that was a ``waiting`` one and does not have its bits; None if there is none."""
+        """The first row of the new array that does not have the bits of the ``waiting`` one that it was; else None."""
         for places in chunks_of(self.waiting(waiting), old.nbytes // max(len(old), 1)):
             differ = (bits_of(old[self.sources[places]]) != bits_of(new[places])).any(1)
             if differ.any():

@@ -223,7 +223,9 @@ class SlotStore:
             self._register(buffer)
         self._put(new)
 
-    def replace(self, entry: Entry, buffer: _cpu.Buffer, arrays: Mapping[str, AnyArray], history: History | None) -> None:
+    def replace(
+        self, entry: Entry, buffer: _cpu.Buffer, arrays: Mapping[str, AnyArray], history: History | None
+    ) -> None:
         """Put a variable with these slots in the place of a known one; in a draft."""
         self._unregister(entry)
         self.require_new_memory(buffer)
@@ -231,7 +233,7 @@ class SlotStore:
             self.arrays[entry.slots[name]] = array
         spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
         doubt = min(entry.doubt, Doubt.ONCE)  # nobody has the new arrays
-        self._put(replace(entry, recorded=spec, buffer=buffer, history=history, doubt=doubt, origin=None, fingerprint=None))
+        self._put(replace(entry, recorded=spec, buffer=buffer, history=history, doubt=doubt))
         self._register(buffer)
 
     def remove(self, entry: Entry) -> None:

@@ -79,29 +79,40 @@ void copy_all(const std::vector<std::pair<py::array, py::array>>& copies, const 
   ++*count;
 }
 
+enum class Pattern { kInOrder, kRandom };
+
+// Tells the operating system how an array that may be of a file will be read.
+void advise([[maybe_unused]] const py::array& array, [[maybe_unused]] Pattern pattern,
+            [[maybe_unused]] bool small = false) {
+#if defined(__linux__)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(array.data()) / page * page;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(array.data()) + static_cast<uintptr_t>(array.nbytes());
+  if (end == begin) return;
+  madvise(reinterpret_cast<void*>(begin), end - begin, pattern == Pattern::kRandom ? MADV_RANDOM : MADV_NORMAL);
+  if (small) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_NOHUGEPAGE);
+#endif
+}
+
 // Sets kMoves for the rows of a table that have a moment other than +0; `moments`: m, v or vhat, C-contiguous.
 void flag_moving_rows(py::array_t<uint8_t> flags, const py::array& moments) {
   const auto bytes = static_cast<size_t>(moments.nbytes());
   const size_t row = flags.size() == 0 ? 0 : bytes / static_cast<size_t>(flags.size());
   const char* at = static_cast<const char*>(moments.data());
   uint8_t* flag = flags.mutable_data();
+  advise(moments, Pattern::kInOrder);
   const fastadam::bind::ReleasedGil unlocked;
   for (py::ssize_t i = 0; i < flags.size(); ++i, at += row) {
     // Equal to itself one byte further on, and zero there: all bytes are zero.
     if (row > 0 && (*at != 0 || std::memcmp(at, at + 1, row - 1) != 0)) flag[i] |= fastadam::kMoves;
   }
+  advise(moments, Pattern::kRandom);
 }
 
-// From here on the kernel puts small pages under these addresses, where it knows huge ones: a row that is touched makes
-// 4 KiB resident, not 2 MiB.
-void avoid_huge_pages([[maybe_unused]] const py::array& array) {
-#if defined(__linux__)
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto begin = reinterpret_cast<uintptr_t>(array.data()) / page * page;
-  const uintptr_t end = reinterpret_cast<uintptr_t>(array.data()) + static_cast<uintptr_t>(array.nbytes());
-  if (array.nbytes() > 0) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_NOHUGEPAGE);
-#endif
-}
+// Tells the operating system that the rows of this array are touched in no order: one of a file makes 4 KiB resident,
+// not also what lies around it. `small_pages`: no huge pages either, where one of anonymous memory would make 2 MiB
+// resident.
+void expect_random_rows(const py::array& array, bool small_pages) { advise(array, Pattern::kRandom, small_pages); }
 
 // A context manager for numbers that Python computes.
 struct ArithmeticScope {
@@ -149,7 +160,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("copy_all", &copy_all, py::arg("copies"), py::arg("counter"));
   m.def("drop_steps", &fastadam::bind::StaleTable::drop, py::arg("history"), py::arg("count"));
   m.def("flag_moving_rows", &flag_moving_rows, py::arg("flags"), py::arg("moments"));
-  m.def("avoid_huge_pages", &avoid_huge_pages, py::arg("array"));
+  m.def("expect_random_rows", &expect_random_rows, py::arg("array"), py::arg("small_pages"));
   m.def("norm", &norm, py::arg("arrays"));
   fastadam::bind::register_small_moments(m);
   py::class_<ArithmeticScope>(m, "DefaultArithmetic", py::module_local())

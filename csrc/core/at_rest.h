@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "adam_math.h"
 #include "step_args.h"
@@ -38,7 +37,8 @@ FASTADAM_INLINE T peak_from(const StaleRows& stale, int64_t from) {
 // and an infinite rate makes NaN.
 template <class T>
 FASTADAM_INLINE bool leaves_zeros(T alpha, T keep) {
-  return keep == T(1) && !std::signbit(alpha) && alpha <= std::numeric_limits<T>::max();
+  const bool is_negative = bits_of(alpha) >> (8 * sizeof(T) - 1) != 0;
+  return keep == T(1) && !is_negative && alpha - alpha == T(0);
 }
 
 // Calls make_step(alpha, keep) for the steps [from, now) of the history, in which the row had no gradient. If the

@@ -187,8 +187,8 @@ def drop_steps(history: tuple[Any, ...], count: int) -> None:
 def flag_moving_rows(flags: npt.NDArray[np.uint8], moments: npt.NDArray[Any]) -> None:
     """Set the flag MOVES of the rows of a table that have a moment other than +0."""
 
-def avoid_huge_pages(array: npt.NDArray[Any]) -> None:
-    """Have the kernel put small pages under this array from here on, if it knows huge ones."""
+def expect_random_rows(array: npt.NDArray[Any], small_pages: bool) -> None:
+    """Tell the operating system that rows are touched in no order, each in its own page."""
 
 def same_items(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
     """Whether the dicts have the same objects as keys and values, in the same order; nothing is hashed."""

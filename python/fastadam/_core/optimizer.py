@@ -25,6 +25,7 @@ from fastadam._core.options.state_format import LOW, MOMENTS, SCALES
 from fastadam._core.parts import Parts
 from fastadam._core.saving.reader import load_optimizer
 from fastadam._core.saving.writer import save_optimizer
+from fastadam._core.state.given_slots import GivenSlots
 from fastadam._core.state.initial_value import Initializer, initial_value
 from fastadam._core.state.moments import readable
 from fastadam._core.state.state import State
@@ -77,17 +78,45 @@ class Optimizer(Minimizer):
         self._parts.tables.set_calls(calls)
         self._parts.state.restart_accumulation([], per_step)
 
-    def build(self, var_list: Iterable[VariableLike]) -> None:
+    def build(
+        self,
+        var_list: Iterable[VariableLike],
+        slots: Sequence[Mapping[str, npt.NDArray[np.generic]] | None] | None = None,
+    ) -> None:
         """Create the slots of these variables now, so that ``set_weights`` works before the first step.
 
         An unpickled optimizer assigns its state to them, in the order in which the variables first came.
+
+        Args:
+            var_list: The variables.
+            slots: For each variable None, or arrays that become its slots as they are, neither copied nor set to zero:
+                ``{"m": ..., "v": ..., "vhat": ...}`` or some of these, of the variable's shape and layout and the
+                state's dtype (float32; float64 for a float64 variable). They may be memory maps of files. From then on
+                they are the optimizer's: write to them with :meth:`set_weights`.
+
+        Raises:
+            RuntimeError: A step is open; nothing is changed.
+            TypeError: A variable or a slot of the wrong type or dtype; nothing is changed.
+            ValueError: A slot of another shape or layout, read-only, in the memory of something else, or of a variable
+                that has it already; nothing is changed.
+
+        >>> import numpy as np, fastadam
+        >>> table, m, v = (np.zeros((1000, 2), np.float32) for _ in range(3))
+        >>> opt = fastadam.Adam(0.1, sparse_update="deferred")
+        >>> opt.build([table], slots=[{"m": m, "v": v}])
+        >>> step = opt.apply_gradients([(fastadam.IndexedSlices([[1.0, 1.0]], [7]), table)])
+        >>> m[7].round(3).tolist()
+        [0.10000000149011612, 0.10000000149011612]
         """
         variables = check_list("var_list", var_list)
         buffers = buffers_of(variables, range(len(variables)))
         options, state, runtime, _ = self._parts
         with runtime.lock:
             runtime.require_closed("build")
-            state.slots.prepare(buffers, options.state_format.of).commit()
+            if slots is None:
+                state.slots.prepare(buffers, options.state_format.of).commit()
+            else:
+                state.slots.take(GivenSlots(slots, buffers, options.state_format), buffers)
 
     @property
     def weights(self) -> list[AnyArray]:
@@ -155,8 +184,10 @@ class Optimizer(Minimizer):
         with runtime.lock:
             runtime.require_closed("get_slot")
             tables.raise_late()
-            tables.catch_up_all()
-            entry = state.slots.entry_of(buffer_of(var))
+            buffer = buffer_of(var)
+            if state.slots.entry_of(buffer) is not None:
+                tables.catch_up(buffer)
+            entry = state.slots.entry_of(buffer)  # which catching up may have renewed
             if entry is None:
                 raise KeyError(f"{label}: not a variable of this optimizer")
             slots = state.slots.slots_of(entry)
@@ -172,6 +203,8 @@ class Optimizer(Minimizer):
 
     def add_slot(self, var: VariableLike, slot_name: str, initializer: Initializer = "zeros") -> AnyArray:
         """Create a slot of the variable's shape, appended to ``weights``, or return the existing one.
+
+        An array is copied, as in Keras; ``build(variables, slots=...)`` takes arrays as they are.
 
         Args:
             var: The variable.
@@ -199,7 +232,8 @@ class Optimizer(Minimizer):
 
         with runtime.lock:
             runtime.require_closed("add_slot")
-            tables.catch_up_all()
+            if state.slots.entry_of(buffer) is not None:
+                tables.catch_up(buffer)
             prepared = state.slots.prepare([buffer], format_of)
             prepared.commit()
             entry = state.slots.entry_of(buffer)

@@ -12,9 +12,9 @@ from fastadam._core.common.telemetry import Telemetry
 from fastadam._core.common.warning import warn
 from fastadam._core.deferred.history import Doubt, History, Numbers
 from fastadam._core.hyperparameters import Clip, Hyper
-from fastadam._core.native.arrays import on_gpu
+from fastadam._core.native.arrays import MANY_BYTES, on_gpu
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.buffers import buffers_of, key_of
+from fastadam._core.native.buffers import Key, buffers_of, key_of
 from fastadam._core.native.gpu import cuda_module
 from fastadam._core.native.plan import Plan, StepHyper
 from fastadam._core.native.slices import is_sparse
@@ -29,6 +29,7 @@ from fastadam.schedules import LearningRateSchedule
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, AnyGradient, AnyPair
     from fastadam._core.state.entry import Entry
+    from fastadam._core.state.slots import Prepared
 
 __all__ = ["Stepper", "rate_after"]
 
@@ -280,6 +281,8 @@ class Stepper:
         tables = {key_of(buffer) for buffer, gradient in zip(buffers, gradients, strict=True) if is_sparse(gradient)}
         prepared = state.slots.prepare(buffers, partial(state_format.of, tables=tables))
         moments, lows = prepared.slots["m"], prepared.slots.get(LOW, [None] * len(buffers))
+        if state_format.moves_rows_alone:
+            _expect_random_rows(prepared, buffers, tables)
         dense_only = [state_format.why_dense(*row) for row in zip(buffers, moments, lows, strict=True)]
         _refuse_sparse(dense_only, gradients)
         decays = self._decays(pairs, buffers)
@@ -371,6 +374,16 @@ class Stepper:
 def rate_after(rate: object, calls: int) -> AnyArray:
     """A learning rate after so many calls: a number, or one that is on a GPU."""
     return check_number("learning_rate", rate(calls)) if isinstance(rate, LearningRateSchedule) else rate
+
+
+def _expect_random_rows(prepared: Prepared, buffers: list[_cpu.Buffer], tables: set[Key]) -> None:
+    """Have steps make no memory resident but that of the rows of tables, whoever made their arrays."""
+    for i, buffer in enumerate(buffers):
+        if buffer.device < 0 and buffer.nbytes >= MANY_BYTES and key_of(buffer) in tables:
+            _cpu.expect_random_rows(buffer.array(), small_pages=False)
+            for column in prepared.slots.values():
+                if (array := column[i]) is not None:
+                    _cpu.expect_random_rows(array, small_pages=True)
 
 
 def _refuse_sparse(dense_only: list[str | None], gradients: list[AnyGradient]) -> None:

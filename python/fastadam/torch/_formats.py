@@ -11,6 +11,7 @@ from torch import Tensor
 from fastadam._core.common.checks import check_bool, check_choice, check_integer, check_list
 from fastadam._core.common.patterns import check_pattern, found
 from fastadam._core.common.warning import warn
+from fastadam._core.native.arrays import untouched_zeros
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState
 from fastadam.torch._stored import HALF, LOW, MASTER, SCALES, SLOTS, SMALL, require_place, scales_size
@@ -163,6 +164,7 @@ class StateFormat(NamedTuple):
 
     group: Group
     rule: Float32Rule
+    moves_rows_alone: bool  # sparse gradients move only the rows that they name, at once or in the end
 
     def choose(self, param: Tensor, label: str, *, is_sparse: bool) -> Choice:
         """What the state of a parameter consists of; ``is_sparse``: its gradients are, and need float32.
@@ -194,19 +196,23 @@ class StateFormat(NamedTuple):
         choice = self.choose(param, label, is_sparse=_has_sparse_gradient(param))
         dtype = choice.dtype_of_moments(param)
 
-        def zeros() -> Tensor:
-            return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-
-        state = {SLOTS[name]: zeros() for name in ("m", "v")}
+        state = {SLOTS[name]: self._zeros(param, param, dtype) for name in ("m", "v")}
         if choice.moments == "8bit":
             for key in SCALES.values():
                 state[key] = torch.zeros(scales_size(param), dtype=torch.uint8, device=param.device)
         return state
 
+    def _zeros(self, param: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A moment in the layout of another tensor; of a table in pages that come to be as rows are touched."""
+        is_table = self.moves_rows_alone and _has_sparse_gradient(param) and param.device.type == "cpu"
+        if is_table and like.is_contiguous() and dtype in (torch.float32, torch.float64):
+            return torch.from_numpy(untouched_zeros(tuple(param.shape), str(dtype).removeprefix("torch.")))
+        return torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
     def complete(self, param: Tensor, state: ParamState, label: str) -> None:
         """Add what a state lacks that was begun or saved with other options."""
         if self.group["amsgrad"] and SLOTS["vhat"] not in state:
-            state[SLOTS["vhat"]] = torch.zeros_like(state[SLOTS["v"]], memory_format=torch.preserve_format)
+            state[SLOTS["vhat"]] = self._zeros(param, state[SLOTS["v"]], state[SLOTS["v"]].dtype)
         if asked_of(self.group).master is None or param.dtype not in HALF or MASTER in state:
             return
         if LOW in state and param.dtype == torch.bfloat16:

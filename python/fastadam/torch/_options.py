@@ -35,7 +35,7 @@ class Options:
 
     def state_format(self, group: Group) -> StateFormat:
         """What the states of the parameters of a group consist of."""
-        return StateFormat(group, self.float32_rule)
+        return StateFormat(group, self.float32_rule, moves_rows_alone=self.sparse_update != "dense")
 
     def defaults_of_groups(self) -> Group:
         """The options of groups that older versions had here."""

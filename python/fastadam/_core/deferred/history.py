@@ -33,7 +33,7 @@ class Doubt(enum.IntEnum):
     """Whether rows may have moments that no step gave them."""
 
     NONE = 0
-    ONCE = 1  # they were restored or set: a pass over all rows shows which have
+    ONCE = 1  # they were restored or set: before the next pass the moments are looked through
     ALWAYS = 2  # a user has the arrays
 
 
@@ -195,15 +195,15 @@ class History:
         if not self.waits:
             return False
         beta_1, beta_2, epsilon, amsgrad = self.numbers
+        if ids is None and self._table is None and self.rates.counts[3] == Doubt.ONCE:
+            for name in ("m", "v", *(("vhat",) if "vhat" in slots else ())):
+                _cpu.flag_moving_rows(self.flags, _cpu.Buffer(slots[name], "slot").array())
+            self.rates.counts[3] = Doubt.NONE
         columns = {name: [slots[name]] for name in (("m", "v", "vhat") if amsgrad else ("m", "v"))}
         if self._plan is None or not self._plan.holds([table.source], columns):
             self._plan = Plan([table], columns, histories=[self.native], context=context)
         flat = np.ascontiguousarray(ids.reshape(-1)) if isinstance(ids, np.ndarray) else ids
         self._plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon), counter)
-        if ids is None and self._table is None and self.rates.counts[3] == Doubt.ONCE:
-            for (moments,) in columns.values():  # the pass has read them
-                _cpu.flag_moving_rows(self.flags, _cpu.Buffer(moments, "slot").array())
-            self.rates.counts[3] = Doubt.NONE
         return True
 
     def raise_doubt(self, doubt: Doubt) -> None:

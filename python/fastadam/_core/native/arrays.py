@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray
 
 __all__ = [
+    "MANY_BYTES",
     "assign",
     "beside",
     "copy_beside",
@@ -34,7 +35,7 @@ __all__ = [
 _GPU_TYPES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _CACHE_LINE = 64
 _PAGE = 4096
-_MANY_BYTES = 2**20
+MANY_BYTES = 2**20  # of an array whose pages are worth a thought
 
 
 def on_gpu(array: AnyArray) -> bool:
@@ -96,14 +97,18 @@ def copy_beside(array: AnyArray, buffer: _cpu.Buffer) -> AnyArray:
     return placed
 
 
-def zeros_beside(buffer: _cpu.Buffer, dtype: str | None = None, shape: tuple[int, ...] | None = None) -> AnyArray:
+def zeros_beside(
+    buffer: _cpu.Buffer, dtype: str | None = None, shape: tuple[int, ...] | None = None, *, untouched: bool = False
+) -> AnyArray:
     """Zeros on the device of a variable and in its layout, made by its library; by default of its state's dtype.
+
+    ``untouched``: in host memory, as :func:`untouched_zeros` makes them.
 
     For arrays on a GPU of a library other than CuPy and PyTorch they are objects with nothing but
     ``__cuda_array_interface__`` and ``get()``.
     """
     if buffer.device < 0:
-        return zeros_like_variable(buffer, dtype, shape)
+        return zeros_like_variable(buffer, dtype, shape, untouched=untouched)
     dtype, shape = dtype or buffer.state_dtype, buffer.shape if shape is None else shape
     library = type(buffer.source).__module__.partition(".")[0]
     if library == "cupy" and dtype != "bfloat16":
@@ -129,18 +134,20 @@ def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray
     ``np.zeros`` asks for huge pages, and may be given memory that was used before and must be cleared.
     """
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    if nbytes < _MANY_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
+    if nbytes < MANY_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return np.zeros(shape, dtype)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     array: npt.NDArray[Any] = np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
-    _cpu.avoid_huge_pages(array)
+    _cpu.expect_random_rows(array, small_pages=True)
     return array
 
 
 def zeros_like_variable(
-    buffer: _cpu.Buffer, dtype: str | None = None, shape: tuple[int, ...] | None = None
+    buffer: _cpu.Buffer, dtype: str | None = None, shape: tuple[int, ...] | None = None, *, untouched: bool = False
 ) -> npt.NDArray[np.generic]:
     """Zeros in the layout of a variable in host memory, by default of its state's dtype: float32 for half variables.
+
+    ``untouched``: as :func:`untouched_zeros` makes them.
 
     Its address agrees with the variable's modulo a cache line, or a page where the array is long: a load does not wait
     for a store to the same offset of another page, and one shift aligns all streams. Long arrays also start 64 KiB
@@ -150,7 +157,7 @@ def zeros_like_variable(
     nbytes = math.prod(shape) * kind.itemsize
     period = _PAGE if nbytes >= 4 * _PAGE else _CACHE_LINE
     skew = 16 * _PAGE if nbytes >= 256 * _PAGE else 0
-    raw = np.zeros(nbytes + period + skew, np.uint8)
+    raw = (untouched_zeros if untouched else np.zeros)((nbytes + period + skew,), np.uint8)
     start = skew + (buffer.address - raw.ctypes.data - skew) % period // kind.itemsize * kind.itemsize
     layout: Literal["C", "F"] = "C" if buffer.order == "C" else "F"
     return raw[start : start + nbytes].view(kind).reshape(shape, order=layout)

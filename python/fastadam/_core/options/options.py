@@ -118,7 +118,8 @@ class Options:
     def state_format(self) -> StateFormat:
         """What a step keeps for each variable."""
         needed = {"vhat": self.amsgrad, "average": self.keras3.use_ema, ACCUMULATOR: self.accumulation}
-        return StateFormat(("m", "v", *(name for name, is_needed in needed.items() if is_needed)), self.small)
+        names = ("m", "v", *(name for name, is_needed in needed.items() if is_needed))
+        return StateFormat(names, self.small, moves_rows_alone=self.sparse_update != "dense")
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ class VariableFormat(NamedTuple):
 
     names: tuple[str, ...]  # of the slots, in TensorFlow's order
     moments: str = "float32"  # float64 for float64 variables; "bfloat16" or "8bit"
+    moves_rows_alone: bool = False  # a table whose gradients move only rows: no others need memory
 
     def dtype_of(self, buffer: _cpu.Buffer, name: str) -> str:
         """The dtype of a slot of a variable."""
@@ -45,7 +46,8 @@ class VariableFormat(NamedTuple):
 
     def begin(self, buffer: _cpu.Buffer, name: str) -> AnyArray:
         """A slot before the first step: zeros, but a moving average starts at its variable."""
-        slot = zeros_beside(buffer, self.dtype_of(buffer, name), self.shape_of(buffer.shape, buffer.size, name))
+        shape = self.shape_of(buffer.shape, buffer.size, name)
+        slot = zeros_beside(buffer, self.dtype_of(buffer, name), shape, untouched=self.moves_rows_alone)
         if name == "average":
             values = buffer.array()
             assign(slot, bfloat16_to_float32(values) if buffer.dtype == "bfloat16" else values)
@@ -57,6 +59,7 @@ class StateFormat(NamedTuple):
 
     names: tuple[str, ...]  # of the slots that every variable has, in TensorFlow's order
     small: SmallStates
+    moves_rows_alone: bool  # sparse gradients move only the rows that they name, at once or in the end
 
     def of(
         self, buffer: _cpu.Buffer, slots: Mapping[str, AnyArray], tables: Collection[Key] = frozenset()
@@ -72,13 +75,16 @@ class StateFormat(NamedTuple):
             ValueError: The options ask for what the variable cannot have.
         """
         small = self.small
+        is_table = key_of(buffer) in tables
+        moves_rows_alone = is_table and self.moves_rows_alone
         if small.asked is None:
-            return VariableFormat(self.names)
+            return VariableFormat(self.names, moves_rows_alone=moves_rows_alone)
         if buffer.device >= 0:
             raise ValueError(f"{buffer.label}: on a GPU with {small.asked}, expected CPU memory")
-        moments = kind_of(slots["m"]) if "m" in slots else self._moments_of(buffer, is_table=key_of(buffer) in tables)
+        moments = kind_of(slots["m"]) if "m" in slots else self._moments_of(buffer, is_table=is_table)
         scales = SCALES if moments == "8bit" else ()
-        return VariableFormat((*self.names, *scales, *((LOW,) if self._is_split(buffer) else ())), moments)
+        low = (LOW,) if self._is_split(buffer) else ()
+        return VariableFormat((*self.names, *scales, *low), moments, moves_rows_alone)
 
     def _moments_of(self, buffer: _cpu.Buffer, *, is_table: bool) -> str:
         small = self.small

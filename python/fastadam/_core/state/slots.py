@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from fastadam._core.common.types import AnyArray, Config
 from fastadam._core.deferred.history import Doubt, History
 from fastadam._core.native.arrays import copy_beside, to_host
@@ -16,6 +18,7 @@ from fastadam._core.native.buffers import Key, fingerprint_of, key_of
 from fastadam._core.options.state_format import NAMES
 from fastadam._core.state.adoption import Adoption
 from fastadam._core.state.entry import Entry, Spec
+from fastadam._core.state.given_slots import GivenSlots
 from fastadam._core.state.moments import laid_out
 
 __all__ = ["SlotStore"]
@@ -145,6 +148,22 @@ class SlotStore:
         new = (key for key in dict.fromkeys(key for key, _ in created) if key not in numbers)  # as a commit adds them
         numbers.update({key: number for number, key in enumerate(new, self._next_number)})
         return Prepared(listed, [numbers.get(key, 0) for key in keys], self, version, adopted, created)
+
+    def take(self, given: GivenSlots, buffers: Sequence[_cpu.Buffer]) -> None:
+        """Register new variables, with the slots that are given for some of them."""
+        prepared = self.prepare(buffers, given.format_of)
+        variables = {key_of(b): b for b in (*buffers, *(e.buffer for e in self.entries if e.buffer is not None))}
+        others = [(buffer.label, buffer.address, buffer.nbytes) for buffer in variables.values()]
+        for entry in self.entries:
+            label = "a variable of this optimizer" if entry.buffer is None else entry.buffer.label
+            for name, at in entry.slots.items():
+                if isinstance(array := self.arrays[at], np.ndarray):
+                    others.append((f"{name} of {label}", array.ctypes.data, array.nbytes))
+        given.require_apart(others)
+        prepared.commit()
+        for key in given.by_key:
+            if not given.are_zeros(key):
+                self._known[key].raise_doubt(Doubt.ONCE)
 
     def _adoptions(self, buffers: dict[Key, _cpu.Buffer]) -> dict[Key, tuple[Entry, _cpu.Buffer, dict[str, AnyArray]]]:
         """Which waiting entry each unknown variable takes: that of its own memory, else the next one."""
@@ -280,7 +299,7 @@ class SlotStore:
     def __getstate__(self) -> Config:
         entries = [(tuple(entry.spec), dict(entry.slots), _copied(entry), entry.number) for entry in self.entries]
         return {
-            "arrays": [to_host(array).copy(order="K") for array in self.arrays],
+            "arrays": [np.array(to_host(array), order="K") for array in self.arrays],  # in memory, if it is of a file
             "names": list(self.names),
             "entries": entries,
         }

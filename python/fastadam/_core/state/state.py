@@ -70,7 +70,7 @@ class State:
 
     def copies(self) -> list[AnyArray]:
         """Copies in host memory; the first is an ``np.int64``."""
-        return [np.int64(int(self.calls)), *(to_host(array).copy() for array in self.slots.arrays)]
+        return [np.int64(int(self.calls)), *(np.array(to_host(array), order="C") for array in self.slots.arrays)]
 
     def checked(self, weights: Sequence[AnyArray], name: str) -> tuple[int, list[npt.NDArray[np.generic]]]:
         """The count and copies of the slots from a list in the order of ``weights``; ``name``: the optimizer's.

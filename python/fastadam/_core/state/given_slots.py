@@ -1,0 +1,141 @@
+"""Arrays of the user's as slots of new variables: ``build(variables, slots=...)``."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fastadam._core.common.checks import check_list
+from fastadam._core.common.types import AnyArray, HostArray
+from fastadam._core.native.arrays import beside
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buffers import Key, key_of
+from fastadam._core.options.state_format import MOMENTS, StateFormat, VariableFormat
+
+__all__ = ["GivenSlots", "is_a_hole"]
+
+
+_BLOCK = 2**16  # at least as large as a block of any file system
+
+
+class _Format(NamedTuple):
+    """The format of a variable some of whose slots are given."""
+
+    chosen: VariableFormat
+    given: Mapping[str, HostArray]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.chosen.names
+
+    def begin(self, buffer: _cpu.Buffer, name: str, /) -> AnyArray:
+        return self.given[name] if name in self.given else self.chosen.begin(buffer, name)
+
+
+class GivenSlots:
+    """For each variable of a ``build`` the slots that the user gives.
+
+    Args:
+        slots: For each variable None or a mapping from names to arrays.
+        buffers: The variables.
+        state_format: What a step keeps for each of them.
+
+    Raises:
+        TypeError: Something else than that.
+        ValueError: Another number of items; a variable is given slots twice.
+    """
+
+    def __init__(self, slots: Iterable[object], buffers: list[_cpu.Buffer], state_format: StateFormat) -> None:
+        items = check_list("slots", slots, "None or a dict for each variable")
+        if len(items) != len(buffers):
+            raise ValueError(f"slots: {len(items)} items, expected one for each of {len(buffers)} variables, or None")
+        self._state_format = state_format
+        self.by_key: dict[Key, dict[str, HostArray]] = {}
+        self._labels: dict[Key, str] = {}
+        for i, (item, buffer) in enumerate(zip(items, buffers, strict=True)):
+            if item is None:
+                continue
+            if not isinstance(item, Mapping):
+                raise TypeError(f"slots[{i}]: {type(item).__name__}, expected a dict of arrays or None")
+            if key_of(buffer) in self.by_key:
+                raise ValueError(f"slots[{i}]: given for {buffer.label} before, expected its slots once")
+            self.by_key[key_of(buffer)] = dict(item)
+            self._labels[key_of(buffer)] = f"slots[{i}]"
+
+    def format_of(self, buffer: _cpu.Buffer, slots: Mapping[str, AnyArray]) -> _Format:
+        """The format of a variable that has these slots already.
+
+        Raises:
+            TypeError: A slot that is given is not a NumPy array, or has another dtype than the state.
+            ValueError: It has another shape or layout, is read-only, or the variable cannot have it.
+        """
+        chosen = self._state_format.of(buffer, slots)
+        given, label = self.by_key.get(key_of(buffer), {}), self._labels.get(key_of(buffer), "")
+        for name, array in given.items():
+            found = f"{label}[{name!r}]"
+            if name not in MOMENTS or name not in chosen.names:
+                expected = ", ".join(repr(each) for each in chosen.names if each in MOMENTS)
+                raise ValueError(f"{found}: not a slot that can be given, expected {expected}")
+            if name in slots:
+                raise ValueError(f"{found}: {buffer.label} has this slot already, expected build() before that")
+            _check(found, array, chosen.dtype_of(buffer, name), buffer)
+        return _Format(chosen, given)
+
+    def require_apart(self, others: Iterable[tuple[str, int, int]]) -> None:
+        """Raise ValueError if a given array shares memory with another, or with (label, address, bytes) of others."""
+        lying = [(address, nbytes, label, False) for label, address, nbytes in others]
+        for key, given in self.by_key.items():
+            lying += [(a.ctypes.data, a.nbytes, f"{self._labels[key]}[{name!r}]", True) for name, a in given.items()]
+        lying = sorted(each for each in lying if each[1])
+        for before, after in itertools.pairwise(lying):
+            if after[0] < before[0] + before[1] and (before[3] or after[3]):
+                mine, other = (after, before) if after[3] else (before, after)
+                raise ValueError(f"{mine[2]}: shares memory with {other[2]}, expected an array of its own")
+
+    def are_zeros(self, key: Key) -> bool:
+        """Whether what is given for a variable is known to be zero, without reading it."""
+        return all(map(is_a_hole, self.by_key.get(key, {}).values()))
+
+
+def is_a_hole(array: HostArray) -> bool:
+    """Whether an array is a memmap of a file of holes, as ``np.memmap`` makes them: it is all zeros.
+
+    Only the end of the file is read, where ``np.memmap`` writes a zero to make it as long as it is.
+    """
+    if not isinstance(array, np.memmap) or not array.filename or not hasattr(os, "SEEK_DATA"):
+        return False
+    if array.mode not in ("r+", "w+"):  # its own pages may have been written to
+        return False
+    try:
+        with Path(array.filename).open("rb") as file:
+            end = os.fstat(file.fileno()).st_size
+            begin = os.lseek(file.fileno(), 0, os.SEEK_DATA)
+            data = file.read(_BLOCK + 1)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        return error.errno == errno.ENXIO  # there is no data
+    return len(data) <= _BLOCK and begin + len(data) == end and not any(data)
+
+
+def _check(label: str, array: object, dtype: str, buffer: _cpu.Buffer) -> None:
+    if buffer.device >= 0:
+        raise ValueError(f"{label}: for {buffer.label} on a GPU, expected None")
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{label}: {type(array).__name__}, expected a NumPy array")
+    if array.dtype.name != dtype or not array.dtype.isnative:
+        raise TypeError(f"{label}: {array.dtype}, expected {dtype}, the dtype of the state of {buffer.label}")
+    if dtype == "uint8":
+        raise ValueError(f"{label}: with moments='8bit', expected None")
+    if array.shape != buffer.shape:
+        raise ValueError(f"{label}: shape {array.shape}, expected {buffer.shape} like {buffer.label}")
+    if not beside(array, buffer) or not array.flags.aligned:
+        raise ValueError(f"{label}: strides {array.strides}, expected a contiguous array in order {buffer.order}")
+    if not array.flags.writeable:
+        raise ValueError(f"{label}: read-only, expected a writable array")

@@ -1,0 +1,426 @@
+"""Deferred and lazy tables larger than memory: what becomes resident, what is written, and slots in the user's files."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+
+import fastadam
+import numpy as np
+import pytest
+from cases import bits, random_array
+from fastadam import IndexedSlices
+from helpers import Pair, history_of, run_python
+
+F32 = np.float32
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: counts pages in /proc")
+
+# Of a child process: a table and its moments in files, all holes, ten times the memory that the process may have.
+OUT_OF_CORE = """
+import os, resource, numpy as np, fastadam
+MODE, KIND, FOLDER = (os.environ[name] for name in ("MODE", "KIND", "FOLDER"))
+ROWS, WIDTH, PAGE = 1_000_000, 64, 4096
+def resident(kind):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("Rss" + kind))
+def mapped(name):
+    return np.memmap(f"{FOLDER}/{name}", np.float32, "w+", shape=(ROWS, WIDTH))
+def written(name):
+    os.sync()
+    return os.stat(f"{FOLDER}/{name}").st_blocks * 512
+table = mapped("table")
+optimizer = fastadam.Adam(0.01, sparse_update=MODE)
+names = ["table"]
+if KIND == "files":
+    optimizer.build([table], slots=[{"m": mapped("m"), "v": mapped("v")}])
+    names += ["m", "v"]
+elif KIND == "built":
+    optimizer.build([table])
+rng = np.random.default_rng(0)
+def step(count):
+    ids = rng.integers(0, ROWS, count)
+    optimizer.apply_gradients([(fastadam.IndexedSlices(np.ones((count, WIDTH), np.float32), ids), table)])
+    return set(ids.tolist())
+touched = step(1)  # what a first step allocates
+if KIND == "files":
+    limit = 3 * ROWS * WIDTH * 4 // 10
+    with open("/proc/self/statm") as statm:
+        in_use = int(statm.read().split()[5]) * PAGE
+    resource.setrlimit(resource.RLIMIT_DATA, (in_use + limit, in_use + limit))
+anonymous, of_files = resident("Anon"), resident("File")
+for _ in range(20):
+    touched |= step(100)
+"""
+
+
+def out_of_core(mode, kind, folder, rest):
+    result = run_python(OUT_OF_CORE + rest, MODE=mode, KIND=kind, FOLDER=str(folder))
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+@ON_LINUX
+@pytest.mark.parametrize("mode", ["deferred", "deferred_fast", "lazy"])
+@pytest.mark.parametrize("kind", ["files", "memory", "built"])
+def test_resident_memory_and_writes_are_proportional_to_the_rows_touched(mode, kind, tmp_path):
+    out_of_core(
+        mode,
+        kind,
+        tmp_path,
+        """
+def check():
+    # a page of each array, and one of each of the counters that history has of rows
+    anonymous_pages = {"files": 2, "memory": 4, "built": 4}[KIND]
+    assert resident("Anon") - anonymous < len(touched) * PAGE * anonymous_pages + 4_000_000, resident("Anon") - anonymous
+    assert resident("File") - of_files < len(touched) * len(names) * PAGE * 2 + 4_000_000, resident("File") - of_files
+    for name in names:
+        assert written(name) <= len(touched) * PAGE * 2 + 100_000, (name, written(name))
+check()
+before = {name: written(name) for name in names}
+optimizer.sync()
+optimizer.get_config()
+optimizer.gather(table, rng.integers(0, ROWS, 100))
+touched |= set(range(100))  # the rows gathered are read
+optimizer.beta_1 = 0.8
+touched |= step(10)
+optimizer.get_slot(table, "m")
+check()
+""",
+    )
+
+
+@ON_LINUX
+def test_reading_the_state_writes_no_row_that_did_not_change(tmp_path):
+    """After `weights` any row may have moments, so all are read; those of zeros are not stored."""
+    out_of_core(
+        "deferred",
+        "files",
+        tmp_path,
+        """
+optimizer.weights
+touched |= step(10)
+optimizer.sync()
+for name in names:
+    assert written(name) <= len(touched) * PAGE * 2 + 100_000, (name, written(name))
+""",
+    )
+
+
+@ON_LINUX
+def test_a_crowded_step_moves_only_the_rows_that_were_ever_touched(tmp_path):
+    out_of_core(
+        "deferred",
+        "files",
+        tmp_path,
+        """
+import fastadam._core.deferred.history as history
+history.crossover = lambda *_: 1e9
+optimizer.beta_1 = 0.8
+touched |= step(10)
+assert optimizer._parts.state.entries[0].history.waits
+touched |= step(10)  # with a new plan
+for name in names:
+    assert written(name) <= len(touched) * PAGE * 2 + 100_000, (name, written(name))
+assert not optimizer._parts.state.entries[0].history.waits
+""",
+    )
+
+
+# ---- rows that are left as they are ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def all_steps_are_crowded(monkeypatch):
+    monkeypatch.setattr("fastadam._core.deferred.history.crossover", lambda *_: 1e9)
+
+
+CHANGES = {
+    "none": lambda optimizer: None,
+    "negative rate": lambda optimizer: setattr(optimizer, "learning_rate", -0.01),
+    "zero rate": lambda optimizer: setattr(optimizer, "learning_rate", 0.0),
+    "decay of weights": lambda optimizer: setattr(optimizer, "weight_decay", 0.1),
+    "amsgrad": lambda optimizer: setattr(optimizer, "amsgrad", True),
+    "beta_2": lambda optimizer: setattr(optimizer, "beta_2", 0.9),
+}
+ROOMS = ["rows_wait", "all_steps_are_crowded"]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("mode", ["deferred", "deferred_fast"])
+def test_a_row_never_touched_has_the_bits_of_dense_steps(room, change, mode, request):
+    """Its zeros of both signs, infinities and NaN too."""
+    request.getfixturevalue(room)
+    pair = Pair(rows=300, mode=mode)
+    for table in pair.tables:
+        table[:10] = np.array([0.0, -0.0, np.inf, -np.inf, np.nan])
+    pair.step([50, 51])
+    pair.rest(5)
+    for optimizer in pair.optimizers:
+        CHANGES[change](optimizer)
+    pair.step([52])
+    pair.rest(3)
+    pair.gather([0, 1])
+    pair.optimizers[1].sync()
+    found, expected = (table[[*range(50), *range(60, 300)]] for table in pair.tables[::-1])
+    if mode == "deferred":
+        pair.compare()
+    elif change != "decay of weights":
+        np.testing.assert_array_equal(bits(found), bits(expected))
+    np.testing.assert_allclose(found, expected, 1e-6)
+
+
+def write_to(array):
+    array[7] = 0.5
+
+
+WRITES = {
+    "get_slot": lambda optimizer, table: write_to(optimizer.get_slot(table, "m")),
+    "weights": lambda optimizer, table: write_to(optimizer.weights[1]),
+    "set_weights": lambda optimizer, table: optimizer.set_weights(
+        [3, np.full((300, 5), 0.25, F32), np.ones((300, 5), F32)]
+    ),
+    "dense gradient": lambda optimizer, table: optimizer.apply_gradients([(np.ones((300, 5), F32), table)]),
+    "other mode": lambda optimizer, table: in_mode(optimizer, table, "dense"),
+    "lazily": lambda optimizer, table: in_mode(optimizer, table, "lazy"),
+}
+
+
+def in_mode(optimizer, table, mode):
+    before = optimizer.sparse_update
+    optimizer.sparse_update = mode if before != "dense" else "dense" if mode == "dense" else mode
+    optimizer.apply_gradients([(IndexedSlices(np.ones((1, 5), F32), [7]), table)])
+    optimizer.sparse_update = before
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("begin", ["built", "stepped", "new"])
+@pytest.mark.parametrize("write", WRITES)
+def test_moments_that_no_sparse_step_made_move_their_rows(room, begin, write, request):
+    request.getfixturevalue(room)
+    pair = Pair(rows=300)
+    for optimizer, table in zip(pair.optimizers, pair.tables, strict=True):
+        if begin != "new" or write in ("get_slot", "weights", "set_weights"):
+            optimizer.build([table])
+    if begin == "stepped":
+        pair.step([1, 2])
+    for optimizer, table in zip(pair.optimizers, pair.tables, strict=True):
+        WRITES[write](optimizer, table)
+    pair.step([3])
+    pair.rest(4)
+    pair.gather([7, 8])
+    pair.optimizers[1].sync()
+    pair.rest(4)
+    pair.compare()
+    assert (pair.tables[1][7] != pair.start[7]).any()
+
+
+def test_an_array_from_before_the_first_step_may_be_written_to_at_any_time():
+    pair = Pair(rows=300)
+    for optimizer, table in zip(pair.optimizers, pair.tables, strict=True):
+        optimizer.build([table])
+    slots = [o.get_slot(t, "m") for o, t in zip(pair.optimizers, pair.tables, strict=True)]
+    for k in range(3):
+        pair.step([1])
+        pair.rest(3)
+        pair.optimizers[1].sync()
+        for slot in slots:
+            slot[100 + k] = 0.5
+    pair.rest(3)
+    pair.compare()
+
+
+# ---- a bounded history -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["constant", "decays", "restarts"])
+@pytest.mark.parametrize("room", [128, 1024])
+def test_a_history_has_no_more_room_than_its_most(schedule, room, monkeypatch, request):
+    request.getfixturevalue("rows_wait")
+    monkeypatch.setattr("fastadam._core.deferred.history._FIRST_ROOM", 64)
+    monkeypatch.setattr("fastadam._core.deferred.history._MOST_ROOM", room)
+    schedules = fastadam.schedules
+    rate = {
+        "constant": 0.01,
+        "decays": schedules.ExponentialDecay(0.01, 100, 0.9),
+        "restarts": schedules.CosineDecayRestarts(0.01, 50),
+    }[schedule]
+    pair = Pair(rows=400, learning_rate=rate)
+    pair.step([0])
+    for k in range(4000):
+        pair.step([1, 2 + k % 30] if k % 10 == 0 else [3] if k % 700 == 0 else [])
+    history = history_of(pair.optimizers[1])
+    assert history.room <= room
+    assert history.dropped + history.steps == 4001
+    pair.gather([0, 3])
+    pair.compare()
+
+
+@pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"amsgrad": True}], ids=str)
+def test_a_bounded_history_of_rows_that_all_move(options, monkeypatch, request):
+    request.getfixturevalue("rows_wait")
+    monkeypatch.setattr("fastadam._core.deferred.history._MOST_ROOM", 128)
+    monkeypatch.setattr("fastadam._core.deferred.history._FIRST_ROOM", 64)
+    pair = Pair(rows=400, **options)
+    for k in range(600):
+        pair.step([k % 3] if k % 50 == 0 else [])
+    assert history_of(pair.optimizers[1]).room == 128
+    pair.compare()
+
+
+@pytest.mark.slow
+def test_three_hundred_thousand_steps_in_constant_memory(monkeypatch):
+    """One row is touched once, and then waits; the dense optimizer has only that row."""
+    monkeypatch.setattr("fastadam._core.deferred.history.crossover", lambda *_: 1)
+    table = random_array(np.random.RandomState(0), (50, 4))
+    start, dense = table.copy(), table[:1].copy()
+    optimizer, oracle = fastadam.Adam(1e-3, sparse_update="deferred"), fastadam.Adam(1e-3)
+    first = IndexedSlices(np.full((1, 4), 0.5, F32), np.array([0]))
+    nothing = IndexedSlices(np.zeros((0, 4), F32), np.zeros(0, np.int64))
+    other = IndexedSlices(np.full((1, 4), 0.5, F32), np.array([1]))
+    optimizer.apply_gradients([(first, table)])
+    oracle.apply_gradients([(first, dense)])
+    rooms = set()
+    for k in range(300_000):
+        optimizer.apply_gradients([(nothing if k % 1000 else other, table)])
+        oracle.apply_gradients([(nothing, dense)])
+        if k % 1000 == 0:
+            rooms.add(history_of(optimizer).room)
+    assert max(rooms) == 2**16
+    assert history_of(optimizer).dropped > 200_000
+    np.testing.assert_array_equal(bits(optimizer.gather(table, [0])), bits(dense))
+    for name in ("m", "v"):
+        found, expected = optimizer.get_slot(table, name)[:1], oracle.get_slot(dense, name)
+        np.testing.assert_array_equal(bits(found), bits(expected))
+    np.testing.assert_array_equal(table[2:], start[2:])
+
+
+# ---- slots that are given ----------------------------------------------------------------------------------------------
+
+
+def slots_of(table, *names):
+    return {name: np.zeros_like(table) for name in names}
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("start", [0.0, 0.25])
+@pytest.mark.usefixtures("rows_wait")
+def test_arrays_that_are_given_are_the_slots(mode, amsgrad, start):
+    names = ("m", "v", "vhat") if amsgrad else ("m", "v")
+    tables = [np.ones((300, 3), F32) for _ in range(2)]
+    given = {name: np.full((300, 3), start, F32) for name in names}
+    optimizers = [fastadam.Adam(0.1, sparse_update=mode, amsgrad=amsgrad) for _ in range(2)]
+    optimizers[0].build([tables[0]])
+    optimizers[0].set_weights([0, *(np.full((300, 3), start, F32) for _ in names)])
+    optimizers[1].build([tables[1]], slots=[given])
+    for k in range(10):
+        for optimizer, table in zip(optimizers, tables, strict=True):
+            optimizer.apply_gradients([(IndexedSlices(np.ones((1, 3), F32), [k % 3]), table)])
+    for optimizer in optimizers:
+        optimizer.sync()
+    np.testing.assert_array_equal(bits(tables[0]), bits(tables[1]))
+    for name in names:
+        assert optimizers[1].get_slot(tables[1], name) is given[name]
+        np.testing.assert_array_equal(bits(given[name]), bits(optimizers[0].get_slot(tables[0], name)))
+
+
+def test_some_slots_of_some_variables_are_given(tmp_path):
+    tables = [np.ones((40, 3), F32), np.ones(5, np.float64), np.ones((4, 2), F32)]
+    mapped = np.memmap(tmp_path / "v", F32, "w+", shape=(40, 3))
+    optimizer = fastadam.Adam(0.1)
+    optimizer.build(tables, slots=[{"v": mapped}, {"m": np.zeros(5)}, None])
+    assert optimizer.get_slot(tables[0], "v") is mapped
+    optimizer.apply_gradients([(np.ones_like(table), table) for table in tables])
+    assert (mapped != 0).all()
+    assert [type(array) for array in optimizer.get_weights()[1:]] == [np.ndarray] * 6
+    copied = pickle.loads(pickle.dumps(optimizer))
+    copied.build(tables)
+    assert type(copied.get_slot(tables[0], "v")) is np.ndarray
+
+
+BAD_SLOTS = {
+    "count": (lambda t: [], ValueError, "slots: 0 items, expected one for each of 1 variables"),
+    "no list": (lambda t: 3, TypeError, "slots: int, expected None or a dict for each variable"),
+    "no dict": (lambda t: [t], TypeError, r"slots\[0\]: ndarray, expected a dict"),
+    "name": (
+        lambda t: [slots_of(t, "vhat")],
+        ValueError,
+        r"slots\[0\]\['vhat'\]: not a slot that can be given, expected 'm', 'v'",
+    ),
+    "list": (lambda t: [{"m": t.tolist()}], TypeError, r"slots\[0\]\['m'\]: list, expected a NumPy array"),
+    "dtype": (lambda t: [{"m": np.zeros(t.shape)}], TypeError, r"slots\[0\]\['m'\]: float64, expected float32"),
+    "byte order": (lambda t: [{"m": np.zeros(t.shape, ">f4")}], TypeError, r"slots\[0\]\['m'\]: >f4, expected float32"),
+    "shape": (
+        lambda t: [{"m": np.zeros((3, 2), F32)}],
+        ValueError,
+        r"slots\[0\]\['m'\]: shape \(3, 2\), expected \(20, 2\)",
+    ),
+    "layout": (
+        lambda t: [{"m": np.zeros(t.shape, F32, "F")}],
+        ValueError,
+        r"slots\[0\]\['m'\]: strides .*, expected a contiguous",
+    ),
+    "read-only": (lambda t: [{"m": frozen(t)}], ValueError, r"slots\[0\]\['m'\]: read-only"),
+    "the variable": (lambda t: [{"m": t}], ValueError, r"slots\[0\]\['m'\]: shares memory with vars\[0\]"),
+    "one twice": (
+        lambda t: [dict.fromkeys("mv", np.zeros_like(t))],
+        ValueError,
+        r"slots\[0\]\['v'\]: shares memory with slots\[0\]\['m'\]",
+    ),
+}
+
+
+def frozen(like):
+    array = np.zeros_like(like)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("kind", BAD_SLOTS)
+def test_slots_that_cannot_be_used_are_refused_by_name_and_nothing_is_changed(kind):
+    make, error, pattern = BAD_SLOTS[kind]
+    table, optimizer = np.ones((20, 2), F32), fastadam.Adam()
+    with pytest.raises(error, match=pattern):
+        optimizer.build([table], slots=make(table))
+    assert len(optimizer.get_weights()) == 1
+    optimizer.build([table], slots=[slots_of(table, "m", "v")])
+
+
+def test_slots_of_a_variable_that_has_them_are_refused():
+    table, other, optimizer = np.ones((20, 2), F32), np.ones((20, 2), F32), fastadam.Adam()
+    optimizer.build([table])
+    with pytest.raises(ValueError, match=r"slots\[0\]\['m'\]: .* has this slot already"):
+        optimizer.build([table], slots=[slots_of(table, "m")])
+    with pytest.raises(ValueError, match=r"slots\[0\]\['m'\]: shares memory with v of"):
+        optimizer.build([other], slots=[{"m": optimizer.get_slot(table, "v")}])
+
+
+@pytest.mark.skipif(not hasattr(os, "SEEK_DATA"), reason="needs Linux: finds holes of files")
+def test_a_file_of_holes_is_known_to_be_zero(tmp_path):
+    from fastadam._core.state.given_slots import is_a_hole
+
+    array = np.memmap(tmp_path / "m", F32, "w+", shape=(100_000, 3))
+    assert is_a_hole(array)
+    assert is_a_hole(array[5:])
+    private = np.memmap(tmp_path / "m", F32, "c", shape=(100_000, 3))
+    private[50_000] = 1
+    assert not is_a_hole(private)
+    assert not is_a_hole(np.zeros(3, F32))
+    array[50_000] = 1
+    assert not is_a_hole(array)
+
+
+def test_huge_pages_are_avoided_whoever_made_the_slots():
+    """A smoke test where there is no /proc: the calls take arrays of every size."""
+    from fastadam._core.native.arrays import untouched_zeros
+    from fastadam._core.native.backend import _cpu
+
+    for shape in ((0,), (3, 5), (600_000, 3)):
+        array = untouched_zeros(shape, F32)
+        _cpu.expect_random_rows(array, small_pages=True)
+        assert array.shape == shape
+        assert not array.any()
+        array[...] = 1
+        assert array.all()

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from pathlib import Path
 
 import fastadam
 import ml_dtypes
@@ -435,6 +436,68 @@ def test_a_step_in_buckets_that_is_over_keeps_nothing_alive():
     del table
     gc.collect()
     assert dead() is None
+
+
+def rss_anon():
+    """KiB of anonymous memory that are resident."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to count pages")
+@pytest.mark.parametrize("mode", ["lazy", "deferred"])
+def test_a_large_table_that_grows_makes_only_moments_of_touched_rows_resident(mode, tmp_path):
+    old = np.memmap(tmp_path / "old", F32, "w+", shape=(200_000, 64))
+    new = np.memmap(tmp_path / "new", F32, "w+", shape=(400_000, 64))
+    optimizer = fastadam.Adam(0.1, sparse_update=mode)
+    optimizer.apply_gradients([(IndexedSlices(ones(3, 64), [5, 70_000, 199_999]), old)])
+    optimizer.sync()
+    new[[5, 70_000, 199_999]] = old[[5, 70_000, 199_999]]
+    before = rss_anon()
+    optimizer.resize(old, new)
+    optimizer.reset(new, [5])
+    assert rss_anon() - before < 10 * 1024  # m and v have 200 MB; the copies of a few thousand rows, and their numbers
+    optimizer.apply_gradients([(IndexedSlices(ones(1, 64), [399_999]), new)])
+    assert optimizer.get_slot(new, "m")[[5, 70_000, 399_999], 0].round(4).tolist() == pytest.approx(
+        [0, 0.1, 0.1], abs=0.02
+    )
+
+
+@pytest.mark.parametrize("mode", ["dense", "deferred", "amsgrad"])
+def test_moments_can_be_given_arrays_of_the_users(mode):
+    twins = Twins(**MODES[mode])
+    for ids in ([0, 1], [2]):
+        twins.step(ids)
+    names = ("m", "v", "vhat")[: 3 if mode == "amsgrad" else 2]
+    slots = {name: np.full((4, 3), np.nan, F32) for name in names}
+    resize = twins.optimizer.resize
+    twins.optimizer.resize = lambda old, new, rows: resize(old, new, rows, slots)
+    twins.resize([2, -1, 0, 1])
+    del twins.optimizer.resize
+    assert all(twins.optimizer.get_slot(twins.table, name) is slots[name] for name in names)
+    twins.step([1, 3])
+    twins.compare()
+
+
+SLOTS = {
+    "not a dict": (lambda m: [m], TypeError, "^slots: list, expected a dict"),
+    "shape": (lambda m: {"m": np.zeros((6, 2), F32)}, ValueError, r"^slots\['m'\]: shape \(6, 2\), expected \(3, 2\)"),
+    "dtype": (lambda m: {"v": np.zeros((3, 2))}, TypeError, r"^slots\['v'\]: float64, expected float32"),
+    "name": (lambda m: {"vhat": np.zeros((3, 2), F32)}, ValueError, r"^slots\['vhat'\]: not a slot that can be given"),
+    "shared": (lambda m: {"m": m[:3]}, ValueError, r"^slots\['m'\]: shares memory with m of vars\[0\]"),
+    "the new one": (lambda m: {"m": NEW}, ValueError, r"^slots\['m'\]: shares memory with new"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SLOTS)
+def test_arrays_that_cannot_be_moments_are_refused(case):
+    make, error, message = SLOTS[case]
+    optimizer, table = used()
+    given = make(optimizer.get_slot(table, "m"))
+    before = state_of(optimizer, table)
+    with pytest.raises(error, match=message):
+        optimizer.resize(table, NEW, slots=given)
+    assert state_of(optimizer, table) == before
 
 
 # ---- views, copies, restored optimizers --------------------------------------------------------------------------------

@@ -313,7 +313,13 @@ class Optimizer(Minimizer):
 
     # ---- variables that change -------------------------------------------------------------------------------------
 
-    def resize(self, old: VariableLike, new: VariableLike, rows: ArrayLike | None = None) -> None:
+    def resize(
+        self,
+        old: VariableLike,
+        new: VariableLike,
+        rows: ArrayLike | None = None,
+        slots: Mapping[str, npt.NDArray[np.generic]] | None = None,
+    ) -> None:
         """Let an array of another length take the place of a variable: rows keep their moments, new rows start fresh.
 
         Values are not copied: ``new`` has them already, as from ``np.concatenate``. In a deferred mode rows that wait
@@ -332,11 +338,14 @@ class Optimizer(Minimizer):
                 in other memory, overlap that of ``old``, or be ``old`` itself, with its rows in another order.
             rows: For each row of ``new`` which row of ``old`` it was, or -1 if it is fresh; a row may come several
                 times, each with a copy of its moments. None: the first rows are where they were.
+            slots: Arrays for the moments of ``new``, memory maps for example, as :meth:`build` takes them. They are
+                overwritten. None: new memory, where only rows with moments are written.
 
         Raises:
-            TypeError: ``rows`` are not integers; ``new`` is not an array of floats.
+            TypeError: ``rows`` are not integers; ``new`` is not an array of floats; a slot of another dtype.
             ValueError: ``old`` is not a variable of this optimizer, or ``new`` is one; another dtype or shape; a number
-                in ``rows`` that is no row of ``old``; a row that waits for steps and is something else in ``new``.
+                in ``rows`` that is no row of ``old``; a row that waits for steps and is something else in ``new``; a
+                slot of another shape or layout, or in the memory of something else.
             RuntimeError: Inside of ``with averages(...)`` or between ``begin_step`` and ``end_step``. A call that
                 raises has changed nothing.
 
@@ -354,7 +363,7 @@ class Optimizer(Minimizer):
         >>> opt.get_slot(shorter, "m").round(3).ravel().tolist()
         [0.05000000074505806, 0.0]
         """
-        resizing.resize(self._parts, old, new, rows)
+        resizing.resize(self._parts, old, new, rows, slots)
 
     def forget(self, var: VariableLike) -> None:
         """Drop what is kept for a variable, after its rows have been brought up to date, and release the memory.

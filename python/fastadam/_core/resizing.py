@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from fastadam._core.native.rows import CHUNK_BYTES, RowMap, bits_of, chunks_of, 
 from fastadam._core.native.slices import check_ids
 from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.options.state_format import MOMENTS, SCALES, VariableFormat
+from fastadam._core.state.given_slots import GivenSlots
 from fastadam._core.state.moments import RandomKey, decoded, stored
 
 if TYPE_CHECKING:
@@ -34,7 +35,13 @@ _OF_STEPS = (*MOMENTS, _AVERAGE, ACCUMULATOR, *SCALES)  # slots that steps have 
 # ---- resize ----------------------------------------------------------------------------------------------------------
 
 
-def resize(parts: Parts, old: VariableLike, new: VariableLike, rows: ArrayLike | None) -> None:
+def resize(
+    parts: Parts,
+    old: VariableLike,
+    new: VariableLike,
+    rows: ArrayLike | None,
+    slots: Mapping[str, HostArray] | None,
+) -> None:
     """See ``Adam.resize``."""
     options, state, runtime, tables = parts
     with runtime.lock:
@@ -42,10 +49,12 @@ def resize(parts: Parts, old: VariableLike, new: VariableLike, rows: ArrayLike |
         entry, known = _known(parts, old, "old")
         buffer = _replacement(parts, new, known)
         row_map = RowMap.of(rows, _rows_of(known), _rows_of(buffer), known.label)
-        draft = state.slots.draft()
-        arrays = _moved(parts, entry, buffer, row_map)
         history = _moved_history(entry, known, buffer, row_map)
-        draft.replace(entry, buffer, arrays, history)
+        given = {} if slots is None else _given(parts, slots, buffer)
+        draft = state.slots.draft()
+        draft.make_way(entry)
+        draft.require_new_memory(buffer)
+        draft.replace(entry, buffer, _moved(parts, entry, buffer, row_map, given), history)
         key, excluded = key_of(known), options.exclusions
         if key in excluded.keys:
             options.exclusions = excluded.with_variable(buffer)  # both, for a signal may come before the next lines
@@ -81,16 +90,31 @@ def _place(buffer: _cpu.Buffer) -> str:
     return f" on GPU {buffer.device}" if buffer.device >= 0 else ""
 
 
-def _moved(parts: Parts, entry: Entry, buffer: _cpu.Buffer, row_map: RowMap) -> dict[str, AnyArray]:
+def _given(parts: Parts, slots: Mapping[str, HostArray], buffer: _cpu.Buffer) -> Mapping[str, HostArray]:
+    """The user's arrays for the slots, or raise what is wrong with them."""
+    checked = GivenSlots.of_one(slots, buffer, parts.options.state_format)
+    given = checked.format_of(buffer, {}).given
+    checked.require_apart(parts.state.slots.memory_with([buffer]))
+    return given
+
+
+def _moved(
+    parts: Parts, entry: Entry, buffer: _cpu.Buffer, row_map: RowMap, given: Mapping[str, HostArray]
+) -> dict[str, AnyArray]:
     """The slots of a variable for the array that replaces it; 8-bit moments are rounded anew."""
     slots = parts.state.slots.slots_of(entry)
+    moves_rows_alone = entry.history is not None or parts.options.sparse_update == "lazy"
     arrays: dict[str, AnyArray] = {}
     for name, slot in slots.items():
         if name in SCALES:
             continue  # they come with their moments
         is_coded = f"{name}_scale" in slots
         before: HostArray = decoded(slots, name) if is_coded else to_host(slot)
-        after = zeros_like_variable(buffer, before.dtype.name)
+        if name in given:
+            arrays[name] = given[name]
+            row_map.overwrite(with_rows(before), with_rows(given[name]))
+            continue
+        after = zeros_like_variable(buffer, before.dtype.name, untouched=moves_rows_alone)
         row_map.move(with_rows(before), with_rows(after))
         if name == _AVERAGE:
             fresh = row_map.sources < 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fastadam._core.native.arrays import untouched_zeros
 from fastadam._core.native.rows import RowMap, chunks_of
 from fastadam._core.native.slices import check_ids
 from fastadam.torch._checks import Group, ParamState, States
@@ -56,7 +57,7 @@ def resize(held: Held, old: Tensor, new: Tensor, rows: ArrayLike | None) -> None
     if table is not None:
         table.require_untouched()
         _check_values(table, old, new, row_map)
-    moved = _moved(state, old, new, length, row_map, groups, places[0])
+    moved = _moved(held, state, new, length, row_map, places[0])
     twin = None if table is None else table.replaced(new, moved, row_map)
     copies = [(place, _rounded_copy(groups, place, new)) for place in places]
     if state:
@@ -184,10 +185,9 @@ def _check_values(table: Table, old: Tensor, new: Tensor, row_map: RowMap) -> No
 # ---- states ----------------------------------------------------------------------------------------------------------
 
 
-def _moved(
-    state: ParamState, old: Tensor, new: Tensor, length: int, row_map: RowMap, groups: list[Group], place: Place
-) -> ParamState:
+def _moved(held: Held, state: ParamState, new: Tensor, length: int, row_map: RowMap, place: Place) -> ParamState:
     """The state of a parameter for the one that replaces it; 8-bit moments are rounded anew."""
+    groups, moves_rows_alone = held.groups, held.options.sparse_update != "dense"
     shape = torch.Size([length, *new.shape[1:]]) if new.ndim else new.shape
     moved: ParamState = {}
     for key, value in state.items():
@@ -199,7 +199,7 @@ def _moved(
         scale_key = SCALES.get(f"{_KEYS.get(key, '')}_scale", "")
         is_coded = scale_key in state
         before = decoded(value, state[scale_key], signed=key == SLOTS["m"]) if is_coded else value
-        after = torch.zeros_like(new, dtype=before.dtype, memory_format=torch.preserve_format, requires_grad=False)
+        after = _zeros(new, before.dtype, moves_rows_alone=moves_rows_alone)
         _move(before, after, row_map)
         if key == MASTER:
             fresh = torch.from_numpy(np.flatnonzero(row_map.sources < 0))
@@ -212,6 +212,18 @@ def _moved(
         else:
             moved[key] = after
     return moved
+
+
+def _zeros(new: Tensor, dtype: torch.dtype, *, moves_rows_alone: bool) -> Tensor:
+    """A slot in the layout of a parameter; of a table in pages that come to be as rows are touched."""
+    if (
+        moves_rows_alone
+        and new.device.type == "cpu"
+        and new.is_contiguous()
+        and dtype in (torch.float32, torch.float64)
+    ):
+        return torch.from_numpy(untouched_zeros(tuple(new.shape), str(dtype).removeprefix("torch.")))
+    return torch.zeros_like(new, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def _move(before: Tensor, after: Tensor, row_map: RowMap) -> None:

@@ -68,6 +68,15 @@ class RowMap:
             is_set = bits_of(values).any(1)
             new[places[is_set]] = values[is_set]
 
+    def overwrite(self, old: HostArray, new: HostArray) -> None:
+        """The same for an array of any values: its other rows become zero, and rows that are right are not written."""
+        for places in chunks_of(np.arange(len(new)), new.nbytes // max(len(new), 1)):
+            values = np.zeros_like(new[places])
+            is_kept = self.sources[places] >= 0
+            values[is_kept] = old[self.sources[places[is_kept]]]
+            differs = (bits_of(values) != bits_of(new[places])).any(1)
+            new[places[differs]] = values[differs]
+
     def differing(self, old: HostArray, new: HostArray, waiting: npt.NDArray[np.bool_]) -> int | None:
         """The first row of the new array that does not have the bits of the ``waiting`` one that it was; else None."""
         for places in chunks_of(self.waiting(waiting), old.nbytes // max(len(old), 1)):

@@ -81,13 +81,13 @@ class Replacements:
                         which = "that is gone" if is_gone else "with these values, which gets no gradient now"
                         self._warn(buffer, place, f"{met.buffer.shape} {which}")
                         return
-            if all(met.key != key for met in alike):
+            if key not in [met.key for met in alike]:
                 alike.append(_Met(key, buffer, _reference(variable)))
 
     def forget(self, key: Key) -> None:
         """Let go of a variable that the optimizer does not know any more."""
         for kind, alike in self._met.items():
-            self._met[kind] = deque((met for met in alike if met.key != key), maxlen=alike.maxlen)
+            self._met[kind] = deque([met for met in alike if met.key != key], maxlen=alike.maxlen)
 
     def _warn(self, buffer: _cpu.Buffer, place: int, old: str) -> None:
         self._has_warned = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import sys
@@ -424,3 +425,115 @@ def test_huge_pages_are_avoided_whoever_made_the_slots():
         assert not array.any()
         array[...] = 1
         assert array.all()
+
+
+# ---- PyTorch -----------------------------------------------------------------------------------------------------------
+
+
+def torch_pair(torch, **options):
+    pair = []
+    for mode in ("dense", "deferred"):
+        torch.manual_seed(0)
+        table = torch.nn.Embedding(300, 3, sparse=True, dtype=torch.float64)
+        pair.append((table, fastadam.torch.Adam(table.parameters(), lr=0.1, sparse_update=mode, **options)))
+    return pair
+
+
+def train(pair, ids):
+    for table, optimizer in pair:
+        for each in ids:
+            optimizer.zero_grad()
+            optimizer.gather(table.weight, table.weight.new_tensor([each], dtype=int))
+            table(table.weight.new_tensor([each], dtype=int)).sum().backward()
+            optimizer.step()
+
+
+def assert_alike(torch, pair):
+    """But for epsilon, which dense steps of torch correct for bias."""
+    pair[1][1].sync()
+    torch.testing.assert_close(pair[1][0].weight, pair[0][0].weight, rtol=1e-6, atol=1e-6)
+
+
+def load_torch():
+    torch = pytest.importorskip("torch")
+    importlib.import_module("fastadam.torch")
+    return torch
+
+
+def moved(torch, state):
+    """Moments of all rows."""
+    return {**state, **{key: torch.full_like(state[key], 0.25) for key in ("exp_avg", "exp_avg_sq")}}
+
+
+def write_in_place(torch, optimizer, state):
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key][7].fill_(0.25)
+
+
+TORCH_WRITES = {
+    "in place": write_in_place,
+    "replaced": lambda torch, optimizer, state: state.update(moved(torch, state)),
+    "loaded": lambda torch, optimizer, state: optimizer.load_state_dict(
+        {**optimizer.state_dict(), "state": {0: moved(torch, state)}}
+    ),
+}
+
+
+@pytest.mark.parametrize("write", TORCH_WRITES)
+@pytest.mark.usefixtures("rows_wait")
+def test_moments_written_by_a_user_of_torch_move_their_rows(write):
+    torch = load_torch()
+    pair = torch_pair(torch)
+    train(pair, [1, 2, 1])
+    for table, optimizer in pair:
+        optimizer.sync()
+        TORCH_WRITES[write](torch, optimizer, optimizer.state[table.weight])
+    train(pair, [3, 3, 4])
+    for _, optimizer in pair:
+        optimizer.sync()
+    train(pair, [5, 5])
+    assert_alike(torch, pair)
+    start = torch_pair(torch)[0][0].weight
+    assert not pair[1][0].weight[7].equal(start[7])
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.usefixtures("rows_wait")
+def test_a_bounded_history_in_torch(amsgrad, monkeypatch):
+    torch = load_torch()
+    monkeypatch.setattr("fastadam._core.deferred.history._FIRST_ROOM", 64)
+    monkeypatch.setattr("fastadam._core.deferred.history._MOST_ROOM", 128)
+    pair = torch_pair(torch, amsgrad=amsgrad)
+    train(pair, [7])
+    train(pair, [k % 5 for k in range(500)])
+    (table,) = pair[1][1]._stepper.tables.of(None)
+    assert table.history.room == 128
+    assert_alike(torch, pair)
+
+
+@ON_LINUX
+@pytest.mark.parametrize("mode", ["deferred", "lazy"])
+def test_the_state_of_a_torch_table_is_resident_where_rows_were_touched(mode):
+    load_torch()
+    program = """
+import os, numpy, torch, fastadam.torch
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+weight = torch.nn.Parameter(torch.zeros(1_000_000, 64))
+optimizer = fastadam.torch.Adam([weight], sparse_update=os.environ["MODE"], amsgrad=True)
+def step(ids):
+    values = torch.ones(len(ids), 64)
+    weight.grad = torch.sparse_coo_tensor(torch.tensor(ids)[None], values, weight.shape, check_invariants=False)
+    optimizer.step()
+step([1, 2])
+before = resident()
+step(list(range(0, 1_000_000, 5000)))
+optimizer.sync()
+# 200 rows, in 3 arrays of moments and 2 of counters; the table itself is resident
+assert resident() - before < 200 * 5 * 4096 + 4_000_000, resident() - before
+state = optimizer.state[weight]
+assert all(state[key][5000].any() for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+"""
+    result = run_python(program, MODE=mode)
+    assert result.returncode == 0, result.stderr

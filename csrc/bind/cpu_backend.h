@@ -9,6 +9,7 @@
 #include "../capi/prepare.h"
 #include "../capi/run.h"
 #include "../core/float_mode.h"
+#include "page_sizes.h"
 #include "slices.h"
 #include "stale.h"
 #include "variables.h"
@@ -55,9 +56,14 @@ class CpuBackend {
   }
 
   // Norms, clipping and the step. Returns false, with nothing written, if the gradients had to be finite and are not.
-  bool step(const StepArgs& args, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper,
-            int64_t /*call*/) const {
-    return run_step(args, static_cast<int64_t>(tensors.size()), hyper);
+  bool step(const StepArgs& args, const std::vector<TensorArgs>& tensors, const AdamHyper& hyper, int64_t /*call*/) {
+    if (!run_step(args, static_cast<int64_t>(tensors.size()), hyper)) return false;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (tensors[i].rows == nullptr || !moves_rows_alone(tensors[i], args.lazy)) continue;
+      page_sizes_.resize(tensors.size());
+      page_sizes_[i].note(tensors[i]);
+    }
+    return true;
   }
 
   bool accumulate(const AccumulateArgs& args, bool require_finite, const std::vector<TensorArgs>& tensors,
@@ -74,6 +80,9 @@ class CpuBackend {
   }
 
   bool is_capturing() const { return false; }
+
+ private:
+  std::vector<PageSizes> page_sizes_;  // of tables, by tensor
 };
 
 }  // namespace fastadam::bind

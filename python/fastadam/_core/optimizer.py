@@ -75,6 +75,7 @@ class Optimizer(Minimizer):
         per_step = self._parts.options.calls_per_step
         calls = check_iterations("iterations", check_iterations("iterations", value) * per_step)
         self._parts.runtime.require_closed("iterations")
+        self._parts.state.settle_cycle()
         self._parts.tables.set_calls(calls)
         self._parts.state.restart_accumulation([], per_step)
 

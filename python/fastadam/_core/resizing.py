@@ -58,7 +58,7 @@ def resize(
         key, excluded = key_of(known), options.exclusions
         if key in excluded.keys:
             options.exclusions = excluded.with_variable(buffer)  # both, for a signal may come before the next lines
-        state.slots.become(draft)
+        state.take(draft, state.cycle.moved(entry.place, row_map))
         if key in excluded.keys and key != key_of(buffer):
             options.exclusions = options.exclusions.without(key)
         runtime.let_go(key)

@@ -44,6 +44,7 @@ class StepPlan:
     histories: list[History | None]  # of the variables that are deferred tables
     dense_only: list[str | None]  # for each variable why it takes no sparse gradients; None if it does
     has_copies: bool = False
+    averages: bool = False
     places: list[tuple[int, ...]] | None = None  # of the variables in the store, once a bucket has needed them
 
     def __post_init__(self) -> None:

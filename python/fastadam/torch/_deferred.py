@@ -104,6 +104,8 @@ class Table:
             increment_version([self.param, *self._moments.values()])
         elif not are_replaced:
             return
+        if are_replaced:
+            self.history.raise_doubt(Doubt.ONCE)
         self._note()
 
     def _are_replaced(self) -> bool:
@@ -141,7 +143,6 @@ class Table:
         """Go on with the moments that the state has now, after the waiting steps were made with those before."""
         if self._are_replaced():
             self.catch_up()
-            self.history.raise_doubt(Doubt.ONCE)
         elif not self.history.waits:
             if self._seen[1:] != [_mark_of(moment) for moment in self._moments.values()]:
                 self.history.raise_doubt(Doubt.ONCE)

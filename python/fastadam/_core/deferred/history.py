@@ -44,6 +44,8 @@ class Numbers(NamedTuple):
     beta_2: float
     epsilon: float
     amsgrad: bool
+    ema_momentum: float | None = None  # of the averages, which move in every step; None without
+    accumulates: bool = False  # gradients are accumulated, and steps follow the rule for dense ones
 
 
 class Rates(NamedTuple):
@@ -157,7 +159,8 @@ class History:
     @property
     def leaves_rows(self) -> bool:
         """Whether rows without MOVES are left as they are."""
-        return self._table is None and not self.rates.counts[1] and self.rates.counts[3] == Doubt.NONE
+        leaves = not self.rates.counts[1] and self.rates.counts[3] == Doubt.NONE
+        return leaves and self._table is None and self.numbers.ema_momentum is None
 
     def behind(self, rows: npt.NDArray[np.integer] | slice = slice(None), steps: int | None = None) -> AnyArray:
         """For each of these rows whether it waits for one of the first so many steps.
@@ -194,16 +197,17 @@ class History:
         self.is_read = True
         if not self.waits:
             return False
-        beta_1, beta_2, epsilon, amsgrad = self.numbers
+        beta_1, beta_2, epsilon, amsgrad, momentum, _ = self.numbers
         if ids is None and self._table is None and self.rates.counts[3] == Doubt.ONCE:
             for name in ("m", "v", *(("vhat",) if "vhat" in slots else ())):
                 _cpu.flag_moving_rows(self.flags, _cpu.Buffer(slots[name], "slot").array())
             self.rates.counts[3] = Doubt.NONE
         columns = {name: [slots[name]] for name in (("m", "v", "vhat") if amsgrad else ("m", "v"))}
-        if self._plan is None or not self._plan.holds([table.source], columns):
-            self._plan = Plan([table], columns, histories=[self.native], context=context)
+        averages = {} if momentum is None else {"average": [slots["average"]]}
+        if self._plan is None or not self._plan.holds([table.source], {**columns, **averages}):
+            self._plan = Plan([table], {**columns, **averages}, histories=[self.native], context=context)
         flat = np.ascontiguousarray(ids.reshape(-1)) if isinstance(ids, np.ndarray) else ids
-        self._plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon), counter)
+        self._plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon, ema_momentum=momentum or 0.0), counter)
         return True
 
     def raise_doubt(self, doubt: Doubt) -> None:
@@ -242,14 +246,15 @@ class History:
     @property
     def native(self) -> NativeHistory:
         """As a native plan takes it."""
-        if self._forms is None and not self.exact:
+        beta_1, beta_2, _, amsgrad, momentum, accumulates = self.numbers
+        replays = self.exact or momentum is not None  # an average has no closed form
+        if self._forms is None and not replays:
             self._forms = (_cpu if self._table is None else native_of(self._table)).ClosedForms()
         if self._crossover is None:
-            beta_1, beta_2, _, amsgrad = self.numbers
-            replays = self.exact or not _cpu.ClosedForms.exist(beta_1, beta_2, amsgrad)
-            self._crossover = crossover(self.shape, self.rates.alphas.itemsize, replays)
+            always = replays or not _cpu.ClosedForms.exist(beta_1, beta_2, amsgrad)
+            self._crossover = crossover(self.shape, self.rates.alphas.itemsize, always)
         if self._table is None:
-            return (*self.rates, self._forms, self._crossover, self.flags)
+            return (*self.rates, None if replays else self._forms, self._crossover, self.flags, accumulates)
         rows = _DEVICE_CROSSOVER if self.exact else self._crossover  # a pass changes last bits of closed forms
         if self._on_gpu is None:
             native, stream = native_of(self._table), native_of(self._table).stream_of(self._table.source) or 0

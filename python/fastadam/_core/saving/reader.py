@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from fastadam._core.common.checks import check_iterations, check_list
 from fastadam._core.common.files import require_regular
 from fastadam._core.common.frameworks import require
@@ -20,7 +22,8 @@ from fastadam._core.parts import parts_of
 from fastadam._core.saving.file_format import ITERATIONS, path_of
 from fastadam._core.saving.saved_file import SavedFile
 from fastadam._core.saving.slots_reader import SlotsReader
-from fastadam._core.state.entry import Spec
+from fastadam._core.state.entry import Entry, Spec
+from fastadam._core.state.state import Rows
 
 __all__ = ["load_optimizer"]
 
@@ -128,7 +131,21 @@ class _Reader:
         good = isinstance(places, list) and all(type(i) is int and i in entries for i in places)
         good = good and all(ACCUMULATOR in entries[i].slots for i in places)
         self._require(good, f"'accumulating' {places!r:.60}", f"indices of variables with a '{ACCUMULATOR}'")
-        state.restart_accumulation([entries[i] for i in places], options.calls_per_step)
+        state.restart_accumulation(
+            [entries[i].place for i in places], options.calls_per_step, self._accumulated_rows(entries, places)
+        )
+
+    def _accumulated_rows(self, entries: dict[int, Entry], places: list[int]) -> Rows:
+        """The rows outside of which accumulators are zero, of tables in the middle of a cycle."""
+        saved: Any = self._header.get("accumulated_rows", {})  # not in the files of fastadam 0.1
+        indices = {str(i): i for i in places}
+        good = isinstance(saved, dict) and set(saved) <= set(indices)
+        for key, rows in saved.items() if good else ():
+            shape = entries[indices[key]].spec.shape
+            good = good and bool(shape) and isinstance(rows, list)
+            good = good and all(type(row) is int and 0 <= row < shape[0] for row in rows)
+        self._require(good, f"'accumulated_rows' {saved!r:.60}", "rows of variables whose gradients are accumulated")
+        return {entries[indices[key]].place: (np.array(rows, np.int64),) for key, rows in saved.items()}
 
     def _exclude(self, optimizer: Any, variables: list[AnyArray]) -> None:
         excluded = self._header["excluded"]

@@ -94,7 +94,7 @@ def _contents(optimizer: Foreign, selection: list[AnyArray] | None) -> tuple[dic
     places = {at: f"{i}/{name}" for i, entry in enumerate(entries) for name, at in entry.slots.items()}
     slots = {places[at]: np.asarray(to_host(store.arrays[at]), order="C") for at in sorted(places)}
     tensors = {ITERATIONS: np.array(state.calls), **slots}
-    header = {
+    header: Config = {
         "version": VERSION,
         "optimizer": type(optimizer).__name__,
         "config": optimizer.get_config(),
@@ -107,6 +107,9 @@ def _contents(optimizer: Foreign, selection: list[AnyArray] | None) -> tuple[dic
         "numbers": [entry.number for entry in entries],
         "accumulating": [i for i, e in enumerate(entries) if _is_accumulating(state, e, options.calls_per_step)],
     }
+    rows = {i: state.cycle.rows.get(entries[i].place) for i in header["accumulating"]}
+    if known := {i: np.unique(np.concatenate(noted)).tolist() for i, noted in rows.items() if noted}:
+        header["accumulated_rows"] = known
     return tensors, header
 
 

@@ -39,6 +39,8 @@ MODES = {
     "staleness": {**DEFERRED, "max_staleness": 3},
     "averages": {"use_ema": True, "ema_momentum": 0.5},
     "accumulation": {"gradient_accumulation_steps": 2},
+    "deferred averages": {**DEFERRED, "use_ema": True, "ema_momentum": 0.5},
+    "deferred accumulation": {**DEFERRED, "gradient_accumulation_steps": 3, "weight_decay": 0.1},
 }
 
 
@@ -176,6 +178,31 @@ def test_a_table_that_had_its_final_length_from_the_start_has_the_same_bits():
         of_both = [optimizer.get_slot(each, name) for optimizer, each in zip(optimizers, [table, whole], strict=True)]
         np.testing.assert_array_equal(bits(of_both[0]), bits(of_both[1][: len(table)]))
         assert not of_both[1][len(table) :].any()
+
+
+@pytest.mark.parametrize("rows", [None, [4, 3, 2, 1, 0, -1, -1, -1]], ids=["grown", "permuted"])
+@pytest.mark.parametrize("mode", ["lazy", "deferred", "dense"])
+def test_rows_that_accumulate_gradients_go_on_in_the_middle_of_a_cycle(mode, rows):
+    """Compared with a table that had all rows from the start; a lazy step moves the rows of the cycle alone."""
+    whole = random_array(np.random.RandomState(1), (8, 2), -3, 2)
+    options = {"sparse_update": mode, "gradient_accumulation_steps": 3}
+    optimizers = [fastadam.Adam(0.1, **options) for _ in range(2)]
+    place = np.arange(8) if rows is None else np.array([4, 3, 2, 1, 0, 5, 6, 7])  # of each row, after the resize
+    table, ids_of = whole[:5].copy(), [np.array([i]) for i in (0, 1, 2, 3, 0, 2, 4, 0, 1)]
+    for step, ids in enumerate(ids_of):
+        if step == 4:
+            new = np.concatenate([table, whole[5:]])[np.argsort(place)]
+            optimizers[0].resize(table, new, rows)
+            table = new
+        values = np.full((1, 2), step + 1, F32)
+        optimizers[0].apply_gradients([(IndexedSlices(values, place[ids] if step >= 4 else ids), table)])
+        optimizers[1].apply_gradients([(IndexedSlices(values, ids), whole)])
+    for optimizer in optimizers:
+        optimizer.sync()
+    np.testing.assert_array_equal(bits(table[place]), bits(whole))
+    for name in ("m", "v"):
+        found, expected = optimizers[0].get_slot(table, name)[place], optimizers[1].get_slot(whole, name)
+        np.testing.assert_array_equal(bits(found), bits(expected))
 
 
 PROGRAM = st.lists(

@@ -611,6 +611,41 @@ def test_a_loss_scale_optimizer_forwards_all_three():
     assert len(optimizer.weights) == 1
 
 
+@pytest.mark.parametrize("how", ["permuted in place", "reset", "rows reset", "forgotten"])
+@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred", "averages", "deferred averages"])
+def test_a_delta_has_what_was_changed(mode, how, tmp_path):
+    optimizer, table = used(**MODES[mode])
+    optimizer.save(tmp_path / "base", values=True)
+    if how == "permuted in place":
+        optimizer.sync()
+        table[...] = table[::-1].copy()
+        optimizer.resize(table, table, [5, 4, 3, 2, 1, 0])
+    elif how == "forgotten":
+        optimizer.forget(table)
+        optimizer.apply_gradients([(IndexedSlices(ones(1, 2), [5]), table)])
+    else:
+        optimizer.reset(table, [0, 1] if how == "rows reset" else None)
+    deltas = [tmp_path / "delta 1", tmp_path / "delta 2"]
+    for path, row in zip(deltas, (2, 3), strict=True):
+        optimizer.save_delta(path)
+        optimizer.apply_gradients([(IndexedSlices(ones(1, 2), [row]), table)])
+    optimizer.save_delta(tmp_path / "delta 3")
+    other = np.zeros_like(table)
+    again = fastadam.Adam.load(tmp_path / "base", [other], deltas=[*deltas, tmp_path / "delta 3"])
+    again.sync()
+    optimizer.sync()
+    for a, b in zip([other, *again.get_weights()], [table, *optimizer.get_weights()], strict=True):
+        np.testing.assert_array_equal(bits(np.asarray(a)), bits(np.asarray(b)))
+
+
+def test_a_delta_after_another_array_asks_for_a_new_base(tmp_path):
+    optimizer, table = used(**DEFERRED)
+    optimizer.save(tmp_path / "base", values=True)
+    optimizer.resize(table, np.concatenate([table, ones(1, 2)]))
+    with pytest.raises(ValueError, match=r"^save_delta: variable 0 is another array.*expected a new base"):
+        optimizer.save_delta(tmp_path / "delta")
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 NEW = np.zeros((3, 2), F32)

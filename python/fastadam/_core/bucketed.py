@@ -116,6 +116,7 @@ def begin(
         if runtime.has_gpus or on_gpu(options.numbers["learning_rate"]):
             raise ValueError("begin_step: variables or a learning rate on a GPU, expected CPU memory")
         with _cpu.DefaultArithmetic():
+            stepper.tables.note_all_changed()
             runtime.open = BucketedStep(stepper, optimizer, early=early, threads=threads, loss_scale=loss_scale)
 
 

@@ -23,6 +23,7 @@ from fastadam._core.native.variable import label_of, unwrap
 from fastadam._core.options.options import Options
 from fastadam._core.options.state_format import LOW, MOMENTS, SCALES
 from fastadam._core.parts import Parts
+from fastadam._core.saving.delta_writer import save_delta
 from fastadam._core.saving.reader import load_optimizer
 from fastadam._core.saving.writer import save_optimizer
 from fastadam._core.state.given_slots import GivenSlots
@@ -34,7 +35,7 @@ from fastadam._core.step import Stepper
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.common.types import AnyArray, Array, ArrayLike, Config, VariableLike
+    from fastadam._core.common.types import AnyArray, Array, ArrayLike, Config, Foreign, VariableLike
     from fastadam._core.native.backend import _cpu
 
 __all__ = ["Optimizer"]
@@ -169,6 +170,7 @@ class Optimizer(Minimizer):
             refuse_while_swapped(self._parts, "set_weights")
             tables.settle()
             calls, slots = state.checked(weights, self.name)
+            tables.note_all_changed()
             state.fill(calls, slots, options.calls_per_step)
             tables.confirm()
 
@@ -427,8 +429,14 @@ class Optimizer(Minimizer):
 
     # ---- files and copies ------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str], variables: Iterable[VariableLike] | None = None) -> None:
-        """Write configuration, iterations and slots, not the variables, to one safetensors file.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        variables: Iterable[VariableLike] | None = None,
+        *,
+        values: bool = False,
+    ) -> None:
+        """Write configuration, iterations and slots, with ``values=True`` the variables too, to one safetensors file.
 
         The file is written under another name in its directory, then renamed: ``path`` is the old file or the new one,
         whole, whenever the process is killed or the disk is full (a killed process may leave ``.fastadam-*.tmp``).
@@ -437,13 +445,56 @@ class Optimizer(Minimizer):
         Args:
             path: The file, replaced if it exists; of any name whose suffix is not that of another format.
             variables: Which variables' slots, in which order; None means all, in the order they came.
+            values: Write the values of the variables, too; ``load`` writes them into the variables that it gets, and
+                ``save_delta`` can follow. From then on lazy steps note which rows they touch.
 
         Raises:
             OSError: The file could not be written.
-            ValueError: The suffix of another format; a variable without slots; a configuration that is not plain JSON.
+            RuntimeError: With ``values=True`` inside of ``with averages(...)``.
+            ValueError: The suffix of another format; a variable without slots; a configuration that is not plain JSON;
+                with ``values=True`` a variable on a GPU.
         """
         self._parts.runtime.require_closed("save")
-        save_optimizer(self, path, variables)
+        save_optimizer(self, path, variables, values=values)
+
+    def save_delta(self, path: str | os.PathLike[str]) -> None:
+        """Write what has changed since the last ``save(values=True)`` or ``save_delta``, to be loaded after that file.
+
+        Of a table in a deferred or lazy mode these are the rows that had a gradient, with their moments, and the rates
+        of the steps, by which ``load`` moves all others. Of other variables, and of tables in the "dense" mode, it is
+        everything. What is written to variables and slots by other means than steps is not noticed, except by
+        ``set_weights``: save a new base then.
+
+        The file is replaced as by ``save``. If that fails, the next delta has everything since the last one that was
+        written.
+
+        Args:
+            path: The file; of any name whose suffix is not that of another format. Not one of the same chain.
+
+        Raises:
+            OSError: The file could not be written.
+            RuntimeError: Inside of ``with averages(...)``.
+            ValueError: There is no base; variables have come or been replaced since; a table has had more than 2^20
+                steps; ``path`` is the base or a delta of this chain.
+
+        >>> import tempfile, numpy as np, fastadam
+        >>> folder = tempfile.mkdtemp()
+        >>> table = np.ones((1000, 2), np.float32)
+        >>> opt = fastadam.Adam(0.1, sparse_update="deferred")
+        >>> opt.build([table])
+        >>> opt.save(f"{folder}/base", values=True)
+        >>> step = opt.apply_gradients([(fastadam.IndexedSlices([[0.5, 0.5]], [7]), table)])
+        >>> opt.save_delta(f"{folder}/delta_1")
+        >>> step = opt.apply_gradients([(fastadam.IndexedSlices([[0.5, 0.5]], [8]), table)])
+        >>> opt.save_delta(f"{folder}/delta_2")
+        >>> again = np.empty((1000, 2), np.float32)
+        >>> loaded = fastadam.Adam.load(f"{folder}/base", [again], deltas=[f"{folder}/delta_1", f"{folder}/delta_2"])
+        >>> opt.sync()
+        >>> np.array_equal(again, table)
+        True
+        """
+        self._parts.runtime.require_closed("save_delta")
+        save_delta(self, path)
 
     @class_only
     def load(
@@ -452,25 +503,42 @@ class Optimizer(Minimizer):
         variables: Iterable[VariableLike],
         custom_objects: Mapping[str, object] | None = None,
         changes: Mapping[str, Any] | None = None,
+        *,
+        deltas: Iterable[str | os.PathLike[str]] = (),
+        slots: Sequence[Mapping[str, npt.NDArray[np.generic]] | None] | None = None,
     ) -> Self:
         """An optimizer from ``save``, which goes on to the bit with these variables.
 
+        A file of ``save(values=True)`` writes the values into the variables. Everything is checked before, checksums
+        included; only an interrupt can leave variables that are partly written.
+
         Args:
             path: The file. It is data only: nothing in it is run.
-            variables: The variables, with the values they had, in the order they were saved in.
+            variables: The variables in the order they were saved in. They must have the values that they had, but get
+                these from a file of ``save(values=True)``.
             custom_objects: Schedule classes of your own by name.
             changes: ``moments``, ``master``, ``stochastic_rounding``, ``float32_for`` or ``seed`` in place of the saved
                 ones, such as ``{"moments": "8bit"}``. Moments are converted; fewer bits are rounded at random.
+            deltas: Files of ``save_delta`` that follow a file of ``save(values=True)``, in their order. All rows of
+                tables are brought up to date.
+            slots: As of :meth:`build`: for each variable None, or arrays that the moments are written to and that
+                become its slots, such as memory maps. Of slots that the file has.
 
         Raises:
-            OSError: The file cannot be read.
-            ValueError: Other ``changes``; the file is damaged, of another class, or of other variables: shape, dtype or
-                name differ.
+            OSError: A file cannot be read.
+            TypeError: A slot of another type or dtype.
+            ValueError: Other ``changes``, or any with ``deltas``; a file is damaged, of another class, or of other
+                variables: shape, dtype or name differ; a delta that does not follow the file before it; a slot that
+                does not fit.
         """
-        optimizer, loss_scale = load_optimizer([cls], path, variables, custom_objects, changes)
-        if loss_scale is not None:
-            raise ValueError(f"{os.fsdecode(path)}: state of LossScaleOptimizer, expected {cls.__name__}")
-        return optimizer
+
+        def finish(optimizer: Foreign, loss_scale: Config | None) -> Foreign:
+            if loss_scale is not None:
+                raise ValueError(f"state of LossScaleOptimizer, expected {cls.__name__}")
+            return optimizer
+
+        loaded: Self = load_optimizer([cls], path, variables, finish, custom_objects, changes, deltas, slots)
+        return loaded
 
     def __getstate__(self) -> Config:
         """Everything but the variables: the first ones that a restored optimizer meets take its slots, in order."""

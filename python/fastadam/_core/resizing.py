@@ -62,6 +62,7 @@ def resize(
         if key in excluded.keys and key != key_of(buffer):
             options.exclusions = options.exclusions.without(key)
         runtime.let_go(key)
+        tables.note_all_changed()
         if options.max_staleness is not None:
             tables.catch_up(buffer)
 
@@ -163,6 +164,7 @@ def forget(parts: Parts, variable: VariableLike) -> None:
             options.exclusions = options.exclusions.without(key)
         state.drop(entry)
         runtime.let_go(key)
+        tables.note_all_changed()
 
 
 # ---- reset -----------------------------------------------------------------------------------------------------------
@@ -185,6 +187,9 @@ def reset(parts: Parts, variable: VariableLike | None, rows: ArrayLike | None) -
             entries = [entry]
         tables.raise_late(wait=True)
         starts = [start for entry in entries for start in _starts_of(parts, entry, ids)]
+        if runtime.chain is not None:
+            for entry in entries:
+                runtime.chain.note(entry, None)
         _cpu.copy_all([pair for start in starts for pair in start.on_host()], np.zeros((), np.int64))
         for start in starts:
             start.on_gpu()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastadam._core.common.types import AnyArray, AnyGradient, Foreign
+from fastadam._core.deferred.chain import Chain
 from fastadam._core.deferred.history import History
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buckets import Guess, OpenStep
@@ -79,6 +80,7 @@ class Runtime:
         self.zeroes = False  # it set its gradients to zero
         self._plans: BoundedCache[tuple[int, int], StepPlan] = BoundedCache()
         self.open: OpenStep | None = None  # the step that begin_step() has begun
+        self.chain: Chain | None = None  # of the files that the next delta follows
         self.guess = Guess()
         self.logs: dict[object, _cpu.StepLog] = {}
         self.contexts: dict[int, Foreign] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from fastadam._core import accumulation
 from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_clip, check_iterations, check_number
@@ -17,7 +19,7 @@ from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, buffers_of, key_of
 from fastadam._core.native.gpu import cuda_module
 from fastadam._core.native.plan import Plan, StepHyper
-from fastadam._core.native.slices import is_native_sparse, is_sparse
+from fastadam._core.native.slices import is_native_sparse, is_slices, is_sparse, native_gradient
 from fastadam._core.native.variable import Variable, unwrap
 from fastadam._core.options.options import CLIP_NAMES
 from fastadam._core.options.state_format import LOW
@@ -29,6 +31,7 @@ from fastadam.schedules import LearningRateSchedule
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, AnyGradient, AnyPair
+    from fastadam._core.deferred.chain import Chain
     from fastadam._core.state.entry import Entry
     from fastadam._core.state.slots import Prepared
 
@@ -126,6 +129,8 @@ class Stepper:
         runtime.use_plan(plan)
         if plan.plan.device >= 0:
             plan.plan.set_device_numbers(rate)
+        if runtime.chain is not None and options.sparse_update != "dense":
+            self._note_rows(runtime.chain, plan, gradients)
         if accumulates:
             require_finite = loss_scale is not None
             return accumulation.accumulate(self.parts, plan, gradients, scale, hyper, require_finite=require_finite)
@@ -150,6 +155,15 @@ class Stepper:
             tables.raise_late()  # the step has been waited for
         self._remember(plan, hyper, len(pairs), loss_scale)
         return is_finite
+
+    def _note_rows(self, chain: Chain, plan: StepPlan, gradients: list[AnyGradient]) -> None:
+        """Note for the next delta which rows the step will change of variables without a history."""
+        for place, buffer, history, gradient in zip(
+            plan.plan.positions, plan.plan.buffers, plan.histories, gradients, strict=True
+        ):
+            if history is None and buffer.device < 0:
+                native = native_gradient(gradient, buffer, f"grads[{place}]")
+                chain.note(self.state.slots.entry_of(buffer), np.asarray(native.indices) if is_slices(native) else None)
 
     def telemetry(self) -> Telemetry:
         """What the last step measured; raises RuntimeError if it has not."""
@@ -217,6 +231,7 @@ class Stepper:
             and not options.exclusions.patterns  # a variable may come with another name
             and not runtime.checks_exclusions
             and not runtime.has_gpus
+            and (runtime.chain is None or options.sparse_update == "dense")  # else rows are noted
             and len(plan.plan.buffers) == pairs
         )
         if runtime.repeats:

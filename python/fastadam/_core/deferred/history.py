@@ -5,12 +5,13 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.common.types import AnyArray, NativeHistory
+from fastadam._core.deferred.trail import Segment, Trail
 from fastadam._core.native.arrays import assign, native_of, to_host, untouched_zeros, zeros_beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import fingerprint_of
@@ -102,6 +103,7 @@ class History:
         self.calls: npt.NDArray[np.int64] | None = None
         self.is_read = False  # since the last step, some rows were brought up to date to be read
         self.swept = 0  # the row where the next sweep begins
+        self.trail: Trail | None = None  # of the steps since a file was saved that deltas follow
         self._table: _cpu.Buffer | None = None  # the table, if it is on a GPU
         self._on_gpu: object = None  # a copy of the rates there
         self._crossover: float | None = None
@@ -216,6 +218,8 @@ class History:
 
     def change_numbers(self, numbers: Numbers) -> None:
         """Use other numbers from here on; every row is up to date."""
+        if self.trail is not None:
+            self.trail.change_numbers(self.total, numbers)
         self.numbers = numbers
         self._crossover = self._plan = None
 
@@ -225,6 +229,53 @@ class History:
         swept = (self.swept + np.arange(-(-rows // max_staleness))) % max(rows, 1)
         self.swept = int(swept[-1] + 1) % rows if rows else 0
         return swept
+
+    # ---- files of what changed; on the host ------------------------------------------------------------------------
+
+    @property
+    def total(self) -> int:
+        """Steps that the history ever had."""
+        return self.dropped + self.steps
+
+    def begin_trail(self) -> None:
+        """Keep the rates of all steps from here on, for the next file."""
+        self.trail = Trail(self.total, self.numbers)
+
+    def segments(self, begin: int) -> list[Segment]:
+        """The steps from ``begin`` of all on."""
+        steps = self.steps
+        trail = self.trail or Trail(begin, self.numbers)
+        return trail.segments(begin, self.dropped, self.rates.alphas[:steps], self.rates.keeps[:steps])
+
+    def had(self, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """How many steps of all each of these rows has had at least."""
+        counts: npt.NDArray[np.int64] = np.maximum(self.rates.last[rows].astype(np.int64), self.rates.counts[2])
+        return counts + self.dropped
+
+    def changed_rows(self) -> npt.NDArray[np.int64]:
+        """The rows with the flag CHANGED."""
+        begins = range(0, self.shape[0], _MANY_ROWS)
+        found = [np.flatnonzero(self.flags[at : at + _MANY_ROWS] & CHANGED) + at for at in begins]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
+    def clear_changed(self) -> None:
+        """No row has changed since a file was saved; pages without the flag are not written."""
+        rows = self.changed_rows()
+        self.flags[rows] &= np.uint8(~CHANGED & 0xFF)
+
+    @classmethod
+    def of_segment(
+        cls, segment: Segment, shape: tuple[int, ...], *, exact: bool, had: npt.NDArray[np.int64]
+    ) -> History:
+        """A history of these steps, of which each row has had so many."""
+        steps = len(segment.alphas)
+        rates = Rates.zeros(had.astype(np.int32), str(segment.alphas.dtype), -(-steps // _PEAK_STEPS) * _PEAK_STEPS)
+        rates.alphas[:steps], rates.keeps[:steps] = segment.alphas, segment.keeps
+        rates.peaks[:] = np.abs(rates.alphas).reshape(-1, _PEAK_STEPS).max(axis=1)
+        leave_zeros = (segment.keeps == 1) & ~np.signbit(segment.alphas) & np.isfinite(segment.alphas)
+        rates.counts[:2] = steps, np.count_nonzero(~leave_zeros)
+        numbers: Any = segment.numbers
+        return cls(rates, Numbers(*numbers), shape, exact or str(segment.alphas.dtype) == "float64")
 
     # ---- steps that a GPU refused ----------------------------------------------------------------------------------
 
@@ -279,6 +330,8 @@ class History:
             first = steps // 2
             for rows in self._lagging(first):
                 catch_up(rows)
+        if self.trail is not None:
+            self.trail.keep(self.dropped, self.rates.alphas[:first], self.rates.keeps[:first])
         _cpu.drop_steps(self.native, first)
 
     def _least_had(self) -> int:
@@ -338,7 +391,7 @@ class History:
         return History(rates, self.numbers, self.shape, self.exact, fingerprint, self.flags.copy())
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"trail": None, **state})
         if "flags" not in state:  # a pickle of fastadam 0.1
             self.flags = untouched_zeros(self.shape[:1], np.uint8)
             self.rates = self.rates._replace(counts=np.array([*self.rates.counts[:3], *[0] * 5], np.int64)[:5])

@@ -149,7 +149,10 @@ class Tables:
         if not is_sparse(gradient) or not buffer.shape:
             return None
         doubt = Doubt.NONE if entry is None else entry.doubt
-        return History.of(buffer, numbers, self._options.sparse_update == "deferred", doubt)
+        history = History.of(buffer, numbers, self._options.sparse_update == "deferred", doubt)
+        if self._runtime.chain is not None:
+            history.begin_trail()
+        return history
 
     def before_step(self, plan: StepPlan, touches_rows: Sequence[bool], numbers: Numbers) -> None:
         """Bring up to date the tables whose rows cannot wait for this step, which has been found good.
@@ -232,8 +235,14 @@ class Tables:
             if entry.history is not None:
                 entry.history.confirm()
 
+    def note_all_changed(self) -> None:
+        """For the next delta: no gradient tells which rows have changed."""
+        if self._runtime.chain is not None:
+            self._runtime.chain.note_all()
+
     def forget_histories(self) -> None:
         """Every row is up to date and none will wait."""
+        self.note_all_changed()
         for entry in self._state.entries:
             entry.raise_doubt(Doubt.ONCE)
             entry.history = None

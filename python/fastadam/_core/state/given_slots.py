@@ -96,6 +96,17 @@ class GivenSlots:
             _check(found, array, chosen.dtype_of(buffer, name), buffer)
         return _Format(chosen, given)
 
+    def of_file(self, buffer: _cpu.Buffer, dtypes: Mapping[str, str]) -> Mapping[str, HostArray]:
+        """The arrays for slots of a variable that a file has, with these dtypes; raises as ``format_of`` does."""
+        given, label = self.by_key.get(key_of(buffer), {}), self._labels.get(key_of(buffer), "")
+        for name, array in given.items():
+            found = f"{label}[{name!r}]"
+            if name not in MOMENTS or name not in dtypes:
+                expected = ", ".join(repr(each) for each in MOMENTS if each in dtypes)
+                raise ValueError(f"{found}: not a slot that the file has for {buffer.label}, expected {expected}")
+            _check(found, array, dtypes[name], buffer)
+        return given
+
     def require_apart(self, others: Iterable[tuple[str, int, int]]) -> None:
         """Raise ValueError if a given array shares memory with another, or with (label, address, bytes) of others."""
         lying = [(address, nbytes, label, False) for label, address, nbytes in others]

@@ -166,6 +166,14 @@ class State:
         """Take over other slots, and with them what is known of their accumulators."""
         vars(self).update(slots=draft, _journal=Journal(cycle, cycle, self.calls, 0))
 
+    def accumulated_rows(self, entry: Entry, calls_per_step: int) -> npt.NDArray[np.int64] | None:
+        """The rows of a variable whose accumulated gradients wait for the next step; None for all, or any."""
+        none = np.zeros(0, np.int64)
+        if not self.is_accumulating(entry, calls_per_step):
+            return none
+        rows = self.cycle.rows.get(entry.place)
+        return None if rows is None else np.concatenate([none, *rows])
+
     def restart_accumulation(self, places: Iterable[int], calls_per_step: int, rows: Rows | None = None) -> None:
         """As if only these variables had had gradients since the last step; ``rows``: of the cycle, or None: as now."""
         known = self.cycle.rows if rows is None else rows

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastadam._core import resizing
 from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_integer, check_iterations, check_list
 from fastadam._core.common.strict import class_only
@@ -312,6 +313,106 @@ class Optimizer(Minimizer):
         """
         self.sync(var)
         yield unwrap(var)
+
+    # ---- variables that change -------------------------------------------------------------------------------------
+
+    def resize(
+        self,
+        old: VariableLike,
+        new: VariableLike,
+        rows: ArrayLike | None = None,
+        slots: Mapping[str, npt.NDArray[np.generic]] | None = None,
+    ) -> None:
+        """Let an array of another length take the place of a variable: rows keep their moments, new rows start fresh.
+
+        Values are not copied: ``new`` has them already, as from ``np.concatenate``. In a deferred mode rows that wait
+        for steps go on waiting in ``new``, which must have them as they are in the memory of ``old`` then; or call
+        :meth:`sync` before they are copied. Where ``max_staleness`` is set, all rows are brought up to date.
+
+        A fresh row has moments of zero, zeros in the slots of :meth:`add_slot`, and a moving average that starts at its
+        value. Its bias correction is that of the optimizer's next step, as for a row that has had no gradient so far.
+        In the middle of an accumulation cycle rows keep what they have accumulated. 8-bit moments are decoded and
+        rounded anew, which changes them only where blocks of 128 elements change. The place in ``weights``, an
+        exclusion from weight decay and, unless ``new`` has one, the name go to ``new``; ``old`` is forgotten.
+
+        Args:
+            old: A variable.
+            new: An array of the same dtype and shape but for its first axis, or a :class:`fastadam.Variable`. It may be
+                in other memory, overlap that of ``old``, or be ``old`` itself, with its rows in another order.
+            rows: For each row of ``new`` which row of ``old`` it was, or -1 if it is fresh; a row may come several
+                times, each with a copy of its moments. None: the first rows are where they were.
+            slots: Arrays for the moments of ``new``, memory maps for example, as :meth:`build` takes them. They are
+                overwritten. None: new memory, where only rows with moments are written.
+
+        Raises:
+            TypeError: ``rows`` are not integers; ``new`` is not an array of floats; a slot of another dtype.
+            ValueError: ``old`` is not a variable of this optimizer, or ``new`` is one; another dtype or shape; a number
+                in ``rows`` that is no row of ``old``; a row that waits for steps and is something else in ``new``; a
+                slot of another shape or layout, or in the memory of something else.
+            RuntimeError: Inside of ``with averages(...)`` or between ``begin_step`` and ``end_step``. A call that
+                raises has changed nothing.
+
+        >>> import numpy as np, fastadam
+        >>> table = np.ones((2, 1), np.float32)
+        >>> opt = fastadam.Adam(0.1, sparse_update="deferred")
+        >>> step = opt.apply_gradients([(fastadam.IndexedSlices([[0.5]], [1]), table)])
+        >>> longer = np.concatenate([table, np.zeros((2, 1), np.float32)])
+        >>> opt.resize(table, longer)
+        >>> opt.get_slot(longer, "m").round(3).ravel().tolist()
+        [0.0, 0.05000000074505806, 0.0, 0.0]
+        >>> kept = np.array([1, 0])
+        >>> shorter = longer[kept].copy()
+        >>> opt.resize(longer, shorter, rows=kept)
+        >>> opt.get_slot(shorter, "m").round(3).ravel().tolist()
+        [0.05000000074505806, 0.0]
+        """
+        resizing.resize(self._parts, old, new, rows, slots)
+
+    def forget(self, var: VariableLike) -> None:
+        """Drop what is kept for a variable, after its rows have been brought up to date, and release the memory.
+
+        A later gradient of it starts anew, with moments of zero. An exclusion from weight decay by ``var_list`` is
+        dropped, too: it keeps the array alive. In ``weights`` the variables that follow move up.
+
+        Raises:
+            ValueError: It is not a variable of this optimizer.
+            RuntimeError: Inside of ``with averages(...)`` or between ``begin_step`` and ``end_step``.
+
+        >>> import numpy as np, fastadam
+        >>> v, w = np.ones(2), np.ones(3)
+        >>> opt = fastadam.Adam(0.1)
+        >>> step = opt.apply_gradients([(np.ones(2), v), (np.ones(3), w)])
+        >>> opt.forget(v)
+        >>> [slot.shape for slot in opt.weights]
+        [(), (3,), (3,)]
+        """
+        resizing.forget(self._parts, var)
+
+    def reset(self, var: VariableLike | None = None, rows: ArrayLike | None = None) -> None:
+        """Set moments to zero in place, as before the first step: of a variable, of some of its rows, or of all.
+
+        Rows that wait for steps are brought up to date first. Moving averages start at the variable again, gradients
+        that were accumulated for the next step are dropped, and slots with names of your own stay as they are.
+        ``iterations`` stays, and with it the bias correction: set it to 0 to begin training anew.
+
+        Args:
+            var: A variable; None for all.
+            rows: Integers of any shape, for the rows of ``var``; None for all.
+
+        Raises:
+            TypeError: ``rows`` are not integers.
+            ValueError: It is not a variable of this optimizer; a row out of range; ``rows`` without ``var``.
+            RuntimeError: Inside of ``with averages(...)`` or between ``begin_step`` and ``end_step``.
+
+        >>> import numpy as np, fastadam
+        >>> w = np.ones((3, 1))
+        >>> opt = fastadam.Adam(0.1)
+        >>> step = opt.apply_gradients([(np.ones((3, 1)), w)])
+        >>> opt.reset(w, rows=[0, 2])
+        >>> opt.get_slot(w, "m").round(3).ravel().tolist()
+        [0.0, 0.1, 0.0]
+        """
+        resizing.reset(self._parts, var, rows)
 
     def _refresh(self, variable: VariableLike | None, ids: AnyArray | None) -> None:
         _, _, runtime, tables = self._parts

@@ -16,6 +16,7 @@ from fastadam._core.deferred.chain import Chain
 from fastadam._core.deferred.history import History
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buckets import Guess, OpenStep
+from fastadam._core.native.buffers import Key, key_of
 from fastadam._core.native.gpu import cuda_module
 from fastadam._core.native.plan import BoundedCache, Plan, StepHyper
 from fastadam._core.native.variable import unwrap
@@ -113,6 +114,15 @@ class Runtime:
         self.last = None
         self.repeats = False
         self._plans.clear()
+
+    def let_go(self, key: Key) -> None:
+        """Forget everything made of a variable that the optimizer is to forget, and of the places of others."""
+        self.clear_plans()
+        self.forget_closed()
+        self.logs.clear()
+        self.replacements.forget(key)
+        if self.measured is not None and key in map(key_of, self.measured.plan.buffers):
+            self.measured = None
 
     @property
     def plans(self) -> Iterator[StepPlan]:

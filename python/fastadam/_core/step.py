@@ -340,7 +340,9 @@ class Stepper:
         plan.check_numbers(hyper._replace(gradient_scale=scale))  # of accumulated gradients, which have another scale
         given = {i: unwrap(pairs[i][1]) for i in positions}
         new = {slot_key for slot_key, _ in prepared.created if not state.slots.knows(slot_key)}
-        runtime.replacements.look(given, buffers, new, [other.plan.buffers for other in runtime.plans])
+        kept = [entry.buffer for entry in state.entries if entry.buffer is not None]
+        plans = [other.plan.buffers for other in runtime.plans]
+        runtime.replacements.look(given, buffers, new, plans, [*kept, *options.exclusions.buffers])
         prepared.commit()  # slots are made once the whole step has been found good
         version = version._replace(slots=state.slots.version)
         made = StepPlan(plan, version, amsgrad, decays, histories, dense_only, bool(copies), averages)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -13,6 +16,7 @@ from fastadam._core.common.warning import warn
 from fastadam._core.deferred.history import Doubt, History, Numbers
 from fastadam._core.native.arrays import expect_random_rows
 from fastadam._core.native.backend import _cpu
+from fastadam._core.native.rows import RowMap
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, ParamState, States
 from fastadam.torch._layout import versions_of
@@ -81,6 +85,19 @@ class Table:
         """The optimizer has written to the parameter."""
         self._note()
         self.history.is_read = False
+
+    def replaced(self, param: Tensor, state: ParamState, row_map: RowMap) -> Table:
+        """The table of the parameter that replaces this one's; rows that wait go on waiting."""
+        twin = copy.copy(self)
+        twin.param, twin.state = param, state
+        twin.history = self.history.moved(_cpu.Buffer(param, self.label), row_map)
+        twin._note()
+        return twin
+
+    def note_reset(self, ids: npt.NDArray[np.int64] | None) -> None:
+        """The moments of these rows, or of all, which are up to date, have been set to zero."""
+        self.history.note_reset(ids)
+        self._note()
 
     def catch_up(self, ids: AnyArray = None) -> None:
         """Make the steps that rows have missed: the rows ``ids``, or all."""
@@ -170,6 +187,15 @@ class Tables:
     def of(self, param: Tensor | None) -> list[Table]:
         """The table of a parameter, if it is one; all tables for None."""
         return [table for key, table in self._tables.items() if param is None or key is param]
+
+    def find(self, param: Tensor) -> Table | None:
+        """The table of a parameter; None if it is not one."""
+        return self._tables.get(param)
+
+    def replace(self, param: Tensor, table: Table | None) -> None:
+        """Forget the table of a parameter, if it is one; ``table``: that of the parameter that replaces it."""
+        tables = {key: other for key, other in self._tables.items() if key is not param}
+        self._tables = tables if table is None else {**tables, table.param: table}
 
     def make(self, param: Tensor, state: ParamState, label: str, numbers: Numbers) -> Table:
         """The table of a parameter with this state; a new one becomes known by :meth:`keep`."""

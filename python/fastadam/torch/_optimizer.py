@@ -16,6 +16,7 @@ from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import Foreign
 from fastadam._core.native.slices import check_sparse_update
 from fastadam._core.native.worker import Handle
+from fastadam.torch import _resizing
 from fastadam.torch._buckets import BucketedStep
 from fastadam.torch._checks import (
     OfGroups,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT, StateDict
 
     from fastadam._core.common.telemetry import Telemetry
-    from fastadam._core.common.types import SparseUpdate
+    from fastadam._core.common.types import ArrayLike, SparseUpdate
     from fastadam.torch._checks import Group
     from fastadam.torch._formats import Master, Moments
 
@@ -623,6 +624,100 @@ class Adam(torch.optim.Optimizer):
         self._options.readers.append(reader)
         module.register_forward_pre_hook(reader.before_forward, with_kwargs=True)
         module.register_state_dict_pre_hook(reader.before_state_dict)
+
+    # ---- parameters that change ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def resize(self, old: Tensor, new: Tensor, rows: ArrayLike | None = None) -> None:
+        """Let a parameter of another length take the place of one: rows keep their moments, new rows start fresh.
+
+        ``new`` comes where ``old`` is in the groups, with its name and its step count, so that the bias correction of
+        fresh rows is that of the others. Their moments are zero, and their masters the values in ``new``. Values are
+        not copied: ``new`` has them already, as from ``torch.cat``. In a deferred mode rows that wait for steps go on
+        waiting in ``new``, which must have them as they are in the memory of ``old`` then; or call :meth:`sync` before
+        they are copied. 8-bit moments are decoded and rounded anew, which changes them only where blocks of 128
+        elements change.
+
+        A tensor of ``compute_params`` is replaced by a new one with the rounded values of ``new``: the model has to
+        take it from the group. A module that is attached stays so when it gets ``new`` as its weight. Nothing of
+        ``old`` is kept.
+
+        Args:
+            old: A parameter of this optimizer.
+            new: A leaf of the same dtype, device and shape but for its first axis. It may be ``old`` itself, with other
+                ``data``, if no row waits.
+            rows: For each row of ``new`` which row of ``old`` it was, or -1 if it is fresh; a row may come several
+                times. None: the first rows are where they were.
+
+        Raises:
+            TypeError: ``rows`` are not integers; tensors that are distributed.
+            ValueError: ``old`` is not a parameter of this optimizer, or ``new`` is one; another dtype, device or shape;
+                a number in ``rows`` that is no row of ``old``; a row that waits for steps and is something else in
+                ``new``.
+            RuntimeError: A step is open or captured in a CUDA graph, an overlap is attached, or ``old`` was written to
+                while rows waited. A call that raises has changed nothing.
+
+        >>> import importlib.util
+        >>> if importlib.util.find_spec("torch"):
+        ...     import torch, fastadam.torch
+        ...     words = torch.nn.Embedding(2, 3, sparse=True)
+        ...     opt = fastadam.torch.Adam(words.parameters(), sparse_update="deferred")
+        ...     words(torch.tensor([1])).sum().backward()
+        ...     opt.step()
+        ...     opt.sync()
+        ...     old = words.weight
+        ...     words.weight = torch.nn.Parameter(torch.cat([old.detach(), torch.zeros(2, 3)]))
+        ...     words.num_embeddings = 4
+        ...     opt.resize(old, words.weight)
+        ...     assert opt.state[words.weight]["exp_avg"].shape == (4, 3)
+        """
+        with self._stepper.lock:
+            _resizing.resize(self._held(), old, new, rows)
+
+    @torch.no_grad()
+    def forget(self, param: Tensor) -> None:
+        """Drop a parameter: it leaves the groups with its state, after its rows have been brought up to date.
+
+        Its group stays, perhaps empty. :meth:`add_param_group` takes it again, as a new one.
+
+        Raises:
+            ValueError: It is not a parameter of this optimizer.
+            RuntimeError: As for :meth:`resize`.
+        """
+        with self._stepper.lock:
+            _resizing.forget(self._held(), param)
+
+    @torch.no_grad()
+    def reset(self, param: Tensor | None = None, rows: ArrayLike | None = None) -> None:
+        """Set moments to zero in place, as before the first step: of a parameter, of some of its rows, or of all.
+
+        Rows that wait for steps are brought up to date first. Masters stay: they are values. Without ``rows`` step
+        counts become 0, too; with ``rows`` the parameter keeps its own, and with it the bias correction.
+
+        Args:
+            param: A parameter; None for all.
+            rows: Integers of any shape, for the rows of ``param``; None for all.
+
+        Raises:
+            TypeError: ``rows`` are not integers.
+            ValueError: It is not a parameter of this optimizer; a row out of range; ``rows`` without ``param``.
+            RuntimeError: As for :meth:`resize`.
+
+        >>> import importlib.util
+        >>> if importlib.util.find_spec("torch"):
+        ...     import torch, fastadam.torch
+        ...     weight = torch.nn.Parameter(torch.ones(3, 1))
+        ...     opt = fastadam.torch.Adam([weight])
+        ...     weight.sum().backward()
+        ...     opt.step()
+        ...     opt.reset(weight, rows=[0, 2])
+        ...     assert (opt.state[weight]["exp_avg"] != 0).ravel().tolist() == [False, True, False]
+        """
+        with self._stepper.lock:
+            _resizing.reset(self._held(), param, rows)
+
+    def _held(self) -> _resizing.Held:
+        return _resizing.Held(self._stepper, self._options, self.param_groups, self.state)
 
     # ---- state -----------------------------------------------------------------------------------------------------
 

@@ -332,6 +332,13 @@ class GroupStepper:
         for table in self.tables.of(param):
             table.catch_up(rows)
 
+    def let_go(self) -> None:
+        """Forget everything made of parameters and states, some of which have been replaced or have left."""
+        self.partitions.clear()
+        self.compiled.sets.clear()
+        self.logs.clear()
+        self._last, self._measured, self._repeated, self.open = [], None, None, None
+
     def telemetry(self, groups: list[Group], state: States) -> Telemetry:
         """What the last step measured; raises RuntimeError if there is nothing."""
         if not self._options.telemetry:

@@ -16,6 +16,7 @@ from fastadam._core.native.arrays import assign, native_of, to_host, untouched_z
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import fingerprint_of
 from fastadam._core.native.plan import Plan, StepHyper
+from fastadam._core.native.rows import RowMap
 from fastadam._core.native.slices import IndexedSlices
 
 __all__ = ["CHANGED", "MOVES", "Doubt", "History", "Numbers", "Rates", "crossover"]
@@ -166,11 +167,11 @@ class History:
         return leaves and self._table is None and self.numbers.ema_momentum is None
 
     def behind(self, rows: npt.NDArray[np.integer] | slice = slice(None), steps: int | None = None) -> AnyArray:
-        """For each of these rows whether it waits for one of the first so many steps; of a table on the host.
+        """For each of these rows whether it waits for one of the first so many steps.
 
         A row that all steps leave as it is never waits.
         """
-        had = np.maximum(self.rates.last[rows], self.rates.counts[2])
+        had = np.maximum(to_host(self.rates.last)[rows], self.rates.counts[2])
         waits = had < (self.steps if steps is None else steps)
         return waits & ((self.flags[rows] & MOVES) != 0) if self.leaves_rows else waits
 
@@ -397,6 +398,37 @@ class History:
             self.flags = untouched_zeros(self.shape[:1], np.uint8)
             self.rates = self.rates._replace(counts=np.array([*self.rates.counts[:3], *[0] * 5], np.int64)[:5])
             self.raise_doubt(Doubt.ONCE)
+
+    # ---- rows that change ------------------------------------------------------------------------------------------
+
+    def moved(self, buffer: _cpu.Buffer, row_map: RowMap) -> History:
+        """For the array that replaces the table: rows that wait go on waiting, and fresh rows wait for nothing."""
+        last = untouched_zeros(buffer.shape[:1], np.int32)
+        if self.waits:
+            last[...] = self.steps
+            last[row_map.kept] = to_host(self.rates.last)[row_map.sources[row_map.kept]]
+        flags = untouched_zeros(buffer.shape[:1], np.uint8)
+        row_map.move(self.flags, flags)
+        rates = self.rates.copy(last)
+        rates.counts[3] = min(int(rates.counts[3]), Doubt.ONCE)  # nobody has the new arrays
+        twin = History(rates, self.numbers, buffer.shape, self.exact, flags=flags).placed(buffer)
+        twin.is_read = self.is_read
+        if self.calls is not None:
+            twin.calls = self.calls.copy()
+        return twin
+
+    def moving_rows(self) -> npt.NDArray[np.int64] | None:
+        """The rows that may have moments; None if any may."""
+        if self._table is not None or self.rates.counts[3] != Doubt.NONE:
+            return None
+        return np.flatnonzero(self.flags & MOVES)
+
+    def note_reset(self, ids: npt.NDArray[np.integer] | None) -> None:
+        """The moments of these rows, or of all, which are up to date, have become zero."""
+        rows = self.moving_rows() if ids is None else ids
+        self.flags[slice(None) if rows is None else rows] = CHANGED
+        if ids is None and self.rates.counts[3] == Doubt.ONCE:
+            self.rates.counts[3] = Doubt.NONE
 
     def fits(self, buffer: _cpu.Buffer) -> bool:
         """Whether this is the table, as it was, that the copied history belongs to."""

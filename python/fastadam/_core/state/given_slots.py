@@ -68,6 +68,15 @@ class GivenSlots:
             self.by_key[key_of(buffer)] = dict(item)
             self._labels[key_of(buffer)] = f"slots[{i}]"
 
+    @classmethod
+    def of_one(cls, slots: object, buffer: _cpu.Buffer, state_format: StateFormat) -> GivenSlots:
+        """The slots of one variable, which are not in a list."""
+        if not isinstance(slots, Mapping):
+            raise TypeError(f"slots: {type(slots).__name__}, expected a dict of arrays or None")
+        given = cls([slots], [buffer], state_format)
+        given._labels = dict.fromkeys(given._labels, "slots")
+        return given
+
     def format_of(self, buffer: _cpu.Buffer, slots: Mapping[str, AnyArray]) -> _Format:
         """The format of a variable that has these slots already.
 

@@ -13,6 +13,7 @@ from fastadam._core.common.checks import check_iterations, check_list
 from fastadam._core.deferred.history import Doubt
 from fastadam._core.native.arrays import assign, on_gpu, to_host
 from fastadam._core.native.backend import _cpu
+from fastadam._core.native.rows import RowMap
 from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.options.state_format import LOW, SCALES
 from fastadam._core.state.entry import Entry
@@ -41,6 +42,19 @@ class Cycle(NamedTuple):
     def of(self, step: int) -> frozenset[int]:
         """The variables, if it is for this step."""
         return self.places if self.step == step else frozenset()
+
+    def moved(self, place: int, row_map: RowMap) -> Cycle:
+        """After the rows of a variable have got other places."""
+        if place not in self.rows:
+            return self
+        rows = np.concatenate([np.zeros(0, np.int64), *self.rows[place]])
+        return self._replace(rows={**self.rows, place: (np.flatnonzero(np.isin(row_map.sources, rows)),)})
+
+    def without(self, place: int) -> Cycle:
+        """After a variable was dropped; those after it have moved up."""
+        places = frozenset([other - (other > place) for other in self.places if other != place])
+        rows = {other - (other > place): known for other, known in self.rows.items() if other != place}
+        return Cycle(self.step, places, rows)
 
 
 NO_CYCLE = Cycle(-1, frozenset())
@@ -141,6 +155,16 @@ class State:
     def is_accumulating(self, entry: Entry, calls_per_step: int) -> bool:
         """Whether the accumulator of a variable holds gradients for the next step."""
         return calls_per_step > 1 and entry.place in self.cycle.of(int(self.calls) // calls_per_step)
+
+    def drop(self, entry: Entry) -> None:
+        """Drop a known variable and its slots, at once: no signal handler runs in between."""
+        draft = self.slots.draft()
+        draft.remove(entry)
+        self.take(draft, self.cycle.without(entry.place))
+
+    def take(self, draft: SlotStore, cycle: Cycle) -> None:
+        """Take over other slots, and with them what is known of their accumulators."""
+        vars(self).update(slots=draft, _journal=Journal(cycle, cycle, self.calls, 0))
 
     def accumulated_rows(self, entry: Entry, calls_per_step: int) -> npt.NDArray[np.int64] | None:
         """The rows of a variable whose accumulated gradients wait for the next step; None for all, or any."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from fastadam._core.deferred.history import Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buckets import Guess
 from fastadam._core.native.plan import StepHyper
+from fastadam.torch._attached import inside
 from fastadam.torch._checks import Group, States, firsts_of
 from fastadam.torch._clipping import clip_jointly, is_sharded
 from fastadam.torch._compiled import CompiledSteps
@@ -83,7 +85,7 @@ class GroupStepper:
     def __init__(self, options: Options, previous: GroupStepper | None = None) -> None:
         if previous is None:
             self.compiled = CompiledSteps()
-            self.tables = Tables(options.sparse_update, options.readers)
+            self.tables = Tables(options.sparse_update)
         else:
             self.compiled = previous.compiled
             self.tables = previous.tables.renewed()
@@ -102,6 +104,15 @@ class GroupStepper:
     def lock(self) -> threading.RLock:
         """Of all steps, compiled or not; another one after a fork."""
         return self.compiled.lock
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this thread holds the lock."""
+        return bool(self.lock._is_owned())  # type: ignore[attr-defined]
+
+    def _inside(self) -> AbstractContextManager[object]:
+        """In which the optimizer reads parameters without being called by the attached ones."""
+        return inside() if self._options.attached else nullcontext()
 
     def step(self, groups: list[Group], state: States, grad_scale: Number, found_inf: Number) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing.
@@ -136,7 +147,7 @@ class GroupStepper:
                 self.compiled.skipped = not made
                 return
             self._repeated = None
-        with torch.no_grad():
+        with torch.no_grad(), self._inside():
             is_finite = self._step_anew(groups, state, scaled)
         self.compiled.skipped = scaled if is_finite else True
 
@@ -301,10 +312,11 @@ class GroupStepper:
 
     def catch_up(self, state: States, param: Tensor | None, rows: AnyArray = None) -> None:
         """Bring rows of a table up to date, or all rows; for None of all tables."""
-        self.calls.finish(state)
-        self.tables.note_states(state)
-        for table in self.tables.of(param):
-            table.catch_up(rows)
+        with self._inside():
+            self.calls.finish(state)
+            self.tables.note_states(state)
+            for table in self.tables.of(param):
+                table.catch_up(rows)
 
     def telemetry(self, groups: list[Group], state: States) -> Telemetry:
         """What the last step measured; raises RuntimeError if there is nothing."""

@@ -17,10 +17,12 @@ torch = pytest.importorskip("torch")
 import fastadam  # noqa: E402
 import fastadam.torch  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
-import torch.nn.utils.prune  # noqa: E402
 from torch.distributed.checkpoint.state_dict import get_model_state_dict  # noqa: E402
 from torch.nn import functional  # noqa: E402
+from torch.nn.utils import parametrize, prune  # noqa: E402
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torch_twins import in_memory  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("rows_wait")
 ROWS, WIDTH = 200, 3
@@ -56,12 +58,6 @@ class Training:
     def requires_waiting(self):
         assert not np.array_equal(in_memory(self.module.weight), self.expected)
         return self
-
-
-def in_memory(weight):
-    """The values as they are, rows that wait included."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return weight.detach().numpy().copy()
 
 
 def is_same(found, expected):
@@ -121,12 +117,12 @@ def averaged_at_once(module):
 
 
 def parametrized(module):
-    torch.nn.utils.parametrize.register_parametrization(module, "weight", torch.nn.Identity())
+    parametrize.register_parametrization(module, "weight", torch.nn.Identity())
     return module.weight
 
 
 def pruned(module):
-    torch.nn.utils.prune.identity(module, "weight")
+    prune.identity(module, "weight")
     return module.weight
 
 
@@ -186,6 +182,23 @@ READS = {  # of a module, for which some functions need a folder
     "out": lambda m, _: torch.mul(m.weight.detach(), 1.0, out=torch.empty(ROWS, WIDTH)),
     "functional_call": lambda m, _: torch.func.functional_call(m, dict(m.named_parameters()), (ALL,)),
     "stateless": lambda m, _: torch.nn.utils.stateless._functional_call(m, dict(m.named_parameters()), (ALL,)),
+    "grad of another": lambda m, _: torch.func.grad_and_value(
+        lambda x: ((x @ m.weight.T).sum(), x @ m.weight.T), has_aux=True
+    )(torch.eye(WIDTH))[1][1].T,
+    "grad with a lookup": lambda m, _: torch.func.grad_and_value(
+        lambda x: ((m(ALL) * x).sum(), m(ALL)), has_aux=True
+    )(torch.ones(1))[1][1],
+    "jvp": lambda m, _: torch.func.jvp(lambda x: m.weight.T @ x, (torch.eye(ROWS),), (torch.eye(ROWS),))[0].T,
+    "jacrev": lambda m, _: torch.func.jacrev(lambda x: m.weight @ x)(torch.ones(WIDTH)),
+    "functionalize": lambda m, _: torch.func.functionalize(m)(ALL),
+    "counted": lambda m, _: _counted(m),
+    "inference_mode": lambda m, _: torch.inference_mode()(m)(ALL).clone(),
+    "checkpoint": lambda m, _: torch.utils.checkpoint.checkpoint(m, ALL, use_reentrant=False),
+    "export": lambda m, _: torch.export.export(m, (ALL,)).module()(ALL),
+    "state of an exported program": lambda m, _: torch.export.export(m, (ALL,)).state_dict["weight"],
+    "storage": lambda m, _: torch.empty(0).set_(m.weight.untyped_storage()).view(ROWS, WIDTH),
+    "set_": lambda m, _: torch.empty(0).set_(m.weight.detach()),
+    "as_subclass": lambda m, _: m.weight.as_subclass(torch.Tensor),
     "vmap": lambda m, _: torch.func.vmap(m)(ALL),
     "vmap of vmap": lambda m, _: torch.func.vmap(torch.func.vmap(m))(ALL.view(-1, 2)).view(ROWS, WIDTH),
     "vmap in another axis": lambda m, _: torch.func.vmap(m, in_dims=1, out_dims=1)(ALL.view(-1, 2)).view(ROWS, WIDTH),
@@ -200,6 +213,11 @@ READS = {  # of a module, for which some functions need a folder
 }  # fmt: skip
 
 
+def _counted(module):
+    with FlopCounterMode(display=False):
+        return functional.linear(torch.eye(WIDTH), module.weight).T
+
+
 def _printed(weight):
     torch.set_printoptions(threshold=10**6, precision=12)
     try:
@@ -212,6 +230,7 @@ def _printed(weight):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")  # of dcp
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of jvp
 @pytest.mark.parametrize("read", READS)
 def test_every_row_that_is_read_is_up_to_date(read, tmp_path):
     training = Training().train(range(12)).requires_waiting()

@@ -7,9 +7,11 @@ first: those that an embedding looks up, and all of them for a function that is 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -38,7 +40,11 @@ class Owner:
 
     def prepare(self, rows: AnyArray | None = None) -> None:
         """Bring rows up to date that are about to be read, or all."""
-        self._read(self.param, rows)
+        if rows is None and _is_transformed():
+            with torch.no_grad(), inside():
+                torch.ops.fastadam.prepare_all(self.param, self.number)
+        else:
+            self._read(self.param, rows)
 
 
 _known: weakref.WeakValueDictionary[int, Owner] = weakref.WeakValueDictionary()
@@ -91,9 +97,10 @@ class AttachedParameter(torch.nn.Parameter):
             memo[id(self)] = copy.deepcopy(_plain(self), memo)
         return memo[id(self)]
 
-    def __reduce_ex__(self, protocol: object) -> object:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """Pickled like a copy."""
-        return _plain(self).__reduce_ex__(protocol)
+        pickled: tuple[Any, ...] = _plain(self).__reduce_ex__(protocol)
+        return pickled
 
     def __repr__(self) -> str:
         return repr(_plain(self))
@@ -181,20 +188,24 @@ def _prepare_all(values: Iterable[object]) -> None:
 
 def _looked_up(ids: object, owner: Owner) -> object:
     """The ids of a lookup, whose rows are up to date once they are known."""
-    try:
-        rows = check_rows(owner.param, ids)
-    except (TypeError, ValueError, NotImplementedError):  # PyTorch refuses them, too; or they have no values
-        return ids
-    except RuntimeError:  # inside of torch.func.vmap
+    if _is_transformed() and isinstance(ids, Tensor):
         with inside():
             return torch.ops.fastadam.prepare(ids, owner.number)
-    owner.prepare(rows)
+    with contextlib.suppress(TypeError, ValueError, NotImplementedError):  # of ids that PyTorch refuses, too
+        owner.prepare(check_rows(owner.param, ids))
     return ids
 
 
-# What graphs and torch.func.vmap call. It returns a copy of the ids, so that the lookup comes after it.
+def _is_transformed() -> bool:
+    """Whether functions are transformed or traced, so that only operators find the memory of tensors."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
+
+
+# Operators that bring rows up to date, for graphs and transformations. A lookup reads the ids that `prepare` returns,
+# so that it comes later.
 _library = torch.library.Library("fastadam", "FRAGMENT")
 _library.define("prepare(Tensor ids, int owner) -> Tensor")
+_library.define("prepare_all(Tensor weight, int owner) -> Tensor")
 
 
 def _prepare(ids: Tensor, number: int) -> Tensor:
@@ -204,12 +215,21 @@ def _prepare(ids: Tensor, number: int) -> Tensor:
     return ids.clone()
 
 
+def _prepare_weight(weight: Tensor, number: int) -> Tensor:
+    owner = _known.get(number)
+    if owner is not None:
+        owner.prepare()
+    return weight.new_empty(0)
+
+
 def _prepare_batch(_: object, dims: tuple[int | None, ...], ids: Tensor, number: int) -> tuple[Tensor, int | None]:
     """The rows are the same in whatever batch their ids come."""
     return torch.ops.fastadam.prepare(ids, number), dims[0]
 
 
 _library.impl("prepare", _prepare, "CPU")
+_library.impl("prepare_all", _prepare_weight, "CPU")
 torch.library.register_fake("fastadam::prepare", lambda ids, _: torch.empty_like(ids), lib=_library)
+torch.library.register_fake("fastadam::prepare_all", lambda weight, _: weight.new_empty(0), lib=_library)
 if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5
     torch.library.register_vmap("fastadam::prepare", _prepare_batch, lib=_library)

@@ -570,8 +570,9 @@ class Adam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def sync(self, param: Tensor | None = None) -> None:
-        """Bring every row of a parameter, or of all, up to date. In a deferred mode call it before reading or writing.
+        """Bring every row of a parameter, or of all, up to date.
 
+        In a deferred mode call it before a parameter is read or written that is not the weight of an attached module.
         The next call notices writes to parameters and moments, except through ``.data`` and ``.numpy()``. After a write
         that it refuses, ``del optimizer.state[parameter]`` begins anew, without the steps that rows wait for.
 
@@ -608,9 +609,11 @@ class Adam(torch.optim.Optimizer):
         optimizer, unless the optimizer is copied or pickled with it. ``torch.compile`` keeps lookups in the graph and
         breaks it where all rows are read.
 
-        Call :meth:`sync` before memory is read without PyTorch's functions: through a NumPy array or a DLPack capsule
-        that was made before the last step, in TorchScript, or by ``torch.func.grad`` and its like with respect to the
-        weight itself. Attach the module again when it has got another weight.
+        A few functions of C++ do not say that they read a tensor: call :meth:`sync` before ``torch.tensor(weight)``,
+        ``torch.asarray(weight, ...)``, ``torch.as_tensor`` with another dtype, ``torch.utils.dlpack.to_dlpack``,
+        ``torch.nested.nested_tensor``, TorchScript, and ``torch.func.grad`` or ``functionalize`` of a function of the
+        weight itself. NumPy arrays and DLPack capsules share the memory: those made before a step show rows that wait,
+        and writes through them are not noticed. Attach the module again when it has got another weight.
 
         Raises:
             TypeError: Another kind of module; or, in a deferred mode, a weight of another subclass of ``Parameter``.

@@ -8,6 +8,7 @@ import functools
 import io
 import multiprocessing.reduction
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -444,6 +445,35 @@ def test_lookups_through_other_functions_train_to_the_bit():
         training = Training()
         training.train(range(12), look_up(training.module))
         assert is_same(training.module.weight.detach(), training.expected)
+
+
+def in_buckets(optimizer, weight, early):
+    optimizer.begin_step(early=early)
+    optimizer.step_bucket([weight]).result()
+    optimizer.end_step()
+
+
+def overlapped(optimizer):
+    fastadam.torch.overlap(optimizer).attach()
+    return optimizer.step
+
+
+STEPS = {
+    "in buckets": lambda o, w: lambda: in_buckets(o, w, early=False),
+    "in early buckets": lambda o, w: lambda: in_buckets(o, w, early=True),
+    "overlapped": lambda o, w: overlapped(o),
+    "with a closure": lambda o, w: lambda: o.step(lambda: functional.embedding(torch.tensor([150]), w).sum()),
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_every_kind_of_step_reads_the_weight_as_it_is(kind):
+    training = Training()
+    optimizer = training.optimizer
+    step = STEPS[kind](optimizer, training.module.weight)
+    training.optimizer = SimpleNamespace(step=step, zero_grad=optimizer.zero_grad)
+    training.train(range(12)).requires_waiting()
+    assert is_same(training.module.weight.detach(), training.expected)
 
 
 def test_only_the_rows_that_are_looked_up_are_brought_up_to_date():

@@ -14,6 +14,7 @@ from fastadam._core.deferred.history import Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buckets import Guess
 from fastadam._core.native.plan import StepHyper
+from fastadam._core.native.worker import is_worker
 from fastadam.torch._attached import inside
 from fastadam.torch._checks import Group, States, firsts_of
 from fastadam.torch._clipping import clip_jointly, is_sharded
@@ -107,8 +108,8 @@ class GroupStepper:
 
     @property
     def is_busy(self) -> bool:
-        """Whether this thread holds the lock."""
-        return bool(self.lock._is_owned())  # type: ignore[attr-defined]
+        """Whether this thread holds the lock, or works for one that does."""
+        return is_worker() or bool(self.lock._is_owned())  # type: ignore[attr-defined]
 
     def _inside(self) -> AbstractContextManager[object]:
         """In which the optimizer reads parameters without being called by the attached ones."""

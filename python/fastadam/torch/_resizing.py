@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.autograd.graph import increment_version
 from fastadam._core.native.arrays import untouched_zeros
 from fastadam._core.native.rows import RowMap, chunks_of
 from fastadam._core.native.slices import check_ids
+from fastadam.torch._attached import attach_to, release
 from fastadam.torch._checks import Group, ParamState, States
 from fastadam.torch._conversion import Key, decoded, encoded
 from fastadam.torch._layout import is_lazy_view
@@ -20,7 +22,7 @@ from fastadam.torch._step import GroupStepper
 from fastadam.torch._stored import MASTER, SCALES, SLOTS
 
 if TYPE_CHECKING:
-    from fastadam._core.common.types import ArrayLike
+    from fastadam._core.common.types import AnyArray, ArrayLike
     from fastadam.torch._deferred import Table
     from fastadam.torch._options import Options
 
@@ -37,6 +39,7 @@ class Held(NamedTuple):
     options: Options
     groups: list[Group]
     states: States
+    read: Callable[[Tensor, AnyArray | None], None]  # before rows of an attached parameter are read
 
 
 class Place(NamedTuple):
@@ -49,7 +52,7 @@ class Place(NamedTuple):
 def resize(held: Held, old: Tensor, new: Tensor, rows: ArrayLike | None) -> None:
     """See ``Adam.resize``; call it under the lock."""
     places = _places_of(held, old, "resize", "old")
-    stepper, options, groups, states = held
+    stepper, options, groups, states, _ = held
     _check_new(old, new, groups)
     state, table = states.get(old) or {}, stepper.tables.find(old)
     length = len(state[SLOTS["m"]]) if old is new and SLOTS["m"] in state else len(old) if old.ndim else 1
@@ -70,16 +73,16 @@ def resize(held: Held, old: Tensor, new: Tensor, rows: ArrayLike | None) -> None
         group["params"][place.place] = new
     if old is not new:
         states.pop(old, None)
-    for reader in options.readers:
-        if reader.weight == id(old):
-            reader.weight = id(new)
+    if old is not new and release(old, options.attached) and isinstance(new, torch.nn.Parameter):
+        attach_to(new, held.read)
+        options.attached.append(new)
     stepper.let_go()
 
 
 def forget(held: Held, param: Tensor) -> None:
     """See ``Adam.forget``; call it under the lock."""
     places = _places_of(held, param, "forget", "param")
-    stepper, options, groups, states = held
+    stepper, options, groups, states, _ = held
     stepper.catch_up(states, param)
     stepper.tables.replace(param, None)
     for place in reversed(places):
@@ -88,16 +91,13 @@ def forget(held: Held, param: Tensor) -> None:
             if group.get(name) is not None:
                 del group[name][place.place]
     states.pop(param, None)
-    for reader in options.readers[:]:
-        if reader.weight == id(param):
-            reader.optimizer = None
-            options.readers.remove(reader)
+    release(param, options.attached)
     stepper.let_go()
 
 
 def reset(held: Held, param: Tensor | None, rows: ArrayLike | None) -> None:
     """See ``Adam.reset``; call it under the lock."""
-    stepper, _, groups, states = held
+    stepper, _, groups, states, _ = held
     if param is None:
         if rows is not None:
             raise ValueError("rows: given without param, expected the parameter that they are rows of")
@@ -119,7 +119,7 @@ def reset(held: Held, param: Tensor | None, rows: ArrayLike | None) -> None:
 
 
 def _require_between_steps(held: Held, call: str) -> None:
-    stepper, _, _, states = held
+    stepper, states = held.stepper, held.states
     stepper.require_closed(call)
     if stepper.overlap is not None:
         raise RuntimeError(f"{call}: an overlap() of this optimizer is attached, expected its detach() first")

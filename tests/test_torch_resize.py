@@ -11,8 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fastadam.torch  # noqa: E402
-from fastadam.torch._attached import AttachedParameter, inside  # noqa: E402
 import numpy as np  # noqa: E402
+from fastadam.torch._attached import AttachedParameter, inside  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 

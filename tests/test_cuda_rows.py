@@ -234,3 +234,31 @@ def test_any_program_of_steps_and_reads(fake_extension, mode, program):
             else:
                 tables.step(action)
         tables.check()
+
+
+@pytest.mark.parametrize(("name", "value"), [("use_ema", True), ("gradient_accumulation_steps", 2)])
+@pytest.mark.parametrize("mode", ["lazy", "deferred", "deferred_fast"])
+def test_options_whose_steps_of_rows_only_the_host_makes_are_refused(gpu, mode, name, value):
+    table = gpu.array(np.ones((40, 5), F32))
+    slices = fastadam.IndexedSlices(gpu.array(np.ones((1, 5), F32)), gpu.array(np.array([1])))
+    optimizer = fastadam.Adam(sparse_update=mode, **{name: value})
+    message = f"a sparse gradient on a GPU with {name} and sparse_update='{mode}', expected sparse_update='dense'"
+    with pytest.raises(ValueError, match=message):
+        optimizer.apply_gradients([(slices, table)])
+    assert len(optimizer.weights) == 1
+    optimizer.apply_gradients([(gpu.array(np.ones((40, 5), F32)), table)])
+    with pytest.raises(ValueError, match=message):
+        optimizer.apply_gradients([(slices, table)])
+    assert optimizer.iterations <= 1
+
+
+def test_repeated_gradients_are_summed_unless_all_are_sparse(gpu):
+    tables = Tables(gpu, "dense", sum_repeated=True)
+    values, ids, dense = tables.values(4), np.array([3, 1, 3, 7]), tables.values(40)
+    tables.host.apply_gradients([(fastadam.IndexedSlices(values, ids), tables.table), (dense, tables.table)])
+    slices = fastadam.IndexedSlices(gpu.array(values), gpu.array(ids))
+    tables.device.apply_gradients([(slices, tables.twin), (gpu.array(dense), tables.twin)])
+    tables.check()
+    with pytest.raises(ValueError, match=r"grads\[1\]: sparse, for vars\[0\] on a GPU, which comes twice"):
+        tables.device.apply_gradients([(slices, tables.twin), (slices, tables.twin)])
+    tables.check()

@@ -111,7 +111,8 @@ def test_other_classes_are_called_with_the_step(module, name):
     seen = []
     schedule = schedule_of(module, name, lambda step: seen.append(step) or np.array([0.5, 0.25][step]), {"a": 1})
     optimizer = fastadam.Adam(schedule, beta_1=0.0, beta_2=0.0)
-    np.testing.assert_allclose([step_of(optimizer, np.zeros(W, F32)) for _ in range(2)], [0.5, 0.25], rtol=1e-5)
+    w = np.zeros(W, F32)
+    np.testing.assert_allclose([step_of(optimizer, w) for _ in range(2)], [0.5, 0.25], rtol=1e-5)
     assert seen == [0, 1]
     assert optimizer.get_config()["learning_rate"] == {"class_name": name, "config": {"a": 1}}
 

@@ -71,7 +71,7 @@ HOSTILE = {
     "digits": lambda h: '{"version": ' + "9" * 10_000 + "}",
     "nan": lambda h: '{"version": NaN}',
     "empty": lambda h: "{}",
-    "newer": lambda h: h.update(version=3),
+    "newer": lambda h: h.update(version=4),
     "true": lambda h: h.update(version=True),
     "no config": lambda h: h.pop("config"),
     "config list": lambda h: h.update(config=[]),

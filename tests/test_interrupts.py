@@ -260,6 +260,30 @@ def test_a_call_that_accumulates(calls, way):
     check_all_places(way, make, lambda o, v: o.apply_gradients([(np.full_like(w, 0.5), w) for w in v[:2]]), go_on)
 
 
+@pytest.mark.usefixtures("rows_wait")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a generator that is closed
+@pytest.mark.parametrize("mode", ["deferred", "lazy"])
+@pytest.mark.parametrize("calls", [2, 3])
+@either_way
+def test_a_call_that_accumulates_rows(calls, mode, way):
+    def give(optimizer, variables, *ids):
+        slices = fastadam.IndexedSlices(np.full((len(ids), 2), 0.5, np.float32), np.array(ids))
+        optimizer.apply_gradients([(slices, variables[0])])
+
+    def make():
+        variables = ones((400, 2))
+        optimizer = fastadam.Adam(0.1, gradient_accumulation_steps=3, use_ema=True, sparse_update=mode)
+        for call in range(3 + calls):
+            give(optimizer, variables, call, 9)
+        return optimizer, variables
+
+    def go_on(optimizer, variables):
+        while int(optimizer.weights[0]) < 9:
+            give(optimizer, variables, 7)
+
+    check_all_places(way, make, lambda o, v: give(o, v, 3, 20), go_on)
+
+
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"use_ema": True}, {"clipnorm": 1.0}], ids=str)
 @either_way
 def test_a_step(options, way):

@@ -59,19 +59,59 @@ def every_second_step(optimizer):
         step_by_half(optimizer, w)
 
 
-def one_optimizer_for_many_models(optimizer):
-    for _ in range(5):
-        another_model_once(optimizer)
+def one_optimizer_for_two_models(optimizer):
+    for _ in range(2):
+        model = [ones(3), ones(2)]
+        for _ in range(3):
+            step_by_half(optimizer, *model)
 
 
-@pytest.mark.parametrize("use", [layer_by_layer, every_second_step, one_optimizer_for_many_models])
+def new_lengths(optimizer):
+    for n in range(1, 7):
+        step_by_half(optimizer, ones(n))
+
+
+@pytest.mark.parametrize("use", [layer_by_layer, every_second_step, one_optimizer_for_two_models, new_lengths])
 def test_other_loops_that_leave_arrays_behind_are_warned_of(use):
     warned(lambda: use(fastadam.Adam(0.1)), "new array.*in place.*a new optimizer for a new model")
 
 
-def test_the_fourth_array_is_warned_of_if_the_one_before_is_kept_for_comparison():
+GROWN = {
+    "grown": lambda w: np.concatenate([w, np.zeros((2, 2), F32)]),
+    "doubled": lambda w: np.concatenate([w, w]),
+    "shrunk": lambda w: w[:2].copy(),
+    "copied": lambda w: w.copy(),
+    "in the other order": lambda w: np.asfortranarray(np.concatenate([w, w])),
+    "stacked": lambda w: np.vstack([w, np.ones((1, 2), F32)]),
+}
+
+
+@pytest.mark.parametrize("is_built", [False, True])
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("kind", GROWN)
+def test_a_table_that_becomes_another_array_is_warned_of_and_the_warning_names_resize(kind, is_kept, is_built):
+    optimizer, table = fastadam.Adam(0.1), np.arange(8, dtype=F32).reshape(4, 2)
+    if is_built:
+        optimizer.build([table])
+    step_by_half(optimizer, table)
+    optimizer.apply_gradients([(fastadam.IndexedSlices(ones(1, 2), [1]), table)])
+    new = GROWN[kind](table)
+    kept = table if is_kept else None
+    del table
+    text = warned(lambda: step_by_half(optimizer, new), r"starts with moments of zero.*opt\.resize\(old, new\)")
+    assert text.startswith(
+        f"grads_and_vars[0]: a new array of shape {new.shape}, while the optimizer has updated one of"
+    )
+    assert ("that is gone" in text) == (not is_kept)
+    assert ("with these values" in text) == is_kept
+    del kept
+    again = np.concatenate([new, new])
+    step_by_half(optimizer, again)  # once
+
+
+def test_the_third_array_is_warned_of_if_the_one_before_is_kept_for_comparison():
     optimizer, w = fastadam.Adam(0.1), ones(3)
-    for _ in range(3):
+    for _ in range(2):
         before, w = w, w * F32(0.9)
         step_by_half(optimizer, w)
     before, w = w, w * F32(0.9)
@@ -165,16 +205,45 @@ def unfreezing(optimizer):
         step_by_half(optimizer, *layers[-count:])
 
 
-def another_model_once(optimizer):
-    for _ in range(2):
-        model = [ones(3), ones(2)]
+def another_model_that_is_kept(optimizer):
+    models = [[ones(3), ones(2)] for _ in range(2)]
+    for model in models:
         for _ in range(3):
             step_by_half(optimizer, *model)
 
 
-def new_shapes(optimizer):
+def new_widths(optimizer):
     for n in range(1, 7):
-        step_by_half(optimizer, ones(n))
+        step_by_half(optimizer, ones(5, n))
+
+
+def other_names(optimizer):
+    for n in range(3):
+        step_by_half(optimizer, fastadam.Variable(ones(3), name=f"layer {n}"))
+
+
+def biases_of_zero_at_a_rate_of_zero(optimizer):
+    optimizer.learning_rate = 0.0
+    layers = [np.zeros(3, F32) for _ in range(3)]
+    for layer in layers:
+        step_by_half(optimizer, layer)
+
+
+def resized(optimizer):
+    w = np.arange(6, dtype=F32)
+    step_by_half(optimizer, w)
+    for _ in range(3):
+        longer = np.concatenate([w, ones(2)])
+        optimizer.resize(w, longer)
+        w = longer
+        step_by_half(optimizer, w)
+
+
+def forgotten(optimizer):
+    for _ in range(3):
+        w = ones(3)
+        step_by_half(optimizer, w)
+        optimizer.forget(w)
 
 
 def restored(optimizer):
@@ -201,8 +270,12 @@ LEGITIMATE = [
     new_views,
     growing,
     unfreezing,
-    another_model_once,
-    new_shapes,
+    another_model_that_is_kept,
+    new_widths,
+    other_names,
+    biases_of_zero_at_a_rate_of_zero,
+    resized,
+    forgotten,
     restored,
     one_by_one_while_others_are_kept,
 ]

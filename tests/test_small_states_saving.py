@@ -118,7 +118,7 @@ def test_the_file_says_what_it_holds(tmp_path):
         header = json.loads(file.metadata()["fastadam"])
         dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     assert (header["version"], header["moments"], header["block"], header["numbers"]) == (
-        2,
+        3,
         ["8bit", "float32"],
         128,
         [0, 1],
@@ -300,7 +300,7 @@ DAMAGED = {
     "numbers bool": ({"change": lambda h: h.update(numbers=[False, 1])}, "'numbers' [False, 1]"),
     "numbers large": ({"change": lambda h: h.update(numbers=[0, 2**64])}, "'numbers' [0, 184"),
     "numbers float": ({"change": lambda h: h.update(numbers=[0.0, 1])}, "'numbers' [0.0, 1]"),
-    "a newer version": ({"change": lambda h: h.update(version=3)}, "format version 3, expected 1 to 2"),
+    "a newer version": ({"change": lambda h: h.update(version=4)}, "format version 4, expected 1 to 3"),
     "version 1": ({"change": lambda h: h.update(version=1)}, "tensor '0/m"),
     "seed": ({"change": lambda h: h["config"].update(seed=-1)}, "Adam refuses its config (seed: -1"),
     "config moments": ({"change": lambda h: h["config"].update(moments="1bit")}, "Adam refuses its config (moments: '1bit'"),

@@ -279,3 +279,28 @@ def test_an_optimizer_inherits_from_torchs_and_holds_its_parts(cls, ours):
     assert [base.__name__ for base in cls.__mro__ if base.__module__.startswith("fastadam")] == ours
     held = vars(cls([torch.nn.Parameter(torch.ones(2))])).keys() - vars(torch.optim.Adam([torch.ones(2)])).keys()
     assert held == {"_options", "_stepper"}
+
+
+@pytest.mark.parametrize("beta_2", [0.999, 0.1, 1e-3, 1e-5])
+def test_a_small_beta_2_leaves_what_the_docstring_says(beta_2):
+    weight, twin = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1).double())
+    pairs = [
+        (fastadam.torch.Adam([weight], betas=(0.0, beta_2)), weight),
+        (torch.optim.Adam([twin], betas=(0.0, beta_2)), twin),
+    ]
+    for gradient in (3.0, 1e-4):
+        for optimizer, parameter in pairs:
+            parameter.grad = torch.full_like(parameter, gradient)
+            optimizer.step()
+    found, expected = (float(optimizer.state[parameter]["exp_avg_sq"]) for optimizer, parameter in pairs)
+    assert abs(found - expected) <= (1.2e-7 / beta_2 + 1.2e-7 / (1 - beta_2)) * expected
+
+
+def test_a_square_that_overflows():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = fastadam.torch.Adam([weight])
+    for expected in (float("inf"), float("nan")):
+        weight.grad = torch.full((1,), 1.9e19)
+        optimizer.step()
+        found = optimizer.state[weight]["exp_avg_sq"]
+        torch.testing.assert_close(found, torch.full((1,), expected), equal_nan=True)

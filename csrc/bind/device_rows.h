@@ -98,7 +98,7 @@ class DeviceTable : public History {
         history_(std::get<8>(arrays)),
         context_(std::move(context)) {}
 
-  const StaleRows& rows(const Rows*, const AdamHyper& hyper, bool amsgrad) {
+  const StaleRows& rows(const TensorArgs&, const AdamHyper& hyper, bool amsgrad) {
     read(args_, 0, hyper, amsgrad);
     if (forms_ != nullptr) write_forms(hyper, amsgrad);
     history_->point(args_);

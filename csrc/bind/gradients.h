@@ -49,16 +49,25 @@ class Gradients {
     return to_convert;
   }
 
-  // The accumulators are the gradients.
-  void read_accumulators() {
-    for (TensorArgs& t : variables_.tensors()) {
+  // The accumulators are the gradients. `rows[i]`: indices of rows outside of which that of variable i is 0, so that an
+  // update of these rows alone may do; or None.
+  void read_accumulators(const py::list& rows) {
+    variables_.require_length("rows", rows.size());
+    for (size_t i = 0; i < variables_.size(); ++i) {
+      TensorArgs& t = variables_.tensors()[i];
       t.rows = nullptr;
       t.stale = nullptr;
       t.grad_size = t.size;
       t.grad = t.accumulator;
       t.grad_dtype = state_dtype(t.dtype);
+      if (rows[i].is_none()) continue;
+      indexes_[i] = backend_.index_of(rows[i], Label{"rows", variables_.position(i)}, variables_[i]);
+      t.rows = &indexes_[i]->rows();
     }
   }
+
+  // The accumulator of variable i is the gradient of all its rows.
+  void use_all_rows(size_t i) { variables_.tensors()[i].rows = nullptr; }
 
   // No gradient; the rows `ids` of the only variable, or all of them.
   void read_rows(const std::optional<py::object>& ids) {

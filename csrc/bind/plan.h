@@ -69,10 +69,7 @@ class Plan {
     StepArgs args = arguments(hyper, factors);
     args.factors = checked(clip_factors);
     sum_rows(call, hyper);
-    call.read_histories(hyper, [&](const TensorArgs& table) {
-      const ReleasedGil unlocked;
-      backend().catch_up(table, args, value_of(counter));
-    });
+    call.read_histories(hyper, catch_up_with(args, counter));
     run(call, args, hyper, counter);
     return {};
   }
@@ -286,12 +283,14 @@ class Plan {
 
   // Adds the gradients, times `scale`, to their accumulators, which count as zero if `restart`; then `update`, if not
   // null, makes a step with what its accumulators hold. Returns gradients to convert, as step() does.
+  // `rows`: for each variable of `update`: see Gradients::read_accumulators.
   std::vector<size_t> accumulate(const py::list& gradients, double scale, bool require_finite, bool restart,
-                                 Plan* update, const AdamHyper& hyper, int64_t* counter) {
+                                 Plan* update, const py::list& rows, const AdamHyper& hyper, int64_t* counter) {
     {
       const Scope scope(backend(), variables().place());
-      const Call call(set_, gradients);
+      Call call(set_, gradients);
       if (!call.to_convert().empty()) return call.to_convert();
+      call.cover_all_rows();
       if (update != nullptr) {  // refused before anything is written
         update->variables().require_current();
         update->arguments(hyper, {});
@@ -305,9 +304,7 @@ class Plan {
     if (update == nullptr) {
       count(counter);
     } else {
-      const Scope scope(update->backend(), update->variables().place());
-      Call call(update->set_, typename Call::Accumulated());
-      update->run(call, update->arguments(hyper, {}), hyper, counter);
+      update->step_accumulated(rows, hyper, counter);
     }
     return {};
   }
@@ -356,6 +353,33 @@ class Plan {
 
   static void count(int64_t* counter) {
     if (counter != nullptr) ++*counter;
+  }
+
+  // The step with what the accumulators hold, which nothing refuses any more. Where a table has `rows`, the others wait
+  // as they do in steps with IndexedSlices.
+  void step_accumulated(const py::list& rows, const AdamHyper& hyper, int64_t* counter) {
+    const Scope scope(backend(), variables().place());
+    Call call(set_, typename Call::Accumulated{rows});
+    StepArgs args = arguments(hyper, {});
+    std::vector<Factor> factors;
+    if (clips_norms(hyper) && call.has_rows()) {
+      const std::vector<TensorArgs>& tensors = set_.tensors();
+      factors = norms_of(hyper).clip(hyper, [&](size_t i) { return tensors[i].grad_factor; }).factors;
+      args.factors = factors.data();
+    }
+    // A factor that is NaN makes NaN of the zeros in all other rows, too.
+    const bool is_usual =
+        std::all_of(factors.begin(), factors.end(), [](const Factor& factor) { return factor.value == factor.value; });
+    call.read_histories(hyper, catch_up_with(args, counter), !is_usual);
+    run(call, args, hyper, counter);
+  }
+
+  // Brings the rows of one table up to date, before a step with these arguments.
+  auto catch_up_with(const StepArgs& args, const int64_t* counter) {
+    return [this, &args, counter](const TensorArgs& table) {
+      const ReleasedGil unlocked;
+      backend().catch_up(table, args, value_of(counter));
+    };
   }
 
   // The step of a call, which is ready for it.

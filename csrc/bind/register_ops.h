@@ -307,12 +307,12 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
       .def(
           "accumulate",
           [](BackendPlan& plan, const py::list& gradients, double scale, bool require_finite, bool restart,
-             BackendPlan* update, const py::tuple& hyper, const py::object& counter) {
-            return plan.accumulate(gradients, scale, require_finite, restart, update, hyper_of(hyper),
+             BackendPlan* update, const py::list& rows, const py::tuple& hyper, const py::object& counter) {
+            return plan.accumulate(gradients, scale, require_finite, restart, update, rows, hyper_of(hyper),
                                    place_of(counter));
           },
           py::arg("gradients"), py::arg("scale"), py::arg("require_finite"), py::arg("restart"), py::arg("update"),
-          py::arg("hyper"), py::arg("counter"));
+          py::arg("rows"), py::arg("hyper"), py::arg("counter"));
   if constexpr (std::is_same_v<typename Backend::Arrays, HostArrays>) register_repeats<Backend>(m, type);
   return type;
 }

@@ -90,6 +90,7 @@ class History {
   int64_t row_count_;
   int64_t width_;
   bool is_double_;
+  bool dense_ = false;  // steps follow the rule for dense gradients
 
  private:
   // A row may be left at rest if |m| / (sqrt(v) + epsilon) can only fall from step to step: m falls faster than
@@ -103,10 +104,11 @@ class History {
   void append(const StepScalars<T>& s, bool decays, int64_t first) {
     const int64_t step = counts()[0]++;
     const T keep = decays ? s.keep : T(1);
-    static_cast<T*>(alphas_.mutable_data())[step] = s.row_alpha;
+    const T alpha = dense_ ? s.alpha : s.row_alpha;
+    static_cast<T*>(alphas_.mutable_data())[step] = alpha;
     static_cast<T*>(keeps_.mutable_data())[step] = keep;
-    raise_peak(static_cast<T*>(peaks_.mutable_data()), step - first, s.row_alpha);
-    if (!leaves_zeros(s.row_alpha, keep)) ++counts()[1];
+    raise_peak(static_cast<T*>(peaks_.mutable_data()), step - first, alpha);
+    if (!leaves_zeros(alpha, keep)) ++counts()[1];
   }
 };
 
@@ -114,28 +116,32 @@ class History {
 class StaleTable : public History {
  public:
   // last, alphas, keeps, peaks, counts: see below; the closed forms of a float32 table whose rows need not have the
-  // bits of dense steps; the crossover of is_crowded; flags. counts = {steps in the history; those since the last pass
-  // that do not leave zeros (see leaves_zeros); steps that every row has had; not 0 if rows without kMoves may have
-  // moments; steps dropped before the first}.
+  // bits of dense steps; the crossover of is_crowded; flags; whether steps follow the rule for dense gradients.
+  // counts = {steps in the history; those since the last pass that do not leave zeros (see leaves_zeros); steps that
+  // every row has had; not 0 if rows without kMoves may have moments; steps dropped before the first}.
   using Arrays = std::tuple<py::array_t<int32_t>, py::array, py::array, py::array, py::array_t<int64_t>,
-                            std::shared_ptr<ClosedForms>, double, py::array_t<uint8_t>>;
+                            std::shared_ptr<ClosedForms>, double, py::array_t<uint8_t>, bool>;
 
   StaleTable(const Arrays& arrays, const Buffer& variable)
       : History(std::get<1>(arrays), std::get<2>(arrays), std::get<3>(arrays), std::get<4>(arrays), std::get<5>(arrays),
                 std::get<6>(arrays), variable),
         last_(std::get<0>(arrays)),
-        flags_(std::get<7>(arrays)) {}
+        flags_(std::get<7>(arrays)) {
+    dense_ = std::get<8>(arrays);
+  }
 
-  // What the kernels read for these rows, or for all rows if null. The steps that each row has seen are copied, because
-  // several threads may work on one row.
-  const StaleRows& rows(const Rows* rows, const AdamHyper& hyper, bool amsgrad) {
+  // What the kernels read for the rows of the gradient, or for all rows without. The steps that each row has seen are
+  // copied, because several threads may work on one row. Averages move in every step, so with them no row is left.
+  const StaleRows& rows(const TensorArgs& tensor, const AdamHyper& hyper, bool amsgrad) {
+    const Rows* rows = tensor.rows;
     const int32_t* last = last_.data();
     from_.clear();
     for (int64_t k = 0; rows != nullptr && k < rows->count; ++k) from_.push_back(last[rows->rows[k]]);
     read(args_, synced(), hyper, amsgrad);
     args_.from = rows == nullptr ? last : from_.data();
     args_.synced = synced();
-    args_.flags = args_.leaves_zeros ? trusted_flags() : nullptr;
+    args_.flags = args_.leaves_zeros && tensor.average == nullptr ? trusted_flags() : nullptr;
+    args_.dense = dense_;
     args_.moves_all = false;
     if (forms_ != nullptr) {
       forms_->prepare(args_.from, rows == nullptr ? row_count_ : rows->count, args_, hyper, amsgrad);
@@ -159,7 +165,8 @@ class StaleTable : public History {
     const bool moves_all = step != nullptr && !moves_rows_alone(tensor, false);
     // After a pass all rows are up to date, even if several dense gradients of one step find no room for their rates.
     if (step != nullptr && !(moves_all && steps() == alphas_.size())) append(*step, tensor.decays, synced());
-    const bool leaves = step == nullptr && counts()[1] == 0 && trusted_flags() != nullptr;
+    const bool trusts = trusted_flags() != nullptr && tensor.average == nullptr;
+    const bool leaves = step == nullptr && counts()[1] == 0 && trusts;
     if (moves_all) note_pass();
     uint8_t* flags = flags_.mutable_data();
     int32_t* last = last_.mutable_data();
@@ -185,7 +192,7 @@ class StaleTable : public History {
 
   // Drops the oldest steps, which every row has had that is not left as it is. Nothing is interrupted in between.
   static void drop(const Arrays& arrays, int64_t count) {
-    auto [last, alphas, keeps, peaks, counts, forms, crossover, flags] = arrays;
+    auto [last, alphas, keeps, peaks, counts, forms, crossover, flags, dense] = arrays;
     int64_t* c = counts.mutable_data();
     if (count < 0 || count > c[0]) throw py::value_error("count: more steps than there are");
     for (int32_t* at = last.mutable_data(); at != last.mutable_data() + last.size(); ++at) {

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -51,11 +52,19 @@ class TensorSet {
       if (to_convert_.empty()) finish_reading();
     }
 
-    // The accumulators are the gradients.
-    struct Accumulated {};
-    Call(TensorSet& set, Accumulated) : Call(set) {
-      set_.gradients_.read_accumulators();
+    // The accumulators are the gradients: see Gradients::read_accumulators.
+    struct Accumulated {
+      const py::list& rows;
+    };
+    Call(TensorSet& set, const Accumulated& accumulated) : Call(set) {
+      set_.gradients_.read_accumulators(accumulated.rows);
       finish_reading();
+    }
+
+    // Whether some gradient names rows.
+    bool has_rows() const {
+      const std::vector<TensorArgs>& tensors = set_.tensors();
+      return std::any_of(tensors.begin(), tensors.end(), [](const TensorArgs& t) { return t.rows != nullptr; });
     }
 
     // No gradients; the rows `ids` of the only variable, a table, or all of them.
@@ -63,7 +72,7 @@ class TensorSet {
       set_.gradients_.read_rows(ids);
       finish_reading();
       TensorArgs& tensor = set_.tensors()[0];
-      tensor.stale = &set_.tables_.at(0)->rows(tensor.rows, hyper, set_.variables_.amsgrad());
+      tensor.stale = &set_.tables_.at(0)->rows(tensor, hyper, set_.variables_.amsgrad());
       set_.measure();
     }
 
@@ -76,19 +85,25 @@ class TensorSet {
     // Replaces the values of IndexedSlices by the sums of repeated rows: Gradients::sum_rows.
     void sum_rows(bool ascending) { set_.gradients_.sum_rows(ascending); }
 
-    // Points the tensors of IndexedSlices to their histories, before a step. If the step touches many rows of a table,
-    // catch_up(tensor) first brings the whole table up to date, which changes nothing that gather or sync would show.
+    // Points the tensors of IndexedSlices to their histories, before a step. If the step moves all rows of a table, or
+    // many, catch_up(tensor) first brings the whole table up to date, which changes nothing that gather or sync would
+    // show. `has_gradients`: the accumulators are the gradients of all rows, whatever rows they name.
     template <class CatchUp>
-    void read_histories(const AdamHyper& hyper, CatchUp catch_up) {
+    void read_histories(const AdamHyper& hyper, CatchUp catch_up, bool has_gradients = false) {
       if (!set_.has_tables_) return;
       for (size_t i = 0; i < set_.tables_.size(); ++i) {
-        if (set_.tables_[i] == nullptr || set_.tensors()[i].rows == nullptr || !set_.is_crowded(i)) continue;
+        if (set_.tables_[i] == nullptr || set_.tensors()[i].rows == nullptr) continue;
+        if (!has_gradients && !set_.moves_all(i, hyper)) continue;
         catch_up(set_.all_rows_of(i, hyper));
         set_.tables_[i]->note_pass();
+        if (has_gradients) set_.gradients_.use_all_rows(i);
       }
       for (size_t i = 0; i < set_.tables_.size(); ++i) set_.read_history(i, hyper);
       set_.measure();
     }
+
+    // Gradients are only added up: a share of the work is a part of the variables, whatever rows a step moves.
+    void cover_all_rows() { set_.variables_.measure(false); }
 
     // After a step, whose scalars these are, or after rows were only brought up to date.
     void note_histories(const StepArgs* step, int64_t counter) {
@@ -155,14 +170,19 @@ class TensorSet {
     return alone;
   }
 
-  bool is_crowded(size_t i) { return tables_[i]->is_crowded(*tensors()[i].rows, gradients_.index_count(i)); }
+  // Whether a step moves all rows of a table: with so many rows that it is cheaper, or if averages overwrite them.
+  bool moves_all(size_t i, const AdamHyper& hyper) {
+    const TensorArgs& tensor = tensors()[i];
+    return (hyper.ema_overwrite && tensor.average != nullptr) ||
+           tables_[i]->is_crowded(*tensor.rows, gradients_.index_count(i));
+  }
 
   TensorArgs all_rows_of(size_t i, const AdamHyper& hyper) {
     TensorArgs tensor = tensors()[i];
     tensor.grad = nullptr;
     tensor.grad_size = 0;
     tensor.rows = nullptr;
-    tensor.stale = &tables_[i]->rows(nullptr, hyper, variables_.amsgrad());
+    tensor.stale = &tables_[i]->rows(tensor, hyper, variables_.amsgrad());
     return tensor;
   }
 
@@ -175,8 +195,8 @@ class TensorSet {
     }
     tables_[i]->require_room(variables_[i].label);
     if (tensor.rows == nullptr) return;
-    const bool moves_all = tables_[i]->is_empty() && is_crowded(i);
-    tensor.stale = moves_all ? tables_[i]->all_rows() : &tables_[i]->rows(tensor.rows, hyper, variables_.amsgrad());
+    const bool passes = tables_[i]->is_empty() && moves_all(i, hyper);
+    tensor.stale = passes ? tables_[i]->all_rows() : &tables_[i]->rows(tensor, hyper, variables_.amsgrad());
   }
 
   // Without rows a step always moves all elements.

@@ -246,6 +246,7 @@ class VariableSet {
 
   // How m, the slot `first`, is stored. Every moment must be stored like it.
   fastadam_moments moments_of(const TensorArgs& tensor, size_t i, size_t first, const Randomness& random) const {
+    if (first == state_.size()) return FASTADAM_MOMENTS_WIDE;  // no moments: gradients are only added up
     const Buffer& m = state_[first];
     for (size_t k = first + 1; k < state_.size(); ++k) {
       if (state_[k].dtype == m.dtype && is_codes(state_[k]) == is_codes(m)) continue;

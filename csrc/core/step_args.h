@@ -20,7 +20,7 @@ using TensorArgs = fastadam_tensor;
 // or none if that is negative; the others are applied now.
 struct fastadam_stale_rows {
   using ClosedForm = fastadam::ClosedForm;
-  const void* alphas;   // row_alpha of each step, in the compute type of the variable
+  const void* alphas;   // row_alpha of each step, or alpha with `dense`, in the compute type of the variable
   const void* keeps;    // the weight-decay factor of each step
   const void* peaks;    // the largest |alpha| of each group of kPeakSteps steps
   const int32_t* from;  // of rows[k], or of row k if the tensor has no `rows`
@@ -36,6 +36,7 @@ struct fastadam_stale_rows {
   // By row: one without kMoves has moments of +0 and is left as it is, not even read. Null if every row is replayed.
   const uint8_t* flags = nullptr;
   bool moves_all = false;  // no row is behind, and the step moves every row that has kMoves in `flags`
+  bool dense = false;      // the steps followed the rule for dense gradients, which were 0 in these rows
 };
 
 namespace fastadam {
@@ -60,6 +61,12 @@ FASTADAM_INLINE bool has_half_moments(const TensorArgs& tensor) { return tensor.
 // Whether arrays of a variable are stored as in small_state.h.
 FASTADAM_INLINE bool is_small(const TensorArgs& tensor) {
   return tensor.moments > FASTADAM_MOMENTS_HALF || tensor.low != nullptr || tensor.stochastic;
+}
+
+// Whether the gradient of the rows is in the accumulator, at the place of each row. They are then updated as by a dense
+// gradient.
+FASTADAM_INLINE bool is_accumulated(const TensorArgs& tensor) {
+  return tensor.rows != nullptr && tensor.grad != nullptr && tensor.grad == tensor.accumulator;
 }
 
 // All gradients of a step, grouped by variable: TensorArgs::next chains the gradients of one variable.

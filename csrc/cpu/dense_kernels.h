@@ -80,7 +80,7 @@ FASTADAM_INLINE int64_t elements_to_begin(const Storage* var, int64_t size) {
 
 // Updates a float32 or float64 variable.
 template <class T>
-void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+__attribute__((noinline)) void adam_dense(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   const StepScalars<T>& s = scalars_of<T>(step);
   const FactorPair<T> factor = factor_of<T>(step, tensor);
   const T keep = tensor.decays ? s.keep : T(1);
@@ -184,7 +184,7 @@ constexpr UpdateKernel kHalf[2][kTransformCount] = {
 
 // Updates a variable of a half type. Its gradient and its slots have the same type or are float.
 template <class Half>
-void adam_dense_half(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+__attribute__((noinline)) void adam_dense_half(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   const auto& kernels = has_half_moments(tensor)            ? kHalf<Half, Half, Half>
                         : tensor.grad_dtype == tensor.dtype ? kHalf<Half, Half, float>
                                                             : kHalf<Half, float, float>;

@@ -12,7 +12,7 @@ namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
 template <class Storage>
-void average(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+__attribute__((noinline)) void average(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
   const T momentum = scalars_of<T>(step).ema_momentum;
   Storage* __restrict var = static_cast<Storage*>(tensor.var) + begin;

@@ -78,11 +78,16 @@ struct StepTask {
     return moves_rows_alone(tensor, step.lazy) ? kernels->touched_rows[dtype] : kernels->all_rows[dtype];
   }
 
+  // Whether all averages of a variable move: where only rows do, their kernel moves those of the rows.
+  bool has_average(const TensorArgs& head) const {
+    return head.average != nullptr && !moves_rows_alone(head, step.lazy);
+  }
+
   void run_block(int64_t block) const {
     const FlushDenormals flush;
     for_each_chain(step.chains, block, blocks, [this](int64_t k, int64_t begin, int64_t end) {
       const TensorArgs& head = step.chains.tensors[step.chains.heads[k]];
-      const bool is_followed = step.zero_gradients || head.average != nullptr || head.copy != nullptr;
+      const bool is_followed = step.zero_gradients || has_average(head) || head.copy != nullptr;
       const bool is_recorded = step.log != nullptr || head.telemetry != nullptr;
       if (!is_followed && !is_recorded) return update(head, begin, end);
       for (int64_t at = begin; at < end; at += kTile) run_tile(k, at, std::min(at + kTile, end));
@@ -120,7 +125,7 @@ struct StepTask {
       step.measures[tile] = kernels->measured[dtype](step, head, begin, end);
     }
     if (step.zero_gradients) zero_gradients(head, begin, end);
-    if (head.average != nullptr) kernels->average[dtype](step, head, begin, end);
+    if (has_average(head)) kernels->average[dtype](step, head, begin, end);
     if (head.copy != nullptr) kernels->copy[static_cast<int>(head.copy_dtype)](step, head, begin, end);
   }
 };

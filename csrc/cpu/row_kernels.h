@@ -8,6 +8,8 @@
 #include "../core/at_rest.h"
 #include "../core/closed_form.h"
 #include "../core/split.h"
+#include "dense_kernels.h"
+#include "finish_kernels.h"
 #include "lanes.h"
 
 namespace fastadam::cpu::FASTADAM_ISA {
@@ -120,7 +122,8 @@ FASTADAM_INLINE void prefetch_row(const TensorArgs& tensor, int64_t k) {
   }
   if (tensor.grad == nullptr) return;
   const int64_t item = size_of(tensor.grad_dtype);
-  const char* grad = static_cast<const char*>(tensor.grad) + rows.order[rows.starts[k + kAhead]] * rows.width * item;
+  const int64_t place = is_accumulated(tensor) ? rows.rows[k + kAhead] : rows.order[rows.starts[k + kAhead]];
+  const char* grad = static_cast<const char*>(tensor.grad) + place * rows.width * item;
   for (int64_t i = 0; i < size; i += kStep) __builtin_prefetch(grad + i * item);
 }
 
@@ -144,9 +147,20 @@ FASTADAM_INLINE void for_moving_rows(const uint8_t* flags, int64_t width, int64_
   }
 }
 
+// Updates elements [begin, end) of the table, which have a dense gradient.
+template <class Storage>
+__attribute__((noinline)) void update_densely(const StepArgs& step, const TensorArgs& tensor, int64_t begin,
+                                              int64_t end) {
+  if constexpr (sizeof(Storage) == 2) {
+    adam_dense_half<Storage>(step, tensor, begin, end);
+  } else {
+    adam_dense<Storage>(step, tensor, begin, end);
+  }
+}
+
 // TF's rule: updates elements [begin, end) of the table, with or without a gradient. In a deferred table the rows
 // without kMoves are left as they are: a step would flush their denormals and quiet their signalling NaNs, and nothing
-// else.
+// else. A gradient in the accumulator has the rule for dense ones.
 template <class Storage>
 void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
@@ -158,7 +172,7 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
   const auto touch = step.amsgrad ? touch_row<true, Storage, T> : touch_row<false, Storage, T>;
   const auto move_untouched =
       step.amsgrad ? move_untouched_rows<true, Storage, T> : move_untouched_rows<false, Storage, T>;
-  const bool leaves = tensor.stale != nullptr && leaves_zeros(s.row_alpha, keep);
+  const bool leaves = tensor.stale != nullptr && leaves_zeros(is_accumulated(tensor) ? s.alpha : s.row_alpha, keep);
   const uint8_t* flags = leaves ? tensor.stale->flags : nullptr;
   T sums[kColumns];
   int64_t k = first_row_from(rows, begin / rows.width);
@@ -167,7 +181,10 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
     if (k == rows.count || rows.rows[k] != at / rows.width) {
       const int64_t next = k < rows.count ? rows.rows[k] * rows.width : end;
       const int64_t stop = next < end ? next : end;
-      const auto move = [&](int64_t from, int64_t to) { move_untouched(tensor, from, to, keep, s, step.prefetch); };
+      const auto move = [&](int64_t from, int64_t to) {
+        if (is_accumulated(tensor)) return update_densely<Storage>(step, tensor, from, to);
+        move_untouched(tensor, from, to, keep, s, step.prefetch);
+      };
       if (flags == nullptr) move(at, stop);
       if (flags != nullptr) for_moving_rows(flags, rows.width, at, stop, move);
       at = stop;
@@ -175,8 +192,12 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
     }
     if (column == 0) prefetch_row<Storage>(tensor, k);
     const int64_t size = columns_from(column, rows.width, at, end);
-    sum(tensor, k, column, size, s.clip_value, factor, sums);
-    touch(tensor, at, size, sums, keep, s);
+    if (is_accumulated(tensor)) {
+      update_densely<Storage>(step, tensor, at, at + size);
+    } else {
+      sum(tensor, k, column, size, s.clip_value, factor, sums);
+      touch(tensor, at, size, sums, keep, s);
+    }
     at += size;
     if (column + size == rows.width) ++k;
   }
@@ -205,6 +226,55 @@ __attribute__((noinline)) void decay_repeatedly(T* values, int64_t size, T facto
   }
 }
 
+// Replaces each value by move(value, beside) `times` times, because every step rounds. Stops early when a step changes
+// nothing.
+template <class T, class Move>
+FASTADAM_INLINE void move_repeatedly(T* values, const T* beside, int64_t size, int64_t times, Move move) {
+  constexpr int64_t kGroup = 32;  // in registers
+  for (int64_t at = 0; at < size; at += kGroup) {
+    const int64_t count = size - at < kGroup ? size - at : kGroup;
+    T group[kGroup] = {};
+    T others[kGroup] = {};
+    for (int64_t i = 0; i < count; ++i) group[i] = values[at + i];
+    for (int64_t i = 0; i < count; ++i) others[i] = beside[at + i];
+    for (int64_t done = 0; done < times;) {
+      const int64_t stop = times - done < kPeakSteps ? times : done + kPeakSteps;
+      int moving = 0;
+      for (; done < stop; ++done) {
+        moving = 0;
+#pragma omp simd reduction(+ : moving)
+        for (int64_t i = 0; i < kGroup; ++i) {
+          const T moved = move(group[i], others[i]);
+          moving += bits_of(moved) != bits_of(group[i]);
+          group[i] = moved;
+        }
+      }
+      if (moving == 0) break;
+    }
+    for (int64_t i = 0; i < count; ++i) values[at + i] = group[i];
+  }
+}
+
+// The moments of dense steps whose gradients were 0.
+template <class T>
+__attribute__((noinline)) void fall_repeatedly(T* values, int64_t size, T factor, int64_t times) {
+  move_repeatedly(values, values, size, times, [=](T value, T) { return value + (T(0) - value) * factor; });
+}
+
+template <class T>
+__attribute__((noinline)) void move_averages(T* __restrict averages, const T* __restrict var, int64_t size,
+                                             T momentum) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) averages[i] = moving_average(averages[i], var[i], momentum);
+}
+
+template <class T>
+__attribute__((noinline)) void move_averages_repeatedly(T* averages, const T* var, int64_t size, T momentum,
+                                                        int64_t times) {
+  move_repeatedly(averages, var, size, times,
+                  [=](T average, T beside) { return moving_average(average, beside, momentum); });
+}
+
 // Up to kColumns columns of one row, in the compute type.
 template <class T>
 struct RowPart {
@@ -218,8 +288,9 @@ template <bool kAmsgrad, class Storage, class T>
 FASTADAM_INLINE void load_part(const TensorArgs& tensor, int64_t at, int64_t size, RowPart<T>& row) {
   const Storage* var = static_cast<const Storage*>(tensor.var) + at;
   const Operands<T> slots = operands_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
+  if constexpr (sizeof(Storage) == 2) convert(var, row.var, size);
   for (int64_t i = 0; i < size; ++i) {
-    row.var[i] = load(var[i]);
+    if constexpr (sizeof(Storage) != 2) row.var[i] = var[i];
     row.m[i] = slots.m[i];
     row.v[i] = slots.v[i];
     row.vhat[i] = kAmsgrad ? slots.vhat[i] : T(0);
@@ -242,7 +313,7 @@ FASTADAM_INLINE void store_part(const RowPart<T>& row, const TensorArgs& tensor,
     store_changed(row.var, to, size);
   } else {
     Storage var[kColumns];
-    for (int64_t i = 0; i < size; ++i) var[i] = store<Storage>(row.var[i]);
+    convert(row.var, var, size);
     store_changed(var, to, size);
   }
   const Operands<T> slots = operands_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
@@ -289,6 +360,79 @@ FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& ro
   decay_repeatedly(row.v, size, s.beta_2, stale.now - step);
 }
 
+// The same as all_at_rest(), for both rules of the second moment.
+template <class Storage, class T>
+__attribute__((noinline)) bool rests(const RowPart<T>& row, bool amsgrad, int64_t size, T peak, T epsilon) {
+  const T* second_moment = amsgrad ? row.vhat : row.v;
+  int moving = 0;
+#pragma omp simd reduction(+ : moving)
+  for (int64_t i = 0; i < size; ++i) {
+    moving += !is_at_rest<false, Storage>(row.var[i], row.m[i], second_moment[i], T(0), peak, epsilon);
+  }
+  return moving == 0;
+}
+
+// Rounds elements to the type in which the variable is stored.
+template <class Storage, class T>
+FASTADAM_INLINE void round_through(T* var, int64_t size) {
+  if constexpr (sizeof(Storage) == 2) {
+    Storage stored[kColumns];
+    convert(var, stored, size);
+    convert(stored, var, size);
+  }
+}
+
+// The same as replay(), for steps that follow the rule for dense gradients, which were 0, or that move averages, too.
+// It calls the loops of such steps, where replay() has its own: fewer copies of them, for rarer options.
+template <class Storage, class T>
+__attribute__((noinline)) void replay_with_options(const StaleRows& stale, bool amsgrad, int64_t from, RowPart<T>& row,
+                                                   T* averages, int64_t size, StepScalars<T> s) {
+  static constexpr T kZeros[kColumns] = {};
+  TensorArgs part{};
+  part.var = row.var;
+  part.m = row.m;
+  part.v = row.v;
+  part.vhat = row.vhat;
+  const auto step_densely = amsgrad ? update_range<true, kAsItIs, T> : update_range<false, kAsItIs, T>;
+  const auto step_rows = amsgrad ? move_untouched_rows<true, T, T> : move_untouched_rows<false, T, T>;
+  const auto make_step = [&](T alpha, T keep) {
+    s.alpha = s.row_alpha = alpha;
+    if (stale.dense) {
+      step_densely(row.var, kZeros, row.m, row.v, row.vhat, size, s, FactorPair<T>{}, keep, false);
+    } else {
+      step_rows(part, 0, size, keep, s, false);
+    }
+    round_through<Storage>(row.var, size);
+    if (averages != nullptr) move_averages(averages, row.var, size, s.ema_momentum);
+  };
+  // By the dense rule m stops falling where m (1 - beta_1) is flushed to zero, and then m / sqrt(v) may grow. It does
+  // not matter if m times any rate to come is flushed, too.
+  const int64_t step = replay_steps<T>(stale, from, make_step, [&](T peak) {
+    return (!stale.dense || peak <= s.one_minus_beta_1) && rests<Storage>(row, amsgrad, size, peak, s.epsilon);
+  });
+  const int64_t left = stale.now - step;
+  if (left == 0) return;
+  if (averages != nullptr) move_averages_repeatedly(averages, row.var, size, s.ema_momentum, left);
+  const auto move_moments = stale.dense ? fall_repeatedly<T> : decay_repeatedly<T>;
+  move_moments(row.m, size, stale.dense ? s.one_minus_beta_1 : s.beta_1, left);
+  move_moments(row.v, size, stale.dense ? s.one_minus_beta_2 : s.beta_2, left);
+}
+
+// With the average of the row, if there is one.
+template <class Storage, class T>
+__attribute__((noinline)) void replay_average(const TensorArgs& tensor, const StaleRows& stale, bool amsgrad,
+                                              int64_t from, int64_t at, RowPart<T>& row, int64_t size,
+                                              const StepScalars<T>& s) {
+  if (tensor.average == nullptr) {
+    return replay_with_options<Storage>(stale, amsgrad, from, row, static_cast<T*>(nullptr), size, s);
+  }
+  T* average = static_cast<T*>(tensor.average) + at;
+  T averages[kColumns];
+  std::memcpy(averages, average, static_cast<size_t>(size) * sizeof(T));
+  replay_with_options<Storage>(stale, amsgrad, from, row, averages, size, s);
+  store_changed(averages, average, size);
+}
+
 // Applies all missed steps at once to `size` elements of a row, starting at element `at` of the table.
 template <bool kAmsgrad, class Storage, class T>
 __attribute__((noinline)) void jump_row(const ClosedForm& form, const TensorArgs& tensor, int64_t at, int64_t size,
@@ -309,8 +453,12 @@ __attribute__((noinline)) void replay_row(const TensorArgs& tensor, int64_t from
   RowPart<T> row;
   load_part<kAmsgrad, Storage>(tensor, at, size, row);
   StaleRows stale = *tensor.stale;
-  if (stale.leaves_zeros && has_zeros<kAmsgrad>(row, size)) stale.now = from + 1;  // all steps do what one does
-  replay<kAmsgrad, Storage>(stale, from, row, size, s);
+  const bool is_plain = !stale.dense && tensor.average == nullptr;
+  if (stale.leaves_zeros && tensor.average == nullptr && has_zeros<kAmsgrad>(row, size)) {
+    stale.now = from + 1;  // all steps do what one does
+  }
+  if (is_plain) replay<kAmsgrad, Storage>(stale, from, row, size, s);
+  if (!is_plain) replay_average<Storage>(tensor, stale, kAmsgrad, from, at, row, size, s);
   store_part<kAmsgrad, Storage>(row, tensor, at, size);
 }
 
@@ -318,7 +466,7 @@ template <class Storage, class T>
 FASTADAM_INLINE void catch_up_row(bool amsgrad, const TensorArgs& tensor, int64_t from, int64_t at, int64_t size,
                                   const StepScalars<T>& s) {
   const StaleRows& stale = *tensor.stale;
-  if (stale.forms != nullptr && stale.now - from > kShortGap) {
+  if (stale.forms != nullptr && tensor.average == nullptr && stale.now - from > kShortGap) {
     const ClosedForm& form = stale.forms[stale.places[from]];
     const auto jump = amsgrad ? jump_row<true, Storage, T> : jump_row<false, Storage, T>;
     if (form.exists) return jump(form, tensor, at, size, s);
@@ -332,8 +480,8 @@ FASTADAM_INLINE int64_t steps_had(const StaleRows& stale, int64_t k) {
   return steps < 0 ? 0 : steps;
 }
 
-// Updates only the rows of the gradient, counting their elements row after row. In a deferred table a row first gets
-// the steps that it missed; without a gradient it gets only these.
+// Updates only the rows of the gradient, counting their elements row after row, and their averages. In a deferred table
+// a row first gets the steps that it missed; without a gradient it gets only these.
 template <class Storage>
 void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
   using T = Compute<Storage>;
@@ -359,10 +507,13 @@ void adam_touched_rows(const StepArgs& step, const TensorArgs& tensor, int64_t b
       at = next_row(stale->flags, row, (end + width - 1) / width, true) * width;
       continue;
     }
-    if (tensor.grad != nullptr) {
+    if (is_accumulated(tensor)) {
+      update_densely<Storage>(step, tensor, place, place + size);
+    } else if (tensor.grad != nullptr) {
       sum(tensor, k, column, size, s.clip_value, factor, sums);
       touch(tensor, place, size, sums, keep, s);
     }
+    if (tensor.grad != nullptr && tensor.average != nullptr) average<Storage>(step, tensor, place, place + size);
     at += size;
   }
 }

@@ -33,6 +33,7 @@ from fastadam._core.minimize import set_gradient_provider
 from fastadam._core.native.slices import IndexedSlices
 from fastadam._core.native.variable import Variable
 from fastadam._core.norm import global_norm
+from fastadam._core.saving.merging import merge_deltas
 
 if TYPE_CHECKING:
     from fastadam import jax as jax
@@ -67,6 +68,7 @@ __all__ = [
     "global_norm",
     "isas",
     "memory",
+    "merge_deltas",
     "reference",
     "schedules",
     "set_gradient_provider",

@@ -174,6 +174,7 @@ class Plan:
         require_finite: bool,
         restart: bool,
         update: Plan | None,
+        rows: list[npt.NDArray[np.int64] | None],
         hyper: StepHyper,
         counter: npt.NDArray[np.int64] | None,
     ) -> list[int]: ...

@@ -202,6 +202,51 @@ inline void expect_replay(const TensorArgs& tensor, const History& history, cons
   });
 }
 
+// One step of a row, whose first element is `at`, with a dense gradient in the dtype of the state; then its average.
+template <class T>
+void adam_row_densely(TensorArgs tensor, int64_t at, int64_t width, const void* grad, const StepScalars<T>& s,
+                      int transform) {
+  const DType state = state_dtype(tensor.dtype);
+  tensor.var = static_cast<char*>(tensor.var) + at * size_of(tensor.dtype);
+  for (void** slot : {&tensor.m, &tensor.v, &tensor.vhat, &tensor.average}) {
+    if (*slot != nullptr) *slot = static_cast<char*>(*slot) + at * size_of(state);
+  }
+  tensor.grad = grad;
+  tensor.grad_dtype = state;
+  tensor.size = width;
+  adam(tensor, s, transform);
+  for (int64_t i = 0; tensor.average != nullptr && i < width; ++i) {
+    const T average = static_cast<T>(read(tensor.average, state, i));
+    const T var = static_cast<T>(read(tensor.var, tensor.dtype, i));
+    const T moved = s.ema_momentum * average + (T(1) - s.ema_momentum) * var;
+    write(tensor.average, state, i, static_cast<double>(moved));
+  }
+}
+
+// The dense steps of these rows after the first from[row], with gradients of 0, then one step with what the accumulator
+// holds if the tensor has a gradient.
+inline void expect_dense_replay(const TensorArgs& tensor, const History& history, const std::vector<int64_t>& rows,
+                                const std::vector<int32_t>& from, int64_t width, int t) {
+  in_compute_type(tensor.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Array zeros(history.dtype, width);
+    std::fill_n(zeros.at(0), width * size_of(history.dtype), 0);
+    for (const int64_t row : rows) {
+      StepScalars<T> s = scalars<T>(t);
+      TensorArgs waiting = tensor;
+      waiting.decays = true;
+      for (int64_t step = from[static_cast<size_t>(row)]; step < history.now; ++step) {
+        s.alpha = static_cast<T>(read(history.alphas.at(0), history.dtype, step));
+        s.keep = static_cast<T>(read(history.keeps.at(0), history.dtype, step));
+        adam_row_densely(waiting, row * width, width, zeros.at(0), s, 0);
+      }
+      if (tensor.grad == nullptr) continue;
+      const char* grad = static_cast<const char*>(tensor.grad) + row * width * size_of(history.dtype);
+      adam_row_densely(tensor, row * width, width, grad, scalars<T>(t), 1);
+    }
+  });
+}
+
 // The gaps of the rows of a deferred table: row i has kGaps[i % 6].
 constexpr int kGaps[] = {0, 1, 7, 8, 9, 200};
 constexpr int64_t kStaleRows = 18;

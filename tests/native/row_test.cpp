@@ -105,6 +105,61 @@ void check_stale(const Pair& pair, int64_t width, bool amsgrad, bool transform, 
   });
 }
 
+// The same for steps that follow the rule for dense gradients: these are accumulated, and 0 in the rows that waited.
+// With averages, which move in every step, too.
+void check_accumulated(DType dtype, int64_t width, bool amsgrad, bool may_stop, bool averages, int64_t now,
+                       Claims& claims) {
+  constexpr int t = 2;
+  const DType state = state_dtype(dtype);
+  const Variable initial = stale_table(Pair{dtype, dtype}, width);
+  const History history(dtype, now, !may_stop);
+  std::vector<int32_t> had;
+  for (int64_t row = 0; row < kStaleRows; ++row) {
+    had.push_back(static_cast<int32_t>(std::max<int64_t>(0, now - kGaps[row % 6])));
+  }
+  std::vector<int64_t> indices{5, 14};
+  for (int64_t row = kStaleRows - 1; row >= 0; --row) {
+    if (row != kLeftRow) indices.push_back(row);
+  }
+  const Occurrences sorted(indices);
+  const Rows rows = sorted.view(width);
+  std::vector<int32_t> from;
+  for (const int64_t row : sorted.rows) from.push_back(had[static_cast<size_t>(row)]);
+  StaleRows stale = history.view(from.data(), width, may_stop);
+  stale.dense = true;
+  const Array sums = slice_values(state, initial.size);
+  Array first(state, initial.size);
+  for (int64_t i = 0; i < initial.size; ++i)
+    first.set(i, read(initial.var.at(0), dtype, i) * static_cast<double>(1 + i % 3));
+  for (const bool has_gradient : {false, true}) {
+    const auto args = [&](const Variable& table, const Array& average) {
+      TensorArgs tensor = table.args(t, amsgrad);
+      tensor.average = averages ? average.at(0) : nullptr;
+      tensor.accumulator = sums.at(0);
+      tensor.grad = has_gradient ? sums.at(0) : nullptr;
+      tensor.grad_dtype = state;
+      tensor.rows = &rows;
+      tensor.stale = &stale;
+      return tensor;
+    };
+    const Variable expected(initial, 0);
+    const Array expected_average(first, 0);
+    expect_dense_replay(args(expected, expected_average), history, sorted.rows, had, width, t);
+    for_each_isa([&](const cpu::Isa& isa) {
+      for (const int64_t piece : {initial.size, width * 2 / 3 + 2}) {
+        const Variable table(initial, 3);
+        const Array average(first, 3);
+        const auto kernel = isa.kernels->touched_rows[static_cast<int>(dtype)];
+        run_pieces(kernel, step_of(t, amsgrad, true), args(table, average), rows.count * width, piece);
+        const std::string rule =
+            std::string(isa.name) + (averages ? ", accumulated with averages: " : ", accumulated: ");
+        claims.note(rule + kFormats[static_cast<int>(dtype)].name + " has the bits of dense steps",
+                    table == expected && average == expected_average);
+      }
+    });
+  }
+}
+
 void check_kernels() {
   Digests digests(kDigest);
   Claims claims;
@@ -125,6 +180,14 @@ void check_kernels() {
         check_stale(pair, 5, amsgrad, transform, may_stop, Touch::kGradient, now, claims, digests);
         check_stale(pair, 130, amsgrad, transform, may_stop, Touch::kSome, now, claims, digests);
         check_stale(pair, 1, amsgrad, transform, may_stop, Touch::kAll, now, claims, digests);
+      }
+    }
+  }
+  for (const DType dtype : {FASTADAM_FLOAT16, FASTADAM_BFLOAT16, FASTADAM_FLOAT32, FASTADAM_FLOAT64}) {
+    for (int mode = 0; mode < 8; ++mode) {
+      for (const int64_t now : {0, 9, 203}) {
+        check_accumulated(dtype, 5, mode / 4 != 0, mode / 2 % 2 != 0, mode % 2 != 0, now, claims);
+        check_accumulated(dtype, 130, mode / 4 != 0, mode / 2 % 2 != 0, mode % 2 != 0, now, claims);
       }
     }
   }

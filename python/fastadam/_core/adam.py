@@ -33,6 +33,7 @@ from fastadam._core.native.slices import check_sparse_update
 from fastadam._core.optimizer import Optimizer
 from fastadam._core.options.exclusions import Exclusions
 from fastadam._core.options.keras3 import Keras3Options
+from fastadam._core.options.options import refuse_lazy_overwrites
 from fastadam._core.options.small_states import Float32For, SmallStates
 from fastadam._core.pairs import check_copies, check_pairs_list
 from fastadam._core.parts import parts_of
@@ -108,6 +109,9 @@ class Adam(Optimizer):
         max_staleness: The largest number of steps that a row of a deferred table waits; None for no limit.
         clip_after_dedupe: Clip IndexedSlices after repeated rows have been summed, like the dense gradient; by default
             the values are clipped as they come, as in TF.
+        sum_repeated: Sum the gradients of a variable that is given more than once in a call, as tied weights need, and
+            make one update. Sparse ones are joined and stay sparse; together with a dense one they become dense. By
+            default the variable is updated once for each of its gradients, as in TF.
         telemetry: Measure in every step what it does to each variable, for :meth:`telemetry`. Gradients must be dense.
         moments: How m and v are stored: None or "float32" (float64 for float64 variables), "bfloat16", or "8bit": codes
             with a scale for each 128 elements. The small ones are rounded at random so that their mean is right; the
@@ -195,6 +199,7 @@ class Adam(Optimizer):
         sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
         max_staleness: int | None = None,
         clip_after_dedupe: bool = False,
+        sum_repeated: bool = False,
         telemetry: bool = False,
         moments: Literal["float32", "bfloat16", "8bit"] | None = None,
         master: Literal["split"] | None = None,
@@ -231,6 +236,7 @@ class Adam(Optimizer):
         )
         parts_of(self).options.refuse_with_small_states(use_ema=self.use_ema)
         self.clip_after_dedupe = clip_after_dedupe
+        self.sum_repeated = sum_repeated
         self.sparse_update = sparse_update
         parts_of(self).options.telemetry = check_bool("telemetry", telemetry)
         if not isinstance(name, (str, type(None))):
@@ -294,8 +300,7 @@ class Adam(Optimizer):
     def sparse_update(self, value: SparseUpdate) -> None:
         check_sparse_update(value)
         options, _, runtime, tables = parts_of(self)
-        if value != "dense" and (options.keras3.use_ema or options.accumulation):
-            raise ValueError(f"sparse_update: {value!r} with use_ema or gradient_accumulation_steps, expected 'dense'")
+        refuse_lazy_overwrites(value, options.keras3)
         with runtime.lock:
             runtime.require_closed("sparse_update")
             if runtime.step_lock.locked():
@@ -321,6 +326,15 @@ class Adam(Optimizer):
     @clip_after_dedupe.setter
     def clip_after_dedupe(self, value: bool) -> None:
         parts_of(self).options.clip_after_dedupe = check_bool("clip_after_dedupe", value)
+
+    @property
+    def sum_repeated(self) -> bool:
+        """Whether the gradients of a variable that is given more than once in a call are summed."""
+        return parts_of(self).options.sum_repeated
+
+    @sum_repeated.setter
+    def sum_repeated(self, value: bool) -> None:
+        parts_of(self).options.sum_repeated = check_bool("sum_repeated", value)
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[VariableLike] | None = None, var_names: Iterable[str] | None = None
@@ -403,8 +417,9 @@ class Adam(Optimizer):
         """Update every variable in place with its gradient, then count the step.
 
         All pairs are checked before anything is written: a call that raises leaves variables, slots and
-        ``iterations`` as they were. A variable given twice is updated twice, in order, with the same t. Pairs whose
-        gradient is None are skipped with a warning. An empty list does nothing.
+        ``iterations`` as they were. A variable given twice is updated twice, in order, with the same t, or once with
+        the sum of its gradients if ``sum_repeated`` is set. Pairs whose gradient is None are skipped with a warning. An
+        empty list does nothing.
 
         With ``gradient_accumulation_steps`` k, k - 1 calls only add up gradients, and the k-th updates every variable
         that had a gradient in any of the k calls with the sum divided by k.
@@ -565,7 +580,7 @@ class Adam(Optimizer):
         if self.max_staleness is not None:
             config["max_staleness"] = self.max_staleness
         config.update(options.keras3.config())
-        for name in ("clip_after_dedupe", "telemetry"):
+        for name in ("clip_after_dedupe", "sum_repeated", "telemetry"):
             if getattr(options, name):
                 config[name] = True
         config.update(options.small.config())

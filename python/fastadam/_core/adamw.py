@@ -44,6 +44,7 @@ class AdamW(Adam):
         sparse_update: How :class:`fastadam.IndexedSlices` are applied: "dense", "deferred", "deferred_fast" or "lazy".
         max_staleness: Maximum number of steps that a row of a deferred table waits.
         clip_after_dedupe: Clip IndexedSlices after repeated rows are summed, not before.
+        sum_repeated: Sum the gradients of a variable that is given more than once in a call.
         telemetry: Measure what every step does, for :meth:`telemetry`.
         moments: How m and v are stored: "float32", "bfloat16" or "8bit".
         master: "split" keeps the low 16 bits of the float32 values of bfloat16 variables.
@@ -85,6 +86,7 @@ class AdamW(Adam):
         sparse_update: Literal["dense", "deferred", "deferred_fast", "lazy"] = "dense",
         max_staleness: int | None = None,
         clip_after_dedupe: bool = False,
+        sum_repeated: bool = False,
         telemetry: bool = False,
         moments: Literal["float32", "bfloat16", "8bit"] | None = None,
         master: Literal["split"] | None = None,
@@ -115,6 +117,7 @@ class AdamW(Adam):
             sparse_update=sparse_update,
             max_staleness=max_staleness,
             clip_after_dedupe=clip_after_dedupe,
+            sum_repeated=sum_repeated,
             telemetry=telemetry,
             moments=moments,
             master=master,

@@ -29,6 +29,7 @@ def overwrite(parts: Parts, variables: Sequence[_cpu.Buffer], averages: Sequence
     with parts.runtime.lock:
         refuse_while_swapped(parts, "finalize_variable_values")
         copies, elsewhere = _planned(variables, averages)
+        parts.tables.note_all_changed()
         if elsewhere is not None:
             try:
                 _write(elsewhere[1])

@@ -12,7 +12,6 @@ from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buckets import Bucket, OpenStep
 from fastadam._core.native.buffers import buffers_of
 from fastadam._core.native.worker import Handle
-from fastadam._core.pairs import check_pairs
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, AnyGradient, AnyPair
@@ -47,9 +46,7 @@ class BucketedStep(OpenStep):
         stepper = self._stepper
         if stepper.options.plan_version != self._plan_version:
             raise RuntimeError("step_bucket: options were set since begin_step(), expected that before it")
-        match = stepper.find_plan(pairs, copies)
-        if match is None or len(match[1]) < len(pairs):
-            check_pairs(pairs)
+        pairs, match = stepper.match(pairs, copies, zeroes=False)
         if match is None:
             self._require_built(pairs)
             match = stepper.make_plan(pairs, copies, self._hyper, self._scale, zeroes=False)
@@ -119,6 +116,7 @@ def begin(
         if runtime.has_gpus or on_gpu(options.numbers["learning_rate"]):
             raise ValueError("begin_step: variables or a learning rate on a GPU, expected CPU memory")
         with _cpu.DefaultArithmetic():
+            stepper.tables.note_all_changed()
             runtime.open = BucketedStep(stepper, optimizer, early=early, threads=threads, loss_scale=loss_scale)
 
 

@@ -105,7 +105,11 @@ class Keras3Option(Generic[Value]):
     def __set__(self, optimizer: Foreign, value: Value) -> None:
         if self._fixed:
             raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
-        parts_of(optimizer).options.set_keras3(self._name, value)
+        options, _, runtime, tables = parts_of(optimizer)
+        if self._name == "use_ema" and value and not options.keras3.use_ema:
+            with runtime.lock:
+                tables.settle()  # averages begin at the values of all steps
+        options.set_keras3(self._name, value)
 
 
 class SmallState(Generic[Value]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from fastadam._core.common.warning import warn
 from fastadam._core.minimize import Minimizer, scaled
 from fastadam._core.pairs import check_copies, check_pairs_list
 from fastadam._core.parts import parts_of
+from fastadam._core.saving.delta_writer import save_delta
 from fastadam._core.saving.reader import load_optimizer
 from fastadam._core.saving.writer import save_optimizer
 from fastadam._core.step import Stepper
@@ -311,11 +312,24 @@ class LossScaleOptimizer(Minimizer):
             raise ValueError(f"inner_optimizer: {kind!r}, expected one of {sorted(classes)}")
         return cls(classes[kind].from_config(inner["config"], custom_objects), **arguments)
 
-    def save(self, path: str | os.PathLike[str], variables: Iterable[VariableLike] | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        variables: Iterable[VariableLike] | None = None,
+        *,
+        values: bool = False,
+    ) -> None:
         """Save the optimizer as :meth:`Adam.save` does, with the scale and the number of good steps."""
         with parts_of(self.inner_optimizer).runtime.lock:
-            state = {**{name: getattr(self, name) for name in _SAVED}, **self._own_config()}
-            save_optimizer(self.inner_optimizer, path, variables, state)
+            save_optimizer(self.inner_optimizer, path, variables, self._saved(), values=values)
+
+    def save_delta(self, path: str | os.PathLike[str]) -> None:
+        """Save what has changed since the last file as :meth:`Adam.save_delta` does, with the scale."""
+        with parts_of(self.inner_optimizer).runtime.lock:
+            save_delta(self.inner_optimizer, path, self._saved())
+
+    def _saved(self) -> Config:
+        return {**{name: getattr(self, name) for name in _SAVED}, **self._own_config()}
 
     @class_only
     def load(
@@ -324,21 +338,25 @@ class LossScaleOptimizer(Minimizer):
         variables: Iterable[VariableLike],
         custom_objects: Mapping[str, Any] | None = None,
         changes: Mapping[str, Any] | None = None,
+        *,
+        deltas: Iterable[str | os.PathLike[str]] = (),
+        slots: Sequence[Mapping[str, HostArray] | None] | None = None,
     ) -> Self:
         """Load what :meth:`save` wrote, as :meth:`Adam.load` does; ``custom_objects`` may hold a subclass of Adam."""
         others = [entry for entry in (custom_objects or {}).values() if isinstance(entry, type)]
         classes: list[type[Adam]] = [Adam, AdamW, *(entry for entry in others if issubclass(entry, Adam))]
-        inner, state = load_optimizer(classes, path, variables, custom_objects, changes)
-        try:
+
+        def finish(inner: Adam, state: Config | None) -> LossScaleOptimizer:
             if not isinstance(state, dict) or {*state, "min_scale"} != {*_SAVED, "min_scale"}:
                 raise ValueError(f"state of {type(inner).__name__}, expected LossScaleOptimizer")
             scales: Config = {name: state[name] for name in ("initial_scale", "dynamic_growth_steps")}
             optimizer = cls(inner, **scales, min_scale=state.get("min_scale", 1.0))
             optimizer.dynamic_scale = state["dynamic_scale"]
             optimizer.step_counter = state["step_counter"]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{os.fsdecode(path)}: {error}") from None
-        return optimizer
+            return optimizer
+
+        loaded: Self = load_optimizer(classes, path, variables, finish, custom_objects, changes, deltas, slots)
+        return loaded
 
 
 _LARGEST = 2.0**126  # its inverse is the smallest normal float32

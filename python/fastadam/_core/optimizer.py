@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastadam._core import resizing
 from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_integer, check_iterations, check_list
 from fastadam._core.common.strict import class_only
@@ -22,6 +23,7 @@ from fastadam._core.native.variable import label_of, unwrap
 from fastadam._core.options.options import Options
 from fastadam._core.options.state_format import LOW, MOMENTS, SCALES
 from fastadam._core.parts import Parts
+from fastadam._core.saving.delta_writer import save_delta
 from fastadam._core.saving.reader import load_optimizer
 from fastadam._core.saving.writer import save_optimizer
 from fastadam._core.state.given_slots import GivenSlots
@@ -33,7 +35,7 @@ from fastadam._core.step import Stepper
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from fastadam._core.common.types import AnyArray, Array, ArrayLike, Config, VariableLike
+    from fastadam._core.common.types import AnyArray, Array, ArrayLike, Config, Foreign, VariableLike
     from fastadam._core.native.backend import _cpu
 
 __all__ = ["Optimizer"]
@@ -74,6 +76,7 @@ class Optimizer(Minimizer):
         per_step = self._parts.options.calls_per_step
         calls = check_iterations("iterations", check_iterations("iterations", value) * per_step)
         self._parts.runtime.require_closed("iterations")
+        self._parts.state.settle_cycle()
         self._parts.tables.set_calls(calls)
         self._parts.state.restart_accumulation([], per_step)
 
@@ -167,6 +170,7 @@ class Optimizer(Minimizer):
             refuse_while_swapped(self._parts, "set_weights")
             tables.settle()
             calls, slots = state.checked(weights, self.name)
+            tables.note_all_changed()
             state.fill(calls, slots, options.calls_per_step)
             tables.confirm()
 
@@ -310,6 +314,106 @@ class Optimizer(Minimizer):
         self.sync(var)
         yield unwrap(var)
 
+    # ---- variables that change -------------------------------------------------------------------------------------
+
+    def resize(
+        self,
+        old: VariableLike,
+        new: VariableLike,
+        rows: ArrayLike | None = None,
+        slots: Mapping[str, npt.NDArray[np.generic]] | None = None,
+    ) -> None:
+        """Let an array of another length take the place of a variable: rows keep their moments, new rows start fresh.
+
+        Values are not copied: ``new`` has them already, as from ``np.concatenate``. In a deferred mode rows that wait
+        for steps go on waiting in ``new``, which must have them as they are in the memory of ``old`` then; or call
+        :meth:`sync` before they are copied. Where ``max_staleness`` is set, all rows are brought up to date.
+
+        A fresh row has moments of zero, zeros in the slots of :meth:`add_slot`, and a moving average that starts at its
+        value. Its bias correction is that of the optimizer's next step, as for a row that has had no gradient so far.
+        In the middle of an accumulation cycle rows keep what they have accumulated. 8-bit moments are decoded and
+        rounded anew, which changes them only where blocks of 128 elements change. The place in ``weights``, an
+        exclusion from weight decay and, unless ``new`` has one, the name go to ``new``; ``old`` is forgotten.
+
+        Args:
+            old: A variable.
+            new: An array of the same dtype and shape but for its first axis, or a :class:`fastadam.Variable`. It may be
+                in other memory, overlap that of ``old``, or be ``old`` itself, with its rows in another order.
+            rows: For each row of ``new`` which row of ``old`` it was, or -1 if it is fresh; a row may come several
+                times, each with a copy of its moments. None: the first rows are where they were.
+            slots: Arrays for the moments of ``new``, memory maps for example, as :meth:`build` takes them. They are
+                overwritten. None: new memory, where only rows with moments are written.
+
+        Raises:
+            TypeError: ``rows`` are not integers; ``new`` is not an array of floats; a slot of another dtype.
+            ValueError: ``old`` is not a variable of this optimizer, or ``new`` is one; another dtype or shape; a number
+                in ``rows`` that is no row of ``old``; a row that waits for steps and is something else in ``new``; a
+                slot of another shape or layout, or in the memory of something else.
+            RuntimeError: Inside of ``with averages(...)`` or between ``begin_step`` and ``end_step``. A call that
+                raises has changed nothing.
+
+        >>> import numpy as np, fastadam
+        >>> table = np.ones((2, 1), np.float32)
+        >>> opt = fastadam.Adam(0.1, sparse_update="deferred")
+        >>> step = opt.apply_gradients([(fastadam.IndexedSlices([[0.5]], [1]), table)])
+        >>> longer = np.concatenate([table, np.zeros((2, 1), np.float32)])
+        >>> opt.resize(table, longer)
+        >>> opt.get_slot(longer, "m").round(3).ravel().tolist()
+        [0.0, 0.05000000074505806, 0.0, 0.0]
+        >>> kept = np.array([1, 0])
+        >>> shorter = longer[kept].copy()
+        >>> opt.resize(longer, shorter, rows=kept)
+        >>> opt.get_slot(shorter, "m").round(3).ravel().tolist()
+        [0.05000000074505806, 0.0]
+        """
+        resizing.resize(self._parts, old, new, rows, slots)
+
+    def forget(self, var: VariableLike) -> None:
+        """Drop what is kept for a variable, after its rows have been brought up to date, and release the memory.
+
+        A later gradient of it starts anew, with moments of zero. An exclusion from weight decay by ``var_list`` is
+        dropped, too: it keeps the array alive. In ``weights`` the variables that follow move up.
+
+        Raises:
+            ValueError: It is not a variable of this optimizer.
+            RuntimeError: Inside of ``with averages(...)`` or between ``begin_step`` and ``end_step``.
+
+        >>> import numpy as np, fastadam
+        >>> v, w = np.ones(2), np.ones(3)
+        >>> opt = fastadam.Adam(0.1)
+        >>> step = opt.apply_gradients([(np.ones(2), v), (np.ones(3), w)])
+        >>> opt.forget(v)
+        >>> [slot.shape for slot in opt.weights]
+        [(), (3,), (3,)]
+        """
+        resizing.forget(self._parts, var)
+
+    def reset(self, var: VariableLike | None = None, rows: ArrayLike | None = None) -> None:
+        """Set moments to zero in place, as before the first step: of a variable, of some of its rows, or of all.
+
+        Rows that wait for steps are brought up to date first. Moving averages start at the variable again, gradients
+        that were accumulated for the next step are dropped, and slots with names of your own stay as they are.
+        ``iterations`` stays, and with it the bias correction: set it to 0 to begin training anew.
+
+        Args:
+            var: A variable; None for all.
+            rows: Integers of any shape, for the rows of ``var``; None for all.
+
+        Raises:
+            TypeError: ``rows`` are not integers.
+            ValueError: It is not a variable of this optimizer; a row out of range; ``rows`` without ``var``.
+            RuntimeError: Inside of ``with averages(...)`` or between ``begin_step`` and ``end_step``.
+
+        >>> import numpy as np, fastadam
+        >>> w = np.ones((3, 1))
+        >>> opt = fastadam.Adam(0.1)
+        >>> step = opt.apply_gradients([(np.ones((3, 1)), w)])
+        >>> opt.reset(w, rows=[0, 2])
+        >>> opt.get_slot(w, "m").round(3).ravel().tolist()
+        [0.0, 0.1, 0.0]
+        """
+        resizing.reset(self._parts, var, rows)
+
     def _refresh(self, variable: VariableLike | None, ids: AnyArray | None) -> None:
         _, _, runtime, tables = self._parts
         if variable is None:
@@ -325,8 +429,14 @@ class Optimizer(Minimizer):
 
     # ---- files and copies ------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str], variables: Iterable[VariableLike] | None = None) -> None:
-        """Write configuration, iterations and slots, not the variables, to one safetensors file.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        variables: Iterable[VariableLike] | None = None,
+        *,
+        values: bool = False,
+    ) -> None:
+        """Write configuration, iterations and slots, with ``values=True`` the variables too, to one safetensors file.
 
         The file is written under another name in its directory, then renamed: ``path`` is the old file or the new one,
         whole, whenever the process is killed or the disk is full (a killed process may leave ``.fastadam-*.tmp``).
@@ -335,13 +445,56 @@ class Optimizer(Minimizer):
         Args:
             path: The file, replaced if it exists; of any name whose suffix is not that of another format.
             variables: Which variables' slots, in which order; None means all, in the order they came.
+            values: Write the values of the variables, too; ``load`` writes them into the variables that it gets, and
+                ``save_delta`` can follow. From then on lazy steps note which rows they touch.
 
         Raises:
             OSError: The file could not be written.
-            ValueError: The suffix of another format; a variable without slots; a configuration that is not plain JSON.
+            RuntimeError: With ``values=True`` inside of ``with averages(...)``.
+            ValueError: The suffix of another format; a variable without slots; a configuration that is not plain JSON;
+                with ``values=True`` a variable on a GPU.
         """
         self._parts.runtime.require_closed("save")
-        save_optimizer(self, path, variables)
+        save_optimizer(self, path, variables, values=values)
+
+    def save_delta(self, path: str | os.PathLike[str]) -> None:
+        """Write what has changed since the last ``save(values=True)`` or ``save_delta``, to be loaded after that file.
+
+        Of a table in a deferred or lazy mode these are the rows that had a gradient, with their moments, and the rates
+        of the steps, by which ``load`` moves all others. Of other variables, and of tables in the "dense" mode, it is
+        everything. What is written to variables and slots by other means than steps is not noticed, except by
+        ``set_weights``: save a new base then.
+
+        The file is replaced as by ``save``. If that fails, the next delta has everything since the last one that was
+        written.
+
+        Args:
+            path: The file; of any name whose suffix is not that of another format. Not one of the same chain.
+
+        Raises:
+            OSError: The file could not be written.
+            RuntimeError: Inside of ``with averages(...)``.
+            ValueError: There is no base; variables have come or been replaced since; a table has had more than 2^20
+                steps; ``path`` is the base or a delta of this chain.
+
+        >>> import tempfile, numpy as np, fastadam
+        >>> folder = tempfile.mkdtemp()
+        >>> table = np.ones((1000, 2), np.float32)
+        >>> opt = fastadam.Adam(0.1, sparse_update="deferred")
+        >>> opt.build([table])
+        >>> opt.save(f"{folder}/base", values=True)
+        >>> step = opt.apply_gradients([(fastadam.IndexedSlices([[0.5, 0.5]], [7]), table)])
+        >>> opt.save_delta(f"{folder}/delta_1")
+        >>> step = opt.apply_gradients([(fastadam.IndexedSlices([[0.5, 0.5]], [8]), table)])
+        >>> opt.save_delta(f"{folder}/delta_2")
+        >>> again = np.empty((1000, 2), np.float32)
+        >>> loaded = fastadam.Adam.load(f"{folder}/base", [again], deltas=[f"{folder}/delta_1", f"{folder}/delta_2"])
+        >>> opt.sync()
+        >>> np.array_equal(again, table)
+        True
+        """
+        self._parts.runtime.require_closed("save_delta")
+        save_delta(self, path)
 
     @class_only
     def load(
@@ -350,25 +503,42 @@ class Optimizer(Minimizer):
         variables: Iterable[VariableLike],
         custom_objects: Mapping[str, object] | None = None,
         changes: Mapping[str, Any] | None = None,
+        *,
+        deltas: Iterable[str | os.PathLike[str]] = (),
+        slots: Sequence[Mapping[str, npt.NDArray[np.generic]] | None] | None = None,
     ) -> Self:
         """An optimizer from ``save``, which goes on to the bit with these variables.
 
+        A file of ``save(values=True)`` writes the values into the variables. Everything is checked before, checksums
+        included; only an interrupt can leave variables that are partly written.
+
         Args:
             path: The file. It is data only: nothing in it is run.
-            variables: The variables, with the values they had, in the order they were saved in.
+            variables: The variables in the order they were saved in. They must have the values that they had, but get
+                these from a file of ``save(values=True)``.
             custom_objects: Schedule classes of your own by name.
             changes: ``moments``, ``master``, ``stochastic_rounding``, ``float32_for`` or ``seed`` in place of the saved
                 ones, such as ``{"moments": "8bit"}``. Moments are converted; fewer bits are rounded at random.
+            deltas: Files of ``save_delta`` that follow a file of ``save(values=True)``, in their order. All rows of
+                tables are brought up to date.
+            slots: As of :meth:`build`: for each variable None, or arrays that the moments are written to and that
+                become its slots, such as memory maps. Of slots that the file has.
 
         Raises:
-            OSError: The file cannot be read.
-            ValueError: Other ``changes``; the file is damaged, of another class, or of other variables: shape, dtype or
-                name differ.
+            OSError: A file cannot be read.
+            TypeError: A slot of another type or dtype.
+            ValueError: Other ``changes``, or any with ``deltas``; a file is damaged, of another class, or of other
+                variables: shape, dtype or name differ; a delta that does not follow the file before it; a slot that
+                does not fit.
         """
-        optimizer, loss_scale = load_optimizer([cls], path, variables, custom_objects, changes)
-        if loss_scale is not None:
-            raise ValueError(f"{os.fsdecode(path)}: state of LossScaleOptimizer, expected {cls.__name__}")
-        return optimizer
+
+        def finish(optimizer: Foreign, loss_scale: Config | None) -> Foreign:
+            if loss_scale is not None:
+                raise ValueError(f"state of LossScaleOptimizer, expected {cls.__name__}")
+            return optimizer
+
+        loaded: Self = load_optimizer([cls], path, variables, finish, custom_objects, changes, deltas, slots)
+        return loaded
 
     def __getstate__(self) -> Config:
         """Everything but the variables: the first ones that a restored optimizer meets take its slots, in order."""

@@ -14,8 +14,12 @@ from fastadam._core.common.types import AnyArray
 from fastadam._core.common.warning import warn
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, key_of
+from fastadam._core.native.rows import bits_of
+from fastadam._core.native.variable import name_in
 
 __all__ = ["Replacements"]
+
+_MANY_ROWS = 1024  # compared at a time
 
 
 @dataclass(frozen=True)
@@ -25,21 +29,24 @@ class _Met:
     key: Key
     buffer: _cpu.Buffer
     given: weakref.ref[AnyArray] | None  # the caller's object; the buffer may keep another one alive
-    meeting: int
 
 
 class Replacements:
-    """Warns once of ``w = w * 0.999`` between steps, in the step that meets the third array.
+    """Warns once of ``w = w * 0.999`` and of ``table = np.concatenate([table, rows])`` between steps.
 
-    A new array is a replacement if the optimizer keeps arrays of its shape and dtype that nobody else refers to, since
-    they cannot come back. It takes two of them, from two different calls: the layers of one model that was dropped are
-    not replacements. Only calls with a new variable are examined, and only the last 64 variables of each kind.
+    A new array takes the place of a variable that gets no gradient in its first step, if it has the variable's dtype
+    and shape but for the first axis, not another name, and either
+
+    - nobody but the optimizer refers to the variable, which therefore cannot come back; or
+    - its first rows are those of the variable as they are now, to the bit, and not all the same number.
+
+    Networks that are stepped by turns, and layers that are trained one after another, are neither. Only calls with a
+    new variable are examined, and only the last 64 variables of each kind.
     """
 
     def __init__(self) -> None:
         self._has_warned = False
-        self._meetings = 0
-        self._met: dict[tuple[tuple[int, ...], str, int], deque[_Met]] = {}
+        self._met: dict[tuple[object, ...], deque[_Met]] = {}
 
     def look(
         self,
@@ -47,6 +54,7 @@ class Replacements:
         buffers: Sequence[_cpu.Buffer],
         new: set[Key],
         plans: Iterable[Sequence[_cpu.Buffer]],
+        kept: Iterable[_cpu.Buffer],
     ) -> None:
         """Call it before a step with variables that have no plan.
 
@@ -55,41 +63,84 @@ class Replacements:
             buffers: The same variables as buffers.
             new: Keys of the variables that the optimizer has not met.
             plans: The buffers of each plan that is kept.
+            kept: Other buffers that the optimizer keeps.
         """
-        if self._has_warned or not new:
+        if self._has_warned:
             return
-        self._meetings += 1
-        references = _references_of(plans)
+        references = _references_of(plans, kept) if new else {}
+        here = {key_of(buffer) for buffer in buffers}
         for (place, variable), buffer in zip(given.items(), buffers, strict=True):
             key = key_of(buffer)
-            if key not in new:
-                continue
-            alike = self._met.setdefault((buffer.shape, buffer.dtype, buffer.device), deque(maxlen=64))
-            gone = {met.meeting for met in alike if met.key != key and _is_abandoned(met, variable, references)}
-            if len(gone - {self._meetings}) > 1:
-                self._warn(buffer, place)
-                return
-            alike.append(_Met(key, buffer, _reference(variable), self._meetings))
+            alike = self._met.setdefault(_kind_of(buffer), deque(maxlen=64))
+            if key in new:
+                for met in alike:
+                    if met.key in here or not _may_replace(buffer, met.buffer):
+                        continue
+                    is_gone = _is_abandoned(met, variable, references)
+                    if is_gone or _continues(buffer, met.buffer):
+                        which = "that is gone" if is_gone else "with these values, which gets no gradient now"
+                        self._warn(buffer, place, f"{met.buffer.shape} {which}")
+                        return
+            if key not in [met.key for met in alike]:
+                alike.append(_Met(key, buffer, _reference(variable)))
 
-    def _warn(self, buffer: _cpu.Buffer, place: int) -> None:
+    def forget(self, key: Key) -> None:
+        """Let go of a variable that the optimizer does not know any more."""
+        for kind, alike in self._met.items():
+            self._met[kind] = deque([met for met in alike if met.key != key], maxlen=alike.maxlen)
+
+    def _warn(self, buffer: _cpu.Buffer, place: int, old: str) -> None:
         self._has_warned = True
         self._met = {}
         label = f"grads_and_vars[{place}]" if buffer.label.startswith("vars[") else buffer.label
         warn(
-            f"{label}: a new array, like others that the optimizer has updated and that are gone. Each new array "
-            "starts with moments of zero, and the optimizer keeps those of the old ones. Change a variable in place "
-            "between steps: `w *= 0.999` instead of `w = w * 0.999`, `np.clip(w, low, high, out=w)`, `w[...] = new`, "
-            "and make a new optimizer for a new model. (Or the pair is swapped, expected (gradient, variable).)"
+            f"{label}: a new array of shape {buffer.shape}, while the optimizer has updated one of shape {old}. It "
+            "starts with moments of zero, and the optimizer keeps those of the old one. opt.resize(old, new) before "
+            "the step gives them to the new array. Change a variable in place between steps: `w *= 0.999` instead of "
+            "`w = w * 0.999`, `np.clip(w, low, high, out=w)`, `w[...] = new`, and make a new optimizer for a new "
+            "model. (Or the pair is swapped, expected (gradient, variable).)"
         )
 
 
-def _references_of(plans: Iterable[Sequence[_cpu.Buffer]]) -> dict[int, tuple[set[int], int]]:
-    """For the id of each array: the Buffers of plans that refer to it, and how many native plans have a copy of one."""
+def _kind_of(buffer: _cpu.Buffer) -> tuple[object, ...]:
+    """What a variable has in common with an array that it is copied to or grows into."""
+    return buffer.dtype, buffer.device, len(buffer.shape), buffer.shape[1:]
+
+
+def _may_replace(new: _cpu.Buffer, old: _cpu.Buffer) -> bool:
+    """Whether their names allow it."""
+    return len({name for name in (name_in(new.label), name_in(old.label)) if name}) < 2
+
+
+def _continues(new: _cpu.Buffer, old: _cpu.Buffer) -> bool:
+    """Whether one begins with the rows of the other, apart in memory; for variables with axes on the host."""
+    if new.device >= 0 or not new.shape or not new.size or not old.size:
+        return False
+    rows = min(new.shape[0], old.shape[0])
+    one, other = new.array()[:rows], old.array()[:rows]
+    if one.flat[0] != other.flat[0] or np.may_share_memory(one, other):
+        return False
+    varies = False
+    for begin in range(0, rows, _MANY_ROWS):
+        bits = bits_of(one[begin : begin + _MANY_ROWS])
+        if (bits != bits_of(other[begin : begin + _MANY_ROWS])).any():
+            return False
+        varies = varies or bool((bits != bits.flat[0]).any() or one[begin].flat[0] != one.flat[0])
+    return varies
+
+
+def _references_of(
+    plans: Iterable[Sequence[_cpu.Buffer]], kept: Iterable[_cpu.Buffer]
+) -> dict[int, tuple[set[int], int]]:
+    """For the id of each array: the Buffers that refer to it, and how many native plans have a copy of one."""
     references: dict[int, tuple[set[int], int]] = {}
     for buffers in plans:
         for buffer in buffers:
             ids, count = references.get(id(buffer.source), (set(), 0))
             references[id(buffer.source)] = (ids | {id(buffer)}, count + 1)
+    for buffer in kept:
+        ids, count = references.get(id(buffer.source), (set(), 0))
+        references[id(buffer.source)] = (ids | {id(buffer)}, count)
     return references
 
 

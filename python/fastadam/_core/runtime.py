@@ -12,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from fastadam._core.common.types import AnyArray, AnyGradient, Foreign
+from fastadam._core.deferred.chain import Chain
 from fastadam._core.deferred.history import History
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buckets import Guess, OpenStep
+from fastadam._core.native.buffers import Key, key_of
 from fastadam._core.native.gpu import cuda_module
 from fastadam._core.native.plan import BoundedCache, Plan, StepHyper
 from fastadam._core.native.variable import unwrap
@@ -43,6 +45,7 @@ class StepPlan:
     histories: list[History | None]  # of the variables that are deferred tables
     dense_only: list[str | None]  # for each variable why it takes no sparse gradients; None if it does
     has_copies: bool = False
+    averages: bool = False
     places: list[tuple[int, ...]] | None = None  # of the variables in the store, once a bucket has needed them
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class Runtime:
         self.zeroes = False  # it set its gradients to zero
         self._plans: BoundedCache[tuple[int, int], StepPlan] = BoundedCache()
         self.open: OpenStep | None = None  # the step that begin_step() has begun
+        self.chain: Chain | None = None  # of the files that the next delta follows
         self.guess = Guess()
         self.logs: dict[object, _cpu.StepLog] = {}
         self.contexts: dict[int, Foreign] = {}
@@ -110,6 +114,15 @@ class Runtime:
         self.last = None
         self.repeats = False
         self._plans.clear()
+
+    def let_go(self, key: Key) -> None:
+        """Forget everything made of a variable that the optimizer is to forget, and of the places of others."""
+        self.clear_plans()
+        self.forget_closed()
+        self.logs.clear()
+        self.replacements.forget(key)
+        if self.measured is not None and key in map(key_of, self.measured.plan.buffers):
+            self.measured = None
 
     @property
     def plans(self) -> Iterator[StepPlan]:

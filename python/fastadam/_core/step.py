@@ -5,29 +5,33 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from fastadam._core import accumulation
 from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_clip, check_iterations, check_number
 from fastadam._core.common.telemetry import Telemetry
 from fastadam._core.common.warning import warn
-from fastadam._core.deferred.history import Doubt, History, Numbers
+from fastadam._core.deferred.history import Doubt
 from fastadam._core.hyperparameters import Clip, Hyper
 from fastadam._core.native.arrays import expect_random_rows, on_gpu
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, buffers_of, key_of
 from fastadam._core.native.gpu import cuda_module
 from fastadam._core.native.plan import Plan, StepHyper
-from fastadam._core.native.slices import is_sparse
+from fastadam._core.native.slices import is_native_sparse, is_slices, is_sparse, native_gradient
 from fastadam._core.native.variable import Variable, unwrap
 from fastadam._core.options.options import CLIP_NAMES
 from fastadam._core.options.state_format import LOW
 from fastadam._core.pairs import check_pairs, first_variable
 from fastadam._core.parts import Parts
+from fastadam._core.repeated import sum_repeated
 from fastadam._core.runtime import PlanVersion, StepPlan
 from fastadam.schedules import LearningRateSchedule
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, AnyGradient, AnyPair
+    from fastadam._core.deferred.chain import Chain
     from fastadam._core.state.entry import Entry
     from fastadam._core.state.slots import Prepared
 
@@ -120,13 +124,13 @@ class Stepper:
         hyper = self.numbers(optimizer, 1.0 / options.calls_per_step if accumulates else scale)
         if accumulates:
             _refuse_with_accumulation(copies=bool(copies), zero_grads=zero_grads, telemetry=options.telemetry)
-        match = self.find_plan(pairs, copies)
-        if match is None or len(match[1]) < len(pairs):
-            check_pairs(pairs)
+        pairs, match = self.match(pairs, copies, zeroes=zero_grads)
         plan, gradients = match or self.make_plan(pairs, copies, hyper, scale, zeroes=zero_grads)
         runtime.use_plan(plan)
         if plan.plan.device >= 0:
             plan.plan.set_device_numbers(rate)
+        if runtime.chain is not None and options.sparse_update != "dense":
+            self._note_rows(runtime.chain, plan, gradients)
         if accumulates:
             require_finite = loss_scale is not None
             return accumulation.accumulate(self.parts, plan, gradients, scale, hyper, require_finite=require_finite)
@@ -136,11 +140,12 @@ class Stepper:
             hyper = hyper._replace(zero_gradients=True)
         if plan.has_tables:
             tables.warn_of_unread(plan, gradients)
-            numbers = Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, plan.amsgrad)
-            if tables.must_catch_up(plan, gradients, numbers):  # refused before rows are moved
+            numbers = tables.numbers_of(hyper, amsgrad=plan.amsgrad, averages=plan.averages)
+            touches = [is_native_sparse(gradient) for gradient in gradients]
+            if tables.must_catch_up(plan, touches, numbers):  # refused before rows are moved
                 gradients = plan.plan.check(gradients)
                 plan.plan.check_numbers(hyper)
-            tables.before_step(plan, gradients, numbers)
+            tables.before_step(plan, touches, numbers)
         is_finite = plan.plan.step(gradients, hyper, counter=state.calls)
         if options.telemetry:
             runtime.measured = plan
@@ -150,6 +155,15 @@ class Stepper:
             tables.raise_late()  # the step has been waited for
         self._remember(plan, hyper, len(pairs), loss_scale)
         return is_finite
+
+    def _note_rows(self, chain: Chain, plan: StepPlan, gradients: list[AnyGradient]) -> None:
+        """Note for the next delta which rows the step will change of variables without a history."""
+        for place, buffer, history, gradient in zip(
+            plan.plan.positions, plan.plan.buffers, plan.histories, gradients, strict=True
+        ):
+            if history is None and buffer.device < 0:
+                native = native_gradient(gradient, buffer, f"grads[{place}]")
+                chain.note(self.state.slots.entry_of(buffer), np.asarray(native.indices) if is_slices(native) else None)
 
     def telemetry(self) -> Telemetry:
         """What the last step measured; raises RuntimeError if it has not."""
@@ -217,6 +231,7 @@ class Stepper:
             and not options.exclusions.patterns  # a variable may come with another name
             and not runtime.checks_exclusions
             and not runtime.has_gpus
+            and (runtime.chain is None or options.sparse_update == "dense")  # else rows are noted
             and len(plan.plan.buffers) == pairs
         )
         if runtime.repeats:
@@ -250,6 +265,18 @@ class Stepper:
         """What is kept for a variable; None if it is not known."""
         return self.state.slots.entry_of(buffer)
 
+    def match(
+        self, pairs: list[AnyPair], copies: list[AnyArray], *, zeroes: bool
+    ) -> tuple[list[AnyPair], tuple[StepPlan, list[AnyGradient]] | None]:
+        """Check the pairs, with ``sum_repeated`` sum those of one variable, and find their plan."""
+        match = self.find_plan(pairs, copies)
+        if match is None or len(match[1]) < len(pairs):
+            check_pairs(pairs)
+        if match is not None or not self.options.sum_repeated:  # then a plan has each variable once
+            return pairs, match
+        summed = sum_repeated(pairs, copies, zeroes=zeroes)
+        return summed, None if summed is pairs else self.find_plan(summed, copies)
+
     def find_plan(self, pairs: list[AnyPair], copies: list[AnyArray]) -> tuple[StepPlan, list[AnyGradient]] | None:
         """The plan that was made for these variables and copies, and the gradients; None if there is none."""
         match = self.runtime.find_plan(pairs, self._version())
@@ -258,6 +285,8 @@ class Stepper:
         plan, gradients = match
         if plan.needs_dense:
             _refuse_sparse(plan.dense_only, gradients)
+        if plan.plan.device >= 0:
+            self._refuse_rows_on_gpu(plan.plan.buffers, gradients)
         if self.runtime.checks_exclusions and self.options.keras3.weight_decay:
             self._check_exclusions(pairs)
         if self.options.exclusions.patterns and plan.decays != self._decays(pairs, plan.plan.buffers):
@@ -273,29 +302,33 @@ class Stepper:
     ) -> tuple[StepPlan, list[AnyGradient]]:
         """A plan for variables not seen before, and gradients as far as they had to be converted to check the step."""
         version = self._version()  # before any code of a gradient runs: what that sets asks for another plan
-        options, state, runtime = self.options, self.state, self.runtime
+        options, state, runtime, tables = self.parts
         positions = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
         gradients = [unwrap(pairs[i][0]) for i in positions]
         state_format, amsgrad = options.state_format, options.amsgrad
         buffers = buffers_of([pairs[i][1] for i in positions], positions)
-        tables = {key_of(buffer) for buffer, gradient in zip(buffers, gradients, strict=True) if is_sparse(gradient)}
-        prepared = state.slots.prepare(buffers, partial(state_format.of, tables=tables))
+        keys = [key_of(buffer) for buffer in buffers]
+        sparse = {key for key, gradient in zip(keys, gradients, strict=True) if is_sparse(gradient)}
+        prepared = state.slots.prepare(buffers, partial(state_format.of, tables=sparse))
         moments, lows = prepared.slots["m"], prepared.slots.get(LOW, [None] * len(buffers))
         if state_format.moves_rows_alone:
-            _expect_random_rows(prepared, buffers, tables)
+            _expect_random_rows(prepared, buffers, sparse)
         dense_only = [state_format.why_dense(*row) for row in zip(buffers, moments, lows, strict=True)]
         _refuse_sparse(dense_only, gradients)
+        self._refuse_rows_on_gpu(buffers, gradients)
         decays = self._decays(pairs, buffers)
-        numbers = Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, amsgrad)
+        averages = "average" in prepared.slots
+        numbers = tables.numbers_of(hyper, amsgrad=amsgrad, averages=averages)
         entries = [prepared.entry_of(buffer) for buffer in buffers]
-        histories = [self._history_of(*row, numbers) for row in zip(buffers, entries, gradients, strict=True)]
+        histories = [tables.history_of(*row, numbers) for row in zip(buffers, entries, gradients, strict=True)]
+        only_adds = options.accumulation is not None and len(set(keys)) < len(keys)  # the step has another plan
         plan = Plan(
             buffers,
             prepared.slots,
             decays=decays,
             positions=positions,
-            lazy=options.sparse_update == "lazy",
-            histories=[None if history is None else history.native for history in histories],
+            lazy=options.sparse_update == "lazy" and not only_adds,
+            histories=[None if history is None or only_adds else history.native for history in histories],
             copies=[unwrap(copies[i]) for i in positions] if copies else _NONE,
             context=runtime.context_of(buffers[0]),
             numbers=prepared.numbers,
@@ -307,10 +340,12 @@ class Stepper:
         plan.check_numbers(hyper._replace(gradient_scale=scale))  # of accumulated gradients, which have another scale
         given = {i: unwrap(pairs[i][1]) for i in positions}
         new = {slot_key for slot_key, _ in prepared.created if not state.slots.knows(slot_key)}
-        runtime.replacements.look(given, buffers, new, [other.plan.buffers for other in runtime.plans])
+        kept = [entry.buffer for entry in state.entries if entry.buffer is not None]
+        plans = [other.plan.buffers for other in runtime.plans]
+        runtime.replacements.look(given, buffers, new, plans, [*kept, *options.exclusions.buffers])
         prepared.commit()  # slots are made once the whole step has been found good
         version = version._replace(slots=state.slots.version)
-        made = StepPlan(plan, version, amsgrad, decays, histories, dense_only, has_copies=bool(copies))
+        made = StepPlan(plan, version, amsgrad, decays, histories, dense_only, bool(copies), averages)
         for buffer, history in zip(buffers, histories, strict=True):
             entry = state.slots.entry_of(buffer)
             if entry is not None and history is None:
@@ -321,21 +356,18 @@ class Stepper:
         runtime.add_plan(made, pairs)
         return made, gradients
 
-    def _history_of(
-        self, buffer: _cpu.Buffer, entry: Entry | None, gradient: AnyGradient, numbers: Numbers
-    ) -> History | None:
-        """The history of a variable that is, or with this gradient becomes, a deferred table."""
-        if not self.options.is_deferred:
-            return None
-        if entry is not None and entry.history is not None:
-            if entry.history.is_full:
-                self.runtime.clear_plans()  # they read the old arrays, whatever becomes of this step
-                entry.history.make_room(partial(self.tables.catch_up, buffer))
-            return entry.history.placed(buffer)
-        if not is_sparse(gradient) or not buffer.shape:
-            return None
-        doubt = Doubt.NONE if entry is None else entry.doubt
-        return History.of(buffer, numbers, self.options.sparse_update == "deferred", doubt)
+    def _refuse_rows_on_gpu(self, buffers: list[_cpu.Buffer], gradients: list[AnyGradient]) -> None:
+        """Raise for a sparse gradient on a GPU with options that its kernels have for dense steps only."""
+        options, mode = self.options, self.options.sparse_update
+        name = "use_ema" if options.keras3.use_ema else "gradient_accumulation_steps" if options.accumulation else None
+        if name is None or mode == "dense" or buffers[0].device < 0:
+            return
+        for buffer, gradient in zip(buffers, gradients, strict=True):
+            if is_sparse(gradient):
+                raise ValueError(
+                    f"{buffer.label}: a sparse gradient on a GPU with {name} and sparse_update={mode!r}, expected "
+                    "sparse_update='dense' or CPU memory"
+                )
 
     # ---- weight decay ----------------------------------------------------------------------------------------------
 

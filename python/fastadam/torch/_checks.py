@@ -210,7 +210,9 @@ def check_params(params: ParamsT) -> ParamsT:
     first = first_of(items)
     if type(first) in _PLAIN:
         return items
-    hint = hint_for_variable(first) or ("for NumPy arrays use fastadam.Adam" if is_array(first) else None)
+    hint = hint_for_variable(first)
+    if is_array(first) and not isinstance(first, Tensor):
+        hint = "for NumPy arrays use fastadam.Adam"
     if hint is not None:
         raise TypeError(f"params: {type(first).__name__}, expected parameters of PyTorch; {hint}")
     return items
@@ -223,7 +225,11 @@ def check_module(module: torch.nn.Module, groups: list[Group], sparse_update: st
         raise TypeError(f"module: {type(module).__name__}, expected an Embedding or EmbeddingBag")
     if not any(weight is param for group in groups for param in group["params"]):
         raise ValueError("module: its weight is not a parameter of this optimizer")
-    if module.max_norm is not None and sparse_update in DEFERRED:
+    if sparse_update not in DEFERRED:
+        return
+    if type(weight) is not torch.nn.Parameter and not hasattr(weight, "_fastadam_owner"):
+        raise TypeError(f"module: its weight is a {type(weight).__name__}, expected a torch.nn.Parameter")
+    if module.max_norm is not None:
         raise ValueError(
             f"module: max_norm={module.max_norm} with sparse_update={sparse_update!r}, expected None: it writes to "
             "rows that wait for their steps"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -13,7 +16,8 @@ from fastadam._core.common.warning import warn
 from fastadam._core.deferred.history import Doubt, History, Numbers
 from fastadam._core.native.arrays import expect_random_rows
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.slices import DEFERRED
+from fastadam._core.native.rows import RowMap
+from fastadam.torch._attached import AttachedParameter
 from fastadam.torch._checks import Group, ParamState, States
 from fastadam.torch._layout import versions_of
 from fastadam.torch._step_count import number_of
@@ -22,7 +26,7 @@ from fastadam.torch._stored import SLOTS
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, SparseUpdate
 
-__all__ = ["Reader", "Table", "Tables"]
+__all__ = ["Table", "Tables"]
 
 
 class Table:
@@ -81,6 +85,19 @@ class Table:
         """The optimizer has written to the parameter."""
         self._note()
         self.history.is_read = False
+
+    def replaced(self, param: Tensor, state: ParamState, row_map: RowMap) -> Table:
+        """The table of the parameter that replaces this one's; rows that wait go on waiting."""
+        twin = copy.copy(self)
+        twin.param, twin.state = param, state
+        twin.history = self.history.moved(_cpu.Buffer(param, self.label), row_map)
+        twin._note()
+        return twin
+
+    def note_reset(self, ids: npt.NDArray[np.int64] | None) -> None:
+        """The moments of these rows, or of all, which are up to date, have been set to zero."""
+        self.history.note_reset(ids)
+        self._note()
 
     def catch_up(self, ids: AnyArray = None) -> None:
         """Make the steps that rows have missed: the rows ``ids``, or all."""
@@ -150,14 +167,14 @@ class Table:
 class Tables:
     """The deferred tables of an optimizer, by parameter."""
 
-    def __init__(self, mode: SparseUpdate, readers: list[Reader]) -> None:
-        self._mode, self._readers = mode, readers
+    def __init__(self, mode: SparseUpdate) -> None:
+        self._mode = mode
         self._tables: dict[Tensor, Table] = {}
         self._has_warned = False
 
     def renewed(self) -> Tables:
         """No tables; a warning that was given is not repeated."""
-        tables = Tables(self._mode, self._readers)
+        tables = Tables(self._mode)
         tables._has_warned = self._has_warned
         return tables
 
@@ -170,6 +187,15 @@ class Tables:
     def of(self, param: Tensor | None) -> list[Table]:
         """The table of a parameter, if it is one; all tables for None."""
         return [table for key, table in self._tables.items() if param is None or key is param]
+
+    def find(self, param: Tensor) -> Table | None:
+        """The table of a parameter; None if it is not one."""
+        return self._tables.get(param)
+
+    def replace(self, param: Tensor, table: Table | None) -> None:
+        """Forget the table of a parameter, if it is one; ``table``: that of the parameter that replaces it."""
+        tables = {key: other for key, other in self._tables.items() if key is not param}
+        self._tables = tables if table is None else {**tables, table.param: table}
 
     def make(self, param: Tensor, state: ParamState, label: str, numbers: Numbers) -> Table:
         """The table of a parameter with this state; a new one becomes known by :meth:`keep`."""
@@ -222,9 +248,8 @@ class Tables:
         """
         if self._has_warned:
             return
-        attached = {reader.weight for reader in self._readers}
         for table in tables:
-            if table.history.waits and not table.history.is_read and id(table.param) not in attached:
+            if table.history.waits and not table.history.is_read and not isinstance(table.param, AttachedParameter):
                 self._has_warned = True
                 warn(
                     f"{table.label}: its rows were read from its memory, where with sparse_update={self._mode!r} they "
@@ -237,38 +262,3 @@ class Tables:
 def _mark_of(tensor: Tensor) -> tuple[int | None, int]:
     """What changes when a tensor is written to or gets other memory."""
     return versions_of([tensor])[0], tensor.data_ptr()
-
-
-class Readable(Protocol):
-    """What a reader asks of its optimizer."""
-
-    @property
-    def sparse_update(self) -> SparseUpdate: ...
-    def gather(self, param: Tensor, ids: Tensor) -> Tensor: ...
-    def sync(self, param: Tensor | None = None) -> None: ...
-
-
-class Reader:
-    """The hooks of an attached module.
-
-    It is copied and pickled without its optimizer. The optimizer owns it and, if both are copied or pickled together,
-    links itself to it again; a reader without an optimizer does nothing.
-    """
-
-    optimizer: Readable | None = None
-    weight: int | None = None  # id of the module's weight; a copy does not know it
-
-    def __getstate__(self) -> dict[str, object]:
-        return {}
-
-    def before_forward(self, module: torch.nn.Module, inputs: tuple[object, ...], named: dict[str, object]) -> None:
-        """Bring the rows that the module looks up up to date."""
-        ids = inputs[0] if inputs else named.get("input")
-        if self.optimizer is None or ids is None or self.optimizer.sparse_update not in DEFERRED:
-            return  # without ids the module raises what is missing
-        self.optimizer.gather(module.weight, ids)
-
-    def before_state_dict(self, module: torch.nn.Module, *_: object) -> None:
-        """Bring all rows up to date."""
-        if self.optimizer is not None:
-            self.optimizer.sync(module.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -14,8 +15,10 @@ from fastadam._core.common.checks import check_bool, check_count, check_number
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import Foreign
-from fastadam._core.native.slices import check_sparse_update
+from fastadam._core.native.slices import DEFERRED, check_sparse_update
 from fastadam._core.native.worker import Handle
+from fastadam.torch import _resizing
+from fastadam.torch._attached import AttachedParameter, attach_to, inside
 from fastadam.torch._buckets import BucketedStep
 from fastadam.torch._checks import (
     OfGroups,
@@ -31,7 +34,6 @@ from fastadam.torch._checks import (
 from fastadam.torch._clipping import Clipping
 from fastadam.torch._compiled import Columns, traced_step
 from fastadam.torch._copies import ComputeParams, check_compute_params, check_groups_apart
-from fastadam.torch._deferred import Reader
 from fastadam.torch._formats import Float32Rule, check_formats, fill_seed, given_formats, master_of
 from fastadam.torch._loading import check_is_dict, fill_groups, keep_tensors, restore_states
 from fastadam.torch._options import Options
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT, StateDict
 
     from fastadam._core.common.telemetry import Telemetry
-    from fastadam._core.common.types import SparseUpdate
+    from fastadam._core.common.types import AnyArray, ArrayLike, SparseUpdate
     from fastadam.torch._checks import Group
     from fastadam.torch._formats import Master, Moments
 
@@ -88,11 +90,11 @@ class Adam(torch.optim.Optimizer):
     - "dense": what ``torch.optim.Adam`` does with their ``to_dense()``.
     - "lazy": only the rows in the gradient move, as with ``torch.optim.SparseAdam``.
     - "deferred": every row gets the bits of dense steps, in the time of "lazy". Rows are brought up to date when a step
-      touches them and when they are read through :meth:`gather`, :meth:`sync` or an attached module (:meth:`attach`).
-      Call :meth:`sync` before a module with such a table is deep-copied, pickled or read in any other way;
-      ``state_dict()`` of an attached module does so by itself.
-      A write to the parameter or its moments while rows wait is refused by the next call; writes through ``.data`` and
-      ``.numpy()``, such as ``parameter.data.add_(1.0)``, are not noticed: the waiting steps then use what was written.
+      touches them, and when PyTorch reads the weight of an attached module (:meth:`attach`). Without :meth:`attach`
+      read rows through :meth:`gather`, and call :meth:`sync` before the parameter is read or written in any other way:
+      the next call then refuses a write that was made while rows waited, but does not notice one through ``.data``. A
+      write to a moment while rows wait is refused, too, and writes through ``.numpy()`` are never noticed: the waiting
+      steps then use what was written.
     - "deferred_fast": like "deferred", but the steps that a row missed are summed in closed form.
 
     Except with "dense", epsilon means what it means in SparseAdam and Keras for parameters with sparse gradients: it is
@@ -493,7 +495,8 @@ class Adam(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; an open step, whose gradients these are, is undone first."""
         self.abort_step()
-        super().zero_grad(set_to_none)
+        with inside() if self._options.attached else nullcontext():
+            super().zero_grad(set_to_none)
 
     # ---- clipping --------------------------------------------------------------------------------------------------
 
@@ -566,8 +569,9 @@ class Adam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def sync(self, param: Tensor | None = None) -> None:
-        """Bring every row of a parameter, or of all, up to date. In a deferred mode call it before reading or writing.
+        """Bring every row of a parameter, or of all, up to date.
 
+        In a deferred mode call it before a parameter is read or written that is not the weight of an attached module.
         The next call notices writes to parameters and moments, except through ``.data`` and ``.numpy()``. After a write
         that it refuses, ``del optimizer.state[parameter]`` begins anew, without the steps that rows wait for.
 
@@ -596,13 +600,22 @@ class Adam(torch.optim.Optimizer):
             return param.detach()[ids]
 
     def attach(self, module: torch.nn.Module) -> None:
-        """Bring rows up to date when ``module``, an Embedding or EmbeddingBag, looks them up or makes a state dict.
+        """Bring rows of the weight of ``module``, an Embedding or EmbeddingBag, up to date whenever PyTorch reads them.
 
-        A module that is copied or pickled together with its optimizer stays attached to it. In a deferred mode call
-        :meth:`sync` before the module is deep-copied or pickled, or its weight is read in any other way.
+        In a deferred mode the weight becomes a subclass of ``torch.nn.Parameter``. What an embedding looks up are rows;
+        every other function reads all: copies, files, state dicts, averages, ``weight.detach()``, ``weight @ x``. A
+        write, too, is made after the steps that rows wait for. A copy of the module or the weight belongs to no
+        optimizer, unless the optimizer is copied or pickled with it. ``torch.compile`` keeps lookups in the graph and
+        breaks it where all rows are read.
+
+        A few functions of C++ do not say that they read a tensor: call :meth:`sync` before ``torch.tensor(weight)``,
+        ``torch.asarray(weight, ...)``, ``torch.as_tensor`` with another dtype, ``torch.utils.dlpack.to_dlpack``,
+        ``torch.nested.nested_tensor``, TorchScript, and ``torch.func.grad`` or ``functionalize`` of a function of the
+        weight itself. NumPy arrays and DLPack capsules share the memory: those made before a step show rows that wait,
+        and writes through them are not noticed. Attach the module again when it has got another weight.
 
         Raises:
-            TypeError: Another kind of module.
+            TypeError: Another kind of module; or, in a deferred mode, a weight of another subclass of ``Parameter``.
             ValueError: Its weight is not a parameter of this optimizer; or, in a deferred mode, it has ``max_norm``,
                 which writes to rows that may wait.
 
@@ -618,11 +631,112 @@ class Adam(torch.optim.Optimizer):
         ...         opt.step()
         """
         check_module(module, self.param_groups, self._options.sparse_update)
-        reader = Reader()
-        reader.optimizer, reader.weight = self, id(module.weight)
-        self._options.readers.append(reader)
-        module.register_forward_pre_hook(reader.before_forward, with_kwargs=True)
-        module.register_state_dict_pre_hook(reader.before_state_dict)
+        if self._options.sparse_update in DEFERRED:
+            attach_to(module.weight, self._before_read)
+            if all(module.weight is not param for param in self._options.attached):
+                self._options.attached.append(module.weight)
+
+    @torch.no_grad()
+    def _before_read(self, param: Tensor, rows: AnyArray | None) -> None:
+        """Bring rows of an attached parameter, or all, up to date, unless it is this optimizer that reads them."""
+        stepper = self._stepper
+        if not stepper.is_busy:
+            with stepper.lock:
+                stepper.catch_up(self.state, param, rows)
+
+    # ---- parameters that change ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def resize(self, old: Tensor, new: Tensor, rows: ArrayLike | None = None) -> None:
+        """Let a parameter of another length take the place of one: rows keep their moments, new rows start fresh.
+
+        ``new`` comes where ``old`` is in the groups, with its name and its step count, so that the bias correction of
+        fresh rows is that of the others. Their moments are zero, and their masters the values in ``new``. Values are
+        not copied: ``new`` has them already, as from ``torch.cat``. In a deferred mode rows that wait for steps go on
+        waiting in ``new``, which must have them as they are in the memory of ``old`` then; or call :meth:`sync` before
+        they are copied. 8-bit moments are decoded and rounded anew, which changes them only where blocks of 128
+        elements change.
+
+        A tensor of ``compute_params`` is replaced by a new one with the rounded values of ``new``: the model has to
+        take it from the group. A module that is attached stays so when it gets ``new`` as its weight. Nothing of
+        ``old`` is kept.
+
+        Args:
+            old: A parameter of this optimizer.
+            new: A leaf of the same dtype, device and shape but for its first axis. It may be ``old`` itself, with other
+                ``data``, if no row waits.
+            rows: For each row of ``new`` which row of ``old`` it was, or -1 if it is fresh; a row may come several
+                times. None: the first rows are where they were.
+
+        Raises:
+            TypeError: ``rows`` are not integers; tensors that are distributed.
+            ValueError: ``old`` is not a parameter of this optimizer, or ``new`` is one; another dtype, device or shape;
+                a number in ``rows`` that is no row of ``old``; a row that waits for steps and is something else in
+                ``new``.
+            RuntimeError: A step is open or captured in a CUDA graph, an overlap is attached, or ``old`` was written to
+                while rows waited. A call that raises has changed nothing.
+
+        >>> import importlib.util
+        >>> if importlib.util.find_spec("torch"):
+        ...     import torch, fastadam.torch
+        ...     words = torch.nn.Embedding(2, 3, sparse=True)
+        ...     opt = fastadam.torch.Adam(words.parameters(), sparse_update="deferred")
+        ...     words(torch.tensor([1])).sum().backward()
+        ...     opt.step()
+        ...     opt.sync()
+        ...     old = words.weight
+        ...     words.weight = torch.nn.Parameter(torch.cat([old.detach(), torch.zeros(2, 3)]))
+        ...     words.num_embeddings = 4
+        ...     opt.resize(old, words.weight)
+        ...     assert opt.state[words.weight]["exp_avg"].shape == (4, 3)
+        """
+        with self._stepper.lock, self._stepper.inside():
+            _resizing.resize(self._held(), old, new, rows)
+
+    @torch.no_grad()
+    def forget(self, param: Tensor) -> None:
+        """Drop a parameter: it leaves the groups with its state, after its rows have been brought up to date.
+
+        Its group stays, perhaps empty. :meth:`add_param_group` takes it again, as a new one.
+
+        Raises:
+            ValueError: It is not a parameter of this optimizer.
+            RuntimeError: As for :meth:`resize`.
+        """
+        with self._stepper.lock, self._stepper.inside():
+            _resizing.forget(self._held(), param)
+
+    @torch.no_grad()
+    def reset(self, param: Tensor | None = None, rows: ArrayLike | None = None) -> None:
+        """Set moments to zero in place, as before the first step: of a parameter, of some of its rows, or of all.
+
+        Rows that wait for steps are brought up to date first. Masters stay: they are values. Without ``rows`` step
+        counts become 0, too; with ``rows`` the parameter keeps its own, and with it the bias correction.
+
+        Args:
+            param: A parameter; None for all.
+            rows: Integers of any shape, for the rows of ``param``; None for all.
+
+        Raises:
+            TypeError: ``rows`` are not integers.
+            ValueError: It is not a parameter of this optimizer; a row out of range; ``rows`` without ``param``.
+            RuntimeError: As for :meth:`resize`.
+
+        >>> import importlib.util
+        >>> if importlib.util.find_spec("torch"):
+        ...     import torch, fastadam.torch
+        ...     weight = torch.nn.Parameter(torch.ones(3, 1))
+        ...     opt = fastadam.torch.Adam([weight])
+        ...     weight.sum().backward()
+        ...     opt.step()
+        ...     opt.reset(weight, rows=[0, 2])
+        ...     assert (opt.state[weight]["exp_avg"] != 0).ravel().tolist() == [False, True, False]
+        """
+        with self._stepper.lock, self._stepper.inside():
+            _resizing.reset(self._held(), param, rows)
+
+    def _held(self) -> _resizing.Held:
+        return _resizing.Held(self._stepper, self._options, self.param_groups, self.state, self._before_read)
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -712,8 +826,9 @@ class Adam(torch.optim.Optimizer):
         before, previous = known.get("param_groups", []), known.get("_stepper")
         super().__setstate__(state)
         self._stepper = GroupStepper(self._options, previous)
-        for reader in self._options.readers:
-            reader.optimizer = self
+        for param in self._options.attached:
+            if not isinstance(param, AttachedParameter):  # a copy
+                attach_to(param, self._before_read)
         of_older = self._options.defaults_of_groups()
         for name, value in of_older.items():
             self.defaults.setdefault(name, value)

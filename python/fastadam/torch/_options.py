@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from fastadam._core.common.types import SparseUpdate
 from fastadam.torch._checks import Group
 from fastadam.torch._clipping import Clipping
-from fastadam.torch._deferred import Reader
 from fastadam.torch._formats import Float32Rule, StateFormat, asked_of, given_formats
 
 __all__ = ["Options"]
@@ -20,7 +20,7 @@ class Options:
     """It is copied and pickled with the optimizer, and not part of state dicts."""
 
     sparse_update: SparseUpdate
-    readers: list[Reader]  # of attached modules
+    attached: list[Tensor]  # weights of attached modules
     clipping: Clipping = field(default_factory=Clipping)
     telemetry: bool = False
     float32_rule: Float32Rule = field(default_factory=lambda: Float32Rule(None))

@@ -146,8 +146,9 @@ class Partitions:
             self._kept.remove(partition)
 
     def clear(self) -> None:
-        """Forget all sets."""
+        """Forget all sets and states."""
         self._kept.clear()
+        self.known = None
 
     def __len__(self) -> int:
         return len(self._kept)

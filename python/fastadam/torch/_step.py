@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -14,6 +15,8 @@ from fastadam._core.deferred.history import Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buckets import Guess
 from fastadam._core.native.plan import StepHyper
+from fastadam._core.native.worker import is_worker
+from fastadam.torch._attached import inside
 from fastadam.torch._checks import Group, States, firsts_of
 from fastadam.torch._clipping import clip_jointly, is_sharded
 from fastadam.torch._compiled import CompiledSteps
@@ -84,7 +87,7 @@ class GroupStepper:
     def __init__(self, options: Options, previous: GroupStepper | None = None) -> None:
         if previous is None:
             self.compiled = CompiledSteps()
-            self.tables = Tables(options.sparse_update, options.readers)
+            self.tables = Tables(options.sparse_update)
         else:
             self.compiled = previous.compiled
             self.tables = previous.tables.renewed()
@@ -101,6 +104,15 @@ class GroupStepper:
     def lock(self) -> threading.RLock:
         """Of all steps, compiled or not; another one after a fork."""
         return self.compiled.lock
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this thread holds the lock, or works for one that does."""
+        return is_worker() or bool(self.lock._is_owned())  # type: ignore[attr-defined]
+
+    def inside(self) -> AbstractContextManager[object]:
+        """In which the optimizer reads parameters without being called by the attached ones."""
+        return inside() if self._options.attached else nullcontext()
 
     def step(self, groups: list[Group], state: States, grad_scale: Number, found_inf: Number) -> None:
         """Step every parameter that has a gradient, or raise what is wrong and change nothing.
@@ -159,7 +171,7 @@ class GroupStepper:
         return True
 
     def _step_anew(self, groups: list[Group], state: States, scaled: ScaledStep) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), self.inside():
             is_finite = self._make_anew(groups, state, scaled)
         self.compiled.skipped = scaled if is_finite else True
 
@@ -327,10 +339,18 @@ class GroupStepper:
 
     def catch_up(self, state: States, param: Tensor | None, rows: AnyArray = None) -> None:
         """Bring rows of a table up to date, or all rows; for None of all tables."""
-        self.calls.finish(state)
-        self.tables.note_states(state)
-        for table in self.tables.of(param):
-            table.catch_up(rows)
+        with self.inside():
+            self.calls.finish(state)
+            self.tables.note_states(state)
+            for table in self.tables.of(param):
+                table.catch_up(rows)
+
+    def let_go(self) -> None:
+        """Forget everything made of parameters and states, some of which have been replaced or have left."""
+        self.partitions.clear()
+        self.compiled.sets.clear()
+        self.logs.clear()
+        self._last, self._measured, self._repeated, self.open = [], None, None, None
 
     def telemetry(self, groups: list[Group], state: States) -> Telemetry:
         """What the last step measured; raises RuntimeError if there is nothing."""

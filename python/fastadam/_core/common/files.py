@@ -7,10 +7,10 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["replace_whole", "require_regular"]
+__all__ = ["NewFile", "replace_whole", "require_regular"]
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -21,8 +21,24 @@ _KINDS = {
 }
 
 
-def replace_whole(path: str, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a temporary file, sync it to the disk and rename it: ``path`` is always the old file or the new one.
+class NewFile:
+    """A file that is being written, in any order; what is left out is zero, and takes no room on most file systems."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write bytes at an offset."""
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        rest = memoryview(data)
+        while rest:  # a write may be short: the disk is full, or more than 2 GiB are left
+            rest = rest[os.write(self._descriptor, rest) :]
+
+
+def replace_whole(path: str, size: int, write: Callable[[NewFile], None]) -> None:
+    """Let ``write`` fill a temporary file, sync it to the disk and rename it: ``path`` is the old file or the new one.
+
+    The file has ``size`` bytes, of which those that are not written are zero.
 
     A symbolic link stays, and the file that it points to is replaced. The new file has the mode of the old one and,
     where the process may set them, its owner and group. Other hard links to the old file keep the old file.
@@ -36,7 +52,7 @@ def replace_whole(path: str, parts: Iterable[bytes | memoryview]) -> None:
         target = _without_links(path)
         temporary = target.parent / f".fastadam-{secrets.token_hex(8)}.tmp"
         try:
-            _write(temporary, parts, old)
+            _write(temporary, size, write, old)
             os.replace(temporary, target)  # noqa: PTH105
         except BaseException:
             with contextlib.suppress(OSError):
@@ -81,7 +97,7 @@ def _without_links(path: str) -> Path:
     return target
 
 
-def _write(path: Path, parts: Iterable[bytes | memoryview], old: os.stat_result | None) -> None:
+def _write(path: Path, size: int, write: Callable[[NewFile], None], old: os.stat_result | None) -> None:
     """Write a new file that takes the place of ``old``, and is never readable to more people."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -91,10 +107,8 @@ def _write(path: Path, parts: Iterable[bytes | memoryview], old: os.stat_result 
     try:
         if old is not None and hasattr(os, "fchown"):
             _adopt_mode(file, old)
-        for part in parts:
-            rest = memoryview(part)
-            while rest:  # a write may be short: the disk is full, or more than 2 GiB are left
-                rest = rest[os.write(file, rest) :]
+        write(NewFile(file))
+        os.ftruncate(file, size)  # it may end in zeros
         os.fsync(file)
     finally:
         os.close(file)

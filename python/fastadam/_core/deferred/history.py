@@ -5,16 +5,18 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.common.types import AnyArray, NativeHistory
+from fastadam._core.deferred.trail import Segment, Trail
 from fastadam._core.native.arrays import assign, native_of, to_host, untouched_zeros, zeros_beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import fingerprint_of
 from fastadam._core.native.plan import Plan, StepHyper
+from fastadam._core.native.rows import RowMap
 from fastadam._core.native.slices import IndexedSlices
 
 __all__ = ["CHANGED", "MOVES", "Doubt", "History", "Numbers", "Rates", "crossover"]
@@ -43,6 +45,8 @@ class Numbers(NamedTuple):
     beta_2: float
     epsilon: float
     amsgrad: bool
+    ema_momentum: float | None = None  # of the averages, which move in every step; None without
+    accumulates: bool = False  # gradients are accumulated, and steps follow the rule for dense ones
 
 
 class Rates(NamedTuple):
@@ -99,6 +103,7 @@ class History:
         self.calls: npt.NDArray[np.int64] | None = None
         self.is_read = False  # since the last step, some rows were brought up to date to be read
         self.swept = 0  # the row where the next sweep begins
+        self.trail: Trail | None = None  # of the steps since a file was saved that deltas follow
         self._table: _cpu.Buffer | None = None  # the table, if it is on a GPU
         self._on_gpu: object = None  # a copy of the rates there
         self._crossover: float | None = None
@@ -158,14 +163,15 @@ class History:
     @property
     def leaves_rows(self) -> bool:
         """Whether rows without MOVES are left as they are."""
-        return self._table is None and not self.rates.counts[1] and self.rates.counts[3] == Doubt.NONE
+        leaves = not self.rates.counts[1] and self.rates.counts[3] == Doubt.NONE
+        return leaves and self._table is None and self.numbers.ema_momentum is None
 
     def behind(self, rows: npt.NDArray[np.integer] | slice = slice(None), steps: int | None = None) -> AnyArray:
-        """For each of these rows whether it waits for one of the first so many steps; of a table on the host.
+        """For each of these rows whether it waits for one of the first so many steps.
 
         A row that all steps leave as it is never waits.
         """
-        had = np.maximum(self.rates.last[rows], self.rates.counts[2])
+        had = np.maximum(to_host(self.rates.last)[rows], self.rates.counts[2])
         waits = had < (self.steps if steps is None else steps)
         return waits & ((self.flags[rows] & MOVES) != 0) if self.leaves_rows else waits
 
@@ -195,16 +201,17 @@ class History:
         self.is_read = True
         if not self.waits:
             return False
-        beta_1, beta_2, epsilon, amsgrad = self.numbers
+        beta_1, beta_2, epsilon, amsgrad, momentum, _ = self.numbers
         if ids is None and self._table is None and self.rates.counts[3] == Doubt.ONCE:
             for name in ("m", "v", *(("vhat",) if "vhat" in slots else ())):
                 _cpu.flag_moving_rows(self.flags, _cpu.Buffer(slots[name], "slot").array())
             self.rates.counts[3] = Doubt.NONE
         columns = {name: [slots[name]] for name in (("m", "v", "vhat") if amsgrad else ("m", "v"))}
-        if self._plan is None or not self._plan.holds([table.source], columns):
-            self._plan = Plan([table], columns, histories=[self.native], context=context)
+        averages = {} if momentum is None else {"average": [slots["average"]]}
+        if self._plan is None or not self._plan.holds([table.source], {**columns, **averages}):
+            self._plan = Plan([table], {**columns, **averages}, histories=[self.native], context=context)
         flat = np.ascontiguousarray(ids.reshape(-1)) if isinstance(ids, np.ndarray) else ids
-        self._plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon), counter)
+        self._plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon, ema_momentum=momentum or 0.0), counter)
         return True
 
     def raise_doubt(self, doubt: Doubt) -> None:
@@ -213,6 +220,8 @@ class History:
 
     def change_numbers(self, numbers: Numbers) -> None:
         """Use other numbers from here on; every row is up to date."""
+        if self.trail is not None:
+            self.trail.change_numbers(self.total, numbers)
         self.numbers = numbers
         self._crossover = self._plan = None
 
@@ -222,6 +231,53 @@ class History:
         swept = (self.swept + np.arange(-(-rows // max_staleness))) % max(rows, 1)
         self.swept = int(swept[-1] + 1) % rows if rows else 0
         return swept
+
+    # ---- files of what changed; on the host ------------------------------------------------------------------------
+
+    @property
+    def total(self) -> int:
+        """Steps that the history ever had."""
+        return self.dropped + self.steps
+
+    def begin_trail(self) -> None:
+        """Keep the rates of all steps from here on, for the next file."""
+        self.trail = Trail(self.total, self.numbers)
+
+    def segments(self, begin: int) -> list[Segment]:
+        """The steps from ``begin`` of all on."""
+        steps = self.steps
+        trail = self.trail or Trail(begin, self.numbers)
+        return trail.segments(begin, self.dropped, self.rates.alphas[:steps], self.rates.keeps[:steps])
+
+    def had(self, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """How many steps of all each of these rows has had at least."""
+        counts: npt.NDArray[np.int64] = np.maximum(self.rates.last[rows].astype(np.int64), self.rates.counts[2])
+        return counts + self.dropped
+
+    def changed_rows(self) -> npt.NDArray[np.int64]:
+        """The rows with the flag CHANGED."""
+        begins = range(0, self.shape[0], _MANY_ROWS)
+        found = [np.flatnonzero(self.flags[at : at + _MANY_ROWS] & CHANGED) + at for at in begins]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
+    def clear_changed(self) -> None:
+        """No row has changed since a file was saved; pages without the flag are not written."""
+        rows = self.changed_rows()
+        self.flags[rows] &= np.uint8(~CHANGED & 0xFF)
+
+    @classmethod
+    def of_segment(
+        cls, segment: Segment, shape: tuple[int, ...], *, exact: bool, had: npt.NDArray[np.int64]
+    ) -> History:
+        """A history of these steps, of which each row has had so many."""
+        steps = len(segment.alphas)
+        rates = Rates.zeros(had.astype(np.int32), str(segment.alphas.dtype), -(-steps // _PEAK_STEPS) * _PEAK_STEPS)
+        rates.alphas[:steps], rates.keeps[:steps] = segment.alphas, segment.keeps
+        rates.peaks[:] = np.abs(rates.alphas).reshape(-1, _PEAK_STEPS).max(axis=1)
+        leave_zeros = (segment.keeps == 1) & ~np.signbit(segment.alphas) & np.isfinite(segment.alphas)
+        rates.counts[:2] = steps, np.count_nonzero(~leave_zeros)
+        numbers: Any = segment.numbers
+        return cls(rates, Numbers(*numbers), shape, exact or str(segment.alphas.dtype) == "float64")
 
     # ---- steps that a GPU refused ----------------------------------------------------------------------------------
 
@@ -243,14 +299,15 @@ class History:
     @property
     def native(self) -> NativeHistory:
         """As a native plan takes it."""
-        if self._forms is None and not self.exact:
+        beta_1, beta_2, _, amsgrad, momentum, accumulates = self.numbers
+        replays = self.exact or momentum is not None  # an average has no closed form
+        if self._forms is None and not replays:
             self._forms = (_cpu if self._table is None else native_of(self._table)).ClosedForms()
         if self._crossover is None:
-            beta_1, beta_2, _, amsgrad = self.numbers
-            replays = self.exact or not _cpu.ClosedForms.exist(beta_1, beta_2, amsgrad)
-            self._crossover = crossover(self.shape, self.rates.alphas.itemsize, replays)
+            always = replays or not _cpu.ClosedForms.exist(beta_1, beta_2, amsgrad)
+            self._crossover = crossover(self.shape, self.rates.alphas.itemsize, always)
         if self._table is None:
-            return (*self.rates, self._forms, self._crossover, self.flags)
+            return (*self.rates, None if replays else self._forms, self._crossover, self.flags, accumulates)
         rows = _DEVICE_CROSSOVER if self.exact else self._crossover  # a pass changes last bits of closed forms
         if self._on_gpu is None:
             native, stream = native_of(self._table), native_of(self._table).stream_of(self._table.source) or 0
@@ -275,6 +332,8 @@ class History:
             first = steps // 2
             for rows in self._lagging(first):
                 catch_up(rows)
+        if self.trail is not None:
+            self.trail.keep(self.dropped, self.rates.alphas[:first], self.rates.keeps[:first])
         _cpu.drop_steps(self.native, first)
 
     def _least_had(self) -> int:
@@ -334,11 +393,42 @@ class History:
         return History(rates, self.numbers, self.shape, self.exact, fingerprint, self.flags.copy())
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"trail": None, **state})
         if "flags" not in state:  # a pickle of fastadam 0.1
             self.flags = untouched_zeros(self.shape[:1], np.uint8)
             self.rates = self.rates._replace(counts=np.array([*self.rates.counts[:3], *[0] * 5], np.int64)[:5])
             self.raise_doubt(Doubt.ONCE)
+
+    # ---- rows that change ------------------------------------------------------------------------------------------
+
+    def moved(self, buffer: _cpu.Buffer, row_map: RowMap) -> History:
+        """For the array that replaces the table: rows that wait go on waiting, and fresh rows wait for nothing."""
+        last = untouched_zeros(buffer.shape[:1], np.int32)
+        if self.waits:
+            last[...] = self.steps
+            last[row_map.kept] = to_host(self.rates.last)[row_map.sources[row_map.kept]]
+        flags = untouched_zeros(buffer.shape[:1], np.uint8)
+        row_map.move(self.flags, flags)
+        rates = self.rates.copy(last)
+        rates.counts[3] = min(int(rates.counts[3]), Doubt.ONCE)  # nobody has the new arrays
+        twin = History(rates, self.numbers, buffer.shape, self.exact, flags=flags).placed(buffer)
+        twin.is_read = self.is_read
+        if self.calls is not None:
+            twin.calls = self.calls.copy()
+        return twin
+
+    def moving_rows(self) -> npt.NDArray[np.int64] | None:
+        """The rows that may have moments; None if any may."""
+        if self._table is not None or self.rates.counts[3] != Doubt.NONE:
+            return None
+        return np.flatnonzero(self.flags & MOVES)
+
+    def note_reset(self, ids: npt.NDArray[np.integer] | None) -> None:
+        """The moments of these rows, or of all, which are up to date, have become zero."""
+        rows = self.moving_rows() if ids is None else ids
+        self.flags[slice(None) if rows is None else rows] = CHANGED
+        if ids is None and self.rates.counts[3] == Doubt.ONCE:
+            self.rates.counts[3] = Doubt.NONE
 
     def fits(self, buffer: _cpu.Buffer) -> bool:
         """Whether this is the table, as it was, that the copied history belongs to."""

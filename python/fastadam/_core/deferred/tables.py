@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.common.warning import warn
-from fastadam._core.deferred.history import Doubt, Numbers
+from fastadam._core.deferred.history import Doubt, History, Numbers
 from fastadam._core.native.arrays import expect_random_rows, native_of, on_gpu, zeros_beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import buffer_of
 from fastadam._core.native.gpu import late_error
 from fastadam._core.native.gradients import bfloat16_to_float32
-from fastadam._core.native.slices import check_ids, is_native_sparse
+from fastadam._core.native.slices import check_ids, is_sparse
 from fastadam._core.native.variable import label_of, unwrap
 from fastadam._core.options.state_format import VariableFormat
 from fastadam._core.state.entry import Entry, Spec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fastadam._core.common.types import AnyArray, AnyGradient, ArrayLike, VariableLike
+    from fastadam._core.native.plan import StepHyper
     from fastadam._core.options.options import Options
     from fastadam._core.runtime import Runtime, StepPlan
     from fastadam._core.state.state import State
@@ -129,13 +133,40 @@ class Tables:
 
     # ---- around a step ---------------------------------------------------------------------------------------------
 
-    def before_step(self, plan: StepPlan, gradients: list[AnyGradient], numbers: Numbers) -> None:
-        """Bring up to date the tables whose rows cannot wait for this step, which has been found good."""
-        for buffer, history, gradient in zip(plan.plan.buffers, plan.histories, gradients, strict=True):
+    def numbers_of(self, hyper: StepHyper, *, amsgrad: bool, averages: bool) -> Numbers:
+        """What a step has in common with those that rows may wait for."""
+        momentum, accumulates = hyper.ema_momentum if averages else None, self._options.accumulation is not None
+        return Numbers(hyper.beta_1, hyper.beta_2, hyper.epsilon, amsgrad, momentum, accumulates)
+
+    def history_of(
+        self, buffer: _cpu.Buffer, entry: Entry | None, gradient: AnyGradient, numbers: Numbers
+    ) -> History | None:
+        """The history of a variable that is, or with this gradient becomes, a deferred table; with room for a step."""
+        if not self._options.is_deferred:
+            return None
+        if entry is not None and entry.history is not None:
+            if entry.history.is_full:
+                self._runtime.clear_plans()  # they read the old arrays, whatever becomes of this step
+                entry.history.make_room(partial(self.catch_up, buffer))
+            return entry.history.placed(buffer)
+        if not is_sparse(gradient) or not buffer.shape:
+            return None
+        doubt = Doubt.NONE if entry is None else entry.doubt
+        history = History.of(buffer, numbers, self._options.sparse_update == "deferred", doubt)
+        if self._runtime.chain is not None:
+            history.begin_trail()
+        return history
+
+    def before_step(self, plan: StepPlan, touches_rows: Sequence[bool], numbers: Numbers) -> None:
+        """Bring up to date the tables whose rows cannot wait for this step, which has been found good.
+
+        ``touches_rows``: for each variable whether its gradient names rows.
+        """
+        for buffer, history, touches in zip(plan.plan.buffers, plan.histories, touches_rows, strict=True):
             entry = self._state.slots.entry_of(buffer) if history else None
             if history is None or entry is None:
                 continue
-            if history.must_catch_up(numbers, touches_rows=is_native_sparse(gradient)):
+            if history.must_catch_up(numbers, touches_rows=touches):
                 self._catch_up_entry(entry)
             if history.numbers != numbers:
                 if self._runtime.has_gpus:
@@ -143,11 +174,11 @@ class Tables:
                 history.change_numbers(numbers)
                 self._runtime.clear_plans()  # they have the crossover of the old numbers
 
-    def must_catch_up(self, plan: StepPlan, gradients: list[AnyGradient], numbers: Numbers) -> bool:
+    def must_catch_up(self, plan: StepPlan, touches_rows: Sequence[bool], numbers: Numbers) -> bool:
         """Whether :meth:`before_step` would move rows."""
         return any(
-            history is not None and history.must_catch_up(numbers, touches_rows=is_native_sparse(gradient))
-            for history, gradient in zip(plan.histories, gradients, strict=True)
+            history is not None and history.must_catch_up(numbers, touches_rows=touches)
+            for history, touches in zip(plan.histories, touches_rows, strict=True)
         )
 
     def after_step(self, plan: StepPlan) -> None:
@@ -159,6 +190,12 @@ class Tables:
             if most is not None and history.waits and (entry := self._state.slots.entry_of(buffer)):
                 self._catch_up_entry(entry, history.next_rows(most))
             history.is_read = False
+
+    def end_reading(self, plan: StepPlan) -> None:
+        """After a call that only added gradients up: rows are read again for the next one."""
+        for history in plan.histories:
+            if history is not None:
+                history.is_read = False
 
     def warn_of_unread(self, plan: StepPlan, gradients: list[AnyGradient]) -> None:
         """Once: the loss read rows that wait from memory, so this gradient belongs to stale values."""
@@ -201,8 +238,14 @@ class Tables:
             if entry.history is not None:
                 entry.history.confirm()
 
+    def note_all_changed(self) -> None:
+        """For the next delta: no gradient tells which rows have changed."""
+        if self._runtime.chain is not None:
+            self._runtime.chain.note_all()
+
     def forget_histories(self) -> None:
         """Every row is up to date and none will wait."""
+        self.note_all_changed()
         for entry in self._state.entries:
             entry.raise_doubt(Doubt.ONCE)
             entry.history = None

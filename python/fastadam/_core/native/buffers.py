@@ -12,20 +12,30 @@ from fastadam._core.common.frameworks import hint_for_variable
 from fastadam._core.common.types import AnyArray
 from fastadam._core.native.arrays import native_for, to_host
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.variable import label_of, unwrap
+from fastadam._core.native.variable import label_of, name_in, unwrap
 
 __all__ = ["Key", "buffer_of", "buffers_of", "fingerprint_of", "key_of"]
 
 Key: TypeAlias = tuple[int, tuple[int, ...], str, str, int]  # see key_of
 
 
-def buffers_of(variables: Sequence[AnyArray], positions: Sequence[int]) -> list[_cpu.Buffer]:
-    """Check each variable and view its memory; ``positions`` are their places in the caller's list."""
+def buffers_of(
+    variables: Sequence[AnyArray], positions: Sequence[int], argument: str | None = None
+) -> list[_cpu.Buffer]:
+    """Check each variable and view its memory.
+
+    Args:
+        variables: Arrays, or holders of them.
+        positions: Their places in the caller's list.
+        argument: What error messages call a variable without a name that did not come in a list.
+    """
     native = native_for(map(unwrap, variables))
     buffers = []
     for variable, position in zip(variables, positions, strict=True):
         try:
-            buffers.append(native.Buffer(unwrap(variable), label_of(variable, position)))
+            label = label_of(variable, position)
+            is_named = argument is None or name_in(label)
+            buffers.append(native.Buffer(unwrap(variable), label if is_named else argument))
         except (TypeError, ValueError) as error:
             hint = hint_for_variable(variable)
             if hint is None:
@@ -36,9 +46,9 @@ def buffers_of(variables: Sequence[AnyArray], positions: Sequence[int]) -> list[
     return buffers
 
 
-def buffer_of(variable: AnyArray, position: int = 0) -> _cpu.Buffer:
-    """Check one variable and view its memory."""
-    return buffers_of([variable], [position])[0]
+def buffer_of(variable: AnyArray, position: int = 0, argument: str | None = None) -> _cpu.Buffer:
+    """Check one variable and view its memory; ``argument``: as for :func:`buffers_of`."""
+    return buffers_of([variable], [position], argument)[0]
 
 
 def fingerprint_of(buffer: _cpu.Buffer) -> int:

@@ -327,6 +327,7 @@ class Plan:
         require_finite: bool,
         restart: bool,
         update: Plan | None,
+        rows: Sequence[npt.NDArray[np.int64] | None] | None = None,
     ) -> bool:
         """Add gradients times ``scale`` to their accumulators; then ``update`` makes a step with its own.
 
@@ -338,12 +339,18 @@ class Plan:
             require_finite: Change nothing unless all gradients are finite.
             restart: The accumulators count as zero.
             update: The plan of all variables that have an accumulated gradient, or None.
+            rows: For each variable of ``update`` the rows outside of which its accumulator is zero, in any order, with
+                repeats, so that other rows of a table may wait; None for all rows, or for all variables.
 
         Returns:
             Whether the gradients were finite, if that is required.
         """
         native = None if update is None else update._native
-        while unfit := self._native.accumulate(gradients, scale, require_finite, restart, native, hyper, counter):
+        count = len(update.buffers if update else ())
+        listed: list[npt.NDArray[np.int64] | None] = [None] * count if rows is None else list(rows)
+        while unfit := self._native.accumulate(
+            gradients, scale, require_finite, restart, native, listed, hyper, counter
+        ):
             gradients = self._converted(gradients, unfit, None)
         return self._native.all_finite
 

@@ -21,6 +21,7 @@ __all__ = [
     "DEFERRED",
     "SPARSE_UPDATES",
     "IndexedSlices",
+    "as_integers",
     "check_ids",
     "check_sparse_update",
     "convert_slices",
@@ -109,27 +110,28 @@ def check_sparse_update(value: object) -> SparseUpdate:
     return cast("SparseUpdate", str(value))
 
 
-def check_ids(ids: ArrayLike, shape: tuple[int, ...], label: str) -> HostArray:
-    """Row indices of a variable of this shape, as int32 or int64 of any shape."""
-    rows = _as_integers("ids", ids)
+def check_ids(ids: ArrayLike, shape: tuple[int, ...], label: str, name: str = "ids") -> HostArray:
+    """Row indices of a variable of this shape, as int32 or int64 of any shape; ``name``: of the argument."""
+    rows = as_integers(name, ids)
     if not shape:
-        raise ValueError(f"ids: {label} has shape (), expected at least one axis")
+        raise ValueError(f"{name}: {label} has shape (), expected at least one axis")
     bad = rows[(rows < 0) | (rows >= shape[0])]
     if bad.size:
-        raise ValueError(f"ids: {bad.flat[0]} is not a row of {label}, expected 0 <= id < {shape[0]}")
+        expected = f"0 <= {name.removesuffix('s')} < {shape[0]}"
+        raise ValueError(f"{name}: {bad.flat[0]} is not a row of {label}, expected {expected}")
     return rows
 
 
 def _as_indices(indices: ArrayLike) -> AnyArray:
     if on_gpu(indices):
         return indices  # the step checks it
-    array = _as_integers("indices", indices)
+    array = as_integers("indices", indices)
     if array.ndim != 1:
         raise ValueError(f"indices: shape {array.shape}, expected one dimension")
     return np.require(array, requirements=["C", "A"])
 
 
-def _as_integers(name: str, values: ArrayLike) -> HostArray:
+def as_integers(name: str, values: ArrayLike) -> HostArray:
     """In int32 or int64, as the kernels read them."""
     try:
         array = np.asarray(values)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import _thread
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Handle", "Worker"]
+__all__ = ["Handle", "Worker", "is_worker"]
 
 Result = TypeVar("Result")
 
@@ -157,9 +158,18 @@ class Worker:
             self.wake()
 
 
+_of_thread = threading.local()
+
+
+def is_worker() -> bool:
+    """Whether this thread is that of a worker: whoever waits for it may hold a lock for it."""
+    return hasattr(_of_thread, "works")
+
+
 def _work(shared: _Shared) -> None:
     if not shared.owner.acquire(blocking=False):
         return  # two were started
+    _of_thread.works = True
     while shared.tokens.get():
         _work_off(shared)
 

@@ -54,6 +54,15 @@ class Exclusions:
             for name, buffer in zip(names, buffers, strict=True)
         ]
 
+    def with_variable(self, buffer: _cpu.Buffer) -> Exclusions:
+        """The same and another variable."""
+        return Exclusions(self.keys | {key_of(buffer)}, self.patterns, (*self.buffers, buffer))
+
+    def without(self, key: Key) -> Exclusions:
+        """The same without the variable with this key, whose memory they keep alive."""
+        buffers = tuple(known for known in self.buffers if key_of(known) != key)
+        return Exclusions(self.keys - {key}, self.patterns, buffers)
+
     def _excludes(self, name: str) -> bool:
         return any(found(pattern, name) for pattern in self.patterns) if name else False
 

@@ -18,11 +18,11 @@ from fastadam._core.options.state_format import StateFormat
 if TYPE_CHECKING:
     from fastadam._core.common.types import Config, SparseUpdate
 
-__all__ = ["CLIP_NAMES", "Options"]
+__all__ = ["CLIP_NAMES", "Options", "refuse_lazy_overwrites"]
 
 CLIP_NAMES = ("clipnorm", "clipvalue", "global_clipnorm")
 
-_OF_PLANS = ("amsgrad", "exclusions", "keras3", "small", "sparse_update", "telemetry")
+_OF_PLANS = ("amsgrad", "exclusions", "keras3", "small", "sparse_update", "sum_repeated", "telemetry")
 
 
 class Options:
@@ -41,6 +41,7 @@ class Options:
     clip_after_dedupe: bool
     sparse_update: SparseUpdate
     max_staleness: int | None
+    sum_repeated: bool  # the gradients of a variable that is given twice are summed
     telemetry: bool  # steps report what they do
     small: SmallStates
 
@@ -54,6 +55,7 @@ class Options:
         self.clip_after_dedupe = False
         self.sparse_update = "dense"
         self.max_staleness = None
+        self.sum_repeated = False
         self.telemetry = False
         self.small = SmallStates()
 
@@ -78,11 +80,11 @@ class Options:
 
     def set_keras3(self, name: str, value: Any) -> None:
         """Check and set one of Keras 3's options."""
-        if name == "use_ema" and value and self.sparse_update != "dense":
-            raise ValueError(f"use_ema: with sparse_update={self.sparse_update!r}, expected False")
         if name == "use_ema" and value:
             self.refuse_with_small_states(use_ema=True)
-        self.keras3 = dataclasses.replace(self.keras3, **{name: value})
+        keras3 = dataclasses.replace(self.keras3, **{name: value})
+        refuse_lazy_overwrites(self.sparse_update, keras3)
+        self.keras3 = keras3
 
     def refuse_with_small_states(self, *, amsgrad: bool = False, use_ema: bool = False) -> None:
         """Raise if these options are on and the formats of the state do not allow them."""
@@ -134,5 +136,13 @@ class Options:
         return {**vars(self), "numbers": numbers}
 
     def __setstate__(self, state: Config) -> None:
-        vars(self).update({"small": SmallStates(), **state})  # missing in pickles of fastadam 0.1
+        # missing in pickles of fastadam 0.1
+        vars(self).update({"small": SmallStates(), "sum_repeated": False, **state})
         self._reset_versions()
+
+
+def refuse_lazy_overwrites(sparse_update: str, keras3: Keras3Options) -> None:
+    """Raise if averages that move with their rows alone were to overwrite whole variables."""
+    frequency = keras3.ema_overwrite_frequency
+    if sparse_update == "lazy" and frequency is not None:
+        raise ValueError(f"ema_overwrite_frequency: {frequency} with sparse_update='lazy', expected None")

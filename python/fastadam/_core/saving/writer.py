@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from fastadam._core.common.checks import check_list
-from fastadam._core.common.files import replace_whole
-from fastadam._core.common.types import AnyArray, Config, Foreign, HostArray
-from fastadam._core.native.arrays import to_host
-from fastadam._core.native.buffers import buffers_of, key_of
-from fastadam._core.options.exclusions import Exclusions
-from fastadam._core.options.keras3 import ACCUMULATOR
-from fastadam._core.options.state_format import BLOCK, kind_of
-from fastadam._core.parts import parts_of
-from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VERSION, crc32, lacking_in, memory_of, path_of
+from fastadam._core.averages import refuse_while_swapped
+from fastadam._core.common.checks import check_bool, check_list
+from fastadam._core.common.types import AnyArray, Config, Foreign
+from fastadam._core.deferred.chain import Chain, Link
+from fastadam._core.native.backend import _cpu
+from fastadam._core.parts import Parts, parts_of
+from fastadam._core.saving.contents import Part, write_parts
+from fastadam._core.saving.description import description_of, entries_of, text_of
+from fastadam._core.saving.file_format import path_of
 from fastadam._core.state.entry import Entry
 from fastadam._core.state.slots import SlotStore
-from fastadam._core.state.state import State
 
-__all__ = ["save_optimizer"]
+__all__ = ["begin_chain", "check_target", "known_buffers", "save_optimizer"]
 
 _OTHER_SUFFIXES = (
     *(".npy", ".npz", ".mat"),
@@ -41,8 +35,49 @@ def save_optimizer(
     path: str | os.PathLike[str],
     variables: Iterable[AnyArray] | None = None,
     loss_scale: Config | None = None,
+    *,
+    values: bool = False,
 ) -> None:
     """Save as described at ``Adam.save``; ``loss_scale`` is the state of a LossScaleOptimizer."""
+    name = check_target(path)
+    has_values = check_bool("values", values)
+    selection = None if variables is None else check_list("variables", variables)
+    _, state, runtime, tables = parts_of(optimizer)
+    with runtime.lock:
+        if has_values:
+            refuse_while_swapped(parts_of(optimizer), "save(values=True)")
+        entries = entries_of(state.slots, selection)
+        buffers = known_buffers(state.slots, entries) if has_values else [None] * len(entries)
+        tables.settle()
+        slots = [{at: (slot, state.slots.arrays[at]) for slot, at in entry.slots.items()} for entry in entries]
+        description = {**description_of(optimizer, entries), "loss_scale": loss_scale, "values": has_values}
+        link = Link.new()
+        if has_values:
+            description["chain"] = {**link._asdict(), "previous": None}
+            description["positions"] = [0] * len(entries)
+        written = [Part(*row) for row in zip(buffers, slots, strict=True)]
+        write_parts(name, written, state.calls, lambda checksums: text_of(description, checksums, optimizer.name))
+        if has_values:
+            is_complete, zeros = len(entries) == len(state.entries), [0] * len(entries)
+            chain = Chain.at(link, entries, zeros, [False] * len(entries), is_complete=is_complete)
+            begin_chain(parts_of(optimizer), chain, entries)
+
+
+def begin_chain(parts: Parts, chain: Chain, entries: Sequence[Entry]) -> None:
+    """What changes from here on is for the next delta: a file of these entries was written."""
+    options, state, runtime, _ = parts
+    runtime.repeats = False  # steps note which rows they change
+    runtime.chain = chain
+    for entry in entries:
+        if entry.history is not None:
+            entry.history.begin_trail()
+            entry.history.clear_changed()
+        elif state.is_accumulating(entry, options.calls_per_step):
+            chain.note(entry, state.accumulated_rows(entry, options.calls_per_step))
+
+
+def check_target(path: str | os.PathLike[str]) -> str:
+    """The name of a file to be written; raises ValueError if its suffix is that of another format."""
     name = path_of(path)
     target = Path(name)
     if target.suffix.lower() in _OTHER_SUFFIXES:
@@ -50,96 +85,20 @@ def save_optimizer(
             f"path: '{target}' has the suffix of another format, expected {target.stem}.safetensors: the file would be "
             "in safetensors format"
         )
-    selection = None if variables is None else check_list("variables", variables)
-    options, _, runtime, tables = parts_of(optimizer)
-    if callable(options.small.float32_for):
-        raise ValueError(
-            "float32_for: a function, expected a size, a list of patterns or None in an optimizer to be saved"
-        )
-    with runtime.lock:
-        tables.settle()
-        tensors, header = _contents(optimizer, selection)
-        header["loss_scale"] = loss_scale
-        try:
-            text = json.dumps(header, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"get_config of {optimizer.name}: not plain JSON ({error})") from None
-        replace_whole(name, [_safetensors_header(tensors, text), *(memory_of(a) for a in tensors.values())])
+    return name
 
 
-def _safetensors_header(tensors: dict[str, HostArray], text: str) -> bytes:
-    """The header of the file. The library's own ``save_file`` would copy all tensors and leave temporary files."""
-    metadata = {"fastadam": text, "fastadam_crc32": str(zlib.crc32(text.encode()))}
-    header: Config = {"__metadata__": metadata}
-    end = 0
-    for name, array in tensors.items():
-        begin, end = end, end + array.nbytes
-        header[name] = {"dtype": DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    return len(encoded).to_bytes(8, "little") + encoded
-
-
-def _contents(optimizer: Foreign, selection: list[AnyArray] | None) -> tuple[dict[str, HostArray], Config]:
-    options, state, _, _ = parts_of(optimizer)
-    store = state.slots
-    entries = store.entries if selection is None else _entries_of(store, selection)
+def known_buffers(store: SlotStore, entries: Sequence[Entry]) -> list[_cpu.Buffer]:
+    """The variables of these entries, whose values are to be saved."""
+    buffers = []
     for i, entry in enumerate(entries):
-        has_codes = _moments_of(store, entry) == "8bit"
-        if lacking := lacking_in(set(entry.slots), accumulates=options.accumulation is not None, has_codes=has_codes):
+        buffer = store.variable_of(entry)
+        if buffer is None:
             raise ValueError(
-                f"variables[{i}] {entry.spec}: slots {list(entry.slots)} without {lacking}, expected all of them: a "
-                "step or build() makes what add_slot has left out"
+                f"values: variable {i}, {entry.spec}, has not come since the optimizer was restored, expected build() "
+                "with all variables first"
             )
-    places = {at: f"{i}/{name}" for i, entry in enumerate(entries) for name, at in entry.slots.items()}
-    slots = {places[at]: np.asarray(to_host(store.arrays[at]), order="C") for at in sorted(places)}
-    tensors = {ITERATIONS: np.array(state.calls), **slots}
-    header = {
-        "version": VERSION,
-        "optimizer": type(optimizer).__name__,
-        "config": optimizer.get_config(),
-        "variables": [entry.spec._asdict() for entry in entries],
-        "weights": [[name, crc32(array)] for name, array in tensors.items()],
-        "excluded": _excluded(options.exclusions, entries),
-        "slots": [list(entry.slots) for entry in entries],
-        "moments": [_moments_of(store, entry) for entry in entries],
-        "block": BLOCK,
-        "numbers": [entry.number for entry in entries],
-        "accumulating": [i for i, e in enumerate(entries) if _is_accumulating(state, e, options.calls_per_step)],
-    }
-    return tensors, header
-
-
-def _moments_of(store: SlotStore, entry: Entry) -> str | None:
-    """How the moments of a variable are stored; None if it has none."""
-    return kind_of(store.arrays[entry.slots["m"]]) if "m" in entry.slots else None
-
-
-def _is_accumulating(state: State, entry: Entry, calls_per_step: int) -> bool:
-    return ACCUMULATOR in entry.slots and state.is_accumulating(entry, calls_per_step)
-
-
-def _entries_of(store: SlotStore, variables: list[AnyArray]) -> list[Entry]:
-    entries: list[Entry] = []
-    for i, buffer in enumerate(buffers_of(variables, range(len(variables)))):
-        entry = store.entry_of(buffer)
-        if entry is None:
-            raise ValueError(
-                f"variables[{i}]: not a variable of this optimizer, expected one that a step or build() has used"
-            )
-        if entry in entries:
-            raise ValueError(f"variables[{i}]: the same as variables[{entries.index(entry)}], expected it once")
-        entries.append(entry)
-    return entries
-
-
-def _excluded(exclusions: Exclusions, entries: list[Entry]) -> Config:
-    """The variables and names given to ``exclude_from_weight_decay``, which are not part of the configuration."""
-    keys = [entry.buffer and key_of(entry.buffer) for entry in entries]
-    if None in keys and not exclusions.keys <= set(keys):
-        raise ValueError(
-            "exclude_from_weight_decay: var_list has a variable that was not used since the optimizer was restored, "
-            "expected build() with all variables first"
-        )
-    indices = [i for i, key in enumerate(keys) if key in exclusions.keys]
-    return {"names": list(exclusions.patterns), "variables": indices}
+        if buffer.device >= 0:
+            raise ValueError(f"values: {buffer.label} is on a GPU, expected variables in CPU memory")
+        buffers.append(buffer)
+    return buffers

@@ -43,6 +43,12 @@ class Adoption:
         draft.follows_copies, draft._has_warned = self.follows_copies, self._has_warned
         return draft
 
+    def without_origins(self) -> Adoption:
+        """A draft to which the entries that wait are added anew."""
+        draft = self.draft()
+        draft._origins = {}
+        return draft
+
     def add(self, entry: Entry) -> None:
         """Add an entry that waits."""
         if entry.origin:

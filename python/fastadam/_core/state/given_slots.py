@@ -68,6 +68,15 @@ class GivenSlots:
             self.by_key[key_of(buffer)] = dict(item)
             self._labels[key_of(buffer)] = f"slots[{i}]"
 
+    @classmethod
+    def of_one(cls, slots: object, buffer: _cpu.Buffer, state_format: StateFormat) -> GivenSlots:
+        """The slots of one variable, which are not in a list."""
+        if not isinstance(slots, Mapping):
+            raise TypeError(f"slots: {type(slots).__name__}, expected a dict of arrays or None")
+        given = cls([slots], [buffer], state_format)
+        given._labels = dict.fromkeys(given._labels, "slots")
+        return given
+
     def format_of(self, buffer: _cpu.Buffer, slots: Mapping[str, AnyArray]) -> _Format:
         """The format of a variable that has these slots already.
 
@@ -86,6 +95,17 @@ class GivenSlots:
                 raise ValueError(f"{found}: {buffer.label} has this slot already, expected build() before that")
             _check(found, array, chosen.dtype_of(buffer, name), buffer)
         return _Format(chosen, given)
+
+    def of_file(self, buffer: _cpu.Buffer, dtypes: Mapping[str, str]) -> Mapping[str, HostArray]:
+        """The arrays for slots of a variable that a file has, with these dtypes; raises as ``format_of`` does."""
+        given, label = self.by_key.get(key_of(buffer), {}), self._labels.get(key_of(buffer), "")
+        for name, array in given.items():
+            found = f"{label}[{name!r}]"
+            if name not in MOMENTS or name not in dtypes:
+                expected = ", ".join(repr(each) for each in MOMENTS if each in dtypes)
+                raise ValueError(f"{found}: not a slot that the file has for {buffer.label}, expected {expected}")
+            _check(found, array, dtypes[name], buffer)
+        return given
 
     def require_apart(self, others: Iterable[tuple[str, int, int]]) -> None:
         """Raise ValueError if a given array shares memory with another, or with (label, address, bytes) of others."""

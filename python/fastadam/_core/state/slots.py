@@ -152,18 +152,22 @@ class SlotStore:
     def take(self, given: GivenSlots, buffers: Sequence[_cpu.Buffer]) -> None:
         """Register new variables, with the slots that are given for some of them."""
         prepared = self.prepare(buffers, given.format_of)
-        variables = {key_of(b): b for b in (*buffers, *(e.buffer for e in self.entries if e.buffer is not None))}
-        others = [(buffer.label, buffer.address, buffer.nbytes) for buffer in variables.values()]
-        for entry in self.entries:
-            label = "a variable of this optimizer" if entry.buffer is None else entry.buffer.label
-            for name, at in entry.slots.items():
-                if isinstance(array := self.arrays[at], np.ndarray):
-                    others.append((f"{name} of {label}", array.ctypes.data, array.nbytes))
-        given.require_apart(others)
+        given.require_apart(self.memory_with(buffers))
         prepared.commit()
         for key in given.by_key:
             if not given.are_zeros(key):
                 self._known[key].raise_doubt(Doubt.ONCE)
+
+    def memory_with(self, buffers: Sequence[_cpu.Buffer]) -> list[tuple[str, int, int]]:
+        """The label, address and bytes of these variables, the known ones and all slots in host memory."""
+        variables = {key_of(b): b for b in (*buffers, *(e.buffer for e in self.entries if e.buffer is not None))}
+        found = [(buffer.label, buffer.address, buffer.nbytes) for buffer in variables.values()]
+        for entry in self.entries:
+            label = "a variable of this optimizer" if entry.buffer is None else entry.buffer.label
+            for name, at in entry.slots.items():
+                if isinstance(array := self.arrays[at], np.ndarray):
+                    found.append((f"{name} of {label}", array.ctypes.data, array.nbytes))
+        return found
 
     def _adoptions(self, buffers: dict[Key, _cpu.Buffer]) -> dict[Key, tuple[Entry, _cpu.Buffer, dict[str, AnyArray]]]:
         """Which waiting entry each unknown variable takes: that of its own memory, else the next one."""
@@ -241,6 +245,38 @@ class SlotStore:
             self.entries.append(new)
             self._register(buffer)
         self._put(new)
+
+    def make_way(self, entry: Entry) -> None:
+        """Drop the variable of an entry, which another one is to replace; in a draft."""
+        if entry.buffer is not None:
+            key = key_of(entry.buffer)
+            del self._known[key]
+            self._intervals = [interval for interval in self._intervals if key_of(interval[2]) != key]
+
+    def replace(
+        self, entry: Entry, buffer: _cpu.Buffer, arrays: Mapping[str, AnyArray], history: History | None
+    ) -> None:
+        """Give an entry that has made way another variable with these slots; in a draft."""
+        for name, array in arrays.items():
+            self.arrays[entry.slots[name]] = array
+        spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
+        doubt = min(entry.doubt, Doubt.ONCE)  # nobody has the new arrays
+        self._put(replace(entry, recorded=spec, buffer=buffer, history=history, doubt=doubt))
+        self._register(buffer)
+
+    def remove(self, entry: Entry) -> None:
+        """Drop a known variable and its slots; the places of others move up. In a draft."""
+        self.make_way(entry)
+        gone = set(entry.slots.values())
+        places = list(itertools.accumulate((at not in gone for at in range(len(self.arrays))), initial=0))
+        self.arrays = [array for at, array in enumerate(self.arrays) if at not in gone]
+        others = [other for other in self.entries if other is not entry]
+        self.entries, self._adoption = [], self._adoption.without_origins()
+        for place, other in enumerate(others):
+            slots = {name: places[at] for name, at in other.slots.items()}
+            self.entries.append(replace(other, slots=slots, place=place))
+            self._put(self.entries[place])
+            self._adoption.add(self.entries[place])
 
     def _put(self, entry: Entry) -> None:
         self.entries[entry.place] = entry

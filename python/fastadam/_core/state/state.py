@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from fastadam._core.common.checks import check_iterations, check_list
 from fastadam._core.deferred.history import Doubt
 from fastadam._core.native.arrays import assign, on_gpu, to_host
 from fastadam._core.native.backend import _cpu
+from fastadam._core.native.rows import RowMap
 from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.options.state_format import LOW, SCALES
 from fastadam._core.state.entry import Entry
@@ -22,7 +23,11 @@ from fastadam._core.state.slots import SlotStore
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, Config
 
-__all__ = ["Cycle", "State"]
+__all__ = ["Cycle", "Rows", "State"]
+
+
+Rows: TypeAlias = Mapping[int, tuple[npt.NDArray[np.int64], ...]]
+_NOT_KNOWN: Rows = {}
 
 
 class Cycle(NamedTuple):
@@ -30,10 +35,26 @@ class Cycle(NamedTuple):
 
     step: int
     places: frozenset[int]  # of the variables in the store
+    # By place: the rows outside of which an accumulator is zero, of variables that have had only sparse gradients since
+    # it was all zero: in this cycle, or in an earlier one if it is not among `places`. Of others they are not known.
+    rows: Rows = _NOT_KNOWN
 
     def of(self, step: int) -> frozenset[int]:
         """The variables, if it is for this step."""
         return self.places if self.step == step else frozenset()
+
+    def moved(self, place: int, row_map: RowMap) -> Cycle:
+        """After the rows of a variable have got other places."""
+        if place not in self.rows:
+            return self
+        rows = np.concatenate([np.zeros(0, np.int64), *self.rows[place]])
+        return self._replace(rows={**self.rows, place: (np.flatnonzero(np.isin(row_map.sources, rows)),)})
+
+    def without(self, place: int) -> Cycle:
+        """After a variable was dropped; those after it have moved up."""
+        places = frozenset([other - (other > place) for other in self.places if other != place])
+        rows = {other - (other > place): known for other, known in self.rows.items() if other != place}
+        return Cycle(self.step, places, rows)
 
 
 NO_CYCLE = Cycle(-1, frozenset())
@@ -102,7 +123,8 @@ class State:
         """
         accumulators = {entry.place: slots[entry.slots[ACCUMULATOR]] for entry in self._with_accumulators()}
         accumulating = [place for place, array in accumulators.items() if calls % calls_per_step and array.any()]
-        cycle = Cycle(calls // calls_per_step, frozenset(accumulating))
+        known = {place: (_nonzero_rows(accumulators[place]),) for place in self.cycle.rows if place in accumulators}
+        cycle = Cycle(calls // calls_per_step, frozenset(accumulating), known)
         on_gpu = [
             (old, new) for old, new in zip(self.slots.arrays, slots, strict=True) if not isinstance(old, np.ndarray)
         ]
@@ -126,22 +148,55 @@ class State:
         """Let the cycle become this one when the native code raises ``calls``, and not before."""
         self._journal = Journal(self.cycle, cycle, self.calls, int(self.calls) + 1)
 
+    def settle_cycle(self) -> None:
+        """Keep the present cycle, whatever count is set from here on."""
+        self._journal = Journal(self.cycle, self.cycle, self.calls, 0)
+
     def is_accumulating(self, entry: Entry, calls_per_step: int) -> bool:
         """Whether the accumulator of a variable holds gradients for the next step."""
         return calls_per_step > 1 and entry.place in self.cycle.of(int(self.calls) // calls_per_step)
 
-    def restart_accumulation(self, entries: Iterable[Entry], calls_per_step: int) -> None:
-        """As if only these variables had had gradients since the last step."""
-        cycle = Cycle(int(self.calls) // calls_per_step, frozenset(entry.place for entry in entries))
+    def drop(self, entry: Entry) -> None:
+        """Drop a known variable and its slots, at once: no signal handler runs in between."""
+        draft = self.slots.draft()
+        draft.remove(entry)
+        self.take(draft, self.cycle.without(entry.place))
+
+    def take(self, draft: SlotStore, cycle: Cycle) -> None:
+        """Take over other slots, and with them what is known of their accumulators."""
+        vars(self).update(slots=draft, _journal=Journal(cycle, cycle, self.calls, 0))
+
+    def accumulated_rows(self, entry: Entry, calls_per_step: int) -> npt.NDArray[np.int64] | None:
+        """The rows of a variable whose accumulated gradients wait for the next step; None for all, or any."""
+        none = np.zeros(0, np.int64)
+        if not self.is_accumulating(entry, calls_per_step):
+            return none
+        rows = self.cycle.rows.get(entry.place)
+        return None if rows is None else np.concatenate([none, *rows])
+
+    def restart_accumulation(self, places: Iterable[int], calls_per_step: int, rows: Rows | None = None) -> None:
+        """As if only these variables had had gradients since the last step; ``rows``: of the cycle, or None: as now."""
+        known = self.cycle.rows if rows is None else rows
+        cycle = Cycle(int(self.calls) // calls_per_step, frozenset(places), known)
         self._journal = Journal(cycle, cycle, self.calls, 0)
+
+    def clear_accumulator(self, entry: Entry) -> None:
+        """Set what gradients have left in an accumulator to zero; pages where there is nothing are not written."""
+        accumulator = self.slots.arrays[entry.slots[ACCUMULATOR]]
+        if not isinstance(accumulator, np.ndarray) or not accumulator.flags.c_contiguous or not accumulator.shape:
+            assign(accumulator, 0)
+        elif entry.place in self.cycle.rows:
+            for rows in self.cycle.rows[entry.place]:
+                accumulator[rows] = 0
+        else:
+            accumulator[_nonzero_rows(accumulator)] = 0
 
     def clear_stale_accumulators(self, calls_per_step: int) -> None:
         """Let a list of the weights show which accumulators hold gradients: all others are zero."""
         current = self.cycle.of(int(self.calls) // calls_per_step)
         for entry in self._with_accumulators():
-            accumulator = self.slots.arrays[entry.slots[ACCUMULATOR]]
-            if entry.place not in current and to_host(accumulator).any():
-                assign(accumulator, 0)
+            if entry.place not in current:
+                self.clear_accumulator(entry)
 
     def _has_small_states(self) -> bool:
         return not {*SCALES, LOW}.isdisjoint(self.slots.names)
@@ -173,6 +228,13 @@ class State:
         twin.slots = copy.deepcopy(self.slots, memo)
         twin._journal = Journal(self.cycle, self.cycle, twin.calls, 0)
         return twin
+
+
+def _nonzero_rows(array: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
+    """The rows that hold anything but zeros."""
+    if not array.ndim:
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(array.reshape(len(array), -1).any(axis=1)) if array.size else np.zeros(0, np.int64)
 
 
 def _like(old: AnyArray, value: AnyArray, label: str) -> npt.NDArray[np.generic]:

@@ -12,14 +12,21 @@ namespace fastadam {
 FASTADAM_INLINE uint32_t bits_of(float x) { return bit_cast<uint32_t>(x); }
 FASTADAM_INLINE uint64_t bits_of(double x) { return bit_cast<uint64_t>(x); }
 
+// By how much any later step without a gradient may change an element, if m / sqrt(second_moment) only falls from now
+// on.
+template <class T>
+FASTADAM_INLINE T largest_change(T m, T second_moment, T peak, T epsilon) {
+  using std::sqrt;
+  constexpr T kMargin = T(1) + T(0x1p-20);
+  return (m * peak) / (sqrt(second_moment) + epsilon) * kMargin;
+}
+
 // Whether no later step without a gradient can change this element: the largest rate to come times m / sqrt(v), which
 // only falls from now on, is lost in rounding. The product comes first, as in adam_move, because the quotient alone may
 // be flushed to zero. A -0 is never at rest: a change of -0 turns it into +0.
 template <bool kAmsgrad, class Storage, class T>
 FASTADAM_INLINE bool is_at_rest(T var, T m, T v, T vhat, T peak, T epsilon) {
-  using std::sqrt;
-  constexpr T kMargin = T(1) + T(0x1p-20);
-  const T change = (m * peak) / (sqrt(kAmsgrad ? vhat : v) + epsilon) * kMargin;
+  const T change = largest_change(m, kAmsgrad ? vhat : v, peak, epsilon);
   return bits_of(load(store<Storage>(var - change))) == bits_of(var) &&
          bits_of(load(store<Storage>(var + change))) == bits_of(var);
 }

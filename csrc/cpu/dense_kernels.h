@@ -184,7 +184,8 @@ constexpr UpdateKernel kHalf[2][kTransformCount] = {
 
 // Updates a variable of a half type. Its gradient and its slots have the same type or are float.
 template <class Half>
-__attribute__((noinline)) void adam_dense_half(const StepArgs& step, const TensorArgs& tensor, int64_t begin, int64_t end) {
+__attribute__((noinline)) void adam_dense_half(const StepArgs& step, const TensorArgs& tensor, int64_t begin,
+                                               int64_t end) {
   const auto& kernels = has_half_moments(tensor)            ? kHalf<Half, Half, Half>
                         : tensor.grad_dtype == tensor.dtype ? kHalf<Half, Half, float>
                                                             : kHalf<Half, float, float>;

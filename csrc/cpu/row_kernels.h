@@ -158,6 +158,15 @@ __attribute__((noinline)) void update_densely(const StepArgs& step, const Tensor
   }
 }
 
+// Updates elements [at, end) of the table, whose rows have no gradient or one that is 0 in the accumulator.
+template <class Storage, class T>
+__attribute__((noinline)) void move_rows(const StepArgs& step, const TensorArgs& tensor, int64_t at, int64_t end,
+                                         T keep, const StepScalars<T>& s) {
+  if (is_accumulated(tensor)) return update_densely<Storage>(step, tensor, at, end);
+  const auto move = step.amsgrad ? move_untouched_rows<true, Storage, T> : move_untouched_rows<false, Storage, T>;
+  move(tensor, at, end, keep, s, step.prefetch);
+}
+
 // TF's rule: updates elements [begin, end) of the table, with or without a gradient. In a deferred table the rows
 // without kMoves are left as they are: a step would flush their denormals and quiet their signalling NaNs, and nothing
 // else. A gradient in the accumulator has the rule for dense ones.
@@ -170,8 +179,6 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
   const Rows& rows = *tensor.rows;
   const SumRow<T> sum = sum_row_for<Storage, T>(step, tensor);
   const auto touch = step.amsgrad ? touch_row<true, Storage, T> : touch_row<false, Storage, T>;
-  const auto move_untouched =
-      step.amsgrad ? move_untouched_rows<true, Storage, T> : move_untouched_rows<false, Storage, T>;
   const bool leaves = tensor.stale != nullptr && leaves_zeros(is_accumulated(tensor) ? s.alpha : s.row_alpha, keep);
   const uint8_t* flags = leaves ? tensor.stale->flags : nullptr;
   T sums[kColumns];
@@ -181,10 +188,7 @@ void adam_all_rows(const StepArgs& step, const TensorArgs& tensor, int64_t begin
     if (k == rows.count || rows.rows[k] != at / rows.width) {
       const int64_t next = k < rows.count ? rows.rows[k] * rows.width : end;
       const int64_t stop = next < end ? next : end;
-      const auto move = [&](int64_t from, int64_t to) {
-        if (is_accumulated(tensor)) return update_densely<Storage>(step, tensor, from, to);
-        move_untouched(tensor, from, to, keep, s, step.prefetch);
-      };
+      const auto move = [&](int64_t from, int64_t to) { move_rows<Storage>(step, tensor, from, to, keep, s); };
       if (flags == nullptr) move(at, stop);
       if (flags != nullptr) for_moving_rows(flags, rows.width, at, stop, move);
       at = stop;
@@ -226,55 +230,6 @@ __attribute__((noinline)) void decay_repeatedly(T* values, int64_t size, T facto
   }
 }
 
-// Replaces each value by move(value, beside) `times` times, because every step rounds. Stops early when a step changes
-// nothing.
-template <class T, class Move>
-FASTADAM_INLINE void move_repeatedly(T* values, const T* beside, int64_t size, int64_t times, Move move) {
-  constexpr int64_t kGroup = 32;  // in registers
-  for (int64_t at = 0; at < size; at += kGroup) {
-    const int64_t count = size - at < kGroup ? size - at : kGroup;
-    T group[kGroup] = {};
-    T others[kGroup] = {};
-    for (int64_t i = 0; i < count; ++i) group[i] = values[at + i];
-    for (int64_t i = 0; i < count; ++i) others[i] = beside[at + i];
-    for (int64_t done = 0; done < times;) {
-      const int64_t stop = times - done < kPeakSteps ? times : done + kPeakSteps;
-      int moving = 0;
-      for (; done < stop; ++done) {
-        moving = 0;
-#pragma omp simd reduction(+ : moving)
-        for (int64_t i = 0; i < kGroup; ++i) {
-          const T moved = move(group[i], others[i]);
-          moving += bits_of(moved) != bits_of(group[i]);
-          group[i] = moved;
-        }
-      }
-      if (moving == 0) break;
-    }
-    for (int64_t i = 0; i < count; ++i) values[at + i] = group[i];
-  }
-}
-
-// The moments of dense steps whose gradients were 0.
-template <class T>
-__attribute__((noinline)) void fall_repeatedly(T* values, int64_t size, T factor, int64_t times) {
-  move_repeatedly(values, values, size, times, [=](T value, T) { return value + (T(0) - value) * factor; });
-}
-
-template <class T>
-__attribute__((noinline)) void move_averages(T* __restrict averages, const T* __restrict var, int64_t size,
-                                             T momentum) {
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) averages[i] = moving_average(averages[i], var[i], momentum);
-}
-
-template <class T>
-__attribute__((noinline)) void move_averages_repeatedly(T* averages, const T* var, int64_t size, T momentum,
-                                                        int64_t times) {
-  move_repeatedly(averages, var, size, times,
-                  [=](T average, T beside) { return moving_average(average, beside, momentum); });
-}
-
 // Up to kColumns columns of one row, in the compute type.
 template <class T>
 struct RowPart {
@@ -288,6 +243,7 @@ template <bool kAmsgrad, class Storage, class T>
 FASTADAM_INLINE void load_part(const TensorArgs& tensor, int64_t at, int64_t size, RowPart<T>& row) {
   const Storage* var = static_cast<const Storage*>(tensor.var) + at;
   const Operands<T> slots = operands_of<kAmsgrad>(tensor, at, static_cast<T*>(nullptr));
+  if (size < 1) __builtin_unreachable();  // otherwise GCC warns of elements that are not set
   if constexpr (sizeof(Storage) == 2) convert(var, row.var, size);
   for (int64_t i = 0; i < size; ++i) {
     if constexpr (sizeof(Storage) != 2) row.var[i] = var[i];
@@ -360,79 +316,6 @@ FASTADAM_INLINE void replay(const StaleRows& stale, int64_t from, RowPart<T>& ro
   decay_repeatedly(row.v, size, s.beta_2, stale.now - step);
 }
 
-// The same as all_at_rest(), for both rules of the second moment.
-template <class Storage, class T>
-__attribute__((noinline)) bool rests(const RowPart<T>& row, bool amsgrad, int64_t size, T peak, T epsilon) {
-  const T* second_moment = amsgrad ? row.vhat : row.v;
-  int moving = 0;
-#pragma omp simd reduction(+ : moving)
-  for (int64_t i = 0; i < size; ++i) {
-    moving += !is_at_rest<false, Storage>(row.var[i], row.m[i], second_moment[i], T(0), peak, epsilon);
-  }
-  return moving == 0;
-}
-
-// Rounds elements to the type in which the variable is stored.
-template <class Storage, class T>
-FASTADAM_INLINE void round_through(T* var, int64_t size) {
-  if constexpr (sizeof(Storage) == 2) {
-    Storage stored[kColumns];
-    convert(var, stored, size);
-    convert(stored, var, size);
-  }
-}
-
-// The same as replay(), for steps that follow the rule for dense gradients, which were 0, or that move averages, too.
-// It calls the loops of such steps, where replay() has its own: fewer copies of them, for rarer options.
-template <class Storage, class T>
-__attribute__((noinline)) void replay_with_options(const StaleRows& stale, bool amsgrad, int64_t from, RowPart<T>& row,
-                                                   T* averages, int64_t size, StepScalars<T> s) {
-  static constexpr T kZeros[kColumns] = {};
-  TensorArgs part{};
-  part.var = row.var;
-  part.m = row.m;
-  part.v = row.v;
-  part.vhat = row.vhat;
-  const auto step_densely = amsgrad ? update_range<true, kAsItIs, T> : update_range<false, kAsItIs, T>;
-  const auto step_rows = amsgrad ? move_untouched_rows<true, T, T> : move_untouched_rows<false, T, T>;
-  const auto make_step = [&](T alpha, T keep) {
-    s.alpha = s.row_alpha = alpha;
-    if (stale.dense) {
-      step_densely(row.var, kZeros, row.m, row.v, row.vhat, size, s, FactorPair<T>{}, keep, false);
-    } else {
-      step_rows(part, 0, size, keep, s, false);
-    }
-    round_through<Storage>(row.var, size);
-    if (averages != nullptr) move_averages(averages, row.var, size, s.ema_momentum);
-  };
-  // By the dense rule m stops falling where m (1 - beta_1) is flushed to zero, and then m / sqrt(v) may grow. It does
-  // not matter if m times any rate to come is flushed, too.
-  const int64_t step = replay_steps<T>(stale, from, make_step, [&](T peak) {
-    return (!stale.dense || peak <= s.one_minus_beta_1) && rests<Storage>(row, amsgrad, size, peak, s.epsilon);
-  });
-  const int64_t left = stale.now - step;
-  if (left == 0) return;
-  if (averages != nullptr) move_averages_repeatedly(averages, row.var, size, s.ema_momentum, left);
-  const auto move_moments = stale.dense ? fall_repeatedly<T> : decay_repeatedly<T>;
-  move_moments(row.m, size, stale.dense ? s.one_minus_beta_1 : s.beta_1, left);
-  move_moments(row.v, size, stale.dense ? s.one_minus_beta_2 : s.beta_2, left);
-}
-
-// With the average of the row, if there is one.
-template <class Storage, class T>
-__attribute__((noinline)) void replay_average(const TensorArgs& tensor, const StaleRows& stale, bool amsgrad,
-                                              int64_t from, int64_t at, RowPart<T>& row, int64_t size,
-                                              const StepScalars<T>& s) {
-  if (tensor.average == nullptr) {
-    return replay_with_options<Storage>(stale, amsgrad, from, row, static_cast<T*>(nullptr), size, s);
-  }
-  T* average = static_cast<T*>(tensor.average) + at;
-  T averages[kColumns];
-  std::memcpy(averages, average, static_cast<size_t>(size) * sizeof(T));
-  replay_with_options<Storage>(stale, amsgrad, from, row, averages, size, s);
-  store_changed(averages, average, size);
-}
-
 // Applies all missed steps at once to `size` elements of a row, starting at element `at` of the table.
 template <bool kAmsgrad, class Storage, class T>
 __attribute__((noinline)) void jump_row(const ClosedForm& form, const TensorArgs& tensor, int64_t at, int64_t size,
@@ -453,23 +336,164 @@ __attribute__((noinline)) void replay_row(const TensorArgs& tensor, int64_t from
   RowPart<T> row;
   load_part<kAmsgrad, Storage>(tensor, at, size, row);
   StaleRows stale = *tensor.stale;
-  const bool is_plain = !stale.dense && tensor.average == nullptr;
-  if (stale.leaves_zeros && tensor.average == nullptr && has_zeros<kAmsgrad>(row, size)) {
-    stale.now = from + 1;  // all steps do what one does
-  }
-  if (is_plain) replay<kAmsgrad, Storage>(stale, from, row, size, s);
-  if (!is_plain) replay_average<Storage>(tensor, stale, kAmsgrad, from, at, row, size, s);
+  if (stale.leaves_zeros && has_zeros<kAmsgrad>(row, size)) stale.now = from + 1;  // all steps do what one does
+  replay<kAmsgrad, Storage>(stale, from, row, size, s);
   store_part<kAmsgrad, Storage>(row, tensor, at, size);
+}
+
+// For small code, where time is spent in what it calls.
+#define FASTADAM_RARE __attribute__((noinline, cold))
+
+// What follows is for steps that move averages, too, or follow the rule for dense gradients, which were 0 in the rows
+// that waited. It is made of loops that there are anyway, and small ones, which are called where replay() is one loop:
+// few options need it, and each copy would be compiled for every type and instruction set.
+
+// Moves values by one step: a moment whose gradient is 0 by `rate`, or averages towards their variable.
+template <class T>
+using MoveOnce = void (*)(T* __restrict values, const T* __restrict var, int64_t size, T rate);
+
+template <class T>
+__attribute__((noinline)) void fall(T* __restrict moments, const T* /*var*/, int64_t size, T rate) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) moments[i] += (T(0) - moments[i]) * rate;
+}
+
+template <class T>
+__attribute__((noinline)) void decay(T* __restrict moments, const T* /*var*/, int64_t size, T rate) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) moments[i] *= rate;
+}
+
+template <class T>
+__attribute__((noinline)) void move_averages(T* __restrict averages, const T* __restrict var, int64_t size,
+                                             T momentum) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) averages[i] = moving_average(averages[i], var[i], momentum);
+}
+
+// Stops early when a step changes nothing.
+template <class T>
+FASTADAM_RARE void move_repeatedly(MoveOnce<T> move, T* values, const T* var, int64_t size, T rate, int64_t times) {
+  T before[kColumns];
+  const size_t bytes = static_cast<size_t>(size) * sizeof(T);
+  for (int64_t done = 0; done < times; ++done) {
+    const bool looks = done % kPeakSteps == 0;
+    if (looks) std::memcpy(before, values, bytes);
+    move(values, var, size, rate);
+    if (looks && std::memcmp(before, values, bytes) == 0) return;
+  }
+}
+
+// Rounds values to the type in which the variable is stored; null if that is T.
+template <class T>
+using RoundThrough = void (*)(T* values, int64_t size);
+
+template <class Half>
+__attribute__((noinline)) void round_through(float* values, int64_t size) {
+  Half rounded[kColumns];
+  convert(values, rounded, size);
+  convert(rounded, values, size);
+}
+
+// The same as all_at_rest().
+template <class T>
+__attribute__((noinline)) bool rests(const RowPart<T>& row, bool amsgrad, RoundThrough<T> round, int64_t size, T peak,
+                                     T epsilon) {
+  const T* second_moment = amsgrad ? row.vhat : row.v;
+  T below[kColumns];
+  T above[kColumns];
+  for (int64_t i = 0; i < size; ++i) {
+    const T change = largest_change(row.m[i], second_moment[i], peak, epsilon);
+    below[i] = row.var[i] - change;
+    above[i] = row.var[i] + change;
+  }
+  if (round != nullptr) round(below, size);
+  if (round != nullptr) round(above, size);
+  const size_t bytes = static_cast<size_t>(size) * sizeof(T);
+  return std::memcmp(below, row.var, bytes) == 0 && std::memcmp(above, row.var, bytes) == 0;
+}
+
+template <class T>
+FASTADAM_RARE void replay_with_options(const StaleRows& stale, bool amsgrad, RoundThrough<T> round, int64_t from,
+                                       RowPart<T>& row, T* averages, int64_t size, StepScalars<T> s) {
+  static constexpr T kZeros[kColumns] = {};
+  TensorArgs part{};
+  part.var = row.var;
+  part.m = row.m;
+  part.v = row.v;
+  part.vhat = row.vhat;
+  const auto step_densely = amsgrad ? update_range<true, kAsItIs, T> : update_range<false, kAsItIs, T>;
+  const auto step_rows = amsgrad ? move_untouched_rows<true, T, T> : move_untouched_rows<false, T, T>;
+  const auto make_step = [&](T alpha, T keep) {
+    s.alpha = s.row_alpha = alpha;
+    if (stale.dense) {
+      step_densely(row.var, kZeros, row.m, row.v, row.vhat, size, s, FactorPair<T>{}, keep, false);
+    } else {
+      step_rows(part, 0, size, keep, s, false);
+    }
+    if (round != nullptr) round(row.var, size);
+    if (averages != nullptr) move_averages(averages, row.var, size, s.ema_momentum);
+  };
+  // By the dense rule m stops falling where m (1 - beta_1) is flushed to zero, and then m / sqrt(v) may grow. It does
+  // not matter if m times any rate to come is flushed, too.
+  const int64_t step = replay_steps<T>(stale, from, make_step, [&](T peak) {
+    return (!stale.dense || peak <= s.one_minus_beta_1) && rests(row, amsgrad, round, size, peak, s.epsilon);
+  });
+  const int64_t left = stale.now - step;
+  if (averages != nullptr) move_repeatedly<T>(move_averages, averages, row.var, size, s.ema_momentum, left);
+  const MoveOnce<T> move = stale.dense ? fall<T> : decay<T>;
+  move_repeatedly(move, row.m, row.var, size, stale.dense ? s.one_minus_beta_1 : s.beta_1, left);
+  move_repeatedly(move, row.v, row.var, size, stale.dense ? s.one_minus_beta_2 : s.beta_2, left);
+}
+
+// Copies `size` elements of the slots to the row and the averages, or back.
+template <class T>
+FASTADAM_RARE void copy_slots(const TensorArgs& tensor, int64_t at, int64_t size, bool back, RowPart<T>& row,
+                              T* averages) {
+  T* const parts[] = {row.m, row.v, row.vhat, averages};
+  void* const slots[] = {tensor.m, tensor.v, tensor.vhat, tensor.average};
+  for (int i = 0; i < 4; ++i) {
+    T* slot = static_cast<T*>(slots[i]) + at;
+    if (back && slots[i] != nullptr) store_changed(parts[i], slot, size);
+    if (!back) std::memset(parts[i], 0, static_cast<size_t>(size) * sizeof(T));
+    if (!back && slots[i] != nullptr) std::memcpy(parts[i], slot, static_cast<size_t>(size) * sizeof(T));
+  }
+}
+
+template <class Storage, class T>
+FASTADAM_RARE void replay_row_with_options(bool amsgrad, const TensorArgs& tensor, int64_t from, int64_t at,
+                                           int64_t size, const StepScalars<T>& s) {
+  RowPart<T> row;
+  T averages[kColumns];
+  copy_slots(tensor, at, size, false, row, averages);
+  Storage* var = static_cast<Storage*>(tensor.var) + at;
+  T* average = tensor.average == nullptr ? nullptr : averages;
+  if constexpr (sizeof(Storage) == 2) {
+    Storage stored[kColumns];
+    convert(var, row.var, size);
+    replay_with_options<T>(*tensor.stale, amsgrad, round_through<Storage>, from, row, average, size, s);
+    convert(row.var, stored, size);
+    store_changed(stored, var, size);
+  } else {
+    std::memcpy(row.var, var, static_cast<size_t>(size) * sizeof(T));
+    replay_with_options<T>(*tensor.stale, amsgrad, nullptr, from, row, average, size, s);
+    store_changed(row.var, var, size);
+  }
+  copy_slots(tensor, at, size, true, row, averages);
 }
 
 template <class Storage, class T>
 FASTADAM_INLINE void catch_up_row(bool amsgrad, const TensorArgs& tensor, int64_t from, int64_t at, int64_t size,
                                   const StepScalars<T>& s) {
   const StaleRows& stale = *tensor.stale;
-  if (stale.forms != nullptr && tensor.average == nullptr && stale.now - from > kShortGap) {
+  const bool jumps = stale.forms != nullptr && tensor.average == nullptr;
+  if (jumps && stale.now - from > kShortGap) {
     const ClosedForm& form = stale.forms[stale.places[from]];
     const auto jump = amsgrad ? jump_row<true, Storage, T> : jump_row<false, Storage, T>;
     if (form.exists) return jump(form, tensor, at, size, s);
+  }
+  if (stale.dense || tensor.average != nullptr) {
+    return replay_row_with_options<Storage>(amsgrad, tensor, from, at, size, s);
   }
   (amsgrad ? replay_row<true, Storage, T> : replay_row<false, Storage, T>)(tensor, from, at, size, s);
 }

@@ -105,7 +105,8 @@ class Adam(Optimizer):
             until they are touched, or read by :meth:`gather`, :meth:`sync` or :meth:`dense_view`, or have waited for
             ``max_staleness`` steps. "deferred_fast" sums the steps that a row missed in closed form where there is one,
             with an error under 2^-26 of the row's displacement. "lazy" never moves other rows, which is another
-            algorithm (LazyAdam, torch.optim.SparseAdam).
+            algorithm (LazyAdam, torch.optim.SparseAdam): with ``gradient_accumulation_steps`` a step moves the rows
+            that had a gradient in one of the k calls, and with ``use_ema`` an average moves with its row.
         max_staleness: The largest number of steps that a row of a deferred table waits; None for no limit.
         clip_after_dedupe: Clip IndexedSlices after repeated rows have been summed, like the dense gradient; by default
             the values are clipped as they come, as in TF.

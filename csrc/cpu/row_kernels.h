@@ -257,6 +257,7 @@ FASTADAM_INLINE void load_part(const TensorArgs& tensor, int64_t at, int64_t siz
 template <class Item>
 FASTADAM_INLINE void store_changed(const Item* values, Item* to, int64_t size) {
   const size_t bytes = static_cast<size_t>(size) * sizeof(Item);
+  if (size == 0) return;
   const bool begins_alike = std::memcmp(values, to, sizeof(Item)) == 0;  // seldom, and without a call
   if (begins_alike && std::memcmp(values, to, bytes) == 0) return;
   for (int64_t i = 0; i < size; ++i) to[i] = values[i];

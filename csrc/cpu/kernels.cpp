@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernels: plain loops, compiled once per instruction set with its compiler flags. FASTADAM_ISA names the
 // namespace. Everything except the table has internal linkage or is always inlined, because code that runs on an older
-// CPU must not share a symbol that was compiled for a newer one. Include only core headers, lanes.h, row_kernels.h and
-// headers of intrinsics.
+// CPU must not share a symbol that was compiled for a newer one. Include only core headers, lanes.h, the headers
+// of kernels beside it, and headers of intrinsics.
 #include "kernels.h"
 
 #include "../core/adam_math.h"

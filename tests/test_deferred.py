@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cases import bits, random_array
 from fastadam import IndexedSlices
-from fastadam._core.deferred.history import crossover
+from fastadam._core.deferred.rates import crossover
 from helpers import Pair, history_of, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -20,6 +20,7 @@ LAYERS = [
     ["_core.native.gradients", "_core.native.slices", "_core.native.variable", "_core.native.buffers"],
     ["_core.native.rows"],
     ["schedules", "_core.native.plan"],
+    ["_core.deferred.rates"],
     ["_core.deferred.trail"],
     ["_core.options", "_core.deferred.history", "_core.native.buckets"],
     ["_core.state"],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.deferred.history import Numbers
+from fastadam._core.deferred.rates import Numbers
 from fastadam._core.native.arrays import assign
 from fastadam._core.native.plan import Plan, StepHyper
 from fastadam._core.native.slices import is_native_sparse, is_slices, native_gradient

@@ -15,7 +15,7 @@ from fastadam._core import resizing
 from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_integer, check_iterations, check_list
 from fastadam._core.common.strict import class_only
-from fastadam._core.deferred.history import Doubt
+from fastadam._core.deferred.rates import Doubt
 from fastadam._core.minimize import Minimizer
 from fastadam._core.native.arrays import copy_beside
 from fastadam._core.native.buffers import buffer_of, buffers_of

@@ -12,7 +12,7 @@ from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_clip, check_iterations, check_number
 from fastadam._core.common.telemetry import Telemetry
 from fastadam._core.common.warning import warn
-from fastadam._core.deferred.history import Doubt
+from fastadam._core.deferred.rates import Doubt
 from fastadam._core.hyperparameters import Clip, Hyper
 from fastadam._core.native.arrays import expect_random_rows, on_gpu
 from fastadam._core.native.backend import _cpu

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastadam._core.common.warning import warn
-from fastadam._core.deferred.history import Doubt, History, Numbers
+from fastadam._core.deferred.history import History
+from fastadam._core.deferred.rates import Doubt, Numbers
 from fastadam._core.native.arrays import expect_random_rows
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.rows import RowMap

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastadam._core.common.types import Foreign
-from fastadam._core.deferred.history import Numbers
+from fastadam._core.deferred.rates import Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.plan import BoundedCache
 from fastadam._core.native.slices import DEFERRED

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastadam._core.deferred.history import Numbers
+from fastadam._core.deferred.rates import Numbers
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buckets import Guess
 from fastadam._core.native.plan import StepHyper

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import enum
-import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.common.types import AnyArray, NativeHistory
+from fastadam._core.deferred.rates import PEAK_STEPS, Doubt, Numbers, Rates, crossover
 from fastadam._core.deferred.trail import Segment, Trail
 from fastadam._core.native.arrays import assign, native_of, to_host, untouched_zeros, zeros_beside
 from fastadam._core.native.backend import _cpu
@@ -19,57 +18,13 @@ from fastadam._core.native.plan import Plan, StepHyper
 from fastadam._core.native.rows import RowMap
 from fastadam._core.native.slices import IndexedSlices
 
-__all__ = ["CHANGED", "MOVES", "Doubt", "History", "Numbers", "Rates", "crossover"]
+__all__ = ["CHANGED", "MOVES", "History"]
 
-_PEAK_STEPS = 64  # kPeakSteps in csrc/core/step_args.h
 _FIRST_ROOM = 1024
 _MOST_ROOM = 2**16  # on the host
 _MANY_ROWS = 2**20  # looked through at a time
 MOVES, CHANGED = 1, 2  # flags of a row: kMoves and kChanged in csrc/core/step_args.h
-_CACHE_BYTES = 2**25
 _DEVICE_CROSSOVER = 2.0  # of `crossover`; not measured on a GPU
-
-
-class Doubt(enum.IntEnum):
-    """Whether rows may have moments that no step gave them."""
-
-    NONE = 0
-    ONCE = 1  # they were restored or set: before the next pass the moments are looked through
-    ALWAYS = 2  # a user has the arrays
-
-
-class Numbers(NamedTuple):
-    """What the steps of one history have in common; rows are brought up to date before one of them changes."""
-
-    beta_1: float
-    beta_2: float
-    epsilon: float
-    amsgrad: bool
-    ema_momentum: float | None = None  # of the averages, which move in every step; None without
-    accumulates: bool = False  # gradients are accumulated, and steps follow the rule for dense ones
-
-
-class Rates(NamedTuple):
-    """The arrays of a history, which native plans read and append to: StaleTable::Arrays in csrc/bind/stale.h."""
-
-    last: AnyArray  # for each row the number of steps that it has had, int32; on the table's device
-    alphas: npt.NDArray[np.floating]  # for each step its rate, in the dtype of the moments
-    keeps: npt.NDArray[np.floating]  # for each step its factor of weight decay
-    peaks: npt.NDArray[np.floating]  # for every 64 steps the largest |alpha|
-    counts: npt.NDArray[np.int64]
-    """Steps; those since the last pass that move even rows without moments (on a GPU: of all); steps that every row has
-    had; a :class:`Doubt`; steps dropped before the first."""
-
-    @classmethod
-    def zeros(cls, last: AnyArray, dtype: str, room: int) -> Rates:
-        """Room for this many steps."""
-        alphas, keeps, peaks = (np.zeros(size, dtype) for size in (room, room, room // _PEAK_STEPS))
-        return cls(last, alphas, keeps, peaks, np.zeros(5, np.int64))
-
-    def copy(self, last: AnyArray) -> Rates:
-        """The same steps in arrays of their own, with these counts of the rows."""
-        alphas, keeps, peaks, counts = (array.copy() for array in self[1:])
-        return Rates(last, alphas, keeps, peaks, counts)
 
 
 class History:
@@ -271,9 +226,9 @@ class History:
     ) -> History:
         """A history of these steps, of which each row has had so many."""
         steps = len(segment.alphas)
-        rates = Rates.zeros(had.astype(np.int32), str(segment.alphas.dtype), -(-steps // _PEAK_STEPS) * _PEAK_STEPS)
+        rates = Rates.zeros(had.astype(np.int32), str(segment.alphas.dtype), -(-steps // PEAK_STEPS) * PEAK_STEPS)
         rates.alphas[:steps], rates.keeps[:steps] = segment.alphas, segment.keeps
-        rates.peaks[:] = np.abs(rates.alphas).reshape(-1, _PEAK_STEPS).max(axis=1)
+        rates.peaks[:] = np.abs(rates.alphas).reshape(-1, PEAK_STEPS).max(axis=1)
         leave_zeros = (segment.keeps == 1) & ~np.signbit(segment.alphas) & np.isfinite(segment.alphas)
         rates.counts[:2] = steps, np.count_nonzero(~leave_zeros)
         numbers: Any = segment.numbers
@@ -324,7 +279,7 @@ class History:
         if self._table is not None:
             self._make_room_on_gpu()
             return
-        first = max(int(self.rates.counts[2]), self._least_had() // _PEAK_STEPS * _PEAK_STEPS)
+        first = max(int(self.rates.counts[2]), self._least_had() // PEAK_STEPS * PEAK_STEPS)
         if first < steps // 2 and self.room < _MOST_ROOM:
             self._grow()
             return
@@ -365,12 +320,12 @@ class History:
         """In new arrays: without the steps that every row has had, if these are half of them, else twice as long."""
         rates = self.rates
         last = to_host(rates.last)
-        first = int(last.min(initial=self.steps)) // _PEAK_STEPS * _PEAK_STEPS
+        first = int(last.min(initial=self.steps)) // PEAK_STEPS * PEAK_STEPS
         if first < self.steps // 2:
             self._grow()
             return
         self._on_gpu = self._plan = self._forms = None
-        places = (first, first, first // _PEAK_STEPS)
+        places = (first, first, first // PEAK_STEPS)
         alphas, keeps, peaks = (np.roll(old, -place) for old, place in zip(rates[1:4], places, strict=True))
         steps, synced = self.steps - first, max(0, int(rates.counts[2]) - first)
         counts = np.array([steps, np.count_nonzero(keeps[:steps] != 1), synced, 0, 0], np.int64)
@@ -433,16 +388,3 @@ class History:
     def fits(self, buffer: _cpu.Buffer) -> bool:
         """Whether this is the table, as it was, that the copied history belongs to."""
         return not self.waits or self.fingerprint is None or self.fingerprint == fingerprint_of(buffer)
-
-
-def crossover(shape: tuple[int, ...], item_size: int, replays: bool) -> float:
-    """The table's rows per touched row at which a step on the touched rows costs as much as a pass over the table.
-
-    ``replays``: a row replays the steps that it missed; else there is a closed form of them. A fit to times of both on
-    uniformly drawn rows (bench/README.md): a pass vectorises narrow rows better, and in DRAM it is slower than the
-    replay of what it does. It decides the time of a step and no bit of its result.
-    """
-    width = max(1, math.prod(shape[1:]))
-    in_cache = 3 * item_size * shape[0] * width <= _CACHE_BYTES
-    rows, narrow = (100, 32) if replays and in_cache else (8, 60) if replays else (3, 45)
-    return rows * (1 + narrow / width)

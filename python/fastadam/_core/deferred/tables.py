@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.common.warning import warn
-from fastadam._core.deferred.history import Doubt, History, Numbers
+from fastadam._core.deferred.history import History
+from fastadam._core.deferred.rates import Doubt, Numbers
 from fastadam._core.native.arrays import expect_random_rows, native_of, on_gpu, zeros_beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import buffer_of

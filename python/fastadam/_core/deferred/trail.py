@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastadam._core.deferred.rates import Numbers
+
 __all__ = ["Segment", "Trail"]
 
 _MOST_STEPS = 2**20
@@ -16,7 +18,7 @@ _Rates = npt.NDArray[np.floating]
 class Segment(NamedTuple):
     """Steps that follow each other and have their numbers in common."""
 
-    numbers: tuple[float | bool | None, ...]  # the fields of `Numbers`
+    numbers: Numbers
     alphas: _Rates
     keeps: _Rates
 
@@ -27,7 +29,7 @@ class Trail:
     Steps are counted from the first that the history ever had. No more than 2^20 are kept: then ``is_lost``.
     """
 
-    def __init__(self, begin: int, numbers: tuple[float | bool | None, ...]) -> None:
+    def __init__(self, begin: int, numbers: Numbers) -> None:
         self.is_lost = False
         self._begin = begin  # the first step that is kept, here or in the history
         self._pieces: list[tuple[int, _Rates, _Rates]] = []  # each with its first step
@@ -41,7 +43,7 @@ class Trail:
         if first + len(alphas) - self._begin > _MOST_STEPS:
             self.is_lost, self._pieces = True, []
 
-    def change_numbers(self, step: int, numbers: tuple[float | bool | None, ...]) -> None:
+    def change_numbers(self, step: int, numbers: Numbers) -> None:
         """From this step on there are other numbers."""
         self._changes = [*(change for change in self._changes if change[0] < step), (step, numbers)]
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from fastadam._core.common.frameworks import require
 from fastadam._core.common.types import Config, HostArray
-from fastadam._core.deferred.history import History, Numbers
+from fastadam._core.deferred.history import History
+from fastadam._core.deferred.rates import Numbers
 from fastadam._core.deferred.trail import Segment
 from fastadam._core.native.backend import _cpu
 from fastadam._core.options.keras3 import ACCUMULATOR
@@ -83,7 +84,7 @@ class ChangedRows:
         at = 0
         for numbers, steps in record["steps"]:
             alphas, keeps = (array[at : at + steps] for array in rates)
-            found.append(_Steps(begin + at, Segment(tuple(numbers), alphas, keeps), record["exact"]))
+            found.append(_Steps(begin + at, Segment(Numbers(*numbers), alphas, keeps), record["exact"]))
             at += steps
         return found
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastadam._core.deferred.history import Doubt, History
+from fastadam._core.deferred.history import History
+from fastadam._core.deferred.rates import Doubt
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.variable import name_in, present_name
 

@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from fastadam._core.common.types import AnyArray, Config
-from fastadam._core.deferred.history import Doubt, History
+from fastadam._core.deferred.history import History
+from fastadam._core.deferred.rates import Doubt
 from fastadam._core.native.arrays import copy_beside, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, fingerprint_of, key_of

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.common.checks import check_iterations, check_list
-from fastadam._core.deferred.history import Doubt
+from fastadam._core.deferred.rates import Doubt
 from fastadam._core.native.arrays import assign, on_gpu, to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.rows import RowMap

@@ -47,6 +47,7 @@ OF_ADAPTERS = (  # what these may import
     "_core.common",
     "_core.native",
     "_core.deferred.history",
+    "_core.deferred.rates",
     "exchange._foreign",
     "schedules",
 )

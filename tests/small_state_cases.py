@@ -18,6 +18,14 @@ VARIABLES = {  # name: dtype of the variable, options
     "rounded": (BF16, {"stochastic_rounding": True}),
 }
 
+EVERY = [
+    ({"moments": "bfloat16"}, F32),
+    ({"moments": "8bit", "seed": 2**63 + 5}, F32),
+    ({"moments": "8bit", "master": "split"}, BF16),
+    ({"moments": "bfloat16", "stochastic_rounding": True}, BF16),
+    ({"master": "split"}, BF16),
+]
+
 
 def flat(array):
     return array.reshape(-1, order="A")

@@ -11,17 +11,20 @@ import fastadam
 import numpy as np
 import pytest
 from fastadam._core.parts import parts_of
-from small_state_cases import BF16, BLOCK, F32, assert_same_bits, first_values, gradient_of, slots_of, train, trained
+from small_state_cases import (
+    BF16,
+    BLOCK,
+    EVERY,
+    F32,
+    assert_same_bits,
+    first_values,
+    gradient_of,
+    slots_of,
+    train,
+    trained,
+)
 
 # ---- what a user sees --------------------------------------------------------------------------------------------------
-
-EVERY = [
-    ({"moments": "bfloat16"}, F32),
-    ({"moments": "8bit", "seed": 2**63 + 5}, F32),
-    ({"moments": "8bit", "master": "split"}, BF16),
-    ({"moments": "bfloat16", "stochastic_rounding": True}, BF16),
-    ({"master": "split"}, BF16),
-]
 
 
 @pytest.mark.parametrize(("options", "dtype"), EVERY)

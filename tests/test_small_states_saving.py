@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from test_small_states import EVERY, as_bits, assert_same_bits, gradient_of, slots_of, train, trained
+from small_state_cases import EVERY, as_bits, assert_same_bits, gradient_of, slots_of, train, trained
 
 F32, BF16 = np.float32, ml_dtypes.bfloat16
 

@@ -38,6 +38,7 @@ def test_config():
 )  # fmt: skip
 def test_config_with_learning_rate_decay(schedule):
     optimizer = fastadam.Adam(schedule)
+    variable = np.array([[1.0], [2.0]])
     for _ in ("before use", "after"):
         config = json.loads(json.dumps(optimizer.get_config()))
         assert config["learning_rate"] == {"class_name": type(schedule).__name__, "config": schedule.get_config()}
@@ -45,7 +46,7 @@ def test_config_with_learning_rate_decay(schedule):
         assert config == optimizer.get_config()  # not modified, as in TF
         assert again.lr == again.learning_rate == optimizer.lr == schedule
         assert again.lr(10) == schedule(10)
-        optimizer.apply_gradients([(np.full((2, 1), 3.0), np.array([[1.0], [2.0]]))])
+        optimizer.apply_gradients([(np.full((2, 1), 3.0), variable)])
 
 
 def test_grad_clip_value():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zlib
@@ -35,6 +36,16 @@ _MAGIC = {
 }
 
 
+_NAMES = {code: name for name, code in DTYPES.items()}
+
+
+class _File(io.FileIO):
+    """A file that is closed without a warning if Ctrl-C comes before anyone can close it."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class SavedFile:
     """Every part is checked when it is read; a ValueError names the file.
 
@@ -48,7 +59,7 @@ class SavedFile:
         self.label = label or path
         safetensors = _safetensors()
         require_regular(path)
-        self._file = open(path, "rb", buffering=0)  # noqa: PTH123, SIM115  # closed by __exit__
+        self._file = _File(path)
         try:
             while True:
                 try:
@@ -60,7 +71,7 @@ class SavedFile:
                 if os.path.samestat(os.stat(path), os.fstat(self._file.fileno())):  # noqa: PTH116
                     break
                 self._file.close()  # another file has taken its place meanwhile
-                self._file = open(path, "rb", buffering=0)  # noqa: PTH123, SIM115
+                self._file = _File(path)
             self._places = self._read_places()
             self.header = self._read_header(metadata)
             self.checksums = self._read_checksums()  # of all tensors, in the order of ``weights``
@@ -185,7 +196,7 @@ class SavedFile:
     def tensor(self, key: str) -> HostArray:
         """All of a tensor."""
         tensor = self._places[key][0]
-        name = next(name for name, code in DTYPES.items() if code == tensor.dtype)
+        name = _NAMES[tensor.dtype]
         if name == "bfloat16":
             import ml_dtypes  # noqa: F401  # registers the dtype
         data = self.reader_of(key)(tensor.nbytes)

@@ -195,7 +195,7 @@ def test_rows_are_brought_up_to_date(call, way):
     check_all_places(way, with_rows_that_wait, call, step, changes=False)
 
 
-@either_way
+@pytest.mark.parametrize("way", [at_a_line, pytest.param(at_a_call, marks=pytest.mark.slow)])
 def test_load_and_save(way, tmp_path):
     path = tmp_path / "state.safetensors"
     optimizer, variables = trained()

@@ -325,9 +325,10 @@ class Optimizer(Minimizer):
     ) -> None:
         """Let an array of another length take the place of a variable: rows keep their moments, new rows start fresh.
 
-        Values are not copied: ``new`` has them already, as from ``np.concatenate``. In a deferred mode rows that wait
-        for steps go on waiting in ``new``, which must have them as they are in the memory of ``old`` then; or call
-        :meth:`sync` before they are copied. Where ``max_staleness`` is set, all rows are brought up to date.
+        Values are not copied: ``new`` has them already, as from ``np.concatenate``. In a deferred mode these must be
+        the rows as they are in the memory of ``old`` at the time of the call: copy them right before it, and change
+        them after it. Rows that wait for steps go on waiting in ``new``. Where ``max_staleness`` is set, all rows are
+        brought up to date.
 
         A fresh row has moments of zero, zeros in the slots of :meth:`add_slot`, and a moving average that starts at its
         value. Its bias correction is that of the optimizer's next step, as for a row that has had no gradient so far.
@@ -347,8 +348,8 @@ class Optimizer(Minimizer):
         Raises:
             TypeError: ``rows`` are not integers; ``new`` is not an array of floats; a slot of another dtype.
             ValueError: ``old`` is not a variable of this optimizer, or ``new`` is one; another dtype or shape; a number
-                in ``rows`` that is no row of ``old``; a row that waits for steps and is something else in ``new``; a
-                slot of another shape or layout, or in the memory of something else.
+                in ``rows`` that is no row of ``old``; in a deferred mode a row that steps have moved and that is
+                something else in ``new``; a slot of another shape or layout, or in the memory of something else.
             RuntimeError: Inside of ``with averages(...)`` or between ``begin_step`` and ``end_step``. A call that
                 raises has changed nothing.
 

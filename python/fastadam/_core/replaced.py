@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from collections import deque
@@ -47,6 +48,7 @@ class Replacements:
     def __init__(self) -> None:
         self._has_warned = False
         self._met: dict[tuple[object, ...], deque[_Met]] = {}
+        self._resized: dict[Key, weakref.ref[AnyArray]] = {}  # arrays that `resize` has let go of
 
     def look(
         self,
@@ -65,6 +67,7 @@ class Replacements:
             plans: The buffers of each plan that is kept.
             kept: Other buffers that the optimizer keeps.
         """
+        self._look_for_resized(given, buffers, new)
         if self._has_warned:
             return
         references = _references_of(plans, kept) if new else {}
@@ -83,6 +86,23 @@ class Replacements:
                         return
             if key not in [met.key for met in alike]:
                 alike.append(_Met(key, buffer, _reference(variable)))
+
+    def note_resized(self, old: _cpu.Buffer) -> None:
+        """Another array has taken the place of this one."""
+        with contextlib.suppress(TypeError):  # an object of another library without weak references
+            self._resized = {key: ref for key, ref in self._resized.items() if ref() is not None}
+            self._resized[key_of(old)] = weakref.ref(old.source)
+
+    def _look_for_resized(self, given: Mapping[int, AnyArray], buffers: Sequence[_cpu.Buffer], new: set[Key]) -> None:
+        for place, buffer in zip(given, buffers, strict=True):
+            key = key_of(buffer)
+            ref = self._resized.pop(key, None) if key in new else None
+            if ref is not None and ref() is not None:
+                label = f"grads_and_vars[{place}]" if buffer.label.startswith("vars[") else buffer.label
+                warn(
+                    f"{label}: resize() gave its moments to another array, which is stepped no more; it starts with "
+                    "moments of zero. Go on with the new array"
+                )
 
     def forget(self, key: Key) -> None:
         """Let go of a variable that the optimizer does not know any more."""

@@ -62,6 +62,8 @@ def resize(
         if key in excluded.keys and key != key_of(buffer):
             options.exclusions = options.exclusions.without(key)
         runtime.let_go(key)
+        if key != key_of(buffer):
+            runtime.replacements.note_resized(known)
         tables.note_all_changed()
         if options.max_staleness is not None:
             tables.catch_up(buffer)
@@ -133,17 +135,20 @@ def _moved_history(entry: Entry, known: _cpu.Buffer, buffer: _cpu.Buffer, row_ma
     history = entry.history
     if history is None:
         return None
-    if history.waits:
-        before, after = _host_values(known), _host_values(buffer)
-        is_shifted = np.may_share_memory(before, after) and not (
-            row_map.keeps_places and known.address == buffer.address
+    before, after = _host_values(known), _host_values(buffer)
+    is_shared = np.may_share_memory(before, after)
+    is_shifted = is_shared and not (row_map.keeps_places and known.address == buffer.address)
+    if is_shifted and history.waits:
+        raise ValueError(
+            f"{buffer.label}: in the memory of {known.label}, whose rows wait for their steps; expected sync() before "
+            "the values are moved"
         )
-        row = None if is_shifted else row_map.differing(before, after, history.behind())
-        if is_shifted or row is not None:
-            where = f"in the memory of {known.label}," if is_shifted else f"row {row} is not the one of {known.label},"
-            raise ValueError(
-                f"{buffer.label}: {where} whose rows wait for their steps; expected sync() before the values are copied"
-            )
+    row = None if is_shared else row_map.differing(before, after, history.moved_so_far())
+    if row is not None:
+        raise ValueError(
+            f"{buffer.label}: row {row} is not the one of {known.label} as it is now, so that steps of it may be "
+            "missing; expected the values to be copied right before the call, and changed after it"
+        )
     return history.moved(buffer, row_map)
 
 

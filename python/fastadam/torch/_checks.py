@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastadam._core.common.frameworks import first_of, hint_for_variable, is_array
+from fastadam._core.common.warning import warn
 from fastadam._core.native.slices import DEFERRED, check_ids
 from fastadam.torch._layout import is_lazy_view
 
@@ -233,6 +234,11 @@ def check_module(module: torch.nn.Module, groups: list[Group], sparse_update: st
         raise ValueError(
             f"module: max_norm={module.max_norm} with sparse_update={sparse_update!r}, expected None: it writes to "
             "rows that wait for their steps"
+        )
+    if not module.sparse:
+        warn(
+            f"module: {type(module).__name__} with sparse=False, whose gradients are dense: every step moves all rows, "
+            f"whatever sparse_update={sparse_update!r} is; expected sparse=True"
         )
 
 

@@ -619,6 +619,8 @@ class Adam(torch.optim.Optimizer):
             ValueError: Its weight is not a parameter of this optimizer; or, in a deferred mode, it has ``max_norm``,
                 which writes to rows that may wait.
 
+        Warns if the module makes dense gradients (``sparse=False``), whose steps move every row.
+
         >>> import importlib.util
         >>> if importlib.util.find_spec("torch"):
         ...     import torch, fastadam.torch
@@ -650,12 +652,12 @@ class Adam(torch.optim.Optimizer):
     def resize(self, old: Tensor, new: Tensor, rows: ArrayLike | None = None) -> None:
         """Let a parameter of another length take the place of one: rows keep their moments, new rows start fresh.
 
-        ``new`` comes where ``old`` is in the groups, with its name and its step count, so that the bias correction of
-        fresh rows is that of the others. Their moments are zero, and their masters the values in ``new``. Values are
-        not copied: ``new`` has them already, as from ``torch.cat``. In a deferred mode rows that wait for steps go on
-        waiting in ``new``, which must have them as they are in the memory of ``old`` then; or call :meth:`sync` before
-        they are copied. 8-bit moments are decoded and rounded anew, which changes them only where blocks of 128
-        elements change.
+        ``new`` comes where ``old`` is in the groups, with its name and its step count, so that the bias
+        correction of fresh rows is that of the others. Their moments are zero, and their masters the values in
+        ``new``. Values are not copied: ``new`` has them already, as from ``torch.cat``. In a deferred mode
+        these must be the rows as they are in the memory of ``old`` at the time of the call: copy them right
+        before it, and change them after it. Rows that wait for steps go on waiting in ``new``. 8-bit moments
+        are decoded and rounded anew, which changes them only where blocks of 128 elements change.
 
         A tensor of ``compute_params`` is replaced by a new one with the rounded values of ``new``: the model has to
         take it from the group. A module that is attached stays so when it gets ``new`` as its weight. Nothing of
@@ -671,8 +673,8 @@ class Adam(torch.optim.Optimizer):
         Raises:
             TypeError: ``rows`` are not integers; tensors that are distributed.
             ValueError: ``old`` is not a parameter of this optimizer, or ``new`` is one; another dtype, device or shape;
-                a number in ``rows`` that is no row of ``old``; a row that waits for steps and is something else in
-                ``new``.
+                a number in ``rows`` that is no row of ``old``; in a deferred mode a row that steps have moved and that
+                is something else in ``new``.
             RuntimeError: A step is open or captured in a CUDA graph, an overlap is attached, or ``old`` was written to
                 while rows waited. A call that raises has changed nothing.
 

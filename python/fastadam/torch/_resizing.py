@@ -163,23 +163,23 @@ def _check_new(old: Tensor, new: object, groups: list[Group]) -> None:
 
 
 def _check_values(table: Table, old: Tensor, new: Tensor, row_map: RowMap) -> None:
-    """Raise ValueError if a row that waits for steps is something else in the new parameter."""
-    if not table.history.waits:
+    """Raise ValueError if a row that steps have changed, or are to change, is something else in the new parameter."""
+    if old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr():
+        if table.history.waits and (old is new or old.data_ptr() != new.data_ptr() or not row_map.keeps_places):
+            raise ValueError(
+                "new: in the memory of old, whose rows wait for their steps; expected sync() before the values are "
+                "moved"
+            )
         return
-    places = row_map.waiting(table.history.behind())
-    is_shifted = old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr() and (
-        old is new or old.data_ptr() != new.data_ptr() or not row_map.keeps_places
-    )
-    row = None
-    for chunk in chunks_of(places, _row_bytes(old)) if not is_shifted else ():
+    for chunk in chunks_of(row_map.waiting(table.history.moved_so_far()), _row_bytes(old)):
         before = old.detach()[torch.from_numpy(row_map.sources[chunk])]
-        differ = _bits(before) != _bits(new.detach()[torch.from_numpy(chunk)])
+        differ = (_bits(before) != _bits(new.detach()[torch.from_numpy(chunk)])).any(1)
         if differ.any():
-            row = int(chunk[differ.any(1).nonzero()[0]])
-            break
-    if is_shifted or row is not None:
-        where = "in the memory of old," if is_shifted else f"row {row} is not the one of old,"
-        raise ValueError(f"new: {where} whose rows wait for their steps; expected sync() before the values are copied")
+            row = int(chunk[differ.nonzero()[0]])
+            raise ValueError(
+                f"new: row {row} is not the one of old as it is now, so that steps of it may be missing; "
+                "expected the values to be copied right before the call, and changed after it"
+            )
 
 
 # ---- states ----------------------------------------------------------------------------------------------------------

@@ -378,6 +378,15 @@ class History:
             return None
         return np.flatnonzero(self.flags & MOVES)
 
+    def moved_so_far(self) -> npt.NDArray[np.bool_]:
+        """For each row of a table on the host whether steps may have changed it or are to do so."""
+        rows = self.moving_rows()
+        if rows is None:
+            return np.ones(self.shape[0], bool)
+        moved = np.asarray(self.behind())
+        moved[rows] = True
+        return moved
+
     def note_reset(self, ids: npt.NDArray[np.integer] | None) -> None:
         """The moments of these rows, or of all, which are up to date, have become zero."""
         rows = self.moving_rows() if ids is None else ids

@@ -48,6 +48,8 @@ class RowMap:
             sources = np.arange(new)
             sources[old:] = -1
             return cls(sources)
+        if isinstance(rows, np.ndarray) and rows.dtype.kind == "b":
+            raise TypeError("rows: dtype bool, expected integers: np.flatnonzero(rows) of a mask")
         given = as_integers("rows", rows)
         if given.shape != (new,):
             raise ValueError(f"rows: shape {given.shape}, expected ({new},), a number for each row of the new array")

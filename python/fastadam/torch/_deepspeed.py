@@ -161,7 +161,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
 
         :meth:`rollback_subgroup` can undo the last step of each subgroup, and the last four of one of at most 2**18
         elements. That takes about 1.1 bytes for each element of a float32 parameter, more in its first steps, and
-        copies of all that a step writes for other dtypes.
+        copies of all that a step reads and writes for other dtypes.
 
         Args:
             subgroup_id: Any number.
@@ -194,7 +194,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
             What ``closure`` returned.
 
         Raises:
-            RuntimeError: No step is left to undo, or the gradient has changed since.
+            RuntimeError: No step is left to undo, or the gradient, the parameter or its state has changed since.
         """
         loss = _evaluate(closure)
         state = self.state.get(sub_group_id)
@@ -227,17 +227,18 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
 
     def _make_recorded(self, subgroup_id: int, part: Part) -> None:
         chosen = part.chosen
-        log, before = None, []
+        log, before, gradient = None, [], None
         if chosen.is_plain and chosen.plan.can_undo(part.gradients):
             log = _cpu.StepLog()
             chosen.plan.step_logged(part.gradients, part.hyper, [], NO_FACTORS, log)
             part.note(part.counts)
         else:
             before = [tensor.clone() for tensor in part.written]
+            gradient = chosen.params[0].grad.clone()
             part.make()
         self.state.update(part.kept)
         records = self._records.setdefault(subgroup_id, [])
-        records.append(Record(part.counts[0], part.hyper, log, before))
+        records.append(Record.of(part, log, before, gradient))
         del records[: -(_MOST if chosen.params[0].numel() <= _SMALL else 1)]
 
     # ---- parts of a step -------------------------------------------------------------------------------------------

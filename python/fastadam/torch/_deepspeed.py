@@ -16,6 +16,7 @@ from fastadam._core.native.backend import _cpu
 from fastadam.torch._checks import (
     Group,
     ParamState,
+    check_group,
     check_kinds,
     check_numbers,
     check_options,
@@ -260,6 +261,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
     def _parts_of(self, index: int, places: list[int], subgroup_id: int | None = None) -> list[Part]:
         """The parameters at these places of a group, checked; nothing of the optimizer has changed yet."""
         group: Group = {**self.param_groups[index], "decoupled_weight_decay": self.adam_w_mode}
+        check_group({"maximize": False, **group}, index)
         by_storage: dict[Stored, list[tuple[int, ParamState]]] = {}
         for place in places:
             param, label = group["params"][place], label_of(group, index, place)

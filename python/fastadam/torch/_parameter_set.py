@@ -161,7 +161,9 @@ class ParameterSet:
         except KeyError:
             return False
         for old, new in zip(before, self._columns, strict=True):
-            if not all(map(is_, old, new)) and any(map(is_lazy_view, new)):
+            if all(map(is_, old, new)):
+                continue
+            if any(not isinstance(tensor, Tensor) or is_lazy_view(tensor) for tensor in new):
                 self._columns = before
                 return False
         for i, view in self._views.items():

@@ -152,6 +152,30 @@ def test_first_moments_have_the_dtype_that_is_asked_for(mu_dtype):
             np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=0, atol=0.01)
 
 
+def test_first_moments_of_complex_parameters_may_have_a_complex_dtype():
+    params = {"a": jnp.array([1 + 2j, 3 - 1j])}
+    found = []
+    for made in (fj, optax):
+        chain, tree = made.scale_by_adam(mu_dtype="complex64"), {"a": jnp.array([0.1 + 0.2j, -0.3j])}
+        state = chain.init(params)
+        for _ in range(3):
+            updates, state = chain.update(tree, state, params)
+        found.append((updates, state.mu, state.nu))
+    assert_same(*found)
+    with pytest.raises(TypeError, match=r"mu_dtype: complex64 with params\['b'\] of float32, expected a float dtype"):
+        fj.scale_by_adam(mu_dtype="complex64").init({**params, "b": jnp.ones(2)})
+
+
+def test_first_moments_of_bfloat16_are_float32_in_optax_after_a_float32_gradient():
+    """As the guide says; ``mu_dtype`` gives the same here."""
+    params, gradients = {"a": jnp.ones(2, "bfloat16")}, {"a": jnp.ones(2)}
+    dtypes = []
+    for chain in (fj.scale_by_adam(), fj.scale_by_adam(mu_dtype="float32"), optax.scale_by_adam()):
+        _, state = chain.update(gradients, chain.init(params), params)
+        dtypes.append(str(state.mu["a"].dtype))
+    assert dtypes == ["bfloat16", "float32", "float32"]
+
+
 @pytest.mark.parametrize(("dtype", "mu_dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_a_step_of_two_dtypes_runs_in_the_wider_and_rounds_once(dtype, mu_dtype):
     """The bits of the step in float32 on what was stored."""

@@ -17,7 +17,7 @@ def test_what_the_kernels_have_not_is_refused():
         for kind in (fj.adam, fj.adamw):
             with pytest.raises(ValueError, match=f"{option}: {found}: the kernels do not have it"):
                 kind(0.1, **{option: 1e-8 if option == "eps_root" else True})
-    for dtype, found in (("int32", "int32"), (complex, "complex128"), ("bf16", "'bf16'"), (True, "True")):
+    for dtype, found in (("int32", "int32"), ("bf16", "'bf16'"), (True, "True")):
         with pytest.raises(TypeError, match=f"mu_dtype: {found}, expected a float dtype"):
             fj.adam(0.1, mu_dtype=dtype)
     with pytest.raises(

@@ -189,16 +189,82 @@ def test_a_rollback_reads_memory_that_has_moved():
     check_bits(values, before.detach())
 
 
-def test_another_gradient_is_refused_and_nothing_changes():
-    optimizer = DeepSpeedCPUAdam(params(shapes=[(100,)]))
+def double_gradient(optimizer, p):
+    p.grad = p.grad * 2
+
+
+def use_other_parameter(optimizer, p):
+    other = torch.nn.Parameter(p.detach() + 100)
+    other.grad = p.grad
+    optimizer.param_groups[0]["params"] = [other]
+
+
+def write_parameter(optimizer, p):
+    p.data.add_(100)
+
+
+def write_moment(optimizer, p):
+    optimizer.state[0]["exp_avg"].mul_(2)
+
+
+def switch_amsgrad(optimizer, p):
+    optimizer.param_groups[0]["amsgrad"] = True
+
+
+OTHER_GRADIENT = r"gradient of param_groups\[0\]\['params'\]\[0\]: changed since step_subgroup\(\)"
+OTHER_VALUES = r"^param_groups\[0\]\['params'\]\[0\]: it or its state has changed since step_subgroup\(\)"
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (double_gradient, OTHER_GRADIENT),
+        (use_other_parameter, OTHER_VALUES),
+        (write_parameter, OTHER_VALUES),
+        (write_moment, OTHER_VALUES),
+        (switch_amsgrad, OTHER_VALUES),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_not_as_the_step_left_it_is_not_rolled_back(spoil, message, dtype):
+    optimizer = DeepSpeedCPUAdam(params(dtype, shapes=[(100,)]))
     (p,) = optimizer.param_groups[0]["params"]
     give_gradients([p], 0)
     optimizer.step_subgroup(0)
+    spoil(optimizer, p)
     after = bits_of(optimizer)
-    p.grad = p.grad * 2
-    with pytest.raises(RuntimeError, match=r"gradient of param_groups\[0\]\['params'\]\[0\]: changed since"):
+    with pytest.raises(RuntimeError, match=message):
         optimizer.rollback_subgroup(0)
     check_bits(bits_of(optimizer), after)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_subgroup_is_not_rolled_back_into_another_parameter(factor, dtype):
+    a, b = params(dtype, [(4,), (4,)])
+    optimizer = DeepSpeedCPUAdam([a, b], lr=0.1)
+    for subgroup, (p, gradient) in enumerate([(a, 1), (b, factor)]):
+        a.grad = b.grad = None
+        p.grad = torch.full_like(p, gradient)
+        optimizer.step_subgroup(subgroup)
+    after = bits_of(optimizer)
+    with pytest.raises(RuntimeError, match="changed since step_subgroup"):
+        optimizer.rollback_subgroup(0)
+    check_bits(bits_of(optimizer), after)
+
+
+def test_a_step_with_a_sparse_gradient_is_undone():
+    (p,) = params(shapes=[(4, 3)])
+    optimizer, before = DeepSpeedCPUAdam([p]), p.detach().clone()
+    p.grad = torch.eye(4)[:, :3].to_sparse(1)
+    optimizer.step_subgroup(0)
+    optimizer.rollback_subgroup(0)
+    check_bits(p.detach(), before)
+    optimizer.step_subgroup(0)
+    p.grad = p.grad * 2
+    with pytest.raises(RuntimeError, match=OTHER_GRADIENT):
+        optimizer.rollback_subgroup(0)
 
 
 def test_what_cannot_be_rolled_back():

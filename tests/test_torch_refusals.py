@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -104,3 +106,220 @@ def test_parameters_of_other_dtypes_are_refused_by_name():
     weight.grad = torch.ones(3, dtype=torch.int32)
     with pytest.raises(TypeError, match="parameter 'steps': dtype int32, expected float16"):
         optimizer.step()
+
+
+# ---- options that were set later -----------------------------------------------------------------------------------
+
+
+def two_groups(steps, **options):
+    first, second = parameters((3,), (4,))
+    optimizer = fastadam.torch.Adam([{"params": [first]}, {"params": [second]}], lr=0.1, **options)
+    for _ in range(steps):
+        first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+        optimizer.step()
+    return optimizer, first, second
+
+
+@pytest.mark.parametrize("has_gradient", [True, False])
+@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("name", "value", "error", "text"),
+    [
+        ("lr", None, TypeError, "lr: NoneType, expected a number"),
+        ("lr", "0.1", TypeError, "lr: str, expected a number"),
+        ("lr", [0.1], TypeError, "lr: list, expected a number"),
+        ("lr", lambda: 0.1, TypeError, "lr: function, expected a number; torch.optim.lr_scheduler.LambdaLR"),
+        ("lr", torch.ones(2), ValueError, "Tensor lr must be 1-element"),
+        ("lr", torch.tensor(1j), TypeError, "lr: a tensor of torch.complex64 on cpu, expected a real number"),
+        ("lr", float("nan"), ValueError, "lr: nan, expected a finite number"),
+        ("betas", None, TypeError, "betas: None, expected a pair of numbers"),
+        ("betas", (0.9,), TypeError, r"betas: \(0.9,\), expected a pair of numbers"),
+        ("betas", (0.9, None), TypeError, r"betas\[1\]: NoneType, expected a number"),
+        ("betas", (0.9, 1.0), ValueError, r"betas: \(0.9, 1.0\), expected 0 or more and less than 1"),
+        ("eps", "1", TypeError, "eps: str, expected a number"),
+        ("eps", torch.ones(2), ValueError, "Tensor eps must be 1-element"),
+        ("weight_decay", None, TypeError, "weight_decay: NoneType, expected a number"),
+        ("weight_decay", -1.0, ValueError, "Invalid weight_decay value: -1.0"),
+        ("maximize", "no", TypeError, "maximize: str, expected True or False"),
+        ("amsgrad", [], TypeError, "amsgrad: list, expected True or False"),
+        ("decoupled_weight_decay", torch.ones(1), TypeError, "decoupled_weight_decay: Tensor, expected True or False"),
+        ("differentiable", True, ValueError, "differentiable: True, expected False"),
+    ],
+    ids=str,
+)
+def test_an_option_set_later_is_refused_by_name(name, value, error, text, steps, has_gradient):
+    optimizer, first, second = two_groups(steps)
+    first.grad, second.grad = torch.ones_like(first), torch.ones_like(second) if has_gradient else None
+    before = [p.detach().clone() for p in (first, second)]
+    optimizer.param_groups[1][name] = value
+    for _ in range(2):
+        with pytest.raises(error, match=rf"^param_groups\[1\]: {text}"):
+            optimizer.step()
+    assert all(map(torch.equal, before, (first, second)))
+    assert [float(named["step"]) for named in optimizer.state.values()] == [steps] * 2 * (steps > 0)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_capturable_is_refused_on_the_cpu_whenever_it_is_set(steps):
+    optimizer, first, second = two_groups(steps)
+    first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+    optimizer.param_groups[1]["capturable"] = True
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"capturable: True with param_groups\[1\]\['params'\]\[0\] on cpu"):
+            optimizer.step()
+    second.grad = None  # as in torch
+    optimizer.step()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_foreach_is_refused_with_shared_memory_whenever_it_is_set(steps):
+    values = torch.ones(6)
+    shared = [torch.nn.Parameter(values[:4]), torch.nn.Parameter(values[2:])]
+    optimizer = fastadam.torch.Adam(shared, lr=0.1)
+    for k in range(steps + 1):
+        for p in shared:
+            p.grad = torch.ones_like(p)
+        if k < steps:
+            optimizer.step()
+    optimizer.param_groups[0]["foreach"] = True
+    with pytest.raises(ValueError, match="foreach: True with parameters that share memory"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("name", ["foreach", "fused", "capturable", "differentiable"])
+def test_a_flag_of_torchs_that_is_removed_counts_as_unset(name, steps):
+    optimizer, first, second = two_groups(steps)
+    expected, *theirs = two_groups(steps)
+    del optimizer.param_groups[0][name]
+    for _ in range(4):
+        for p in (first, second, *theirs):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        expected.step()
+    assert all(map(torch.equal, (first, second), theirs))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("name", ["lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"])
+def test_an_option_that_was_removed_is_named(name, steps):
+    optimizer, first, second = two_groups(steps)
+    first.grad = second.grad = None
+    second.grad = torch.ones_like(second)
+    del optimizer.param_groups[0][name]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"^param_groups\[0\]: without '{name}', expected it"):
+            optimizer.step()
+
+
+def as_tuple(optimizer):
+    optimizer.param_groups = tuple(optimizer.param_groups)
+
+
+def as_user_list(optimizer):
+    optimizer.param_groups = collections.UserList(optimizer.param_groups)
+
+
+def groups_as_user_dicts(optimizer):
+    optimizer.param_groups[0] = collections.UserDict(optimizer.param_groups[0])
+
+
+def state_as_user_dict(optimizer):
+    optimizer.state = collections.UserDict(optimizer.state)
+
+
+def params_as_tuple(optimizer):
+    optimizer.param_groups[0]["params"] = tuple(optimizer.param_groups[0]["params"])
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize(
+    "convert",
+    [as_tuple, as_user_list, groups_as_user_dicts, state_as_user_dict, params_as_tuple],
+    ids=lambda convert: convert.__name__,
+)
+def test_other_containers_of_groups_and_states_are_read(convert, steps):
+    optimizer, first, second = two_groups(steps)
+    expected, *theirs = two_groups(steps)
+    convert(optimizer)
+    for _ in range(4):
+        for p in (first, second, *theirs):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        expected.step()
+    assert all(map(torch.equal, (first, second), theirs))
+
+
+# ---- gradients and states ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [lambda g: g, lambda g: g.to_sparse()], ids=["dense", "sparse"])
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("kinds", [(torch.complex64, torch.float32), (torch.float32, torch.complex64)], ids=str)
+def test_a_gradient_of_the_other_field_is_refused_by_name(kinds, steps, form):
+    weight = torch.nn.Parameter(torch.ones(3, dtype=kinds[0]))
+    weight.grad_dtype = None
+    optimizer = fastadam.torch.Adam([("weight", weight)])
+    for _ in range(steps):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    weight.grad = form(torch.ones(3, dtype=kinds[1]))
+    with pytest.raises(TypeError, match=f"grad of parameter 'weight': {kinds[1]}, expected {kinds[0]}"):
+        optimizer.step()
+
+
+THIRD = {False: r"param_groups\[2\]\['params'\]\[0\]", True: "parameter 'third'"}
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize("has_names", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda p, state: setattr(p, "grad", p.detach()), "grad of {0}: shares memory with {0}"),
+        (lambda p, state: setattr(p, "grad", state["exp_avg"]), "grad of {0}: shares memory with exp_avg of {0}"),
+        (lambda p, state: state.update(exp_avg=p.detach()), "exp_avg of {0}: overlaps {0} in memory"),
+        (lambda p, state: state.update(exp_avg_sq=[0.0]), "state of {0}: exp_avg_sq: list, expected a tensor"),
+    ],
+)
+def test_a_gradient_and_a_state_are_named_by_group_or_name(spoil, text, has_names, steps):
+    params = parameters((3,), (3,), (4,))
+    names = ("first", "second", "third")
+    optimizer = fastadam.torch.Adam(
+        [{"params": [(n, p) if has_names else p]} for n, p in zip(names, params, strict=True)]
+    )
+    for _ in range(max(steps, 1)):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    before = params[0].detach().clone()
+    spoil(params[2], optimizer.state[params[2]])
+    with pytest.raises((TypeError, ValueError), match=f"^{text.format(THIRD[has_names])}"):
+        optimizer.step()
+    assert torch.equal(before, params[0])
+
+
+@pytest.mark.parametrize("spoil", ["option", "gradient", "another group"])
+def test_a_refused_step_leaves_what_a_state_has_and_lacks(spoil):
+    optimizer, first, second = two_groups(2)
+    first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+    state, group = optimizer.state[first], optimizer.param_groups[0]
+    state["step"] = 7
+    group["amsgrad"] = True
+    if spoil == "option":
+        group["eps"] = -1.0
+    elif spoil == "gradient":
+        first.grad = first.detach()
+    else:
+        optimizer.state[second]["exp_avg"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="eps|shares memory|exp_avg"):
+        optimizer.step()
+    assert optimizer.state[first] is state
+    assert state["step"] == 7
+    assert type(state["step"]) is int
+    assert list(state) == ["step", "exp_avg", "exp_avg_sq"]
+    state["step"] = 8  # the next step reads it
+    group["eps"], first.grad, second.grad = 1e-8, torch.ones_like(first), None
+    optimizer.step()
+    assert float(optimizer.state[first]["step"]) == 9
+    assert "max_exp_avg_sq" in optimizer.state[first]

@@ -325,3 +325,40 @@ def test_a_conjugated_moment_is_refused_and_a_conjugated_gradient_is_taken():
     ours.state[weight]["exp_avg"] = torch.zeros_like(weight).conj()
     with pytest.raises(ValueError, match="exp_avg: a conjugated or negated view"):
         ours.step()
+
+
+def negate_parameter(optimizer, parameter, view):
+    parameter.data = view
+
+
+def replace_moment(optimizer, parameter, view):
+    optimizer.state[parameter]["exp_avg"] = view
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(
+    ("spoil", "size", "what"),
+    [
+        (negate_parameter, 1, "a conjugated or negated view"),
+        (replace_moment, 1, "exp_avg: a conjugated or negated view"),
+        (replace_moment, 5, "exp_avg: a conjugated or negated view"),
+    ],
+)
+def test_a_view_that_negates_the_same_memory_is_refused_later(spoil, size, what, steps):
+    complex_ = torch.full((size,), 1 + 2j)
+    weight = torch.nn.Parameter(complex_.imag if size == 1 else torch.ones(size))
+    optimizer = fastadam.torch.Adam([weight], lr=0.1)
+    for _ in range(steps):
+        give_gradients([weight])
+        optimizer.step()
+    of_moment = spoil is not negate_parameter
+    known = optimizer.state[weight]["exp_avg"] if of_moment else weight.detach()
+    view = torch._neg_view(known) if of_moment else complex_.conj().imag
+    assert view.data_ptr() == known.data_ptr()
+    before, moment = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
+    spoil(optimizer, weight, view)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=what):
+            optimizer.step()
+    assert torch.equal(weight, -before if spoil is negate_parameter else before)
+    assert torch.equal(optimizer.state[weight]["exp_avg"], -moment if of_moment else moment)

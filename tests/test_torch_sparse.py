@@ -285,7 +285,8 @@ def test_ids_and_modules_that_are_refused():
     table.weight.grad = coo([[ROWS - 1]], torch.ones(1, WIDTH), (ROWS, WIDTH)).double()
     table.weight.grad._indices()[0, 0] = ROWS
     with pytest.raises(
-        ValueError, match=r"grads\[0\].indices\[0\]: 2000 is not a row of param_groups\[0\]\['params'\]\[0\]"
+        ValueError,
+        match=r"grad of param_groups\[0\]\['params'\]\[0\].indices\[0\]: 2000 is not a row of param_groups\[0\]\['params'\]\[0\]",
     ):
         optimizer.step()
 

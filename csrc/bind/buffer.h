@@ -18,11 +18,16 @@ namespace fastadam::bind {
 
 namespace py = pybind11;
 
-// The argument that an error text names: "vars[3]" or "variable 'w'". The text is built only if there is an error.
+// The argument that an error text names: "vars[3]", "variable 'w'" or "grad of variable 'w'". The text is built only if
+// there is an error.
 struct Label {
   std::string text;
   int64_t position = -1;
-  std::string operator()() const { return position < 0 ? text : text + "[" + std::to_string(position) + "]"; }
+  const std::string* owner = nullptr;  // has to outlive this
+  std::string operator()() const {
+    if (owner != nullptr) return text + " of " + *owner;
+    return position < 0 ? text : text + "[" + std::to_string(position) + "]";
+  }
 };
 
 // The additional fields of a Buffer on a GPU, which device_buffers.h sets.

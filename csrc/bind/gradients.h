@@ -61,7 +61,7 @@ class Gradients {
       t.grad = t.accumulator;
       t.grad_dtype = state_dtype(t.dtype);
       if (rows[i].is_none()) continue;
-      indexes_[i] = backend_.index_of(rows[i], Label{"rows", variables_.position(i)}, variables_[i]);
+      indexes_[i] = backend_.index_of(rows[i], variables_.label("rows", "rows", i), variables_[i]);
       t.rows = &indexes_[i]->rows();
     }
   }
@@ -139,7 +139,7 @@ class Gradients {
     return is_known ? last_[i] : variables_[i];
   }
 
-  Label label(size_t i) const { return {"grads", variables_.position(i)}; }
+  Label label(size_t i) const { return variables_.label("grads", "grad", i); }
 
   // False if Python has to convert the gradient.
   bool read(const py::object& object, size_t i) {

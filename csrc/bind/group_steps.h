@@ -14,17 +14,22 @@
 namespace fastadam::bind {
 
 // A step of all groups of an optimizer of PyTorch, each of which `plans` has one plan for, if nothing but gradients,
-// values and step counts has changed since the last; otherwise empty, and nothing has changed. `followed[i]`: what the
-// parameters of group i were; `state` is that of the optimizer, and `known` what it was. Norms are those of all groups.
+// values and step counts has changed since the last; otherwise empty, and nothing has changed. `given`: the groups, as
+// dicts in a list; other types are not read. `followed[i]`: what the parameters of group i were; `state` is that of the
+// optimizer, and `known` what it was. Norms are those of all groups.
 // Returns whether the step was made: false, and nothing has changed, if gradients had to be finite and are not. Raises
 // what is wrong before anything is written.
 template <class Backend>
-std::optional<bool> step_groups_again(const py::list& plans, const py::list& groups, const py::list& followed,
-                                      const py::dict& state, const py::dict& known) {
-  if (groups.size() != plans.size() || !same_items(state, known)) return std::nullopt;
+std::optional<bool> step_groups_again(const py::list& plans, const py::object& given, const py::list& followed,
+                                      const py::object& state, const py::dict& known) {
+  if (!py::isinstance<py::list>(given) || !py::isinstance<py::dict>(state)) return std::nullopt;
+  const auto groups = py::reinterpret_borrow<py::list>(given);
+  if (groups.size() != plans.size() || !same_items(py::reinterpret_borrow<py::dict>(state), known)) return std::nullopt;
   std::vector<py::list> gradients;
   for (size_t i = 0; i < plans.size(); ++i) {
-    auto found = plans[i].cast<const Plan<Backend>&>().gradients_to_repeat(groups[i].cast<py::dict>(),
+    const py::object group = groups[i];
+    if (!py::isinstance<py::dict>(group)) return std::nullopt;
+    auto found = plans[i].cast<const Plan<Backend>&>().gradients_to_repeat(py::reinterpret_borrow<py::dict>(group),
                                                                            followed[i].cast<py::tuple>());
     if (!found) return std::nullopt;
     gradients.push_back(*std::move(found));

@@ -444,7 +444,7 @@ class Plan {
   double usable_factor(double factor, size_t i) {
     const char* why = lost_factor(factor, set_.tensors()[i].dtype);
     if (why == nullptr) return factor;
-    throw py::value_error(Label{"grad_factor", variables().position(i)}() + ": " + why);
+    throw py::value_error(variables().label("grad_factor", "grad_factor", i)() + ": " + why);
   }
 
   TensorSet<Backend> set_;

@@ -151,7 +151,13 @@ inline std::pair<Numbers, bool> clip(const Numbers& rows, const py::tuple& numbe
 // are repeated without Python.
 template <class Backend>
 void register_repeats(py::module_& m, py::class_<Plan<Backend>>& type) {
-  m.def("same_items", &same_items, py::arg("a"), py::arg("b"));
+  m.def(
+      "same_items",
+      [](const py::object& a, const py::object& b) {
+        return py::isinstance<py::dict>(a) && py::isinstance<py::dict>(b) &&
+               same_items(py::reinterpret_borrow<py::dict>(a), py::reinterpret_borrow<py::dict>(b));
+      },
+      py::arg("a"), py::arg("b"));
   py::class_<LogMemory>(m, "StepLog", py::module_local())
       .def(py::init<>())
       .def_property_readonly("nbytes", &LogMemory::size);
@@ -246,15 +252,15 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
                        std::vector<int64_t> positions, bool lazy,
                        const typename TensorSet<Backend>::Histories& histories, const py::object& context,
                        const py::list& copies, bool stochastic_moments, bool stochastic_variables,
-                       std::vector<uint64_t> numbers) {
+                       std::vector<uint64_t> numbers, const py::dict& names) {
              const Randomness random{stochastic_moments, stochastic_variables, std::move(numbers)};
              return std::make_unique<BackendPlan>(std::move(variables), slots, decays, std::move(positions), lazy,
-                                                  histories, context, copies, random);
+                                                  histories, context, copies, names, random);
            }),
            py::arg("variables"), py::arg("slots"), py::arg("decays"), py::arg("positions"), py::arg("lazy"),
            py::arg("histories"), py::arg("context") = py::none(), py::arg("copies") = py::list(),
            py::arg("stochastic_moments") = false, py::arg("stochastic_variables") = false,
-           py::arg("numbers") = std::vector<uint64_t>())
+           py::arg("numbers") = std::vector<uint64_t>(), py::arg("names") = py::dict())
       .def(
           "catch_up",
           [](BackendPlan& plan, const std::optional<py::object>& ids, const py::tuple& hyper,

@@ -29,8 +29,8 @@ class TensorSet {
   // `context`: what the plans of one optimizer share on a device, or None.
   TensorSet(std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
             std::vector<int64_t> positions, bool lazy, const Histories& histories, const py::object& context,
-            const py::list& copies, const Randomness& random)
-      : variables_(std::move(variables), slots, decays, std::move(positions), copies, random),
+            const py::list& copies, const py::dict& names, const Randomness& random)
+      : variables_(std::move(variables), slots, decays, std::move(positions), copies, names, random),
         backend_(variables_.place(), variables_.tensors(), variables_.chains(), context),
         lazy_(lazy),
         gradients_(variables_, backend_, moves_rows_alone(lazy, histories)) {

@@ -31,14 +31,21 @@ struct Randomness {
 template <class Arrays>
 class VariableSet {
  public:
+  // Of which tensors is_negated() is asked, at the price of a Python call. The memory of others is taken to hold what
+  // it held when it was first read. A negated view is the imaginary part of a conjugated tensor, so that it has gaps
+  // unless it is of one element.
+  enum class Sign { kAsk, kAskIfOne, kTrust };
+
   // `slots`: lists of arrays by name: m, v and, if used, those of kSlots. Scales and low halves are None for variables
   // that have none.
   // `positions[i]`: position of variable i in the caller's list, for error texts about its gradient.
   // `decays[i]`: weight decay applies to variable i.
   // `copies[i]`: the array that receives a rounded copy of variable i, or None.
+  // `names`: what error texts call slots; they then name the variable that a gradient or a slot belongs to. Empty: they
+  // give its position.
   VariableSet(std::vector<Buffer> variables, const py::dict& slots, const std::vector<bool>& decays,
-              std::vector<int64_t> positions, const py::list& copies, const Randomness& random)
-      : variables_(std::move(variables)), positions_(std::move(positions)), copies_(variables_.size()) {
+              std::vector<int64_t> positions, const py::list& copies, const py::dict& names, const Randomness& random)
+      : variables_(std::move(variables)), positions_(std::move(positions)), copies_(variables_.size()), names_(names) {
     for (const auto& [name, arrays] : slots) require_length(text(name).c_str(), py::len(arrays));
     require_length("decays", decays.size());
     if (!copies.empty()) require_length("copies", copies.size());
@@ -87,7 +94,7 @@ class VariableSet {
   // Whether `copy` is at the address of the copy of variable i; or None, and variable i has no copy.
   bool has_copy(size_t i, const py::object& copy) const {
     if (copy.is_none() || !copies_[i].dtype) return copy.is_none() && !copies_[i].dtype;
-    return is_alive(copies_[i]) && is_same_array(copy, copies_[i], Sign::kTrust);
+    return is_alive(copies_[i]) && is_same_array(copy, copies_[i], Sign::kAskIfOne);
   }
 
   // Whether these are the variables, slots and copies of this set, at the same addresses.
@@ -95,7 +102,7 @@ class VariableSet {
     if (variables.size() != variables_.size() || slots.size() * variables_.size() != state_.size()) return false;
     if (!has_copies(copies)) return false;
     for (size_t i = 0; i < variables_.size(); ++i) {
-      if (!is_same_array(variables[i], variables_[i], Sign::kTrust)) return false;
+      if (!is_same_array(variables[i], variables_[i], Sign::kAskIfOne)) return false;
     }
     size_t slot = 0;
     for (const char* name : kSlots) {
@@ -103,7 +110,7 @@ class VariableSet {
       const auto arrays = slots[name].cast<py::list>();
       if (arrays.size() != variables_.size()) return false;
       for (size_t i = 0; i < variables_.size(); ++i) {
-        if (!is_same_array(arrays[i], state_[i * slots.size() + slot], Sign::kTrust)) return false;
+        if (!is_same_array(arrays[i], state_[i * slots.size() + slot], Sign::kAskIfOne)) return false;
       }
       ++slot;
     }
@@ -112,8 +119,9 @@ class VariableSet {
 
   // Whether `object` is at the address of variable i (`column` 0) or of its slot `column - 1`, and like it.
   bool has(size_t i, size_t column, const py::object& object) const {
+    if (column == 0) return is_same_array(object, variables_[i], Sign::kAskIfOne);
     const size_t slots = state_.size() / variables_.size();
-    return is_same_array(object, column == 0 ? variables_[i] : state_[i * slots + column - 1], Sign::kTrust);
+    return is_same_array(object, state_[i * slots + column - 1], Sign::kTrust);
   }
 
   void require_length(const char* name, size_t length) const {
@@ -155,6 +163,13 @@ class VariableSet {
   size_t size() const { return variables_.size(); }
   const Buffer& operator[](size_t i) const { return variables_[i]; }
 
+  // What error texts call what belongs to variable i: `text` and the position, or `named` and the label of the
+  // variable.
+  Label label(const char* text, const char* named, size_t i) const {
+    if (names_.empty()) return {text, positions_[i]};
+    return {named, -1, &variables_[i].label};
+  }
+
   // The position of variable i in the caller's list.
   int64_t position(size_t i) const { return positions_[i]; }
 
@@ -195,15 +210,12 @@ class VariableSet {
     return py::reinterpret_borrow<py::object>(object);
   }
 
-  // Whether is_negated() is asked about a tensor, at the price of a Python call, or its memory is taken to hold what it
-  // held when it was first read.
-  enum class Sign { kAsk, kTrust };
-
   // Whether `object` is the array that `known` was read from, or a view of all its memory.
   static bool is_same_array(const py::object& object, const Buffer& known, Sign sign) {
     if (known.item_size == 0) return object.is_none();  // of optional_slot()
     if (const std::optional<ArrayAddress> now = address_if_like<Arrays>(object, known)) {
-      const bool may_be_negated = now->kind == ArrayAddress::kTensor && sign == Sign::kAsk;
+      const bool is_asked = sign == Sign::kAsk || (sign == Sign::kAskIfOne && known.size == 1);
+      const bool may_be_negated = now->kind == ArrayAddress::kTensor && is_asked;
       return now->data == known.data && now->writable && !(may_be_negated && is_negated(object));
     }
     try {
@@ -219,7 +231,8 @@ class VariableSet {
   void* slot(const py::dict& slots, const char* name, size_t i, Read read) {
     if (!slots.contains(name)) return nullptr;
     const py::object array = slots[name].cast<py::list>()[i];
-    state_.push_back(read(array, Label{name, positions_[i]}()));
+    const bool is_named = names_.contains(name);
+    state_.push_back(read(array, label(name, is_named ? text(names_[name]).c_str() : name, i)()));
     return state_.back().data;
   }
 
@@ -306,7 +319,7 @@ class VariableSet {
   void add_copy(const py::object& array, size_t i) {
     if (array.is_none()) return;
     const Buffer& var = variables_[i];
-    Buffer b = read_writable<Arrays>(array, Label{"copies", positions_[i]}());
+    Buffer b = read_writable<Arrays>(array, label("copies", "copy", i)());
     if (!b.on_host() || !var.on_host())
       throw py::value_error(b.label + ": of " + var.label + " on a GPU, expected None");
     if (b.shape != var.shape) {
@@ -379,6 +392,7 @@ class VariableSet {
   std::vector<Buffer> state_;  // all slots of variable 0, then of variable 1, ...
   std::vector<int64_t> positions_;
   std::vector<Buffer> copies_;  // without a dtype where there is none
+  py::dict names_;              // of slots, in error texts
   bool has_copies_ = false;
   std::vector<TensorArgs> tensors_;
   std::vector<fastadam_telemetry> telemetry_;  // of each variable; empty if none is wanted

@@ -104,6 +104,7 @@ class Plan:
         stochastic_moments: bool = False,
         stochastic_variables: bool = False,
         numbers: Sequence[int] = (),
+        names: Mapping[str, str] = ...,
     ) -> None: ...
     def catch_up(self, ids: Any, hyper: StepHyper, counter: npt.NDArray[np.int64] | None) -> None: ...
     @property
@@ -191,14 +192,14 @@ def flag_moving_rows(flags: npt.NDArray[np.uint8], moments: npt.NDArray[Any]) ->
 def expect_random_rows(array: npt.NDArray[Any], small_pages: bool) -> None:
     """Tell the operating system that rows are touched in no order, each in its own page."""
 
-def same_items(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
-    """Whether the dicts have the same objects as keys and values, in the same order; nothing is hashed."""
+def same_items(a: object, b: object) -> bool:
+    """Whether these are dicts with the same objects as keys and values, in the same order; nothing is hashed."""
 
 def step_groups_again(
     plans: list[Plan],
-    groups: list[dict[str, Any]],
+    groups: object,
     followed: list[tuple[Any, ...]],
-    state: dict[Any, Any],
+    state: object,
     known: dict[Any, Any],
 ) -> bool | None:
     """A step of PyTorch's groups like the last one, each with its plan; None, and no change, if it is not like it.

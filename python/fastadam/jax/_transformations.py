@@ -71,8 +71,8 @@ def scale_by_adam(
 
     Raises:
         ImportError: optax is not installed.
-        TypeError: ``mu_dtype`` is not a float dtype. From ``init``: a parameter is not a float or complex array. From
-            ``update``: the state is not one of Adam.
+        TypeError: ``mu_dtype`` is not a float or complex dtype. From ``init``: a parameter is not a float or
+            complex array, or is not complex with a complex ``mu_dtype``. From ``update``: the state is not one of Adam.
         ValueError: ``nesterov`` is True, or ``eps_root`` is not 0.
 
     Source: ``scale_by_adam`` in ``optax/_src/transform.py``.
@@ -95,6 +95,10 @@ def scale_by_adam(
         is_complex = [jnp.iscomplexobj(leaf) for leaf in leaves]
         of_floats, floats = _those(is_complex, False, labels, leaves)
         check_params(of_floats, floats, others="complex64, complex128")
+        if floats and first_dtype is not None and jnp.issubdtype(first_dtype, jnp.complexfloating):
+            raise TypeError(
+                f"mu_dtype: {first_dtype} with params{of_floats[0]} of {floats[0].dtype}, expected a float dtype"
+            )
         mu = [jnp.zeros_like(leaf, dtype=first_dtype) for leaf in leaves]
         nu = [jnp.zeros_like(leaf) for leaf in leaves]
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), structure.unflatten(mu), structure.unflatten(nu))
@@ -148,7 +152,7 @@ def _float_dtype(mu_dtype: DTypeLike | None) -> np.dtype[Any] | None:
         dtype = jnp.dtype(mu_dtype)
     except TypeError as error:
         raise TypeError(f"mu_dtype: {mu_dtype!r}, expected a float dtype") from error
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"mu_dtype: {dtype}, expected a float dtype")
     available: np.dtype[Any] = jax.dtypes.canonicalize_dtype(dtype)
     return available

@@ -12,7 +12,7 @@ from fastadam._core.common.checks import check_list
 from fastadam._core.native.buckets import Bucket, OpenStep
 from fastadam._core.native.plan import Factors, Norms, StepHyper
 from fastadam._core.native.worker import Handle
-from fastadam.torch._checks import Group, ParamState, States, firsts_of, label_of
+from fastadam.torch._checks import Group, ParamState, States, check_group, firsts_of, label_of
 from fastadam.torch._clipping import add_shards, is_sharded
 from fastadam.torch._grad_scaler import ScaledStep
 from fastadam.torch._no_memory import hide_gradients, refuse_simulation
@@ -178,6 +178,8 @@ class BucketedStep:
                     if param.grad is not None and not self._open.has((index, place))
                 ]
             )
+            for index, group in enumerate(self._groups):  # also of those that no parameter was given of
+                check_group(group, index)
             _require_unchanged(self._taken)
         except BaseException:
             self.abort()

@@ -6,6 +6,7 @@ import math
 import numbers as numbers_abc
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -26,14 +27,15 @@ __all__ = [
     "OfGroups",
     "ParamState",
     "States",
+    "check_capturable",
     "check_flags",
+    "check_group",
     "check_kinds",
     "check_module",
     "check_numbers",
     "check_options",
     "check_params",
     "check_rows",
-    "check_rule",
     "check_saved_group",
     "check_tensor",
     "firsts_of",
@@ -52,6 +54,11 @@ _OF_OPTIMIZER = {
     "telemetry",
 }
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NUMBERS = {float, int}
+_FLAGS = {bool, type(None)}
+_UNSAVED = {"weight_decay": 0, "amsgrad": False, "maximize": False, "decoupled_weight_decay": False}  # by SparseAdam
+_FLAG_NAMES = ("amsgrad", "maximize", "decoupled_weight_decay")
+_read_options = itemgetter("lr", "betas", "eps", "weight_decay", *_FLAG_NAMES)
 
 
 Group: TypeAlias = dict[str, Any]  # a parameter group: "params", and its values of the options
@@ -92,13 +99,13 @@ def firsts_of(groups: list[Group]) -> list[int]:
 
 def check_flags(group: Group, param: Tensor, label: str, sparse_update: str) -> None:
     """Refuse a parameter that the kernels cannot step, or not with the options of its group."""
-    if param.device.type not in ("cpu", "cuda", "meta") or (param.is_meta and group["fused"]):
-        fused = " with fused=True" if group["fused"] else ""
+    if param.device.type not in ("cpu", "cuda", "meta") or (param.is_meta and group.get("fused")):
+        fused = " with fused=True" if group.get("fused") else ""
         raise RuntimeError(f"{label}: on {param.device}{fused}, expected CPU memory or a CUDA device")
     if is_lazy_view(param):
         raise ValueError(f"{label}: a conjugated or negated view, expected resolve_conj() of it")
-    if group["capturable"] and param.device.type != "cuda":
-        raise ValueError(f"capturable: True with {label} on {param.device}, expected parameters on a CUDA device")
+    if group.get("capturable"):
+        _require_cuda(param, label)
     if param.device.type == "cuda" and sparse_update in DEFERRED:
         raise ValueError(f"sparse_update: {sparse_update!r} with {label} on {param.device}, expected CPU memory")
 
@@ -118,7 +125,7 @@ def refuse_options_of_optimizer(group: Group) -> None:
         raise ValueError(f"{found}: in a parameter group, expected it as an argument of the optimizer")
 
 
-def check_rule(group: Group) -> None:
+def _check_rule(group: Group) -> None:
     """Check the numbers of a group that native code checks under other names."""
     rate = group["lr"]
     is_on_gpu = isinstance(rate, Tensor) and rate.is_cuda  # reading it would wait
@@ -145,7 +152,7 @@ def check_kinds(lr: object, betas: object, eps: object, weight_decay: object) ->
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas: {betas!r:.60}, expected a pair of numbers")
     given = (lr, eps, weight_decay, *betas)
-    if set(map(type, given)) <= {float, int}:
+    if set(map(type, given)) <= _NUMBERS:
         return
     names = ("lr", "eps", "weight_decay", "betas[0]", "betas[1]")
     for name, value in zip(names, given, strict=True):
@@ -176,24 +183,76 @@ def check_numbers(
         raise ValueError("betas must be either both floats or both Tensors")
 
 
-def check_saved_group(group: Group, label: str) -> None:
-    """Check the numbers of a group in a state dict, before they replace the optimizer's."""
-    decay = group.get("weight_decay", 0)  # SparseAdam has none
+def check_group(group: Group, where: int | str) -> None:
+    """Check all options of a group but those of its states: any may have been set since they were given.
+
+    Args:
+        group: The group.
+        where: Its place, or what error messages call it.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is missing or out of range.
+    """
     try:
-        check_kinds(group["lr"], group["betas"], group["eps"], decay)
-        numbers = {"lr": group["lr"], "eps": group["eps"], "weight_decay": decay}
-        betas = {f"betas[{index}]": beta for index, beta in enumerate(group["betas"])}
-        for name, value in {**numbers, **betas}.items():
-            check_tensor(name, value, foreach=False, capturable=False)
-            if isinstance(value, Tensor) and (value.is_complex() or value.is_meta):
-                raise TypeError(f"{name}: a tensor of {value.dtype} on {value.device}, expected a real number")
-        check_options({"weight_decay": decay})
-        check_rule(group)
-        for name in ("amsgrad", "maximize", "decoupled_weight_decay"):
-            if not isinstance(flag := group.get(name, False), (bool, np.bool_, int, type(None))):
-                raise TypeError(f"{name}: {type(flag).__name__}, expected True or False")
+        if not _is_usual(group, *_read_options(group)):
+            _check_each(group)
+    except KeyError as error:
+        raise ValueError(
+            f"{_label_of_group(where)}: without {error}, expected it, as the constructor sets it"
+        ) from None
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{label}: {error}") from error
+        raise type(error)(f"{_label_of_group(where)}: {error}") from error
+
+
+def _is_usual(group: Group, lr: float, betas: tuple[float, ...], eps: float, decay: float, *flags: bool | None) -> bool:
+    """Whether the options of a group are plain numbers and flags in their ranges, which is quickly seen."""
+    if type(betas) is not tuple or len(betas) != 2 or group.get("differentiable"):
+        return False
+    beta_1, beta_2 = betas
+    if not (
+        {type(lr), type(beta_1), type(beta_2), type(eps), type(decay)} <= _NUMBERS and {*map(type, flags)} <= _FLAGS
+    ):
+        return False
+    are_decays = 0.0 <= beta_1 < 1.0 and 0.0 <= beta_2 < 1.0
+    return are_decays and -math.inf < lr < math.inf and eps >= 0.0 and 0.0 <= decay < math.inf
+
+
+def _check_each(group: Group) -> None:
+    lr, betas, eps, weight_decay, *flags = _read_options(group)
+    check_kinds(lr, betas, eps, weight_decay)
+    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "betas[0]": betas[0], "betas[1]": betas[1]}
+    for name, value in numbers.items():
+        check_tensor(name, value, foreach=False, capturable=False)
+        if isinstance(value, Tensor) and (value.is_complex() or value.is_meta):
+            raise TypeError(f"{name}: a tensor of {value.dtype} on {value.device}, expected a real number")
+    check_options(group)
+    _check_rule(group)
+    for name, flag in zip(_FLAG_NAMES, flags, strict=True):
+        if not isinstance(flag, (bool, np.bool_, int, type(None))):
+            raise TypeError(f"{name}: {type(flag).__name__}, expected True or False")
+
+
+def _label_of_group(where: int | str) -> str:
+    return where if isinstance(where, str) else f"param_groups[{where}]"
+
+
+def check_saved_group(group: Group, label: str) -> None:
+    """Check the options of a group in a state dict, before they replace the optimizer's; it may lack some."""
+    check_group({**_UNSAVED, **group, "differentiable": False}, label)
+
+
+def check_capturable(group: Group, index: int, gradients: list[Tensor | None]) -> None:
+    """Refuse ``capturable`` with parameters that have a gradient and are not on a GPU."""
+    if group.get("capturable"):
+        for place, (param, gradient) in enumerate(zip(group["params"], gradients, strict=True)):
+            if gradient is not None:
+                _require_cuda(param, label_of(group, index, place))
+
+
+def _require_cuda(param: Tensor, label: str) -> None:
+    if param.device.type != "cuda":
+        raise ValueError(f"capturable: True with {label} on {param.device}, expected parameters on a CUDA device")
 
 
 def check_params(params: ParamsT) -> ParamsT:

@@ -16,6 +16,7 @@ from fastadam._core.native.backend import _cpu
 from fastadam.torch._checks import (
     Group,
     ParamState,
+    check_group,
     check_kinds,
     check_numbers,
     check_options,
@@ -161,7 +162,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
 
         :meth:`rollback_subgroup` can undo the last step of each subgroup, and the last four of one of at most 2**18
         elements. That takes about 1.1 bytes for each element of a float32 parameter, more in its first steps, and
-        copies of all that a step writes for other dtypes.
+        copies of all that a step reads and writes for other dtypes.
 
         Args:
             subgroup_id: Any number.
@@ -194,7 +195,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
             What ``closure`` returned.
 
         Raises:
-            RuntimeError: No step is left to undo, or the gradient has changed since.
+            RuntimeError: No step is left to undo, or the gradient, the parameter or its state has changed since.
         """
         loss = _evaluate(closure)
         state = self.state.get(sub_group_id)
@@ -227,17 +228,18 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
 
     def _make_recorded(self, subgroup_id: int, part: Part) -> None:
         chosen = part.chosen
-        log, before = None, []
+        log, before, gradient = None, [], None
         if chosen.is_plain and chosen.plan.can_undo(part.gradients):
             log = _cpu.StepLog()
             chosen.plan.step_logged(part.gradients, part.hyper, [], NO_FACTORS, log)
             part.note(part.counts)
         else:
             before = [tensor.clone() for tensor in part.written]
+            gradient = chosen.params[0].grad.clone()
             part.make()
         self.state.update(part.kept)
         records = self._records.setdefault(subgroup_id, [])
-        records.append(Record(part.counts[0], part.hyper, log, before))
+        records.append(Record.of(part, log, before, gradient))
         del records[: -(_MOST if chosen.params[0].numel() <= _SMALL else 1)]
 
     # ---- parts of a step -------------------------------------------------------------------------------------------
@@ -259,6 +261,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
     def _parts_of(self, index: int, places: list[int], subgroup_id: int | None = None) -> list[Part]:
         """The parameters at these places of a group, checked; nothing of the optimizer has changed yet."""
         group: Group = {**self.param_groups[index], "decoupled_weight_decay": self.adam_w_mode}
+        check_group({"maximize": False, **group}, index)
         by_storage: dict[Stored, list[tuple[int, ParamState]]] = {}
         for place in places:
             param, label = group["params"][place], label_of(group, index, place)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastadam._core.common.types import AnyGradient
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gpu import cuda_module
-from fastadam.torch._layout import View, gradient_like
+from fastadam.torch._layout import View, gradient_like, require_same_field
 from fastadam.torch._state import Kind
 from fastadam.torch._stored import HALF
 
@@ -83,8 +83,8 @@ class GradientReader:
     def _dense(self, gradient: Tensor, i: int) -> Tensor:
         if gradient.layout != torch.strided:
             gradient = gradient.to_dense()
-        if gradient.is_complex() and not self._params[i].is_complex():
-            raise TypeError(f"grad of {self._labels[i]}: {gradient.dtype}, expected {self._params[i].dtype}")
+        if i not in self._views:
+            require_same_field(gradient, self._params[i], self._labels[i])
         found = gradient.detach().resolve_conj().resolve_neg().to(self._dtypes[i])
         return found.clone(memory_format=torch.contiguous_format)
 
@@ -106,6 +106,7 @@ class GradientReader:
         label, param = f"grad of {self._labels[i]}", self._params[i]
         if gradient.shape != param.shape:
             raise ValueError(f"{label}: shape {tuple(gradient.shape)}, expected {tuple(param.shape)}")
+        require_same_field(gradient, param, self._labels[i])
         self._require_float32(label)
         reason = ""
         if gradient.sparse_dim() == 0 or (gradient.sparse_dim() > 1 and not self._kind.rows):

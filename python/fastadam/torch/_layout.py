@@ -21,6 +21,7 @@ __all__ = [
     "is_lazy_view",
     "is_plain",
     "local_of",
+    "require_same_field",
     "span_of",
     "turns_of",
     "versions_of",
@@ -165,10 +166,17 @@ def flattened(tensor: Tensor, axes: int) -> Tensor:
     return tensor.detach().flatten(0, axes - 1) if is_plain([tensor]) else tensor
 
 
+def require_same_field(gradient: Tensor, parameter: Tensor, label: str) -> None:
+    """Raise TypeError if one of them is complex and the other is not."""
+    if gradient.is_complex() != parameter.is_complex():
+        raise TypeError(f"grad of {label}: {gradient.dtype}, expected {parameter.dtype}")
+
+
 def gradient_like(gradient: Tensor, parameter: Tensor, label: str) -> Tensor:
     """The gradient, distributed over processes as its parameter is."""
     if gradient.shape != parameter.shape:
         raise ValueError(f"grad of {label}: shape {tuple(gradient.shape)}, expected {tuple(parameter.shape)}")
+    require_same_field(gradient, parameter, label)
     if not hasattr(parameter, "_local_tensor"):
         return gradient
     if not hasattr(gradient, "_local_tensor"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastadam.torch._checks import Group, ParamState, States, check_flags, check_options, label_of
+from fastadam.torch._checks import Group, ParamState, States, check_flags, label_of
 from fastadam.torch._formats import check_formats
 from fastadam.torch._options import Options
 from fastadam.torch._state import states_of
@@ -58,7 +58,6 @@ class Simulated:
         options: Options,
     ) -> None:
         """Add the parameters of a group at these places, or raise what is wrong with them."""
-        check_options(group)
         check_formats(group, options.sparse_update)
         for place in places:
             param, label = group["params"][place], label_of(group, index, place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 
 import numpy as np
 import torch
@@ -12,12 +13,12 @@ from fastadam._core.common.types import AnyGradient, Foreign
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.gpu import cuda_module, late_error
 from fastadam._core.native.plan import Factors, Plan, StepHyper
-from fastadam.torch._checks import Group, ParamState, check_options, check_rule
+from fastadam.torch._checks import Group, ParamState
 from fastadam.torch._copies import Copies
 from fastadam.torch._deferred import Table
 from fastadam.torch._formats import check_seed
 from fastadam.torch._gradients import GradientReader
-from fastadam.torch._layout import ALONE, Turn, View, flattened, is_plain, local_of
+from fastadam.torch._layout import ALONE, Turn, View, flattened, is_lazy_view, is_plain, local_of
 from fastadam.torch._state import Kind, check_slots
 from fastadam.torch._step_count import StepCounts, is_on_gpu, whole_count
 from fastadam.torch._stored import MASTER, SCALES
@@ -137,6 +138,7 @@ class ParameterSet:
             stochastic_moments=self.kind.stored.moments == "bfloat16",
             stochastic_variables=self.kind.stored.rounds,
             numbers=self._numbers,
+            names=self._keys,
         )
         if self._measures:
             self.plan.set_telemetry(True)
@@ -153,10 +155,17 @@ class ParameterSet:
             return False
         if any(table.history.is_full for table in self.tables):
             return False
+        before = self._columns
         try:
             self._columns = self._read_columns()
         except KeyError:
             return False
+        for old, new in zip(before, self._columns, strict=True):
+            if all(map(is_, old, new)):
+                continue
+            if any(not isinstance(tensor, Tensor) or is_lazy_view(tensor) for tensor in new):
+                self._columns = before
+                return False
         for i, view in self._views.items():
             if not view.fits(self._row(i)):
                 return False
@@ -248,12 +257,10 @@ class ParameterSet:
     # ---- a step ----------------------------------------------------------------------------------------------------
 
     def numbers_of(self, group: Group, step: int, gradient_scale: float) -> StepHyper:
-        """The numbers of a step with the options of a group; on a GPU without the rate.
+        """The numbers of a step with the options of a group, which are checked; on a GPU without the rate.
 
         The epsilon of rows is not bias-corrected, as in ``torch.optim.SparseAdam``.
         """
-        check_options(group)
-        check_rule(group)
         (beta_1, beta_2), weight_decay = group["betas"], float(group["weight_decay"])
         decoupled = group["decoupled_weight_decay"]
         if weight_decay and not decoupled and self.kind.rows:

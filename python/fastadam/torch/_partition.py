@@ -43,6 +43,7 @@ class Key(NamedTuple):
     decays: bool
     rounds: bool  # bfloat16 parameters are rounded at random
     first: int  # the number of its first parameter in the optimizer
+    order: tuple[bool, bool]  # `foreach` and `fused`, which decide about the order of parameters that share memory
 
 
 @dataclass(slots=True, eq=False)
@@ -67,11 +68,13 @@ class Partition:
         computed = group.get("compute_params")
         if not self.is_of(group["params"]) or (computed is not None and len(computed) != len(self.params)):
             return False
-        if self.epoch != epoch:
-            for each in self.sets:
-                if not all(state.get(p) is known for p, known in zip(each.params, each.states, strict=True)):
+        for each in self.sets:
+            if each.is_new or self.epoch != epoch:
+                pairs = zip(each.params, each.states, strict=True)
+                is_begun = self.epoch != epoch or not each.is_new
+                if not all(_is_state(state.get(p), known, is_begun=is_begun) for p, known in pairs):
                     return False
-            self.epoch = epoch
+        self.epoch = epoch
         return all(each.is_current(computed) for each in self.sets)
 
 
@@ -114,7 +117,8 @@ class Partitions:
             return []
         self._note_formats(index, group, state)
         rounds = self._asked[index][1].rounds
-        key = Key(index, kinds, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]), rounds, first)
+        order = bool(group.get("foreach")), bool(group.get("fused"))
+        key = Key(index, kinds, bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]), rounds, first, order)
         kept = self._kept.get(key)
         if kept is not None and not renew and kept.is_current(group, state, self._epoch):
             return kept.sets
@@ -284,17 +288,22 @@ class Partitions:
         )
 
 
+def _is_state(found: ParamState | None, known: ParamState, *, is_begun: bool) -> bool:
+    """Whether the state of a parameter is the known one; unless it is begun, there may be none yet."""
+    return found is known or not (is_begun or found)
+
+
 def _turns_of(group: Group, params: list[Tensor], states: States) -> list[Turn]:
     if len(params) < 2:
         return turns_of(params, [None] * len(params), fused=False, foreach=False)
     known = [states.get(param) or {} for param in params]
-    if group["foreach"]:
+    if group.get("foreach"):
         moments = [id(named[SLOTS["m"]]) for named in known if SLOTS["m"] in named]
         if len(set(moments)) < len(moments):
             raise ValueError(f"foreach: True with parameters that share moments, {UNORDERED}")
     steps = [named.get("step") for named in known]
     tensors = [step if isinstance(step, Tensor) else None for step in steps]
-    return turns_of(params, tensors, fused=bool(group["fused"]), foreach=bool(group["foreach"]))
+    return turns_of(params, tensors, fused=bool(group.get("fused")), foreach=bool(group.get("foreach")))
 
 
 def refuse_new_in_capture(param: Tensor) -> None:

@@ -59,21 +59,62 @@ class Record(NamedTuple):
     hyper: StepHyper
     log: _cpu.StepLog | None
     before: list[Tensor]  # without a log
+    gradient: Tensor | None  # without a log
+    after: list[Tensor]  # some elements of what the step wrote
+
+    @classmethod
+    def of(cls, part: Part, log: _cpu.StepLog | None, before: list[Tensor], gradient: Tensor | None) -> Record:
+        """The record of a step that was just made."""
+        after = [_sample(tensor).clone() for tensor in part.written]
+        return cls(part.counts[0], part.hyper, log, before, gradient, after)
 
     def undo(self, part: Part) -> None:
         """Undo the step, or raise RuntimeError and change nothing."""
+        label = part.chosen.labels[0]
+        if self._is_other_gradient(part):
+            raise RuntimeError(
+                f"gradient of {label}: changed since step_subgroup(), expected that of the step that is rolled back"
+            )
+        found = [_sample(tensor) for tensor in part.written]
+        if len(found) != len(self.after) or not all(map(_have_same_bits, found, self.after)):
+            raise RuntimeError(
+                f"{label}: it or its state has changed since step_subgroup(), expected both as the step that is rolled "
+                "back left them"
+            )
         if self.log is None:
             for tensor, value in zip(part.written, self.before, strict=True):
                 tensor.copy_(value)
         else:
-            plan = part.chosen.plan
-            if plan.changed_since(part.gradients, self.hyper, [], self.log):
-                raise RuntimeError(
-                    f"gradient of {part.chosen.labels[0]}: changed since step_subgroup(), expected that of the step "
-                    "that is rolled back"
-                )
-            plan.undo(part.gradients, self.hyper, [], NO_FACTORS, self.log)
+            part.chosen.plan.undo(part.gradients, self.hyper, [], NO_FACTORS, self.log)
         part.note([self.number - 1])
+
+    def _is_other_gradient(self, part: Part) -> bool:
+        if self.log is not None:
+            return len(part.chosen.plan.changed_since(part.gradients, self.hyper, [], self.log)) > 0
+        found, expected = part.chosen.params[0].grad, self.gradient
+        if found is None or expected is None or found.layout != expected.layout:
+            return True
+        if found.is_sparse:
+            return not all(map(_have_same_bits, _parts_of(found), _parts_of(expected)))
+        return not _have_same_bits(found, expected)
+
+
+def _parts_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The indices and values of a sparse tensor."""
+    return gradient._indices(), gradient._values()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Up to 256 elements from all over a tensor."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: -(-len(flat) // 256) or 1]
+
+
+def _have_same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    first, second = (each.detach().resolve_conj().resolve_neg().reshape(-1).contiguous() for each in (a, b))
+    return bool(torch.equal(first.view(torch.uint8), second.view(torch.uint8)))
 
 
 def without_signals(work: Callable[[], Result]) -> Result:

@@ -10,7 +10,7 @@ from torch.autograd.graph import increment_version
 
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.plan import RepeatedSteps
-from fastadam.torch._checks import Group, States
+from fastadam.torch._checks import Group, States, check_group
 from fastadam.torch._clipping import Clipping
 from fastadam.torch._formats import asked_of
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["RepeatedStep"]
 
 # What a step reads of a group besides its parameters.
-_OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay", "differentiable")
-_read_options = itemgetter(*_OPTIONS)
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+_ORDER = ("foreach", "fused", "capturable", "differentiable")
+_read_options = itemgetter(*_OPTIONS, *_ORDER)
 _CONSTANTS = {float, int, bool, type(None)}
 
 
@@ -35,6 +36,7 @@ class RepeatedStep:
         self._copies = tuple([each.copies for each in sets if each.copies.are_any])
         # With which the plans remember the numbers of the step: the scale of the gradients, then options of the group.
         self._numbers: list[tuple[object, ...] | None] = [None] * len(sets)
+        self._orders = [tuple(map(group.get, _ORDER)) for group in groups]
         self._known: list[Group] = [{**group} for group in groups]  # when their options were last compared
         self._scale = math.nan  # then
 
@@ -98,18 +100,24 @@ class RepeatedStep:
         """Compare the options of a group by value; False if they ask for another plan."""
         if not all(map(is_, asked_of(group), asked_of(self._known[index]))):
             return False
-        numbers = (gradient_scale, *_read_options(group))
+        try:
+            numbers = (gradient_scale, *_read_options(group))
+        except KeyError:  # an option is missing
+            return False
         is_constant = _are_constant(*numbers)  # a tensor can be equal to a number, and change later
         if not (is_constant and numbers == self._numbers[index]):
-            if not self._remember(index, group, gradient_scale):
+            if not self._remember(index, group, gradient_scale, numbers):
                 return False
             self._numbers[index] = numbers if is_constant else None
         self._known[index] = {**group}
         return True
 
-    def _remember(self, index: int, group: Group, gradient_scale: float) -> bool:
+    def _remember(self, index: int, group: Group, gradient_scale: float, numbers: tuple[object, ...]) -> bool:
         """Give the plan of a group other numbers; False if they ask for another plan."""
+        check_group(group, index)
         chosen, kind = self._sets[index], self._sets[index].kind
+        if numbers[-len(_ORDER) :] != self._orders[index]:
+            return False
         if (kind.amsgrad, kind.decays) != (bool(group["amsgrad"]), bool(group["decoupled_weight_decay"])):
             return False
         hyper = self._clipping.bound(chosen.numbers_of(group, 1, gradient_scale))

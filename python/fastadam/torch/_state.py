@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastadam._core.common.types import SparseUpdate
+from fastadam._core.native.backend import _cpu
 from fastadam.torch._checks import ParamState, States
 from fastadam.torch._formats import StateFormat
 from fastadam.torch._layout import is_lazy_view, local_of
@@ -48,23 +49,34 @@ def _slots_of(amsgrad: bool, stored: Stored) -> dict[str, str]:
 
 
 def states_of(known: States, params: list[Tensor], labels: list[str], state_format: StateFormat) -> list[ParamState]:
-    """The optimizer's states of these parameters, and new ones for the others, which are not the optimizer's yet."""
+    """The optimizer's states of these parameters, and new ones for the others, which are not the optimizer's yet.
+
+    Nor are copies of states that lacked something, which the copies have.
+    """
     made: dict[int, ParamState] = {}  # a parameter may come twice
     states = [known.get(param) or made.setdefault(id(param), {}) for param in params]
+    completed: dict[int, ParamState] = {}  # by the identity of the state
     places = {id(param): k for k, param in enumerate(params)}
     fresh = [places[key] for key in made]
     group = state_format.group
-    on_device = group["capturable"] or (group["fused"] and params[0].is_cuda)
+    on_device = group.get("capturable") or (group.get("fused") and params[0].is_cuda)
     steps = zero_steps(len(fresh), params[0].device if on_device else _HOST)
     for k, step in zip(fresh, steps, strict=True):
         states[k].update({"step": step, **state_format.begin(params[k], labels[k])})
     if len(fresh) < len(states):
-        for state, label in zip(states, labels, strict=True):
-            if "step" in state and not isinstance(state["step"], Tensor):
-                state["step"] = torch.tensor(number_of(state["step"], f"state of {label}"))
-            require_keys(NEEDED, state, f"state of {label}")
+        for k, (param, state, label) in enumerate(zip(params, states, labels, strict=True)):
+            if id(param) in made:
+                continue
+            of_state = completed.setdefault(id(state), {**state})
+            if "step" in of_state and not isinstance(of_state["step"], Tensor):
+                of_state["step"] = torch.tensor(number_of(of_state["step"], f"state of {label}"))
+            require_keys(NEEDED, of_state, f"state of {label}")
+            state_format.complete(param, of_state, label)
+            if not _cpu.same_items(of_state, state):
+                states[k] = of_state
     for param, state, label in zip(params, states, labels, strict=True):
-        state_format.complete(param, state, label)
+        if id(param) in made:
+            state_format.complete(param, state, label)
     return states
 
 

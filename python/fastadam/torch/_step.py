@@ -17,7 +17,7 @@ from fastadam._core.native.buckets import Guess
 from fastadam._core.native.plan import StepHyper
 from fastadam._core.native.worker import is_worker
 from fastadam.torch._attached import inside
-from fastadam.torch._checks import Group, States, firsts_of
+from fastadam.torch._checks import Group, States, check_capturable, check_group, firsts_of
 from fastadam.torch._clipping import clip_jointly, is_sharded
 from fastadam.torch._compiled import CompiledSteps
 from fastadam.torch._deferred import Tables
@@ -188,10 +188,11 @@ class GroupStepper:
         simulated = Simulated()
         for index, (group, first) in enumerate(zip(groups, firsts_of(groups), strict=False)):
             gradients = [param.grad for param in group["params"]]
-            if places := hide_gradients(group["params"], gradients):
-                simulated.add(index, group, places, state, self._options)
+            hidden = hide_gradients(group["params"], gradients)
             refuse_simulation(gradients)
             self.require_options(index, group, gradients)
+            if hidden:
+                simulated.add(index, group, hidden, state, self._options)
             of_group = [
                 self.call_of(index, ready, group, gradients, scaled, raised)
                 for ready in self.ready(index, group, first, state, gradients, scaled)
@@ -217,7 +218,9 @@ class GroupStepper:
         return True
 
     def require_options(self, index: int, group: Group, gradients: list[Tensor | None]) -> None:
-        """Raise if options of the optimizer do not support one of the gradients."""
+        """Raise what is wrong with options, whether or not there are gradients, and if one is not supported."""
+        check_group(group, index)
+        check_capturable(group, index, gradients)
         self.clipping.require_host(index, group, gradients)
         if self._options.telemetry:
             require_dense(index, group, gradients)
@@ -279,7 +282,7 @@ class GroupStepper:
         if self.calls.are_captured:
             chosen.counts.forget()  # graphs may have raised them
         is_captured = chosen.is_capturing
-        if is_captured and (chosen.is_new or not group["capturable"]):
+        if is_captured and (chosen.is_new or not group.get("capturable")):
             refuse_new_in_capture(chosen.params[0])
         if is_captured and not chosen.turn.is_alone:
             raise RuntimeError(

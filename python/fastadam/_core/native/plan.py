@@ -92,6 +92,8 @@ class Plan:
         stochastic_moments: bfloat16 moments are rounded stochastically.
         stochastic_variables: bfloat16 variables without low halves are.
         numbers: Of the variables, among those of one seed; None for 0, 1, ...
+        names: What error texts call the slots. They then name the variable that a gradient or a slot belongs to; for
+            None they give its place.
 
     Raises:
         TypeError: A slot of another dtype than its variable needs.
@@ -114,6 +116,7 @@ class Plan:
         stochastic_moments: bool = False,
         stochastic_variables: bool = False,
         numbers: list[int] | None = None,
+        names: dict[str, str] | None = None,
     ) -> None:
         count = len(buffers)
         self.buffers = buffers
@@ -131,6 +134,7 @@ class Plan:
             stochastic_moments,
             stochastic_variables,
             numbers or [],
+            names or {},
         )
 
     # ---- whether it still fits -------------------------------------------------------------------------------------

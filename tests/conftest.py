@@ -23,8 +23,12 @@ COMPILED = {"fake_extension", "fake_jax_cuda"}  # fixtures
 
 @pytest.hookimpl(tryfirst=True)  # before markers select
 def pytest_collection_modifyitems(items):
-    """What has to be compiled first is slow."""
+    """What has to be compiled first is slow; ids are the same in all processes."""
     for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(
+                f"{item.nodeid}: an id with an address, expected one that other processes give, too"
+            )
         if COMPILED & set(item.fixturenames):
             item.add_marker("fake_gpu")
         if item.get_closest_marker("fake_gpu") or item.get_closest_marker("native"):

@@ -145,7 +145,7 @@ def two_groups(steps, **options):
         ("decoupled_weight_decay", torch.ones(1), TypeError, "decoupled_weight_decay: Tensor, expected True or False"),
         ("differentiable", True, ValueError, "differentiable: True, expected False"),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_an_option_set_later_is_refused_by_name(name, value, error, text, steps, has_gradient):
     optimizer, first, second = two_groups(steps)

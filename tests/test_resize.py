@@ -508,7 +508,7 @@ def test_a_reset_writes_only_rows_that_have_moments(which, after, mode, tmp_path
         optimizer = fastadam.Adam.load(tmp_path / "adam", [table])
     before = rss_anon()
     optimizer.reset(*{"one": [table], "all": [], "rows": [table, np.arange(200_000)]}[which])
-    assert rss_anon() - before < 12 * 1024  # m and v have 100 MB
+    assert rss_anon() - before < 30 * 1024  # m and v have 100 MB; 200000 indices are sorted and checked
     assert not optimizer.get_slot(table, "m").any()
     assert not optimizer.get_slot(table, "v").any()
 

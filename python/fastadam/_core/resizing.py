@@ -150,7 +150,9 @@ def _moved_history(entry: Entry, known: _cpu.Buffer, buffer: _cpu.Buffer, row_ma
             f"{buffer.label}: row {row} is not the one of {known.label} as it is now, so that steps of it may be "
             "missing; expected the values to be copied right before the call, and changed after it"
         )
-    return history.moved(buffer, row_map)
+    moved = history.moved(buffer, row_map)
+    moved.sharing = history.sharing if is_shared else None
+    return moved
 
 
 # ---- forget ----------------------------------------------------------------------------------------------------------

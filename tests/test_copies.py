@@ -224,3 +224,96 @@ def test_a_pickle_goes_on_in_another_process(protocol, tmp_path):
     again, others = pickle.loads((tmp_path / "out").read_bytes())
     assert_same(others, variables)
     assert_goes_on_alike(optimizer, variables, again, others)
+
+
+# ---- tables whose rows wait ------------------------------------------------------------------------------------------
+
+
+def step_row(optimizer, table, row):
+    slices = fastadam.IndexedSlices(np.ones((1, table.shape[1]), F32), [row])
+    optimizer.apply_gradients([(slices, table)])
+
+
+def waiting(tables=1):
+    """A deferred optimizer with rows that wait, its tables, and what they would be without waiting."""
+    tables, dense = [np.ones((1000, 64), F32) for _ in range(tables)], np.ones((1000, 64), F32)
+    optimizer, reference = fastadam.Adam(0.1, sparse_update="deferred"), fastadam.Adam(0.1)
+    for row in range(4):
+        slices = fastadam.IndexedSlices(np.ones((1, 64), F32), [row])
+        optimizer.apply_gradients([(slices, table) for table in tables])
+        step_row(reference, dense, row)
+    return optimizer, tables, dense
+
+
+MOVES = {
+    "sync": lambda optimizer, table, path: optimizer.sync(),
+    "sync of the table": lambda optimizer, table, path: optimizer.sync(table),
+    "get_weights": lambda optimizer, table, path: optimizer.get_weights(),
+    "weights": lambda optimizer, table, path: optimizer.weights,
+    "get_slot": lambda optimizer, table, path: optimizer.get_slot(table, "m"),
+    "save": lambda optimizer, table, path: optimizer.save(path),
+    "gather": lambda optimizer, table, path: optimizer.gather(table, [1, 2]),
+    "step": lambda optimizer, table, path: step_row(optimizer, table, 1),
+    "mode": lambda optimizer, table, path: setattr(optimizer, "sparse_update", "dense"),
+    "reset": lambda optimizer, table, path: optimizer.reset(table, [7]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* a gradient for rows that wait")
+@pytest.mark.parametrize("second", MOVES)
+@pytest.mark.parametrize("first", MOVES)
+@pytest.mark.parametrize("begins", ["copy", "original"])
+def test_rows_that_waited_when_a_copy_was_made_move_through_one_of_both(begins, first, second, tmp_path):
+    optimizer, (table,), _ = waiting()
+    other = copy.deepcopy(optimizer)
+    other.build([table])  # both have seen the table
+    one, two = (other, optimizer) if begins == "copy" else (optimizer, other)
+    MOVES[first](one, table, tmp_path / "adam")
+    before = table.copy()
+    with pytest.raises(ValueError, match="the other one has moved them since"):
+        MOVES[second](two, table, tmp_path / "adam")
+    np.testing.assert_array_equal(table, before)
+    one.sync()
+    MOVES[second](one, table, tmp_path / "adam")
+
+
+@pytest.mark.parametrize("first", ["sync", "get_weights", "get_slot", "save", "gather"])
+def test_the_one_that_moved_the_rows_goes_on_to_the_bit(first, tmp_path):
+    optimizer, (table,), dense = waiting()
+    copied = copy.deepcopy(copy.deepcopy(optimizer))  # also of a copy
+    MOVES[first](copied, table, tmp_path / "adam")
+    with pytest.raises(ValueError, match="the other one has moved them since"):
+        optimizer.sync()
+    copied.sync()
+    np.testing.assert_array_equal(table, dense)
+
+
+def test_the_one_that_moved_a_table_moves_the_others_too():
+    optimizer, (a, b), dense = waiting(2)
+    copied = copy.deepcopy(optimizer)
+    copied.gather(a, [1])
+    for table in (a, b):
+        with pytest.raises(ValueError, match="the other one has moved them since"):
+            optimizer.gather(table, [1])
+    copied.sync()
+    np.testing.assert_array_equal([a, b], [dense, dense])
+
+
+@pytest.mark.parametrize("how", ["sync before", "own variables", "again and again"])
+def test_the_original_and_a_copy_go_on_apart(how):
+    optimizer, (table,), dense = waiting()
+    if how == "sync before":
+        optimizer.sync()
+        copied = copy.deepcopy(optimizer)
+        copied.get_weights()
+    elif how == "own variables":
+        copied, twin = copy.deepcopy((optimizer, table))
+        copied.build([twin])
+        copied.sync()
+        np.testing.assert_array_equal(twin, dense)
+    else:
+        for _ in range(3):
+            copy.deepcopy(optimizer)
+            optimizer.gather(table, [0])
+    optimizer.sync()
+    np.testing.assert_array_equal(table, dense)

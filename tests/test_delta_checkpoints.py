@@ -296,6 +296,41 @@ def test_a_table_that_appears_as_such_after_the_base(mode, tmp_path):
         training.assert_same(training.load(tmp_path / "base", [tmp_path / f"delta {begins}"]))
 
 
+@pytest.mark.parametrize("mode", ["lazy", "deferred"])
+@pytest.mark.parametrize("change", ["grown", "shrunk", "regrown", "forgotten"])
+def test_steps_go_on_after_a_change_of_variables_until_the_next_base(change, mode, tmp_path):
+    small, table = np.ones((3, 2), F32), np.ones((100, 2), F32)
+    optimizer = fastadam.Adam(0.1, sparse_update=mode)
+    optimizer.build([small, table])
+    optimizer.save(tmp_path / "base", values=True)
+
+    def step(row, variable):
+        optimizer.apply_gradients([(fastadam.IndexedSlices(np.ones((1, 2), F32), [row]), variable)])
+
+    step(1, small)
+    step(3, table)
+    lengths = {"grown": [110], "shrunk": [50], "regrown": [50, 110], "forgotten": []}[change]
+    if change == "forgotten":
+        optimizer.forget(small)  # the table moves up to its place
+    for length in lengths:
+        optimizer.sync()
+        longer = np.ones((length, 2), F32)
+        longer[: len(table)] = table[:length]
+        optimizer.resize(table, longer)
+        table = longer
+    step(len(table) - 1, table)
+    with pytest.raises(ValueError, match="expected a new base"):
+        optimizer.save_delta(tmp_path / "delta")
+    optimizer.save(tmp_path / "base 2", values=True)
+    step(len(table) - 2, table)
+    optimizer.save_delta(tmp_path / "delta 2")
+    others = [np.zeros_like(w) for w in ([table] if change == "forgotten" else [small, table])]
+    again = fastadam.Adam.load(tmp_path / "base 2", others, deltas=[tmp_path / "delta 2"])
+    again.sync()
+    optimizer.sync()
+    np.testing.assert_array_equal(others[-1], table)
+
+
 def test_a_chain_goes_on_after_a_merge_and_in_another_process(tmp_path):
     training = Training(sparse_update="deferred")
     names = [tmp_path / name for name in ("base", "1", "2", "3", "4", "new")]

@@ -491,6 +491,47 @@ def test_a_large_table_that_grows_makes_only_moments_of_touched_rows_resident(mo
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: counts pages in /proc")
+@pytest.mark.parametrize("mode", ["lazy", "deferred"])
+@pytest.mark.parametrize("after", ["steps", "get_slot", "load"])
+@pytest.mark.parametrize("which", ["one", "all", "rows"])
+def test_a_reset_writes_only_rows_that_have_moments(which, after, mode, tmp_path):
+    table = np.memmap(tmp_path / "table", F32, "w+", shape=(200_000, 64))
+    optimizer = fastadam.Adam(0.1, sparse_update=mode)
+    rows = np.arange(7, 200_000, 4999)
+    for _ in range(2):
+        optimizer.apply_gradients([(IndexedSlices(ones(len(rows), 64), rows), table)])
+    if after == "get_slot":
+        optimizer.get_slot(table, "m")
+    elif after == "load":
+        optimizer.save(tmp_path / "adam")
+        optimizer = fastadam.Adam.load(tmp_path / "adam", [table])
+    before = rss_anon()
+    optimizer.reset(*{"one": [table], "all": [], "rows": [table, np.arange(200_000)]}[which])
+    assert rss_anon() - before < 30 * 1024  # m and v have 100 MB; 200000 indices are sorted and checked
+    assert not optimizer.get_slot(table, "m").any()
+    assert not optimizer.get_slot(table, "v").any()
+
+
+@pytest.mark.parametrize("ids", [None, [0, 2, 3, 97, 98]])
+@pytest.mark.parametrize("dtype", [F32, np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("mode", ["lazy averages", "averages"])
+def test_a_reset_reaches_every_row_between_rows_that_have_started(mode, dtype, ids):
+    table = random_array(np.random.RandomState(0), (100, 700), dtype=dtype)
+    optimizer = fastadam.Adam(0.1, use_ema=True, sparse_update="lazy" if "lazy" in mode else "dense")
+    for rows in ([0, 1, 2, 40, 97], [2, 3, 41, 99]):
+        optimizer.apply_gradients([(IndexedSlices(np.ones((len(rows), 700), dtype), rows), table)])
+    names = ("m", "v", "average")
+    expected = {name: optimizer.get_slot(table, name).copy() for name in names}
+    for name, start in zip(names, (0, 0, table), strict=True):
+        expected[name][slice(None) if ids is None else ids] = np.broadcast_to(start, table.shape)[
+            slice(None) if ids is None else ids
+        ]
+    optimizer.reset(table, ids)
+    for name in names:
+        np.testing.assert_array_equal(optimizer.get_slot(table, name), expected[name])
+
+
 @pytest.mark.parametrize("mode", ["dense", "deferred", "amsgrad"])
 def test_moments_can_be_given_arrays_of_the_users(mode):
     twins = Twins(**MODES[mode])

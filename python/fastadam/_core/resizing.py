@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["forget", "reset", "resize"]
 
 _AVERAGE = "average"
+_PAGE = 4096  # bytes: rows closer together are overwritten with what lies between them
 _OF_STEPS = (*MOMENTS, _AVERAGE, ACCUMULATOR, *SCALES)  # slots that steps have made what they are
 
 
@@ -58,13 +59,13 @@ def resize(
         key, excluded = key_of(known), options.exclusions
         if key in excluded.keys:
             options.exclusions = excluded.with_variable(buffer)  # both, for a signal may come before the next lines
+        tables.note_all_changed()  # first: a mark with the old length or place is used no more
         state.take(draft, state.cycle.moved(entry.place, row_map))
         if key in excluded.keys and key != key_of(buffer):
             options.exclusions = options.exclusions.without(key)
         runtime.let_go(key)
         if key != key_of(buffer):
             runtime.replacements.note_resized(known)
-        tables.note_all_changed()
         if options.max_staleness is not None:
             tables.catch_up(buffer)
 
@@ -149,7 +150,9 @@ def _moved_history(entry: Entry, known: _cpu.Buffer, buffer: _cpu.Buffer, row_ma
             f"{buffer.label}: row {row} is not the one of {known.label} as it is now, so that steps of it may be "
             "missing; expected the values to be copied right before the call, and changed after it"
         )
-    return history.moved(buffer, row_map)
+    moved = history.moved(buffer, row_map)
+    moved.sharing = history.sharing if is_shared else None
+    return moved
 
 
 # ---- forget ----------------------------------------------------------------------------------------------------------
@@ -167,9 +170,9 @@ def forget(parts: Parts, variable: VariableLike) -> None:
         key = key_of(known)
         if key in options.exclusions.keys:
             options.exclusions = options.exclusions.without(key)
+        tables.note_all_changed()  # first: places move up
         state.drop(entry)
         runtime.let_go(key)
-        tables.note_all_changed()
 
 
 # ---- reset -----------------------------------------------------------------------------------------------------------
@@ -217,15 +220,17 @@ class _Start(NamedTuple):
         if not (self.slot.ndim and self.slot.flags.c_contiguous):
             yield self.slot, self._whole(self.slot)
             return
-        places = np.arange(len(self.slot)) if self.ids is None else self.ids.astype(np.int64)
         row_bytes = self.slot.nbytes // len(self.slot)
-        zeros = np.zeros(max(CHUNK_BYTES, row_bytes), np.uint8)
-        for chunk in chunks_of(places, row_bytes):
-            for run in np.split(chunk, np.flatnonzero(np.diff(chunk) > 1) + 1):
+        zeros, size = np.zeros(max(CHUNK_BYTES, row_bytes), np.uint8), max(1, CHUNK_BYTES // row_bytes)
+        spans = (np.arange(i, min(i + size, len(self.slot))) for i in range(0, len(self.slot), size))
+        for chunk in spans if self.ids is None else chunks_of(self.ids.astype(np.int64), row_bytes):
+            for run in _runs(chunk, 1):
                 here = self.slot[run[0] : run[-1] + 1]
-                start = zeros[: here.nbytes] if self.values is None else self.values[run[0] : run[-1] + 1]
-                if self.values is not None or bits_of(here).any():
-                    yield here, start
+                start = None if self.values is None else self.values[run[0] : run[-1] + 1]
+                differs = (bits_of(here) if start is None else bits_of(here) != bits_of(start)).any(1)
+                for rows in _runs(np.flatnonzero(differs), 1 + _PAGE // row_bytes):
+                    part = here[rows[0] : rows[-1] + 1]
+                    yield part, zeros[: part.nbytes] if start is None else start[rows[0] : rows[-1] + 1]
 
     def on_gpu(self) -> None:
         """Overwrite a slot that is there."""
@@ -237,6 +242,11 @@ class _Start(NamedTuple):
         rows = slice(None) if self.ids is None else self.ids
         with_rows(whole)[rows] = 0 if self.values is None else with_rows(self.values)[rows]
         return whole
+
+
+def _runs(rows: npt.NDArray[np.integer], apart: int) -> list[npt.NDArray[np.integer]]:
+    """Sorted rows, split where one is more than so far from the next."""
+    return np.split(rows, np.flatnonzero(np.diff(rows) > apart) + 1) if len(rows) else []
 
 
 def _starts_of(parts: Parts, entry: Entry, ids: npt.NDArray[np.integer] | None) -> Iterator[_Start]:
@@ -252,9 +262,9 @@ def _starts_of(parts: Parts, entry: Entry, ids: npt.NDArray[np.integer] | None) 
                 "yet; expected build() with all variables first"
             )
         if name == _AVERAGE and entry.buffer is not None:
-            start = np.empty_like(slot) if isinstance(slot, np.ndarray) else to_host(slot)
-            start[...] = _float_values_of(entry.buffer)
-            yield _Start(slot, start, ids)
+            values = _float_values_of(entry.buffer)
+            dtype = slot.dtype if isinstance(slot, np.ndarray) else to_host(slot).dtype
+            yield _Start(slot, values.astype(dtype, order="K", copy=False), ids)
         elif name in MOMENTS and ids is None and entry.history is not None:
             yield _Start(slot, None, entry.history.moving_rows())
         else:

@@ -71,6 +71,8 @@ class Mark:
             self.is_whole = True
             return
         self.is_table = True
+        if self.is_whole:  # the place may be another variable's by now, or the variable longer
+            return
         if self.rows is None:
             self.rows = untouched_zeros((rows,), np.uint8)
         self.rows[indices[(indices >= 0) & (indices < rows)]] = 1

@@ -58,6 +58,7 @@ class History:
         self.calls: npt.NDArray[np.int64] | None = None
         self.is_read = False  # since the last step, some rows were brought up to date to be read
         self.swept = 0  # the row where the next sweep begins
+        self.sharing: tuple[list[object], object] | None = None  # with deep copies: whose token is there moves the rows
         self.trail: Trail | None = None  # of the steps since a file was saved that deltas follow
         self._table: _cpu.Buffer | None = None  # the table, if it is on a GPU
         self._on_gpu: object = None  # a copy of the rates there
@@ -156,6 +157,7 @@ class History:
         self.is_read = True
         if not self.waits:
             return False
+        self.claim(table.label)
         beta_1, beta_2, epsilon, amsgrad, momentum, _ = self.numbers
         if ids is None and self._table is None and self.rates.counts[3] == Doubt.ONCE:
             for name in ("m", "v", *(("vhat",) if "vhat" in slots else ())):
@@ -168,6 +170,31 @@ class History:
         flat = np.ascontiguousarray(ids.reshape(-1)) if isinstance(ids, np.ndarray) else ids
         self._plan.catch_up(flat, StepHyper(1, 0.0, beta_1, beta_2, epsilon, ema_momentum=momentum or 0.0), counter)
         return True
+
+    def share(self, twin: History, owner: list[object], tokens: tuple[object, object]) -> None:
+        """Either this optimizer or its deep copy may make the steps that rows of a table wait for, whichever begins.
+
+        ``owner`` is to hold the token of that one; ``tokens``: of this optimizer and of the copy.
+        """
+        if self.waits and self._table is None:
+            if self.sharing is None or self.sharing[0][0] is self.sharing[1]:
+                self.sharing = owner, tokens[0]
+            twin.sharing = self.sharing[0], tokens[1]
+
+    def claim(self, label: str) -> None:
+        """Rows of the table are about to be moved; raises ValueError if that is up to another optimizer."""
+        if self.sharing is None:
+            return
+        owner, token = self.sharing
+        if owner[0] is None:
+            owner[0] = token
+        elif owner[0] is not token:
+            raise ValueError(
+                f"{label}: rows waited for steps when this optimizer was deep-copied or made as a deep copy, and the "
+                "other one has moved them since, so that they would make these steps twice; go on with the other one, "
+                "and call sync() before a copy is made, or copy.deepcopy((optimizer, variables)) and build() of the "
+                "copy with its own variables"
+            )
 
     def raise_doubt(self, doubt: Doubt) -> None:
         """From here on there is at least this doubt."""
@@ -348,7 +375,7 @@ class History:
         return History(rates, self.numbers, self.shape, self.exact, fingerprint, self.flags.copy())
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update({"trail": None, **state})
+        self.__dict__.update({"trail": None, **state, "sharing": None})
         if "flags" not in state:  # a pickle of fastadam 0.1
             self.flags = untouched_zeros(self.shape[:1], np.uint8)
             self.rates = self.rates._replace(counts=np.array([*self.rates.counts[:3], *[0] * 5], np.int64)[:5])

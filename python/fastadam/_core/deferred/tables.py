@@ -167,6 +167,7 @@ class Tables:
             entry = self._state.slots.entry_of(buffer) if history else None
             if history is None or entry is None:
                 continue
+            history.claim(buffer.label)
             if history.must_catch_up(numbers, touches_rows=touches):
                 self._catch_up_entry(entry)
             if history.numbers != numbers:

@@ -228,6 +228,8 @@ class SlotStore:
             self.arrays[entry.slots[name]] = array
         spec = Spec.of(buffer)._replace(name=Spec.of(buffer).name or entry.spec.name)
         history = entry.history and entry.history.placed(buffer)
+        if history is not None and entry.origin and key_of(entry.origin) != key_of(buffer):
+            history.sharing = None  # a deep copy with a table of its own
         self._put(Entry(spec, dict(entry.slots), buffer, history, place=entry.place, number=entry.number))
         self._adoption.note(entry, buffer)
         self._register(buffer)
@@ -323,11 +325,16 @@ class SlotStore:
             memo[id(array)] = copy_beside(array, home) if (home := homes[at]) else array.copy(order="K")
             twin.arrays.append(memo[id(array)])
         twin.names = self.names[:]
+        owner: list[object] = [None]
+        tokens = object(), object()
         for entry in self.entries:
             origin = entry.buffer or entry.origin
             fingerprint = entry.fingerprint if entry.buffer is None else fingerprint_of(entry.buffer)
+            history = _copied(entry)
+            if entry.history is not None and history is not None:
+                entry.history.share(history, owner, tokens)
             twin.add_waiting(
-                Entry(entry.spec, dict(entry.slots), None, _copied(entry), origin, fingerprint, number=entry.number)
+                Entry(entry.spec, dict(entry.slots), None, history, origin, fingerprint, number=entry.number)
             )
         return twin
 

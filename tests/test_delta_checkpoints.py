@@ -376,6 +376,84 @@ def test_a_loss_scale_optimizer_forwards_deltas(tmp_path):
     assert (other == 7).all()
 
 
+def switch_off(training, *names):
+    for name in names:
+        setattr(training.optimizer, name, None if "frequency" in name else False)
+
+
+AFTER_OVERWRITES = {
+    "nothing": lambda t: None,
+    "no frequency": lambda t: switch_off(t, "ema_overwrite_frequency"),
+    "no averages": lambda t: switch_off(t, "ema_overwrite_frequency", "use_ema"),
+    "later": lambda t: setattr(t.optimizer, "ema_overwrite_frequency", 1000),
+}
+
+
+@pytest.mark.parametrize("after", AFTER_OVERWRITES.values(), ids=AFTER_OVERWRITES)
+@pytest.mark.parametrize("accumulates", [None, 2])
+@pytest.mark.parametrize("frequency", [1, 2])
+def test_averages_that_overwrote_rows_are_in_the_next_delta(frequency, accumulates, after, tmp_path):
+    training = Training(
+        sparse_update="deferred",
+        use_ema=True,
+        ema_momentum=0.9,
+        ema_overwrite_frequency=frequency,
+        gradient_accumulation_steps=accumulates,
+    )
+    training.steps(5)
+    training.optimizer.save(tmp_path / "base", values=True)
+    training.steps(4)
+    after(training)
+    training.steps(2)
+    training.optimizer.save_delta(tmp_path / "1")
+    training.steps(3)
+    training.optimizer.save_delta(tmp_path / "2")
+    training.assert_same(training.load(tmp_path / "base", [tmp_path / "1", tmp_path / "2"]))
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_lazy_averages_switched_off_before_the_delta(averages, tmp_path):
+    training = Training(sparse_update="lazy", use_ema=True, ema_momentum=0.9)
+    training.steps(3)
+    training.optimizer.save(tmp_path / "base", values=True)
+    training.steps(3)
+    training.optimizer.use_ema = averages
+    training.optimizer.save_delta(tmp_path / "delta")
+    training.assert_same(training.load(tmp_path / "base", [tmp_path / "delta"]))
+
+
+def without_a_table(training):
+    training.optimizer.apply_gradients([(np.ones(4, F32), training.variables[1])])
+
+
+def with_an_empty_gradient(training):
+    table = training.variables[0]
+    training.optimizer.apply_gradients([(fastadam.IndexedSlices(np.zeros((0, 3), F32), np.zeros(0, int)), table)])
+
+
+def with_other_rows(training):
+    table = training.variables[0]
+    training.optimizer.apply_gradients([(fastadam.IndexedSlices(np.ones((1, 3), F32), [ROWS - 1]), table)])
+
+
+@pytest.mark.parametrize("ends", [without_a_table, with_an_empty_gradient, with_other_rows, Training.dense_step])
+@pytest.mark.parametrize("options", [{}, {"use_ema": True}, {"weight_decay": 0.01}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("mode", MODES[:3])
+def test_a_call_completes_the_cycle_that_the_base_was_saved_in(mode, is_loaded, options, ends, tmp_path):
+    training = Training(sparse_update=mode, gradient_accumulation_steps=2, **options)
+    training.steps(7)
+    training.optimizer.save(tmp_path / "base", values=True)
+    if is_loaded:
+        training = training.load(tmp_path / "base", [])
+    ends(training)
+    training.optimizer.save_delta(tmp_path / "1")
+    training.assert_same(training.load(tmp_path / "base", [tmp_path / "1"]))
+    training.steps(4)
+    training.optimizer.save_delta(tmp_path / "2")
+    training.assert_same(training.load(tmp_path / "base", [tmp_path / "1", tmp_path / "2"]))
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------------------
 
 

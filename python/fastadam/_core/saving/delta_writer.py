@@ -87,7 +87,6 @@ def _part_of(parts: Parts, mark: Mark, entry: Entry, buffer: _cpu.Buffer) -> Par
         or options.sparse_update == "dense"
         or (mark.history is not None and history is not mark.history)
         or not set(entry.slots) - {"m", "v", "vhat"} <= mark.slots  # a new average
-        or (options.keras3.use_ema and (history is None or options.keras3.ema_overwrite_frequency is not None))
     )
     if is_whole or accumulated is None:
         if history is not None:

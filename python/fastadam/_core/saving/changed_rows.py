@@ -119,7 +119,7 @@ class ChangedRows:
         for file in self._deltas:
             position, before = file.header["positions"][self._index], -1
             for rows, had in self._indices_of(file):
-                good = rows[0] > before and rows[-1] < self._shape[0] and bool((np.diff(rows) > 0).all())
+                good = rows[0] > before and rows[-1] < self._shape[0] and bool((rows[1:] > rows[:-1]).all())
                 file.require(good, f"rows of variable {self._index}", f"rows of {self._shape[0]}, in order")
                 good = had.min() >= 0 and had.max() <= position
                 file.require(bool(good), f"steps of rows of variable {self._index}", f"0 to {position}")

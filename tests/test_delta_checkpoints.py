@@ -570,7 +570,7 @@ def test_a_damaged_base_is_refused_and_nothing_changes(files, tmp_path):
         assert all((w == 7).all() for w in variables)
 
 
-def rewritten(source, target, change, tensors=None):
+def rewritten(source, target, change, tensors=None, without=()):
     """A delta as someone who knows the format would change it."""
     import json
     import zlib
@@ -582,6 +582,7 @@ def rewritten(source, target, change, tensors=None):
         header = json.loads(file.metadata()["fastadam"])
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     arrays.update(tensors or {})
+    arrays = {key: array for key, array in arrays.items() if key not in without}
     change(header)
     header["weights"] = [
         [key, zlib.crc32(np.ascontiguousarray(arrays[key]).tobytes())] for key, _ in header["weights"] if key in arrays
@@ -660,6 +661,118 @@ def test_a_delta_with_hostile_tensors_is_refused(name, change, files, tmp_path):
     with pytest.raises(ValueError, match=rf"^deltas\[0\]: {re.escape(str(tmp_path / '1'))}: "):
         fastadam.Adam.load(path / "base", variables, deltas=[tmp_path / "1"])
     assert all((w == 7).all() for w in variables)
+
+
+def numbers_with(place, value):
+    def change(header):
+        if "tables" in header:
+            table(header)["steps"][0][0][place] = value
+
+    return change
+
+
+BAD_NUMBERS = {
+    0: (2.0, 1, -0.1, None, True, "x", 10**400, float("1e999"), []),
+    1: (2.0, 1, -0.1, None, True, "x", 10**400),
+    2: (-1.0, None, True, 10**400, "x"),
+    3: (5, None, 0.5, True, "x"),  # True: without "vhat"
+    4: (0.9, 2.0, True, "x", 10**400),  # 0.9: without averages
+    5: (1, None, 0.0, True),
+}
+UNSOUND = {
+    **{f"without {key}": lambda h, key=key: h.pop(key)
+       for key in ("accumulating", "sparse", "positions", "slots", "moments", "numbers", "block", "values")},
+    **{f"{key} {value!r}": lambda h, key=key, value=value: h.update({key: value})
+       for key in ("accumulating", "sparse", "positions", "slots", "moments", "numbers", "variables")
+       for value in (1, "mv", {}, None, [None, None], [[], []], [-1, -2], [5, 6], [True, False])
+       if (key, value) != ("positions", [5, 6]) and (key, value) != ("numbers", [5, 6])},
+    "values 1": lambda h: h.update(values=1),
+    "values false": lambda h: h.update(values=False),
+    "position huge": lambda h: h["positions"].__setitem__(0, 10**30),
+    "block": lambda h: h.update(block=3),
+    "moments of codes": lambda h: h.update(moments=["8bit", "8bit"]),
+    "moments of bfloat16": lambda h: h.update(moments=["bfloat16", "float32"]),
+    "tables list": lambda h: h.update(tables=[]),
+    "tables of others": lambda h: h.update(tables={"7": {"rows": 0, "steps": [], "exact": True}}),
+    "excluded": lambda h: h.update(excluded={}),
+    "excluded variable": lambda h: h.update(excluded={"names": [], "variables": [7]}),
+    "shape negative": lambda h: h["variables"][0].update(shape=[-1, 3]),
+    "dtype": lambda h: h["variables"][0].update(dtype="int32"),
+}  # fmt: skip
+STEPS = {
+    f"number {place} {str(value)[:9]}": numbers_with(place, value)
+    for place, values in BAD_NUMBERS.items()
+    for value in values
+}
+
+
+def assert_refused(files, tmp_path, source, change, tensors=None, without=()):
+    """By load and by merge_deltas, each with the name of the file, and nothing is written."""
+    path, training = files
+    rewritten(path / source, tmp_path / "bad", change, tensors, without)
+    names = [tmp_path / "bad" if name == source else path / name for name in ("base", "1", "2", "3")]
+    variables = [np.full_like(w, 7) for w in training.variables]
+    message = rf"(^|: ){re.escape(str(tmp_path / 'bad'))}: "
+    with pytest.raises(ValueError, match=message):
+        fastadam.Adam.load(names[0], variables, deltas=names[1:])
+    with pytest.raises(ValueError, match=message):
+        fastadam.merge_deltas(names[0], names[1:], tmp_path / "merged")
+    assert all((w == 7).all() for w in variables)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad"]
+
+
+@pytest.mark.parametrize("source", ["base", "2", "3"])
+@pytest.mark.parametrize("kind", UNSOUND)
+def test_load_and_merge_refuse_a_file_that_does_not_hold_together(kind, source, files, tmp_path):
+    assert_refused(files, tmp_path, source, UNSOUND[kind])
+
+
+@pytest.mark.parametrize("source", ["2", "3"])
+@pytest.mark.parametrize("kind", STEPS)
+def test_load_and_merge_refuse_numbers_that_no_step_has(kind, source, files, tmp_path):
+    assert_refused(files, tmp_path, source, STEPS[kind])
+
+
+@pytest.mark.parametrize(
+    "key", ["0/m", "0/v", "1/m", "1/v", "value/0", "value/1", "rows/0", "had/0", "alphas/0", "keeps/0"]
+)
+@pytest.mark.parametrize("source", ["base", "1", "2", "3"])
+def test_load_and_merge_refuse_a_file_without_a_tensor(source, key, files, tmp_path):
+    if source == "base" and key.partition("/")[0] in ("rows", "had", "alphas", "keeps"):
+        key = "iterations"
+    assert_refused(files, tmp_path, source, lambda header: None, without=[key])
+
+
+@pytest.mark.parametrize("source", ["1", "2", "3"])
+def test_load_and_merge_refuse_a_file_that_hides_both_moments(source, files, tmp_path):
+    def hide(header):
+        header["slots"][0] = ["mine"]
+        header["moments"][0] = None
+        header["weights"].append(["0/mine", 0])
+
+    mine = {"0/mine": np.zeros((table_rows(files[0] / source), 3), F32)}
+    assert_refused(files, tmp_path, source, hide, mine, without=["0/m", "0/v"])
+
+
+def table_rows(path):
+    import safetensors
+
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return len(file.get_tensor("rows/0"))
+
+
+@pytest.mark.parametrize("source", ["base", "2", "3"])
+@pytest.mark.parametrize("key", ["0/more", "value/2", "rows/1", "accumulated_rows/0", "nothing"])
+def test_load_and_merge_refuse_a_file_with_another_tensor(key, source, files, tmp_path):
+    def add(header):
+        header["weights"].append([key, 0])
+
+    assert_refused(files, tmp_path, source, add, {key: np.zeros(2, np.int64)})
+
+
+@pytest.mark.parametrize("source", ["base", "2", "3"])
+def test_load_and_merge_refuse_a_negative_count(source, files, tmp_path):
+    assert_refused(files, tmp_path, source, lambda header: None, {"iterations": np.array(-5)})
 
 
 def test_deltas_are_a_list_of_paths(files):

@@ -117,9 +117,7 @@ def _rows_of(parts: Parts, update: StepPlan, cycle: Cycle) -> list[npt.NDArray[n
     return [None if rows is None else np.concatenate([_NO_ROWS, *rows]) for rows in known]
 
 
-def _note_rows(
-    parts: Parts, update: StepPlan, rows: list[npt.NDArray[np.int64] | None], *, averages: bool
-) -> None:
+def _note_rows(parts: Parts, update: StepPlan, rows: list[npt.NDArray[np.int64] | None], *, averages: bool) -> None:
     """Note for the next delta which rows the step will change of variables without a history.
 
     Some may have had no gradient in this call. Of a restored table without a history every row may move.

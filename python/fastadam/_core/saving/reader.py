@@ -199,22 +199,13 @@ class _Reader:
             self._fail(f"'excluded' {excluded!r:.60} ({error!r})", "patterns and indices of variables")
 
     def _match(self, buffers: list[_cpu.Buffer]) -> list[Spec]:
-        specs = [self._spec(i, record) for i, record in enumerate(self._header["variables"])]
+        specs = self._saved.specs
         self._require(len(specs) == len(buffers), f"state of {len(specs)} variables", f"{len(buffers)} like variables")
         for i, (spec, buffer) in enumerate(zip(specs, buffers, strict=True)):
             self._require(
                 spec.admits(Spec.of(buffer)), f"variable {i} {spec}", f"{Spec.of(buffer)} like {buffer.label}"
             )
         return specs
-
-    def _spec(self, i: int, record: object) -> Spec:
-        if not isinstance(record, dict) or set(record) != set(Spec._fields):
-            self._fail(f"variable {i} {record!r:.60}", "its shape, dtype, order and name")
-        good = isinstance(record["shape"], list) and all(type(n) is int for n in record["shape"])
-        good = good and isinstance(record["dtype"], str) and record["order"] in ("C", "F")
-        good = good and isinstance(record["name"], (str, type(None)))
-        self._require(good, f"variable {i} {record!r:.60}", "its shape, dtype, order and name")
-        return Spec(**{**record, "shape": tuple(record["shape"])})
 
     def _configured(self, cls: type[Optimizer], custom_objects: Mapping[str, Any] | None) -> Optimizer:
         make: Any = cls

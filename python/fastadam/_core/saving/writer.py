@@ -56,7 +56,10 @@ def save_optimizer(
             description["chain"] = {**link._asdict(), "previous": None}
             description["positions"] = [0] * len(entries)
         accumulated = [accumulated_rows_of(state, entry, options.calls_per_step) for entry in entries]
-        written = [Part(*row, accumulated=rows) for *row, rows in zip(buffers, slots, accumulated, strict=True)]
+        written = [
+            Part(buffer, arrays, accumulated=rows)
+            for buffer, arrays, rows in zip(buffers, slots, accumulated, strict=True)
+        ]
         write_parts(name, written, state.calls, lambda checksums: text_of(description, checksums, optimizer.name))
         if has_values:
             is_complete, zeros = len(entries) == len(state.entries), [0] * len(entries)

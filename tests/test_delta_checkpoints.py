@@ -411,6 +411,116 @@ def test_a_loss_scale_optimizer_forwards_deltas(tmp_path):
     assert (other == 7).all()
 
 
+def switch_off(training, *names):
+    for name in names:
+        setattr(training.optimizer, name, None if "frequency" in name else False)
+
+
+AFTER_OVERWRITES = {
+    "nothing": lambda t: None,
+    "no frequency": lambda t: switch_off(t, "ema_overwrite_frequency"),
+    "no averages": lambda t: switch_off(t, "ema_overwrite_frequency", "use_ema"),
+    "later": lambda t: setattr(t.optimizer, "ema_overwrite_frequency", 1000),
+}
+
+
+@pytest.mark.parametrize("after", AFTER_OVERWRITES.values(), ids=AFTER_OVERWRITES)
+@pytest.mark.parametrize("accumulates", [None, 2])
+@pytest.mark.parametrize("frequency", [1, 2])
+def test_averages_that_overwrote_rows_are_in_the_next_delta(frequency, accumulates, after, tmp_path):
+    training = Training(
+        sparse_update="deferred",
+        use_ema=True,
+        ema_momentum=0.9,
+        ema_overwrite_frequency=frequency,
+        gradient_accumulation_steps=accumulates,
+    )
+    training.steps(5)
+    training.optimizer.save(tmp_path / "base", values=True)
+    training.steps(4)
+    after(training)
+    training.steps(2)
+    training.optimizer.save_delta(tmp_path / "1")
+    training.steps(3)
+    training.optimizer.save_delta(tmp_path / "2")
+    training.assert_same(training.load(tmp_path / "base", [tmp_path / "1", tmp_path / "2"]))
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_lazy_averages_switched_off_before_the_delta(averages, tmp_path):
+    training = Training(sparse_update="lazy", use_ema=True, ema_momentum=0.9)
+    training.steps(3)
+    training.optimizer.save(tmp_path / "base", values=True)
+    training.steps(3)
+    training.optimizer.use_ema = averages
+    training.optimizer.save_delta(tmp_path / "delta")
+    training.assert_same(training.load(tmp_path / "base", [tmp_path / "delta"]))
+
+
+def without_a_table(training):
+    training.optimizer.apply_gradients([(np.ones(4, F32), training.variables[1])])
+
+
+def with_an_empty_gradient(training):
+    table = training.variables[0]
+    training.optimizer.apply_gradients([(fastadam.IndexedSlices(np.zeros((0, 3), F32), np.zeros(0, int)), table)])
+
+
+def with_other_rows(training):
+    table = training.variables[0]
+    training.optimizer.apply_gradients([(fastadam.IndexedSlices(np.ones((1, 3), F32), [ROWS - 1]), table)])
+
+
+@pytest.mark.parametrize("ends", [without_a_table, with_an_empty_gradient, with_other_rows, Training.dense_step])
+@pytest.mark.parametrize("options", [{}, {"use_ema": True}, {"weight_decay": 0.01}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("mode", MODES[:3])
+def test_a_call_completes_the_cycle_that_the_base_was_saved_in(mode, is_loaded, options, ends, tmp_path):
+    training = Training(sparse_update=mode, gradient_accumulation_steps=2, **options)
+    training.steps(7)
+    training.optimizer.save(tmp_path / "base", values=True)
+    if is_loaded:
+        training = training.load(tmp_path / "base", [])
+    ends(training)
+    training.optimizer.save_delta(tmp_path / "1")
+    training.assert_same(training.load(tmp_path / "base", [tmp_path / "1"]))
+    training.steps(4)
+    training.optimizer.save_delta(tmp_path / "2")
+    training.assert_same(training.load(tmp_path / "base", [tmp_path / "1", tmp_path / "2"]))
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("mode", MODES[1:2] + MODES[:1])
+def test_the_header_does_not_grow_with_the_rows_of_a_cycle(mode, values, tmp_path):
+    """safetensors refuses to read a header of more than 100 MB."""
+    sizes = []
+    for rows in (1000, 100_000):
+        table = np.ones((rows, 1), F32)
+        optimizer = fastadam.Adam(0.1, sparse_update=mode, gradient_accumulation_steps=3)
+        gradient = fastadam.IndexedSlices(np.ones((rows, 1), F32), np.arange(rows)[::-1])
+        optimizer.apply_gradients([(gradient, table)])
+        optimizer.save(tmp_path / "base", values=values)
+        paths = ["base"]
+        if values:
+            optimizer.apply_gradients([(gradient, table)])
+            optimizer.save_delta(tmp_path / "delta")
+            fastadam.merge_deltas(tmp_path / "base", [tmp_path / "delta"], tmp_path / "merged")
+            paths += ["delta", "merged"]
+        headers = [(tmp_path / path).read_bytes()[:8] for path in paths]
+        sizes.append([int.from_bytes(header, "little") for header in headers])
+        again = table.copy()
+        last = "merged" if values else "base"
+        loaded = fastadam.Adam.load(tmp_path / last, [again])
+        for _ in range(2 if not values else 1):
+            for made, w in ((optimizer, table), (loaded, again)):
+                made.apply_gradients([(gradient, w)])
+        optimizer.sync()
+        loaded.sync()
+        assert_same([again], [table])
+    for few, many in zip(*sizes, strict=True):
+        assert many <= few + 4096  # the tensors of a larger file begin at a page
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -495,7 +605,7 @@ def test_a_damaged_base_is_refused_and_nothing_changes(files, tmp_path):
         assert all((w == 7).all() for w in variables)
 
 
-def rewritten(source, target, change, tensors=None):
+def rewritten(source, target, change, tensors=None, without=()):
     """A delta as someone who knows the format would change it."""
     import json
     import zlib
@@ -507,6 +617,7 @@ def rewritten(source, target, change, tensors=None):
         header = json.loads(file.metadata()["fastadam"])
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     arrays.update(tensors or {})
+    arrays = {key: array for key, array in arrays.items() if key not in without}
     change(header)
     header["weights"] = [
         [key, zlib.crc32(np.ascontiguousarray(arrays[key]).tobytes())] for key, _ in header["weights"] if key in arrays
@@ -585,6 +696,118 @@ def test_a_delta_with_hostile_tensors_is_refused(name, change, files, tmp_path):
     with pytest.raises(ValueError, match=rf"^deltas\[0\]: {re.escape(str(tmp_path / '1'))}: "):
         fastadam.Adam.load(path / "base", variables, deltas=[tmp_path / "1"])
     assert all((w == 7).all() for w in variables)
+
+
+def numbers_with(place, value):
+    def change(header):
+        if "tables" in header:
+            table(header)["steps"][0][0][place] = value
+
+    return change
+
+
+BAD_NUMBERS = {
+    0: (2.0, 1, -0.1, None, True, "x", 10**400, float("1e999"), []),
+    1: (2.0, 1, -0.1, None, True, "x", 10**400),
+    2: (-1.0, None, True, 10**400, "x"),
+    3: (5, None, 0.5, True, "x"),  # True: without "vhat"
+    4: (0.9, 2.0, True, "x", 10**400),  # 0.9: without averages
+    5: (1, None, 0.0, True),
+}
+UNSOUND = {
+    **{f"without {key}": lambda h, key=key: h.pop(key)
+       for key in ("accumulating", "sparse", "positions", "slots", "moments", "numbers", "block", "values")},
+    **{f"{key} {value!r}": lambda h, key=key, value=value: h.update({key: value})
+       for key in ("accumulating", "sparse", "positions", "slots", "moments", "numbers", "variables")
+       for value in (1, "mv", {}, None, [None, None], [[], []], [-1, -2], [5, 6], [True, False])
+       if (key, value) != ("positions", [5, 6]) and (key, value) != ("numbers", [5, 6])},
+    "values 1": lambda h: h.update(values=1),
+    "values false": lambda h: h.update(values=False),
+    "position huge": lambda h: h["positions"].__setitem__(0, 10**30),
+    "block": lambda h: h.update(block=3),
+    "moments of codes": lambda h: h.update(moments=["8bit", "8bit"]),
+    "moments of bfloat16": lambda h: h.update(moments=["bfloat16", "float32"]),
+    "tables list": lambda h: h.update(tables=[]),
+    "tables of others": lambda h: h.update(tables={"7": {"rows": 0, "steps": [], "exact": True}}),
+    "excluded": lambda h: h.update(excluded={}),
+    "excluded variable": lambda h: h.update(excluded={"names": [], "variables": [7]}),
+    "shape negative": lambda h: h["variables"][0].update(shape=[-1, 3]),
+    "dtype": lambda h: h["variables"][0].update(dtype="int32"),
+}  # fmt: skip
+STEPS = {
+    f"number {place} {str(value)[:9]}": numbers_with(place, value)
+    for place, values in BAD_NUMBERS.items()
+    for value in values
+}
+
+
+def assert_refused(files, tmp_path, source, change, tensors=None, without=()):
+    """By load and by merge_deltas, each with the name of the file, and nothing is written."""
+    path, training = files
+    rewritten(path / source, tmp_path / "bad", change, tensors, without)
+    names = [tmp_path / "bad" if name == source else path / name for name in ("base", "1", "2", "3")]
+    variables = [np.full_like(w, 7) for w in training.variables]
+    message = rf"(^|: ){re.escape(str(tmp_path / 'bad'))}: "
+    with pytest.raises(ValueError, match=message):
+        fastadam.Adam.load(names[0], variables, deltas=names[1:])
+    with pytest.raises(ValueError, match=message):
+        fastadam.merge_deltas(names[0], names[1:], tmp_path / "merged")
+    assert all((w == 7).all() for w in variables)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad"]
+
+
+@pytest.mark.parametrize("source", ["base", "2", "3"])
+@pytest.mark.parametrize("kind", UNSOUND)
+def test_load_and_merge_refuse_a_file_that_does_not_hold_together(kind, source, files, tmp_path):
+    assert_refused(files, tmp_path, source, UNSOUND[kind])
+
+
+@pytest.mark.parametrize("source", ["2", "3"])
+@pytest.mark.parametrize("kind", STEPS)
+def test_load_and_merge_refuse_numbers_that_no_step_has(kind, source, files, tmp_path):
+    assert_refused(files, tmp_path, source, STEPS[kind])
+
+
+@pytest.mark.parametrize(
+    "key", ["0/m", "0/v", "1/m", "1/v", "value/0", "value/1", "rows/0", "had/0", "alphas/0", "keeps/0"]
+)
+@pytest.mark.parametrize("source", ["base", "1", "2", "3"])
+def test_load_and_merge_refuse_a_file_without_a_tensor(source, key, files, tmp_path):
+    if source == "base" and key.partition("/")[0] in ("rows", "had", "alphas", "keeps"):
+        key = "iterations"
+    assert_refused(files, tmp_path, source, lambda header: None, without=[key])
+
+
+@pytest.mark.parametrize("source", ["1", "2", "3"])
+def test_load_and_merge_refuse_a_file_that_hides_both_moments(source, files, tmp_path):
+    def hide(header):
+        header["slots"][0] = ["mine"]
+        header["moments"][0] = None
+        header["weights"].append(["0/mine", 0])
+
+    mine = {"0/mine": np.zeros((table_rows(files[0] / source), 3), F32)}
+    assert_refused(files, tmp_path, source, hide, mine, without=["0/m", "0/v"])
+
+
+def table_rows(path):
+    import safetensors
+
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return len(file.get_tensor("rows/0"))
+
+
+@pytest.mark.parametrize("source", ["base", "2", "3"])
+@pytest.mark.parametrize("key", ["0/more", "value/2", "rows/1", "accumulated_rows/0", "nothing"])
+def test_load_and_merge_refuse_a_file_with_another_tensor(key, source, files, tmp_path):
+    def add(header):
+        header["weights"].append([key, 0])
+
+    assert_refused(files, tmp_path, source, add, {key: np.zeros(2, np.int64)})
+
+
+@pytest.mark.parametrize("source", ["base", "2", "3"])
+def test_load_and_merge_refuse_a_negative_count(source, files, tmp_path):
+    assert_refused(files, tmp_path, source, lambda header: None, {"iterations": np.array(-5)})
 
 
 def test_deltas_are_a_list_of_paths(files):

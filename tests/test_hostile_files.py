@@ -245,6 +245,38 @@ def test_a_file_that_does_not_say_what_was_accumulated_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "rows",
+    [
+        [0, 2],
+        [-1, 0],
+        [1, 0],
+        [0, 0],
+        [2**63 - 1, -(2**63)],
+        np.array([0, 1], np.int32),
+        np.array([[0], [1]]),
+        np.array([0.0, 1.0]),
+        np.array(1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["lazy", "deferred"])
+@pytest.mark.parametrize("values", [False, True])
+def test_rows_of_a_cycle_that_make_no_sense_are_refused(values, mode, rows, tmp_path):
+    path, w = tmp_path / "opt", np.ones((2, 2), F32)
+    optimizer = fastadam.Adam(0.1, sparse_update=mode, gradient_accumulation_steps=3)
+    optimizer.apply_gradients([(fastadam.IndexedSlices(np.ones((2, 2), F32), [0, 1]), w)])
+    optimizer.save(path, values=values)
+    fastadam.Adam.load(path, [w])
+    rewrite(path, *with_tensor("accumulated_rows/0", np.array(rows)))
+    refuses(path, [w], "accumulated_rows/0")
+
+
+def test_rows_of_a_cycle_of_no_variable_are_refused(small):
+    rewrite(small[0], *with_tensor("accumulated_rows/0", np.array([0])))
+    refuses(*small, "tensor 'accumulated_rows/0', expected rows of variables whose gradients are accumulated")
+
+
+@pytest.mark.parametrize(
     ("options", "added"),
     [({}, ["m"]), ({}, ["v", "mine"]), ({"gradient_accumulation_steps": 2}, ["m", "v"])],
 )

@@ -66,6 +66,8 @@ def accumulate(
         gradients = plan.plan.check(gradients)
         plan.plan.check_numbers(hyper._replace(gradient_scale=scale))
         (update or plan).plan.check_numbers(hyper)
+    if update is not None and rows is not None:
+        _note_rows(parts, update, rows, averages=plan.averages)
     for entry in () if restart else fresh.values():
         if entry.place in cycle.rows:
             state.clear_accumulator(entry)
@@ -113,6 +115,20 @@ def _rows_of(parts: Parts, update: StepPlan, cycle: Cycle) -> list[npt.NDArray[n
     entries = [parts.state.slots.entry_of(buffer) for buffer in update.plan.buffers]
     known = [None if entry is None else cycle.rows.get(entry.place) for entry in entries]
     return [None if rows is None else np.concatenate([_NO_ROWS, *rows]) for rows in known]
+
+
+def _note_rows(parts: Parts, update: StepPlan, rows: list[npt.NDArray[np.int64] | None], *, averages: bool) -> None:
+    """Note for the next delta which rows the step will change of variables without a history.
+
+    Some may have had no gradient in this call. Of a restored table without a history every row may move.
+    """
+    chain, options = parts.runtime.chain, parts.options
+    if chain is None or options.sparse_update == "dense":
+        return
+    for buffer, history, indices in zip(update.plan.buffers, update.histories, rows, strict=True):
+        if history is None:
+            moves_rows_alone = options.sparse_update == "lazy" and not averages
+            chain.note(parts.state.slots.entry_of(buffer), indices if moves_rows_alone else None)
 
 
 def _update_plan(parts: Parts, plan: StepPlan, entries: list[Entry], cycle: Cycle, numbers: Numbers) -> StepPlan:

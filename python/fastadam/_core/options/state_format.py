@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fastadam._core.native.arrays import assign, zeros_beside
 from fastadam._core.native.backend import _cpu
@@ -25,6 +25,11 @@ LOW = "low"  # the low halves of float32 masters whose high halves are the varia
 NAMES = (*MOMENTS, "average", ACCUMULATOR, *SCALES, LOW)  # of all slots, in the order in which they are made
 
 
+class _HasStateDtype(Protocol):
+    @property
+    def state_dtype(self) -> str: ...
+
+
 class VariableFormat(NamedTuple):
     """The arrays that a step keeps for one variable, their dtypes and shapes."""
 
@@ -32,7 +37,7 @@ class VariableFormat(NamedTuple):
     moments: str = "float32"  # float64 for float64 variables; "bfloat16" or "8bit"
     moves_rows_alone: bool = False  # a table whose gradients move only rows: no others need memory
 
-    def dtype_of(self, buffer: _cpu.Buffer, name: str) -> str:
+    def dtype_of(self, buffer: _HasStateDtype, name: str) -> str:
         """The dtype of a slot of a variable."""
         if name == LOW:
             return "int16"

@@ -14,7 +14,7 @@ from fastadam._core.deferred.trail import Segment
 from fastadam._core.native.arrays import to_host
 from fastadam._core.native.backend import _cpu
 from fastadam._core.saving.chunks import CHUNK, Bytes, pieces_of
-from fastadam._core.saving.file_format import ALPHAS, DTYPES, HAD, ITERATIONS, KEEPS, ROWS, VALUE, Tensor
+from fastadam._core.saving.file_format import ACCUMULATED, ALPHAS, DTYPES, HAD, ITERATIONS, KEEPS, ROWS, VALUE, Tensor
 from fastadam._core.saving.tensor_file import TensorFile, write_tensors
 
 __all__ = ["Part", "values_of", "write_parts"]
@@ -30,6 +30,7 @@ class Part(NamedTuple):
     had: npt.NDArray[np.int64] | None = None  # which of these steps each of the rows has had
     segments: Sequence[Segment] = ()  # those since the last file
     is_exact: bool = True
+    accumulated: npt.NDArray[np.int64] | None = None  # rows outside of which the accumulator is zero, if they are known
 
     @property
     def record(self) -> Config:
@@ -71,7 +72,7 @@ def _contents(parts: Sequence[Part], calls: HostArray) -> _Contents:
         if part.buffer is not None:
             contents[f"{VALUE}{i}"] = _content(values_of(part.buffer), DTYPES[part.buffer.dtype], part.rows)
     for i, part in enumerate(parts):
-        more = {ROWS: part.rows, HAD: part.had}
+        more = {ACCUMULATED: part.accumulated, ROWS: part.rows, HAD: part.had}
         if part.segments:
             more[ALPHAS] = np.concatenate([segment.alphas for segment in part.segments])
             more[KEEPS] = np.concatenate([segment.keeps for segment in part.segments])

@@ -14,7 +14,7 @@ from fastadam._core.deferred.chain import Chain, Link, Mark
 from fastadam._core.native.backend import _cpu
 from fastadam._core.parts import Parts, parts_of
 from fastadam._core.saving.contents import Part, write_parts
-from fastadam._core.saving.description import description_of, text_of
+from fastadam._core.saving.description import accumulated_rows_of, description_of, text_of
 from fastadam._core.saving.saved_file import SavedFile
 from fastadam._core.saving.writer import begin_chain, check_target, known_buffers
 from fastadam._core.state.entry import Entry
@@ -26,7 +26,7 @@ def save_delta(optimizer: Foreign, path: str | os.PathLike[str], loss_scale: Con
     """Save as described at ``Adam.save_delta``; ``loss_scale`` is the state of a LossScaleOptimizer."""
     name = check_target(path)
     parts = parts_of(optimizer)
-    _, state, runtime, tables = parts
+    options, state, runtime, tables = parts
     with runtime.lock:
         refuse_while_swapped(parts, "save_delta")
         chain = runtime.chain
@@ -41,6 +41,8 @@ def save_delta(optimizer: Foreign, path: str | os.PathLike[str], loss_scale: Con
         _refuse_to_replace(name, chain.link)
         link = chain.link.next()
         changed = [_part_of(parts, *row) for row in zip(chain.marks, entries, buffers, strict=True)]
+        accumulated = [accumulated_rows_of(state, entry, options.calls_per_step) for entry in entries]
+        changed = [part._replace(accumulated=rows) for part, rows in zip(changed, accumulated, strict=True)]
         tables_in = {str(i): part.record for i, part in enumerate(changed) if part.rows is not None}
         description = {
             **description_of(optimizer, entries),
@@ -87,7 +89,6 @@ def _part_of(parts: Parts, mark: Mark, entry: Entry, buffer: _cpu.Buffer) -> Par
         or options.sparse_update == "dense"
         or (mark.history is not None and history is not mark.history)
         or not set(entry.slots) - {"m", "v", "vhat"} <= mark.slots  # a new average
-        or (options.keras3.use_ema and (history is None or options.keras3.ema_overwrite_frequency is not None))
     )
     if is_whole or accumulated is None:
         if history is not None:

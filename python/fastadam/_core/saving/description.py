@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from fastadam._core.common.types import AnyArray, Config, Foreign
 from fastadam._core.native.buffers import buffers_of, key_of
@@ -18,7 +19,7 @@ from fastadam._core.state.entry import Entry
 from fastadam._core.state.slots import SlotStore
 from fastadam._core.state.state import State
 
-__all__ = ["description_of", "entries_of", "text_of"]
+__all__ = ["accumulated_rows_of", "description_of", "entries_of", "text_of"]
 
 
 def description_of(optimizer: Foreign, entries: Sequence[Entry]) -> Config:
@@ -37,7 +38,6 @@ def description_of(optimizer: Foreign, entries: Sequence[Entry]) -> Config:
                 "step or build() makes what add_slot has left out"
             )
     accumulating = [i for i, entry in enumerate(entries) if _is_accumulating(state, entry, options.calls_per_step)]
-    rows = {i: state.cycle.rows.get(entries[i].place) for i in accumulating}
     return {
         "version": VERSION,
         "optimizer": type(optimizer).__name__,
@@ -50,8 +50,15 @@ def description_of(optimizer: Foreign, entries: Sequence[Entry]) -> Config:
         "block": BLOCK,
         "numbers": [entry.number for entry in entries],
         "accumulating": accumulating,
-        "accumulated_rows": {i: np.unique(np.concatenate(noted)).tolist() for i, noted in rows.items() if noted},
     }
+
+
+def accumulated_rows_of(state: State, entry: Entry, calls_per_step: int) -> npt.NDArray[np.int64] | None:
+    """The rows outside of which the accumulator of a variable is zero, in order; None if unknown or all zero."""
+    if not _is_accumulating(state, entry, calls_per_step):
+        return None
+    rows = state.accumulated_rows(entry, calls_per_step)
+    return None if rows is None else np.unique(rows)
 
 
 def text_of(description: Config, checksums: Mapping[str, int], name: str) -> str:

@@ -13,6 +13,7 @@ from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.options.state_format import LOW, SCALES
 
 __all__ = [
+    "ACCUMULATED",
     "ALPHAS",
     "DTYPES",
     "HAD",
@@ -31,6 +32,7 @@ __all__ = [
 VERSION = 3  # 1: without "moments", "block" and "numbers", all moments in full. 2: without "values" and "chain"
 ITERATIONS = "iterations"
 VALUE = "value/"  # begins the name of the values of a variable: "value/0"; its slots are "0/m", "0/v", ...
+ACCUMULATED = "accumulated_rows/"  # the rows outside of which an accumulator is zero, in the middle of a cycle
 ROWS = "rows/"  # of a table in a delta: which rows the file has
 HAD = "had/"  # how many steps since the base each of them has had
 ALPHAS, KEEPS = "alphas/", "keeps/"  # the rates of the steps since the last file

@@ -20,7 +20,7 @@ from fastadam._core.options.state_format import VariableFormat
 from fastadam._core.parts import parts_of
 from fastadam._core.saving.chunks import bytes_of, store
 from fastadam._core.saving.contents import values_of
-from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VALUE, check_paths, path_of
+from fastadam._core.saving.file_format import ACCUMULATED, DTYPES, ITERATIONS, VALUE, check_paths, path_of
 from fastadam._core.saving.saved_chain import SavedChain
 from fastadam._core.saving.slots_reader import SlotsReader
 from fastadam._core.saving.writer import begin_chain
@@ -172,15 +172,21 @@ class _Reader:
 
     def _accumulated_rows(self, entries: dict[int, Entry], places: list[int]) -> Rows:
         """The rows outside of which accumulators are zero, of tables in the middle of a cycle."""
-        saved: Any = self._header.get("accumulated_rows", {})  # not in the files of fastadam 0.1
-        indices = {str(i): i for i in places}
-        good = isinstance(saved, dict) and set(saved) <= set(indices)
-        for key, rows in saved.items() if good else ():
-            shape = entries[indices[key]].spec.shape
-            good = good and bool(shape) and isinstance(rows, list)
-            good = good and all(type(row) is int and 0 <= row < shape[0] for row in rows)
-        self._require(good, f"'accumulated_rows' {saved!r:.60}", "rows of variables whose gradients are accumulated")
-        return {entries[indices[key]].place: (np.array(rows, np.int64),) for key, rows in saved.items()}
+        indices = {f"{ACCUMULATED}{i}": i for i in places}  # not in the files of fastadam 0.1
+        found = {}
+        for key in self._saved.checksums:
+            if not key.startswith(ACCUMULATED):
+                continue
+            self._require(key in indices, f"tensor '{key}'", "rows of variables whose gradients are accumulated")
+            entry = entries[indices[key]]
+            self._saved.check_tensor(key, (self._saved.tensor_of(key).nbytes // 8,), "I64")
+            self._saved.check_checksum(key)
+            rows = self._saved.tensor(key)
+            good = bool((rows[1:] > rows[:-1]).all()) and bool(entry.spec.shape)
+            good = good and (not len(rows) or (rows[0] >= 0 and rows[-1] < entry.spec.shape[0]))
+            self._require(bool(good), f"tensor '{key}' {rows!s:.60}", f"rows of variable {indices[key]}, in order")
+            found[entry.place] = (rows.astype(np.int64),)
+        return found
 
     def _exclude(self, optimizer: Any, variables: list[AnyArray]) -> None:
         excluded = self._header["excluded"]
@@ -193,22 +199,13 @@ class _Reader:
             self._fail(f"'excluded' {excluded!r:.60} ({error!r})", "patterns and indices of variables")
 
     def _match(self, buffers: list[_cpu.Buffer]) -> list[Spec]:
-        specs = [self._spec(i, record) for i, record in enumerate(self._header["variables"])]
+        specs = self._saved.specs
         self._require(len(specs) == len(buffers), f"state of {len(specs)} variables", f"{len(buffers)} like variables")
         for i, (spec, buffer) in enumerate(zip(specs, buffers, strict=True)):
             self._require(
                 spec.admits(Spec.of(buffer)), f"variable {i} {spec}", f"{Spec.of(buffer)} like {buffer.label}"
             )
         return specs
-
-    def _spec(self, i: int, record: object) -> Spec:
-        if not isinstance(record, dict) or set(record) != set(Spec._fields):
-            self._fail(f"variable {i} {record!r:.60}", "its shape, dtype, order and name")
-        good = isinstance(record["shape"], list) and all(type(n) is int for n in record["shape"])
-        good = good and isinstance(record["dtype"], str) and record["order"] in ("C", "F")
-        good = good and isinstance(record["name"], (str, type(None)))
-        self._require(good, f"variable {i} {record!r:.60}", "its shape, dtype, order and name")
-        return Spec(**{**record, "shape": tuple(record["shape"])})
 
     def _configured(self, cls: type[Optimizer], custom_objects: Mapping[str, Any] | None) -> Optimizer:
         make: Any = cls

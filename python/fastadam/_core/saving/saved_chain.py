@@ -10,8 +10,10 @@ from fastadam._core.common.types import Config, HostArray
 from fastadam._core.deferred.chain import Link
 from fastadam._core.saving.changed_rows import ChangedRows
 from fastadam._core.saving.chunks import Bytes
+from fastadam._core.saving.file_checks import check_file, specs_of
 from fastadam._core.saving.file_format import ALPHAS, HAD, KEEPS, ROWS, VALUE, Tensor
 from fastadam._core.saving.saved_file import SavedFile
+from fastadam._core.state.entry import Spec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,15 +44,15 @@ class SavedChain:
                 self._opened.append(file)
                 self._require_next(file)
                 self._files.append(file)
+            for file in self._files:
+                if file.link is not None:
+                    check_file(file)
             self._last = self._files[-1]
             self.header: Config = self._last.header
             self.checksums = {
                 key: checksum for key, checksum in self._last.checksums.items() if not key.startswith(_OF_ROWS)
             }
-            try:
-                self.tables = self._read_tables()
-            except (LookupError, TypeError, AttributeError) as error:
-                self.fail(f"a description that makes no sense ({error!r})", "one that fastadam wrote")
+            self.tables = self._read_tables()
         except BaseException:
             self._close()
             raise
@@ -71,6 +73,11 @@ class SavedChain:
     def link(self) -> Link | None:
         """The last file."""
         return self._last.link
+
+    @property
+    def specs(self) -> list[Spec]:
+        """The variables."""
+        return specs_of(self._last)
 
     @property
     def positions(self) -> list[int]:
@@ -100,13 +107,7 @@ class SavedChain:
     def _read_tables(self) -> dict[int, ChangedRows]:
         count = len(self.header["variables"])
         for file in self._files if len(self._files) > 1 else []:
-            positions = file.header.get("positions")
-            good = isinstance(positions, list) and all(type(n) is int and n >= 0 for n in positions)
-            file.require(good and len(file.header["positions"]) == count, f"'positions' {positions!r:.60}", "counts")
-            shapes = [
-                [(spec["shape"], spec["dtype"], spec["order"]) for spec in each.header["variables"]]
-                for each in (self._files[0], file)
-            ]
+            shapes = [[spec[:3] for spec in specs_of(each)] for each in (self._files[0], file)]
             file.require(shapes[0] == shapes[1], "other variables", f"those of {self.path}")
         found = {}
         for i in range(count):

@@ -14,7 +14,7 @@ from fastadam._core.native.backend import _cpu
 from fastadam._core.options.options import Options
 from fastadam._core.options.state_format import BLOCK, LOW, MOMENTS, NAMES, SCALES, VariableFormat
 from fastadam._core.saving.chunks import store as store_pieces
-from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VALUE, lacking_in
+from fastadam._core.saving.file_format import ACCUMULATED, DTYPES, ITERATIONS, VALUE, lacking_in
 from fastadam._core.saving.saved_chain import SavedChain
 from fastadam._core.state.entry import Entry, Spec
 from fastadam._core.state.given_slots import GivenSlots, is_a_hole
@@ -38,7 +38,7 @@ class SlotsReader:
     def __init__(self, saved: SavedChain, specs: list[Spec], buffers: list[_cpu.Buffer]) -> None:
         self._saved, self._specs, self._buffers = saved, specs, buffers
         count = len(specs)
-        slots = [key for key in saved.checksums if key != ITERATIONS and not key.startswith(VALUE)]
+        slots = [key for key in saved.checksums if key != ITERATIONS and not key.startswith((VALUE, ACCUMULATED))]
         self._owners = {key: self._owner(key, count) for key in slots}
         self._slots: list[set[str]] = [set() for _ in specs]
         for i, name in self._owners.values():

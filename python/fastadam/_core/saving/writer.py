@@ -13,7 +13,7 @@ from fastadam._core.deferred.chain import Chain, Link
 from fastadam._core.native.backend import _cpu
 from fastadam._core.parts import Parts, parts_of
 from fastadam._core.saving.contents import Part, write_parts
-from fastadam._core.saving.description import description_of, entries_of, text_of
+from fastadam._core.saving.description import accumulated_rows_of, description_of, entries_of, text_of
 from fastadam._core.saving.file_format import path_of
 from fastadam._core.state.entry import Entry
 from fastadam._core.state.slots import SlotStore
@@ -42,7 +42,7 @@ def save_optimizer(
     name = check_target(path)
     has_values = check_bool("values", values)
     selection = None if variables is None else check_list("variables", variables)
-    _, state, runtime, tables = parts_of(optimizer)
+    options, state, runtime, tables = parts_of(optimizer)
     with runtime.lock:
         if has_values:
             refuse_while_swapped(parts_of(optimizer), "save(values=True)")
@@ -55,7 +55,11 @@ def save_optimizer(
         if has_values:
             description["chain"] = {**link._asdict(), "previous": None}
             description["positions"] = [0] * len(entries)
-        written = [Part(*row) for row in zip(buffers, slots, strict=True)]
+        accumulated = [accumulated_rows_of(state, entry, options.calls_per_step) for entry in entries]
+        written = [
+            Part(buffer, arrays, accumulated=rows)
+            for buffer, arrays, rows in zip(buffers, slots, accumulated, strict=True)
+        ]
         write_parts(name, written, state.calls, lambda checksums: text_of(description, checksums, optimizer.name))
         if has_values:
             is_complete, zeros = len(entries) == len(state.entries), [0] * len(entries)

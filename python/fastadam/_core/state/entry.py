@@ -26,6 +26,11 @@ class Spec(NamedTuple):
         """Only a :class:`fastadam.Variable` has a name."""
         return cls(buffer.shape, buffer.dtype, buffer.order, name_in(buffer.label))
 
+    @property
+    def state_dtype(self) -> str:
+        """The dtype of its slots, unless an option makes them smaller."""
+        return "float64" if self.dtype == "float64" else "float32"
+
     def admits(self, other: Spec) -> bool:
         """Whether the state of this variable may go to that one."""
         return self[:2] == other[:2] and (None in (self.name, other.name) or self.name == other.name)

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import fastadam
 import numpy as np
@@ -317,3 +318,22 @@ def test_the_original_and_a_copy_go_on_apart(how):
             optimizer.gather(table, [0])
     optimizer.sync()
     np.testing.assert_array_equal(table, dense)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: counts pages in /proc")
+@pytest.mark.parametrize("mode", ["lazy", "deferred"])
+def test_a_deep_copy_of_a_table_makes_only_moments_of_touched_rows_resident(mode, tmp_path):
+    def resident():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    table = np.memmap(tmp_path / "table", F32, "w+", shape=(400_000, 64))
+    optimizer = fastadam.Adam(0.1, sparse_update=mode)
+    rows = np.arange(7, 400_000, 4999)
+    optimizer.apply_gradients([(fastadam.IndexedSlices(np.ones((len(rows), 64), F32), rows), table)])
+    optimizer.sync()
+    before = resident()
+    copied = copy.deepcopy(optimizer)
+    assert resident() - before < 30 * 1024  # m and v have 200 MB; numbers and flags of 400000 rows
+    for name in ("m", "v"):
+        np.testing.assert_array_equal(copied.get_slot(table, name), optimizer.get_slot(table, name))

@@ -13,7 +13,7 @@ from fastadam._core.native.slices import as_integers
 if TYPE_CHECKING:
     from fastadam._core.common.types import ArrayLike, HostArray
 
-__all__ = ["CHUNK_BYTES", "RowMap", "bits_of", "chunks_of", "with_rows"]
+__all__ = ["CHUNK_BYTES", "RowMap", "bits_of", "chunks_of", "has_few_rows", "with_rows"]
 
 CHUNK_BYTES = 2**22
 
@@ -98,6 +98,18 @@ def chunks_of(places: npt.NDArray[np.int64], row_bytes: int) -> Iterator[npt.NDA
     size = max(1, CHUNK_BYTES // row_bytes) if row_bytes else len(places) + 1
     for start in range(0, len(places) if row_bytes else 0, size):
         yield places[start : start + size]
+
+
+def has_few_rows(array: HostArray) -> bool:
+    """Whether a long array in C order has rows of zeros for the most part, as moments of a table have."""
+    if not (array.ndim and array.flags.c_contiguous and array.nbytes > CHUNK_BYTES and array.itemsize <= 8):
+        return False
+    count, size = 0, max(1, CHUNK_BYTES // (array.nbytes // len(array)))
+    for start in range(0, len(array), size):
+        count += np.count_nonzero(bits_of(array[start : start + size]).any(1))
+        if 2 * count > len(array):
+            return False
+    return True
 
 
 def bits_of(rows: HostArray) -> HostArray:

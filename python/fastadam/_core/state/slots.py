@@ -13,9 +13,10 @@ import numpy as np
 from fastadam._core.common.types import AnyArray, Config
 from fastadam._core.deferred.history import History
 from fastadam._core.deferred.rates import Doubt
-from fastadam._core.native.arrays import copy_beside, to_host
+from fastadam._core.native.arrays import copy_beside, to_host, zeros_like_variable
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, fingerprint_of, key_of
+from fastadam._core.native.rows import RowMap, has_few_rows
 from fastadam._core.options.state_format import NAMES
 from fastadam._core.state.adoption import Adoption
 from fastadam._core.state.entry import Entry, Spec
@@ -322,7 +323,7 @@ class SlotStore:
         twin = type(self)()
         homes = {at: entry.buffer or entry.origin for entry in self.entries for at in entry.slots.values()}
         for at, array in enumerate(self.arrays):
-            memo[id(array)] = copy_beside(array, home) if (home := homes[at]) else array.copy(order="K")
+            memo[id(array)] = _copy_of(array, homes[at])
             twin.arrays.append(memo[id(array)])
         twin.names = self.names[:]
         owner: list[object] = [None]
@@ -337,6 +338,17 @@ class SlotStore:
                 Entry(entry.spec, dict(entry.slots), None, history, origin, fingerprint, number=entry.number)
             )
         return twin
+
+
+def _copy_of(array: AnyArray, home: _cpu.Buffer | None) -> AnyArray:
+    """A copy of a slot in the layout of its variable; of a table in pages that come to be as rows are written."""
+    if home is None:
+        return array.copy(order="K")
+    if home.device >= 0 or not isinstance(array, np.ndarray) or not has_few_rows(array):
+        return copy_beside(array, home)
+    twin = zeros_like_variable(home, array.dtype.name, array.shape, untouched=True)
+    RowMap.of(None, len(array), len(array), "slot").move(array, twin)
+    return twin
 
 
 def _copied(entry: Entry) -> History | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from fastadam._core.common.checks import check_iterations
 from fastadam._core.common.types import Config
@@ -70,7 +71,8 @@ def specs_of(file: SavedFile) -> list[Spec]:
 
 def _slots_of(file: SavedFile, specs: list[Spec]) -> list[list[str]]:
     header, count = file.header, len(specs)
-    slots, kinds = header.get("slots"), header.get("moments")
+    slots: Any = header.get("slots")
+    kinds: Any = header.get("moments")
     good = isinstance(slots, list) and len(slots) == count and all(isinstance(names, list) for names in slots)
     good = good and all(names and all(isinstance(name, str) for name in names) for names in slots)
     good = good and all(len(set(names)) == len(names) for names in slots)
@@ -93,21 +95,21 @@ def _check_lists(file: SavedFile, slots: list[list[str]]) -> None:
     """Raise unless indices are those of variables, and there is a number for each variable."""
     header, count = file.header, len(slots)
     for key in ("sparse", "accumulating"):
-        indices = header.get(key)
+        indices: Any = header.get(key)
         good = isinstance(indices, list) and all(type(i) is int and 0 <= i < count for i in indices)
         good = good and len(set(indices)) == len(indices)
         good = good and (key == "sparse" or all(ACCUMULATOR in slots[i] for i in indices))
         file.require(good, f"'{key}' {indices!r:.60}", "indices of variables")
     for key, end in (("positions", _MOST_STEPS), ("numbers", 2**63)):
-        numbers = header.get(key)
+        numbers: Any = header.get(key)
         good = isinstance(numbers, list) and len(numbers) == count
         good = good and all(type(n) is int and 0 <= n < end for n in numbers)
         good = good and (key == "positions" or len(set(numbers)) == count)
         file.require(good, f"'{key}' {numbers!r:.60}", f"{key} of {count} variables")
     excluded = header["excluded"]
-    names, indices = excluded.get("names"), excluded.get("variables")
+    names, places = excluded.get("names"), excluded.get("variables")
     good = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    good = good and isinstance(indices, list) and all(type(i) is int and 0 <= i < count for i in indices)
+    good = good and isinstance(places, list) and all(type(i) is int and 0 <= i < count for i in places)
     file.require(good, f"'excluded' {excluded!r:.60}", "patterns and indices of variables")
     block = header.get("block")
     file.require(type(block) is int and block == BLOCK, f"'block' {block!r:.60}", str(BLOCK))
@@ -118,7 +120,7 @@ def _check_lists(file: SavedFile, slots: list[list[str]]) -> None:
 
 def _tables_of(file: SavedFile, specs: list[Spec], slots: list[list[str]]) -> Config:
     """What the file says of the tables of which it has only some rows."""
-    tables = file.header.get("tables", {} if file.previous is None else None)
+    tables: Any = file.header.get("tables", {} if file.previous is None else None)
     indices = {str(i): i for i, spec in enumerate(specs) if spec.shape}
     good = isinstance(tables, dict) and set(tables) <= set(indices) and (file.previous is not None or not tables)
     file.require(good, f"'tables' {tables!r:.60}", "those of its variables of which a delta has rows")

@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -362,10 +363,12 @@ class Plan {
     Call call(set_, typename Call::Accumulated{rows});
     StepArgs args = arguments(hyper, {});
     std::vector<Factor> factors;
-    if (clips_norms(hyper) && call.has_rows()) {
-      const std::vector<TensorArgs>& tensors = set_.tensors();
-      factors = norms_of(hyper).clip(hyper, [&](size_t i) { return tensors[i].grad_factor; }).factors;
-      args.factors = factors.data();
+    if constexpr (std::is_same_v<typename Backend::Arrays, HostArrays>) {  // tables on a GPU have no rows here
+      if (clips_norms(hyper) && call.has_rows()) {
+        const std::vector<TensorArgs>& tensors = set_.tensors();
+        factors = norms_of(hyper).clip(hyper, [&](size_t i) { return tensors[i].grad_factor; }).factors;
+        args.factors = factors.data();
+      }
     }
     // A factor that is NaN makes NaN of the zeros in all other rows, too.
     const bool is_usual =

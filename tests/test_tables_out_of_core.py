@@ -537,3 +537,36 @@ assert all(state[key][5000].any() for key in ("exp_avg", "exp_avg_sq", "max_exp_
 """
     result = run_python(program, MODE=mode)
     assert result.returncode == 0, result.stderr
+
+
+def test_skip_gram_on_files_trains_to_the_bits_of_dense_steps(tmp_path):
+    """Words and contexts of a walk in a ring: neighbours become alike."""
+    rng = np.random.default_rng(0)
+    corpus = np.cumsum(rng.choice([-1, 1], 4000)) % 50
+    start = rng.standard_normal((2, 50, 8)).astype(np.float32) * 0.1
+
+    def train(tables, **options):
+        optimizer = fastadam.Adam(0.05, **options)
+        rng, losses = np.random.default_rng(1), []
+        for _ in range(300):
+            at = rng.integers(0, len(corpus) - 1, 16)
+            centres, contexts = corpus[at], np.stack([corpus[at + 1], rng.integers(0, 50, 16)], 1)  # one is noise
+            word, others = optimizer.gather(tables[0], centres), optimizer.gather(tables[1], contexts)
+            score = 1 / (1 + np.exp(-np.einsum("nd,nkd->nk", word, others)))
+            error = (score - np.float32([1, 0])).astype(np.float32)
+            losses.append(-np.log(score[:, 0]).mean() - np.log(1 - score[:, 1]).mean())
+            of_others = (error[:, :, None] * word[:, None]).reshape(-1, 8)
+            gradients = (np.einsum("nk,nkd->nd", error, others), of_others)
+            rows = (fastadam.IndexedSlices(g, i) for g, i in zip(gradients, (centres, contexts.ravel()), strict=True))
+            optimizer.apply_gradients(zip(rows, tables, strict=True))
+        optimizer.sync()
+        return losses
+
+    files = [np.memmap(tmp_path / name, np.float32, "w+", shape=(50, 8)) for name in ("words", "contexts")]
+    for file, values in zip(files, start, strict=True):
+        file[...] = values
+    dense = [*start.copy()]
+    losses = train(files, sparse_update="deferred")
+    assert losses == train(dense)
+    assert all(np.array_equal(file, table) for file, table in zip(files, dense, strict=True))
+    assert np.mean(losses[-20:]) < 0.8 * losses[0]

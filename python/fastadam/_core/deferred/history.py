@@ -81,7 +81,8 @@ class History:
         if buffer.device < 0 or self._table is not None:
             return self
         found = self.rates.copy(self.rates.last.copy())
-        _cpu.drop_steps((*found, None, 1.0, self.flags), int(found.counts[2]))  # on a GPU rows count from the first
+        history = (*found, None, 1.0, self.flags, self.numbers.accumulates)
+        _cpu.drop_steps(history, int(found.counts[2]))  # on a GPU rows count from the first
         last = zeros_beside(buffer, "int32", (self.shape[0],))
         assign(last, found.last)
         twin = History(found._replace(last=last), self.numbers, self.shape, self.exact)

@@ -111,7 +111,7 @@ def test_what_a_graph_would_have_to_ask_the_host_is_refused(gpu):
         "a beta is too close to 1": lambda: plan_near_1.step(other, near_1, [], COUNTER),
         "a beta has changed": lambda: plan.step(on_gpu, HYPER._replace(beta_1=0.5), [], COUNTER),
         "no step with gradients of these kinds": lambda: plan.step(other, HYPER, [], COUNTER),
-        "gradient_accumulation_steps": lambda: plan.accumulate(on_gpu, 1.0, False, True, None, HYPER, COUNTER),
+        "gradient_accumulation_steps": lambda: plan.accumulate(on_gpu, 1.0, False, True, None, [], HYPER, COUNTER),
     }
     for message, call in calls.items():
         gpu.begin_capture()

@@ -86,13 +86,13 @@ def accumulate(
         update=None if update is None else update.plan,
         rows=rows,
     )
+    if plan.plan.device >= 0 and any(map(is_native_sparse, gradients)):
+        tables.raise_late(wait=True)  # a cycle is not taken back call by call
     state.settle_cycle()
     if update is not None and is_finite:
         tables.after_step(update)
     if plan.has_tables:
         tables.end_reading(plan)
-    if plan.plan.device >= 0 and any(map(is_native_sparse, gradients)):
-        tables.raise_late(wait=True)  # a cycle is not taken back call by call
     return is_finite
 
 

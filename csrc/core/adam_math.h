@@ -44,6 +44,18 @@ FASTADAM_INLINE T raise_vhat(T& vhat, T v) {
   return vhat;
 }
 
+// A moment moves towards `target` by the share 1 - beta, as for dense gradients; without a gradient the target is 0.
+template <class T>
+FASTADAM_INLINE T moved_moment(T moment, T target, T one_minus_beta) {
+  return moment + (target - moment) * one_minus_beta;
+}
+
+// What a step without a gradient leaves of a moment by the rule for IndexedSlices.
+template <class T>
+FASTADAM_INLINE T decayed_moment(T moment, T beta) {
+  return moment * beta;
+}
+
 // What the moments subtract from an element of a variable. Only AMSGrad reads and writes `vhat`.
 template <bool kAmsgrad, class T>
 FASTADAM_INLINE T adam_displacement(T m, T v, T& vhat, T alpha, T epsilon) {
@@ -65,8 +77,8 @@ FASTADAM_INLINE T adam_move(T& var, T m, T v, T& vhat, T keep, T alpha, T epsilo
 // Updates one element that has a dense gradient, and returns its displacement.
 template <bool kAmsgrad, class T>
 FASTADAM_INLINE T adam_update(T& var, T g, T& m, T& v, T& vhat, T keep, const StepScalars<T>& s) {
-  m += (g - m) * s.one_minus_beta_1;
-  v += (g * g - v) * s.one_minus_beta_2;
+  m = moved_moment(m, g, s.one_minus_beta_1);
+  v = moved_moment(v, g * g, s.one_minus_beta_2);
   return adam_move<kAmsgrad>(var, m, v, vhat, keep, s.alpha, s.epsilon);
 }
 
@@ -74,8 +86,8 @@ FASTADAM_INLINE T adam_update(T& var, T g, T& m, T& v, T& vhat, T keep, const St
 // Otherwise no zero is added, because it would turn a moment that has decayed to -0 into +0.
 template <bool kAmsgrad, bool kTouched, class T>
 FASTADAM_INLINE void adam_update_row(T& var, T g, T& m, T& v, T& vhat, T keep, const StepScalars<T>& s) {
-  m *= s.beta_1;
-  v *= s.beta_2;
+  m = decayed_moment(m, s.beta_1);
+  v = decayed_moment(v, s.beta_2);
   if constexpr (kTouched) {
     m += g * s.one_minus_beta_1;
     v += (g * g) * s.one_minus_beta_2;

@@ -14,7 +14,7 @@
 namespace fastadam::cpu::FASTADAM_ISA {
 namespace {
 
-// Multiplies by `factor` once per step, because every step rounds. Stops early when all values are 0.
+// Multiplies moments by `factor` once per step, because every step rounds. Stops early when all values are 0.
 template <class T>
 __attribute__((noinline)) void decay_repeatedly(T* values, int64_t size, T factor, int64_t times) {
   constexpr int64_t kGroup = 32;  // in registers
@@ -26,7 +26,7 @@ __attribute__((noinline)) void decay_repeatedly(T* values, int64_t size, T facto
       const int64_t stop = times - done < kPeakSteps ? times : done + kPeakSteps;
       for (; done < stop; ++done) {
 #pragma omp simd
-        for (int64_t i = 0; i < kGroup; ++i) group[i] *= factor;
+        for (int64_t i = 0; i < kGroup; ++i) group[i] = decayed_moment(group[i], factor);
       }
       int alive = 0;
 #pragma omp simd reduction(+ : alive)
@@ -64,7 +64,6 @@ FASTADAM_INLINE void load_part(const TensorArgs& tensor, int64_t at, int64_t siz
 template <class Item>
 FASTADAM_INLINE void store_changed(const Item* values, Item* to, int64_t size) {
   const size_t bytes = static_cast<size_t>(size) * sizeof(Item);
-  if (size == 0) return;
   const bool begins_alike = std::memcmp(values, to, sizeof(Item)) == 0;  // seldom, and without a call
   if (begins_alike && std::memcmp(values, to, bytes) == 0) return;
   for (int64_t i = 0; i < size; ++i) to[i] = values[i];
@@ -163,13 +162,13 @@ using MoveOnce = void (*)(T* __restrict values, const T* __restrict var, int64_t
 template <class T>
 __attribute__((noinline)) void fall(T* __restrict moments, const T* /*var*/, int64_t size, T rate) {
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i) moments[i] += (T(0) - moments[i]) * rate;
+  for (int64_t i = 0; i < size; ++i) moments[i] = moved_moment(moments[i], T(0), rate);
 }
 
 template <class T>
 __attribute__((noinline)) void decay(T* __restrict moments, const T* /*var*/, int64_t size, T rate) {
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i) moments[i] *= rate;
+  for (int64_t i = 0; i < size; ++i) moments[i] = decayed_moment(moments[i], rate);
 }
 
 template <class T>

@@ -190,7 +190,8 @@ class StaleTable : public History {
   // Whether all rows are up to date.
   bool is_empty() const { return steps() == synced(); }
 
-  // Drops the oldest steps, which every row has had that is not left as it is. Nothing is interrupted in between.
+  // Drops the oldest steps, which every row has had that is not left as it is, and finds out anew what is kept of the
+  // others beside their rates. Nothing is interrupted in between.
   static void drop(const Arrays& arrays, int64_t count) {
     auto [last, alphas, keeps, peaks, counts, forms, crossover, flags, dense] = arrays;
     int64_t* c = counts.mutable_data();
@@ -203,25 +204,23 @@ class StaleTable : public History {
     c[2] = begins_anew ? 0 : c[2] - count;
     c[4] += count;
     if (alphas.itemsize() == sizeof(double)) {
-      shift<double>(alphas, keeps, peaks, c, count, begins_anew);
+      shift<double>(alphas, keeps, peaks, c, count);
     } else {
-      shift<float>(alphas, keeps, peaks, c, count, begins_anew);
+      shift<float>(alphas, keeps, peaks, c, count);
     }
     if (begins_anew && forms != nullptr) forms->clear();
   }
 
  private:
   template <class T>
-  static void shift(py::array& alphas, py::array& keeps, py::array& peaks, int64_t* counts, int64_t count,
-                    bool begins_anew) {
+  static void shift(py::array& alphas, py::array& keeps, py::array& peaks, int64_t* counts, int64_t count) {
     auto* alpha = static_cast<T*>(alphas.mutable_data());
     auto* keep = static_cast<T*>(keeps.mutable_data());
     std::copy(alpha + count, alpha + count + counts[0], alpha);
     std::copy(keep + count, keep + count + counts[0], keep);
-    if (!begins_anew) return;
     counts[1] = 0;
-    for (int64_t i = 0; i < counts[0]; ++i) {
-      raise_peak(static_cast<T*>(peaks.mutable_data()), i, alpha[i]);
+    for (int64_t i = counts[2]; i < counts[0]; ++i) {
+      raise_peak(static_cast<T*>(peaks.mutable_data()), i - counts[2], alpha[i]);
       if (!leaves_zeros(alpha[i], keep[i])) ++counts[1];
     }
   }

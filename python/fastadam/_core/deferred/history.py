@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -252,15 +251,14 @@ class History:
     def of_segment(
         cls, segment: Segment, shape: tuple[int, ...], *, exact: bool, had: npt.NDArray[np.int64]
     ) -> History:
-        """A history of these steps, of which each row has had so many."""
+        """A history of these steps; ``had``: for each row, how many of them it has had."""
         steps = len(segment.alphas)
         rates = Rates.zeros(had.astype(np.int32), str(segment.alphas.dtype), -(-steps // PEAK_STEPS) * PEAK_STEPS)
         rates.alphas[:steps], rates.keeps[:steps] = segment.alphas, segment.keeps
-        rates.peaks[:] = np.abs(rates.alphas).reshape(-1, PEAK_STEPS).max(axis=1)
-        leave_zeros = (segment.keeps == 1) & ~np.signbit(segment.alphas) & np.isfinite(segment.alphas)
-        rates.counts[:2] = steps, np.count_nonzero(~leave_zeros)
-        numbers: Any = segment.numbers
-        return cls(rates, Numbers(*numbers), shape, exact or str(segment.alphas.dtype) == "float64")
+        rates.counts[0] = steps
+        made = cls(rates, segment.numbers, shape, exact or str(segment.alphas.dtype) == "float64")
+        _cpu.drop_steps(made.native, 0)  # which finds the peaks
+        return made
 
     # ---- steps that a GPU refused ----------------------------------------------------------------------------------
 

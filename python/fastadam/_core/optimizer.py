@@ -347,9 +347,9 @@ class Optimizer(Minimizer):
 
         Raises:
             TypeError: ``rows`` are not integers; ``new`` is not an array of floats; a slot of another dtype.
-            ValueError: ``old`` is not a variable of this optimizer, or ``new`` is one; another dtype or shape; a number
-                in ``rows`` that is no row of ``old``; in a deferred mode a row that steps have moved and that is
-                something else in ``new``; a slot of another shape or layout, or in the memory of something else.
+            ValueError: ``old`` is not a variable of this optimizer, or ``new`` is one already; the dtype or shape
+                differs; a number in ``rows`` is out of range; in a deferred mode, ``new`` and ``old`` differ in a row
+                that steps have moved; a slot has another shape or layout, or shares memory.
             RuntimeError: Inside of ``with averages(...)`` or between ``begin_step`` and ``end_step``. A call that
                 raises has changed nothing.
 
@@ -475,8 +475,8 @@ class Optimizer(Minimizer):
         Raises:
             OSError: The file could not be written.
             RuntimeError: Inside of ``with averages(...)``.
-            ValueError: There is no base; variables have come or been replaced since; a table has had more than 2^20
-                steps; ``path`` is the base or a delta of this chain.
+            ValueError: No base was saved; a variable was added or replaced since then; a table has had more than 2^20
+                steps since the last file; ``path`` is the base or a delta of this chain.
 
         >>> import tempfile, numpy as np, fastadam
         >>> folder = tempfile.mkdtemp()

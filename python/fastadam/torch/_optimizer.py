@@ -672,9 +672,9 @@ class Adam(torch.optim.Optimizer):
 
         Raises:
             TypeError: ``rows`` are not integers; tensors that are distributed.
-            ValueError: ``old`` is not a parameter of this optimizer, or ``new`` is one; another dtype, device or shape;
-                a number in ``rows`` that is no row of ``old``; in a deferred mode a row that steps have moved and that
-                is something else in ``new``.
+            ValueError: ``old`` is not a parameter of this optimizer, or ``new`` is one already; the dtype, device or
+                shape differs; a number in ``rows`` is out of range; in a deferred mode, ``new`` and ``old`` differ in a
+                row that steps have moved.
             RuntimeError: A step is open or captured in a CUDA graph, an overlap is attached, or ``old`` was written to
                 while rows waited. A call that raises has changed nothing.
 

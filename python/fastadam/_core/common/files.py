@@ -38,7 +38,7 @@ class NewFile:
 def replace_whole(path: str, size: int, write: Callable[[NewFile], None]) -> None:
     """Let ``write`` fill a temporary file, sync it to the disk and rename it: ``path`` is the old file or the new one.
 
-    The file has ``size`` bytes, of which those that are not written are zero.
+    The file has ``size`` bytes. Bytes that are not written are zero.
 
     A symbolic link stays, and the file that it points to is replaced. The new file has the mode of the old one and,
     where the process may set them, its owner and group. Other hard links to the old file keep the old file.

@@ -30,7 +30,7 @@ class Part(NamedTuple):
     had: npt.NDArray[np.int64] | None = None  # which of these steps each of the rows has had
     segments: Sequence[Segment] = ()  # those since the last file
     is_exact: bool = True
-    accumulated: npt.NDArray[np.int64] | None = None  # rows outside of which the accumulator is zero, if they are known
+    accumulated: npt.NDArray[np.int64] | None = None  # the rows with accumulated gradients; None if unknown
 
     @property
     def record(self) -> Config:

@@ -54,7 +54,7 @@ def description_of(optimizer: Foreign, entries: Sequence[Entry]) -> Config:
 
 
 def accumulated_rows_of(state: State, entry: Entry, calls_per_step: int) -> npt.NDArray[np.int64] | None:
-    """The rows outside of which the accumulator of a variable is zero, in order; None if unknown or all zero."""
+    """The rows of a variable that have accumulated gradients, in order; None if they are unknown, or none has."""
     if not _is_accumulating(state, entry, calls_per_step):
         return None
     rows = state.accumulated_rows(entry, calls_per_step)

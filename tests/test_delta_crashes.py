@@ -1,0 +1,138 @@
+"""Deltas when the disk is full or the process is killed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+from delta_cases import Training, fail_to_save
+from fastadam._core.parts import parts_of
+from helpers import slow
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*a gradient for rows that wait:UserWarning")
+
+FULL_DISK = """
+import resource, sys
+import fastadam, numpy as np
+from pathlib import Path
+path = Path(sys.argv[1])
+w = np.ones((5000, 4), np.float32)
+optimizer = fastadam.Adam(0.1, sparse_update="deferred")
+optimizer.build([w])
+optimizer.save(path / "base", values=True)
+for i, limit in enumerate((0, 1, 100, 4096, 20000, 100_000)):
+    ids = np.arange(i * 700, i * 700 + 700)
+    optimizer.apply_gradients([(fastadam.IndexedSlices(np.ones((700, 4), np.float32), ids), w)])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    for save in (optimizer.save_delta, lambda p: optimizer.save(p, values=True)):
+        try:
+            save(path / "delta")
+        except OSError as error:
+            assert str(path / "delta") in str(error), error
+        else:
+            assert limit > 50_000 and save == optimizer.save_delta, limit
+            break
+    assert limit > 50_000 or [p.name for p in path.iterdir()] == ["base"]
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+optimizer.save_delta(path / "last")
+deltas = [path / "delta"] if (path / "delta").exists() else []
+fastadam.Adam.load(path / "base", [again := np.zeros_like(w)], deltas=[*deltas, path / "last"])
+optimizer.sync()
+assert np.array_equal(again, w)
+"""
+
+
+def test_after_a_full_disk_the_next_delta_has_everything(tmp_path):
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FULL_DISK, str(tmp_path)], check=True)
+
+
+KILLED = """
+import os, random, signal, sys, time, warnings
+import fastadam, numpy as np
+from pathlib import Path
+warnings.simplefilter("ignore")
+path, what = Path(sys.argv[1]), sys.argv[2]
+
+def step(optimizer, w, t):
+    ids = np.random.RandomState(t).randint(0, 3000, 50)
+    optimizer.apply_gradients([(fastadam.IndexedSlices(np.full((50, 4), t % 7 - 3, np.float32), ids), w)])
+
+def new():
+    w = np.ones((3000, 4), np.float32)
+    optimizer = fastadam.Adam(0.1, sparse_update="deferred")
+    optimizer.build([w])
+    return optimizer, w
+
+straight, truth = new()
+optimizer, w = new()
+optimizer.save(path / "base", values=True)
+random.seed(0)
+reached = 0
+for attempt in range(40):
+    child = os.fork()
+    if not child:
+        files = sorted(path.glob("delta_*"))
+        optimizer = fastadam.Adam.load(path / "base", [w], deltas=files)
+        for count in range(len(files), 10**9):
+            step(optimizer, w, int(optimizer.iterations))
+            if what == "save" and count % 3 == 2:
+                optimizer.save(path / "base", values=True)
+                for old in sorted(path.glob("delta_*")):
+                    old.unlink()
+            else:
+                optimizer.save_delta(path / f"delta_{int(optimizer.iterations):07d}")
+    time.sleep(random.uniform(0, 0.01 * attempt))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    files = sorted(path.glob("delta_*"))
+    if what == "save":  # killed between the new base and the removal of what it replaces
+        while files:
+            try:
+                fastadam.Adam.load(path / "base", [w], deltas=files)
+                break
+            except ValueError as error:
+                assert "another base" in str(error), error
+                files.pop(0).unlink()
+    optimizer = fastadam.Adam.load(path / "base", [w], deltas=files)
+    while straight.iterations < optimizer.iterations:
+        step(straight, truth, int(straight.iterations))
+    assert straight.iterations == optimizer.iterations
+    straight.sync()
+    assert np.array_equal(w, truth), attempt
+    for a, b in zip(straight.get_weights(), optimizer.get_weights()):
+        assert np.array_equal(a, b)
+    reached = int(optimizer.iterations)
+assert reached > 2, reached
+"""
+
+
+@pytest.mark.parametrize("what", [*slow("save"), "save_delta"])
+def test_a_process_killed_at_any_moment_leaves_a_chain_that_loads(what, tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), what], check=True)
+    known = ("base", ".fastadam-", "delta_")
+    assert all(p.name.startswith(known) for p in tmp_path.iterdir())
+
+
+def test_flags_are_cleared_only_after_the_rename(tmp_path, monkeypatch):
+    training = Training(sparse_update="deferred")
+    training.optimizer.save(tmp_path / "base", values=True)
+    training.steps(3)
+    for name in ("fsync", "replace"):
+        fail_to_save(training.optimizer, tmp_path / "delta", monkeypatch, name)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+    training.steps(3)
+    training.optimizer.save_delta(tmp_path / "delta")
+    training.assert_same(training.load(tmp_path / "base", [tmp_path / "delta"]))
+    assert not parts_of(training.optimizer).state.entries[0].history.changed_rows().size
+
+
+def test_the_steps_of_an_optimizer_without_deltas_note_nothing(tmp_path):
+    training = Training(sparse_update="lazy")
+    training.steps(3)
+    training.optimizer.save(tmp_path / "plain")
+    assert parts_of(training.optimizer).runtime.chain is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        training.optimizer.save(tmp_path / "base", values=True)

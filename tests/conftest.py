@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import fastadam
 import pytest
@@ -19,6 +20,37 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("random", deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 COMPILED = {"fake_extension", "fake_jax_cuda"}  # fixtures
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--once", metavar="FILE", help="leave out tests that FILE names, and add the names of those that pass"
+    )
+
+
+def pytest_configure(config):
+    if file := config.getoption("once"):
+        config.pluginmanager.register(Once(Path(file), controller=not hasattr(config, "workerinput")))
+
+
+class Once:
+    """Runs no test again that has passed in a run before, except with new random examples."""
+
+    def __init__(self, file, *, controller):
+        self.file, self.controller = file, controller
+        self.passed = set(file.read_text().splitlines()) if file.exists() else set()
+
+    @pytest.hookimpl(trylast=True)  # after Hypothesis has marked its tests
+    def pytest_collection_modifyitems(self, config, items):
+        random = settings.get_current_profile_name() == "random"
+        again = [i for i in items if i.nodeid not in self.passed or (random and i.get_closest_marker("hypothesis"))]
+        config.hook.pytest_deselected(items=list(set(items) - set(again)))
+        items[:] = again
+
+    def pytest_runtest_logreport(self, report):
+        if self.controller and report.when == "call" and report.passed:
+            with self.file.open("a") as file:
+                file.write(f"{report.nodeid}\n")
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers select

@@ -299,7 +299,8 @@ def test_a_merged_file_is_what_a_save_would_be(tmp_path):
 
 
 def test_tables_longer_than_a_piece(tmp_path, monkeypatch):
-    from fastadam._core.saving import changed_rows, chunks, contents
+    from fastadam._core.native import chunks
+    from fastadam._core.saving import changed_rows, contents
 
     for module in (changed_rows, chunks, contents):
         monkeypatch.setattr(module, "CHUNK", 256)

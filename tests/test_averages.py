@@ -180,7 +180,7 @@ def test_a_block_that_is_refused_changes_nothing():
     train(optimizer, [fixed], range(1))
     fixed.flags.writeable = False
     for bad, error, message in (
-        (np.ones(3, F32), KeyError, "vars[0]: not a variable of this optimizer"),
+        (np.ones(3, F32), KeyError, "vars[3]: no moving average yet"),
         (fixed, ValueError, "vars[3]: read-only"),
         ("w", TypeError, "vars[3]: str, expected a writable float array"),
     ):
@@ -191,7 +191,7 @@ def test_a_block_that_is_refused_changes_nothing():
         enter(optimizer, variables[0])
     plain = fastadam.Adam()
     plain.build(variables)
-    with pytest.raises(KeyError, match="average: not a slot of"):
+    with pytest.raises(KeyError, match="no moving average with use_ema=False"):
         enter(plain, variables)
     assert same(variables, before)
 
@@ -292,3 +292,36 @@ def test_a_write_inside_of_the_block_is_refused_and_changes_nothing(wrap, call):
         assert same(variables, inside)
     assert same(variables, before)
     assert same(wrapped.get_weights(), state)
+
+
+@pytest.mark.parametrize("call", ["averages", "finalize_variable_values"])
+@pytest.mark.parametrize("begin", ["new", "built", "stepped"])
+@pytest.mark.parametrize("make", [fastadam.Adam, fastadam.AdamW, lambda: fastadam.LossScaleOptimizer(fastadam.AdamW())])
+def test_averages_without_use_ema_are_refused_by_name(make, begin, call):
+    weight, optimizer = np.ones(3, np.float32), make()
+    if begin == "built":
+        optimizer.build([weight])
+    elif begin == "stepped":
+        optimizer.apply_gradients([(np.ones(3, np.float32), weight)])
+    before = weight.copy()
+    name = "Adam" if make is fastadam.Adam else "AdamW"
+    expected = rf"vars\[0\]: no moving average with use_ema=False, expected an optimizer {name}\(\.\.\., use_ema=True\)"
+    with pytest.raises(KeyError, match=expected):
+        use_averages(optimizer, call, [weight])
+    np.testing.assert_array_equal(weight, before)
+
+
+@pytest.mark.parametrize("call", ["averages", "finalize_variable_values"])
+def test_averages_of_a_variable_that_has_not_come_are_refused_by_name(call):
+    known, other = np.ones(3, np.float32), np.ones(3, np.float32)
+    optimizer = fastadam.Adam(use_ema=True)
+    optimizer.build([known])
+    with pytest.raises(KeyError, match=r"vars\[1\]: no moving average yet, expected it in a step or build\(\) first"):
+        use_averages(optimizer, call, [known, other])
+
+
+def use_averages(optimizer, call, variables):
+    if call == "averages":
+        optimizer.averages(variables).__enter__()
+    else:
+        optimizer.finalize_variable_values(variables)

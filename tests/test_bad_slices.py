@@ -19,7 +19,7 @@ BAD = {
     "row shape": (lambda: IndexedSlices(np.ones((2, 4), F32), [1, 2]), ValueError,
                   "grads[1].values: shape (2, 4), expected (2, 5), a row of vars[1] for each index"),
     "count": (lambda: IndexedSlices(np.ones((3, 5), F32), [1, 2]), ValueError, "grads[1].values: shape (3, 5), expected (2, 5)"),
-    "2-D indices": (lambda: IndexedSlices(np.ones((2, 5), F32), [[1, 2]]), ValueError, "indices: shape (1, 2), expected one dimension"),
+    "2-D indices": (lambda: IndexedSlices(np.ones((2, 5), F32), [[1, 2]]), ValueError, "indices: shape (1, 2), expected one dimension, as of tf.IndexedSlices; reshape both, to values (n, ...) and indices (n,)"),
     "float indices": (lambda: IndexedSlices(np.ones((2, 5), F32), [1.0, 2.0]), TypeError, "indices: dtype float64, expected integers"),
     "huge indices": (lambda: IndexedSlices(np.ones((1, 5), F32), np.array([2**63], np.uint64)), ValueError,
                      "indices: 9223372036854775808, expected int64"),

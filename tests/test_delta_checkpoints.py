@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import fastadam
+import fastadam._core.native.slices as slices_module
 import ml_dtypes
 import numpy as np
 import pytest
@@ -299,7 +300,8 @@ def test_a_merged_file_is_what_a_save_would_be(tmp_path):
 
 
 def test_tables_longer_than_a_piece(tmp_path, monkeypatch):
-    from fastadam._core.saving import changed_rows, chunks, contents
+    from fastadam._core.native import chunks
+    from fastadam._core.saving import changed_rows, contents
 
     for module in (changed_rows, chunks, contents):
         monkeypatch.setattr(module, "CHUNK", 256)
@@ -451,3 +453,27 @@ def test_the_header_does_not_grow_with_the_rows_of_a_cycle(mode, values, tmp_pat
         assert_same([again], [table])
     for few, many in zip(*sizes, strict=True):
         assert many <= few + 4096  # the tensors of a larger file begin at a page
+
+
+@pytest.mark.parametrize("mode", ["lazy", "deferred"])
+@pytest.mark.parametrize("accumulates", [None, 2])
+def test_the_rows_of_a_gradient_are_read_once_while_deltas_follow(accumulates, mode, tmp_path, monkeypatch):
+    """By the step, which has them from where they were noted."""
+    table = np.ones((50, 3), np.float32)
+    optimizer = fastadam.Adam(0.1, sparse_update=mode, gradient_accumulation_steps=accumulates)
+    optimizer.build([table])
+    optimizer.save(tmp_path / "base", values=True)
+    read = []
+    as_indices = slices_module._as_indices
+    for k in range(4):
+        gradient = fastadam.IndexedSlices(np.ones((2, 3), np.float32), [k, k + 1])
+        monkeypatch.setattr(slices_module, "_as_indices", lambda indices: read.append(1) or as_indices(indices))
+        optimizer.gather(table, [k])
+        optimizer.apply_gradients([(gradient, table)])
+        monkeypatch.undo()
+        assert len(read) == k + 1
+    optimizer.save_delta(tmp_path / "delta")
+    other = np.ones((50, 3), np.float32)
+    fastadam.Adam.load(tmp_path / "base", [other], deltas=[tmp_path / "delta"])
+    optimizer.sync()
+    np.testing.assert_array_equal(other, table)

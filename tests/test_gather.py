@@ -151,3 +151,26 @@ def test_bad_ids_are_refused(ids, error, message):
         table().gather(ids)
     with pytest.raises(ValueError, match=re.escape("ids: this variable has shape (), expected at least one axis")):
         fastadam.Variable(1.0).gather([0])
+
+
+@pytest.mark.parametrize("mode", ["lazy", "deferred"])
+@pytest.mark.parametrize("begin", ["built", "stepped"])
+def test_the_system_is_told_once_that_rows_are_read_at_random(begin, mode, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        "fastadam._core.deferred.tables.expect_random_rows", lambda array, **_: told.append(array.ctypes.data)
+    )
+    table, other = np.ones((50, 3), np.float32), np.ones((40, 3), np.float32)
+    optimizer = fastadam.Adam(sparse_update=mode)
+    optimizer.build([table, other])
+    if begin == "stepped":
+        optimizer.apply_gradients([(fastadam.IndexedSlices(np.ones((1, 3), np.float32), [1]), table)])
+    for _ in range(3):
+        optimizer.gather(table, [1])
+    assert len(told) == (0 if (mode, begin) == ("deferred", "stepped") else 1)
+    optimizer.gather(other, [1])
+    assert told.count(other.ctypes.data) == 1
+    optimizer.forget(other)
+    optimizer.build([other])
+    optimizer.gather(other, [1])
+    assert told.count(other.ctypes.data) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 
 import fastadam
 import numpy as np
@@ -139,3 +140,24 @@ def test_what_is_wrong_is_named_before_anything_runs(change, error, message):
     arguments = {"table": table, "ids": jnp.ones(3, int), "grads": jnp.ones((3, 2)), "state": fj.init(table)}
     with pytest.raises(error, match=message) if error else contextlib.nullcontext():
         fj.sparse_update(**{**arguments, **change}, learning_rate=0.1)
+
+
+ORDER = r"the order is sparse_update\(table, ids, grads, state\)"
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[1:], ids=str)
+@pytest.mark.parametrize("traced", [False, True])
+def test_arguments_in_another_order_are_refused_with_the_right_one(order, traced):
+    table = jnp.ones((4, 2))
+    given = [table, jnp.array([0, 1, 2]), jnp.ones((3, 2)), fj.init(table)]
+
+    def step(*arguments):
+        return fj.sparse_update(*arguments, learning_rate=0.1)
+
+    with pytest.raises((TypeError, ValueError), match=ORDER):
+        (jax.jit(step) if traced else step)(*[given[place] for place in order])
+
+
+def test_a_gradient_of_every_row_may_have_the_shape_of_the_table():
+    table = jnp.ones((4, 2))
+    fj.sparse_update(table, jnp.arange(4), jnp.ones((4, 2)), fj.init(table), learning_rate=0.1)

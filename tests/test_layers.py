@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "fastadam"
 # `fastadam` itself imports an adapter when it is first used.
 LAYERS = [
     ["_core.common", "reference"],
-    ["_core.native.backend", "_core.native.gpu", "_core.native.arrays", "_core.native.worker"],
+    ["_core.native.backend", "_core.native.gpu", "_core.native.arrays", "_core.native.chunks", "_core.native.worker"],
     ["_core.common.display"],
     ["_core.native.gradients", "_core.native.slices", "_core.native.variable", "_core.native.buffers"],
     ["_core.native.rows"],

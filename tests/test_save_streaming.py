@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import bits
-from fastadam._core.saving import chunks
+from fastadam._core.native import chunks
 from helpers import assert_same
 
 F32 = np.float32

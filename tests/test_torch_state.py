@@ -315,3 +315,33 @@ def test_a_step_count_that_no_integer_holds_is_refused_by_name(count):
     with pytest.raises(ValueError, match=r"state of .*: step .*, expected a whole number from 0 to 2\*\*62 - 1"):
         optimizer.step()
     assert torch.equal(parameter.detach(), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"master": "float32"}, {"moments": "8bit"}, {"moments": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("float32", "float64"), ("bfloat16", "float64"), ("float16", "float64"), ("bfloat16", "float16")],
+)
+def test_a_module_converted_after_steps_is_refused_with_a_way_out_that_works(before, after, options):
+    module = torch.nn.Linear(100, 50).to(getattr(torch, before))
+    optimizer = fastadam.torch.Adam(module.parameters(), lr=0.01, **options)
+
+    def step():
+        for param in module.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+
+    step()
+    module.to(getattr(torch, after))
+    values = module.weight.detach().clone()
+    if after == "float64" or not options:
+        with pytest.raises(
+            TypeError,
+            match=rf"exp_avg: .*expected torch.{after} .*module.double\(\).* opt.load_state_dict\(opt.state_dict",
+        ):
+            step()
+        assert torch.equal(module.weight, values)
+    optimizer.load_state_dict(optimizer.state_dict())
+    step()
+    assert (module.weight.double() - values.double() + 0.01).abs().max() < 2e-3
+    assert optimizer.state[module.weight]["step"] == 2

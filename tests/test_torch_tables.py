@@ -35,6 +35,11 @@ def step(optimizer, weights, rows):
             optimizer.gather(weight, torch.tensor([0]))  # they are read through the optimizer
 
 
+def kept(optimizer, weight):
+    """The state as one has it who took it before rows waited."""
+    return dict.get(optimizer.state, weight)
+
+
 READS = {
     "step": lambda o, w: step(o, [w], [40]),
     "sync": lambda o, _: o.sync(),
@@ -56,7 +61,7 @@ def vars_of(optimizer):
 )  # fmt: skip
 def test_writing_to_a_moment_while_rows_wait_is_refused(moment, write, read):
     optimizer, (weight,) = trained(amsgrad=True)
-    write(optimizer.state[weight][moment])
+    write(kept(optimizer, weight)[moment])
     before = weight.detach().clone()
     with pytest.raises(RuntimeError, match=rf"state of .*: {moment}: written to while rows waited .*; call sync\(\)"):
         READS[read](optimizer, weight)
@@ -86,7 +91,7 @@ def test_replacing_a_moment_first_makes_the_steps_that_rows_wait_for(moments, re
         if syncs:
             optimizer.sync()
         for moment in moments:
-            optimizer.state[weight][moment] = torch.full_like(weight, 0.5, requires_grad=False)
+            kept(optimizer, weight)[moment] = torch.full_like(weight, 0.5, requires_grad=False)
         READS[read](optimizer, weight)
         step(optimizer, [weight], range(41, 45))
         optimizer.sync()
@@ -95,20 +100,20 @@ def test_replacing_a_moment_first_makes_the_steps_that_rows_wait_for(moments, re
 
 
 def copy_moment(name):
-    return lambda o, w: o.state[w].update({name: o.state[w][name].clone()})
+    return lambda o, w: kept(o, w).update({name: kept(o, w)[name].clone()})
 
 
 def copy_but_for_a_row(optimizer, weight):
-    copied = optimizer.state[weight]["exp_avg"].clone()
+    copied = kept(optimizer, weight)["exp_avg"].clone()
     copied[150] = 1.0
-    optimizer.state[weight]["exp_avg"] = copied
+    kept(optimizer, weight)["exp_avg"] = copied
 
 
 COPIES = {
     "exp_avg": copy_moment("exp_avg"),
     "exp_avg_sq": copy_moment("exp_avg_sq"),
     "all but one row": copy_but_for_a_row,
-    "the whole state": lambda o, w: o.state.update({w: copy.deepcopy(o.state[w])}),
+    "the whole state": lambda o, w: o.state.update({w: copy.deepcopy(kept(o, w))}),
 }
 
 
@@ -155,7 +160,7 @@ def test_a_moment_that_is_not_a_tensor_is_refused_by_name(waits, moment, read):
     optimizer, (weight,) = trained(amsgrad=True)
     if not waits:
         optimizer.sync()
-    optimizer.state[weight][moment] = None
+    kept(optimizer, weight)[moment] = None
     with pytest.raises(TypeError, match=rf"state of .*: {moment}: NoneType, expected a tensor"):
         READS[read](optimizer, weight)
 
@@ -169,7 +174,7 @@ WRITES = {
     "larger data": enlarge,
     "other data": lambda _, w: setattr(w, "data", torch.ones_like(w)),
     "in place": lambda _, w: w.detach().zero_(),
-    "moment": lambda o, w: o.state[w]["exp_avg"].zero_(),
+    "moment": lambda o, w: kept(o, w)["exp_avg"].zero_(),
 }
 
 
@@ -237,7 +242,7 @@ def test_a_table_that_left_the_groups_is_refused_before_anything_is_written(remo
     optimizer, (first, second) = trained(groups=2, mode=mode)
     remove(optimizer, second)
     before = first.detach().clone(), second.detach().clone()
-    step_count = float(optimizer.state[first]["step"])
+    step_count = float(kept(optimizer, first)["step"])
     for _ in range(2):
         with pytest.raises(
             RuntimeError, match=r"left param_groups while rows waited .*; call sync\(\) before the step"
@@ -245,7 +250,7 @@ def test_a_table_that_left_the_groups_is_refused_before_anything_is_written(remo
             step(optimizer, [first], [40])
     assert torch.equal(first, before[0])
     assert torch.equal(second, before[1])
-    assert float(optimizer.state[first]["step"]) == step_count
+    assert float(kept(optimizer, first)["step"]) == step_count
     optimizer.sync()  # which makes the steps of the table that was removed
     expected = trained(groups=2, mode=mode)
     expected[0].sync()

@@ -2,6 +2,7 @@
 // The Backend of a Plan on the CPU.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "../capi/prepare.h"
 #include "../capi/run.h"
 #include "../core/float_mode.h"
+#include "file_pages.h"
 #include "page_sizes.h"
 #include "slices.h"
 #include "stale.h"
@@ -72,16 +74,50 @@ class CpuBackend {
   }
 
   // All rows, or those in tensor.rows, of one table.
-  void catch_up(const TensorArgs& tensor, StepArgs args, int64_t /*call*/) const {
+  void catch_up(const TensorArgs& tensor, const StepArgs& args, int64_t /*call*/) const {
+    FilePages files;
+    if (tensor.rows == nullptr && tensor.stale->flags == nullptr) {  // else only rows that steps have touched are read
+      const auto count = static_cast<uint64_t>(tensor.size);
+      files.add(tensor.var, count * static_cast<uint64_t>(size_of(tensor.dtype)));
+      const uint64_t bytes = count * static_cast<uint64_t>(size_of(state_dtype(tensor.dtype)));
+      for (const void* slot : {tensor.m, tensor.v, tensor.vhat, tensor.average}) files.add(slot, bytes);
+    }
+    if (files.empty()) return catch_up_at_once(tensor, args);
+    const int64_t rows = tensor.size / tensor.stale->width;
+    const int64_t most = FilePages::rows_of_piece(tensor.stale->width * size_of(state_dtype(tensor.dtype)));
+    for (int64_t begin = 0; begin < rows; begin += most) {
+      const int64_t end = std::min(begin + most, rows);
+      files.enter(begin, end, rows);
+      catch_up_piece(tensor, args, begin, end);
+      files.leave(end, rows);
+    }
+  }
+
+  bool is_capturing() const { return false; }
+
+ private:
+  static void catch_up_at_once(const TensorArgs& tensor, StepArgs args) {
     const int64_t head = 0;
     const int64_t offsets[] = {0, moved_elements(tensor, args.lazy)};
     args.chains = {&tensor, &head, offsets, 1};
     run_catch_up(args);
   }
 
-  bool is_capturing() const { return false; }
+  // Rows [begin, end) of a table whose rows all move.
+  static void catch_up_piece(TensorArgs tensor, const StepArgs& args, int64_t begin, int64_t end) {
+    StaleRows stale = *tensor.stale;
+    const int64_t first = begin * stale.width;
+    const int64_t item = size_of(state_dtype(tensor.dtype));
+    tensor.var = static_cast<char*>(tensor.var) + first * size_of(tensor.dtype);
+    for (void** slot : {&tensor.m, &tensor.v, &tensor.vhat, &tensor.average}) {
+      if (*slot != nullptr) *slot = static_cast<char*>(*slot) + first * item;
+    }
+    tensor.size = (end - begin) * stale.width;
+    stale.from += begin;
+    tensor.stale = &stale;
+    catch_up_at_once(tensor, args);
+  }
 
- private:
   std::vector<PageSizes> page_sizes_;  // of tables, by tensor
 };
 

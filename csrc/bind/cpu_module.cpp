@@ -9,6 +9,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -20,6 +21,7 @@
 #include "../core/split.h"
 #include "../include/fastadam.h"
 #include "cpu_backend.h"
+#include "file_pages.h"
 #include "gil.h"
 #include "register_ops.h"
 #include "small_moments.h"
@@ -98,13 +100,22 @@ void advise([[maybe_unused]] const py::array& array, [[maybe_unused]] Pattern pa
 void flag_moving_rows(py::array_t<uint8_t> flags, const py::array& moments) {
   const auto bytes = static_cast<size_t>(moments.nbytes());
   const size_t row = flags.size() == 0 ? 0 : bytes / static_cast<size_t>(flags.size());
+  if (row == 0) return;
   const char* at = static_cast<const char*>(moments.data());
   uint8_t* flag = flags.mutable_data();
+  fastadam::bind::FilePages files;
+  files.add(moments.data(), bytes);
   advise(moments, Pattern::kInOrder);
   const fastadam::bind::ReleasedGil unlocked;
-  for (py::ssize_t i = 0; i < flags.size(); ++i, at += row) {
-    // Equal to itself one byte further on, and zero there: all bytes are zero.
-    if (row > 0 && (*at != 0 || std::memcmp(at, at + 1, row - 1) != 0)) flag[i] |= fastadam::kMoves;
+  const int64_t most = fastadam::bind::FilePages::rows_of_piece(static_cast<int64_t>(row));
+  for (int64_t begin = 0; begin < flags.size(); begin += most) {
+    const int64_t end = std::min<int64_t>(begin + most, flags.size());
+    files.enter(begin, end, flags.size());
+    for (int64_t i = begin; i < end; ++i, at += row) {
+      // Equal to itself one byte further on, and zero there: all bytes are zero.
+      if (*at != 0 || std::memcmp(at, at + 1, row - 1) != 0) flag[i] |= fastadam::kMoves;
+    }
+    files.leave(end, flags.size());
   }
   advise(moments, Pattern::kRandom);
 }

@@ -402,6 +402,14 @@ class Adam(Optimizer):
     def _averages_of(self, var_list: Iterable[VariableLike]) -> tuple[list[_cpu.Buffer], list[Array]]:
         variables = check_list("var_list", var_list)
         buffers = buffers_of(variables, range(len(variables)))
+        with self._parts.runtime.lock:
+            known = [self._parts.state.slots.find(buffer) for buffer in buffers]
+        for buffer, slots in zip(buffers, known, strict=True):
+            if slots is None or "average" not in slots:
+                why = "yet, expected it in a step or build() first"
+                if not self.use_ema:
+                    why = f"with use_ema=False, expected an optimizer {type(self).__name__}(..., use_ema=True)"
+                raise KeyError(f"{buffer.label}: no moving average {why}")
         return buffers, [self.get_slot(variable, "average") for variable in variables]
 
     # ---- the step --------------------------------------------------------------------------------------------------

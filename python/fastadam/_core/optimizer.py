@@ -92,9 +92,10 @@ class Optimizer(Minimizer):
         Args:
             var_list: The variables.
             slots: For each variable None, or arrays that become its slots as they are, neither copied nor set to zero:
-                ``{"m": ..., "v": ..., "vhat": ...}`` or some of these, of the variable's shape and layout and the
-                state's dtype (float32; float64 for a float64 variable). They may be memory maps of files. From then on
-                they are the optimizer's: write to them with :meth:`set_weights`.
+                ``{"m": ..., "v": ..., "vhat": ..., "average": ...}`` or some of these, of the variable's shape and
+                layout and the state's dtype (float32; float64 for a float64 variable). They may be memory maps of
+                files. An average of zeros begins at its variable, whose values are copied into it. From then on they
+                are the optimizer's: write to them with :meth:`set_weights`.
 
         Raises:
             RuntimeError: A step is open; nothing is changed.
@@ -342,8 +343,8 @@ class Optimizer(Minimizer):
                 in other memory, overlap that of ``old``, or be ``old`` itself, with its rows in another order.
             rows: For each row of ``new`` which row of ``old`` it was, or -1 if it is fresh; a row may come several
                 times, each with a copy of its moments. None: the first rows are where they were.
-            slots: Arrays for the moments of ``new``, memory maps for example, as :meth:`build` takes them. They are
-                overwritten. None: new memory, where only rows with moments are written.
+            slots: Arrays for the moments and the average of ``new``, memory maps for example, as :meth:`build` takes
+                them. They are overwritten. None: new memory, where only rows with moments are written.
 
         Raises:
             TypeError: ``rows`` are not integers; ``new`` is not an array of floats; a slot of another dtype.
@@ -522,7 +523,7 @@ class Optimizer(Minimizer):
                 ones, such as ``{"moments": "8bit"}``. Moments are converted; fewer bits are rounded at random.
             deltas: Files of ``save_delta`` that follow a file of ``save(values=True)``, in their order. All rows of
                 tables are brought up to date.
-            slots: As of :meth:`build`: for each variable None, or arrays that the moments are written to and that
+            slots: As of :meth:`build`: for each variable None, or arrays that the state is written to and that
                 become its slots, such as memory maps. Of slots that the file has.
 
         Raises:

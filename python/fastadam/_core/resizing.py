@@ -17,7 +17,7 @@ from fastadam._core.native.rows import CHUNK_BYTES, RowMap, bits_of, chunks_of, 
 from fastadam._core.native.slices import check_ids
 from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.options.state_format import MOMENTS, SCALES, VariableFormat
-from fastadam._core.state.given_slots import GivenSlots
+from fastadam._core.state.given_slots import AVERAGE, GivenSlots
 from fastadam._core.state.moments import RandomKey, decoded, stored
 
 if TYPE_CHECKING:
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["forget", "reset", "resize"]
 
-_AVERAGE = "average"
 _PAGE = 4096  # bytes: rows closer together are overwritten with what lies between them
-_OF_STEPS = (*MOMENTS, _AVERAGE, ACCUMULATOR, *SCALES)  # slots that steps have made what they are
+_OF_STEPS = (*MOMENTS, AVERAGE, ACCUMULATOR, *SCALES)  # slots that steps have made what they are
 
 
 # ---- resize ----------------------------------------------------------------------------------------------------------
@@ -115,15 +114,18 @@ def _moved(
         is_coded = f"{name}_scale" in slots
         before: HostArray = decoded(slots, name) if is_coded else to_host(slot)
         if name in given:
-            arrays[name] = given[name]
-            row_map.overwrite(with_rows(before), with_rows(given[name]))
-            continue
-        after = zeros_like_variable(buffer, before.dtype.name, untouched=moves_rows_alone)
-        row_map.move(with_rows(before), with_rows(after))
-        if name == _AVERAGE:
-            fresh = row_map.sources < 0
-            with_rows(after)[fresh] = with_rows(_float_values_of(buffer))[fresh]
-        if is_coded:
+            after = given[name]
+            row_map.overwrite(with_rows(before), with_rows(after))
+        else:
+            after = zeros_like_variable(buffer, before.dtype.name, untouched=moves_rows_alone)
+            row_map.move(with_rows(before), with_rows(after))
+        if name == AVERAGE:
+            values = with_rows(_host_values(buffer))
+            for fresh in chunks_of(np.flatnonzero(row_map.sources < 0), after.nbytes // max(len(values), 1)):
+                with_rows(after)[fresh] = _floats_of(values[fresh])
+        if name in given:
+            arrays[name] = after
+        elif is_coded:
             key = RandomKey(parts.options.small.seed, int(parts.state.calls), entry.number)
             arrays.update(stored(VariableFormat((name, *SCALES), "8bit"), buffer, name, after, key))
         else:
@@ -256,13 +258,13 @@ def _starts_of(parts: Parts, entry: Entry, ids: npt.NDArray[np.integer] | None) 
             continue
         if isinstance(slot, np.ndarray) and not slot.flags.writeable:
             raise ValueError(f"{name} of {entry.spec}: was made read-only, expected a writable array")
-        if name == _AVERAGE and entry.buffer is None:
+        if name == AVERAGE and entry.buffer is None:
             raise ValueError(
                 f"{entry.spec}: its moving average cannot start at a variable that a restored optimizer has not seen "
                 "yet; expected build() with all variables first"
             )
-        if name == _AVERAGE and entry.buffer is not None:
-            values = _float_values_of(entry.buffer)
+        if name == AVERAGE and entry.buffer is not None:
+            values = _floats_of(_host_values(entry.buffer))
             dtype = slot.dtype if isinstance(slot, np.ndarray) else to_host(slot).dtype
             yield _Start(slot, values.astype(dtype, order="K", copy=False), ids)
         elif name in MOMENTS and ids is None and entry.history is not None:
@@ -308,6 +310,5 @@ def _host_values(buffer: _cpu.Buffer) -> HostArray:
     return buffer.array() if buffer.device < 0 else to_host(buffer.source)
 
 
-def _float_values_of(buffer: _cpu.Buffer) -> HostArray:
-    values = _host_values(buffer)
+def _floats_of(values: HostArray) -> HostArray:
     return bfloat16_to_float32(values) if values.dtype == np.uint16 else values

@@ -71,6 +71,7 @@ class Runtime:
         self.step_lock = threading.Lock()  # held while a step is made, inside the other
         self.told: set[str] = set()  # warnings that are given once
         self.has_swapped_averages = np.zeros((), np.int64)  # 1: averages are in the place of the variables
+        self.read_at_random: set[Key] = set()  # variables of which the operating system knows it
         self.checks_exclusions = False  # exclude_from_weight_decay may name no variable
         self.replacements = Replacements()
         self.numbers: tuple[int, float, StepHyper] | None = None  # of the last step: version of the options, scale
@@ -121,6 +122,7 @@ class Runtime:
         self.forget_closed()
         self.logs.clear()
         self.replacements.forget(key)
+        self.read_at_random.discard(key)
         if self.measured is not None and key in map(key_of, self.measured.plan.buffers):
             self.measured = None
 

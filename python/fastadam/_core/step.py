@@ -130,7 +130,7 @@ class Stepper:
         if plan.plan.device >= 0:
             plan.plan.set_device_numbers(rate)
         if runtime.chain is not None and options.sparse_update != "dense":
-            self._note_rows(runtime.chain, plan, gradients, hyper)
+            gradients = self._note_rows(runtime.chain, plan, gradients, hyper)
         if accumulates:
             require_finite = loss_scale is not None
             return accumulation.accumulate(self.parts, plan, gradients, scale, hyper, require_finite=require_finite)
@@ -156,18 +156,26 @@ class Stepper:
         self._remember(plan, hyper, len(pairs), loss_scale)
         return is_finite
 
-    def _note_rows(self, chain: Chain, plan: StepPlan, gradients: list[AnyGradient], hyper: StepHyper) -> None:
-        """Note for the next delta which rows the step will change of variables without a history."""
+    def _note_rows(
+        self, chain: Chain, plan: StepPlan, gradients: list[AnyGradient], hyper: StepHyper
+    ) -> list[AnyGradient]:
+        """Note for the next delta which rows the step will change of variables without a history.
+
+        Returns:
+            The gradients; native ones where they had to be read.
+        """
         if hyper.ema_overwrite:
             chain.note_all()
-            return
-        for place, buffer, history, gradient in zip(
-            plan.plan.positions, plan.plan.buffers, plan.histories, gradients, strict=True
+            return gradients
+        gradients = gradients[:]
+        for i, (place, buffer, history) in enumerate(
+            zip(plan.plan.positions, plan.plan.buffers, plan.histories, strict=True)
         ):
             if history is None and buffer.device < 0:
-                native = native_gradient(gradient, buffer, f"grads[{place}]")
+                native = gradients[i] = native_gradient(gradients[i], buffer, f"grads[{place}]")
                 indices = np.asarray(native.indices) if is_slices(native) and not plan.averages else None
                 chain.note(self.state.slots.entry_of(buffer), indices)
+        return gradients
 
     def telemetry(self) -> Telemetry:
         """What the last step measured; raises RuntimeError if it has not."""

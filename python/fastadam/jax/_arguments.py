@@ -91,6 +91,24 @@ def check_array(name: str, value: AnyArray) -> jax.Array:
     return jnp.asarray(value)
 
 
+def check_order(table: AnyArray, ids: AnyArray, grads: AnyArray, state: Tree) -> None:
+    """Refuse arguments of ``sparse_update`` that come in another order, as far as their kinds show it."""
+    order = "the order is sparse_update(table, ids, grads, state)"
+    given = {"table": table, "ids": ids, "grads": grads}
+    for name, value in given.items():
+        if {"count", "mu", "nu"} <= set(getattr(value, "_fields", ())):
+            raise TypeError(f"{name}: {type(value).__name__}, expected an array; {order}")
+    arrays = {name: value for name, value in given.items() if isinstance(value, (np.ndarray, jax.Array))}
+    integers = [name for name, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.integer)]
+    if "ids" in arrays and integers in (["table"], ["grads"]):
+        raise TypeError(f"ids: {arrays['ids'].dtype}, expected integers, as {integers[0]} has them; {order}")
+    if isinstance(state, (np.ndarray, jax.Array)):
+        raise TypeError(f"state: {type(state).__name__}, expected what init(table) returns; {order}")
+    shape = getattr(getattr(state, "mu", None), "shape", None)
+    if {"table", "grads"} <= set(arrays) and arrays["table"].shape != shape == arrays["grads"].shape:
+        raise ValueError(f"table: shape {arrays['table'].shape}, expected {shape}, which grads and state have; {order}")
+
+
 def moments_of(state: Tree) -> dict[str, Tree]:
     """The fields with moments, by name."""
     fields = getattr(state, "_fields", ())

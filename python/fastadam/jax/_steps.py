@@ -20,6 +20,7 @@ from fastadam.jax._arguments import (
     check_count,
     check_ids,
     check_like,
+    check_order,
     check_params,
     check_scalar,
     check_shape,
@@ -209,7 +210,7 @@ def sparse_update(
         The new table and the new state.
 
     Raises:
-        TypeError: A dtype or the type of a number or state is wrong.
+        TypeError: A dtype or the type of a number or state is wrong; arguments in another order.
         ValueError: A shape or the mode is wrong, or a number is out of range.
         NotImplementedError: Raised in a message of XLA at compile time if ``shard_map`` is manual along only some axes
             of a mesh.
@@ -226,6 +227,7 @@ def sparse_update(
     """
     if mode not in ("dense", "lazy"):
         raise ValueError(f"mode: {mode!r}, expected 'dense' or 'lazy'")
+    check_order(table, ids, grads, state)
     table, ids, grads = check_array("table", table), check_ids(ids), check_array("grads", grads)
     moments = {name: check_array(f"state.{name}", array) for name, array in moments_of(state).items()}
     check_params([""], [table], "table")

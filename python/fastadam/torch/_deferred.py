@@ -35,6 +35,9 @@ class Table:
 
     def __init__(self, param: Tensor, state: ParamState, label: str, numbers: Numbers, exact: bool) -> None:
         self.param, self.state, self.label = param, state, label
+        # Since the last step, rows that waited have been brought up to date only because `optimizer.state` was read.
+        # What was read of the parameter before that, as it is in memory, is out of date.
+        self._lagged = False
         moments = self._moments_now().values()
         is_new = not number_of(state["step"], label) and not any(versions_of(list(moments)))
         doubt = Doubt.NONE if is_new else Doubt.ONCE
@@ -59,7 +62,7 @@ class Table:
 
     def require_untouched(self) -> None:
         """Raise if the waiting steps would be made with values that they were not meant for."""
-        label = self._written() if self.history.waits else None
+        label = self._written()
         if label is not None:
             raise RuntimeError(
                 f"{label}: written to while rows waited for their steps; call sync() before writing; del "
@@ -67,7 +70,9 @@ class Table:
             )
 
     def _written(self) -> str | None:
-        """What error messages call a tensor that someone else has written to since the last step; None for none."""
+        """What error messages call a tensor that was written to while rows waited for a step; None for none."""
+        if not self.history.waits:
+            return self.label if self._lagged and not self.is_untouched else None
         labels = [self.label, *[self._label_of(name) for name in self._moments]]
         for tensor, seen, label in zip((self.param, *self._moments.values()), self._seen, labels, strict=True):
             if _mark_of(tensor) != seen:
@@ -80,12 +85,12 @@ class Table:
     def note_state(self, state: ParamState | None) -> bool:
         """Take the parameter's state as it is now; whether it was dropped to give up steps that cannot be made."""
         self.state = state or {SLOTS[name]: moment for name, moment in self._moments.items()}
-        return not state and self.history.waits and self._written() is not None
+        return not state and self._written() is not None
 
     def note_step(self) -> None:
         """The optimizer has written to the parameter."""
         self._note()
-        self.history.is_read = False
+        self._lagged = self.history.is_read = False
 
     def replaced(self, param: Tensor, state: ParamState, row_map: RowMap) -> Table:
         """The table of the parameter that replaces this one's; rows that wait go on waiting."""
@@ -104,6 +109,8 @@ class Table:
         """Make the steps that rows have missed: the rows ``ids``, or all."""
         self.history.is_read = True
         self.require_untouched()
+        if ids is None:
+            self._lagged = False
         are_replaced = self._are_replaced()
         if self.history.catch_up(_cpu.Buffer(self.param, self.label), self._moments, None if are_replaced else ids):
             increment_version([self.param, *self._moments.values()])
@@ -112,6 +119,18 @@ class Table:
         if are_replaced:
             self.history.raise_doubt(Doubt.ONCE)
         self._note()
+
+    def catch_up_state(self) -> None:
+        """Make all steps before `optimizer.state` is read."""
+        lags = self.lags and not isinstance(self.param, AttachedParameter)
+        is_read = self.history.is_read
+        self.catch_up()
+        self._lagged, self.history.is_read = lags, is_read
+
+    @property
+    def lags(self) -> bool:
+        """Whether values of the parameter that were read from its memory since the last step may lack steps."""
+        return self.history.waits or self._lagged
 
     def _are_replaced(self) -> bool:
         """Whether the state has other moments than those that rows wait with.
@@ -146,6 +165,7 @@ class Table:
 
     def take_moments(self) -> None:
         """Go on with the moments that the state has now, after the waiting steps were made with those before."""
+        self.require_untouched()
         if self._are_replaced():
             self.catch_up()
         elif not self.history.waits:
@@ -156,7 +176,6 @@ class Table:
     def before_step(self, numbers: Numbers, *, touches_rows: bool) -> bool:
         """Bring rows up to date that cannot wait for a step; return whether its numbers are new to the history."""
         self.take_moments()
-        self.require_untouched()
         if self.history.must_catch_up(numbers, touches_rows=touches_rows):
             self.catch_up()
         if self.history.numbers == numbers:
@@ -234,7 +253,7 @@ class Tables:
         stepped = {id(param) for group in groups for param in group["params"]}
         removed = [table for param, table in self._tables.items() if id(param) not in stepped]
         for table in removed:
-            if table.history.waits:
+            if table.lags:
                 raise RuntimeError(
                     f"{table.label}: left param_groups while rows waited for their steps; call sync() before the step"
                 )
@@ -250,7 +269,7 @@ class Tables:
         if self._has_warned:
             return
         for table in tables:
-            if table.history.waits and not table.history.is_read and not isinstance(table.param, AttachedParameter):
+            if table.lags and not table.history.is_read and not isinstance(table.param, AttachedParameter):
                 self._has_warned = True
                 warn(
                     f"{table.label}: its rows were read from its memory, where with sparse_update={self._mode!r} they "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import wraps
@@ -38,13 +39,14 @@ from fastadam.torch._formats import Float32Rule, check_formats, fill_seed, given
 from fastadam.torch._loading import check_is_dict, fill_groups, keep_tensors, restore_states
 from fastadam.torch._options import Options
 from fastadam.torch._step import GroupStepper
+from fastadam.torch._synced_states import SyncedStates
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT, StateDict
 
     from fastadam._core.common.telemetry import Telemetry
     from fastadam._core.common.types import AnyArray, ArrayLike, SparseUpdate
-    from fastadam.torch._checks import Group
+    from fastadam.torch._checks import Group, ParamState
     from fastadam.torch._formats import Master, Moments
 
 __all__ = ["ELSEWHERE", "Adam", "stepper_of"]
@@ -92,9 +94,9 @@ class Adam(torch.optim.Optimizer):
     - "deferred": every row gets the bits of dense steps, in the time of "lazy". Rows are brought up to date when a step
       touches them, and when PyTorch reads the weight of an attached module (:meth:`attach`). Without :meth:`attach`
       read rows through :meth:`gather`, and call :meth:`sync` before the parameter is read or written in any other way:
-      the next call then refuses a write that was made while rows waited, but does not notice one through ``.data``. A
-      write to a moment while rows wait is refused, too, and writes through ``.numpy()`` are never noticed: the waiting
-      steps then use what was written.
+      the next call then refuses a write that was made while rows waited, but does not notice one through ``.data``.
+      Reads of ``state`` find all rows up to date. A write to a moment that was read before the rows waited is refused,
+      too. Writes through ``.numpy()`` are never noticed: the waiting steps then use what was written.
     - "deferred_fast": like "deferred", but the steps that a row missed are summed in closed form.
 
     Except with "dense", epsilon means what it means in SparseAdam and Keras for parameters with sparse gradients: it is
@@ -283,6 +285,7 @@ class Adam(torch.optim.Optimizer):
         }
         check_formats(defaults, sparse_update)
         super().__init__(check_params(params), defaults)
+        self._sync_reads()
         self._options.float32_rule.check_use(self.param_groups)
         if fused:
             self._step_supports_amp_scaling = True
@@ -812,6 +815,11 @@ class Adam(torch.optim.Optimizer):
         if param_group.get("compute_params") is not None:
             param_group["compute_params"] = ComputeParams(param_group["compute_params"])
 
+    def _sync_reads(self) -> None:
+        """In a deferred mode, have reads of `state` bring rows up to date."""
+        if self._options.sparse_update in DEFERRED:
+            self.state: defaultdict[Tensor, ParamState] = SyncedStates(self._stepper, self.state)
+
     def __repr__(self) -> str:
         """Torch's text of the groups; then the options of the optimizer that are not the defaults."""
         groups: str = super().__repr__()
@@ -828,6 +836,7 @@ class Adam(torch.optim.Optimizer):
         before, previous = known.get("param_groups", []), known.get("_stepper")
         super().__setstate__(state)
         self._stepper = GroupStepper(self._options, previous)
+        self._sync_reads()
         for param in self._options.attached:
             if not isinstance(param, AttachedParameter):  # a copy
                 attach_to(param, self._before_read)

@@ -113,8 +113,14 @@ def check_slots(
             if slot.shape != param.shape:
                 raise ValueError(f"{found}: shape {tuple(slot.shape)}, expected {tuple(param.shape)}")
             dtype = _dtype_of(key, stored, param.dtype if value is param and not stored.split else torch.float32)
+            if stored.moments is not None and param.dtype == torch.float64:
+                dtype = param.dtype  # a float64 parameter has no other moments
             if slot.dtype != dtype and not (stored.moments is None and dtype in HALF and slot.dtype == torch.float32):
-                raise TypeError(f"{found}: {slot.dtype}, expected {dtype}")
+                raise TypeError(
+                    f"{found}: {slot.dtype}, expected {dtype} beside {label} of {param.dtype}; if the module was "
+                    "converted after steps, as by module.double(), then opt.load_state_dict(opt.state_dict()) "
+                    "converts the states"
+                )
             if is_lazy_view(slot):
                 raise ValueError(f"{found}: a conjugated or negated view, expected a tensor of its own")
             if slot.device != param.device:

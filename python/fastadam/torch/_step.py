@@ -348,6 +348,14 @@ class GroupStepper:
             for table in self.tables.of(param):
                 table.catch_up(rows)
 
+    def catch_up_state(self, state: States, param: Tensor | None) -> None:
+        """The same before the state of a parameter is read, or for None those of all."""
+        with self.inside():
+            self.calls.finish(state)
+            self.tables.note_states(state)
+            for table in self.tables.of(param):
+                table.catch_up_state()
+
     def let_go(self) -> None:
         """Forget everything made of parameters and states, some of which have been replaced or have left."""
         self.partitions.clear()

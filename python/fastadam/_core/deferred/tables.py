@@ -13,7 +13,7 @@ from fastadam._core.deferred.history import History
 from fastadam._core.deferred.rates import Doubt, Numbers
 from fastadam._core.native.arrays import expect_random_rows, native_of, on_gpu, zeros_beside
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.buffers import buffer_of
+from fastadam._core.native.buffers import buffer_of, key_of
 from fastadam._core.native.gpu import late_error
 from fastadam._core.native.gradients import bfloat16_to_float32
 from fastadam._core.native.slices import check_ids, is_sparse
@@ -56,10 +56,18 @@ class Tables:
             _check_out(out, values, (*ids.shape, *buffer.shape[1:]), label)
         entry = self._state.slots.entry_of(buffer)
         if self._options.sparse_update != "dense" and (entry is None or entry.history is None):
-            expect_random_rows(buffer.array(), small_pages=False)  # as the first step of a table does
+            self._expect_random_rows(buffer, is_known=entry is not None)
         self.catch_up(buffer, ids)
         rows: npt.NDArray[np.uint16] = np.take(values, ids, axis=0, out=out, mode="clip")  # checked above
         return bfloat16_to_float32(rows) if rows.dtype == np.uint16 else rows
+
+    def _expect_random_rows(self, buffer: _cpu.Buffer, *, is_known: bool) -> None:
+        """As the first step of a table does; once for a variable of the optimizer."""
+        key, told = key_of(buffer), self._runtime.read_at_random
+        if key not in told:
+            expect_random_rows(buffer.array(), small_pages=False)
+        if is_known:
+            told.add(key)
 
     def _gather_on_gpu(self, buffer: _cpu.Buffer, indices: ArrayLike, out: AnyArray | None) -> AnyArray:
         """Indices may be on the GPU, too: the next call raises if one of them was invalid."""

@@ -44,7 +44,7 @@ class IndexedSlices:
 
     Args:
         values: Array of floats (n, ...), a row of the variable's shape for each index.
-        indices: n integers, one-dimensional.
+        indices: n integers, one-dimensional, as TensorFlow has them. Flatten those of a batch, and its values likewise.
         dense_shape: The shape of the variable, if it is to be checked.
 
     Raises:
@@ -127,7 +127,8 @@ def _as_indices(indices: ArrayLike) -> AnyArray:
         return indices  # the step checks it
     array = as_integers("indices", indices)
     if array.ndim != 1:
-        raise ValueError(f"indices: shape {array.shape}, expected one dimension")
+        hint = "; reshape both, to values (n, ...) and indices (n,)" if array.ndim else ""
+        raise ValueError(f"indices: shape {array.shape}, expected one dimension, as of tf.IndexedSlices{hint}")
     return np.require(array, requirements=["C", "A"])
 
 

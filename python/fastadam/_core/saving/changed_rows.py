@@ -14,9 +14,9 @@ from fastadam._core.deferred.history import History
 from fastadam._core.deferred.rates import Numbers
 from fastadam._core.deferred.trail import Segment
 from fastadam._core.native.backend import _cpu
+from fastadam._core.native.chunks import CHUNK
 from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.options.state_format import LOW
-from fastadam._core.saving.chunks import CHUNK
 from fastadam._core.saving.file_format import ALPHAS, DTYPES, HAD, ITEM_SIZES, KEEPS, ROWS, VALUE, Tensor
 from fastadam._core.saving.saved_file import SavedFile
 

@@ -13,7 +13,7 @@ from fastadam._core.common.types import AnyArray, Config, HostArray
 from fastadam._core.deferred.trail import Segment
 from fastadam._core.native.arrays import to_host
 from fastadam._core.native.backend import _cpu
-from fastadam._core.saving.chunks import CHUNK, Bytes, pieces_of
+from fastadam._core.native.chunks import CHUNK, Bytes, pieces_of
 from fastadam._core.saving.file_format import ACCUMULATED, ALPHAS, DTYPES, HAD, ITERATIONS, KEEPS, ROWS, VALUE, Tensor
 from fastadam._core.saving.tensor_file import TensorFile, write_tensors
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from fastadam._core.saving.chunks import bytes_of
+from fastadam._core.native.chunks import bytes_of
 from fastadam._core.saving.description import text_of
 from fastadam._core.saving.file_format import check_paths, path_of
 from fastadam._core.saving.saved_chain import SavedChain

@@ -14,11 +14,11 @@ from fastadam._core.deferred.chain import Chain
 from fastadam._core.native.arrays import assign
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import buffers_of
+from fastadam._core.native.chunks import bytes_of, store
 from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.options.small_states import check_changes
 from fastadam._core.options.state_format import VariableFormat
 from fastadam._core.parts import parts_of
-from fastadam._core.saving.chunks import bytes_of, store
 from fastadam._core.saving.contents import values_of
 from fastadam._core.saving.file_format import ACCUMULATED, DTYPES, ITERATIONS, VALUE, check_paths, path_of
 from fastadam._core.saving.saved_chain import SavedChain

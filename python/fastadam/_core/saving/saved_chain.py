@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from fastadam._core.common.types import Config, HostArray
 from fastadam._core.deferred.chain import Link
+from fastadam._core.native.chunks import Bytes
 from fastadam._core.saving.changed_rows import ChangedRows
-from fastadam._core.saving.chunks import Bytes
 from fastadam._core.saving.file_checks import check_file, specs_of
 from fastadam._core.saving.file_format import ALPHAS, HAD, KEEPS, ROWS, VALUE, Tensor
 from fastadam._core.saving.saved_file import SavedFile

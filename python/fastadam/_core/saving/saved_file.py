@@ -17,7 +17,7 @@ from fastadam._core.common.files import require_regular
 from fastadam._core.common.frameworks import require
 from fastadam._core.common.types import Config, HostArray
 from fastadam._core.deferred.chain import Link
-from fastadam._core.saving.chunks import CHUNK, Bytes
+from fastadam._core.native.chunks import CHUNK, Bytes
 from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VERSION, Tensor
 
 if TYPE_CHECKING:

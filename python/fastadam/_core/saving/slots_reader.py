@@ -11,9 +11,9 @@ from fastadam._core.common.frameworks import require
 from fastadam._core.common.types import AnyArray, HostArray
 from fastadam._core.native.arrays import assign, to_host, zeros_beside
 from fastadam._core.native.backend import _cpu
+from fastadam._core.native.chunks import store as store_pieces
 from fastadam._core.options.options import Options
 from fastadam._core.options.state_format import BLOCK, LOW, MOMENTS, NAMES, SCALES, VariableFormat
-from fastadam._core.saving.chunks import store as store_pieces
 from fastadam._core.saving.file_format import ACCUMULATED, DTYPES, ITERATIONS, VALUE, lacking_in
 from fastadam._core.saving.saved_chain import SavedChain
 from fastadam._core.state.entry import Entry, Spec

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from fastadam._core.common.files import NewFile, replace_whole
 from fastadam._core.common.types import Config
-from fastadam._core.saving.chunks import Bytes, runs
+from fastadam._core.native.chunks import Bytes, runs
 from fastadam._core.saving.file_format import Tensor
 
 __all__ = ["TensorFile", "write_tensors"]

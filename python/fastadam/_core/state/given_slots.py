@@ -16,10 +16,14 @@ from fastadam._core.common.types import AnyArray, HostArray
 from fastadam._core.native.arrays import beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, key_of
+from fastadam._core.native.chunks import copy_over_zeros, is_zero
+from fastadam._core.native.gradients import bfloat16_to_float32
 from fastadam._core.options.state_format import MOMENTS, StateFormat, VariableFormat
 
-__all__ = ["GivenSlots", "is_a_hole"]
+__all__ = ["AVERAGE", "GivenSlots", "is_a_hole"]
 
+AVERAGE = "average"
+_GIVABLE = (*MOMENTS, AVERAGE)
 
 _BLOCK = 2**16  # at least as large as a block of any file system
 
@@ -88,8 +92,9 @@ class GivenSlots:
         given, label = self.by_key.get(key_of(buffer), {}), self._labels.get(key_of(buffer), "")
         for name, array in given.items():
             found = f"{label}[{name!r}]"
-            if name not in MOMENTS or name not in chosen.names:
-                expected = ", ".join(repr(each) for each in chosen.names if each in MOMENTS)
+            if name not in _GIVABLE or name not in chosen.names:
+                expected = ", ".join(repr(each) for each in chosen.names if each in _GIVABLE)
+                expected += "; an average needs use_ema=True" if name == AVERAGE else ""
                 raise ValueError(f"{found}: not a slot that can be given, expected {expected}")
             if name in slots:
                 raise ValueError(f"{found}: {buffer.label} has this slot already, expected build() before that")
@@ -101,8 +106,8 @@ class GivenSlots:
         given, label = self.by_key.get(key_of(buffer), {}), self._labels.get(key_of(buffer), "")
         for name, array in given.items():
             found = f"{label}[{name!r}]"
-            if name not in MOMENTS or name not in dtypes:
-                expected = ", ".join(repr(each) for each in MOMENTS if each in dtypes)
+            if name not in _GIVABLE or name not in dtypes:
+                expected = ", ".join(repr(each) for each in _GIVABLE if each in dtypes)
                 raise ValueError(f"{found}: not a slot that the file has for {buffer.label}, expected {expected}")
             _check(found, array, dtypes[name], buffer)
         return given
@@ -119,8 +124,18 @@ class GivenSlots:
                 raise ValueError(f"{mine[2]}: shares memory with {other[2]}, expected an array of its own")
 
     def are_zeros(self, key: Key) -> bool:
-        """Whether what is given for a variable is known to be zero, without reading it."""
-        return all(map(is_a_hole, self.by_key.get(key, {}).values()))
+        """Whether the moments that are given for a variable are known to be zero, without reading them."""
+        given = self.by_key.get(key, {})
+        return all(is_a_hole(array) for name, array in given.items() if name != AVERAGE)
+
+    def begin_averages(self, buffers: Iterable[_cpu.Buffer]) -> None:
+        """Averages of zeros begin at their variables, as those that the optimizer makes; others stay as they are."""
+        for buffer in buffers:
+            average = self.by_key.get(key_of(buffer), {}).get(AVERAGE)
+            if average is not None and (is_a_hole(average) or is_zero(average)):
+                is_bits = buffer.dtype == "bfloat16" and not isinstance(buffer.source, np.ndarray)
+                values = buffer.source if isinstance(buffer.source, np.ndarray) else buffer.array()
+                copy_over_zeros(average, values, bfloat16_to_float32 if is_bits else lambda piece: piece)
 
 
 def is_a_hole(array: HostArray) -> bool:

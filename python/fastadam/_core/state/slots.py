@@ -155,6 +155,7 @@ class SlotStore:
         """Register new variables, with the slots that are given for some of them."""
         prepared = self.prepare(buffers, given.format_of)
         given.require_apart(self.memory_with(buffers))
+        given.begin_averages(buffers)
         prepared.commit()
         for key in given.by_key:
             if not given.are_zeros(key):

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fastadam._core.common.types import HostArray
 
-__all__ = ["CHUNK", "Bytes", "bytes_of", "pieces_of", "runs", "store"]
+__all__ = ["CHUNK", "Bytes", "bytes_of", "copy_over_zeros", "is_zero", "pieces_of", "runs", "store"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -52,6 +52,30 @@ def store(array: HostArray, read: Callable[[int], Bytes], *, is_zero: bool) -> N
     for block in _blocks(array):
         with _pages_as_before(block):
             _store_block(block, read(block.nbytes), is_zero=is_zero)
+
+
+def is_zero(array: HostArray) -> bool:
+    """Whether a contiguous array has no element other than zero; it is read up to the first."""
+    return not any(piece.any() for piece in pieces_of(array.ravel("K")))
+
+
+def copy_over_zeros(
+    array: HostArray, values: HostArray, convert: Callable[[HostArray], HostArray] = lambda piece: piece
+) -> None:
+    """Copy values into an array of zeros; where they are zero, its pages are not written to.
+
+    Args:
+        array: Contiguous in C or F order.
+        values: Of the same shape and order.
+        convert: Makes what is stored of a piece of the values.
+    """
+    flat, given = array.ravel("K"), values.ravel("K")
+    size = max(CHUNK // array.itemsize, 1)
+    for begin in range(0, len(flat), size):
+        block, source = flat[begin : begin + size], given[begin : begin + size]
+        with _pages_as_before(block), _pages_as_before(source):
+            data = np.ascontiguousarray(convert(source), array.dtype)
+            _store_block(block, data.view(np.uint8), is_zero=True)
 
 
 def _store_block(block: HostArray, data: Bytes, *, is_zero: bool) -> None:

@@ -259,7 +259,7 @@ void check_kernels() {
 
 int main(int argc, char** argv) {
   read_scope(argc, argv);
-  if (scope != Scope::kEmulated) {  // closed forms are computed by one code on all machines
+  if (scope != Scope::kEmulated) {  // these checks run no kernels
     check_rules();
     check_odd_steps();
     Claims claims;

@@ -24,9 +24,9 @@ constexpr bool kSanitized = true;
 constexpr bool kSanitized = false;
 #endif
 
-// The argument of a program. `threads` does only what needs several threads, for ThreadSanitizer. `emulated` runs on a
-// CPU that is a hundred times slower (.ci/avx512): only the widest instruction set, on one thread, with arrays at one
-// place in memory, and large ones only where the digest needs them.
+// The argument of a program. `threads` does only what needs several threads, for ThreadSanitizer. `emulated` is for a
+// CPU that is a hundred times slower (.ci/avx512): only the widest instruction set, on one thread, and the most
+// expensive cases only as far as a digest needs them.
 enum class Scope { kAll, kThreads, kEmulated };
 inline Scope scope = Scope::kAll;
 inline void read_scope(int argc, char** argv) {

@@ -32,6 +32,12 @@ def test_kernels_give_the_bits_of_a_scalar_loop_and_one_digest(program):
     assert "digest " in run(programs() / program)
 
 
+@pytest.mark.parametrize("program", [*DIGEST_PROGRAMS, "small_test"])
+def test_what_an_emulated_cpu_leaves_out_is_in_no_digest(program):
+    widest = fastadam.isas()[-1]
+    assert f"ok   {widest} gives the digest of all machines" in run(programs() / program, "emulated")
+
+
 def test_indices_are_sorted_as_by_a_stable_sort():
     assert "stable sort" in run(programs() / "index_test")
 

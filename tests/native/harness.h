@@ -24,6 +24,17 @@ constexpr bool kSanitized = true;
 constexpr bool kSanitized = false;
 #endif
 
+// The argument of a program. `threads` does only what needs several threads, for ThreadSanitizer. `emulated` is for a
+// CPU that is a hundred times slower (.ci/avx512): only the widest instruction set, on one thread, and the most
+// expensive cases only as far as a digest needs them.
+enum class Scope { kAll, kThreads, kEmulated };
+inline Scope scope = Scope::kAll;
+inline void read_scope(int argc, char** argv) {
+  const std::string argument = argc > 1 ? argv[1] : "";
+  if (argument == "threads") scope = Scope::kThreads;
+  if (argument == "emulated") scope = Scope::kEmulated;
+}
+
 inline int failures = 0;
 
 inline void report(bool ok, const std::string& claim) {
@@ -70,8 +81,9 @@ inline StepArgs step_of(int t, bool amsgrad, int transform) {
 // Calls check(isa) for each usable instruction set, made current before. The last one is the default.
 template <class Check>
 void for_each_isa(Check check) {
+  static const cpu::Isa& widest = cpu::current_isa();  // nothing has changed it before the first call
   for (const cpu::Isa& isa : cpu::isas()) {
-    if (!isa.usable) continue;
+    if (!isa.usable || (scope == Scope::kEmulated && &isa != &widest)) continue;
     cpu::set_current_isa(isa);
     check(isa);
   }

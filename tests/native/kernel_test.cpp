@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks the C++ core without Python: the dense kernels of every usable ISA against a plain scalar loop, bit for bit,
 // the half types against their definition, threads, the floating point mode, and one digest for all machines.
-// `kernel_test threads` does only what needs several threads, for ThreadSanitizer. Prints a line per check.
+// Prints a line per check. Its argument is a Scope.
 #include <cfenv>
 #include <cmath>
 #include <string>
@@ -40,11 +40,13 @@ void check_kernels() {
     const bool is_in_digest =
         transform != kAndL2 && pair.grad_dtype == pair.dtype && pair.slot_dtype == state_dtype(pair.dtype);
     for (const int64_t size : kSizes) {
+      const bool is_large = size > 0xffff;
+      if (scope == Scope::kEmulated && is_large && !is_in_digest) continue;
       const Variable initial(pair.dtype, size, pair.grad_dtype, pair.slot_dtype);
       const Variable expected(initial, 0);
       for (int t = 0; t < kSteps; ++t) expect(expected.args(t, amsgrad), t, transform);
       for_each_isa([&](const cpu::Isa& isa) {
-        const int64_t offsets = size <= 33 ? 16 : kSanitized && size > 0xffff ? 1 : 4;
+        const int64_t offsets = size <= 33 ? 16 : is_large && (kSanitized || scope == Scope::kEmulated) ? 1 : 4;
         for (int64_t offset = 0; offset < offsets; ++offset) {
           const Variable plain(initial, offset);
           const Variable prefetching(initial, offset);
@@ -204,13 +206,14 @@ void check_mode() {
 }  // namespace
 
 int main(int argc, char** argv) {
+  read_scope(argc, argv);
   const uint64_t mode = floating_point_mode();
   check_mode();
-  check_threads(mode);
-  if (argc < 2 || std::string(argv[1]) != "threads") {
+  if (scope != Scope::kEmulated) check_threads(mode);
+  if (scope == Scope::kAll) {  // compiled for the plainest instruction set
     check_conversions<Float16>(kFormats[0]);
     check_conversions<BFloat16>(kFormats[1]);
-    check_kernels();
   }
+  if (scope != Scope::kThreads) check_kernels();
   return failures == 0 ? 0 : 1;
 }

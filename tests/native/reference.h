@@ -29,6 +29,9 @@ constexpr int kSteps = 5;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
+// 2^e as a normal double. ldexp took a quarter of the time of row_test.
+inline double power_of_two(int e) { return bit_cast<double>(static_cast<uint64_t>(1023 + e) << 52); }
+
 // Decodes a 16-bit format by its definition.
 inline double decode(uint16_t bits, const Format& f) {
   const int exponent = (bits & 0x7fff) >> f.digits;
@@ -36,7 +39,7 @@ inline double decode(uint16_t bits, const Format& f) {
   const double sign = (bits & 0x8000) != 0 ? -1 : 1;
   if (exponent == 0x7fff >> f.digits) return fraction != 0 ? kNan : sign * kInfinity;
   const int whole = fraction + (exponent == 0 ? 0 : 1 << f.digits);
-  return sign * std::ldexp(whole, std::max(exponent - 1, 0) + f.least - f.digits);
+  return sign * whole * power_of_two(std::max(exponent - 1, 0) + f.least - f.digits);
 }
 
 inline uint16_t encode(double x, const Format& f) {
@@ -44,7 +47,7 @@ inline uint16_t encode(double x, const Format& f) {
   const int infinity = (0x7fff >> f.digits) << f.digits;
   if (std::isnan(x) || std::isinf(x)) return static_cast<uint16_t>(sign | (std::isnan(x) ? 0x7fff : infinity));
   const int exponent = x == 0 ? f.least : std::max(f.least, std::ilogb(x));
-  const int whole = static_cast<int>(std::nearbyint(std::ldexp(std::fabs(x), f.digits - exponent)));
+  const int whole = static_cast<int>(std::nearbyint(std::fabs(x) * power_of_two(f.digits - exponent)));
   return static_cast<uint16_t>(sign | std::min(((exponent - f.least) << f.digits) + whole, infinity));
 }
 

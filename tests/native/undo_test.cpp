@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks steps that are logged and undone: every usable ISA, on several threads, against the plain step, bit for bit,
-// and that changed gradients are found. `undo_test threads` does only what needs several threads, for ThreadSanitizer.
-// Prints a line per check.
+// and that changed gradients are found. Prints a line per check. Its argument is a Scope.
 #include "../../csrc/core/undo.h"
 
 #include <string>
@@ -144,11 +143,12 @@ void check_threads() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  check_threads();
-  if (argc < 2 || std::string(argv[1]) != "threads") {
+  read_scope(argc, argv);
+  if (scope != Scope::kEmulated) check_threads();
+  if (scope != Scope::kThreads) {
     check_modes();
     check_changes();
-    check_signs();
   }
+  if (scope == Scope::kAll) check_signs();
   return failures == 0 ? 0 : 1;
 }

@@ -3,8 +3,8 @@
     python bench/instructions.py NEW [OLD]
 
 NEW and OLD are folders that hold a package `fastadam`; `.ci/instructions` builds both. Prints a table and, given OLD,
-fails if a count is more than 5 % above OLD's. "native" is what the step executes in fastadam's libraries, "whole" all of
-it, Python included. One thread, fixed hashes, and the instruction sets that valgrind 3.19 knows (not AVX-512).
+fails if a count is more than 5 % above OLD's. "native" is what a step executes in fastadam's libraries, "whole" is all
+of it, Python included. One thread, fixed hashes, and the instruction sets that valgrind knows (not AVX-512).
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def work(package: str, shim: str) -> None:
 
     assert Path(fastadam.__file__).is_relative_to(package), fastadam.__file__
     marks = ctypes.CDLL(shim)
+    marks.begin()
+    marks.end(b"")  # ctypes looks both up
     gc.disable()
     for isa in fastadam.isas():
         fastadam.set_isa(isa)
@@ -138,7 +140,7 @@ def count(package: Path) -> dict[str, tuple[int, int]]:
             raise SystemExit(f"{' '.join(command)} returned {done.returncode}:\n{done.stdout}{done.stderr}")
         dumps = sorted(Path(folder).glob("out.*"), key=lambda path: int(path.suffix[1:]))
         found = dict(map(counts_of, dumps))
-        found.pop("", None)  # what follows the last case
+        found.pop("", None)  # what comes before the first case and after the last
         return found
 
 

@@ -26,8 +26,7 @@ STEPS = 10  # counted, after WARM others
 WARM = 20
 SHIM = """
 #include <valgrind/callgrind.h>
-void begin(void) { CALLGRIND_ZERO_STATS; }
-void end(const char *name) { CALLGRIND_DUMP_STATS_AT(name); }
+void mark(const char *name) { CALLGRIND_DUMP_STATS_AT(name); }
 """
 OWN = re.compile(r"/fastadam/.*\.(so|dylib)$")
 Case = Callable[[], Callable[[], object]]
@@ -77,9 +76,9 @@ def work(package: str, shim: str) -> None:
     import fastadam
 
     assert Path(fastadam.__file__).is_relative_to(package), fastadam.__file__
-    marks = ctypes.CDLL(shim)
-    marks.begin()
-    marks.end(b"")  # ctypes looks both up
+    mark = ctypes.CDLL(
+        shim
+    ).mark  # names what was counted since the last mark (CALLGRIND_ZERO_STATS leaves some counts)
     gc.disable()
     for isa in fastadam.isas():
         fastadam.set_isa(isa)
@@ -91,16 +90,17 @@ def work(package: str, shim: str) -> None:
             for _ in range(WARM):
                 step()
             label = f"{isa}, {name}".encode()
-            marks.begin()
+            mark(b"")
             for _ in range(STEPS):
                 step()
-            marks.end(label)
+            mark(label)
 
 
 def counts_of(dump: Path) -> tuple[str, tuple[int, int]]:
     """The label of a dump, and the instructions of one step: in fastadam's libraries, and all."""
     text = dump.read_text()
     label = re.search(r"^desc: Trigger: Client Request: (.*)$", text, re.MULTILINE)
+    summary = re.search(r"^summary: (\d+)$", text, re.MULTILINE)
     names: dict[str, str] = {}
     whole = native = 0
     is_own = is_call = False
@@ -120,6 +120,8 @@ def counts_of(dump: Path) -> tuple[str, tuple[int, int]]:
                 whole += cost
                 native += cost if is_own else 0
             is_call = False
+    if summary and whole != int(summary[1]):
+        raise SystemExit(f"{dump.name}: lines of {whole} instructions, expected {summary[1]}")
     return (label[1] if label else ""), (native // STEPS, whole // STEPS)
 
 
@@ -140,7 +142,7 @@ def count(package: Path) -> dict[str, tuple[int, int]]:
             raise SystemExit(f"{' '.join(command)} returned {done.returncode}:\n{done.stdout}{done.stderr}")
         dumps = sorted(Path(folder).glob("out.*"), key=lambda path: int(path.suffix[1:]))
         found = dict(map(counts_of, dumps))
-        found.pop("", None)  # what comes before the first case and after the last
+        found.pop("", None)  # what lies between the cases
         return found
 
 

@@ -83,6 +83,14 @@ print(getattr(sys, "_is_gil_enabled", lambda: True)())
     assert (result.stdout, result.stderr) == (f"{expected}\n", "")
 
 
+def test_threads_that_share_optimizers_lose_no_step():
+    """A short run of stress_threads.py; wheels for a Python without a GIL are tested by a long one."""
+    program = str(Path(__file__).with_name("stress_threads.py"))
+    code = f"import runpy, sys; sys.argv[1:] = ['--calls', '20']; runpy.run_path({program!r}, run_name='__main__')"
+    result = run_python(code)
+    assert "no step lost, no error" in result.stdout, result.stdout + result.stderr
+
+
 def test_other_threads_of_python_run_during_a_step():
     """The GIL is released: a long step does not stop a counting thread."""
     size = 20_000_000

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import subprocess
 import sys
 import warnings
+import zlib
 
 import fastadam
 import numpy as np
@@ -156,6 +158,19 @@ def saved(path, options=None, **kwargs):
 def refuses(path, variables, message="", cls=fastadam.Adam):
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{message}"):
         cls.load(path, variables)
+
+
+def rewrite(path, change, tensors=None, checksum=True):
+    """The file with a header changed by someone who knows the format."""
+    import safetensors.numpy
+
+    with safetensors.safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["fastadam"])
+        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    text = change(header)
+    text = text if isinstance(text, str) else json.dumps(header)
+    metadata = {"fastadam": text, "fastadam_crc32": str(zlib.crc32(text.encode()) if checksum else 0)}
+    safetensors.numpy.save_file({**arrays, **(tensors or {})}, path, metadata)
 
 
 class Halving(fastadam.schedules.LearningRateSchedule):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from helpers import assert_same, refuses
+from helpers import assert_same, refuses, rewrite
 
 F32 = np.float32
 
@@ -52,17 +52,6 @@ def test_a_flipped_byte_is_refused_wherever_it_is(small):
         assert_same(again.get_weights(), expected.get_weights())
         assert again.get_config() == expected.get_config()
     assert len(accepted) < 10
-
-
-def rewrite(path, change, tensors=None, checksum=True):
-    """The file with a header changed by someone who knows the format."""
-    with safetensors.safe_open(path, framework="numpy") as file:
-        header = json.loads(file.metadata()["fastadam"])
-        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    text = change(header)
-    text = text if isinstance(text, str) else json.dumps(header)
-    metadata = {"fastadam": text, "fastadam_crc32": str(zlib.crc32(text.encode()) if checksum else 0)}
-    safetensors.numpy.save_file({**arrays, **(tensors or {})}, path, metadata)
 
 
 HOSTILE = {

@@ -5,24 +5,29 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
 import fastadam
+from compiled import tool
 from helpers import run_python
 
 METADATA = importlib.metadata.metadata("fastadam")
 PACKAGE = Path(fastadam.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_metadata_says_who_where_and_for_what():
     urls = dict(url.split(", ", 1) for url in METADATA.get_all("Project-URL"))
-    assert {"Homepage", "Documentation", "Changelog", "Issues"} <= set(urls)
+    assert {"Homepage", "Documentation", "Changelog", "Issues", "Security", "Source"} <= set(urls)
     assert all(url.startswith("https://") for url in urls.values())
     assert METADATA["Author"]
     assert METADATA["License-Expression"] == "Apache-2.0"
     classifiers = METADATA.get_all("Classifier")
     for needed in ("Programming Language :: Python :: 3.10", "Programming Language :: C++", "Typing :: Typed"):
         assert needed in classifiers
+    assert [c for c in classifiers if c.startswith("Programming Language :: Python :: Free Threading")]
+    assert not [c for c in classifiers if "Windows" in c or c == "Operating System :: OS Independent"]
     assert not any(classifier.startswith("License ::") for classifier in classifiers)  # the expression says it
 
 
@@ -73,3 +78,13 @@ fastadam.Adam().apply_gradients([(numpy.ones(3), numpy.ones(3))])
         "(multiprocessing): its compiled extension does not support subinterpreters.\n"
     )
     assert result.stderr == ""
+
+
+def test_a_build_on_windows_stops_at_one_sentence(tmp_path):
+    """Before it looks for a compiler, which would fail at headers that Windows does not have."""
+    command = [tool("cmake"), "-S", ROOT, "-B", tmp_path, "-DCMAKE_SYSTEM_NAME=Windows"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "fastadam does not support Windows" in result.stderr
+    assert "Use Linux (WSL 2 on Windows) or macOS" in " ".join(result.stderr.split())
+    assert "compiler" not in result.stdout + result.stderr

@@ -21,6 +21,7 @@ DOCUMENTS = [
     "bench/README.md",
     "tests/README.md",
     ".github/CONTRIBUTING.md",
+    ".github/SECURITY.md",
 ]
 
 
@@ -60,6 +61,37 @@ def test_the_guide_of_the_tests_names_every_marker_and_script():
 def test_there_is_one_version():
     versions = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert versions == [fastadam.__version__] == [importlib.metadata.version("fastadam")]
+    written = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("csrc", "python", "tests", "bench", ".ci", ".github")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {"", ".py", ".pyi", ".h", ".cpp", ".cu", ".cmake", ".in", ".toml", ".yml", ".md", ".sh"}
+        and path.is_file()
+        and not path.is_relative_to(ROOT / "python" / "fastadam" / "lib")  # built
+        and re.search(rf"\b{re.escape(fastadam.__version__)}\b", path.read_text(errors="replace"))
+    }
+    assert written == {".github/CHANGELOG.md"}
+
+
+def test_the_changelog_has_the_form_of_keep_a_changelog():
+    text = (ROOT / ".github" / "CHANGELOG.md").read_text()
+    assert text.startswith("# Changelog\n")
+    assert "keepachangelog.com/en/1.1.0" in text
+    date = r"\d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])"
+    kinds = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    sections = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
+    headings, bodies = sections[1::2], sections[2::2]
+    wrong = [h for h in headings if not re.fullmatch(rf"\[Unreleased\]|\[\d+\.\d+\.\d+\] - (?:{date}|unreleased)", h)]
+    assert wrong == []
+    versions = [h[1:].partition("]")[0] for h in headings if h != "[Unreleased]"]
+    assert versions == sorted(versions, key=lambda v: [int(n) for n in v.split(".")], reverse=True)
+    assert versions[0] == fastadam.__version__
+    for body in bodies:
+        found = re.findall(r"^### (.*)$", body, re.MULTILINE)
+        assert found
+        assert found == [kind for kind in kinds if kind in found]  # each once, in this order
+        entries = [line for line in body.splitlines() if line[:1] == "-"]
+        assert len(entries) == len(set(entries))
 
 
 def test_the_stub_of_cuda_names_what_only_that_extension_has(fake_extension):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -69,6 +70,25 @@ def test_steps_of_several_threads_at_once_do_not_disturb_each_other():
         thread.join()
     for copy in copies:
         np.testing.assert_array_equal(bits(copy), bits(expected))
+
+
+def test_importing_the_extensions_leaves_a_gil_that_is_off_off():
+    """On a free-threaded Python; one that has a GIL keeps it."""
+    code = """
+import sys, fastadam, fastadam._jax
+print(getattr(sys, "_is_gil_enabled", lambda: True)())
+"""
+    result = run_python(code)
+    expected = not sysconfig.get_config_var("Py_GIL_DISABLED")
+    assert (result.stdout, result.stderr) == (f"{expected}\n", "")
+
+
+def test_threads_that_share_optimizers_lose_no_step():
+    """A short run of stress_threads.py; wheels for a Python without a GIL are tested by a long one."""
+    program = str(Path(__file__).with_name("stress_threads.py"))
+    code = f"import runpy, sys; sys.argv[1:] = ['--calls', '20']; runpy.run_path({program!r}, run_name='__main__')"
+    result = run_python(code)
+    assert "no step lost, no error" in result.stdout, result.stdout + result.stderr
 
 
 def test_other_threads_of_python_run_during_a_step():

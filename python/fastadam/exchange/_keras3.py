@@ -161,11 +161,15 @@ def read_keras3_file(path: str | os.PathLike[str]) -> dict[str, HostArray]:
         raise ImportError("reading a weights file of Keras needs h5py: pip install h5py") from error
     name = os.fsdecode(path)
     with h5py.File(_weights_of(name), "r") as file:
-        group = file.get(_VARIABLES)
-        if group is None:
-            raise ValueError(f"{name}: no group '{_VARIABLES}', expected a file of a model with a built optimizer")
-        if group.file.filename != file.filename:
-            raise ValueError(f"{name}: '{_VARIABLES}' is a link to {group.file.filename}, expected it in this file")
+        group = file
+        for part in _VARIABLES.split("/"):
+            link = group.get(part, getlink=True) if hasattr(group, "get") else None
+            if link is None:
+                raise ValueError(f"{name}: no group '{_VARIABLES}', expected a file of a model with a built optimizer")
+            if type(link).__name__ != "HardLink":  # HDF5 would open the file that it names
+                to = getattr(link, "filename", link.path)
+                raise ValueError(f"{name}: '{_VARIABLES}' is a link to {to}, expected it in this file")
+            group = group[part]
         return {key: _read(group, key) for key in sorted(group, key=_index)}
 
 

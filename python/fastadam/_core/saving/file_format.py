@@ -20,6 +20,7 @@ __all__ = [
     "ITEM_SIZES",
     "ITERATIONS",
     "KEEPS",
+    "MAX_HEADER",
     "ROWS",
     "VALUE",
     "VERSION",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 VERSION = 3  # 1: without "moments", "block" and "numbers", all moments in full. 2: without "values" and "chain"
+MAX_HEADER = 2**25  # bytes, which some 70,000 variables need; one that is longer is neither written nor read
 ITERATIONS = "iterations"
 VALUE = "value/"  # begins the name of the values of a variable: "value/0"; its slots are "0/m", "0/v", ...
 ACCUMULATED = "accumulated_rows/"  # the rows outside of which an accumulator is zero, in the middle of a cycle

@@ -18,7 +18,7 @@ from fastadam._core.common.frameworks import require
 from fastadam._core.common.types import Config, HostArray
 from fastadam._core.deferred.chain import Link
 from fastadam._core.native.chunks import CHUNK, Bytes
-from fastadam._core.saving.file_format import DTYPES, ITERATIONS, VERSION, Tensor
+from fastadam._core.saving.file_format import DTYPES, ITERATIONS, MAX_HEADER, VERSION, Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,6 +61,7 @@ class SavedFile:
         self._file = _File(path)
         try:
             while True:
+                self._check_header_size()
                 try:
                     with safetensors.safe_open(path, framework="numpy") as file:
                         metadata = file.metadata() or {}
@@ -89,6 +90,12 @@ class SavedFile:
         self._file.close()
 
     # ---- what it says ----------------------------------------------------------------------------------------------
+
+    def _check_header_size(self) -> None:
+        """Raise before a header is read that is longer than one that `save` writes; other files fail later."""
+        size = int.from_bytes(os.pread(self._file.fileno(), 8, 0), "little")
+        if MAX_HEADER < size <= os.fstat(self._file.fileno()).st_size:
+            self.fail(f"a header of {size} bytes", f"at most {MAX_HEADER}")
 
     def _read_places(self) -> dict[str, tuple[Tensor, int]]:
         """What the tensors are and where they begin, from a header that the library has found good."""

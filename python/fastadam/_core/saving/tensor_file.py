@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from fastadam._core.common.files import NewFile, replace_whole
 from fastadam._core.common.types import Config
 from fastadam._core.native.chunks import Bytes, runs
-from fastadam._core.saving.file_format import Tensor
+from fastadam._core.saving.file_format import MAX_HEADER, Tensor
 
 __all__ = ["TensorFile", "write_tensors"]
 
@@ -49,11 +49,19 @@ def write_tensors(
         tensors: By their names, in their order.
         text_of: The description, from the checksums of all tensors.
         fill: Appends all bytes of all tensors.
+
+    Raises:
+        ValueError: They are too many for one file.
     """
     widest = dict.fromkeys(tensors, _WIDEST)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     room = len(_header(tensors, text_of(widest), _WIDEST))
     room += -(8 + room) % (4096 if nbytes >= _LARGE else 8)
+    if room > MAX_HEADER:
+        raise ValueError(
+            f"variables: a header of {room} bytes for {len(tensors)} tensors, expected at most {MAX_HEADER} (save some "
+            "of the variables in another file)"
+        )
 
     def write(file: NewFile) -> None:
         content = TensorFile(file, 8 + room, tensors)

@@ -37,17 +37,31 @@ WORLDS = {
     "jax": ("framework_recipes", "JaxWorld", ("jax", "optax")),
     "keras": ("framework_recipes", "KerasWorld", ("keras", "jax")),
 }
-ALLOWED = (TypeError, ValueError, KeyError, OverflowError, RuntimeError, NotImplementedError, OSError, hostile.Mine)
-NOT_ALLOWED = (RecursionError, UnicodeError, np.exceptions.AxisError, *ImportError.__subclasses__())
-INTERNAL = re.compile(
-    r"incompatible function arguments|Unable to cast|Invoked with|pybind11|fastadam\._|_core\b|\b_cpu\b|\b_cuda\b|"
-    r"\bPlan\b|VariableSet|NoneType' object|has no attribute|object is not \w+able|unhashable|unsupported operand|ufunc|"
-    r"positional argument|unexpected keyword argument '_|not supported between|truth value of an array|"
-    r"too many values to unpack|not enough values to unpack|must be real number, not|could not convert string to float|"
-    r"cannot be interpreted as an integer|setting an array element|inhomogeneous|internal error|<locals>|out of bounds|"
-    r"broadcast input array|could not be broadcast|operands could not"
+ALLOWED = (
+    TypeError,
+    ValueError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    NotImplementedError,
+    OSError,
+    hostile.Mine,
 )
-WORDS = r"grads?\[|vars?\[|variables?\b|gradients?\b|optimizer|weights?\[|tensor|slot|slices|deltas?\b|grads_and_vars|state|group|[Kk]eyword argument|"
+NOT_ALLOWED = (RecursionError, UnicodeError, np.exceptions.AxisError, *ImportError.__subclasses__())
+INTERNAL = re.compile(  # never in a message
+    r"incompatible function arguments|Unable to cast|Invoked with|pybind11|fastadam\._|_core\b|\b_cpu\b|\b_cuda\b|"
+    r"\bPlan\b|VariableSet|NoneType' object|internal error"
+)
+PYTHONS = re.compile(  # only in parentheses, after the argument's name
+    r"has no attribute (?!.*expected)|object is not \w+able|unhashable|unsupported operand|ufunc|not supported between|truth value of|"
+    r"values to unpack|must be real number, not|could not convert string to float|cannot be interpreted as an integer|"
+    r"setting an array element|inhomogeneous|out of bounds|could not be broadcast|operands could not|[a-z_]\(\) takes (?!exactly)"
+)
+WORDS = r"grads?\[|vars?\[|variables?\b|gradients?\b|optimizer|weights?\[|tensor|slot|slices|deltas?\b|grads_and_vars|state|group|\b[mv](hat)?\[|[Kk]eyword argument|"
+
+
+ALIASES = {"lr": ["learning_rate"], "set_isa": ["isa"]}
 
 
 class Entry(NamedTuple):
@@ -101,7 +115,9 @@ def entries_of_class(module, name, cls):
         if key == "__call__" or (not key.startswith("_") and callable(getattr(static, "__func__", static))):
             if str(getattr(value, "__module__", "")).startswith("fastadam"):
                 yield Entry(module, name, key, value, "method")
-        elif not key.startswith("_") and (getattr(static, "fset", None) or type(static).__module__.startswith("fastadam.")):
+        elif not key.startswith("_") and (
+            getattr(static, "fset", None) or type(static).__module__.startswith("fastadam.")
+        ):
             yield Entry(module, name, key, static, "setter")
 
 
@@ -148,7 +164,11 @@ def call_of(entry, world):
 
 
 def parameters_of(target):
-    return {name: p for name, p in inspect.signature(target).parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return {
+        name: p
+        for name, p in inspect.signature(target).parameters.items()
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
 
 
 def good_arguments(rng, entry, world, call):
@@ -178,21 +198,22 @@ def attack(rng, tell, cls, entry, folder, spoil):
             world.prepare(entry)
             call = call_of(entry, world)
             given = good_arguments(rng, entry, world, call)
-            told = []
+            good, told = dict(given), []
             if spoil:
                 told = spoil_arguments(rng, given, call, entry)
             tell(f"{entry.label}({', '.join(told) or 'good arguments'})")
             before = world.state()
             error, warned = attempt(call, given)
-            return judge(entry, world, error, warned, before, spoil and bool(told), given)
+            return judge(entry, world, error, warned, before, spoil and bool(told), good)
         finally:
             world.close()
 
 
 def spoil_arguments(rng, given, call, entry):
-    names = ["value"] if entry.kind == "setter" else [name for name in parameters_of(call)]
+    names = ["value"] if entry.kind == "setter" else list(parameters_of(call))
     told = []
-    for name in {str(n) for n in rng.choice(names, size=min(len(names), rng.choice([1, 1, 1, 2, 3])))} if names else ():
+    count = min(len(names), rng.choice([1, 1, 1, 2, 3]))
+    for name in rng.choice(names, size=count, replace=False).tolist() if names else ():
         text, given[name] = hostile.spoiled(rng, given.get(name))
         told.append(f"{name}={text}")
     return sorted(told)
@@ -211,9 +232,14 @@ def attempt(call, given):
     return None, warned
 
 
-def judge(entry, world, error, warned, before, bad, given):
+def judge(entry, world, error, warned, before, bad, good):
     for w in warned:
-        if not issubclass(w.category, UserWarning) and re.search(r"encountered in|overflow|invalid value", str(w.message)):
+        if (
+            not ({entry.part, entry.owner} & {"schedules", "reference", "Telemetry"})  # plain NumPy
+            and entry.name not in ("add_slot", "add_weight")  # of an initializer's values
+            and not issubclass(w.category, UserWarning)
+            and re.search(r"encountered in|overflow|invalid value", str(w.message))
+        ):
             raise campaign.Finding(f"{entry.label} warned: {w.category.__name__}: {w.message}")
     if error is None:
         return "accepted" if bad else "good"
@@ -233,12 +259,23 @@ def judge(entry, world, error, warned, before, bad, given):
         text = str(error)
     except Exception as broken:
         raise campaign.Finding(f"{entry.label}: the text of its {type(error).__name__} cannot be read") from broken
-    if INTERNAL.search(text):
+    if INTERNAL.search(text) or PYTHONS.search(re.sub(r"\(.*\)", "", text, flags=re.DOTALL)):
         raise campaign.Finding(f"{entry.label} raised {described(error)}")
-    names = [entry.name, *given] if entry.kind != "setter" else [entry.name]
+    parameters = parameters_of(entry.target) if entry.kind != "setter" else ()
+    names = [entry.name, *parameters, *ALIASES.get(entry.name, ())]
+    names += keys_of(good)
+    if isinstance(error, MemoryError) and "Unable to allocate" in text:
+        return "refused"
     if not re.search(WORDS + "|".join(map(re.escape, names)), text) and not isinstance(error, OSError):
         raise campaign.Finding(f"{entry.label} raised {described(error)}, which names no argument")
     return "refused"
+
+
+def keys_of(values):
+    """Of dicts, at any depth: a message may name an entry of a configuration."""
+    if isinstance(values, dict):
+        return [*map(str, values), *(key for value in values.values() for key in keys_of(value))]
+    return []
 
 
 def caused_by_caller(error):

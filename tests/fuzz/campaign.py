@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -67,8 +68,11 @@ def _child(start, folder, numbers, given, tally, findings):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reader)
-        _serve(start, folder, numbers, given, writer)
+        try:
+            os.close(reader)
+            _serve(start, folder, numbers, given, writer)
+        finally:
+            os._exit(1)  # whatever happened: the rest of this function is the parent's
     os.close(writer)
     number, about, hung = numbers.start, "before its first call", False
     buffer = b""
@@ -105,7 +109,7 @@ def _child(start, folder, numbers, given, tally, findings):
 
 
 def _serve(start, folder, numbers, given, writer):
-    """Answer each number; never returns."""
+    """Answer each number, then exit."""
 
     def say(kind, text):
         if given.only is not None and kind == "tell":
@@ -116,6 +120,8 @@ def _serve(start, folder, numbers, given, writer):
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (int(given.gigabytes * 2**30), most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        sys.path[0] = str(Path(sys.path[0]).resolve())
+        os.chdir(folder)  # hostile strings may be taken for paths
         case = start(folder)
         for number in numbers:
             rng = np.random.default_rng([given.seed, number])
@@ -128,4 +134,3 @@ def _serve(start, folder, numbers, given, writer):
         os._exit(0)
     except BaseException:
         traceback.print_exc()
-        os._exit(1)

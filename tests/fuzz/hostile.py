@@ -152,8 +152,6 @@ SCALARS = {
     "numpy string": np.str_("dense"),
     "bytes": b"dense",
     "bytearray": bytearray(8),
-    "memoryview": memoryview(b"12345678"),
-    "writable memoryview": memoryview(bytearray(8)),
     "path": pathlib.PurePosixPath("/dev/null/x"),
     "root": pathlib.Path("/"),
     "slice": slice(1, 2),
@@ -175,6 +173,8 @@ SCALARS = {
 
 MADE = {
     "object": object,
+    "memoryview": lambda: memoryview(b"12345678"),
+    "writable memoryview": lambda: memoryview(bytearray(8)),
     "empty tuple": tuple,
     "empty list": list,
     "empty dict": dict,
@@ -191,7 +191,7 @@ MADE = {
     "generator": lambda: (x for x in [1.0]),
     "empty generator": lambda: iter(()),
     "generator that raises": lambda: (_raises() for _ in [1]),
-    "map": lambda: map(float, ["x"]),
+    "map": lambda: map(_raises, [1]),
     "endless": lambda: itertools.islice(itertools.repeat(1.0), 100_000),
     "range": lambda: range(3),
     "frozenset": lambda: frozenset([1]),

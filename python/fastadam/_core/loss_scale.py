@@ -12,7 +12,14 @@ from fastadam._core import bucketed
 from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
 from fastadam._core.bucketed import check_begin
-from fastadam._core.common.checks import check_bool, check_count, check_iterations, check_number
+from fastadam._core.common.checks import (
+    check_bool,
+    check_count,
+    check_custom_objects,
+    check_iterations,
+    check_number,
+    shown,
+)
 from fastadam._core.common.configs import class_of, loss_scale_arguments
 from fastadam._core.common.display import call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.common.frameworks import named_in_keras
@@ -305,8 +312,8 @@ class LossScaleOptimizer(Minimizer):
         arguments = loss_scale_arguments(config)
         inner = arguments.pop("inner_optimizer", None)
         if not isinstance(inner, Mapping) or not {"class_name", "config"} <= set(inner):
-            raise ValueError(f"inner_optimizer: {inner!r}, expected a dict with 'class_name' and 'config'")
-        classes = {"Adam": Adam, "AdamW": AdamW, **(custom_objects or {})}
+            raise ValueError(f"inner_optimizer: {shown(inner)}, expected a dict with 'class_name' and 'config'")
+        classes = {"Adam": Adam, "AdamW": AdamW, **check_custom_objects(custom_objects)}
         kind = class_of(inner)
         if kind not in classes:
             raise ValueError(f"inner_optimizer: {kind!r}, expected one of {sorted(classes)}")
@@ -343,7 +350,7 @@ class LossScaleOptimizer(Minimizer):
         slots: Sequence[Mapping[str, HostArray] | None] | None = None,
     ) -> Self:
         """Load what :meth:`save` wrote, as :meth:`Adam.load` does; ``custom_objects`` may hold a subclass of Adam."""
-        others = [entry for entry in (custom_objects or {}).values() if isinstance(entry, type)]
+        others = [entry for entry in check_custom_objects(custom_objects).values() if isinstance(entry, type)]
         classes: list[type[Adam]] = [Adam, AdamW, *(entry for entry in others if issubclass(entry, Adam))]
 
         def finish(inner: Adam, state: Config | None) -> LossScaleOptimizer:

@@ -28,6 +28,7 @@ __all__ = [
     "ParamState",
     "States",
     "check_capturable",
+    "check_closure",
     "check_flags",
     "check_group",
     "check_kinds",
@@ -301,8 +302,16 @@ def check_module(module: torch.nn.Module, groups: list[Group], sparse_update: st
         )
 
 
+def check_closure(closure: object) -> None:
+    """Check the argument of ``step``."""
+    if not callable(closure):
+        raise TypeError(f"closure: {type(closure).__name__}, expected a function without arguments, or None")
+
+
 def check_rows(param: Tensor, ids: object) -> npt.NDArray[np.signedinteger]:
     """Check that these are rows of a parameter; return them flat, on the host."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"param: {type(param).__name__}, expected a parameter of the optimizer")
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids: {getattr(ids, 'dtype', type(ids).__name__)}, expected a tensor of int32 or int64")
     return check_ids(ids.detach().cpu().reshape(-1).numpy(), tuple(param.shape), "param")

@@ -16,6 +16,7 @@ from fastadam._core.native.backend import _cpu
 from fastadam.torch._checks import (
     Group,
     ParamState,
+    check_closure,
     check_group,
     check_kinds,
     check_numbers,
@@ -352,5 +353,6 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
 def _evaluate(closure: Callable[[], Loss] | None) -> Loss | None:
     if closure is None:
         return None
+    check_closure(closure)
     with torch.enable_grad():
         return closure()

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fastadam._core.common.checks import check_bool, check_count, check_number
+from fastadam._core.common.checks import check_bool, check_number
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import Foreign
+from fastadam._core.native.backend import check_threads
 from fastadam._core.native.slices import DEFERRED, check_sparse_update
 from fastadam._core.native.worker import Handle
 from fastadam.torch import _resizing
@@ -22,6 +23,7 @@ from fastadam.torch._attached import AttachedParameter, attach_to, inside
 from fastadam.torch._buckets import BucketedStep
 from fastadam.torch._checks import (
     OfGroups,
+    check_closure,
     check_kinds,
     check_module,
     check_numbers,
@@ -304,6 +306,7 @@ class Adam(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            check_closure(closure)
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -841,7 +844,7 @@ class Adam(torch.optim.Optimizer):
 def check_begin(threads: object, loss_scale: float) -> None:
     """Check arguments of ``begin_step``, for :mod:`fastadam.torch._overlap` too."""
     if threads is not None:
-        check_count("threads", threads)
+        check_threads("threads", threads)
     if not check_number("loss_scale", loss_scale) > 0:
         raise ValueError(f"loss_scale: {loss_scale}, expected a number above 0")
 

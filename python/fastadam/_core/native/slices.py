@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from fastadam._core.common.checks import check_integer, check_list
+from fastadam._core.common.checks import check_integer, check_list, shown
 from fastadam._core.common.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.native.arrays import native_of, on_gpu
@@ -106,7 +106,7 @@ def _as_shape(dense_shape: Sequence[int]) -> tuple[int, ...]:
 def check_sparse_update(value: object) -> SparseUpdate:
     """One of the names in ``SPARSE_UPDATES``."""
     if not isinstance(value, str) or value not in SPARSE_UPDATES:
-        raise ValueError(f"sparse_update: {value!r}, expected one of {', '.join(map(repr, SPARSE_UPDATES))}")
+        raise ValueError(f"sparse_update: {shown(value)}, expected one of {', '.join(map(repr, SPARSE_UPDATES))}")
     return cast("SparseUpdate", str(value))
 
 

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
+from fastadam._core.common.checks import shown
 from fastadam._core.common.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
 from fastadam._core.common.frameworks import hint_for_variable
 from fastadam._core.common.keywords import suggests_keywords
@@ -99,7 +100,7 @@ class Variable:
     @suggests_keywords()
     def __init__(self, value: ArrayLike, name: str | None = None) -> None:
         if not isinstance(name, (str, type(None))):
-            raise TypeError(f"name: {name!r}, expected a string")
+            raise TypeError(f"name: {shown(name)}, expected a string")
         array: AnyArray = value if isinstance(value, np.ndarray) or on_gpu(value) else _new_array(value, name)
         self.name = name
         native_for([array]).Buffer(array, label_of(self, 0) if name else "value")
@@ -121,7 +122,7 @@ class Variable:
             if not hasattr(type(self), name) and not hasattr(self, "__dict__"):
                 raise AttributeError(unknown_attribute(self, name, ("name", "value")))
             if name == "name" and not isinstance(new, (str, type(None))):
-                raise TypeError(f"name: {new!r}, expected a string")
+                raise TypeError(f"name: {shown(new)}, expected a string")
             super().__setattr__(name, new)
             if name == "name" and hasattr(self, "_value"):
                 _renamed[id(self._value)] = self

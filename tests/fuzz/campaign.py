@@ -31,14 +31,14 @@ class Finding(Exception):  # noqa: N818  not an error of this program
     """Something that must not happen."""
 
 
-def arguments(description, count, **more):
+def arguments(description, count, *, gigabytes=24, **more):
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--seed", type=int, help="of the random numbers (default: from the clock)")
     parser.add_argument("--count", type=int, default=count, help=f"number of cases (default: {count})")
     parser.add_argument("--first", type=int, default=0, help="number of the first case (default: 0)")
     parser.add_argument("--only", type=int, help="one case, with what it calls")
-    parser.add_argument("--gigabytes", type=float, default=24, help="address space of a child (default: 24)")
     parser.add_argument("--patience", type=float, default=120, help="seconds after which a case hangs (default: 120)")
+    parser.add_argument("--gigabytes", type=float, default=gigabytes, help=f"address space of a child ({gigabytes})")
     for name, options in more.items():
         parser.add_argument(f"--{name}", **options)
     given = parser.parse_args()

@@ -12,7 +12,8 @@ The first cases are the good calls themselves, which have to succeed. A finding 
 - a warning of NumPy's about the library's own arithmetic;
 - a refused call that has changed a variable, a gradient, a slot, a counter, an option or a setting of the process.
 
-Exceptions that hostile objects raise themselves may come through. In the closing line "accepted" are calls that
+Exceptions that hostile objects raise themselves may come through, and so may those that PyTorch, JAX and Keras raise
+in their own code. In the closing line "accepted" are calls that
 returned, "refused" those that raised as they should, and "good" those without a bad argument.
 """
 
@@ -61,7 +62,7 @@ PYTHONS = re.compile(  # only in parentheses, after the argument's name
 WORDS = r"grads?\[|vars?\[|variables?\b|gradients?\b|optimizer|weights?\[|tensor|slot|slices|deltas?\b|grads_and_vars|state|group|\b[mv](hat)?\[|[Kk]eyword argument|"
 
 
-ALIASES = {"lr": ["learning_rate"], "set_isa": ["isa"]}
+ALIASES = {"lr": ["learning_rate"], "DeepSpeedCPUAdam": ["params"], "set_isa": ["isa"]}
 
 
 class Entry(NamedTuple):
@@ -250,7 +251,7 @@ def judge(entry, world, error, warned, before, bad, good):
     for key, value in before.items():
         if value != after[key]:
             raise campaign.Finding(f"{entry.label} changed {key} though it raised {described(error)}")
-    if caused_by_caller(error):
+    if caused_by_caller(error) or is_of(world.frameworks, error):
         return "refused"
     is_fixed = isinstance(error, AttributeError) and entry.kind == "setter"
     if not (isinstance(error, ALLOWED) or is_fixed) or isinstance(error, NOT_ALLOWED):
@@ -278,6 +279,20 @@ def keys_of(values):
     return []
 
 
+def is_of(packages, error):
+    """Whether an error was raised in the files of one of these packages, whose texts are its own."""
+    name = frame_of(error).f_code.co_filename
+    return any(f"/site-packages/{package}/" in name for package in packages)
+
+
+def frame_of(error):
+    """Where it was raised."""
+    at = error.__traceback__
+    while at.tb_next is not None:
+        at = at.tb_next
+    return at.tb_frame
+
+
 def caused_by_caller(error):
     while error is not None:
         if isinstance(error, hostile.Mine):
@@ -287,15 +302,12 @@ def caused_by_caller(error):
 
 
 def described(error):
-    where = error.__traceback__
-    while where.tb_next is not None:
-        where = where.tb_next
-    code = where.tb_frame.f_code
+    frame = frame_of(error)
     try:
         text = str(error)[:200]
     except Exception:
         text = "(no text)"
-    return f"{type(error).__name__}: {text} [{code.co_filename.rpartition('/')[2]}:{where.tb_lineno}]"
+    return f"{type(error).__name__}: {text} [{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}]"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ variable, or an error be of another type. In the closing line: refused, same (lo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
@@ -131,10 +132,8 @@ class Files:
             return "same"
         if not text.startswith("forged"):
             raise campaign.Finding(f"loaded with other contents: {text.partition(' ')[0]}")
-        try:
+        with contextlib.suppress(ValueError):
             self.steps(optimizer, variables)
-        except ValueError:
-            pass
         return "forged"
 
     def judge(self, error, paths, at, variables, start):

@@ -44,6 +44,7 @@ OF_GROUPS = (
 
 
 class TorchWorld(FrameworkWorld):
+    frameworks = ("torch",)
     modules = ("fastadam.torch", "fastadam.exchange")
     skipped = (
         frozenset(f"exchange.{name}" for name in fastadam.exchange.__all__ if name not in OF_TENSORS)
@@ -73,7 +74,14 @@ class TorchWorld(FrameworkWorld):
         self.spare = [torch.nn.Parameter(torch.ones(8, 2)), torch.nn.Parameter(torch.ones(4))]
         self.give_gradients()
         options = {} if self.plain else self.options[self.rng.integers(len(self.options))]
-        if self.entry.name in ("begin_step", "step_bucket", "end_step", "overlap", "telemetry", "attach"):
+        if self.entry.owner == "exchange" or self.entry.name in (
+            "begin_step",
+            "step_bucket",
+            "end_step",
+            "overlap",
+            "telemetry",
+            "attach",
+        ):
             options = {"telemetry": True} if self.entry.name == "telemetry" else {}
         self.optimizer = (self.adapter.AdamW if self.entry.owner == "AdamW" else self.adapter.Adam)(
             self.params, **options
@@ -165,6 +173,7 @@ TorchWorld.recipes = {
 
 
 class JaxWorld(FrameworkWorld):
+    frameworks = ("jax", "jaxlib", "optax")
     modules = ("fastadam.jax",)
 
     def make(self):
@@ -208,6 +217,7 @@ JaxWorld.recipes = {
 
 
 class KerasWorld(FrameworkWorld):
+    frameworks = ("keras", "jax", "jaxlib")
     modules = ("fastadam.keras",)
 
     def make(self):

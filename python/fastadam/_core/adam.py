@@ -491,7 +491,7 @@ class Adam(Optimizer):
         >>> int(opt.end_step()), b.round(3).tolist()
         (1, [0.8999999761581421, 0.8999999761581421])
         """
-        check_begin(early, threads)
+        early, threads = check_begin(early, threads)
         bucketed.begin(self._stepper, self, early=early, threads=threads)
 
     def step_bucket(

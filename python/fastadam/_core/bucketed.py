@@ -84,11 +84,9 @@ class BucketedStep(OpenStep):
         return make
 
 
-def check_begin(early: object, threads: object) -> None:
-    """Check the arguments of ``begin_step``."""
-    check_bool("early", early)
-    if threads is not None:
-        check_threads("threads", threads)
+def check_begin(early: object, threads: object) -> tuple[bool, int | None]:
+    """The arguments of ``begin_step``, checked."""
+    return check_bool("early", early), None if threads is None else check_threads("threads", threads)
 
 
 def begin(

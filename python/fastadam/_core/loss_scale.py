@@ -239,7 +239,7 @@ class LossScaleOptimizer(Minimizer):
     def begin_step(self, *, early: bool = False, threads: int | None = None) -> None:
         """Begin a step in buckets, as :meth:`Adam.begin_step`, of gradients that have the present scale."""
         inner = self.inner_optimizer
-        check_begin(early, threads)
+        early, threads = check_begin(early, threads)
         with parts_of(inner).runtime.lock:
             _require_no_factor(inner)
             bucketed.begin(Stepper(parts_of(inner)), inner, early=early, threads=threads, loss_scale=self.dynamic_scale)

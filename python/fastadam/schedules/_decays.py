@@ -67,7 +67,7 @@ class LearningRateSchedule:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LearningRateSchedule:
         """Make a schedule from the result of ``get_config``."""
-        if not isinstance(config, Mapping):
+        if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
             raise TypeError(f"config: {type(config).__name__}, expected a dict as get_config gives it")
         return cls(**config)
 

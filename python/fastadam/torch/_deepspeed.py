@@ -25,6 +25,7 @@ from fastadam.torch._checks import (
     firsts_of,
     label_of,
 )
+from fastadam.torch._loading import check_is_dict, check_structure
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._recorded import NO_FACTORS, UNCORRECTED, Part, Record, without_signals
 from fastadam.torch._state import Kind, require_keys
@@ -198,6 +199,8 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         Raises:
             RuntimeError: No step is left to undo, or the gradient, the parameter or its state has changed since.
         """
+        if not isinstance(sub_group_id, Hashable):
+            raise TypeError(f"sub_group_id: {type(sub_group_id).__name__}, expected a number")
         loss = _evaluate(closure)
         state = self.state.get(sub_group_id)
         if not state:
@@ -301,6 +304,8 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
 
     def _state_of(self, key: Hashable, param: Tensor, group: Group, label: str) -> ParamState:
         """The state, or a new one, which is not the optimizer's yet."""
+        if not isinstance(key, Hashable):
+            raise TypeError(f"subgroup_id: {type(key).__name__}, expected a number")
         state: ParamState = self.state.get(key) or {}
         if not state:
             dtype = torch.float32 if self.fp32_optimizer_states and param.dtype in HALF else param.dtype
@@ -323,8 +328,11 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         """Take clones of a state dict of this class, DeepSpeed's or ``torch.optim.AdamW``; moments keep their dtype.
 
         Raises:
+            TypeError: ``state_dict`` is not a state dict.
             ValueError: A different number or size of groups, or a step that is not a count.
         """
+        check_is_dict(state_dict)
+        check_structure(state_dict)
         super().load_state_dict(state_dict)  # it casts moments to the dtypes of the parameters
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)

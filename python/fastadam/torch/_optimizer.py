@@ -449,13 +449,13 @@ class Adam(torch.optim.Optimizer):
         ...     opt.end_step()
         """
         check_bool("early", early)
-        check_begin(threads, loss_scale)
+        threads, scale = check_begin(threads, loss_scale)
         stepper = self._stepper
         with stepper.lock:
             stepper.require_closed("begin_step")
             stepper.calls.finish(self.state)
             stepper.open = BucketedStep(
-                stepper, self.param_groups, self.state, early=early, threads=threads, loss_scale=float(loss_scale)
+                stepper, self.param_groups, self.state, early=early, threads=threads, loss_scale=scale
             )
 
     def step_bucket(self, params: Iterable[Tensor]) -> Handle[None]:
@@ -497,6 +497,7 @@ class Adam(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; an open step, whose gradients these are, is undone first."""
+        check_bool("set_to_none", set_to_none)
         self.abort_step()
         with inside() if self._options.attached else nullcontext():
             super().zero_grad(set_to_none)
@@ -841,12 +842,12 @@ class Adam(torch.optim.Optimizer):
         restore_states(self.state, self.param_groups, self._options.state_format, saved)
 
 
-def check_begin(threads: object, loss_scale: float) -> None:
-    """Check arguments of ``begin_step``, for :mod:`fastadam.torch._overlap` too."""
-    if threads is not None:
-        check_threads("threads", threads)
-    if not check_number("loss_scale", loss_scale) > 0:
+def check_begin(threads: object, loss_scale: float) -> tuple[int | None, float]:
+    """Arguments of ``begin_step``, checked, for :mod:`fastadam.torch._overlap` too."""
+    scale = check_number("loss_scale", loss_scale)
+    if not scale > 0:
         raise ValueError(f"loss_scale: {loss_scale}, expected a number above 0")
+    return None if threads is None else check_threads("threads", threads), scale
 
 
 def stepper_of(optimizer: Adam) -> GroupStepper:

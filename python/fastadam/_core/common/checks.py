@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -154,7 +155,7 @@ def check_integer(name: str, value: object, expected: str = "an integer") -> int
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: {shown(value)}, expected {expected}")
     try:
-        return int(value.__index__())
+        return operator.index(value)
     except TypeError:  # arrays have the method, whatever they hold
         raise TypeError(f"{name}: {shown(value)}, expected {expected}") from None
 

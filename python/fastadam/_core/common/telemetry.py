@@ -69,6 +69,8 @@ class Telemetry:
         Args:
             prefix: Put before every key.
         """
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix: {shown(prefix, 60)}, expected a string")
         flat = {f"{prefix}{measure}": value for measure, value in self.total().items()}
         for measure in _MEASURES:
             column = getattr(self, measure).tolist()

@@ -41,9 +41,10 @@ __version__: str = _cpu.__version__
 
 def check_threads(name: str, value: object) -> int:
     """A number of threads that the library takes, as an int."""
-    if check_count(name, value) > _cpu.most_threads:
-        raise ValueError(f"{name}: {value}, expected an integer from 1 to {_cpu.most_threads}")
-    return check_count(name, value)
+    count = check_count(name, value)
+    if count > _cpu.most_threads:
+        raise ValueError(f"{name}: {count}, expected an integer from 1 to {_cpu.most_threads}")
+    return count
 
 
 def parse_thread_count(count: object, name: str) -> int:

@@ -57,6 +57,7 @@ class World:
     """Variables and an optimizer in the middle of a training, and whatever else calls need; new for each case."""
 
     modules = ("fastadam", "fastadam.cuda", "fastadam.exchange", "fastadam.reference", "fastadam.schedules")
+    avoided = ()  # hostile values
     frameworks = ()  # whose own texts are not the library's
     skipped = frozenset([*(f"exchange.{name}" for name in OF_TENSORS), "LearningRateSchedule.from_config"])
     raises = RAISES

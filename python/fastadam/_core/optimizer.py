@@ -254,7 +254,8 @@ class Optimizer(Minimizer):
         """A new array for a subclass to keep state in; as in TF it is not part of ``weights``."""
         if not isinstance(name, str):
             raise TypeError(f"name: {shown(name)}, expected a string")
-        lengths = check_list("shape", list(shape) if isinstance(shape, np.ndarray) and shape.ndim == 1 else shape)
+        is_vector = isinstance(shape, np.ndarray) and 0 < shape.size <= 64 and shape.ndim == 1
+        lengths = check_list("shape", list(shape) if is_vector else shape)
         sizes = tuple(check_integer("shape", length) for length in lengths)
         try:
             return initial_value(initializer, sizes, dtype)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import keras
 import numpy as np
 
-from fastadam._core.common.checks import check_beta, check_list, check_non_negative, check_number
+from fastadam._core.common.checks import check_beta, check_list, check_non_negative, check_number, shown
 from fastadam._core.common.display import call_text, never_raises, schedule_settings
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.native.plan import StepHyper
@@ -329,7 +329,7 @@ def _as_tensor(gradient: AnyArray | None, label: str) -> AnyArray | None:
     if gradient is None or keras.ops.is_tensor(gradient):
         return gradient
     if isinstance(gradient, (str, bytes)):
-        raise TypeError(f"{label}: {gradient!r:.60}, expected a tensor")
+        raise TypeError(f"{label}: {shown(gradient, 60)}, expected a tensor")
     return keras.ops.convert_to_tensor(gradient)
 
 

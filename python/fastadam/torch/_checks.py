@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastadam._core.common.checks import shown
 from fastadam._core.common.frameworks import first_of, hint_for_variable, is_array
 from fastadam._core.common.warning import warn
 from fastadam._core.native.slices import DEFERRED, check_ids
@@ -151,7 +152,7 @@ def check_tensor(name: str, value: object, *, foreach: bool, capturable: bool) -
 def check_kinds(lr: object, betas: object, eps: object, weight_decay: object) -> None:
     """Check that these are numbers, before they are compared."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas: {betas!r:.60}, expected a pair of numbers")
+        raise TypeError(f"betas: {shown(betas, 60)}, expected a pair of numbers")
     given = (lr, eps, weight_decay, *betas)
     if set(map(type, given)) <= _NUMBERS:
         return
@@ -264,8 +265,8 @@ def check_params(params: ParamsT) -> ParamsT:
         raise TypeError(f"params: {type(params).__name__}, expected its parameters: model.parameters()")
     if not isinstance(params, Iterable):
         raise TypeError(
-            f"params: {params!r:.60}, expected parameters of PyTorch, as model.parameters(); the optimizer of NumPy "
-            "arrays, whose first argument is the learning rate, is fastadam.Adam"
+            f"params: {shown(params, 60)}, expected parameters of PyTorch, as model.parameters(); the optimizer of "
+            "NumPy arrays, whose first argument is the learning rate, is fastadam.Adam"
         )
     items = list(params) if isinstance(params, Iterator) else params
     first = first_of(items)

@@ -199,8 +199,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         Raises:
             RuntimeError: No step is left to undo, or the gradient, the parameter or its state has changed since.
         """
-        if not isinstance(sub_group_id, Hashable):
-            raise TypeError(f"sub_group_id: {type(sub_group_id).__name__}, expected a number")
+        _require_hashable("sub_group_id", sub_group_id)
         loss = _evaluate(closure)
         state = self.state.get(sub_group_id)
         if not state:
@@ -304,8 +303,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
 
     def _state_of(self, key: Hashable, param: Tensor, group: Group, label: str) -> ParamState:
         """The state, or a new one, which is not the optimizer's yet."""
-        if not isinstance(key, Hashable):
-            raise TypeError(f"subgroup_id: {type(key).__name__}, expected a number")
+        _require_hashable("subgroup_id", key)
         state: ParamState = self.state.get(key) or {}
         if not state:
             dtype = torch.float32 if self.fp32_optimizer_states and param.dtype in HALF else param.dtype
@@ -364,3 +362,10 @@ def _evaluate(closure: Callable[[], Loss] | None) -> Loss | None:
     check_closure(closure)
     with torch.enable_grad():
         return closure()
+
+
+def _require_hashable(name: str, key: object) -> None:
+    try:
+        hash(key)
+    except TypeError as error:
+        raise TypeError(f"{name}: {type(key).__name__}, expected a number") from error

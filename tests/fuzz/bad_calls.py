@@ -59,7 +59,7 @@ PYTHONS = re.compile(  # only in parentheses, after the argument's name
     r"values to unpack|must be real number, not|could not convert string to float|cannot be interpreted as an integer|"
     r"setting an array element|inhomogeneous|out of bounds|could not be broadcast|operands could not|[a-z_]\(\) takes (?!exactly)"
 )
-WORDS = r"grads?\[|vars?\[|variables?\b|gradients?\b|optimizer|weights?\[|tensor|slot|slices|deltas?\b|grads_and_vars|state|group|\b[mv](hat)?\[|[Kk]eyword argument|"
+WORDS = r"grads?\[|vars?\[|variables?\b|gradients?\b|optimizer|weights?\[|tensor|slot|slices|deltas?\b|grads_and_vars|state|group|\b[mv](hat)?\[|[Kk]eyword argument|Invalid (learning rate|epsilon|beta)|"
 
 
 ALIASES = {"lr": ["learning_rate"], "DeepSpeedCPUAdam": ["params"], "set_isa": ["isa"]}
@@ -241,7 +241,7 @@ def judge(entry, world, error, warned, before, bad, good):
         if (
             not world.frameworks
             and not ({entry.part, entry.owner} & {"schedules", "reference", "Telemetry"})  # plain NumPy
-            and entry.name not in ("add_slot", "add_weight")  # of an initializer's values
+            and entry.name not in ("add_slot", "add_weight", "Variable")  # of values that are too large
             and not issubclass(w.category, UserWarning)
             and re.search(r"encountered in|overflow|invalid value", str(w.message))
         ):
@@ -299,7 +299,7 @@ def frame_of(error):
 
 def caused_by_caller(error):
     while error is not None:
-        if isinstance(error, hostile.Mine):
+        if isinstance(error, hostile.Mine) or re.match(r"(<lambda>|_NoRepr)\(\) takes", str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

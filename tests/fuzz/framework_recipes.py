@@ -221,7 +221,7 @@ JaxWorld.recipes = {
 
 
 class KerasWorld(FrameworkWorld):
-    frameworks = ("keras", "jax", "jaxlib", "numpy")
+    frameworks = ("keras", "jax", "jaxlib", "numpy", "optree")
     avoided = DEEP
     modules = ("fastadam.keras",)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastadam._core.common import checks
-from fastadam._core.common.checks import shown
+from fastadam._core.common.checks import as_array, shown
 from fastadam._core.common.types import AnyArray, HostArray, Tree
 from fastadam._core.common.warning import warn
 from fastadam.schedules import LearningRateSchedule
@@ -115,7 +115,7 @@ def next_count(state: Tree) -> jax.Array:
 
 def check_ids(ids: AnyArray) -> jax.Array:
     """Ids as int32 or int64. Integers that would overflow into another id are refused."""
-    integers = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    integers = ids if isinstance(ids, jax.Array) else as_array("ids", ids, "integers")
     if isinstance(ids, (list, tuple)) and not integers.size:
         integers = integers.astype(np.int32)
     if not jnp.issubdtype(integers.dtype, jnp.integer):

@@ -60,8 +60,9 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
     name = config["class_name"]
     own = {key: getattr(_decays, key) for key in _decays.__all__ if key.endswith(("Decay", "Restarts"))}
     classes = {**own, **objects}
-    if name not in classes:
-        raise ValueError(f"Unknown decay: {name}, expected one of {sorted(classes)} or a name in custom_objects")
+    if not isinstance(name, str) or name not in classes:
+        label = name if isinstance(name, str) else shown(name)
+        raise ValueError(f"Unknown decay: {label}, expected one of {sorted(classes)} or a name in custom_objects")
     return classes[name].from_config(dict(config["config"]))
 
 

@@ -267,6 +267,9 @@ class Adam(torch.optim.Optimizer):
                 check_tensor(name, value, foreach=bool(foreach), capturable=capturable)
         check_numbers(lr, betas, eps, weight_decay)
         check_options({"differentiable": differentiable})
+        for name, value in (("foreach", foreach), ("fused", fused)):
+            if value is not None:
+                check_bool(name, value)
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         defaults = {

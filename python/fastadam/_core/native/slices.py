@@ -135,8 +135,9 @@ def as_integers(name: str, values: ArrayLike) -> HostArray:
     """In int32 or int64, as the kernels read them."""
     try:
         array = np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: {type(values).__name__} that is not an array of integers ({error})") from error
+    except (MemoryError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        why = str(error) or type(error).__name__
+        raise TypeError(f"{name}: {type(values).__name__} that is not an array of integers ({why})") from error
     if array.size == 0 and not isinstance(values, np.ndarray):
         array = array.astype(np.int64)  # an empty list has no dtype
     if array.dtype.kind not in "iu":

@@ -309,11 +309,12 @@ class LossScaleOptimizer(Minimizer):
     @class_only
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
         """Make an optimizer from ``get_config`` or ``keras.optimizers.serialize``, as :meth:`Adam.from_config` does."""
+        custom_objects = check_custom_objects(custom_objects)
         arguments = loss_scale_arguments(config)
         inner = arguments.pop("inner_optimizer", None)
         if not isinstance(inner, Mapping) or not {"class_name", "config"} <= set(inner):
             raise ValueError(f"inner_optimizer: {shown(inner)}, expected a dict with 'class_name' and 'config'")
-        classes = {"Adam": Adam, "AdamW": AdamW, **check_custom_objects(custom_objects)}
+        classes = {"Adam": Adam, "AdamW": AdamW, **custom_objects}
         kind = class_of(inner)
         if kind not in classes:
             raise ValueError(f"inner_optimizer: {kind!r}, expected one of {sorted(classes)}")

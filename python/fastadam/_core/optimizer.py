@@ -260,7 +260,8 @@ class Optimizer(Minimizer):
         try:
             return initial_value(initializer, sizes, dtype)
         except (MemoryError, OverflowError) as error:
-            raise type(error)(f"shape: {shown(shape)}, expected one that fits in memory ({error})") from error
+            kind = MemoryError if isinstance(error, MemoryError) else OverflowError
+            raise kind(f"shape: {shown(shape)}, expected one that fits in memory ({error})") from error
 
     # ---- tables ----------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ The first cases are the good calls themselves, which have to succeed. A finding 
 - a refused call that has changed a variable, a gradient, a slot, a counter, an option or a setting of the process.
 
 Exceptions that hostile objects raise themselves may come through, and so may those that PyTorch, JAX and Keras raise
-in their own code. In the closing line "accepted" are calls that
-returned, "refused" those that raised as they should, and "good" those without a bad argument.
+in their own code. In the closing line "accepted" are calls that returned, "refused" those that raised as they should,
+and "good" those without a bad argument.
 """
 
 from __future__ import annotations

@@ -158,7 +158,8 @@ def check_kinds(lr: object, betas: object, eps: object, weight_decay: object) ->
         return
     names = ("lr", "eps", "weight_decay", "betas[0]", "betas[1]")
     for name, value in zip(names, given, strict=True):
-        if not isinstance(value, (float, int, Tensor, numbers_abc.Real)):  # the last is slow to ask for
+        is_number = isinstance(value, (float, int, Tensor, numbers_abc.Real))  # the last is slow to ask for
+        if not is_number or isinstance(value, np.timedelta64):  # which is an Integral by its base class
             is_schedule = name == "lr" and callable(value)
             how = (
                 "; torch.optim.lr_scheduler.LambdaLR(optimizer, function) changes it after each step"

@@ -6,12 +6,14 @@
 // The arguments are the seed, the number of cases and that of the first one. Every case is decoded from random bytes:
 // tensors of small sizes, of which some fields are odd: null, misaligned or shared pointers, sizes that are negative or
 // overflow, unknown dtypes, NaN. What a C library cannot know is left out: addresses without memory and sizes that are
-// too large for it. Arrays are as long as the header says, between guard bytes; with AddressSanitizer they are blocks of
-// their own. The last line counts accepted and refused calls; the status is 1 after a finding.
+// too large for it. Arrays are as long as the header says, between guard bytes; with AddressSanitizer they are blocks
+// of their own. The last line counts accepted and refused calls; the status is 1 after a finding.
 //
 // The same cases for libFuzzer, which searches the bytes by the library's coverage (the sources are compiled in):
 //
 //   clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address -DFASTADAM_LIBFUZZER ... : see tests/fuzz/libfuzzer.sh
+#include <unistd.h>
+
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
@@ -20,7 +22,6 @@
 #include <limits>
 #include <memory>
 #include <string>
-#include <unistd.h>
 #include <vector>
 
 #include "fastadam.h"
@@ -155,8 +156,12 @@ class Case {
     const uint32_t count = c_.of(counts);
     rows_.reserve(count);
     for (uint32_t i = 0; i < count; ++i) tensors_.push_back(make_tensor());
-    list_ = {FASTADAM_ABI, tensors_.empty() && c_.below(2) ? nullptr : tensors_.data(), static_cast<int64_t>(count), nullptr,
-             nullptr, 0};
+    list_ = {FASTADAM_ABI,
+             tensors_.empty() && c_.below(2) ? nullptr : tensors_.data(),
+             static_cast<int64_t>(count),
+             nullptr,
+             nullptr,
+             0};
     if (c_.one_in(40)) list_.abi = c_.of({0, 2, -1, 1 << 30});
     if (c_.one_in(60)) list_.count = -static_cast<int64_t>(c_.below(3));
     if (c_.one_in(60)) list_.tensors = nullptr;
@@ -206,9 +211,10 @@ class Case {
     t.copy_dtype = static_cast<fastadam_dtype>(dtype());
     t.moments = static_cast<fastadam_moments>(c_.one_in(8) ? static_cast<int32_t>(c_.below(6)) - 1 : 0);
     const int64_t wide = t.dtype == FASTADAM_FLOAT64 ? 8 : 4;
-    const int64_t slot = t.moments == FASTADAM_MOMENTS_8BIT                                            ? 1
-                         : t.moments == FASTADAM_MOMENTS_HALF || t.moments == FASTADAM_MOMENTS_BFLOAT16 ? 2
-                                                                                                        : std::max<int64_t>(wide, 4);
+    const int64_t slot = t.moments == FASTADAM_MOMENTS_8BIT ? 1
+                         : t.moments == FASTADAM_MOMENTS_HALF || t.moments == FASTADAM_MOMENTS_BFLOAT16
+                             ? 2
+                             : std::max<int64_t>(wide, 4);
     const auto bytes = [size](int64_t item) { return size < 0 || size > (1 << 20) ? -1 : size * item; };
     std::vector<Block*> own;
     give(t.var, bytes(item_size(t.dtype)), own);
@@ -258,7 +264,8 @@ class Case {
     constexpr size_t kMost = 16;
     const int64_t count = table_rows == 0 ? 0 : static_cast<int64_t>(c_.below(8));
     std::vector<int64_t> indices;
-    for (int64_t i = 0; i < count; ++i) indices.push_back(static_cast<int64_t>(c_.below(static_cast<uint32_t>(table_rows))));
+    for (int64_t i = 0; i < count; ++i)
+      indices.push_back(static_cast<int64_t>(c_.below(static_cast<uint32_t>(table_rows))));
     const int64_t needed = fastadam_sort_memory(count);
     auto* sorted = static_cast<int64_t*>(memory(needed * 8));
     rows_.emplace_back();
@@ -280,22 +287,38 @@ class Case {
     if (!c_.one_in(4)) return;
     const int64_t odd[] = {-1, 0, 1, 2, 40, int64_t{1} << 61, int64_t{1} << 62, std::numeric_limits<int64_t>::min()};
     switch (c_.below(8)) {
-      case 0: rows.count = c_.of({int64_t{-1}, int64_t{0}, int64_t{7}, std::numeric_limits<int64_t>::min()}); break;
-      case 1: rows.width = c_.of(odd); break;
-      case 2: copied[c_.below(8)] = c_.of(odd); break;
-      case 3: copied[kMost + c_.below(8)] = c_.of(odd); break;
-      case 4: copied[2 * kMost + c_.below(8)] = c_.of(odd); break;
-      case 5: t.grad_size = c_.of({int64_t{-1}, int64_t{0}, int64_t{1}, int64_t{1} << 60}); break;
-      case 6: rows.rows = nullptr; break;
-      default: rows.starts = nullptr;
+      case 0:
+        rows.count = c_.of({int64_t{-1}, int64_t{0}, int64_t{7}, std::numeric_limits<int64_t>::min()});
+        break;
+      case 1:
+        rows.width = c_.of(odd);
+        break;
+      case 2:
+        copied[c_.below(8)] = c_.of(odd);
+        break;
+      case 3:
+        copied[kMost + c_.below(8)] = c_.of(odd);
+        break;
+      case 4:
+        copied[2 * kMost + c_.below(8)] = c_.of(odd);
+        break;
+      case 5:
+        t.grad_size = c_.of({int64_t{-1}, int64_t{0}, int64_t{1}, int64_t{1} << 60});
+        break;
+      case 6:
+        rows.rows = nullptr;
+        break;
+      default:
+        rows.starts = nullptr;
     }
     if (t.grad_size == 1) t.grad_size = std::min<int64_t>(1, count * width);
   }
 
   fastadam_hyper make_hyper() {
     fastadam_hyper h = fastadam_defaults(1 + static_cast<int64_t>(c_.below(300)));
-    double* const numbers[] = {&h.learning_rate, &h.beta_1,         &h.beta_2,       &h.epsilon, &h.decay, &h.clip_value,
-                               &h.clip_norm,     &h.global_clip_norm, &h.gradient_scale, &h.weight_decay, &h.ema_momentum, &h.l2};
+    double* const numbers[] = {&h.learning_rate,  &h.beta_1,       &h.beta_2,       &h.epsilon,
+                               &h.decay,          &h.clip_value,   &h.clip_norm,    &h.global_clip_norm,
+                               &h.gradient_scale, &h.weight_decay, &h.ema_momentum, &h.l2};
     if (c_.one_in(4)) *c_.of(numbers) = c_.of(kOddNumbers);
     if (c_.one_in(4)) *c_.of(numbers) = 0.5;
     if (c_.one_in(30)) h.step = c_.of(kOddSizes);
@@ -309,7 +332,12 @@ class Case {
 
   // What needs no list.
   bool set_up() {
-    const int32_t odd[] = {-1, 1, 2, 0, FASTADAM_MOST_THREADS + 1, std::numeric_limits<int32_t>::max(),
+    const int32_t odd[] = {-1,
+                           1,
+                           2,
+                           0,
+                           FASTADAM_MOST_THREADS + 1,
+                           std::numeric_limits<int32_t>::max(),
                            std::numeric_limits<int32_t>::min()};
     const char* const names[] = {nullptr, "", "avx9", "baseline", "\xff", "baseline\n"};
     fastadam_isa(c_.of(odd));
@@ -359,7 +387,8 @@ class Case {
       }
     }
     if (status == FASTADAM_OK || status == FASTADAM_NOT_FINITE) return status == FASTADAM_OK;
-    if (status != FASTADAM_INVALID && status != FASTADAM_NO_MEMORY) ::fail("an unknown status " + std::to_string(status));
+    if (status != FASTADAM_INVALID && status != FASTADAM_NO_MEMORY)
+      ::fail("an unknown status " + std::to_string(status));
     const std::string text = fastadam_error();
     const bool is_plain = text.find(": ") != std::string::npos || status == FASTADAM_NO_MEMORY;
     if (!is_plain || text.find("fastadam::") != std::string::npos) ::fail("the message names no argument: " + text);
@@ -415,7 +444,8 @@ int main(int count, char** given) {
   long long accepted = 0;
   for (current = first; current < first + cases; ++current) {
     uint64_t bytes[256];
-    for (uint64_t i = 0; i < 256; ++i) bytes[i] = mixed(mixed(static_cast<uint64_t>(seed)) + 256 * static_cast<uint64_t>(current) + i);
+    for (uint64_t i = 0; i < 256; ++i)
+      bytes[i] = mixed(mixed(static_cast<uint64_t>(seed)) + 256 * static_cast<uint64_t>(current) + i);
     accepted += Case(Choices(reinterpret_cast<const uint8_t*>(bytes), sizeof(bytes))).run();
   }
   std::printf("c_calls: seed %lld, cases %lld to %lld: %lld accepted, %lld refused, 0 findings\n", seed, first,

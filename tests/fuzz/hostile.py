@@ -8,7 +8,6 @@ import itertools
 import pathlib
 import tempfile
 import types
-import weakref
 
 import numpy as np
 
@@ -195,7 +194,6 @@ MADE = {
     "frozenset": lambda: frozenset([1]),
     "dict view": lambda: {"a": 1}.keys(),
     "namespace": lambda: types.SimpleNamespace(shape=(3,), dtype="float32", values=1, indices=2),
-    "proxy": lambda: weakref.proxy(_kept),
     "no repr": _NoRepr,
     "float that raises": lambda: _Float(0.1),
     "int that raises": lambda: _Int(3),
@@ -255,7 +253,6 @@ MADE = {
     "datetimes": lambda: np.zeros(3, "M8[s]"),
     "random state": lambda: np.random.RandomState(0),
 }
-_kept = _NoRepr()
 
 ARRAYS = {
     "read-only": _readonly,

@@ -307,3 +307,17 @@ def test_a_text_as_gradient_is_refused_by_its_place(text):
     with pytest.raises(TypeError, match=r"grads\[1\]: b?'x', expected a tensor"):
         optimizer.apply([keras.ops.ones(3), text], variables)
     assert int(array(optimizer.iterations)) == 0
+
+
+def test_what_is_no_variable_is_refused_by_its_place():
+    optimizer, variable = fastadam.keras.Adam(), keras.Variable(np.ones(3, F32))
+    with pytest.raises(TypeError, match="var_list: int, expected a list of variables"):
+        optimizer.build(3)
+    with pytest.raises(TypeError, match=r"var_list\[1\]: ndarray, expected a keras.Variable"):
+        optimizer.build([variable, np.ones(3, F32)])
+    optimizer.build([variable])
+    with pytest.raises(TypeError, match="grads: int, expected a list"):
+        optimizer.apply(3)
+    with pytest.raises(TypeError, match=r"trainable_variables\[0\]: str, expected a keras.Variable"):
+        optimizer.apply([np.ones(3, F32)], ["x"])
+    assert array(variable.value).tolist() == [1, 1, 1]

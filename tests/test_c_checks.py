@@ -133,6 +133,27 @@ def test_a_gradient_without_rows_has_no_values(library):
     assert case.step() == OK
 
 
+def test_an_accumulator_is_no_gradient_with_rows(library):
+    """It has a place for each row of the table, the gradient only for those that it names."""
+    case = Case(library)
+    rows = rows_of([0, 1], 4)
+    case.tensor.rows, case.tensor.grad_size = ctypes.addressof(rows), 4
+    case.tensor.grad = case.tensor.accumulator
+    text = "tensors[0].accumulator: the same as grad, which has rows, expected null or another array"
+    case.refuses(case.step, text)
+
+
+def test_norms_read_no_rows(library):
+    """Not even those of an accumulator, which steps of the Python package read."""
+    case = Case(library)
+    rows = Rows(None, FAR, FAR, 1 << 40, 4)
+    case.tensor.rows, case.tensor.accumulator = ctypes.addressof(rows), case.tensor.grad
+    sums = np.zeros(2)
+    assert library.fastadam_sum_squares(case.listed, sums.ctypes.data) == OK
+    assert library.fastadam_norm(case.listed, sums[1:].ctypes.data) == OK
+    assert sums.tolist() == [SIZE, SIZE**0.5]
+
+
 @pytest.mark.parametrize("count", [-1, (1 << 57) + 1, 1 << 59, 1 << 60, (1 << 63) - 1])
 def test_sorting_refuses_the_counts_for_which_there_is_no_memory(library, count):
     assert library.fastadam_sort_memory(count) == -1

@@ -127,3 +127,18 @@ def test_updates_of_another_tree_are_named_and_not_the_state(updates, error, mes
     transformation = fj.adam(0.1)
     with pytest.raises(error, match=message):
         transformation.update(updates, transformation.init(params), params)
+
+
+@pytest.mark.parametrize("name", ["params", "grads", "m", "v", "vhat", "decays"])
+def test_what_is_no_list_is_refused_by_name(name):
+    zeros = [jnp.zeros(2)]
+    given = {"params": zeros, "grads": zeros, "m": zeros, "v": zeros} | {name: 3}
+    with pytest.raises(TypeError, match=f"^{name}: int, expected a list"):
+        fj.step_arrays(**given, step=1, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("mode", [jnp.zeros(2), ["lazy"], None])
+def test_a_mode_that_is_no_text_is_refused_by_name(mode):
+    table = jnp.ones((3, 2))
+    with pytest.raises(ValueError, match="^mode: .*, expected 'dense' or 'lazy'"):
+        fj.sparse_update(table, jnp.array([0]), table[:1], fj.init(table), learning_rate=0.1, mode=mode)

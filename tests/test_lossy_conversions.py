@@ -188,9 +188,10 @@ def test_gradients_slices_and_ids_that_are_not_numbers_are_refused(kind):
             fastadam.Adam().apply_gradients([(gradient, w)])
     with pytest.raises(TypeError, match="^indices: "):
         fastadam.IndexedSlices(w.copy(), bad)
-    for gather in (fastadam.Variable(w).gather, lambda ids: fastadam.Adam().gather(w, ids)):
-        with pytest.raises(TypeError, match="^ids: "):
-            gather(bad)
+    with pytest.raises(TypeError, match="^ids: "):
+        fastadam.Variable(w).gather(bad)
+    with pytest.raises(TypeError, match="^indices: "):
+        fastadam.Adam().gather(w, bad)
     with pytest.raises(TypeError, match=re.escape("grads[0]: ")):
         fastadam.global_norm([bad])
     assert w.tolist() == [1, 1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -323,3 +324,35 @@ def test_a_refused_step_leaves_what_a_state_has_and_lacks(spoil):
     optimizer.step()
     assert float(optimizer.state[first]["step"]) == 9
     assert "max_exp_avg_sq" in optimizer.state[first]
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+def test_a_duration_is_no_number(name):
+    """NumPy derives its type from that of integers."""
+    with pytest.raises(TypeError, match=f"{name}: timedelta64, expected a number"):
+        fastadam.torch.Adam([torch.nn.Parameter(torch.ones(2))], **{name: np.timedelta64(1, "s")})
+
+
+@pytest.mark.parametrize("make", [fastadam.torch.Adam, fastadam.torch.DeepSpeedCPUAdam])
+def test_a_closure_that_cannot_be_called_is_refused(make):
+    with pytest.raises(TypeError, match="closure: str, expected a function without arguments, or None"):
+        make([torch.nn.Parameter(torch.ones(2))]).step("x")
+
+
+def test_options_that_are_neither_true_nor_false_are_refused():
+    for name in ("foreach", "fused"):
+        with pytest.raises(TypeError, match=f"{name}: .*, expected True or False"):
+            fastadam.torch.Adam([torch.nn.Parameter(torch.ones(2))], **{name: np.ones(2)})
+    with pytest.raises(TypeError, match="set_to_none: .*, expected True or False"):
+        fastadam.torch.Adam([torch.nn.Parameter(torch.ones(2))]).zero_grad(np.ones(2))
+
+
+def test_deepspeeds_class_names_what_is_wrong_with_a_state_dict():
+    optimizer = fastadam.torch.DeepSpeedCPUAdam([torch.nn.Parameter(torch.ones(2))])
+    for saved in (3, {"state": 3, "param_groups": []}, {"state": {}, "param_groups": [{}]}):
+        with pytest.raises(TypeError, match="^state_dict: "):
+            optimizer.load_state_dict(saved)
+    for call, name in ((optimizer.step_subgroup, "subgroup_id"), (optimizer.rollback_subgroup, "sub_group_id")):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+        with pytest.raises(TypeError, match=f"^{name}: list, expected a number"):
+            call([])

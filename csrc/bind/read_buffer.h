@@ -235,8 +235,9 @@ std::optional<Buffer> read_array(py::object object, const Label& label) {
     if (!error.matches(PyExc_Exception)) throw;
     throw py::value_error(label() + ": " + type_name(object) + " whose memory cannot be read (" + text(error.value()) +
                           ")");
-  } catch (const py::cast_error& error) {
-    throw py::value_error(label() + ": " + type_name(object) + " with invalid metadata (" + error.what() + ")");
+  } catch (const py::cast_error&) {  // whose text names types of C++
+    throw py::value_error(label() + ": " + type_name(object) + " with invalid metadata, expected values of the types " +
+                          "that DLPack and the array interfaces have");
   }
 }
 

@@ -102,6 +102,9 @@ class TensorCheck {
     if (needs_vhat && t_.vhat == nullptr) refuse("vhat", "null, expected in all tensors or in none");
     if (t_.stale != nullptr) refuse("stale", "not null, expected null");
     check_gradient();
+    if (is_accumulated(t_)) {  // only the Python package knows the rows of an accumulator
+      refuse("accumulator", "the same as grad, which has rows, expected null or another array");
+    }
     if (has_half_moments(t_) && (size_of(t_.dtype) != 2 || t_.rows != nullptr || t_.grad_dtype != t_.dtype)) {
       refuse(
           "moments",

@@ -154,7 +154,8 @@ typedef struct fastadam_tensor {
   void* copy;    /* receives a float32 variable after the step, rounded to nearest even; or null. If a variable
                     has several gradients, that of the first counts */
   fastadam_dtype copy_dtype;               /* float16, bfloat16 or float32 */
-  fastadam_telemetry* telemetry;           /* receives what the step did, or null. Likewise; not for sparse gradients */
+  fastadam_telemetry* telemetry;           /* receives what the step did, or null; after FASTADAM_NOT_FINITE what its
+                                              gradients were. Likewise; not for sparse gradients */
   void* accumulator;                       /* sum of gradients, float32 or float64, for fastadam_accumulate; or null */
   const fastadam_rows* rows;               /* the rows of a sparse gradient, or null */
   const struct fastadam_stale_rows* stale; /* must be null */

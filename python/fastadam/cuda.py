@@ -8,6 +8,7 @@ import numpy.typing as npt
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import AnyArray
 from fastadam._core.native.gpu import cuda_module, why_not
+from fastadam._core.native.gradients import as_float_array
 
 __all__ = ["array", "is_available"]
 
@@ -47,7 +48,7 @@ def array(values: npt.ArrayLike, device: int = 0) -> AnyArray:
     >>> if fastadam.cuda.is_available():
     ...     assert fastadam.cuda.array([1.0, 2.0]).get().tolist() == [1.0, 2.0]
     """
-    host = np.asarray(values)
+    host = as_float_array(values, "values", "fiub")
     if host.dtype not in (np.float16, np.float32, np.float64, np.int32, np.int64):
         host = host.astype(np.int64 if host.dtype.kind in "iu" else np.float32)
     native = cuda_module()

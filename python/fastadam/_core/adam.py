@@ -15,9 +15,11 @@ from fastadam._core.common.checks import (
     check_beta,
     check_bool,
     check_count,
+    check_custom_objects,
     check_epsilon,
     check_list,
     check_non_negative,
+    shown,
 )
 from fastadam._core.common.configs import adam_arguments
 from fastadam._core.common.display import adam_settings, call_text, html_or_none, html_table, name_of, never_raises
@@ -241,7 +243,7 @@ class Adam(Optimizer):
         self.sparse_update = sparse_update
         parts_of(self).options.telemetry = check_bool("telemetry", telemetry)
         if not isinstance(name, (str, type(None))):
-            raise TypeError(f"name: {name!r}, expected a string")
+            raise TypeError(f"name: {shown(name)}, expected a string")
         self.name = name or _unique_name(type(self).__name__.lower())
 
     # ---- hyperparameters -------------------------------------------------------------------------------------------
@@ -455,7 +457,7 @@ class Adam(Optimizer):
         pairs = check_pairs_list(grads_and_vars)
         if not pairs:
             return None
-        if copies is None and not zero_grads:
+        if copies is None and zero_grads is False:
             self._stepper.apply(self, pairs)
         else:
             zeroes = check_bool("zero_grads", zero_grads)
@@ -497,7 +499,7 @@ class Adam(Optimizer):
         >>> int(opt.end_step()), b.round(3).tolist()
         (1, [0.8999999761581421, 0.8999999761581421])
         """
-        check_begin(early, threads)
+        early, threads = check_begin(early, threads)
         bucketed.begin(self._stepper, self, early=early, threads=threads)
 
     def step_bucket(
@@ -614,6 +616,7 @@ class Adam(Optimizer):
         >>> fastadam.Adam.from_config(of_keras)
         fastadam.Adam(learning_rate=0.5)
         """
+        custom_objects = check_custom_objects(custom_objects)
         arguments = adam_arguments(config, ("Adam", "AdamW", cls.__name__))
         if isinstance(arguments.get("learning_rate"), dict):
             arguments["learning_rate"] = deserialize(arguments["learning_rate"], custom_objects)

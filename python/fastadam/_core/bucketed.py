@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fastadam._core.averages import refuse_while_swapped
-from fastadam._core.common.checks import check_bool, check_count
+from fastadam._core.common.checks import check_bool
 from fastadam._core.native.arrays import on_gpu
-from fastadam._core.native.backend import _cpu
+from fastadam._core.native.backend import _cpu, check_threads
 from fastadam._core.native.buckets import Bucket, OpenStep
 from fastadam._core.native.buffers import buffers_of
 from fastadam._core.native.worker import Handle
@@ -84,11 +84,9 @@ class BucketedStep(OpenStep):
         return make
 
 
-def check_begin(early: object, threads: object) -> None:
-    """Check the arguments of ``begin_step``."""
-    check_bool("early", early)
-    if threads is not None:
-        check_count("threads", threads)
+def check_begin(early: object, threads: object) -> tuple[bool, int | None]:
+    """The arguments of ``begin_step``, checked."""
+    return check_bool("early", early), None if threads is None else check_threads("threads", threads)
 
 
 def begin(

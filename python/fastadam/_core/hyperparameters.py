@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
-from fastadam._core.common.checks import check_non_negative, check_number
+from fastadam._core.common.checks import check_bool, check_non_negative, check_number
 from fastadam._core.common.frameworks import refuse_parameters
 from fastadam._core.native.arrays import on_gpu
 from fastadam._core.parts import parts_of
@@ -106,7 +106,7 @@ class Keras3Option(Generic[Value]):
         if self._fixed:
             raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
         options, _, runtime, tables = parts_of(optimizer)
-        if self._name == "use_ema" and value and not options.keras3.use_ema:
+        if self._name == "use_ema" and check_bool("use_ema", value) and not options.keras3.use_ema:
             with runtime.lock:
                 tables.settle()  # averages begin at the values of all steps
         options.set_keras3(self._name, value)

@@ -12,7 +12,14 @@ from fastadam._core import bucketed
 from fastadam._core.adam import Adam
 from fastadam._core.adamw import AdamW
 from fastadam._core.bucketed import check_begin
-from fastadam._core.common.checks import check_bool, check_count, check_iterations, check_number
+from fastadam._core.common.checks import (
+    check_bool,
+    check_count,
+    check_custom_objects,
+    check_iterations,
+    check_number,
+    shown,
+)
 from fastadam._core.common.configs import class_of, loss_scale_arguments
 from fastadam._core.common.display import call_text, html_or_none, html_table, name_of, never_raises
 from fastadam._core.common.frameworks import named_in_keras
@@ -232,7 +239,7 @@ class LossScaleOptimizer(Minimizer):
     def begin_step(self, *, early: bool = False, threads: int | None = None) -> None:
         """Begin a step in buckets, as :meth:`Adam.begin_step`, of gradients that have the present scale."""
         inner = self.inner_optimizer
-        check_begin(early, threads)
+        early, threads = check_begin(early, threads)
         with parts_of(inner).runtime.lock:
             _require_no_factor(inner)
             bucketed.begin(Stepper(parts_of(inner)), inner, early=early, threads=threads, loss_scale=self.dynamic_scale)
@@ -302,11 +309,12 @@ class LossScaleOptimizer(Minimizer):
     @class_only
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
         """Make an optimizer from ``get_config`` or ``keras.optimizers.serialize``, as :meth:`Adam.from_config` does."""
+        custom_objects = check_custom_objects(custom_objects)
         arguments = loss_scale_arguments(config)
         inner = arguments.pop("inner_optimizer", None)
         if not isinstance(inner, Mapping) or not {"class_name", "config"} <= set(inner):
-            raise ValueError(f"inner_optimizer: {inner!r}, expected a dict with 'class_name' and 'config'")
-        classes = {"Adam": Adam, "AdamW": AdamW, **(custom_objects or {})}
+            raise ValueError(f"inner_optimizer: {shown(inner)}, expected a dict with 'class_name' and 'config'")
+        classes = {"Adam": Adam, "AdamW": AdamW, **custom_objects}
         kind = class_of(inner)
         if kind not in classes:
             raise ValueError(f"inner_optimizer: {kind!r}, expected one of {sorted(classes)}")
@@ -343,7 +351,7 @@ class LossScaleOptimizer(Minimizer):
         slots: Sequence[Mapping[str, HostArray] | None] | None = None,
     ) -> Self:
         """Load what :meth:`save` wrote, as :meth:`Adam.load` does; ``custom_objects`` may hold a subclass of Adam."""
-        others = [entry for entry in (custom_objects or {}).values() if isinstance(entry, type)]
+        others = [entry for entry in check_custom_objects(custom_objects).values() if isinstance(entry, type)]
         classes: list[type[Adam]] = [Adam, AdamW, *(entry for entry in others if issubclass(entry, Adam))]
 
         def finish(inner: Adam, state: Config | None) -> LossScaleOptimizer:

@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from fastadam._core.common.checks import check_bool, check_choice, check_count, check_integer, check_number
+from fastadam._core.common.checks import check_bool, check_choice, check_count, check_integer, check_list, check_number
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.optimizer import Optimizer
 from fastadam._core.options.keras3 import ACCUMULATOR
@@ -86,7 +86,7 @@ class MemoryTable(tuple[MemoryRow, ...]):
     bandwidth: float  # bytes per second
 
     def __new__(cls, rows: Iterable[MemoryRow], bandwidth: float) -> MemoryTable:
-        self = super().__new__(cls, rows)
+        self = super().__new__(cls, check_list("rows", rows))
         self.bandwidth = bandwidth
         return self
 

@@ -172,7 +172,7 @@ def scaled(loss: AnyArray, scale: float) -> AnyArray:
     """``loss * scale``; raises TypeError for what is not an array of numbers."""
     try:
         return loss * scale
-    except TypeError as error:
+    except (OverflowError, TypeError, ValueError) as error:
         kind = f"dtype {loss.dtype}" if hasattr(loss, "dtype") else type(loss).__name__
         raise TypeError(f"loss: {kind}, expected a number or an array of numbers ({error})") from error
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fastadam._core import resizing
 from fastadam._core.averages import refuse_while_swapped
-from fastadam._core.common.checks import check_integer, check_iterations, check_list
+from fastadam._core.common.checks import check_integer, check_iterations, check_list, shown
 from fastadam._core.common.strict import class_only
 from fastadam._core.deferred.rates import Doubt
 from fastadam._core.minimize import Minimizer
@@ -182,7 +182,7 @@ class Optimizer(Minimizer):
         in ``weights``.
         """
         if not isinstance(slot_name, str):
-            raise TypeError(f"slot_name: {slot_name!r:.200}, expected a string")
+            raise TypeError(f"slot_name: {shown(slot_name)}, expected a string")
         label = label_of(var, 0)
         _, state, runtime, tables = self._parts
         with runtime.lock:
@@ -216,7 +216,7 @@ class Optimizer(Minimizer):
             initializer: "zeros", "ones", a callable ``(shape, dtype=...)``, or an array.
         """
         if not isinstance(slot_name, str):
-            raise TypeError(f"slot_name: {slot_name!r}, expected a string")
+            raise TypeError(f"slot_name: {shown(slot_name)}, expected a string")
         buffer = buffer_of(var)
         options, state, runtime, tables = self._parts
 
@@ -254,9 +254,15 @@ class Optimizer(Minimizer):
     ) -> npt.NDArray[np.generic]:
         """A new array for a subclass to keep state in; as in TF it is not part of ``weights``."""
         if not isinstance(name, str):
-            raise TypeError(f"name: {name!r}, expected a string")
-        lengths = check_list("shape", list(shape) if isinstance(shape, np.ndarray) and shape.ndim == 1 else shape)
-        return initial_value(initializer, tuple(check_integer("shape", length) for length in lengths), dtype)
+            raise TypeError(f"name: {shown(name)}, expected a string")
+        is_vector = isinstance(shape, np.ndarray) and 0 < shape.size <= 64 and shape.ndim == 1
+        lengths = check_list("shape", list(shape) if is_vector else shape)
+        sizes = tuple(check_integer("shape", length) for length in lengths)
+        try:
+            return initial_value(initializer, sizes, dtype)
+        except (MemoryError, OverflowError) as error:
+            kind = MemoryError if isinstance(error, MemoryError) else OverflowError
+            raise kind(f"shape: {shown(shape)}, expected one that fits in memory ({error})") from error
 
     # ---- tables ----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from fastadam._core.common.types import AnyArray, Foreign, HostArray
 from fastadam._core.native.gradients import bfloat16_to_float32
 from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.parts import parts_of
+from fastadam._core.saving.file_format import path_of
 from fastadam.exchange._state import assign, check_adam, copies_of_slots
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def read_keras3_file(path: str | os.PathLike[str]) -> dict[str, HostArray]:
         import h5py
     except ImportError as error:
         raise ImportError("reading a weights file of Keras needs h5py: pip install h5py") from error
-    name = os.fsdecode(path)
+    name = path_of(path)
     with h5py.File(_weights_of(name), "r") as file:
         group = file
         for part in _VARIABLES.split("/"):

@@ -126,6 +126,7 @@ def to_optax_state(optimizer: Adam, variables: VariableTree) -> Foreign:
         raise ValueError(
             f"optimizer: amsgrad=True, expected False: {_WHY_NOT_AMSGRAD}; set amsgrad = False to export the moments"
         )
+    _leaves(variables, "variables")  # which refuses what JAX would fail at: a tree that is nested too deeply
     leaves, structure = jax.tree.flatten(variables)
     slots = copies_of_slots(optimizer, leaves, list(_FIELDS))
     if any(array.dtype == np.float64 for array in slots["m"]) and jnp.zeros(0, float).dtype != np.float64:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastadam._core.common import checks
+from fastadam._core.common.checks import as_array, shown
 from fastadam._core.common.types import AnyArray, HostArray, Tree
 from fastadam._core.common.warning import warn
 from fastadam.schedules import LearningRateSchedule
@@ -70,7 +71,7 @@ def flatten(tree: Tree, name: str) -> tuple[list[str], Arrays, PyTreeDef]:
     labels = [jax.tree_util.keystr(path) for path, _ in paths]
     for label, (_, leaf) in zip(labels, paths, strict=True):
         if isinstance(leaf, (str, bytes)):  # JAX's own error does not name the argument
-            raise TypeError(f"{name}{label}: {leaf!r:.60}, expected an array")
+            raise TypeError(f"{name}{label}: {shown(leaf, 60)}, expected an array")
     return labels, [jnp.asarray(leaf) for _, leaf in paths], structure
 
 
@@ -132,7 +133,7 @@ def next_count(state: Tree) -> jax.Array:
 
 def check_ids(ids: AnyArray) -> jax.Array:
     """Ids as int32 or int64. Integers that would overflow into another id are refused."""
-    integers = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    integers = ids if isinstance(ids, jax.Array) else as_array("ids", ids, "integers")
     if isinstance(ids, (list, tuple)) and not integers.size:
         integers = integers.astype(np.int32)
     if not jnp.issubdtype(integers.dtype, jnp.integer):
@@ -149,7 +150,7 @@ def check_ids(ids: AnyArray) -> jax.Array:
 def check_count(name: str, value: AnyArray, least: int = 1) -> jax.Array:
     """The count t as int32, or as int64 if it is an int64 array and JAX allows int64."""
     if isinstance(value, (bool, np.bool_)) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
-        raise TypeError(f"{name}: {value!r}, expected an integer or an integer array")
+        raise TypeError(f"{name}: {shown(value)}, expected an integer or an integer array")
     if jnp.shape(value) != ():
         raise ValueError(f"{name}: shape {jnp.shape(value)}, expected a scalar")
     if isinstance(value, (int, np.integer)) and not least <= value <= _INT32_MAX:
@@ -224,7 +225,7 @@ def spread_mask(mask: Mask, params: Tree, structure: PyTreeDef, weight_decay: Sc
         spread = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), prefix, params)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"mask: {prefix!r}, expected bools in the tree of the parameters, or a prefix of it"
+            f"mask: {shown(prefix)}, expected bools in the tree of the parameters, or a prefix of it"
         ) from error
     flags = [checks.check_bool("mask", flag) for flag in jax.tree.leaves(spread)]
     if flags and not any(flags) and (isinstance(weight_decay, jax.Array) or weight_decay != 0):

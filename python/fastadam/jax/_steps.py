@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 import jax
 import jax.numpy as jnp
 
-from fastadam._core.common.checks import check_bool
+from fastadam._core.common.checks import check_bool, check_list, shown
 from fastadam._core.common.frameworks import require
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import HostArray, Tree
@@ -225,8 +225,8 @@ def sparse_update(
            [1. , 1. ],
            [0.5, 0.5]], dtype=float32)
     """
-    if mode not in ("dense", "lazy"):
-        raise ValueError(f"mode: {mode!r}, expected 'dense' or 'lazy'")
+    if not isinstance(mode, str) or mode not in ("dense", "lazy"):
+        raise ValueError(f"mode: {shown(mode, 60)}, expected 'dense' or 'lazy'")
     check_order(table, ids, grads, state)
     table, ids, grads = check_array("table", table), check_ids(ids), check_array("grads", grads)
     moments = {name: check_array(f"state.{name}", array) for name, array in moments_of(state).items()}
@@ -306,12 +306,13 @@ def step_arrays(
     >>> fastadam.jax.step_arrays([w], [g], [zero], [zero], step=1, learning_rate=0.1)[0]
     [Array([0.90000063], dtype=float32)]
     """
-    lists = {"grads": list(grads), "m": list(m), "v": list(v)} | ({} if vhat is None else {"vhat": list(vhat)})
-    leaves = [jnp.asarray(x) for x in params]
+    given = {"grads": grads, "m": m, "v": v} | ({} if vhat is None else {"vhat": vhat})
+    lists = {name: check_list(name, arrays, "a list of arrays") for name, arrays in given.items()}
+    leaves = [jnp.asarray(x) for x in check_list("params", params, "a list of arrays")]
     for name, arrays in lists.items():
         if len(arrays) != len(leaves):
             raise ValueError(f"{name}: {len(arrays)} arrays, expected {len(leaves)} like params")
-    flags = [True] * len(leaves) if decays is None else [check_bool("decays", flag) for flag in decays]
+    flags = [True] * len(leaves) if decays is None else [check_bool("decays", x) for x in check_list("decays", decays)]
     if len(flags) != len(leaves):
         raise ValueError(f"decays: {len(flags)} flags, expected {len(leaves)} like params")
     new, *moments = step_leaves(

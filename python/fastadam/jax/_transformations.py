@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastadam._core.common.checks import check_bool
+from fastadam._core.common.checks import check_bool, shown
 from fastadam._core.common.frameworks import require
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import Tree
@@ -150,8 +150,8 @@ def _float_dtype(mu_dtype: DTypeLike | None) -> np.dtype[Any] | None:
         return None
     try:
         dtype = jnp.dtype(mu_dtype)
-    except TypeError as error:
-        raise TypeError(f"mu_dtype: {mu_dtype!r}, expected a float dtype") from error
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"mu_dtype: {shown(mu_dtype)}, expected a float dtype") from error
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"mu_dtype: {dtype}, expected a float dtype")
     available: np.dtype[Any] = jax.dtypes.canonicalize_dtype(dtype)

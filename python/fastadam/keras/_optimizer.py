@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import keras
 import numpy as np
 
-from fastadam._core.common.checks import check_beta, check_non_negative, check_number
+from fastadam._core.common.checks import check_beta, check_list, check_non_negative, check_number, shown
 from fastadam._core.common.display import call_text, never_raises, schedule_settings
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.native.plan import StepHyper
@@ -170,7 +170,9 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
 
     def build(self, var_list: Sequence[Foreign]) -> None:
         """Create the moments; raises TypeError for a variable whose dtype has no kernel."""
-        for variable in var_list:
+        var_list = check_list("var_list", var_list, "a list of variables")
+        for i, variable in enumerate(var_list):
+            _check_variable(f"var_list[{i}]", variable)
             if variable.dtype not in _DTYPES and not self._overwrite_variable_with_gradient(variable):
                 raise TypeError(f"variable '{variable.path}': dtype {variable.dtype}, expected one of {_DTYPES}")
         self._check_numbers(var_list, None)
@@ -178,8 +180,10 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
 
     def apply(self, grads: Sequence[AnyArray], trainable_variables: Sequence[Foreign] | None = None) -> None:
         """Update the variables. A call that raises has changed nothing."""
-        grads = [_as_tensor(gradient, f"grads[{i}]") for i, gradient in enumerate(grads)]
-        given = None if trainable_variables is None else list(trainable_variables)
+        grads = [_as_tensor(gradient, f"grads[{i}]") for i, gradient in enumerate(check_list("grads", grads))]
+        given = None if trainable_variables is None else check_list("trainable_variables", trainable_variables)
+        for i, variable in enumerate(given or ()):
+            _check_variable(f"trainable_variables[{i}]", variable)
         variables = given if given is not None else self._trainable_variables if self.built else None
         if variables is not None:
             _check_gradients(grads, variables)
@@ -325,7 +329,7 @@ def _as_tensor(gradient: AnyArray | None, label: str) -> AnyArray | None:
     if gradient is None or keras.ops.is_tensor(gradient):
         return gradient
     if isinstance(gradient, (str, bytes)):
-        raise TypeError(f"{label}: {gradient!r:.60}, expected a tensor")
+        raise TypeError(f"{label}: {shown(gradient, 60)}, expected a tensor")
     return keras.ops.convert_to_tensor(gradient)
 
 
@@ -350,3 +354,8 @@ def _is_complex(dtype: Foreign) -> bool:
 
 def _value_of(number: AnyArray) -> AnyArray:
     return number.value if isinstance(number, keras.Variable) else number
+
+
+def _check_variable(label: str, variable: object) -> None:
+    if not isinstance(variable, keras.Variable):
+        raise TypeError(f"{label}: {type(variable).__name__}, expected a keras.Variable")

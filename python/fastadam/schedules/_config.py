@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastadam._core.common.checks import check_count
+from fastadam._core.common.checks import check_count, check_custom_objects, shown
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import AnyArray, Config
 from fastadam.schedules import _decays
@@ -31,7 +31,7 @@ def serialize(learning_rate_schedule: LearningRateSchedule) -> Config:
     """
     schedule = learning_rate_schedule
     if isinstance(schedule, type) or not callable(getattr(schedule, "get_config", None)):
-        raise TypeError(f"learning_rate_schedule: {schedule!r:.200}, expected a schedule")
+        raise TypeError(f"learning_rate_schedule: {shown(schedule)}, expected a schedule")
     if isinstance(schedule, KerasSchedule):
         schedule = schedule.schedule
     return {"class_name": type(schedule).__name__, "config": schedule.get_config()}
@@ -46,6 +46,7 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
         custom_objects: Your own classes by name.
 
     Raises:
+        TypeError: ``custom_objects`` is not a dict.
         ValueError: ``config`` is not such a dict, or the class is unknown.
 
     >>> import fastadam
@@ -53,13 +54,15 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
     >>> fastadam.schedules.deserialize({"class_name": "CosineDecay", "config": config})(50)
     0.05
     """
+    objects = check_custom_objects(custom_objects)
     if not isinstance(config, Mapping) or not isinstance(config.get("config"), Mapping) or "class_name" not in config:
-        raise ValueError(f"Improper config format: {config!r}, expected a dict with 'class_name' and 'config'")
+        raise ValueError(f"Improper config format: {shown(config)}, expected a dict with 'class_name' and 'config'")
     name = config["class_name"]
     own = {key: getattr(_decays, key) for key in _decays.__all__ if key.endswith(("Decay", "Restarts"))}
-    classes = {**own, **(custom_objects or {})}
-    if name not in classes:
-        raise ValueError(f"Unknown decay: {name}, expected one of {sorted(classes)} or a name in custom_objects")
+    classes = {**own, **objects}
+    if not isinstance(name, str) or name not in classes:
+        label = name if isinstance(name, str) else shown(name)
+        raise ValueError(f"Unknown decay: {label}, expected one of {sorted(classes)} or a name in custom_objects")
     return classes[name].from_config(dict(config["config"]))
 
 
@@ -78,7 +81,7 @@ def plot(schedule: Callable[[Any], AnyArray], steps: int, axes: Axes | None = No
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: ``schedule`` is not callable, or is a class; ``steps`` is not an integer.
+        TypeError: ``schedule`` is not callable, or is a class; ``steps`` is not an integer; ``axes`` cannot plot.
         ValueError: ``steps`` is under 1.
 
     >>> import fastadam
@@ -88,8 +91,10 @@ def plot(schedule: Callable[[Any], AnyArray], steps: int, axes: Axes | None = No
     ('step', 'learning rate')
     """
     if not callable(schedule) or isinstance(schedule, type):
-        actual = f"the class {schedule.__name__}" if isinstance(schedule, type) else repr(schedule)
+        actual = f"the class {schedule.__name__}" if isinstance(schedule, type) else shown(schedule)
         raise TypeError(f"schedule: {actual}, expected a schedule or a function of the step")
+    if axes is not None and not hasattr(axes, "plot"):
+        raise TypeError(f"axes: {type(axes).__name__}, expected Axes of Matplotlib or None")
     count = check_count("steps", steps)
     rates = [float(schedule(step)) for step in range(count)]
     if axes is None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastadam._core.common.checks import check_number
+from fastadam._core.common.checks import as_array, check_number, shown
 from fastadam._core.common.display import (
     call_text,
     html_or_none,
@@ -67,6 +67,8 @@ class LearningRateSchedule:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LearningRateSchedule:
         """Make a schedule from the result of ``get_config``."""
+        if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
+            raise TypeError(f"config: {type(config).__name__}, expected a dict as get_config gives it")
         return cls(**config)
 
     @never_raises
@@ -381,19 +383,19 @@ class LinearCosineDecay(_Schedule):
 def _steps(step: npt.ArrayLike) -> Steps:
     """One step or an array of them in float64."""
     expected = "a number or an array of numbers"
-    try:
-        array = np.asarray(step)
-    except ValueError as error:  # such as lists of different lengths
-        raise ValueError(f"step: {step!r:.200} ({error}), expected {expected}") from None
+    array = as_array("step", step, expected)  # which refuses lists of different lengths
     is_big = array.dtype.kind == "O" and all(isinstance(item, numbers.Real) for item in array.flat)  # beyond 64 bits
     if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16" and not is_big:
-        raise TypeError(f"step: {step!r:.200}, expected {expected}")
-    return array.astype(np.float64)
+        raise TypeError(f"step: {shown(step)}, expected {expected}")
+    try:
+        return array.astype(np.float64)
+    except OverflowError as error:  # an int of more than 1024 bits
+        raise ValueError(f"step: {shown(step)} ({error}), expected {expected}") from error
 
 
 def _numbers(schedule: object, name: str) -> list[float]:
     values = getattr(schedule, name)
-    if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)):
+    if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)) or getattr(values, "ndim", 1) == 0:
         raise TypeError(f"{name}: {type(values).__name__}, expected a list of numbers")
     return [check_number(f"{name}[{i}]", value) for i, value in enumerate(values)]
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastadam._core.common.checks import shown
 from fastadam._core.common.frameworks import first_of, hint_for_variable, is_array
 from fastadam._core.common.warning import warn
 from fastadam._core.native.slices import DEFERRED, check_ids
@@ -28,6 +29,7 @@ __all__ = [
     "ParamState",
     "States",
     "check_capturable",
+    "check_closure",
     "check_flags",
     "check_group",
     "check_kinds",
@@ -150,13 +152,14 @@ def check_tensor(name: str, value: object, *, foreach: bool, capturable: bool) -
 def check_kinds(lr: object, betas: object, eps: object, weight_decay: object) -> None:
     """Check that these are numbers, before they are compared."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas: {betas!r:.60}, expected a pair of numbers")
+        raise TypeError(f"betas: {shown(betas, 60)}, expected a pair of numbers")
     given = (lr, eps, weight_decay, *betas)
     if set(map(type, given)) <= _NUMBERS:
         return
     names = ("lr", "eps", "weight_decay", "betas[0]", "betas[1]")
     for name, value in zip(names, given, strict=True):
-        if not isinstance(value, (float, int, Tensor, numbers_abc.Real)):  # the last is slow to ask for
+        is_number = isinstance(value, (float, int, Tensor, numbers_abc.Real))  # the last is slow to ask for
+        if not is_number or isinstance(value, np.timedelta64):  # which is an Integral by its base class
             is_schedule = name == "lr" and callable(value)
             how = (
                 "; torch.optim.lr_scheduler.LambdaLR(optimizer, function) changes it after each step"
@@ -263,8 +266,8 @@ def check_params(params: ParamsT) -> ParamsT:
         raise TypeError(f"params: {type(params).__name__}, expected its parameters: model.parameters()")
     if not isinstance(params, Iterable):
         raise TypeError(
-            f"params: {params!r:.60}, expected parameters of PyTorch, as model.parameters(); the optimizer of NumPy "
-            "arrays, whose first argument is the learning rate, is fastadam.Adam"
+            f"params: {shown(params, 60)}, expected parameters of PyTorch, as model.parameters(); the optimizer of "
+            "NumPy arrays, whose first argument is the learning rate, is fastadam.Adam"
         )
     items = list(params) if isinstance(params, Iterator) else params
     first = first_of(items)
@@ -301,8 +304,16 @@ def check_module(module: torch.nn.Module, groups: list[Group], sparse_update: st
         )
 
 
+def check_closure(closure: object) -> None:
+    """Check the argument of ``step``."""
+    if not callable(closure):
+        raise TypeError(f"closure: {type(closure).__name__}, expected a function without arguments, or None")
+
+
 def check_rows(param: Tensor, ids: object) -> npt.NDArray[np.signedinteger]:
     """Check that these are rows of a parameter; return them flat, on the host."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"param: {type(param).__name__}, expected a parameter of the optimizer")
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids: {getattr(ids, 'dtype', type(ids).__name__)}, expected a tensor of int32 or int64")
     return check_ids(ids.detach().cpu().reshape(-1).numpy(), tuple(param.shape), "param")

@@ -16,6 +16,7 @@ from fastadam._core.native.backend import _cpu
 from fastadam.torch._checks import (
     Group,
     ParamState,
+    check_closure,
     check_group,
     check_kinds,
     check_numbers,
@@ -24,6 +25,7 @@ from fastadam.torch._checks import (
     firsts_of,
     label_of,
 )
+from fastadam.torch._loading import check_is_dict, check_structure
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._recorded import NO_FACTORS, UNCORRECTED, Part, Record, without_signals
 from fastadam.torch._state import Kind, require_keys
@@ -197,6 +199,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         Raises:
             RuntimeError: No step is left to undo, or the gradient, the parameter or its state has changed since.
         """
+        _require_hashable("sub_group_id", sub_group_id)
         loss = _evaluate(closure)
         state = self.state.get(sub_group_id)
         if not state:
@@ -300,6 +303,7 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
 
     def _state_of(self, key: Hashable, param: Tensor, group: Group, label: str) -> ParamState:
         """The state, or a new one, which is not the optimizer's yet."""
+        _require_hashable("subgroup_id", key)
         state: ParamState = self.state.get(key) or {}
         if not state:
             dtype = torch.float32 if self.fp32_optimizer_states and param.dtype in HALF else param.dtype
@@ -322,8 +326,11 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         """Take clones of a state dict of this class, DeepSpeed's or ``torch.optim.AdamW``; moments keep their dtype.
 
         Raises:
+            TypeError: ``state_dict`` is not a state dict.
             ValueError: A different number or size of groups, or a step that is not a count.
         """
+        check_is_dict(state_dict)
+        check_structure(state_dict)
         super().load_state_dict(state_dict)  # it casts moments to the dtypes of the parameters
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -352,5 +359,13 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
 def _evaluate(closure: Callable[[], Loss] | None) -> Loss | None:
     if closure is None:
         return None
+    check_closure(closure)
     with torch.enable_grad():
         return closure()
+
+
+def _require_hashable(name: str, key: object) -> None:
+    try:
+        hash(key)
+    except TypeError as error:
+        raise TypeError(f"{name}: {type(key).__name__}, expected a number") from error

@@ -17,7 +17,7 @@ from fastadam.torch._state import NEEDED, require_keys
 from fastadam.torch._step_count import number_of, whole_count, zero_steps
 from fastadam.torch._stored import MASTER, SCALES, SLOTS
 
-__all__ = ["check_is_dict", "fill_groups", "keep_tensors", "restore_states"]
+__all__ = ["check_is_dict", "check_structure", "fill_groups", "keep_tensors", "restore_states"]
 
 _FLAGS = ("foreach", "capturable", "differentiable", "fused")  # they belong to the implementation, not to the rule
 _NAMES = ("step", *OURS)
@@ -79,7 +79,8 @@ def check_is_dict(state_dict: object) -> None:
         raise TypeError(f"state_dict: {_shown(state_dict)}, expected a dict, as state_dict() returns it")
 
 
-def _check_structure(state_dict: Mapping[str, object]) -> None:
+def check_structure(state_dict: Mapping[str, object]) -> None:
+    """Raise TypeError or ValueError unless it has states and groups of the right types."""
     require_keys(_NEEDED_IN_DICT, state_dict, "state_dict")
     states, groups = state_dict["state"], state_dict["param_groups"]
     if not isinstance(states, Mapping):
@@ -117,7 +118,7 @@ def keep_tensors(optimizer: torch.optim.Optimizer, state_dict: ParamState) -> Pa
         ValueError: A group or a state of another optimizer, such as SGD; or an option that is out of range.
     """
     check_is_dict(state_dict)  # a hook may have returned it
-    _check_structure(state_dict)
+    check_structure(state_dict)
     state_dict = {**foreign_states(state_dict)}  # of bitsandbytes and torchao
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=False)):
         require_keys(_NEEDED_IN_GROUP, saved, f"state_dict: param_groups[{index}]")

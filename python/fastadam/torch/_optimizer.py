@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fastadam._core.common.checks import check_bool, check_count, check_number
+from fastadam._core.common.checks import check_bool, check_number
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import Foreign
+from fastadam._core.native.backend import check_threads
 from fastadam._core.native.slices import DEFERRED, check_sparse_update
 from fastadam._core.native.worker import Handle
 from fastadam.torch import _resizing
@@ -23,6 +24,7 @@ from fastadam.torch._attached import AttachedParameter, attach_to, inside
 from fastadam.torch._buckets import BucketedStep
 from fastadam.torch._checks import (
     OfGroups,
+    check_closure,
     check_kinds,
     check_module,
     check_numbers,
@@ -267,6 +269,9 @@ class Adam(torch.optim.Optimizer):
                 check_tensor(name, value, foreach=bool(foreach), capturable=capturable)
         check_numbers(lr, betas, eps, weight_decay)
         check_options({"differentiable": differentiable})
+        for name, value in (("foreach", foreach), ("fused", fused)):
+            if value is not None:
+                check_bool(name, value)
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         defaults = {
@@ -307,6 +312,7 @@ class Adam(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            check_closure(closure)
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -449,13 +455,13 @@ class Adam(torch.optim.Optimizer):
         ...     opt.end_step()
         """
         check_bool("early", early)
-        check_begin(threads, loss_scale)
+        threads, scale = check_begin(threads, loss_scale)
         stepper = self._stepper
         with stepper.lock:
             stepper.require_closed("begin_step")
             stepper.calls.finish(self.state)
             stepper.open = BucketedStep(
-                stepper, self.param_groups, self.state, early=early, threads=threads, loss_scale=float(loss_scale)
+                stepper, self.param_groups, self.state, early=early, threads=threads, loss_scale=scale
             )
 
     def step_bucket(self, params: Iterable[Tensor]) -> Handle[None]:
@@ -497,6 +503,7 @@ class Adam(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; an open step, whose gradients these are, is undone first."""
+        check_bool("set_to_none", set_to_none)
         self.abort_step()
         with inside() if self._options.attached else nullcontext():
             super().zero_grad(set_to_none)
@@ -847,12 +854,12 @@ class Adam(torch.optim.Optimizer):
         restore_states(self.state, self.param_groups, self._options.state_format, saved)
 
 
-def check_begin(threads: object, loss_scale: float) -> None:
-    """Check arguments of ``begin_step``, for :mod:`fastadam.torch._overlap` too."""
-    if threads is not None:
-        check_count("threads", threads)
-    if not check_number("loss_scale", loss_scale) > 0:
+def check_begin(threads: object, loss_scale: float) -> tuple[int | None, float]:
+    """Arguments of ``begin_step``, checked, for :mod:`fastadam.torch._overlap` too."""
+    scale = check_number("loss_scale", loss_scale)
+    if not scale > 0:
         raise ValueError(f"loss_scale: {loss_scale}, expected a number above 0")
+    return None if threads is None else check_threads("threads", threads), scale
 
 
 def stepper_of(optimizer: Adam) -> GroupStepper:

@@ -203,5 +203,4 @@ def overlap(
         raise TypeError(f"optimizer: {type(optimizer).__name__}, expected a fastadam.torch.Adam or AdamW")
     if bucket_mb is not None and not check_number("bucket_mb", bucket_mb) >= 0:
         raise ValueError(f"bucket_mb: {bucket_mb}, expected None or a number of at least 0")
-    check_begin(threads, loss_scale)
-    return Overlap(optimizer, bucket_mb, threads, loss_scale)
+    return Overlap(optimizer, bucket_mb, *check_begin(threads, loss_scale))

@@ -8,6 +8,7 @@ from operator import is_
 import torch
 from torch import Tensor
 
+from fastadam._core.common.checks import shown
 from fastadam.torch._checks import ParamState
 
 __all__ = ["StepCounts", "is_on_gpu", "number_of", "whole_count", "zero_steps"]
@@ -165,11 +166,11 @@ def whole_count(count: float, label: str) -> int:
 def number_of(count: object, label: str) -> float:
     """A step count in a state as a number; ``label``: what error messages call the state."""
     if isinstance(count, (str, bytes)):
-        raise ValueError(f"{label}: step: {count!r}, expected a number")
+        raise ValueError(f"{label}: step: {shown(count)}, expected a number")
     try:
         return float(count)  # type: ignore[arg-type]  # that is the question
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{label}: step: {count!r}, expected a number") from error
+        raise ValueError(f"{label}: step: {shown(count)}, expected a number") from error
 
 
 def zero_steps(count: int, device: torch.device) -> tuple[Tensor, ...]:

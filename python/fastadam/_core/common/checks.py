@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from fastadam._core.common.types import AnyArray
+from fastadam._core.common.types import AnyArray, HostArray
 
 __all__ = [
+    "as_array",
     "check_beta",
     "check_bool",
     "check_choice",
     "check_clip",
     "check_count",
+    "check_custom_objects",
     "check_epsilon",
     "check_integer",
     "check_iterations",
@@ -24,10 +27,35 @@ __all__ = [
     "check_number",
     "check_one_norm",
     "is_real",
+    "shown",
 ]
 
 # tf.keras.backend.epsilon(): what `epsilon=None` and `epsilon=0` mean in TF's Adam (`epsilon or backend.epsilon()`).
 DEFAULT_EPSILON = 1e-7
+
+
+def shown(value: object, most: int = 200) -> str:
+    """The start of a value's repr for a message; its type where that fails, as of a deep list."""
+    try:
+        return repr(value)[:most]
+    except Exception:
+        return type(value).__name__
+
+
+def as_array(name: str, value: object, expected: str) -> HostArray:
+    """What NumPy makes of any object, whose own reason for a refusal names no argument."""
+    try:
+        return np.asarray(value)
+    except (MemoryError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{name}: {shown(value)} ({error or type(error).__name__}), expected {expected}") from error
+
+
+def check_custom_objects(value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Classes by name; None for none."""
+    if not isinstance(value, (Mapping, type(None))):
+        raise TypeError(f"custom_objects: {type(value).__name__}, expected a dict of classes by name")
+    return dict(value or {})
 
 
 def check_number(name: str, value: AnyArray) -> float:
@@ -41,17 +69,21 @@ def check_number(name: str, value: AnyArray) -> float:
 
 def _real_scalar(name: str, value: AnyArray) -> float:
     """Refuses what ``float`` would convert with a loss, such as the real part of a complex number, or parse."""
-    if isinstance(value, _NOT_SCALARS) or np.ndim(value) != 0:
-        raise TypeError(f"{name}: {value!r:.200}, expected a number")
+    if isinstance(value, _NOT_SCALARS) or _dimensions(name, value) != 0:
+        raise TypeError(f"{name}: {shown(value)}, expected a number")
     dtype = getattr(value, "dtype", None)
     if dtype is not None and not is_real(dtype):
-        raise TypeError(f"{name}: {value!r:.200} of dtype {dtype}, expected a real number")
+        raise TypeError(f"{name}: {shown(value)} of dtype {dtype}, expected a real number")
     try:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: {type(value).__name__}, expected a number") from None
     except OverflowError:
         raise ValueError(f"{name}: {type(value).__name__} too large for a float, expected a finite number") from None
+
+
+def _dimensions(name: str, value: AnyArray) -> object:
+    return value.ndim if hasattr(value, "ndim") else as_array(name, value, "a number").ndim
 
 
 _NOT_SCALARS = (bool, np.bool_, str, bytes, bytearray, list, tuple, dict, set, type(None))
@@ -88,7 +120,7 @@ def check_epsilon(value: AnyArray) -> float:
 def check_bool(name: str, value: object) -> bool:
     """True or False, of Python or NumPy."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: {value!r}, expected True or False")
+        raise TypeError(f"{name}: {shown(value)}, expected True or False")
     return bool(value)
 
 
@@ -98,7 +130,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         return
     listed = ", ".join(map(repr, choices))
     kind = ValueError if isinstance(value, str) else TypeError
-    raise kind(f"{name}: {value!r:.60}, expected {listed} or None")
+    raise kind(f"{name}: {shown(value, 60)}, expected {listed} or None")
 
 
 def check_iterations(name: str, value: AnyArray) -> int:
@@ -114,18 +146,18 @@ def check_count(name: str, value: object) -> int:
     count = check_integer(name, value, "an integer of at least 1")
     if not 1 <= count < 2**63 - 1:
         expected = "an integer of at least 1" if count < 1 else "an integer below 2**63 - 1"
-        raise ValueError(f"{name}: {count}, expected {expected}")
+        raise ValueError(f"{name}: {shown(count)}, expected {expected}")
     return count
 
 
 def check_integer(name: str, value: object, expected: str = "an integer") -> int:
     """An int from an integer of any library; True, 2.0 and arrays of several are refused."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: {value!r:.200}, expected {expected}")
+        raise TypeError(f"{name}: {shown(value)}, expected {expected}")
     try:
-        return int(value.__index__())
+        return operator.index(value)
     except TypeError:  # arrays have the method, whatever they hold
-        raise TypeError(f"{name}: {value!r:.200}, expected {expected}") from None
+        raise TypeError(f"{name}: {shown(value)}, expected {expected}") from None
 
 
 def check_list(name: str, values: object, expected: str = "a list") -> list[Any]:
@@ -145,7 +177,12 @@ def check_list(name: str, values: object, expected: str = "a list") -> list[Any]
         if error.__traceback__ is not None and error.__traceback__.tb_next is not None and not hasattr(values, "shape"):
             raise  # of an __iter__ in Python; that of an array without dimensions says no more than the text below
         raise TypeError(f"{name}: {type(values).__name__}, expected {expected}") from None
-    items: list[Any] = list(iterator)
+    try:
+        items: list[Any] = list(iterator)
+    except MemoryError as error:  # or a __len__ that is wrong
+        raise MemoryError(
+            f"{name}: {type(values).__name__} with more items than memory holds, expected {expected}"
+        ) from error
     if not items and isinstance(values, Iterator):
         raise ValueError(
             f"{name}: {type(values).__name__}, an iterator that yielded nothing (was it used before?), expected "

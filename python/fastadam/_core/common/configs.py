@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fastadam._core.common.checks import shown
 from fastadam._core.common.types import Config
 
 __all__ = ["adam_arguments", "class_of", "loss_scale_arguments"]
@@ -42,7 +43,7 @@ def loss_scale_arguments(config: object) -> Config:
     for name in _OF_INNER:
         value = arguments.pop(name, None)
         if value is not None and value is not False:
-            raise ValueError(f"{name}: {value!r} on the LossScaleOptimizer, expected it on its inner_optimizer")
+            raise ValueError(f"{name}: {shown(value)} on the LossScaleOptimizer, expected it on its inner_optimizer")
     return arguments
 
 

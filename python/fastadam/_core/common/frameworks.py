@@ -117,7 +117,9 @@ def _kind_of_parameters(value: object) -> str | None:
 
 def first_of(value: Tree) -> Tree:
     """The first variable in nested lists, dicts and parameter groups; any other value itself."""
-    while isinstance(value, _CONTAINERS) and len(value) > 0:
+    for _ in range(100):  # a list may hold itself
+        if not isinstance(value, _CONTAINERS) or len(value) == 0:
+            break
         if isinstance(value, Mapping):
             value = value["params"] if "params" in value else value.values()
         else:

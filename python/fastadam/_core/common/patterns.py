@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fastadam._core.common.checks import shown
+
 __all__ = ["check_pattern", "found"]
 
 _MOST_STATES = 2000
@@ -21,16 +23,16 @@ _MOST_STATES = 2000
 def check_pattern(pattern: object) -> None:
     """Raise ValueError for what is not a pattern, or one that cannot be matched without backtracking."""
     if not isinstance(pattern, str):
-        raise ValueError(f"{pattern!r:.60}, expected a pattern, a string")
+        raise ValueError(f"{shown(pattern, 60)}, expected a pattern, a string")
     try:
         _compiled(pattern)
     except RecursionError:
-        raise ValueError(f"{pattern!r:.60}, expected a pattern (its groups are nested too deeply)") from None
+        raise ValueError(f"{shown(pattern, 60)}, expected a pattern (its groups are nested too deeply)") from None
     except (re.error, OverflowError) as error:
-        raise ValueError(f"{pattern!r:.60}, expected a pattern ({error})") from None
+        raise ValueError(f"{shown(pattern, 60)}, expected a pattern ({error})") from None
     except _UnsupportedError as error:
         expected = "a pattern that can be matched without backtracking"
-        raise ValueError(f"{pattern!r:.60} has {error}, expected {expected}") from None
+        raise ValueError(f"{shown(pattern, 60)} has {error}, expected {expected}") from None
 
 
 @functools.lru_cache(maxsize=4096)

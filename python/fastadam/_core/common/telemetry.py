@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fastadam._core.common.checks import check_list, is_real, shown
+
 __all__ = ["Telemetry"]
 
 _MEASURES = ("gradient_norm", "update_rms", "parameter_rms", "unchanged", "not_finite")
@@ -39,8 +41,10 @@ class Telemetry:
     """
 
     def __init__(self, names: Sequence[str], rows: npt.NDArray[np.float64]) -> None:
+        self.names: list[str] = check_list("names", names)
+        if not isinstance(rows, np.ndarray) or rows.shape != (len(self.names), 6) or not is_real(rows.dtype):
+            raise TypeError(f"rows: {shown(rows, 60)}, expected an array of 6 numbers for each name")
         gradient_norm, update_rms, parameter_rms, unchanged, not_finite, size = rows.T.copy()
-        self.names: list[str] = list(names)
         self.gradient_norm: npt.NDArray[np.float64] = gradient_norm
         self.update_rms: npt.NDArray[np.float64] = update_rms
         self.parameter_rms: npt.NDArray[np.float64] = parameter_rms
@@ -65,6 +69,8 @@ class Telemetry:
         Args:
             prefix: Put before every key.
         """
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix: {shown(prefix, 60)}, expected a string")
         flat = {f"{prefix}{measure}": value for measure, value in self.total().items()}
         for measure in _MEASURES:
             column = getattr(self, measure).tolist()

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, ValuesView
 from typing import TypeVar
 
+from fastadam._core.common.checks import shown
 from fastadam._core.common.types import Tree
 
 __all__ = ["flatten"]
@@ -24,13 +25,21 @@ def flatten(tree: Tree, label: str, *, as_jax: bool = False) -> Iterator[tuple[s
 
     Raises:
         TypeError: The keys of a dict cannot be sorted.
+        ValueError: It is nested too deeply, or holds itself.
     """
+    try:
+        yield from _leaves(tree, label, as_jax)
+    except RecursionError:
+        raise ValueError(f"{label or 'variables'}: {type(tree).__name__} that is nested too deeply") from None
+
+
+def _leaves(tree: Tree, label: str, as_jax: bool) -> Iterator[tuple[str, Tree]]:
     if isinstance(tree, Mapping):
         for key in _keys(tree, label, as_jax):
-            yield from flatten(tree[key], f"{label}[{key!r}]", as_jax=as_jax)
+            yield from _leaves(tree[key], f"{label}[{shown(key)}]", as_jax)
     elif isinstance(tree, (list, tuple, Iterator, ValuesView)):
         for i, item in enumerate(tree):
-            yield from flatten(item, f"{label}[{i}]", as_jax=as_jax)
+            yield from _leaves(item, f"{label}[{i}]", as_jax)
     elif tree is not None or not as_jax:
         yield label, tree
 

@@ -50,7 +50,7 @@ class Tables:
         buffer = buffer_of(variable)
         if buffer.device >= 0:
             return self._gather_on_gpu(buffer, indices, out)
-        ids = check_ids(indices, buffer.shape, label)
+        ids = check_ids(indices, buffer.shape, label, "indices")
         values = _readable(variable, buffer)
         if out is not None:
             _check_out(out, values, (*ids.shape, *buffer.shape[1:]), label)
@@ -80,7 +80,7 @@ class Tables:
             )
         ids: AnyArray = indices
         if not on_gpu(ids):
-            host = np.ascontiguousarray(check_ids(indices, buffer.shape, buffer.label))
+            host = np.ascontiguousarray(check_ids(indices, buffer.shape, buffer.label, "indices"))
             ids = zeros_beside(buffer, host.dtype.name, host.shape)
             native.assign(ids, host)
         if out is None:

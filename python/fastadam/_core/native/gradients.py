@@ -70,8 +70,9 @@ def convert_values(values: HostArray, dtype: str, order: str = "C") -> AnyArray:
 def _as_array(gradient: ArrayLike, label: str) -> HostArray:
     try:
         array = np.asarray(gradient)
-    except (ValueError, TypeError) as error:
-        raise TypeError(f"{label}: {type(gradient).__name__} that is not an array of numbers ({error})") from error
+    except (MemoryError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        why = str(error) or type(error).__name__
+        raise TypeError(f"{label}: {type(gradient).__name__} that is not an array of numbers ({why})") from error
     if array.dtype == object and array.ndim == 0:
         raise TypeError(f"{label}: {type(gradient).__name__}, expected an array of numbers")
     return array

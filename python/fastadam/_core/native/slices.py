@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from fastadam._core.common.checks import check_integer, check_list
+from fastadam._core.common.checks import check_integer, check_list, shown
 from fastadam._core.common.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.native.arrays import native_of, on_gpu
@@ -106,7 +106,7 @@ def _as_shape(dense_shape: Sequence[int]) -> tuple[int, ...]:
 def check_sparse_update(value: object) -> SparseUpdate:
     """One of the names in ``SPARSE_UPDATES``."""
     if not isinstance(value, str) or value not in SPARSE_UPDATES:
-        raise ValueError(f"sparse_update: {value!r}, expected one of {', '.join(map(repr, SPARSE_UPDATES))}")
+        raise ValueError(f"sparse_update: {shown(value)}, expected one of {', '.join(map(repr, SPARSE_UPDATES))}")
     return cast("SparseUpdate", str(value))
 
 
@@ -136,8 +136,9 @@ def as_integers(name: str, values: ArrayLike) -> HostArray:
     """In int32 or int64, as the kernels read them."""
     try:
         array = np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: {type(values).__name__} that is not an array of integers ({error})") from error
+    except (MemoryError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        why = str(error) or type(error).__name__
+        raise TypeError(f"{name}: {type(values).__name__} that is not an array of integers ({why})") from error
     if array.size == 0 and not isinstance(values, np.ndarray):
         array = array.astype(np.int64)  # an empty list has no dtype
     if array.dtype.kind not in "iu":

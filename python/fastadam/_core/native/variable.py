@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
+from fastadam._core.common.checks import shown
 from fastadam._core.common.display import array_text, html_or_none, html_table, name_of, never_raises, preformatted
 from fastadam._core.common.frameworks import hint_for_variable
 from fastadam._core.common.keywords import suggests_keywords
@@ -98,8 +99,7 @@ class Variable:
 
     @suggests_keywords()
     def __init__(self, value: ArrayLike, name: str | None = None) -> None:
-        if not isinstance(name, (str, type(None))):
-            raise TypeError(f"name: {name!r}, expected a string")
+        _check_name(name)
         array: AnyArray = value if isinstance(value, np.ndarray) or on_gpu(value) else _new_array(value, name)
         self.name = name
         native_for([array]).Buffer(array, label_of(self, 0) if name else "value")
@@ -120,8 +120,8 @@ class Variable:
                 raise AttributeError(f"{name}: a Variable keeps its memory; expected assign(new), or value[...] = new")
             if not hasattr(type(self), name) and not hasattr(self, "__dict__"):
                 raise AttributeError(unknown_attribute(self, name, ("name", "value")))
-            if name == "name" and not isinstance(new, (str, type(None))):
-                raise TypeError(f"name: {new!r}, expected a string")
+            if name == "name":
+                _check_name(new)
             super().__setattr__(name, new)
             if name == "name" and hasattr(self, "_value"):
                 _renamed[id(self._value)] = self
@@ -325,6 +325,16 @@ def _new_array(value: ArrayLike, name: str | None) -> npt.NDArray[np.float32]:
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{label}: dtype {array.dtype}, expected real numbers")
     return np.array(array, dtype=np.float32)
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, (str, type(None))):
+        raise TypeError(f"name: {shown(name)}, expected a string")
+    if name and not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"name: {shown(name)}, expected a string that UTF-8 can encode") from error
 
 
 def label_of(variable: object, position: int) -> str:

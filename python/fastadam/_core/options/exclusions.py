@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fastadam._core.common.checks import check_list
+from fastadam._core.common.checks import check_list, shown
 from fastadam._core.common.patterns import check_pattern, found
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, buffers_of, key_of
@@ -32,9 +32,11 @@ class Exclusions:
             [] if var_list is None else [var_list] if isinstance(var_list, str) else check_list("var_list", var_list)
         )
         if any(isinstance(variable, str) for variable in variables):
-            raise TypeError(f"var_list: {variables!r:.60}, expected variables; patterns of names go to var_names=[...]")
+            raise TypeError(
+                f"var_list: {shown(variables, 60)}, expected variables; patterns of names go to var_names=[...]"
+            )
         if isinstance(var_names, str):
-            raise TypeError(f"var_names: {var_names!r}, expected a list of patterns")
+            raise TypeError(f"var_names: {shown(var_names)}, expected a list of patterns")
         names = [] if var_names is None else check_list("var_names", var_names)
         for i, name in enumerate(names):
             try:
@@ -72,7 +74,7 @@ class Exclusions:
         ``met``: keys of the variables met so far; None if others may still come.
         """
         patterns = [
-            f"var_names[{i}] {pattern!r}"
+            f"var_names[{i}] {shown(pattern)}"
             for i, pattern in enumerate(self.patterns)
             if not any(found(pattern, name) for name in names)
         ]

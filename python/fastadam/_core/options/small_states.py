@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from fastadam._core.common.checks import check_bool, check_choice, check_integer
+from fastadam._core.common.checks import check_bool, check_choice, check_integer, shown
 from fastadam._core.common.frameworks import require
 from fastadam._core.common.patterns import check_pattern, found
 
@@ -51,14 +51,14 @@ class SmallStates:
             raise ValueError("stochastic_rounding: True with master='split', whose masters are exact, expected False")
         seed = check_integer("seed", self.seed)
         if not 0 <= seed < 2**64:
-            raise ValueError(f"seed: {seed}, expected 0 <= seed < 2**64")
+            raise ValueError(f"seed: {shown(seed)}, expected 0 <= seed < 2**64")
         checked = {"stochastic_rounding": rounding, "seed": seed, "float32_for": _check_float32_for(self.float32_for)}
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.float32_for is not None and not self.has_small_moments:
             raise ValueError(
-                f"float32_for: {self.float32_for!r:.60} with moments={self.moments!r}, expected None: it names the "
-                "exceptions from moments='bfloat16' or '8bit'"
+                f"float32_for: {shown(self.float32_for, 60)} with moments={self.moments!r}, expected None: it names "
+                "the exceptions from moments='bfloat16' or '8bit'"
             )
 
     @property
@@ -106,7 +106,7 @@ def check_changes(changes: object) -> Config:
         raise TypeError(f"changes: {type(changes).__name__}, expected a dict such as {{'moments': '8bit'}}")
     names = [option.name for option in fields(SmallStates)]
     if unknown := [name for name in changes if name not in names]:
-        raise ValueError(f"changes: {unknown[0]!r:.60}, expected some of {names}")
+        raise ValueError(f"changes: {shown(unknown[0], 60)}, expected some of {names}")
     return dict(changes)
 
 
@@ -123,7 +123,7 @@ def _check_float32_for(value: object) -> object:
                 raise ValueError(f"float32_for[{i}]: {error}") from None
         return list(value)
     if isinstance(value, (str, float, np.ndarray, type)):
-        raise TypeError(f"float32_for: {value!r:.60}, expected {expected}")
+        raise TypeError(f"float32_for: {shown(value, 60)}, expected {expected}")
     size = check_integer("float32_for", value, expected)
     if size < 0:
         raise ValueError(f"float32_for: {size}, expected a size of at least 0")

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from fastadam._core.common.checks import check_iterations, check_list
+from fastadam._core.common.checks import check_custom_objects, check_iterations, check_list
 from fastadam._core.common.types import AnyArray, Config, Foreign
 from fastadam._core.deferred.chain import Chain
 from fastadam._core.native.arrays import assign
@@ -57,6 +57,7 @@ def load_optimizer(
         given: Arrays for slots, as ``slots`` of ``Adam.load``.
     """
     name = path_of(path)
+    custom_objects = check_custom_objects(custom_objects)
     small = check_changes(changes)
     names = check_paths("deltas", deltas)
     if names and small:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
 import warnings
@@ -126,6 +128,31 @@ def test_flags_are_cleared_only_after_the_rename(tmp_path, monkeypatch):
     training.optimizer.save_delta(tmp_path / "delta")
     training.assert_same(training.load(tmp_path / "base", [tmp_path / "delta"]))
     assert not parts_of(training.optimizer).state.entries[0].history.changed_rows().size
+
+
+def test_the_next_delta_replaces_one_whose_call_has_failed_after_the_rename(tmp_path, monkeypatch):
+    training = Training(sparse_update="deferred")
+    training.optimizer.save(tmp_path / "base", values=True)
+    sync = os.fsync
+
+    def fail_for_directories(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(5, "Input/output error")
+        sync(file)
+
+    for earlier in ([], ["first"]):
+        training.steps(3)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail_for_directories)
+            with pytest.raises(OSError, match="saved, but its directory could not be synced"):
+                training.optimizer.save_delta(failed := tmp_path / f"failed after {earlier}")
+        training.steps(3)
+        name = "second" if earlier else "first"
+        training.optimizer.save_delta(tmp_path / name)
+        kept = [tmp_path / each for each in (*earlier, name)]
+        with pytest.raises(ValueError, match=f"{name}: delta .* like deltas.*failed after .*, expected one of the two"):
+            training.load(tmp_path / "base", [*kept[:-1], failed, kept[-1]])
+        training.assert_same(training.load(tmp_path / "base", kept))
 
 
 def test_the_steps_of_an_optimizer_without_deltas_note_nothing(tmp_path):

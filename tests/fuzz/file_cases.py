@@ -32,7 +32,11 @@ class Files:
             optimizer.save(self.base, values=True)
             return
         delta = self.folder / f"delta_{self.training.time:07d}"
-        optimizer.save_delta(delta)
+        try:
+            optimizer.save_delta(delta)
+        except OSError:
+            delta.unlink(missing_ok=True)  # the rename may have been made: the next delta has all that is in it
+            raise
         if kind == "merge_deltas":
             fastadam.merge_deltas(self.base, deltas := self.deltas(), self.base)
             for delta in deltas:

@@ -466,8 +466,9 @@ class Optimizer(Minimizer):
         everything. What is written to variables and slots by other means than steps is not noticed, except by
         ``set_weights``: save a new base then.
 
-        The file is replaced as by ``save``. If that fails, the next delta has everything since the last one that was
-        written.
+        The file is replaced as by ``save``. If that fails, the next delta has everything since the last successful
+        call. A call may fail with its file in place: the directory could not be synced, or a signal handler raised at
+        the end. Leave out that file when you load the next one; ``load`` refuses the two together.
 
         Args:
             path: The file; of any name whose suffix is not that of another format. Not one of the same chain.

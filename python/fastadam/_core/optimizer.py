@@ -75,10 +75,11 @@ class Optimizer(Minimizer):
     def iterations(self, value: int) -> None:
         per_step = self._parts.options.calls_per_step
         calls = check_iterations("iterations", check_iterations("iterations", value) * per_step)
-        self._parts.runtime.require_closed("iterations")
-        self._parts.state.settle_cycle()
-        self._parts.tables.set_calls(calls)
-        self._parts.state.restart_accumulation([], per_step)
+        with self._parts.runtime.lock:
+            self._parts.runtime.require_closed("iterations")
+            self._parts.state.settle_cycle()
+            self._parts.tables.set_calls(calls)
+            self._parts.state.restart_accumulation([], per_step)
 
     def build(
         self,
@@ -548,7 +549,7 @@ class Optimizer(Minimizer):
         with runtime.lock:
             runtime.require_closed("pickle")
             tables.settle_gpus()
-            return {**self._own_attributes(), "_options": options, "_state": state.snapshot()}
+            return {**self._own_attributes(), "_options": copy.copy(options), "_state": state.snapshot()}
 
     def __setstate__(self, attributes: Config) -> None:
         attributes = dict(attributes)

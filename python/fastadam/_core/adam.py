@@ -456,7 +456,7 @@ class Adam(Optimizer):
         pairs = check_pairs_list(grads_and_vars)
         if not pairs:
             return None
-        with self._stepper.runtime.lock:  # nobody else's step comes before the count is read
+        with self._stepper.runtime.lock:  # until the count is read: another thread may step as well
             if copies is None and not zero_grads:
                 self._stepper.apply(self, pairs)
             else:

@@ -39,6 +39,7 @@ def content(folder):
 
 def check_refused(error, files, before):
     """An error names a file; what was there still is, and at most a whole delta has come."""
+    assert error.errno in (errno.ENOSPC, errno.EFBIG, errno.EIO), error
     assert isinstance(error.filename, str), f"{error!r} names no file"
     assert error.filename.startswith(str(files.folder)), f"{error!r} names another file"
     after = content(files.folder)
@@ -110,7 +111,6 @@ def full(arguments):
                         found["made"] += 1
                     except OSError as error:
                         found["refused"] += 1
-                        assert error.errno in (errno.ENOSPC, errno.EFBIG), error
                         check_refused(error, files, before)
                 truth.check(files.load().training)
             files.write(kind)
@@ -119,8 +119,10 @@ def full(arguments):
             truth.check(again)
 
     count = campaign.run_cases(arguments, case)
-    how = "tmpfs" if mounts else "RLIMIT_FSIZE: this process may not mount"
-    print(f"full disk ({how}): seed {arguments.seed}, {count} cases, {found['refused']} calls refused, {found['made']} made")
+    how = "a tmpfs" if mounts else "a file system with a limit for files, as this process may not mount"
+    print(
+        f"disks full: on {how}, seed {arguments.seed}, {count} cases, {found['refused']} calls refused, {found['made']} made"
+    )
 
 
 # ---- system calls ---------------------------------------------------------------------------------------------------
@@ -156,7 +158,11 @@ def fault_at(place, code):
         if next(places) != place:
             return real(*arguments)
         if not code:
-            return real(arguments[0], arguments[1][: max(1, len(arguments[1]) // 2)]) if name == "write" else real(*arguments)
+            return (
+                real(arguments[0], arguments[1][: max(1, len(arguments[1]) // 2)])
+                if name == "write"
+                else real(*arguments)
+            )
         if name == "close":
             real(*arguments)
         raise OSError(code, os.strerror(code))
@@ -190,7 +196,9 @@ def faults(arguments):
 
     arguments.count = len(KINDS)
     campaign.run_cases(arguments, case)
-    print(f"faults: {sum(found.values())} failing system calls, {found['refused']} calls refused, {found['made']} made")
+    print(
+        f"disks faults: {sum(found.values())} failing system calls, {found['refused']} calls refused, {found['made']} made"
+    )
 
 
 class Disk:
@@ -259,7 +267,7 @@ def power(arguments):
 
     arguments.count = len(KINDS)
     campaign.run_cases(arguments, case)
-    print(f"power cuts: at {found['moments']} moments, {found['disks']} states of the disk, all with a whole training")
+    print(f"disks power: at {found['moments']} moments, {found['disks']} states of the disk, all with a whole training")
 
 
 def main():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -31,19 +32,13 @@ class Files:
         if kind == "save":
             optimizer.save(self.base, values=True)
             return
-        delta = self.folder / f"delta_{self.training.time:07d}"
-        try:
-            optimizer.save_delta(delta)
-        except OSError:
-            delta.unlink(missing_ok=True)  # the rename may have been made: the next delta has all that is in it
-            raise
+        optimizer.save_delta(self.folder / f"delta_{self.training.time:07d}")
         if kind == "merge_deltas":
-            fastadam.merge_deltas(self.base, deltas := self.deltas(), self.base)
-            for delta in deltas:
-                delta.unlink()
+            fastadam.merge_deltas(self.base, self._read()[1], self.base)
         elif kind == "rebase":
             self.training.steps(1)
             optimizer.save(self.base, values=True)
+        if kind != "save_delta":
             for delta in self.deltas():
                 delta.unlink()
 
@@ -51,19 +46,26 @@ class Files:
         return sorted(self.folder.glob("delta_*"))
 
     def load(self) -> Files:
-        """A training that goes on from the files. Deltas that a new base has replaced are removed."""
+        """A training that goes on from the files. Those that others have replaced are removed."""
+        return Files(self.folder, self._read()[0])
+
+    def _read(self) -> tuple[Training, list[Path]]:
         deltas = self.deltas()
         while True:
             try:
                 training = self.training.load(self.base, deltas)
-                break
+                training.time = int(training.optimizer.iterations)
+                return training, deltas
             except ValueError as error:
-                old = any(text in str(error) for text in ("another base", "once more", "is older"))
-                if not str(error).startswith("deltas[0]: ") or not old:
+                place = re.match(r"deltas\[(\d+)\]: ", str(error))
+                if place is None:
                     raise
-                deltas.pop(0).unlink()
-        training.time = int(training.optimizer.iterations)
-        return Files(self.folder, training)
+                if "expected one of the two: the later one" in str(error):  # the call of the earlier one has failed
+                    deltas.pop(int(place[1]) - 1).unlink()
+                elif place[1] == "0" and any(text in str(error) for text in ("another base", "once more", "is older")):
+                    deltas.pop(0).unlink()  # a base that was written later has all that is in it
+                else:
+                    raise
 
 
 class Truth:

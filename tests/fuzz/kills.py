@@ -173,7 +173,7 @@ def savers(arguments):
         assert codes == [0] * SAVERS, f"a process of savers failed: {codes}"
         assert [p.name for p in Path(folder).iterdir()] == ["opt"], "temporary files were left"
     print(
-        f"savers: {each * SAVERS**2} saves by {SAVERS} processes of {SAVERS} threads to one path, {loads} loads found "
+        f"kills savers: {each * SAVERS**2} saves by {SAVERS} processes of {SAVERS} threads to one path, {loads} loads found "
         f"whole files of {len(seen)} savers; no temporary file was left"
     )
 

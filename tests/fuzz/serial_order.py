@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-MOST_REPLAYS = 10_000
+MOST_REPLAYS = 50_000
 
 
 class Operation(NamedTuple):
@@ -73,7 +73,13 @@ class NoOrderError(AssertionError):
     """No serial order explains the calls."""
 
 
-def explain(calls: Sequence[Call], new_world: Callable[[], Any], state_of: Callable[[Any], list[Any]], final: Any) -> int:
+class UndecidedError(Exception):
+    """There are too many orders to try all."""
+
+
+def explain(
+    calls: Sequence[Call], new_world: Callable[[], Any], state_of: Callable[[Any], list[Any]], final: Any
+) -> int:
     """Find a serial order.
 
     Returns:
@@ -81,6 +87,7 @@ def explain(calls: Sequence[Call], new_world: Callable[[], Any], state_of: Calla
 
     Raises:
         NoOrderError: There is none.
+        UndecidedError: None was found in many attempts.
     """
     changing = [call for call in calls if call.operation.changes]
     reading = [call for call in calls if not call.operation.changes]
@@ -105,9 +112,9 @@ def explain(calls: Sequence[Call], new_world: Callable[[], Any], state_of: Calla
         fits = []
         for call in sorted(rest, key=lambda call: call.begun):
             others = [*waiting, *(other for other in rest if other not in fits)]
-            if all(other.ended > call.begun for other in others if other is not call):
-                if outcome(call.operation, world) == call.found:
-                    fits.append(call)
+            is_first = all(other.ended > call.begun for other in others if other is not call)
+            if is_first and outcome(call.operation, world) == call.found:
+                fits.append(call)
         return fits
 
     def search(world: Any, changed: list[Call], read: list[Call]) -> bool:
@@ -127,7 +134,7 @@ def explain(calls: Sequence[Call], new_world: Callable[[], Any], state_of: Calla
             if any(other.ended < call.begun for other in (*waiting, *unread)):
                 continue
             if replays > MOST_REPLAYS:
-                raise NoOrderError(f"no order found in {replays} calls, of at most {len(longest)} of these:\n{listed()}")
+                raise UndecidedError(listed())
             world = replay(changed)
             replays += 1
             if outcome(call.operation, world) == call.found and search(world, [*changed, call], read):

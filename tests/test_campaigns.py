@@ -14,6 +14,7 @@ CAMPAIGNS = {  # program, what, number of cases
     "disks full": 24,
     "disks power": 0,
     "threads core": 40,
+    "threads torch": 15,
     "processes fork": 10,
     "processes spawn": 6,
     "processes exit": 6,

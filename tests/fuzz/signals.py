@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import campaign
+import numpy as np
 from file_cases import KINDS, Files, Truth
 from test_interrupts import ones, require_free, same, state_of, step_with_halves, trained, with_rows_that_wait
 from test_interrupts_by_signals import SIGNALLED, Alarm
@@ -32,6 +33,17 @@ def with_codes():
     return optimizer, variables
 
 
+def step_in_buckets(optimizer, variables):
+    try:
+        optimizer.begin_step(early=True)
+        for variable in variables:
+            optimizer.step_bucket([(np.full_like(variable, 0.5), variable)])
+        optimizer.end_step()
+    except KeyboardInterrupt:
+        optimizer.abort_step()  # the step was made, or is still open
+        raise
+
+
 CALLS = {
     **SIGNALLED,
     "reset": (trained, lambda o, v: o.reset()),
@@ -40,6 +52,8 @@ CALLS = {
     "iterations": (with_rows_that_wait, lambda o, t: setattr(o, "iterations", 9)),
     "first step": (lambda: trained(0), step_with_halves),
     "8bit": (with_codes, step_with_halves),
+    "buckets": (trained, step_in_buckets),
+    "clipped buckets": (lambda: trained(global_clipnorm=0.1), step_in_buckets),
     "clipped": (lambda: trained(global_clipnorm=0.1), step_with_halves),
 }
 

@@ -165,10 +165,71 @@ def core_worlds(rng, folder):
     return lambda: World(options, shape, folder), lambda: core_operations(rng, options, shape)
 
 
+TORCH_OPTIONS = [
+    {},
+    {"amsgrad": True},
+    {"global_clipnorm": 1.0},
+    {"sparse_update": "lazy"},
+    {"sparse_update": "deferred"},
+    {"moments": "8bit"},
+]
+
+
+class TorchWorld:
+    """An optimizer of PyTorch's, three steps old; the gradients are the same in every step."""
+
+    def __init__(self, options):
+        import fastadam.torch
+        import torch
+
+        self.torch = torch
+        self.table = torch.nn.Parameter(torch.ones(ROWS["small"]))
+        self.bias = torch.nn.Parameter(torch.ones(BIAS))
+        self.optimizer = fastadam.torch.AdamW([self.table, self.bias], lr=0.1, **options)
+        self.bias.grad = torch.linspace(-1, 1, BIAS)
+        self.table.grad = torch.ones(ROWS["small"])
+        if "sparse_update" in options:
+            ids = torch.arange(0, 30, 2)[None]
+            self.table.grad = torch.sparse_coo_tensor(ids, torch.ones(15, 8), self.table.shape, check_invariants=True)
+        for _ in range(3):
+            self.optimizer.step()
+        self.saved = copy.deepcopy(self.optimizer.state_dict())
+
+    def load(self, rate):
+        saved = copy.deepcopy(self.saved)
+        saved["param_groups"][0]["lr"] = rate
+        self.optimizer.load_state_dict(saved)
+
+    def state(self):
+        self.optimizer.sync()
+        states = [self.optimizer.state[param] for param in (self.table, self.bias)]
+        tensors = [self.table, self.bias, *(state[name] for state in states for name in sorted(state))]
+        return [*(tensor.detach().numpy().tobytes() for tensor in tensors), self.optimizer.param_groups[0]["lr"]]
+
+
+def torch_operations(rng):
+    rate, ids = rng.random(), [rng.randrange(ROWS["small"][0]) for _ in range(20)]
+    yield from 6 * [Operation("step", lambda w: w.optimizer.step())]
+    yield Operation("load_state_dict", lambda w: w.load(rate))
+    yield Operation("reset", lambda w: w.optimizer.reset(w.table, ids))
+    yield Operation("telemetry", lambda w: w.optimizer.telemetry(), changes=False)
+    yield Operation("gather", lambda w: w.optimizer.gather(w.table, w.torch.tensor(ids)).tolist(), changes=False)
+    yield Operation("sync", lambda w: w.optimizer.sync(), changes=False)
+    yield Operation("state_dict", lambda w: w.optimizer.state_dict()["param_groups"], changes=False)
+    yield Operation("memory", lambda w: str(fastadam.memory(w.optimizer)[0]), changes=False)
+
+
+def torch_worlds(rng, _folder):
+    options = rng.choice(TORCH_OPTIONS)
+    return lambda: TorchWorld(options), lambda: torch_operations(rng)
+
+
 def main():
-    parser = campaign.parser(__doc__, count=500, what=["core"])
+    worlds = {"core": core_worlds, "torch": torch_worlds}
+    parser = campaign.parser(__doc__, count=500, what=list(worlds))
     parser.add_argument("--repeat", type=int, default=1, help="times that each case is tried (default: 1)")
-    run(parser.parse_args(), core_worlds)
+    arguments = parser.parse_args()
+    run(arguments, worlds[arguments.what])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-MOST_REPLAYS = 50_000
+MOST_REPLAYS = 10_000
 
 
 class Operation(NamedTuple):

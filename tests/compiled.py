@@ -25,8 +25,10 @@ def tool(*names: str) -> str:
 
 
 def run(*command: object, env: dict[str, str] | None = None) -> str:
+    # What is preloaded for the tests (a sanitizer) is not for other programs.
+    kept = {name: value for name, value in (env or os.environ).items() if name != "LD_PRELOAD"}
     done = subprocess.run(
-        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=kept
     )
     assert done.returncode == 0, f"{' '.join(map(str, command))} returned {done.returncode}:\n{done.stdout}"
     return done.stdout

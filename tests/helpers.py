@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from pathlib import Path
 
 import fastadam
 import numpy as np
@@ -37,6 +38,16 @@ def run_python(code, **environment):
     kept = {k: v for k, v in os.environ.items() if k not in ("FASTADAM_NUM_THREADS", "FASTADAM_ISA", "OMP_NUM_THREADS")}
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
     return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=120)
+
+
+def run_campaign(campaign, count):
+    """Run a program of tests/fuzz, as ``"kills save"``; its last line says what it has checked."""
+    program, *what = campaign.split()
+    path = Path(__file__).parent / "fuzz" / f"{program}.py"
+    command = [sys.executable, path, *what, "--seed=0", f"--count={count}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert done.stdout.startswith(f"{campaign}: ")
 
 
 # For programs given to `run_python`.

@@ -85,7 +85,7 @@ def test_a_case_can_be_repeated_alone():
 
 
 BROKEN = """
-import campaign, os, sys
+import children, os, sys
 
 def start(folder):
     def case(rng, tell, number):
@@ -93,14 +93,14 @@ def start(folder):
         if number == 2:
             os.kill(os.getpid(), 11)
         if number == 4:
-            raise campaign.Finding("wrong")
+            raise children.Finding("wrong")
         if number == 5:
             import time
             time.sleep(60)
         return "fine"
     return case
 
-campaign.run("broken", start, campaign.arguments("x", 8))
+children.run("broken", start, children.arguments("x", 8))
 """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
+import contextlib
 import random
 import signal
 import sys
@@ -26,9 +26,10 @@ from test_interrupts import (
 
 
 class Alarm:
-    """Sends SIGINT from another thread, some seconds after each :meth:`set`; it raises once, if it is armed then."""
+    """Sends a signal from another thread, some seconds after each :meth:`set`; it raises once, if it is armed then."""
 
-    def __init__(self):
+    def __init__(self, number=signal.SIGINT):
+        self.number, self._main = number, threading.main_thread().ident
         self.is_armed = self.is_running = False
         self._sent, self._set, self._delay = threading.Event(), threading.Event(), 0.0
         threading.Thread(target=self._run, daemon=True).start()
@@ -56,18 +57,24 @@ class Alarm:
             self.is_running = True
             while time.perf_counter() < end:
                 pass
-            _thread.interrupt_main()
+            signal.pthread_kill(self._main, self.number)
             self._sent.set()
+
+    @classmethod
+    @contextlib.contextmanager
+    def installed(cls, number=signal.SIGINT):
+        alarm, interval = cls(number), sys.getswitchinterval()
+        before = signal.signal(number, alarm.handle)
+        sys.setswitchinterval(1e-5)
+        yield alarm
+        sys.setswitchinterval(interval)
+        signal.signal(number, before)
 
 
 @pytest.fixture
 def alarm():
-    alarm, interval = Alarm(), sys.getswitchinterval()
-    before = signal.signal(signal.SIGINT, alarm.handle)
-    sys.setswitchinterval(1e-5)
-    yield alarm
-    sys.setswitchinterval(interval)
-    signal.signal(signal.SIGINT, before)
+    with Alarm.installed() as alarm:
+        yield alarm
 
 
 def with_a_loss_scale():

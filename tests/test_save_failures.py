@@ -10,7 +10,7 @@ import sys
 import fastadam
 import numpy as np
 import pytest
-from helpers import Halving, saved, train, trained
+from helpers import Halving, run_campaign, saved, train, trained
 
 F32 = np.float32
 
@@ -84,33 +84,5 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert fastadam.Adam.load(tmp_path / "opt", [np.zeros(5000, F32)]).iterations == 1
 
 
-KILLED = """
-import os, random, signal, sys, time, warnings
-import fastadam, numpy as np, safetensors.numpy
-warnings.simplefilter("ignore")
-path, size = sys.argv[1], 20000
-w = np.zeros(size, np.float32)
-optimizer = fastadam.Adam(0.1)
-optimizer.build([w])
-optimizer.save(path)
-random.seed(0)
-reached = set()
-for attempt in range(100):
-    child = os.fork()
-    if not child:
-        for count in range(10**9):
-            optimizer.set_weights([count, np.full(size, count), np.full(size, count)])
-            optimizer.save(path)
-    time.sleep(random.uniform(0, 0.001 * attempt))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    count, m, v = fastadam.Adam.load(path, [w]).get_weights()
-    assert (m == count).all() and (v == count).all(), count
-    reached.add(int(count))
-assert len(reached) > 2, reached
-"""
-
-
-def test_a_process_killed_at_any_moment_leaves_a_whole_file(tmp_path):
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "opt")], check=True)
-    assert all(p.name == "opt" or p.name.startswith(".fastadam-") for p in tmp_path.iterdir())
+def test_a_process_killed_at_any_moment_leaves_a_whole_file():
+    run_campaign("kills save", 20)

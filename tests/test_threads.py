@@ -85,10 +85,70 @@ print(getattr(sys, "_is_gil_enabled", lambda: True)())
 
 def test_threads_that_share_optimizers_lose_no_step():
     """A short run of stress_threads.py; wheels for a Python without a GIL are tested by a long one."""
-    program = str(Path(__file__).with_name("stress_threads.py"))
+    program = str(Path(__file__).with_name("fuzz") / "stress_threads.py")
     code = f"import runpy, sys; sys.argv[1:] = ['--calls', '20']; runpy.run_path({program!r}, run_name='__main__')"
     result = run_python(code)
     assert "no step lost, no error" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.fixture
+def frequent_switches():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def on_threads(*calls):
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+class SlowToCount(fastadam.Adam):
+    """Other threads run while the count is read."""
+
+    @property
+    def iterations(self):
+        time.sleep(0.0001)
+        return fastadam.Adam.iterations.fget(self)
+
+
+@pytest.mark.parametrize("way", ["apply_gradients", "end_step"])
+def test_every_step_returns_its_own_count(way):
+    variable, optimizer, counts = np.ones(36, F32), SlowToCount(), []
+    optimizer.build([variable])
+    pairs, one_at_a_time = [(np.ones(36, F32), variable)], threading.Lock()
+
+    def in_buckets():
+        with one_at_a_time:
+            optimizer.begin_step()
+            optimizer.step_bucket(pairs)
+        return optimizer.end_step()
+
+    make = in_buckets if way == "end_step" else lambda: optimizer.apply_gradients(pairs)
+    on_threads(*4 * [lambda: counts.extend([make().item() for _ in range(50)])])
+    assert sorted(counts) == list(range(1, 201))
+
+
+@pytest.mark.usefixtures("frequent_switches")
+def test_hyperparameters_that_threads_set_at_once_are_all_set():
+    optimizer = fastadam.Adam(weight_decay=0.01)
+    names = ["learning_rate", "beta_1", "epsilon", "clipvalue", "clipnorm", "weight_decay", "ema_momentum"]
+
+    def setting(name):
+        def set_it():
+            for value in np.linspace(0.1, 0.9, 2000):
+                setattr(optimizer, name, value.item())
+                lost.extend([name] if getattr(optimizer, name) != value else [])
+
+        return set_it
+
+    lost = []
+    on_threads(*map(setting, names))
+    assert lost == []
 
 
 def test_other_threads_of_python_run_during_a_step():
@@ -131,9 +191,9 @@ STEPS_OF_A_DAEMON = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS_OF_A_DAEMON)
-def test_daemon_threads_that_step_do_not_abort_the_interpreter_when_it_exits(step):
-    code = f"""
+def program_with_daemons(step, seconds=0.1):
+    """A program that ends while three daemon threads make this call without end."""
+    return f"""
 import threading, time
 import fastadam, numpy as np
 ones, rows, ids = np.ones(200_000, 'f'), np.ones((1000, 8), 'f'), np.arange(1000) * 7 % 900
@@ -145,16 +205,20 @@ def work():
     o, clipped = fastadam.Adam(), fastadam.Adam(global_clipnorm=1.0)
     accumulates, deferred = fastadam.Adam(gradient_accumulation_steps=2), fastadam.Adam(sparse_update="deferred")
     while True:
-        {STEPS_OF_A_DAEMON[step]}
+        {step}
         started.set()
 
 for _ in range(3):
     threading.Thread(target=work, daemon=True).start()
 started.wait()
-time.sleep(0.1)
+time.sleep({seconds})
 """
+
+
+@pytest.mark.parametrize("step", STEPS_OF_A_DAEMON)
+def test_daemon_threads_that_step_do_not_abort_the_interpreter_when_it_exits(step):
     for _ in range(2):
-        result = run_python(code)
+        result = run_python(program_with_daemons(STEPS_OF_A_DAEMON[step]))
         assert (result.returncode, result.stderr) == (0, "")
 
 

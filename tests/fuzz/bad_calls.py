@@ -28,7 +28,7 @@ import re
 import warnings
 from typing import NamedTuple
 
-import campaign
+import children
 import hostile
 import numpy as np
 
@@ -245,34 +245,34 @@ def judge(entry, world, error, warned, before, bad, good):
             and not issubclass(w.category, UserWarning)
             and re.search(r"encountered in|overflow|invalid value", str(w.message))
         ):
-            raise campaign.Finding(f"{entry.label} warned: {w.category.__name__}: {w.message}")
+            raise children.Finding(f"{entry.label} warned: {w.category.__name__}: {w.message}")
     if error is None:
         return "accepted" if bad else "good"
     expected = world.raises.get(f"{entry.owner}.{entry.name}")
     if not bad and not (expected and isinstance(error, expected)):
-        raise campaign.Finding(f"{entry.label} refused a good call: {described(error)}")
+        raise children.Finding(f"{entry.label} refused a good call: {described(error)}")
     after = world.state()
     for key, value in before.items():
         if value != after[key]:
-            raise campaign.Finding(f"{entry.label} changed {key} though it raised {described(error)}")
+            raise children.Finding(f"{entry.label} changed {key} though it raised {described(error)}")
     if caused_by_caller(error) or is_of(world.frameworks, error):
         return "refused"
     is_fixed = isinstance(error, AttributeError) and entry.kind == "setter"
     if not (isinstance(error, ALLOWED) or is_fixed) or isinstance(error, NOT_ALLOWED):
-        raise campaign.Finding(f"{entry.label} raised {described(error)}")
+        raise children.Finding(f"{entry.label} raised {described(error)}")
     try:
         text = str(error)
     except Exception as broken:
-        raise campaign.Finding(f"{entry.label}: the text of its {type(error).__name__} cannot be read") from broken
+        raise children.Finding(f"{entry.label}: the text of its {type(error).__name__} cannot be read") from broken
     if INTERNAL.search(text) or PYTHONS.search(re.sub(r"\(.*\)", "", text, flags=re.DOTALL)):
-        raise campaign.Finding(f"{entry.label} raised {described(error)}")
+        raise children.Finding(f"{entry.label} raised {described(error)}")
     parameters = parameters_of(entry.target) if entry.kind != "setter" else ()
     names = [entry.name, *parameters, *ALIASES.get(entry.name, ())]
     names += keys_of(good)
     if isinstance(error, MemoryError) and "Unable to allocate" in text:
         return "refused"
     if not re.search(WORDS + "|".join(map(re.escape, names)), text) and not isinstance(error, OSError):
-        raise campaign.Finding(f"{entry.label} raised {described(error)}, which names no argument")
+        raise children.Finding(f"{entry.label} raised {described(error)}, which names no argument")
     return "refused"
 
 
@@ -315,8 +315,8 @@ def described(error):
 
 
 if __name__ == "__main__":
-    given = campaign.arguments(
+    given = children.arguments(
         __doc__, 2000, libraries={"nargs": "*", "choices": list(WORLDS), "help": "default: those that are installed"}
     )
     installed = [name for name, (*_, needs) in WORLDS.items() if all(map(importlib.util.find_spec, needs))]
-    campaign.run("bad_calls", Numbered(given.libraries or installed), given)
+    children.run("bad_calls", Numbered(given.libraries or installed), given)

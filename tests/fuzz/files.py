@@ -21,7 +21,7 @@ import warnings
 import zlib
 from pathlib import Path
 
-import campaign
+import children
 import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -127,11 +127,11 @@ class Files:
             self.judge(error, paths, at, variables, start)
             return "refused"
         except BaseException as error:
-            raise campaign.Finding(f"{text.partition(' ')[0]}: {type(error).__name__}: {str(error)[:300]}") from error
+            raise children.Finding(f"{text.partition(' ')[0]}: {type(error).__name__}: {str(error)[:300]}") from error
         if found == expected:
             return "same"
         if not text.startswith("forged"):
-            raise campaign.Finding(f"loaded with other contents: {text.partition(' ')[0]}")
+            raise children.Finding(f"loaded with other contents: {text.partition(' ')[0]}")
         with contextlib.suppress(ValueError):
             self.steps(optimizer, variables)
         return "forged"
@@ -141,9 +141,9 @@ class Files:
         if not re.match(
             rf"(deltas\[\d\]: )?({names}): .*, expected|(deltas\[\d\]: )?({names}): \w+ refuses", str(error), re.DOTALL
         ):
-            raise campaign.Finding(f"the message names no file, or not what was expected: {error}")
+            raise children.Finding(f"the message names no file, or not what was expected: {error}")
         if any(a.tobytes() != b.tobytes() for a, b in zip(variables, start, strict=True)):
-            raise campaign.Finding(f"a variable was changed by a refused file: {error}")
+            raise children.Finding(f"a variable was changed by a refused file: {error}")
 
 
 # ---- mutations -------------------------------------------------------------------------------------------------------
@@ -335,4 +335,4 @@ def start(folder):
 
 
 if __name__ == "__main__":
-    campaign.run("files", start, campaign.arguments(__doc__, 1000, gigabytes=2))
+    children.run("files", start, children.arguments(__doc__, 1000, gigabytes=2))

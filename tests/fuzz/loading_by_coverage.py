@@ -18,7 +18,7 @@ import warnings
 import zlib
 from pathlib import Path
 
-import campaign
+import children
 import files
 import numpy as np
 
@@ -86,4 +86,4 @@ def load(world, made, data):
 
 
 if __name__ == "__main__":
-    main(campaign.arguments(__doc__, 100_000))
+    main(children.arguments(__doc__, 100_000))

@@ -17,7 +17,7 @@ import pickle
 import warnings
 from pathlib import Path
 
-import campaign
+import children
 import numpy as np
 from adam_in_numpy import F32, MODES, Options, Reference, State
 
@@ -209,13 +209,13 @@ class Program:
             for name, slot in state.slots.items():
                 self.same(self.optimizer.get_slot(w, name), slot, f"{name} of variable {place}")
         if self.optimizer.iterations != self.reference.calls // self.options.per_step:
-            raise campaign.Finding(f"iterations {self.optimizer.iterations}, expected {self.reference.calls}")
+            raise children.Finding(f"iterations {self.optimizer.iterations}, expected {self.reference.calls}")
 
     def same(self, found, expected, what):
         found, expected = np.asarray(found), np.asarray(expected)
         if found.shape != expected.shape or found.dtype != expected.dtype or found.tobytes() != expected.tobytes():
             wrong = np.argwhere(found.view(np.uint32) != expected.view(np.uint32))[:3].tolist()
-            raise campaign.Finding(f"{what} differs, first at {wrong}")
+            raise children.Finding(f"{what} differs, first at {wrong}")
 
 
 COMMANDS = (
@@ -241,4 +241,4 @@ def start(folder):
 
 
 if __name__ == "__main__":
-    campaign.run("programs", start, campaign.arguments(__doc__, 300))
+    children.run("programs", start, children.arguments(__doc__, 300))

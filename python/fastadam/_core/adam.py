@@ -289,10 +289,11 @@ class Adam(Optimizer):
 
     @amsgrad.setter
     def amsgrad(self, value: bool) -> None:
-        options = parts_of(self).options
+        options, _, runtime, _ = parts_of(self)
         is_on = check_bool("amsgrad", value)
         options.refuse_with_small_states(amsgrad=is_on)
-        options.amsgrad = is_on
+        with runtime.lock:
+            options.amsgrad = is_on
 
     @property
     def sparse_update(self) -> SparseUpdate:
@@ -319,7 +320,9 @@ class Adam(Optimizer):
 
     @max_staleness.setter
     def max_staleness(self, value: int | None) -> None:
-        parts_of(self).options.max_staleness = None if value is None else check_count("max_staleness", value)
+        count = None if value is None else check_count("max_staleness", value)
+        with parts_of(self).runtime.lock:
+            parts_of(self).options.max_staleness = count
 
     @property
     def clip_after_dedupe(self) -> bool:
@@ -328,7 +331,9 @@ class Adam(Optimizer):
 
     @clip_after_dedupe.setter
     def clip_after_dedupe(self, value: bool) -> None:
-        parts_of(self).options.clip_after_dedupe = check_bool("clip_after_dedupe", value)
+        is_on = check_bool("clip_after_dedupe", value)
+        with parts_of(self).runtime.lock:
+            parts_of(self).options.clip_after_dedupe = is_on
 
     @property
     def sum_repeated(self) -> bool:
@@ -337,7 +342,9 @@ class Adam(Optimizer):
 
     @sum_repeated.setter
     def sum_repeated(self, value: bool) -> None:
-        parts_of(self).options.sum_repeated = check_bool("sum_repeated", value)
+        is_on = check_bool("sum_repeated", value)
+        with parts_of(self).runtime.lock:
+            parts_of(self).options.sum_repeated = is_on
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[VariableLike] | None = None, var_names: Iterable[str] | None = None
@@ -351,8 +358,10 @@ class Adam(Optimizer):
         Warns once of the items that name none of the variables seen so far.
         """
         options, _, runtime, _ = parts_of(self)
-        options.exclusions = Exclusions.of(var_list, var_names)
-        runtime.checks_exclusions = bool(options.exclusions)
+        exclusions = Exclusions.of(var_list, var_names)
+        with runtime.lock:
+            options.exclusions = exclusions
+            runtime.checks_exclusions = bool(exclusions)
 
     @property
     def _loss_scale(self) -> float | None:
@@ -457,12 +466,13 @@ class Adam(Optimizer):
         pairs = check_pairs_list(grads_and_vars)
         if not pairs:
             return None
-        if copies is None and zero_grads is False:
-            self._stepper.apply(self, pairs)
-        else:
-            zeroes = check_bool("zero_grads", zero_grads)
-            self._stepper.apply(self, pairs, copies=check_copies(copies, pairs), zero_grads=zeroes)
-        return self.iterations
+        with self._stepper.runtime.lock:  # until the count is read: another thread may step as well
+            if copies is None and zero_grads is False:
+                self._stepper.apply(self, pairs)
+            else:
+                zeroes = check_bool("zero_grads", zero_grads)
+                self._stepper.apply(self, pairs, copies=check_copies(copies, pairs), zero_grads=zeroes)
+            return self.iterations
 
     # ---- a step in buckets -----------------------------------------------------------------------------------------
 
@@ -536,8 +546,9 @@ class Adam(Optimizer):
             RuntimeError: No step is open. Or a gradient has changed since ``step_bucket``, which is noticed when a step
                 must be undone: the variables are then as before the step, but some of their moments may have taken it.
         """
-        bucketed.end(self._stepper)
-        return self.iterations
+        with self._stepper.runtime.lock:
+            bucketed.end(self._stepper)
+            return self.iterations
 
     def abort_step(self) -> None:
         """Undo what the open step has made, to the bit, and close it; without an open step nothing happens.
@@ -577,6 +588,10 @@ class Adam(Optimizer):
 
         Rows of deferred tables stay as they are: call :meth:`sync` before another optimizer goes on with such a table.
         """
+        with parts_of(self).runtime.lock:
+            return self._config()
+
+    def _config(self) -> Config:
         options, _, runtime, _ = parts_of(self)
         runtime.require_closed("get_config")
         config: Config = {"name": self.name}

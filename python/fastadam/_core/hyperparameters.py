@@ -1,4 +1,4 @@
-"""Hyperparameters: attributes of an optimizer that check what they are set to."""
+"""Hyperparameters: attributes of an optimizer that check what they are set to, between two steps."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ class Hyper(Generic[Read, Written]):
         if callable(number):
             refuse_parameters(self._name, number)  # models can be called
         check = check_callable if callable(number) else self._check
-        parts_of(optimizer).options.set_number(self._name, check(self._name, number))
+        checked, parts = check(self._name, number), parts_of(optimizer)
+        with parts.runtime.lock:
+            parts.options.set_number(self._name, checked)
 
 
 class Clip:
@@ -81,9 +83,9 @@ class Clip:
         return self if optimizer is None else parts_of(optimizer).options.clips[self._name]
 
     def __set__(self, optimizer: Foreign, value: float | None) -> None:
-        parts_of(optimizer).options.set_clip(
-            self._name, None if value is None else check_non_negative(self._name, value)
-        )
+        bound, parts = None if value is None else check_non_negative(self._name, value), parts_of(optimizer)
+        with parts.runtime.lock:
+            parts.options.set_clip(self._name, bound)
 
 
 class Keras3Option(Generic[Value]):
@@ -106,10 +108,10 @@ class Keras3Option(Generic[Value]):
         if self._fixed:
             raise AttributeError(f"{self._name}: chosen when the optimizer is made, expected no other value later")
         options, _, runtime, tables = parts_of(optimizer)
-        if self._name == "use_ema" and check_bool("use_ema", value) and not options.keras3.use_ema:
-            with runtime.lock:
+        with runtime.lock:
+            if self._name == "use_ema" and check_bool("use_ema", value) and not options.keras3.use_ema:
                 tables.settle()  # averages begin at the values of all steps
-        options.set_keras3(self._name, value)
+            options.set_keras3(self._name, value)
 
 
 class SmallState(Generic[Value]):

@@ -75,10 +75,11 @@ class Optimizer(Minimizer):
     def iterations(self, value: int) -> None:
         per_step = self._parts.options.calls_per_step
         calls = check_iterations("iterations", check_iterations("iterations", value) * per_step)
-        self._parts.runtime.require_closed("iterations")
-        self._parts.state.settle_cycle()
-        self._parts.tables.set_calls(calls)
-        self._parts.state.restart_accumulation([], per_step)
+        with self._parts.runtime.lock:
+            self._parts.runtime.require_closed("iterations")
+            self._parts.state.settle_cycle()
+            self._parts.tables.set_calls(calls)
+            self._parts.state.restart_accumulation([], per_step)
 
     def build(
         self,
@@ -473,8 +474,9 @@ class Optimizer(Minimizer):
         everything. What is written to variables and slots by other means than steps is not noticed, except by
         ``set_weights``: save a new base then.
 
-        The file is replaced as by ``save``. If that fails, the next delta has everything since the last one that was
-        written.
+        The file is replaced as by ``save``. If that fails, the next delta has everything since the last successful
+        call. A call may fail with its file in place: the directory could not be synced, or a signal handler raised at
+        the end. Leave out that file when you load the next one; ``load`` refuses the two together.
 
         Args:
             path: The file; of any name whose suffix is not that of another format. Not one of the same chain.
@@ -554,7 +556,7 @@ class Optimizer(Minimizer):
         with runtime.lock:
             runtime.require_closed("pickle")
             tables.settle_gpus()
-            return {**self._own_attributes(), "_options": options, "_state": state.snapshot()}
+            return {**self._own_attributes(), "_options": copy.copy(options), "_state": state.snapshot()}
 
     def __setstate__(self, attributes: Config) -> None:
         attributes = dict(attributes)

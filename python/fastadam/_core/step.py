@@ -80,7 +80,7 @@ class Stepper:
         *,
         zero_grads: bool = False,
     ) -> bool:
-        """Make a step with these pairs, at least one.
+        """Make a step with these pairs, at least one; call it under the lock of the runtime.
 
         Args:
             optimizer: Whose hyperparameters to read: a subclass may compute them.
@@ -93,19 +93,18 @@ class Stepper:
             Whether the step was made; False only if gradients under a ``loss_scale`` were not finite.
         """
         runtime = self.runtime
-        with runtime.lock:
-            refuse_while_swapped(self.parts, "apply_gradients")
-            if runtime.open is not None:
-                runtime.require_closed("apply_gradients")
-            if runtime.step_lock.locked():  # a callable hyperparameter or the code of a gradient called it
-                raise RuntimeError(f"apply_gradients of optimizer {optimizer.name} was called from within itself")
-            with runtime.step_lock:
-                if runtime.repeats and loss_scale is None and runtime.zeroes == zero_grads:
-                    last, stamp = runtime.last, self.options.version + self.state.slots.version
-                    if last is not None and last.takes(copies) and last.plan.step_again(pairs, stamp, self.state.calls):
-                        return True
-                with _cpu.DefaultArithmetic():  # for rates and scales; the native code sets it by itself
-                    return self._step(optimizer, pairs, loss_scale, copies, zero_grads)
+        refuse_while_swapped(self.parts, "apply_gradients")
+        if runtime.open is not None:
+            runtime.require_closed("apply_gradients")
+        if runtime.step_lock.locked():  # a callable hyperparameter or the code of a gradient called it
+            raise RuntimeError(f"apply_gradients of optimizer {optimizer.name} was called from within itself")
+        with runtime.step_lock:
+            if runtime.repeats and loss_scale is None and runtime.zeroes == zero_grads:
+                last, stamp = runtime.last, self.options.version + self.state.slots.version
+                if last is not None and last.takes(copies) and last.plan.step_again(pairs, stamp, self.state.calls):
+                    return True
+            with _cpu.DefaultArithmetic():  # for rates and scales; the native code sets it by itself
+                return self._step(optimizer, pairs, loss_scale, copies, zero_grads)
 
     def _step(
         self,

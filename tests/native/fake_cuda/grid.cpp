@@ -8,6 +8,10 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
+
 #include <algorithm>
 #include <stdexcept>
 
@@ -26,6 +30,7 @@ enum class State { kRuns, kAtWarpBarrier, kAtBlockBarrier, kEnded };
 // Has its own stack, which is never freed, and runs one thread of a block after another on it. setjmp does not save the
 // floating-point mode, so threads use the mode of the caller of run_grid.
 struct Fiber {
+  void* sanitized = nullptr;  // ThreadSanitizer's own, which has the calls on the stack
   jmp_buf resume_at;
   State state = State::kEnded;
   bool has_begun = false;
@@ -34,12 +39,28 @@ struct Fiber {
 Fiber fibers[kMostThreads];
 Fiber* current;
 jmp_buf scheduler;
+void* sanitized_scheduler;
 const std::function<void()>* thread_function;
 bool has_thrown;
 
+#if defined(__SANITIZE_THREAD__)
+[[gnu::no_sanitize_thread]] void tell_sanitizer_of_begin() {
+  sanitized_scheduler = __tsan_get_current_fiber();
+  if (current->sanitized == nullptr) current->sanitized = __tsan_create_fiber(0);
+  __tsan_switch_to_fiber(current->sanitized, 0);
+}
+[[gnu::no_sanitize_thread]] void tell_sanitizer_of_end() { __tsan_switch_to_fiber(sanitized_scheduler, 0); }
+#else
+void tell_sanitizer_of_begin() {}
+void tell_sanitizer_of_end() {}
+#endif
+
 [[gnu::no_sanitize_address]] void leave(State state) {
   current->state = state;
-  if (_setjmp(current->resume_at) == 0) _longjmp(scheduler, 1);
+  if (_setjmp(current->resume_at) == 0) {
+    tell_sanitizer_of_end();
+    _longjmp(scheduler, 1);
+  }
 }
 
 void run_threads() {
@@ -76,6 +97,7 @@ void run_threads() {
   threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y};
   current = &fibers[thread];
   if (_setjmp(scheduler) == 0) {
+    tell_sanitizer_of_begin();
     if (current->has_begun) _longjmp(current->resume_at, 1);
     current->has_begun = true;
     begin(thread);

@@ -95,6 +95,12 @@ class SavedChain:
         what, due = f"delta {there.number}", f"delta {before.number + 1}"
         file.require(there.base == before.base, "a delta of another base", f"one that follows {self.path}")
         file.require(all(there != earlier.link for earlier in self._files), f"{what} once more", due)
+        is_twin = there.number == before.number and file.previous == self._files[-1].previous
+        file.require(
+            not is_twin,
+            f"{what} like {self._files[-1].label}",
+            "one of the two: the later one, if the call of save_delta that wrote the earlier one has failed",
+        )
         is_old = there.number <= before.number
         file.require(not is_old, f"{what}, which is older than what comes before it", due)
         file.require(there.number == before.number + 1, what, due)

@@ -1,4 +1,4 @@
-"""Attacks the core from many threads at once: python tests/stress_threads.py [--threads 8] [--calls 500] [--seed 0].
+"""Attacks the core from many threads at once: python tests/fuzz/stress_threads.py [--threads 8] [--calls 500] [--seed 0].
 
 Steps of shared optimizers, copies, pickles, readers, settings and deferred tables. Meant for a Python without a GIL, where
 the locks of the library alone keep its state whole; with a GIL it runs as well. No step may be lost, and the results of

@@ -401,7 +401,7 @@ class Optimizer(Minimizer):
         """Set moments to zero in place, as before the first step: of a variable, of some of its rows, or of all.
 
         Rows that wait for steps are brought up to date first. Moving averages start at the variable again, gradients
-        that were accumulated for the next step are dropped, and slots with names of your own stay as they are.
+        that were accumulated for the next step become zero, and slots with names of your own stay as they are.
         ``iterations`` stays, and with it the bias correction: set it to 0 to begin training anew.
 
         Args:

@@ -39,11 +39,12 @@ struct Fiber {
 Fiber fibers[kMostThreads];
 Fiber* current;
 jmp_buf scheduler;
-void* sanitized_scheduler;
 const std::function<void()>* thread_function;
 bool has_thrown;
 
 #if defined(__SANITIZE_THREAD__)
+void* sanitized_scheduler;
+
 [[gnu::no_sanitize_thread]] void tell_sanitizer_of_begin() {
   sanitized_scheduler = __tsan_get_current_fiber();
   if (current->sanitized == nullptr) current->sanitized = __tsan_create_fiber(0);

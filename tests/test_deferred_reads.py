@@ -70,7 +70,7 @@ def test_a_refused_step_leaves_history_and_rows_as_they_were():
     for bad in (IndexedSlices(np.ones((1, 5), F32), [3000]), IndexedSlices(np.ones((1, 4), F32), [0])):
         with pytest.raises(ValueError, match="grads"):
             optimizer.apply_gradients([(bad, table)])
-    with pytest.raises(ValueError, match="ids: 3000 is not a row of"):
+    with pytest.raises(ValueError, match="indices: 3000 is not a row of .*, expected 0 <= index < 3000"):
         optimizer.gather(table, [3, 3000])
     with pytest.raises(ValueError, match="out: float64"):
         optimizer.gather(table, [3], out=np.ones((1, 5)))

@@ -138,7 +138,7 @@ def test_finalize_needs_averages():
     w = np.ones(3)
     optimizer = fastadam.Adam()
     optimizer.apply_gradients([(np.ones(3), w)])
-    with pytest.raises(KeyError, match="average: not a slot"):
+    with pytest.raises(KeyError, match="no moving average with use_ema=False"):
         optimizer.finalize_variable_values([w])
 
 

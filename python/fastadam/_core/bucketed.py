@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.checks import check_bool
 from fastadam._core.native.arrays import on_gpu
-from fastadam._core.native.backend import _cpu, check_threads
-from fastadam._core.native.buckets import Bucket, OpenStep
+from fastadam._core.native.backend import _cpu
+from fastadam._core.native.buckets import Bucket, OpenStep, check_threads
 from fastadam._core.native.buffers import buffers_of
 from fastadam._core.native.worker import Handle
 

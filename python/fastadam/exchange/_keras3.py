@@ -156,11 +156,11 @@ def read_keras3_file(path: str | os.PathLike[str]) -> dict[str, HostArray]:
     ...             file["optimizer/vars/0"] = 2
     ...         assert fastadam.exchange.read_keras3_file(path) == {"0": 2}
     """
+    name = path_of(path)
     try:
         import h5py
     except ImportError as error:
         raise ImportError("reading a weights file of Keras needs h5py: pip install h5py") from error
-    name = path_of(path)
     with h5py.File(_weights_of(name), "r") as file:
         group = file
         for part in _VARIABLES.split("/"):

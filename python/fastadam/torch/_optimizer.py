@@ -16,7 +16,7 @@ from fastadam._core.common.checks import check_bool, check_number
 from fastadam._core.common.frameworks import named_in_keras
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import Foreign
-from fastadam._core.native.backend import check_threads
+from fastadam._core.native.buckets import check_threads
 from fastadam._core.native.slices import DEFERRED, check_sparse_update
 from fastadam._core.native.worker import Handle
 from fastadam.torch import _resizing

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 
-from fastadam._core.common.checks import check_count, shown
-
 
 def _require_main_interpreter() -> None:
     try:
@@ -34,17 +32,9 @@ except ImportError as error:
         "with the same Python that imports it."
     ) from error
 
-__all__ = ["__version__", "_cpu", "check_threads", "parse_thread_count"]
+__all__ = ["__version__", "_cpu", "parse_thread_count"]
 
 __version__: str = _cpu.__version__
-
-
-def check_threads(name: str, value: object) -> int:
-    """A number of threads that the library takes, as an int."""
-    count = check_count(name, value)
-    if count > _cpu.most_threads:
-        raise ValueError(f"{name}: {count}, expected an integer from 1 to {_cpu.most_threads}")
-    return count
 
 
 def parse_thread_count(count: object, name: str) -> int:
@@ -54,6 +44,8 @@ def parse_thread_count(count: object, name: str) -> int:
     except (ValueError, AttributeError, TypeError):  # arrays of several have an __index__, too
         threads = 0
     if not 1 <= threads <= _cpu.most_threads or isinstance(count, bool):
+        from fastadam._core.common.checks import shown  # imports NumPy
+
         raise ValueError(f"{name}: {shown(count)}, expected an integer from 1 to {_cpu.most_threads}")
     return int(threads)
 

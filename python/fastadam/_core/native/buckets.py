@@ -12,12 +12,13 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from fastadam._core.common.checks import check_count
 from fastadam._core.common.types import AnyGradient
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.plan import Factors, Norms, Plan, StepHyper, clip
 from fastadam._core.native.worker import Handle, Worker
 
-__all__ = ["Bucket", "Guess", "OpenStep"]
+__all__ = ["Bucket", "Guess", "OpenStep", "check_threads"]
 
 Place: TypeAlias = tuple[int, ...]
 
@@ -381,3 +382,11 @@ def _abort_all() -> None:
         if (step := ref()) is not None:
             with contextlib.suppress(RuntimeError):
                 step.abort()
+
+
+def check_threads(name: str, value: object) -> int:
+    """A number of threads that the library takes, as an int."""
+    count = check_count(name, value)
+    if count > _cpu.most_threads:
+        raise ValueError(f"{name}: {count}, expected an integer from 1 to {_cpu.most_threads}")
+    return count

@@ -117,8 +117,8 @@ def check_ids(ids: ArrayLike, shape: tuple[int, ...], label: str, name: str = "i
         raise ValueError(f"{name}: {label} has shape (), expected at least one axis")
     bad = rows[(rows < 0) | (rows >= shape[0])]
     if bad.size:
-        expected = f"0 <= {name.removesuffix('s')} < {shape[0]}"
-        raise ValueError(f"{name}: {bad.flat[0]} is not a row of {label}, expected {expected}")
+        one = {"ids": "id", "rows": "row"}.get(name, "index")
+        raise ValueError(f"{name}: {bad.flat[0]} is not a row of {label}, expected 0 <= {one} < {shape[0]}")
     return rows
 
 

@@ -11,7 +11,7 @@ import threading
 import fastadam
 import numpy as np
 import pytest
-from helpers import bits
+from helpers import bits, slow
 
 
 def at_a_line(place):
@@ -52,8 +52,7 @@ def at_a_call(place):
     return sys.setprofile, profile, raised
 
 
-WAYS = [at_a_line, at_a_call]
-either_way = pytest.mark.parametrize("way", WAYS)
+either_way = pytest.mark.parametrize("way", [*slow(at_a_line), at_a_call])
 
 
 def interrupted(call, place, way=at_a_line):
@@ -195,7 +194,8 @@ def test_rows_are_brought_up_to_date(call, way):
     check_all_places(way, with_rows_that_wait, call, step, changes=False)
 
 
-@pytest.mark.parametrize("way", [at_a_line, pytest.param(at_a_call, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@either_way
 def test_load_and_save(way, tmp_path):
     path = tmp_path / "state.safetensors"
     optimizer, variables = trained()
@@ -242,7 +242,7 @@ def test_set_weights(way):
     )
 
 
-@pytest.mark.parametrize("calls", [0, 1, 2])
+@pytest.mark.parametrize("calls", [0, *slow(1), 2])
 @either_way
 def test_a_call_that_accumulates(calls, way):
     """The second variable comes in the middle of a cycle, where its old accumulator must not count."""

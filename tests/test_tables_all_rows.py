@@ -56,7 +56,13 @@ assert np.all(table[300_000:300_005] < one) and np.all(table[300_000:300_005] > 
 
 
 @pytest.mark.parametrize(
-    ("mode", "work"), [*(("deferred", work) for work in ("save", "get_slot", "other beta")), ("deferred_fast", "sync")]
+    ("mode", "work"),
+    [
+        ("deferred", "save"),
+        pytest.param("deferred", "get_slot", marks=pytest.mark.slow),
+        pytest.param("deferred", "other beta", marks=pytest.mark.slow),
+        pytest.param("deferred_fast", "sync", marks=pytest.mark.slow),
+    ],
 )
 def test_a_pass_over_all_rows_gives_their_pages_back(mode, work, tmp_path):
     result = run_python(PROGRAM, MODE=mode, WORK=work, FOLDER=str(tmp_path))

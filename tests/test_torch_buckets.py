@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 import fastadam.torch  # noqa: E402
 from helpers import run_python  # noqa: E402
-from test_interrupts import at_a_call, at_a_line, interrupted  # noqa: E402
+from test_interrupts import either_way, interrupted  # noqa: E402
 
 
 def same(a, b):
@@ -283,7 +283,7 @@ def test_a_shared_step_count_must_be_in_one_bucket():
     optimizer.abort_step()
 
 
-@pytest.mark.parametrize("way", [pytest.param(at_a_line, marks=pytest.mark.slow), at_a_call])
+@either_way
 @pytest.mark.parametrize("options", [{}, {"early": False}, {"global_clipnorm": 1.0}], ids=str)
 def test_a_signal_at_any_line(options, way):
     def step(optimizer, params):

@@ -136,7 +136,7 @@ def test_gather_refuses_what_it_cannot_write(gpu):
     tables = Tables(gpu, "deferred")
     with pytest.raises(ValueError, match=r"out: float32 \(2, 4\), expected a writable float32 \(2, 5\)"):
         tables.device.gather(tables.twin, [1, 2], out=gpu.array(np.zeros((2, 4), F32)))
-    with pytest.raises(ValueError, match="ids: 40 is not a row of"):
+    with pytest.raises(ValueError, match="indices: 40 is not a row of"):
         tables.device.gather(tables.twin, [40])
     with pytest.raises(TypeError, match="ids: expected a contiguous array of int32 or int64"):
         tables.device.gather(tables.twin, gpu.array(np.zeros(2, F32)))

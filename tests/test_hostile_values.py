@@ -181,6 +181,11 @@ def test_a_shape_that_no_memory_holds_is_refused_by_name():
         fastadam.Adam().add_weight("own", (2**40, 2**20))
 
 
+def test_a_negative_length_of_a_weight_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"shape: \(2, -1\), expected no negative length"):
+        fastadam.Adam().add_weight("own", (2, -1))
+
+
 @pytest.mark.parametrize(("argument", "value"), [("step", "1"), ("beta_1", [0.9]), ("grad", np.ones(2)), ("m", "x")])
 def test_the_reference_names_its_arguments(argument, value):
     given = {"var": W, "grad": W, "m": W, "v": W, "step": 1} | {argument: value}

@@ -259,6 +259,8 @@ class Optimizer(Minimizer):
         is_vector = isinstance(shape, np.ndarray) and 0 < shape.size <= 64 and shape.ndim == 1
         lengths = check_list("shape", list(shape) if is_vector else shape)
         sizes = tuple(check_integer("shape", length) for length in lengths)
+        if any(size < 0 for size in sizes):
+            raise ValueError(f"shape: {sizes}, expected no negative length")
         try:
             return initial_value(initializer, sizes, dtype)
         except (MemoryError, OverflowError) as error:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import fastadam
 import ml_dtypes
 import numpy as np
 import pytest
 from cases import bits
 from fastadam import IndexedSlices
+from fastadam._core.parts import parts_of
 from helpers import run_python
+from test_interrupts import either_way, interrupted
 
 F32 = np.float32
 
@@ -195,3 +199,31 @@ assert abs(average[7, 0] - 1) < 1e-6 and average[8, 0] == 0 and abs(average[0, 0
         FOLDER=str(tmp_path),
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a generator that is closed
+@either_way
+@pytest.mark.parametrize("mode", ["deferred", "dense"])
+def test_a_build_that_is_interrupted_leaves_an_average_of_zeros_or_all_of_it(way, mode, monkeypatch):
+    """Half of it would be taken for one that goes on."""
+    monkeypatch.setattr("fastadam._core.native.chunks.CHUNK", 4096)
+    table = np.random.default_rng(0).standard_normal((100, 16), F32)
+    half_begun = 0
+    for place in itertools.count():
+        m, v, average = np.ones_like(table), np.ones_like(table), np.zeros_like(table)
+        optimizer = fastadam.Adam(0.1, use_ema=True, sparse_update=mode)
+        slots = [{"m": m, "v": v, "average": average}]
+        error = interrupted(lambda o=optimizer, s=slots: o.build([table], slots=s), place, way)
+        if error is None:
+            break
+        if not parts_of(optimizer).state.slots.arrays:  # not get_slot, after which every row is looked at
+            half_begun += 1
+            assert not average.any() or np.array_equal(average, table)
+            optimizer.build([table], slots=slots)
+        np.testing.assert_array_equal(average, table)
+        values = table.copy()
+        optimizer.apply_gradients([(IndexedSlices(np.ones((1, 16), F32), [3]), table)])
+        optimizer.sync()
+        assert (table != values).all(), "moments that were given move every row"
+        table[...] = values
+    assert half_begun > 10

@@ -16,7 +16,7 @@ from fastadam._core.common.types import AnyArray, HostArray
 from fastadam._core.native.arrays import beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, key_of
-from fastadam._core.native.chunks import copy_over_zeros, is_zero
+from fastadam._core.native.chunks import copy_over_zeros, is_zero, store
 from fastadam._core.native.gradients import bfloat16_to_float32
 from fastadam._core.options.state_format import MOMENTS, StateFormat, VariableFormat
 
@@ -62,6 +62,7 @@ class GivenSlots:
         self._state_format = state_format
         self.by_key: dict[Key, dict[str, HostArray]] = {}
         self._labels: dict[Key, str] = {}
+        self._begun: list[HostArray] = []
         for i, (item, buffer) in enumerate(zip(items, buffers, strict=True)):
             if item is None:
                 continue
@@ -135,7 +136,13 @@ class GivenSlots:
             if average is not None and (is_a_hole(average) or is_zero(average)):
                 is_bits = buffer.dtype == "bfloat16" and not isinstance(buffer.source, np.ndarray)
                 values = buffer.source if isinstance(buffer.source, np.ndarray) else buffer.array()
+                self._begun.append(average)
                 copy_over_zeros(average, values, bfloat16_to_float32 if is_bits else lambda piece: piece)
+
+    def empty_averages(self) -> None:
+        """Set the averages that were begun to zero again."""
+        for average in self._begun:
+            store(average, lambda count: np.zeros(count, np.uint8), is_zero=False)
 
 
 def is_a_hole(array: HostArray) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -56,8 +56,12 @@ class Prepared:
         adopted = self.adopted.get(key_of(buffer))
         return self.store.entry_of(buffer) if adopted is None else adopted[0]
 
-    def commit(self) -> None:
-        """Register the new slots, and the variables that adopt restored ones."""
+    def commit(self, doubtful: Iterable[Key] = ()) -> None:
+        """Register the new slots, and the variables that adopt restored ones.
+
+        Args:
+            doubtful: Variables whose new moments may be other than zero.
+        """
         if self.version != self.store.version:
             raise RuntimeError("the optimizer's slots were changed by code that ran while a step was prepared")
         if not self.adopted and not self.created:
@@ -67,6 +71,8 @@ class Prepared:
             draft.adopt(entry, buffer, arrays)
         for (_, name), (buffer, array) in self.created.items():
             draft.add(buffer, name, array)
+        for key in doubtful:
+            draft._known[key].raise_doubt(Doubt.ONCE)
         self.store.become(draft)
 
 
@@ -155,11 +161,14 @@ class SlotStore:
         """Register new variables, with the slots that are given for some of them."""
         prepared = self.prepare(buffers, given.format_of)
         given.require_apart(self.memory_with(buffers))
-        given.begin_averages(buffers)
-        prepared.commit()
-        for key in given.by_key:
-            if not given.are_zeros(key):
-                self._known[key].raise_doubt(Doubt.ONCE)
+        doubtful = [key for key in given.by_key if not given.are_zeros(key)]
+        try:
+            given.begin_averages(buffers)
+            prepared.commit(doubtful)
+        except BaseException:  # Ctrl-C, too: the next build would go on from averages that were half begun
+            if self.version == prepared.version:
+                given.empty_averages()
+            raise
 
     def memory_with(self, buffers: Sequence[_cpu.Buffer]) -> list[tuple[str, int, int]]:
         """The label, address and bytes of these variables, the known ones and all slots in host memory."""

@@ -16,8 +16,8 @@
 #include <cstring>
 #include <fstream>
 #include <limits>
+#include <new>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace fastadam::bind {
@@ -60,7 +60,10 @@ class FilePages {
       const uintptr_t first = std::max(array.begin + static_cast<uint64_t>(begin) * row, array.noted);
       array.noted = std::min(array.begin + static_cast<uint64_t>(end) * row + kAround, array.end);
       if (first >= array.noted) continue;
-      note_absent(array.absent, first, array.noted);
+      try {
+        note_absent(array.absent, first, array.noted);
+      } catch (const std::bad_alloc&) {  // what is not noted stays resident; the pass must not end half way
+      }
       const uintptr_t page = first / page_size() * page_size();
       if (!array.absent.empty()) madvise(reinterpret_cast<void*>(page), array.noted - page, MADV_WILLNEED);
     }
@@ -87,9 +90,8 @@ class FilePages {
   struct Mapped {
     uintptr_t begin;
     uintptr_t end;
-    uintptr_t noted;  // `absent` is known up to here
-    std::vector<Span>
-        absent;  // pages that this process had not mapped before the pass, and that were not given back yet
+    uintptr_t noted;           // `absent` is known up to here
+    std::vector<Span> absent;  // not mapped by this process before the pass, and not given back yet; in order
   };
 
   std::vector<Mapped> arrays_;
@@ -100,13 +102,16 @@ class FilePages {
   // The pages that lie before an address.
   static void give_back(Mapped& array, uintptr_t before) {
     before = before / page_size() * page_size();
-    std::vector<Span> left;
-    for (const Span& span : array.absent) {
-      const uintptr_t end = std::min(span.end, before);
-      if (span.begin < end) madvise(reinterpret_cast<void*>(span.begin), end - span.begin, MADV_DONTNEED);
-      if (end < span.end) left.push_back({std::max(span.begin, end), span.end});
+    auto left = array.absent.begin();
+    for (; left != array.absent.end() && left->begin < before; ++left) {
+      const uintptr_t end = std::min(left->end, before);
+      madvise(reinterpret_cast<void*>(left->begin), end - left->begin, MADV_DONTNEED);
+      if (end < left->end) {
+        left->begin = end;
+        break;
+      }
     }
-    array.absent = std::move(left);
+    array.absent.erase(array.absent.begin(), left);
   }
 
   // Whether what is written to this memory goes to an ordinary file. Private maps have values that no file has; the
@@ -137,6 +142,7 @@ class FilePages {
     end = (end + page - 1) / page * page;
     std::vector<uint64_t> entries((end - begin) / page);
     const size_t size = entries.size() * sizeof(uint64_t);
+    absent.reserve(absent.size() + entries.size() + 1);
     const int file = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     const auto place = static_cast<off_t>(begin / page * sizeof(uint64_t));
     const bool is_known = file >= 0 && pread(file, entries.data(), size, place) == static_cast<ssize_t>(size);

@@ -60,15 +60,17 @@ fastadam_status status_of(bool is_done) {
   return is_done ? fastadam_status{FASTADAM_OK} : fail(FASTADAM_NOT_FINITE, "a gradient is not finite");
 }
 
-// Of the gradients of a list, which it checks, as they are. Other fields are not read: rows have not been checked.
-Norms norms_of_checked(const fastadam_list& list) {
-  std::vector<TensorArgs> gradients;  // which the result does not read any more
+// Of the gradients of a list, which it checks. It passes on nothing but them: other fields have not been checked.
+GradientNorms norms_of_checked(const fastadam_list& list) {
+  std::vector<TensorArgs> gradients;
+  gradients.reserve(static_cast<size_t>(list.count));
   for (int64_t i = 0; i < list.count; ++i) {
     const TensorArgs& given = list.tensors[i];
     TensorCheck(given, i, RowChecks::kAll).check_gradient_alone();
     gradients.push_back(fastadam_dense(nullptr, given.grad, nullptr, nullptr, given.grad_size, given.grad_dtype));
   }
   check_total(list, &TensorArgs::grad_size);
+  // Without the part of Norms that points to the gradients, which end here.
   return Norms(gradients.data(), list.count, std::numeric_limits<double>::infinity(), false);
 }
 
@@ -162,8 +164,8 @@ fastadam_status fastadam_sum_squares(const fastadam_list* list, double* sums) {
   return guarded([&] {
     check_list(list);
     if (sums == nullptr && list->count > 0) throw std::invalid_argument("sums: null");
-    const Norms norms = norms_of_checked(*list);
-    for (int64_t i = 0; i < list->count; ++i) sums[i] = norms.sum_of_squares(i);
+    const GradientNorms norms = norms_of_checked(*list);
+    for (int64_t i = 0; i < list->count; ++i) sums[i] = norms.sums()[static_cast<size_t>(i)].square;
     return fastadam_status{FASTADAM_OK};
   });
 }

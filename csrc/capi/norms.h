@@ -60,8 +60,6 @@ class Norms : public GradientNorms {
   Norms(const TensorArgs* tensors, int64_t count, double clip_value, bool require_finite)
       : GradientNorms(read(tensors, count, clip_value, require_finite)), tensors_(tensors) {}
 
-  double sum_of_squares(int64_t tensor) const { return sums()[static_cast<size_t>(tensor)].square; }
-
   // With the factors that the tensors have.
   Clipping clip(const AdamHyper& hyper) const {
     return GradientNorms::clip(hyper, [this](size_t i) { return tensors_[i].grad_factor; });

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import fastadam
+import numpy as np
 import pytest
 from gpu import FakeGpu, build_fake, real_or_skip
 from helpers import Snapshot
@@ -165,3 +166,14 @@ def gpu(request):
 def passes_touch_all_rows(monkeypatch):
     """A step of a deferred table makes a pass over it only if it touches all rows."""
     monkeypatch.setattr("fastadam._core.deferred.history.crossover", lambda shape, item_size, replays: 1.0)
+
+
+@pytest.fixture
+def small_file(tmp_path):
+    """What `save` wrote of an optimizer with a schedule and one variable of two elements, and its variables."""
+    path = tmp_path / "opt"
+    optimizer = fastadam.Adam(fastadam.schedules.ExponentialDecay(0.1, 10, 0.5))
+    w = fastadam.Variable(np.ones(2, np.float32), "w")
+    optimizer.apply_gradients([(np.ones(2, np.float32), w)])
+    optimizer.save(path)
+    return path, [w]

@@ -18,18 +18,8 @@ from helpers import assert_same, refuses, rewrite
 F32 = np.float32
 
 
-@pytest.fixture
-def small(tmp_path):
-    path = tmp_path / "opt"
-    optimizer = fastadam.Adam(fastadam.schedules.ExponentialDecay(0.1, 10, 0.5))
-    w = fastadam.Variable(np.ones(2, F32), "w")
-    optimizer.apply_gradients([(np.ones(2, F32), w)])
-    optimizer.save(path)
-    return path, [w]
-
-
-def test_a_truncated_file_is_refused_at_every_length(small):
-    path, variables = small
+def test_a_truncated_file_is_refused_at_every_length(small_file):
+    path, variables = small_file
     data = path.read_bytes()
     for length in range(len(data)):
         path.write_bytes(data[:length])
@@ -38,8 +28,8 @@ def test_a_truncated_file_is_refused_at_every_length(small):
     refuses(path, variables)
 
 
-def test_a_flipped_byte_is_refused_wherever_it_is(small):
-    path, variables = small
+def test_a_flipped_byte_is_refused_wherever_it_is(small_file):
+    path, variables = small_file
     data = path.read_bytes()
     expected = fastadam.Adam.load(path, variables)
     accepted = []
@@ -106,9 +96,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_header_is_refused(kind, small):
-    rewrite(small[0], HOSTILE[kind])
-    refuses(*small)
+def test_a_hostile_header_is_refused(kind, small_file):
+    rewrite(small_file[0], HOSTILE[kind])
+    refuses(*small_file)
 
 
 def with_tensor(name, array, replaces=None):
@@ -137,18 +127,18 @@ def with_tensor(name, array, replaces=None):
         ("iterations", np.array(2**63 - 1), "iterations"),
     ],
 )
-def test_hostile_tensors_are_refused(name, array, message, small):
-    rewrite(small[0], *with_tensor(name, array))
-    refuses(*small, re.escape(message))
+def test_hostile_tensors_are_refused(name, array, message, small_file):
+    rewrite(small_file[0], *with_tensor(name, array))
+    refuses(*small_file, re.escape(message))
 
 
-def test_tensors_that_are_not_listed_are_refused(small):
-    rewrite(small[0], lambda h: None, {"0/extra": np.ones(2, F32)})
-    refuses(*small, "tensors ")
+def test_tensors_that_are_not_listed_are_refused(small_file):
+    rewrite(small_file[0], lambda h: None, {"0/extra": np.ones(2, F32)})
+    refuses(*small_file, "tensors ")
 
 
-def test_files_of_others_are_refused(small):
-    path, variables = small
+def test_files_of_others_are_refused(small_file):
+    path, variables = small_file
     safetensors.numpy.save_file({"w": np.ones(3)}, path)
     refuses(path, variables, "no metadata 'fastadam', expected a file that fastadam saved")
     path.write_bytes(b"\xff" * 100)
@@ -260,9 +250,9 @@ def test_rows_of_a_cycle_that_make_no_sense_are_refused(values, mode, rows, tmp_
     refuses(path, [w], "accumulated_rows/0")
 
 
-def test_rows_of_a_cycle_of_no_variable_are_refused(small):
-    rewrite(small[0], *with_tensor("accumulated_rows/0", np.array([0])))
-    refuses(*small, "tensor 'accumulated_rows/0', expected rows of variables whose gradients are accumulated")
+def test_rows_of_a_cycle_of_no_variable_are_refused(small_file):
+    rewrite(small_file[0], *with_tensor("accumulated_rows/0", np.array([0])))
+    refuses(*small_file, "tensor 'accumulated_rows/0', expected rows of variables whose gradients are accumulated")
 
 
 @pytest.mark.parametrize(
@@ -284,8 +274,8 @@ def test_moments_that_no_file_could_tell_from_damage_are_not_saved(options, adde
 
 
 @pytest.mark.parametrize("slot", ["m", "v"])
-def test_a_file_of_version_0_1_without_some_moments_is_refused(slot, small):
-    path, variables = small
+def test_a_file_of_version_0_1_without_some_moments_is_refused(slot, small_file):
+    path, variables = small_file
     without_tensor(path, f"0/{slot}", lambda header: header.pop("slots"))
     refuses(path, variables, re.escape(f"no tensor '0/{slot}', expected every slot of each variable"))
 

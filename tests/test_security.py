@@ -30,16 +30,6 @@ NAMES = [
 ]
 
 
-@pytest.fixture
-def small(tmp_path):
-    path = tmp_path / "opt"
-    optimizer = fastadam.Adam(fastadam.schedules.ExponentialDecay(0.1, 10, 0.5))
-    w = fastadam.Variable(np.ones(2, F32), "w")
-    optimizer.apply_gradients([(np.ones(2, F32), w)])
-    optimizer.save(path)
-    return path, [w]
-
-
 def test_every_statement_of_the_document_names_tests_that_exist():
     text = (ROOT / ".github" / "SECURITY.md").read_text()
     named = set(re.findall(r"`(test_\w+)`", text))
@@ -139,8 +129,8 @@ def test_the_package_has_no_way_to_run_data():
 @pytest.mark.parametrize(
     "name", ["os.system", "builtins.eval", "Adam", "LearningRateSchedule", "deserialize", "__init__", ""]
 )
-def test_only_listed_classes_are_made(name, small):
-    path, variables = small
+def test_only_listed_classes_are_made(name, small_file):
+    path, variables = small_file
     made = []
 
     class Mine(fastadam.schedules.LearningRateSchedule):
@@ -190,8 +180,8 @@ def test_links_in_a_keras_file_are_not_followed(link, at, tmp_path):
 
 
 @pytest.mark.parametrize("size", [MAX_HEADER + 1, 100_000_000, 2**40])
-def test_a_long_header_is_refused_before_it_is_read(size, small, monkeypatch):
-    path, variables = small
+def test_a_long_header_is_refused_before_it_is_read(size, small_file, monkeypatch):
+    path, variables = small_file
     monkeypatch.setattr(safetensors, "safe_open", None)  # which would read it
     with path.open("wb") as file:
         file.write(size.to_bytes(8, "little") + b"{")
@@ -217,8 +207,8 @@ def test_a_header_that_could_not_be_loaded_is_not_written(tmp_path, monkeypatch)
 @pytest.mark.parametrize("depth", [200, 100_000, 5_000_000])
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 @pytest.mark.parametrize("where", ["description", "header", "tensor"])
-def test_deeply_nested_json_is_refused(where, opening, depth, small):
-    path, variables = small
+def test_deeply_nested_json_is_refused(where, opening, depth, small_file):
+    path, variables = small_file
     closing = "]" if opening == "[" else "}"
     nested = opening * depth + "1" + closing * depth
     if where == "description":
@@ -231,8 +221,8 @@ def test_deeply_nested_json_is_refused(where, opening, depth, small):
 
 
 @pytest.mark.parametrize("shape", [[2**40], [2**31, 2**31], [2**62, 4], [3]])
-def test_sizes_that_the_file_does_not_have_are_refused(shape, small):
-    path, variables = small
+def test_sizes_that_the_file_does_not_have_are_refused(shape, small_file):
+    path, variables = small_file
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -263,8 +253,8 @@ def test_a_refused_file_has_changed_nothing(tmp_path):
 # ---- what is not protected -------------------------------------------------------------------------------------------
 
 
-def test_checksums_are_no_signature(small):
-    path, variables = small
+def test_checksums_are_no_signature(small_file):
+    path, variables = small_file
     forged = np.array([5, 6], F32)
     rewrite(
         path,

@@ -7,7 +7,7 @@ import random
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # helpers of the tests
@@ -24,6 +24,12 @@ def parser(doc: str, *, count: int, what: Sequence[str] = ()) -> argparse.Argume
     made.add_argument("--count", type=int, default=count, help=f"number of cases (default: {count})")
     made.add_argument("--only", type=int, metavar="N", help="run case N alone")
     return made
+
+
+def run_one(doc: str, campaigns: Mapping[str, Callable[[argparse.Namespace], None]], *, count: int) -> None:
+    """Run the campaign that the command line names."""
+    arguments = parser(doc, count=count, what=list(campaigns)).parse_args()
+    campaigns[arguments.what](arguments)
 
 
 def run_cases(arguments: argparse.Namespace, case: Callable[[int, random.Random], None]) -> int:

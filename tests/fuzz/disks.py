@@ -93,6 +93,14 @@ def little_room(folder, free, mounts):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def check_next_write(files, kind, truth):
+    """With room and without faults the next file is written, and has all of the training."""
+    files.write(kind)
+    again = files.load().training
+    assert again.time == files.training.time
+    truth.check(again)
+
+
 def full(arguments):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     mounts, truth, found = may_mount(), Truth(), Counter()
@@ -113,10 +121,7 @@ def full(arguments):
                         found["refused"] += 1
                         check_refused(error, files, before)
                 truth.check(files.load().training)
-            files.write(kind)
-            again = files.load().training
-            assert again.time == files.training.time
-            truth.check(again)
+            check_next_write(files, kind, truth)
 
     count = campaign.run_cases(arguments, case)
     how = "a tmpfs" if mounts else "a file system with a limit for files, as this process may not mount"
@@ -189,10 +194,7 @@ def faults(arguments):
                             found["refused"] += 1
                             check_refused(error, files, before)
                     truth.check(files.load().training)
-                    files.write(kind)
-                    again = files.load().training
-                    assert again.time == files.training.time
-                    truth.check(again)
+                    check_next_write(files, kind, truth)
 
     arguments.count = len(KINDS)
     campaign.run_cases(arguments, case)
@@ -271,9 +273,7 @@ def power(arguments):
 
 
 def main():
-    campaigns = {"full": full, "faults": faults, "power": power}
-    arguments = campaign.parser(__doc__, count=200, what=list(campaigns)).parse_args()
-    campaigns[arguments.what](arguments)
+    campaign.run_one(__doc__, {"full": full, "faults": faults, "power": power}, count=200)
 
 
 if __name__ == "__main__":

@@ -187,9 +187,7 @@ def exits(arguments):
 
 
 def main():
-    campaigns = {"fork": fork, "spawn": spawn, "exit": exits}
-    arguments = campaign.parser(__doc__, count=100, what=list(campaigns)).parse_args()
-    campaigns[arguments.what](arguments)
+    campaign.run_one(__doc__, {"fork": fork, "spawn": spawn, "exit": exits}, count=100)
 
 
 if __name__ == "__main__":

@@ -171,8 +171,8 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
     def build(self, var_list: Sequence[Foreign]) -> None:
         """Create the moments; raises TypeError for a variable whose dtype has no kernel."""
         var_list = check_list("var_list", var_list, "a list of variables")
-        for i, variable in enumerate(var_list):
-            _check_variable(f"var_list[{i}]", variable)
+        _require_variables("var_list", var_list)
+        for variable in var_list:
             if variable.dtype not in _DTYPES and not self._overwrite_variable_with_gradient(variable):
                 raise TypeError(f"variable '{variable.path}': dtype {variable.dtype}, expected one of {_DTYPES}")
         self._check_numbers(var_list, None)
@@ -182,8 +182,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
         """Update the variables. A call that raises has changed nothing."""
         grads = [_as_tensor(gradient, f"grads[{i}]") for i, gradient in enumerate(check_list("grads", grads))]
         given = None if trainable_variables is None else check_list("trainable_variables", trainable_variables)
-        for i, variable in enumerate(given or ()):
-            _check_variable(f"trainable_variables[{i}]", variable)
+        _require_variables("trainable_variables", given or [])
         variables = given if given is not None else self._trainable_variables if self.built else None
         if variables is not None:
             _check_gradients(grads, variables)
@@ -356,6 +355,7 @@ def _value_of(number: AnyArray) -> AnyArray:
     return number.value if isinstance(number, keras.Variable) else number
 
 
-def _check_variable(label: str, variable: object) -> None:
-    if not isinstance(variable, keras.Variable):
-        raise TypeError(f"{label}: {type(variable).__name__}, expected a keras.Variable")
+def _require_variables(name: str, variables: list[Foreign]) -> None:
+    for i, variable in enumerate(variables):
+        if not isinstance(variable, keras.Variable):
+            raise TypeError(f"{name}[{i}]: {type(variable).__name__}, expected a keras.Variable")

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Random calls of fastadam.h: an error with a message and nothing written, or success and nothing written elsewhere.
 //
-//   c++ -std=c++17 -O1 tests/fuzz/c_calls.cpp $(python -m fastadam --include --libs) -o c_calls && ./c_calls 1 100000
+//   c++ -std=c++17 -O1 tests/fuzz/c_calls.cpp $(python -m fastadam --include) $(python -m fastadam --libs) -o c_calls
+//   ./c_calls 1 100000
 //
-// The arguments are the seed, the number of cases and that of the first one. Every case is decoded from random bytes:
-// tensors of small sizes, of which some fields are odd: null, misaligned or shared pointers, sizes that are negative or
-// overflow, unknown dtypes, NaN. What a C library cannot know is left out: addresses without memory and sizes that are
-// too large for it. Arrays are as long as the header says, between guard bytes; with AddressSanitizer they are blocks
-// of their own. The last line counts accepted and refused calls; the status is 1 after a finding.
+// The arguments are the seed, the number of cases and the number of the first case. Every case is decoded from random
+// bytes: small tensors with some invalid fields (null, misaligned or shared pointers; negative or overflowing sizes;
+// unknown dtypes; NaN). A C library cannot check whether an address has memory behind it, or how much, so no case does
+// that. Arrays are exactly as long as the header requires and lie between guard bytes; under AddressSanitizer each is
+// an allocation of its own. The last line counts accepted and refused calls; the exit status is 1 after a finding.
 //
-// The same cases for libFuzzer, which searches the bytes by the library's coverage (the sources are compiled in):
+// libFuzzer runs the same cases and chooses the bytes by the coverage of the library, which is compiled in:
 //
 //   clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address -DFASTADAM_LIBFUZZER ... : see tests/fuzz/libfuzzer.sh
 #include <unistd.h>

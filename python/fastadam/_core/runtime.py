@@ -71,7 +71,7 @@ class Runtime:
         self.step_lock = threading.Lock()  # held while a step is made, inside the other
         self.told: set[str] = set()  # warnings that are given once
         self.has_swapped_averages = np.zeros((), np.int64)  # 1: averages are in the place of the variables
-        self.read_at_random: set[Key] = set()  # variables of which the operating system knows it
+        self.read_at_random: set[Key] = set()  # variables whose memory has had that advice (madvise)
         self.checks_exclusions = False  # exclude_from_weight_decay may name no variable
         self.replacements = Replacements()
         self.numbers: tuple[int, float, StepHyper] | None = None  # of the last step: version of the options, scale

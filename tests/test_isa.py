@@ -144,3 +144,12 @@ import fastadam
     )
     assert "ImportError: fastadam: its compiled extension fastadam._cpu is missing or does not load" in result.stderr
     assert str(copy) in result.stderr
+
+
+@pytest.mark.parametrize("name", ["\udcff", "\N{SNOWMAN}", "avx2\0"])
+def test_a_name_that_is_not_ascii_is_refused_as_any_other(name):
+    """A lone surrogate, which UTF-8 cannot encode, is what Python makes of other bytes in the environment."""
+    with pytest.raises(ValueError, match="not in this build, expected one of 'baseline'"):
+        fastadam.set_isa(name)
+    if "\0" not in name:
+        assert "not in this build, expected one of" in run_python("import fastadam", FASTADAM_ISA=name).stderr

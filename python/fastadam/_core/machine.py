@@ -6,7 +6,7 @@ import platform
 
 import numpy as np
 
-from fastadam._core.native.backend import _cpu, parse_thread_count
+from fastadam._core.native.backend import _cpu, parse_thread_count, select_isa
 from fastadam._core.native.gpu import why_not
 
 __all__ = ["current_isa", "get_num_threads", "isas", "set_isa", "set_num_threads", "show_config"]
@@ -49,7 +49,7 @@ def set_isa(name: str) -> None:
     """
     if not isinstance(name, str):
         raise TypeError(f"isa: {type(name).__name__}, expected one of {isas()}")
-    _cpu.set_isa(name)
+    select_isa(name)
 
 
 def get_num_threads() -> int:

@@ -32,7 +32,7 @@ except ImportError as error:
         "with the same Python that imports it."
     ) from error
 
-__all__ = ["__version__", "_cpu", "parse_thread_count"]
+__all__ = ["__version__", "_cpu", "parse_thread_count", "select_isa"]
 
 __version__: str = _cpu.__version__
 
@@ -50,11 +50,16 @@ def parse_thread_count(count: object, name: str) -> int:
     return int(threads)
 
 
+def select_isa(name: str) -> None:
+    """Set the instruction set of the process; the ValueError lists those that there are."""
+    _cpu.set_isa(name if name.isascii() else ascii(name)[1:-1])  # escapes: what UTF-8 cannot encode would not arrive
+
+
 def _read_environment() -> None:
     isa = os.environ.get("FASTADAM_ISA")
     if isa:
         try:
-            _cpu.set_isa(isa)
+            select_isa(isa)
         except ValueError as error:
             raise ValueError(f"environment variable FASTADAM_ISA: {error}") from None
     threads = os.environ.get("FASTADAM_NUM_THREADS")

@@ -147,7 +147,7 @@ import fastadam
 
 
 @pytest.mark.parametrize("name", ["\udcff", "\N{SNOWMAN}", "avx2\0"])
-def test_a_name_that_is_not_ascii_is_refused_as_any_other(name):
+def test_a_name_of_odd_characters_is_refused_as_any_other(name):
     """A lone surrogate, which UTF-8 cannot encode, is what Python makes of other bytes in the environment."""
     with pytest.raises(ValueError, match="not in this build, expected one of 'baseline'"):
         fastadam.set_isa(name)

@@ -52,7 +52,8 @@ def parse_thread_count(count: object, name: str) -> int:
 
 def select_isa(name: str) -> None:
     """Set the instruction set of the process; the ValueError lists those that there are."""
-    _cpu.set_isa(name if name.isascii() else ascii(name)[1:-1])  # escapes: what UTF-8 cannot encode would not arrive
+    # Escaped, a lone surrogate can be passed on, and a null character does not end the name.
+    _cpu.set_isa(name if name.isascii() and name.isprintable() else ascii(name)[1:-1])
 
 
 def _read_environment() -> None:

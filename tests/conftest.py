@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -66,6 +67,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker("fake_gpu")
         if item.get_closest_marker("fake_gpu") or item.get_closest_marker("native"):
             item.add_marker("slow")
+
+
+def pytest_collection_finish():
+    """What was imported stays: a collection of garbage, which hundreds of tests ask for, need not walk through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -25,8 +25,7 @@ constexpr bool kSanitized = false;
 #endif
 
 // The argument of a program. `threads` does only what needs several threads, for ThreadSanitizer. `emulated` is for a
-// CPU that is a hundred times slower (.ci/avx512): only the widest instruction set, on one thread, and the most
-// expensive cases only as far as a digest needs them.
+// CPU that is a hundred times slower (.ci/avx512): only the widest instruction set, on one thread.
 enum class Scope { kAll, kThreads, kEmulated };
 inline Scope scope = Scope::kAll;
 inline void read_scope(int argc, char** argv) {
@@ -34,6 +33,9 @@ inline void read_scope(int argc, char** argv) {
   if (argument == "threads") scope = Scope::kThreads;
   if (argument == "emulated") scope = Scope::kEmulated;
 }
+
+// Whether the most expensive cases are left out, or made only as far as a digest needs them.
+inline bool is_brief() { return kSanitized || scope == Scope::kEmulated; }
 
 inline int failures = 0;
 

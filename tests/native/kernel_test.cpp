@@ -41,12 +41,12 @@ void check_kernels() {
         transform != kAndL2 && pair.grad_dtype == pair.dtype && pair.slot_dtype == state_dtype(pair.dtype);
     for (const int64_t size : kSizes) {
       const bool is_large = size > 0xffff;
-      if (scope == Scope::kEmulated && is_large && !is_in_digest) continue;
+      if (is_brief() && is_large && !is_in_digest) continue;
       const Variable initial(pair.dtype, size, pair.grad_dtype, pair.slot_dtype);
       const Variable expected(initial, 0);
       for (int t = 0; t < kSteps; ++t) expect(expected.args(t, amsgrad), t, transform);
       for_each_isa([&](const cpu::Isa& isa) {
-        const int64_t offsets = size <= 33 ? 16 : is_large && (kSanitized || scope == Scope::kEmulated) ? 1 : 4;
+        const int64_t offsets = size <= 33 ? 16 : is_large && is_brief() ? 1 : 4;
         for (int64_t offset = 0; offset < offsets; ++offset) {
           const Variable plain(initial, offset);
           const Variable prefetching(initial, offset);

@@ -20,7 +20,7 @@ CAMPAIGNS = {  # program, what, number of cases
     "processes exit": 2,
     "signals": 24,
     "leaks core-steps": 6_000,
-    "leaks core-optimizers": 3_000,
+    "leaks core-optimizers": 6_000,
     "leaks core-files": 60,
     "leaks c-steps": 20_000,
     "leaks torch-steps": 6_000,

@@ -100,6 +100,8 @@ def fork(arguments):
         for name, call in BESIDE.items()
         for stepped in all_stepped
     ]
+    for call in calls:  # what is imported late: a child waits for ever for an import that another thread had begun
+        call()
     threads = [threading.Thread(target=without_end, args=(call,), daemon=True) for call in calls]
     for thread in threads:
         thread.start()

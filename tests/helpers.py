@@ -284,3 +284,9 @@ def warned(function, pattern):
     assert re.search(pattern, str(found[0].message)), found[0].message
     assert found[0].filename in (function.__code__.co_filename, __file__)
     return str(found[0].message)
+
+
+def rss_anon():
+    """KiB of anonymous memory that are resident."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))

@@ -1,8 +1,9 @@
-"""Moving averages in the user's arrays: memory maps of files, so that a table larger than memory can have one."""
+"""Averages and accumulators in the user's arrays: memory maps, so that a table larger than memory can have them."""
 
 from __future__ import annotations
 
 import itertools
+import sys
 
 import fastadam
 import ml_dtypes
@@ -11,7 +12,7 @@ import pytest
 from cases import bits
 from fastadam import IndexedSlices
 from fastadam._core.parts import parts_of
-from helpers import run_python
+from helpers import rss_anon, run_python
 from test_interrupts import either_way, interrupted
 
 F32 = np.float32
@@ -227,3 +228,68 @@ def test_a_build_that_is_interrupted_leaves_an_average_of_zeros_or_all_of_it(way
         assert (table != values).all(), "moments that were given move every row"
         table[...] = values
     assert half_begun > 10
+
+
+# ---- accumulators ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred", "deferred_fast"])
+def test_accumulated_steps_have_the_same_bits(mode, tmp_path):
+    tables = [table_of() for _ in range(2)]
+    optimizers = [fastadam.Adam(0.1, sparse_update=mode, gradient_accumulation_steps=3) for _ in range(2)]
+    optimizers[0].build([tables[0]])
+    sums = arrays("holes", tmp_path, tables[1])
+    optimizers[1].build([tables[1]], slots=[{"gradient_accumulator": sums}])
+    for optimizer, table in zip(optimizers, tables, strict=True):
+        train(optimizer, table, range(10))
+        optimizer.save(tmp_path / "saved")
+        train(optimizer, table, range(10, 13))
+        optimizer.sync()
+    assert optimizers[1].get_slot(tables[1], "gradient_accumulator") is sums
+    np.testing.assert_array_equal(bits(tables[0]), bits(tables[1]))
+    for found, expected in zip(optimizers[1].get_weights(), optimizers[0].get_weights(), strict=True):
+        np.testing.assert_array_equal(bits(found), bits(expected))
+    loaded_sums = arrays("holes", tmp_path, tables[1])
+    loaded = fastadam.Adam.load(tmp_path / "saved", [tables[1]], slots=[{"gradient_accumulator": loaded_sums}])
+    assert loaded.get_slot(tables[1], "gradient_accumulator") is loaded_sums
+    assert np.flatnonzero(loaded_sums.any(1)).tolist() == [0, 7]  # of the call after three whole cycles
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: counts pages in /proc")
+def test_an_accumulator_in_a_file_takes_no_memory_of_its_own(tmp_path):
+    """In memory it would be resident for every row that ever had a gradient: 48 MB."""
+    names = ("table", "m", "v", "gradient_accumulator")
+    table, *slots = (np.memmap(tmp_path / name, F32, "w+", shape=(200_000, 64)) for name in names)
+    optimizer = fastadam.Adam(sparse_update="deferred", gradient_accumulation_steps=4)
+    optimizer.build([table], slots=[dict(zip(names[1:], slots, strict=True))])
+    ids = np.arange(200_000).reshape(1000, 200).T.copy()
+    gradients = [IndexedSlices(np.ones((1000, 64), F32), each) for each in ids]
+    before = rss_anon()
+    for slices in gradients:
+        optimizer.gather(table, slices.indices)
+        optimizer.apply_gradients([(slices, table)])
+    assert rss_anon() - before < 10 * 1024
+
+
+def test_an_accumulator_that_has_sums_is_refused():
+    table, sums = np.ones((5, 2), F32), np.zeros((5, 2), F32)
+    sums[3, 1] = 1
+    optimizer = fastadam.Adam(gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"^slots\[0\]\['gradient_accumulator'\]: has sums of earlier gradients"):
+        optimizer.build([table], slots=[{"gradient_accumulator": sums}])
+    assert len(optimizer.get_weights()) == 1
+    with pytest.raises(ValueError, match=r"expected 'm', 'v'; an accumulator needs gradient_accumulation_steps$"):
+        fastadam.Adam().build([table], slots=[{"gradient_accumulator": sums}])
+
+
+def test_an_accumulator_moves_to_a_file_with_its_rows(tmp_path):
+    table = table_of(rows=20)
+    optimizer = fastadam.Adam(sparse_update="deferred", gradient_accumulation_steps=2)
+    optimizer.build([table])
+    train(optimizer, table, [1])
+    before = optimizer.get_slot(table, "gradient_accumulator").copy()
+    optimizer.sync()
+    longer = np.concatenate([table, table])
+    sums = np.full_like(longer, np.nan)
+    optimizer.resize(table, longer, slots={"gradient_accumulator": sums})
+    np.testing.assert_array_equal(sums, np.concatenate([before, np.zeros_like(before)]))

@@ -93,16 +93,17 @@ class Optimizer(Minimizer):
         Args:
             var_list: The variables.
             slots: For each variable None, or arrays that become its slots as they are, neither copied nor set to zero:
-                ``{"m": ..., "v": ..., "vhat": ..., "average": ...}`` or some of these, of the variable's shape and
-                layout and the state's dtype (float32; float64 for a float64 variable). They may be memory maps of
-                files. An average of zeros begins at its variable, whose values are copied into it. From then on they
-                are the optimizer's: write to them with :meth:`set_weights`.
+                ``{"m": ..., "v": ..., "vhat": ..., "average": ..., "gradient_accumulator": ...}`` or some of these, of
+                the variable's shape and layout and the state's dtype (float32; float64 for a float64 variable). They
+                may be memory maps of files. An average of zeros begins at its variable, whose values are copied into
+                it; an accumulator must be zero. From then on they are the optimizer's: write to them with
+                :meth:`set_weights`.
 
         Raises:
             RuntimeError: A step is open; nothing is changed.
             TypeError: A variable or a slot of the wrong type or dtype; nothing is changed.
             ValueError: A slot of another shape or layout, read-only, in the memory of something else, or of a variable
-                that has it already; nothing is changed.
+                that has it already, or an accumulator that is not zero; nothing is changed.
 
         >>> import numpy as np, fastadam
         >>> table, m, v = (np.zeros((1000, 2), np.float32) for _ in range(3))

@@ -17,7 +17,7 @@ from fastadam._core.native.rows import CHUNK_BYTES, RowMap, bits_of, chunks_of, 
 from fastadam._core.native.slices import check_ids
 from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.options.state_format import MOMENTS, SCALES, VariableFormat
-from fastadam._core.state.given_slots import AVERAGE, GivenSlots
+from fastadam._core.state.given_slots import AVERAGE, GivenSlots, is_a_hole
 from fastadam._core.state.moments import RandomKey, decoded, stored
 
 if TYPE_CHECKING:
@@ -115,7 +115,9 @@ def _moved(
         before: HostArray = decoded(slots, name) if is_coded else to_host(slot)
         if name in given:
             after = given[name]
-            row_map.overwrite(with_rows(before), with_rows(after))
+            # To read a file with holes to find out would have Linux write much more of it later than what is set.
+            write = row_map.move if is_a_hole(after) else row_map.overwrite
+            write(with_rows(before), with_rows(after))
         else:
             after = zeros_like_variable(buffer, before.dtype.name, untouched=moves_rows_alone)
             row_map.move(with_rows(before), with_rows(after))

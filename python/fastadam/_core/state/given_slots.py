@@ -18,12 +18,17 @@ from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, key_of
 from fastadam._core.native.chunks import copy_over_zeros, is_zero, store
 from fastadam._core.native.gradients import bfloat16_to_float32
+from fastadam._core.options.keras3 import ACCUMULATOR
 from fastadam._core.options.state_format import MOMENTS, StateFormat, VariableFormat
 
 __all__ = ["AVERAGE", "GivenSlots", "is_a_hole"]
 
 AVERAGE = "average"
-_GIVABLE = (*MOMENTS, AVERAGE)
+_GIVABLE = (*MOMENTS, AVERAGE, ACCUMULATOR)
+_NEEDS = {
+    AVERAGE: "; an average needs use_ema=True",
+    ACCUMULATOR: "; an accumulator needs gradient_accumulation_steps",
+}
 
 _BLOCK = 2**16  # at least as large as a block of any file system
 
@@ -95,7 +100,7 @@ class GivenSlots:
             found = f"{label}[{name!r}]"
             if name not in _GIVABLE or name not in chosen.names:
                 expected = ", ".join(repr(each) for each in chosen.names if each in _GIVABLE)
-                expected += "; an average needs use_ema=True" if name == AVERAGE else ""
+                expected += _NEEDS.get(name, "")
                 raise ValueError(f"{found}: not a slot that can be given, expected {expected}")
             if name in slots:
                 raise ValueError(f"{found}: {buffer.label} has this slot already, expected build() before that")
@@ -127,7 +132,14 @@ class GivenSlots:
     def are_zeros(self, key: Key) -> bool:
         """Whether the moments that are given for a variable are known to be zero, without reading them."""
         given = self.by_key.get(key, {})
-        return all(is_a_hole(array) for name, array in given.items() if name != AVERAGE)
+        return all(is_a_hole(array) for name, array in given.items() if name in MOMENTS)
+
+    def require_no_sums(self) -> None:
+        """Raise ValueError if an accumulator is not zero: nothing says which calls of which cycle it has the sum of."""
+        for key, given in self.by_key.items():
+            sums = given.get(ACCUMULATOR)
+            if sums is not None and not is_a_hole(sums) and not is_zero(sums):
+                raise ValueError(f"{self._labels[key]}[{ACCUMULATOR!r}]: has sums of earlier gradients, expected zeros")
 
     def begin_averages(self, buffers: Iterable[_cpu.Buffer]) -> None:
         """Averages of zeros begin at their variables, as those that the optimizer makes; others stay as they are."""

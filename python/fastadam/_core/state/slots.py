@@ -161,6 +161,7 @@ class SlotStore:
         """Register new variables, with the slots that are given for some of them."""
         prepared = self.prepare(buffers, given.format_of)
         given.require_apart(self.memory_with(buffers))
+        given.require_no_sums()
         doubtful = [key for key in given.by_key if not given.are_zeros(key)]
         try:
             given.begin_averages(buffers)

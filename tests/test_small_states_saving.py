@@ -378,3 +378,36 @@ def test_codes_of_zero_elements_and_of_scalars(tmp_path):
     again = fastadam.Adam.load(path, variables)
     assert [a.shape for a in again.weights[7:10]] == [(0,), (1,), (2,)]
     again.apply_gradients([(np.ones_like(v), v) for v in variables])
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred", "deferred_fast"])
+@pytest.mark.parametrize(
+    "options", [{"moments": "8bit"}, {"moments": "bfloat16"}, {"moments": "8bit", "use_ema": True}]
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_delta_of_a_variable_that_had_no_gradient(mode, options, resumed, tmp_path):
+    """As of layers that are frozen; after `load` nothing says yet whether its gradients are sparse."""
+    variables = [np.ones((70, 64), F32), np.ones((100, 4), F32)]
+    optimizer = fastadam.Adam(1e-3, sparse_update=mode, **options)
+
+    def step(*which):
+        gradients = [np.ones((70, 64), F32), fastadam.IndexedSlices(np.ones((1, 4), F32), [3])]
+        optimizer.gather(variables[1], [3])
+        optimizer.apply_gradients([(gradients[k], variables[k]) for k in which])
+
+    step(0, 1)
+    optimizer.save(tmp_path / "base", values=True)
+    if resumed:
+        optimizer = fastadam.Adam.load(tmp_path / "base", variables)
+    deltas = [tmp_path / "1", tmp_path / "2"]
+    for path, which in zip(deltas, ([1], [0, 1]), strict=True):
+        step(*which)
+        optimizer.save_delta(path)
+    fastadam.merge_deltas(tmp_path / "base", deltas, tmp_path / "merged")
+    optimizer.sync()
+    for base, rest in ((tmp_path / "base", deltas), (tmp_path / "merged", [])):
+        found = [np.empty_like(v) for v in variables]
+        loaded = fastadam.Adam.load(base, found, deltas=rest)
+        loaded.sync()
+        for a, b in zip([*found, *loaded.get_weights()], [*variables, *optimizer.get_weights()], strict=True):
+            np.testing.assert_array_equal(as_bits(a), as_bits(b))

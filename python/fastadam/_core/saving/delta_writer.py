@@ -12,6 +12,7 @@ from fastadam._core.averages import refuse_while_swapped
 from fastadam._core.common.types import Config, Foreign
 from fastadam._core.deferred.chain import Chain, Link, Mark
 from fastadam._core.native.backend import _cpu
+from fastadam._core.options.state_format import SCALES
 from fastadam._core.parts import Parts, parts_of
 from fastadam._core.saving.contents import Part, write_parts
 from fastadam._core.saving.description import accumulated_rows_of, description_of, text_of
@@ -89,6 +90,7 @@ def _part_of(parts: Parts, mark: Mark, entry: Entry, buffer: _cpu.Buffer) -> Par
         or options.sparse_update == "dense"
         or (mark.history is not None and history is not mark.history)
         or not set(entry.slots) - {"m", "v", "vhat"} <= mark.slots  # a new average
+        or not entry.slots.keys().isdisjoint(SCALES)  # which are not those of rows
     )
     if is_whole or accumulated is None:
         if history is not None:

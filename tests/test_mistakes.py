@@ -44,6 +44,25 @@ def test_variables_that_are_replaced_before_each_step_are_warned_of_once(kind, s
     assert text.startswith("variable 'w': " if kind == "Variable" else "grads_and_vars[0]: ")
 
 
+@pytest.mark.parametrize("mode", ["lazy", "deferred", "deferred_fast"])
+@pytest.mark.parametrize("synced", [False, True])
+@pytest.mark.usefixtures("rows_wait")
+def test_a_table_that_is_replaced_is_warned_of(mode, synced):
+    """Rows that wait are brought up to date by a plan of their own, which refers to the table, too."""
+    optimizer, table = fastadam.Adam(0.1, sparse_update=mode), ones(500, 8)
+
+    def train():
+        for row in range(3):
+            optimizer.gather(table, [row])
+            optimizer.apply_gradients([(fastadam.IndexedSlices(ones(1, 8), [row]), table)])
+
+    train()
+    if synced:
+        optimizer.sync()
+    table = table[::-1] * F32(0.9)
+    assert "500, 8) that is gone" in warned(train, r"new array.*resize")
+
+
 def layer_by_layer(optimizer):
     layers = [ones(3), ones(3)]
     for _ in range(4):

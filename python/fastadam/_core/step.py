@@ -353,6 +353,7 @@ class Stepper:
         new = {slot_key for slot_key, _ in prepared.created if not state.slots.knows(slot_key)}
         kept = [entry.buffer for entry in state.entries if entry.buffer is not None]
         plans = [other.plan.buffers for other in runtime.plans]
+        plans += [entry.history.planned for entry in state.entries if entry.history is not None]
         runtime.replacements.look(given, buffers, new, plans, [*kept, *options.exclusions.buffers])
         prepared.commit()  # slots are made once the whole step has been found good
         version = version._replace(slots=state.slots.version)

@@ -117,6 +117,11 @@ class History:
         return int(self.rates.counts[4])
 
     @property
+    def planned(self) -> list[_cpu.Buffer]:
+        """The table, if the plan that brings its rows up to date keeps it alive."""
+        return [] if self._plan is None else self._plan.buffers
+
+    @property
     def leaves_rows(self) -> bool:
         """Whether rows without MOVES are left as they are."""
         leaves = not self.rates.counts[1] and self.rates.counts[3] == Doubt.NONE

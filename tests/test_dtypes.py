@@ -93,6 +93,46 @@ def test_gradients_of_another_dtype_are_converted_and_not_modified(dtype, grad_d
     np.testing.assert_array_equal(gradient, before)
 
 
+def unaligned(array):
+    return np.frombuffer(b"x" + array.tobytes(), array.dtype, offset=1).reshape(array.shape)
+
+
+LAYOUTS = {
+    "F order": np.asfortranarray,
+    "strided": lambda g: np.repeat(g, 2, axis=0)[::2],
+    "unaligned": unaligned,
+    "byte-swapped": lambda g: g.astype(">f4"),
+    "float64": lambda g: g.astype(np.float64),
+    "list": lambda g: g.tolist(),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rule", ["dense", "slices", "accumulated", "repeated"])
+def test_half_variables_take_float32_gradients_of_any_layout_without_rounding_them(rule, layout, dtype):
+    """Values that float16 has not, and a last bit that neither half type has."""
+    gradient = np.float32([[1e5, 1 + 2**-20], [1e-9, -3e-8]])
+    options = {"gradient_accumulation_steps": 2 if rule == "accumulated" else None, "sum_repeated": rule == "repeated"}
+    states = []
+    for convert in (lambda g: g, LAYOUTS[layout]):
+        w = np.ones((2, 2), dtype)
+        optimizer = fastadam.Adam(0.1, epsilon=1e-12, **options)
+        given = fastadam.IndexedSlices(convert(gradient), [1, 0]) if rule == "slices" else convert(gradient)
+        optimizer.apply_gradients([(given, w)] * (2 if rule == "repeated" else 1))
+        optimizer.apply_gradients([(gradient, w)])
+        states.append([w, *optimizer.get_weights()])
+    for found, expected in zip(*states, strict=True):
+        np.testing.assert_array_equal(bits(found), bits(expected))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_moments_need_gradients_of_their_dtype(dtype):
+    w, m, v = np.ones((2, 2), dtype), np.zeros((2, 2), dtype), np.zeros((2, 2), dtype)
+    fastadam.adam_step(w, np.full((2, 2), 0.5, np.float32, order="F"), m, v, step=1)
+    np.testing.assert_array_equal(m.astype(np.float32), np.float32(0.05).astype(dtype).astype(np.float32))
+
+
 def test_nan_in_one_element_stays_there():
     var = np.ones(9, np.float32)
     gradient = np.ones(9, np.float32)

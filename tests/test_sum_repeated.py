@@ -97,14 +97,12 @@ def test_half_gradients_are_added_in_float32(kinds, dtype):
     assert_same(*(train(steps, table, sums, state) for sums in (True, False)))
 
 
-def test_gradients_of_other_dtypes_are_rounded_to_that_of_the_variable_first():
+def test_gradients_of_other_dtypes_are_rounded_to_that_of_the_state():
     table = np.ones(SHAPE, np.float16)
     wide = [gradients_of("sds", seed, np.float64) for seed in range(1, 4)]
     narrow = [
         [
-            IndexedSlices(g.values.astype(np.float16), g.indices)
-            if isinstance(g, IndexedSlices)
-            else g.astype(np.float16)
+            IndexedSlices(g.values.astype(F32), g.indices) if isinstance(g, IndexedSlices) else g.astype(F32)
             for g in step
         ]
         for step in wide

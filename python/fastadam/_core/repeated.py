@@ -9,7 +9,7 @@ import numpy as np
 from fastadam._core.native.arrays import zeros_beside
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import Key, buffers_of, key_of
-from fastadam._core.native.gradients import as_float_array, bfloat16_to_float32, convert_values, float32_to_bfloat16
+from fastadam._core.native.gradients import as_float_array
 from fastadam._core.native.plan import Plan, StepHyper
 from fastadam._core.native.slices import IndexedSlices, is_slices, native_gradient
 from fastadam._core.native.variable import unwrap
@@ -96,7 +96,7 @@ def _joined(slices: list[_cpu.Slices], labels: list[str], buffer: _cpu.Buffer) -
 
 
 def _values(slices: _cpu.Slices, label: str, buffer: _cpu.Buffer) -> HostArray:
-    """In the dtype of the state; what a step alone would round to the dtype of the variable is rounded to it first."""
+    """In the dtype of the state."""
     values = as_float_array(slices.values, f"{label}.values")
     shape = (len(slices.indices), *buffer.shape[1:])
     if values.size == 0 and len(slices.indices) == 0:
@@ -105,8 +105,4 @@ def _values(slices: _cpu.Slices, label: str, buffer: _cpu.Buffer) -> HostArray:
         raise ValueError(
             f"{label}.values: shape {values.shape}, expected {shape}, a row of {buffer.label} for each index"
         )
-    if values.dtype.name not in (buffer.dtype, buffer.state_dtype):
-        if buffer.dtype == "bfloat16":
-            return bfloat16_to_float32(float32_to_bfloat16(values.astype(np.float32)))
-        values = convert_values(values, buffer.dtype)
     return values.astype(buffer.state_dtype)

@@ -11,7 +11,14 @@ from fastadam._core.common.types import AnyArray, ArrayLike, HostArray
 from fastadam._core.native.arrays import on_gpu, to_host
 from fastadam._core.native.backend import _cpu
 
-__all__ = ["as_float_array", "bfloat16_to_float32", "convert_gradient", "convert_values", "float32_to_bfloat16"]
+__all__ = [
+    "as_float_array",
+    "bfloat16_to_float32",
+    "convert_gradient",
+    "convert_values",
+    "float32_to_bfloat16",
+    "readable_dtype",
+]
 
 
 def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
@@ -49,13 +56,25 @@ def as_float_array(values: ArrayLike, label: str, kinds: str = "fiu") -> HostArr
     return array
 
 
-def convert_gradient(gradient: ArrayLike, variable: _cpu.Buffer, label: str) -> AnyArray:
-    """``gradient`` in the dtype and layout of ``variable``, as TF converts arrays and lists.
+def convert_gradient(gradient: ArrayLike, variable: _cpu.Buffer, label: str, *, half: bool = False) -> AnyArray:
+    """``gradient`` in the layout of ``variable`` and a dtype that a step reads.
+
+    Args:
+        gradient: Any array or nested list of real numbers.
+        variable: What it is a gradient of.
+        label: How messages call it.
+        half: Moments are of the variable's half dtype: a step reads no other.
 
     Raises:
         TypeError: The gradient does not hold real numbers.
     """
-    return convert_values(as_float_array(gradient, label), variable.dtype, variable.order)
+    values = as_float_array(gradient, label)
+    return convert_values(values, variable.dtype if half else readable_dtype(values, variable), variable.order)
+
+
+def readable_dtype(values: HostArray, variable: _cpu.Buffer) -> str:
+    """The dtype for these gradients: the variable's if they have it, else the state's, which rounds no float32."""
+    return variable.dtype if values.dtype.name == variable.dtype else variable.state_dtype
 
 
 def convert_values(values: HostArray, dtype: str, order: str = "C") -> AnyArray:

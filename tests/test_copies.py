@@ -260,6 +260,59 @@ MOVES = {
 }
 
 
+WHOLE = ["sync", "get_weights", "weights", "save", "mode"]  # calls that name no variable
+
+
+@pytest.mark.parametrize("call", WHOLE)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_copy_that_has_not_seen_its_variables_moves_none_of_the_originals(together, call, tmp_path):
+    """It may get copies of them, whose rows wait, too."""
+    optimizer, (table,), dense = waiting()
+    copied, twin = copy.deepcopy((optimizer, table)) if together else (copy.deepcopy(optimizer), table.copy())
+    before = table.copy()
+    with pytest.raises(ValueError, match=r"rows of the table float32 \(1000, 64\) waited .* call build\(\)"):
+        MOVES[call](copied, table, tmp_path / "adam")
+    np.testing.assert_array_equal(table, before)
+    copied.build([twin])
+    for each in (copied, optimizer):
+        each.sync()
+    np.testing.assert_array_equal([twin, table], [dense, dense])
+
+
+@pytest.mark.parametrize("first", MOVES)
+@pytest.mark.parametrize("begins", ["copy", "original"])
+@pytest.mark.parametrize(
+    "call", ["resize", "resize in place", "save_delta", "pickle", "deepcopy", "deepcopy with the table"]
+)
+@pytest.mark.filterwarnings("ignore:.* a gradient for rows that wait")
+def test_no_call_takes_rows_that_another_optimizer_has_moved_for_its_own(call, begins, first, tmp_path):
+    """Steps that rows wait for would be made twice, at once or by whoever goes on from a file or a copy."""
+    optimizer, (table,), _ = waiting()
+    optimizer.save(tmp_path / "base", values=True)
+    for row in range(3):
+        step_row(optimizer, table, row)
+    copied = copy.deepcopy(optimizer)
+    copied.build([table])
+    one, two = (copied, optimizer) if begins == "copy" else (optimizer, copied)
+    MOVES[first](one, table, tmp_path / "adam")
+    calls = {
+        "resize": lambda: two.resize(table, table.copy()),
+        "resize in place": lambda: two.resize(table, table),
+        "save_delta": lambda: two.save_delta(tmp_path / "delta"),
+        "pickle": lambda: pickle.dumps(two),
+        "deepcopy": lambda: copy.deepcopy(two),
+        "deepcopy with the table": lambda: copy.deepcopy((two, table)),
+    }
+    message = "the other one has moved them since"
+    if call == "save_delta" and two is copied:
+        message = "saved no base"  # a copy does not go on with the chain
+    before = table.copy()
+    with pytest.raises(ValueError, match=message):
+        calls[call]()
+    np.testing.assert_array_equal(table, before)
+    assert not (tmp_path / "delta").exists()
+
+
 @pytest.mark.filterwarnings("ignore:.* a gradient for rows that wait")
 @pytest.mark.parametrize("second", MOVES)
 @pytest.mark.parametrize("first", MOVES)
@@ -278,10 +331,12 @@ def test_rows_that_waited_when_a_copy_was_made_move_through_one_of_both(begins, 
     MOVES[second](one, table, tmp_path / "adam")
 
 
-@pytest.mark.parametrize("first", ["sync", "get_weights", "get_slot", "save", "gather"])
+@pytest.mark.parametrize("first", ["sync of the table", "get_slot", "gather", "sync", "get_weights", "save"])
 def test_the_one_that_moved_the_rows_goes_on_to_the_bit(first, tmp_path):
     optimizer, (table,), dense = waiting()
     copied = copy.deepcopy(copy.deepcopy(optimizer))  # also of a copy
+    if first in WHOLE:
+        copied.build([table])
     MOVES[first](copied, table, tmp_path / "adam")
     with pytest.raises(ValueError, match="the other one has moved them since"):
         optimizer.sync()

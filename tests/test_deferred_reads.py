@@ -189,7 +189,9 @@ def test_a_deep_copy_is_read_with_the_variable_it_was_copied_from():
     pair = Pair()
     pair.step([1, 2])
     pair.rest(5)
-    weights = copy.deepcopy(pair.optimizers[1]).get_weights()
+    copied = copy.deepcopy(pair.optimizers[1])
+    copied.build([pair.tables[1]])
+    weights = copied.get_weights()
     for a, b in zip(weights, pair.optimizers[0].get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
 

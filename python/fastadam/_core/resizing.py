@@ -140,6 +140,7 @@ def _moved_history(entry: Entry, known: _cpu.Buffer, buffer: _cpu.Buffer, row_ma
     history = entry.history
     if history is None:
         return None
+    history.require_own(known.label)
     before, after = _host_values(known), _host_values(buffer)
     is_shared = np.may_share_memory(before, after)
     is_shifted = is_shared and not (row_map.keeps_places and known.address == buffer.address)

@@ -188,12 +188,14 @@ class History:
 
     def claim(self, label: str) -> None:
         """Rows of the table are about to be moved; raises ValueError if that is up to another optimizer."""
-        if self.sharing is None:
-            return
-        owner, token = self.sharing
-        if owner[0] is None:
+        self.require_own(label)
+        if self.sharing is not None:
+            owner, token = self.sharing
             owner[0] = token
-        elif owner[0] is not token:
+
+    def require_own(self, label: str) -> None:
+        """Raise ValueError if another optimizer has made steps that rows of the table wait for here."""
+        if self.sharing is not None and self.sharing[0][0] not in (None, self.sharing[1]):
             raise ValueError(
                 f"{label}: rows waited for steps when this optimizer was deep-copied or made as a deep copy, and the "
                 "other one has moved them since, so that they would make these steps twice; go on with the other one, "
@@ -373,6 +375,7 @@ class History:
             twin = History(rates, self.numbers, self.shape, self.exact)
             twin.raise_doubt(Doubt.ONCE)
             return twin
+        self.require_own("a table" if buffer is None else buffer.label)
         fingerprint = self.fingerprint if buffer is None else fingerprint_of(buffer)
         rates = self.rates.copy(self.rates.last.copy())
         rates.counts[3] = min(int(rates.counts[3]), Doubt.ONCE)  # nobody has the arrays of the copy

@@ -110,6 +110,9 @@ class Tables:
         """The rows ``ids`` of a variable, or all; nothing if it is not a deferred table."""
         slots = self._state.slots
         entry = slots.entry_of(buffer)
+        if entry is not None and entry.buffer is None and entry.history is not None and entry.history.waits:
+            slots.prepare([buffer], lambda *_: VariableFormat(())).commit()  # a deep copy goes on with the original's
+            entry = slots.entry_of(buffer)
         if entry is not None:
             self._catch_up_entry(entry, ids)
             return
@@ -128,9 +131,7 @@ class Tables:
             return
         if history.waits:
             if entry.buffer is None and (variable := self._state.slots.variable_of(entry)) is not None:
-                no_more = VariableFormat(())
-                # a deep copy goes on with the same variable
-                self._state.slots.prepare([variable], lambda *_: no_more).commit()
+                self._state.slots.prepare([variable], lambda *_: VariableFormat(())).commit()
                 entry = self._state.entries[entry.place]
             if entry.buffer is None:
                 raise _not_seen_yet(entry, str(entry.spec))

@@ -81,6 +81,8 @@ def _part_of(parts: Parts, mark: Mark, entry: Entry, buffer: _cpu.Buffer) -> Par
     options, state, _, tables = parts
     history = entry.history
     slots = {at: (name, state.slots.arrays[at]) for name, at in entry.slots.items()}
+    if history is not None:
+        history.require_own(buffer.label)
     begin = mark.begin if history is mark.history else 0
     position = mark.position + (0 if history is None else history.total - begin)
     accumulated = state.accumulated_rows(entry, options.calls_per_step)

@@ -99,7 +99,7 @@ def known_buffers(store: SlotStore, entries: Sequence[Entry]) -> list[_cpu.Buffe
         buffer = store.variable_of(entry)
         if buffer is None:
             raise ValueError(
-                f"values: variable {i}, {entry.spec}, has not come since the optimizer was restored, expected build() "
+                f"values: variable {i}, {entry.spec}, has not come since the optimizer was restored or copied, expected build() "
                 "with all variables first"
             )
         if buffer.device >= 0:

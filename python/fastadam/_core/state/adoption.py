@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
@@ -32,7 +33,8 @@ class Adoption:
     def __init__(self) -> None:
         self._origins: dict[Key, Entry] = {}
         self._left: dict[Key, weakref.ref[AnyArray]] = {}  # originals whose entries copies have adopted
-        self.follows_copies = False  # of the variables, in a deep copy, which some have shown
+        # Which variables a deep copy goes on with: None until the first has come, then the originals or copies of them.
+        self.follows: Literal["originals", "copies"] | None = None
         self._has_warned = False  # of a variable that could be a changed copy
 
     def draft(self) -> Adoption:
@@ -40,7 +42,7 @@ class Adoption:
         draft = Adoption()
         draft._origins = {**self._origins}
         draft._left = {key: ref for key, ref in self._left.items() if ref() is not None}
-        draft.follows_copies, draft._has_warned = self.follows_copies, self._has_warned
+        draft.follows, draft._has_warned = self.follows, self._has_warned
         return draft
 
     def without_origins(self) -> Adoption:
@@ -64,8 +66,10 @@ class Adoption:
         if not entry.origin:
             return
         self._origins.pop(key_of(entry.origin), None)
-        if key_of(entry.origin) != key_of(buffer):
-            self.follows_copies = True
+        if key_of(entry.origin) == key_of(buffer):
+            self.follows = self.follows or "originals"
+        else:
+            self.follows = "copies"
             with contextlib.suppress(TypeError):  # an object of another library without weak references
                 self._left[key_of(entry.origin)] = weakref.ref(entry.origin.source)
 

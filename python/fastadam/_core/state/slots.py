@@ -122,8 +122,11 @@ class SlotStore:
         return [entry for entry in self.entries if entry.buffer is None]
 
     def variable_of(self, entry: Entry) -> _cpu.Buffer | None:
-        """The variable of an entry; in a deep copy the original's, unless it has been used with copies of others."""
-        if entry.buffer is not None or entry.origin is None or self._adoption.follows_copies:
+        """The variable of an entry; in a deep copy that has been used with some of the originals, this one's, too.
+
+        Before that nobody knows whether its variables have been copied with it.
+        """
+        if entry.buffer is not None or entry.origin is None or self._adoption.follows != "originals":
             return entry.buffer
         return entry.origin if entry.origin.is_current() else None
 

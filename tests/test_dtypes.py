@@ -109,11 +109,13 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rule", ["dense", "slices", "accumulated", "repeated"])
+@pytest.mark.parametrize("rule", ["dense", "slices", "accumulated", "repeated", "bfloat16", "8bit"])
 def test_half_variables_take_float32_gradients_of_any_layout_without_rounding_them(rule, layout, dtype):
     """Values that float16 has not, and a last bit that neither half type has."""
     gradient = np.float32([[1e5, 1 + 2**-20], [1e-9, -3e-8]])
     options = {"gradient_accumulation_steps": 2 if rule == "accumulated" else None, "sum_repeated": rule == "repeated"}
+    if rule in ("bfloat16", "8bit"):
+        options |= {"moments": rule, "float32_for": 0}
     states = []
     for convert in (lambda g: g, LAYOUTS[layout]):
         w = np.ones((2, 2), dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import functools
 import gc
@@ -17,28 +16,16 @@ import pytest
 from helpers import bits, slow
 
 
-class Places:
-    """Whether a frame is at the place with this number. A loop counts thrice: a later turn has no state of its own."""
-
-    def __init__(self, place):
-        self.place, self.numbers, self.visits = place, itertools.count(), collections.Counter()
-
-    def reached(self, frame):
-        line = frame.f_code.co_filename, frame.f_lineno
-        self.visits[line] += 1
-        return self.visits[line] <= 3 and next(self.numbers) == self.place
-
-
 def at_a_line(place):
     """A trace function that raises KeyboardInterrupt at one line of the package, and what says whether it did."""
-    places, raised = Places(place), []
+    lines, raised = itertools.count(), []
 
     def trace(frame, event, _argument):
         if "fastadam" not in frame.f_code.co_filename:
             return None
         if event != "line" or raised or is_safe(frame.f_code.co_filename, frame.f_lineno):
             return trace
-        if places.reached(frame):
+        if next(lines) == place:
             raised.append(place)
             raise KeyboardInterrupt
         return trace
@@ -58,11 +45,11 @@ def is_safe(file, number):
 
 def at_a_call(place):
     """The same before the first instruction of one function, or after a native call: there CPython runs handlers."""
-    places, raised = Places(place), []
+    calls, raised = itertools.count(), []
 
     def profile(frame, event, _argument):
         is_ours = any(part in frame.f_code.co_filename for part in ("fastadam", "contextlib"))
-        if event in ("call", "c_return") and is_ours and not raised and places.reached(frame):
+        if event in ("call", "c_return") and is_ours and not raised and next(calls) == place:
             raised.append(place)
             sys.setprofile(None)
             raise KeyboardInterrupt

@@ -272,7 +272,7 @@ def test_a_bounded_history_of_rows_that_all_move(options, monkeypatch, request):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_steps_in_constant_memory(monkeypatch):
+def test_three_hundred_thousand_steps_in_constant_memory(monkeypatch):
     """One row is touched once, and then waits; the dense optimizer has only that row."""
     monkeypatch.setattr("fastadam._core.deferred.history.crossover", lambda *_: 1)
     table = random_array(np.random.RandomState(0), (50, 4))
@@ -284,13 +284,13 @@ def test_a_hundred_thousand_steps_in_constant_memory(monkeypatch):
     optimizer.apply_gradients([(first, table)])
     oracle.apply_gradients([(first, dense)])
     rooms = set()
-    for k in range(100_000):
+    for k in range(300_000):
         optimizer.apply_gradients([(nothing if k % 1000 else other, table)])
         oracle.apply_gradients([(nothing, dense)])
         if k % 1000 == 0:
             rooms.add(history_of(optimizer).room)
     assert max(rooms) == 2**16
-    assert history_of(optimizer).dropped > 30_000
+    assert history_of(optimizer).dropped > 200_000
     np.testing.assert_array_equal(bits(optimizer.gather(table, [0])), bits(dense))
     for name in ("m", "v"):
         found, expected = optimizer.get_slot(table, name)[:1], oracle.get_slot(dense, name)

@@ -169,9 +169,8 @@ class Gradients {
       throw py::value_error(label(i)() + ": shape " + tuple_text(g->shape) + ", expected " + tuple_text(var.shape) +
                             " like " + var.label);
     }
-    const bool may_be_wide = !has_half_moments(variables_.tensors()[i]);
     const bool may_be_narrow = g->on_host() && var.dtype == FASTADAM_FLOAT32;
-    const bool readable = g->dtype == var.dtype || (may_be_wide && g->dtype == state_dtype(*var.dtype)) ||
+    const bool readable = g->dtype == var.dtype || g->dtype == variables_.gradient_dtype(i) ||
                           (may_be_narrow && (g->dtype == FASTADAM_FLOAT16 || g->dtype == FASTADAM_BFLOAT16));
     require_place(*g, label(i)(), variables_.place());
     if (!readable || !g->native_order || !g->same_layout(var) || !g->aligned()) return refuse_on_gpu(*g, var, i);

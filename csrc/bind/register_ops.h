@@ -283,6 +283,10 @@ py::class_<Plan<Backend>> register_ops(py::module_& m) {
           "has_copies",
           [](const BackendPlan& plan, const py::list& copies) { return plan.variables().has_copies(copies); },
           py::arg("copies"))
+      .def(
+          "gradient_dtype",
+          [](const BackendPlan& plan, size_t place) { return name_of(plan.variables().gradient_dtype(place)); },
+          py::arg("place"))
       .def("set_telemetry", &BackendPlan::set_telemetry, py::arg("wanted"))
       .def("telemetry", [](const BackendPlan& plan) { return rows_of(plan.variables().telemetry()); })
       .def("check", &BackendPlan::check, py::arg("gradients"))

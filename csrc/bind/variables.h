@@ -97,6 +97,12 @@ class VariableSet {
     return is_alive(copies_[i]) && is_same_array(copy, copies_[i], Sign::kAskIfOne);
   }
 
+  // The widest dtype of gradients that a step of a variable reads: that of the state, unless moments are half.
+  DType gradient_dtype(size_t i) const {
+    const DType dtype = *variables_[i].dtype;
+    return has_half_moments(tensors_[i]) ? dtype : state_dtype(dtype);
+  }
+
   // Whether these are the variables, slots and copies of this set, at the same addresses.
   bool holds(const py::list& variables, const py::dict& slots, const py::list& copies) const {
     if (variables.size() != variables_.size() || slots.size() * variables_.size() != state_.size()) return false;

@@ -27,7 +27,7 @@ import numpy as np
 from c_twins import INVALID, OK, Side, Twins, hyper_of, variable, with_signatures
 from fastadam._core.native.backend import _cpu
 
-LIMITS = {"blocks of Python": 1000, "bytes of malloc": 32 * 1024, "bytes resident": 4 * 2**20}
+LIMITS = {"blocks of Python": 600, "bytes of malloc": 32 * 1024, "bytes resident": 4 * 2**20}
 SIZE, ROWS = 36, 1000
 
 

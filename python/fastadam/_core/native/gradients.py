@@ -17,7 +17,6 @@ __all__ = [
     "convert_gradient",
     "convert_values",
     "float32_to_bfloat16",
-    "readable_dtype",
 ]
 
 
@@ -56,25 +55,14 @@ def as_float_array(values: ArrayLike, label: str, kinds: str = "fiu") -> HostArr
     return array
 
 
-def convert_gradient(gradient: ArrayLike, variable: _cpu.Buffer, label: str, *, half: bool = False) -> AnyArray:
-    """``gradient`` in the layout of ``variable`` and a dtype that a step reads.
-
-    Args:
-        gradient: Any array or nested list of real numbers.
-        variable: What it is a gradient of.
-        label: How messages call it.
-        half: Moments are of the variable's half dtype: a step reads no other.
+def convert_gradient(gradient: ArrayLike, variable: _cpu.Buffer, dtype: str, label: str) -> AnyArray:
+    """``gradient`` in the layout of ``variable``; unless it has the variable's dtype, in this one.
 
     Raises:
         TypeError: The gradient does not hold real numbers.
     """
     values = as_float_array(gradient, label)
-    return convert_values(values, variable.dtype if half else readable_dtype(values, variable), variable.order)
-
-
-def readable_dtype(values: HostArray, variable: _cpu.Buffer) -> str:
-    """The dtype for these gradients: the variable's if they have it, else the state's, which rounds no float32."""
-    return variable.dtype if values.dtype.name == variable.dtype else variable.state_dtype
+    return convert_values(values, variable.dtype if values.dtype.name == variable.dtype else dtype, variable.order)
 
 
 def convert_values(values: HostArray, dtype: str, order: str = "C") -> AnyArray:

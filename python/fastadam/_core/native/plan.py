@@ -100,7 +100,7 @@ class Plan:
         ValueError: A slot of another shape, on another device, or overlapping memory.
     """
 
-    __slots__ = ("__weakref__", "_are_half", "_native", "buffers", "device", "positions")
+    __slots__ = ("__weakref__", "_native", "buffers", "device", "positions")
 
     def __init__(
         self,
@@ -121,8 +121,6 @@ class Plan:
         count = len(buffers)
         self.buffers = buffers
         self.positions = list(range(count)) if positions is None else positions
-        moments = slots.get("m", ())
-        self._are_half = {i for i, m in enumerate(moments) if str(getattr(m, "dtype", "")).endswith("float16")}
         self.device = buffers[0].device if buffers else -1  # the GPU's number; -1 for the host
         self._native: _cpu.Plan = (native_of(buffers[0]) if buffers else _cpu).Plan(
             buffers,
@@ -385,9 +383,9 @@ class Plan:
         if is_slices(gradient):
             return convert_slices(gradient, variable, label)
         readable = native_gradient(gradient, variable, label)
-        return (
-            readable if is_slices(readable) else convert_gradient(readable, variable, label, half=i in self._are_half)
-        )
+        if is_slices(readable):
+            return readable
+        return convert_gradient(readable, variable, self._native.gradient_dtype(i), label)
 
     # ---- numbers that are on a GPU ---------------------------------------------------------------------------------
 

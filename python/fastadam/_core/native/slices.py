@@ -12,7 +12,7 @@ from fastadam._core.common.display import array_text, html_or_none, html_table, 
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.native.arrays import native_of, on_gpu
 from fastadam._core.native.backend import _cpu
-from fastadam._core.native.gradients import as_float_array, convert_values, readable_dtype
+from fastadam._core.native.gradients import as_float_array, convert_values
 
 if TYPE_CHECKING:
     from fastadam._core.common.types import AnyArray, AnyGradient, ArrayLike, HostArray, SparseUpdate
@@ -183,7 +183,8 @@ def convert_slices(slices: _cpu.Slices, variable: _cpu.Buffer, label: str) -> _c
     shape = (len(slices.indices), *variable.shape[1:])
     if values.size == 0 and len(slices.indices) == 0:
         values = np.zeros(shape, values.dtype)  # an empty list does not show the shape of rows
-    return _cpu.Slices(convert_values(values, readable_dtype(values, variable)), slices.indices)
+    dtype = variable.dtype if values.dtype.name == variable.dtype else variable.state_dtype
+    return _cpu.Slices(convert_values(values, dtype), slices.indices)
 
 
 def _of_other_library(gradient: AnyGradient, label: str) -> IndexedSlices | None:

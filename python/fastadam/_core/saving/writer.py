@@ -99,8 +99,8 @@ def known_buffers(store: SlotStore, entries: Sequence[Entry]) -> list[_cpu.Buffe
         buffer = store.variable_of(entry)
         if buffer is None:
             raise ValueError(
-                f"values: variable {i}, {entry.spec}, has not come since the optimizer was restored or copied, expected build() "
-                "with all variables first"
+                f"values: variable {i}, {entry.spec}, has not come since the optimizer was restored or copied, "
+                "expected build() with all variables first"
             )
         if buffer.device >= 0:
             raise ValueError(f"values: {buffer.label} is on a GPU, expected variables in CPU memory")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import fastadam
 import ml_dtypes
@@ -12,7 +11,7 @@ import pytest
 from cases import bits
 from fastadam import IndexedSlices
 from fastadam._core.parts import parts_of
-from helpers import rss_anon, run_python
+from helpers import run_python
 from test_interrupts import either_way, interrupted
 
 F32 = np.float32
@@ -253,22 +252,6 @@ def test_accumulated_steps_have_the_same_bits(mode, tmp_path):
     loaded = fastadam.Adam.load(tmp_path / "saved", [tables[1]], slots=[{"gradient_accumulator": loaded_sums}])
     assert loaded.get_slot(tables[1], "gradient_accumulator") is loaded_sums
     assert np.flatnonzero(loaded_sums.any(1)).tolist() == [0, 7]  # of the call after three whole cycles
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: counts pages in /proc")
-def test_an_accumulator_in_a_file_takes_no_memory_of_its_own(tmp_path):
-    """In memory it would be resident for every row that ever had a gradient: 48 MB."""
-    names = ("table", "m", "v", "gradient_accumulator")
-    table, *slots = (np.memmap(tmp_path / name, F32, "w+", shape=(200_000, 64)) for name in names)
-    optimizer = fastadam.Adam(sparse_update="deferred", gradient_accumulation_steps=4)
-    optimizer.build([table], slots=[dict(zip(names[1:], slots, strict=True))])
-    ids = np.arange(200_000).reshape(1000, 200).T.copy()
-    gradients = [IndexedSlices(np.ones((1000, 64), F32), each) for each in ids]
-    before = rss_anon()
-    for slices in gradients:
-        optimizer.gather(table, slices.indices)
-        optimizer.apply_gradients([(slices, table)])
-    assert rss_anon() - before < 10 * 1024
 
 
 def test_an_accumulator_that_has_sums_is_refused():

@@ -54,7 +54,9 @@ def test_variables_without_rows_are_refused():
     with pytest.raises(ValueError, match=re.escape("grads[0]: IndexedSlices for vars[0] in order F, expected order C")):
         fastadam.Adam().apply_gradients([(slices, np.ones((4, 5), F32, order="F"))])
     w = np.ones((4, 5), F32)
-    with pytest.raises(ValueError, match="which comes twice, expected it once, or sum_repeated=True or"):
+    with pytest.raises(
+        ValueError, match="which comes twice, expected it once .fastadam.Adam adds them up with sum_repeated=True"
+    ):
         fastadam.Adam(sparse_update="lazy").apply_gradients([(slices, w), (slices, w)])
     with pytest.raises(ValueError, match=re.escape("grads[0]: shares memory with vars[0]")):
         fastadam.Adam().apply_gradients([(IndexedSlices(w[:2], [0, 1]), w)])

@@ -320,7 +320,7 @@ def test_deltas_are_a_list_of_paths(files):
 
 def test_a_delta_needs_a_base(tmp_path):
     training = Training()
-    match = r"save_delta: this optimizer has saved no base and was not loaded from one .*, expected save\(path"
+    match = r"save_delta: this optimizer has saved no base and was not loaded from one, nor does a copy .*; expected save\(path"
     with pytest.raises(ValueError, match=match):
         training.optimizer.save_delta(tmp_path / "delta")
     training.optimizer.save(tmp_path / "plain")

@@ -31,11 +31,11 @@ def written(name):
     os.sync()
     return os.stat(f"{FOLDER}/{name}").st_blocks * 512
 table = mapped("table")
-optimizer = fastadam.Adam(0.01, sparse_update=MODE)
-names = ["table"]
-if KIND == "files":
-    optimizer.build([table], slots=[{"m": mapped("m"), "v": mapped("v")}])
-    names += ["m", "v"]
+optimizer = fastadam.Adam(0.01, sparse_update=MODE, gradient_accumulation_steps=4 if KIND == "accumulated" else None)
+slots = {"files": ["m", "v"], "accumulated": ["m", "v", "gradient_accumulator"]}.get(KIND, [])
+names = ["table", *slots]
+if slots:
+    optimizer.build([table], slots=[{name: mapped(name) for name in slots}])
 elif KIND == "built":
     optimizer.build([table])
 rng = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def step(count):
     optimizer.apply_gradients([(fastadam.IndexedSlices(np.ones((count, WIDTH), np.float32), ids), table)])
     return set(ids.tolist())
 touched = step(1)  # what a first step allocates
-if KIND == "files":
+if slots:
     limit = 3 * ROWS * WIDTH * 4 // 10
     with open("/proc/self/statm") as statm:
         in_use = int(statm.read().split()[5]) * PAGE
@@ -64,7 +64,7 @@ def out_of_core(mode, kind, folder, rest):
 
 @ON_LINUX
 @pytest.mark.parametrize("mode", ["deferred", "deferred_fast", "lazy"])
-@pytest.mark.parametrize("kind", ["files", "memory", "built"])
+@pytest.mark.parametrize("kind", ["files", "accumulated", "memory", "built"])
 def test_resident_memory_and_writes_are_proportional_to_the_rows_touched(mode, kind, tmp_path):
     out_of_core(
         mode,
@@ -73,7 +73,7 @@ def test_resident_memory_and_writes_are_proportional_to_the_rows_touched(mode, k
         """
 def check():
     # a page of each array, and one of each of the counters that history has of rows
-    anonymous_pages = {"files": 2, "memory": 4, "built": 4}[KIND]
+    anonymous_pages = {"memory": 4, "built": 4}.get(KIND, 2)
     assert resident("Anon") - anonymous < len(touched) * PAGE * anonymous_pages + 4_000_000, resident("Anon") - anonymous
     assert resident("File") - of_files < len(touched) * len(names) * PAGE * 2 + 4_000_000, resident("File") - of_files
     for name in names:
@@ -495,6 +495,29 @@ def test_moments_written_by_a_user_of_torch_move_their_rows(write):
     assert_alike(torch, pair)
     start = torch_pair(torch)[0][0].weight
     assert not pair[1][0].weight[7].equal(start[7])
+
+
+@pytest.mark.parametrize("mode", ["lazy", "deferred"])
+def test_weight_and_state_of_torch_may_be_files(mode, tmp_path):
+    torch = pytest.importorskip("torch")
+    fastadam_torch = importlib.import_module("fastadam.torch")
+    maps = [np.memmap(tmp_path / name, F32, "w+", shape=(3000, 4)) for name in ("table", "m", "v")]
+    table, m, v = (torch.from_numpy(each) for each in maps)
+    weights = [torch.nn.Parameter(table), torch.nn.Parameter(torch.zeros(3000, 4))]
+    optimizers = [fastadam_torch.Adam([w], sparse_update=mode) for w in weights]
+    optimizers[0].state[weights[0]] = {"step": torch.tensor(0.0), "exp_avg": m, "exp_avg_sq": v}
+    for row in (3, 7, 3):
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = torch.sparse_coo_tensor([[row]], torch.ones(1, 4), (3000, 4), check_invariants=True)
+            optimizer.step()
+    states = [optimizer.state[weight] for weight, optimizer in zip(weights, optimizers, strict=True)]
+    assert (states[0]["exp_avg"] is m, states[0]["exp_avg_sq"] is v) == (True, True)
+    for found, name in zip(maps[1:], ("exp_avg", "exp_avg_sq"), strict=True):
+        np.testing.assert_array_equal(bits(found), bits(states[1][name].numpy()))
+        assert found[3].all()
+    for optimizer in optimizers:
+        optimizer.sync()
+    np.testing.assert_array_equal(bits(maps[0]), bits(weights[1].detach().numpy()))
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])

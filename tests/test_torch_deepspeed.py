@@ -357,7 +357,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 import fastadam.torch
 
-# Compiled in a third of the time: both sources, which include all of PyTorch's headers, as one.
+# Both sources as one, because each includes all of PyTorch's headers, and optimized less: compiling is what takes long.
 flags, sources = CPUAdamBuilder.cxx_args, CPUAdamBuilder.sources
 def one_source(self):
     one = pathlib.Path(os.environ["TORCH_EXTENSIONS_DIR"], "sources.cpp")

@@ -237,7 +237,8 @@ class Gradients {
     if (!var.c_contiguous) throw py::value_error(start + " in order F, expected order C, rows side by side");
     if (moves_rows_alone_[i] && variables_.is_repeated(i)) {
       throw py::value_error(start +
-                            ", which comes twice, expected it once, or sum_repeated=True or sparse_update='dense'");
+                            ", which comes twice, expected it once (fastadam.Adam adds them up with "
+                            "sum_repeated=True) or sparse_update='dense'");
     }
   }
 

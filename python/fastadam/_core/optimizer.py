@@ -353,8 +353,8 @@ class Optimizer(Minimizer):
                 in other memory, overlap that of ``old``, or be ``old`` itself, with its rows in another order.
             rows: For each row of ``new`` which row of ``old`` it was, or -1 if it is fresh; a row may come several
                 times, each with a copy of its moments. None: the first rows are where they were.
-            slots: Arrays for the moments and the average of ``new``, memory maps for example, as :meth:`build` takes
-                them. They are overwritten. None: new memory, where only rows with moments are written.
+            slots: Arrays for the moments, average and accumulator of ``new``, memory maps for example, as :meth:`build`
+                takes them. They are overwritten. None: new memory, where only rows with moments are written.
 
         Raises:
             TypeError: ``rows`` are not integers; ``new`` is not an array of floats; a slot of another dtype.

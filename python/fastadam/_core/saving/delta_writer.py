@@ -33,8 +33,8 @@ def save_delta(optimizer: Foreign, path: str | os.PathLike[str], loss_scale: Con
         chain = runtime.chain
         if chain is None:
             raise ValueError(
-                "save_delta: this optimizer has saved no base and was not loaded from one (a copy has not what its "
-                "original has), expected save(path, values=True) first"
+                "save_delta: this optimizer has saved no base and was not loaded from one, nor does a copy go on with "
+                "the chain of its original; expected save(path, values=True) first"
             )
         tables.raise_late(wait=True)
         entries = chain.entries_of(state.entries)

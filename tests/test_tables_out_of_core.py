@@ -1,10 +1,8 @@
-"""Deferred and lazy tables larger than memory: what becomes resident, what is written, and slots in the user's files."""
+"""Deferred and lazy tables larger than memory: what becomes resident and what is written."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import pickle
 import sys
 
 import fastadam
@@ -298,120 +296,7 @@ def test_three_hundred_thousand_steps_in_constant_memory(monkeypatch):
     np.testing.assert_array_equal(table[2:], start[2:])
 
 
-# ---- slots that are given ----------------------------------------------------------------------------------------------
-
-
-def slots_of(table, *names):
-    return {name: np.zeros_like(table) for name in names}
-
-
-@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("start", [0.0, 0.25])
-@pytest.mark.usefixtures("rows_wait")
-def test_arrays_that_are_given_are_the_slots(mode, amsgrad, start):
-    names = ("m", "v", "vhat") if amsgrad else ("m", "v")
-    tables = [np.ones((300, 3), F32) for _ in range(2)]
-    given = {name: np.full((300, 3), start, F32) for name in names}
-    optimizers = [fastadam.Adam(0.1, sparse_update=mode, amsgrad=amsgrad) for _ in range(2)]
-    optimizers[0].build([tables[0]])
-    optimizers[0].set_weights([0, *(np.full((300, 3), start, F32) for _ in names)])
-    optimizers[1].build([tables[1]], slots=[given])
-    for k in range(10):
-        for optimizer, table in zip(optimizers, tables, strict=True):
-            optimizer.apply_gradients([(IndexedSlices(np.ones((1, 3), F32), [k % 3]), table)])
-    for optimizer in optimizers:
-        optimizer.sync()
-    np.testing.assert_array_equal(bits(tables[0]), bits(tables[1]))
-    for name in names:
-        assert optimizers[1].get_slot(tables[1], name) is given[name]
-        np.testing.assert_array_equal(bits(given[name]), bits(optimizers[0].get_slot(tables[0], name)))
-
-
-def test_some_slots_of_some_variables_are_given(tmp_path):
-    tables = [np.ones((40, 3), F32), np.ones(5, np.float64), np.ones((4, 2), F32)]
-    mapped = np.memmap(tmp_path / "v", F32, "w+", shape=(40, 3))
-    optimizer = fastadam.Adam(0.1)
-    optimizer.build(tables, slots=[{"v": mapped}, {"m": np.zeros(5)}, None])
-    assert optimizer.get_slot(tables[0], "v") is mapped
-    optimizer.apply_gradients([(np.ones_like(table), table) for table in tables])
-    assert (mapped != 0).all()
-    assert [type(array) for array in optimizer.get_weights()[1:]] == [np.ndarray] * 6
-    copied = pickle.loads(pickle.dumps(optimizer))
-    copied.build(tables)
-    assert type(copied.get_slot(tables[0], "v")) is np.ndarray
-
-
-BAD_SLOTS = {
-    "count": (lambda t: [], ValueError, "slots: 0 items, expected one for each of 1 variables"),
-    "no list": (lambda t: 3, TypeError, "slots: int, expected None or a dict for each variable"),
-    "no dict": (lambda t: [t], TypeError, r"slots\[0\]: ndarray, expected a dict"),
-    "name": (
-        lambda t: [slots_of(t, "vhat")],
-        ValueError,
-        r"slots\[0\]\['vhat'\]: not a slot that can be given, expected 'm', 'v'",
-    ),
-    "list": (lambda t: [{"m": t.tolist()}], TypeError, r"slots\[0\]\['m'\]: list, expected a NumPy array"),
-    "dtype": (lambda t: [{"m": np.zeros(t.shape)}], TypeError, r"slots\[0\]\['m'\]: float64, expected float32"),
-    "byte order": (lambda t: [{"m": np.zeros(t.shape, ">f4")}], TypeError, r"slots\[0\]\['m'\]: >f4, expected float32"),
-    "shape": (
-        lambda t: [{"m": np.zeros((3, 2), F32)}],
-        ValueError,
-        r"slots\[0\]\['m'\]: shape \(3, 2\), expected \(20, 2\)",
-    ),
-    "layout": (
-        lambda t: [{"m": np.zeros(t.shape, F32, "F")}],
-        ValueError,
-        r"slots\[0\]\['m'\]: strides .*, expected a contiguous",
-    ),
-    "read-only": (lambda t: [{"m": frozen(t)}], ValueError, r"slots\[0\]\['m'\]: read-only"),
-    "the variable": (lambda t: [{"m": t}], ValueError, r"slots\[0\]\['m'\]: shares memory with vars\[0\]"),
-    "one twice": (
-        lambda t: [dict.fromkeys("mv", np.zeros_like(t))],
-        ValueError,
-        r"slots\[0\]\['v'\]: shares memory with slots\[0\]\['m'\]",
-    ),
-}
-
-
-def frozen(like):
-    array = np.zeros_like(like)
-    array.flags.writeable = False
-    return array
-
-
-@pytest.mark.parametrize("kind", BAD_SLOTS)
-def test_slots_that_cannot_be_used_are_refused_by_name_and_nothing_is_changed(kind):
-    make, error, pattern = BAD_SLOTS[kind]
-    table, optimizer = np.ones((20, 2), F32), fastadam.Adam()
-    with pytest.raises(error, match=pattern):
-        optimizer.build([table], slots=make(table))
-    assert len(optimizer.get_weights()) == 1
-    optimizer.build([table], slots=[slots_of(table, "m", "v")])
-
-
-def test_slots_of_a_variable_that_has_them_are_refused():
-    table, other, optimizer = np.ones((20, 2), F32), np.ones((20, 2), F32), fastadam.Adam()
-    optimizer.build([table])
-    with pytest.raises(ValueError, match=r"slots\[0\]\['m'\]: .* has this slot already"):
-        optimizer.build([table], slots=[slots_of(table, "m")])
-    with pytest.raises(ValueError, match=r"slots\[0\]\['m'\]: shares memory with v of"):
-        optimizer.build([other], slots=[{"m": optimizer.get_slot(table, "v")}])
-
-
-@pytest.mark.skipif(not hasattr(os, "SEEK_DATA"), reason="needs Linux: finds holes of files")
-def test_a_file_of_holes_is_known_to_be_zero(tmp_path):
-    from fastadam._core.state.given_slots import is_a_hole
-
-    array = np.memmap(tmp_path / "m", F32, "w+", shape=(100_000, 3))
-    assert is_a_hole(array)
-    assert is_a_hole(array[5:])
-    private = np.memmap(tmp_path / "m", F32, "c", shape=(100_000, 3))
-    private[50_000] = 1
-    assert not is_a_hole(private)
-    assert not is_a_hole(np.zeros(3, F32))
-    array[50_000] = 1
-    assert not is_a_hole(array)
+# ---- where slots lie ------------------------------------------------------------------------------------------------
 
 
 def test_huge_pages_are_avoided_whoever_made_the_slots():
@@ -508,6 +393,8 @@ def test_weight_and_state_of_torch_may_be_files(mode, tmp_path):
     optimizers[0].state[weights[0]] = {"step": torch.tensor(0.0), "exp_avg": m, "exp_avg_sq": v}
     for row in (3, 7, 3):
         for weight, optimizer in zip(weights, optimizers, strict=True):
+            if mode == "deferred":
+                optimizer.gather(weight, torch.tensor([row]))
             weight.grad = torch.sparse_coo_tensor([[row]], torch.ones(1, 4), (3000, 4), check_invariants=True)
             optimizer.step()
     states = [optimizer.state[weight] for weight, optimizer in zip(weights, optimizers, strict=True)]

@@ -50,7 +50,7 @@ def resize(
         buffer = _replacement(parts, new, known)
         row_map = RowMap.of(rows, _rows_of(known), _rows_of(buffer), known.label)
         history = _moved_history(entry, known, buffer, row_map)
-        given = {} if slots is None else _given(parts, slots, buffer)
+        given = {} if slots is None else _given(parts, slots, buffer, entry if row_map.keeps_places else None)
         draft = state.slots.draft()
         draft.make_way(entry)
         draft.require_new_memory(buffer)
@@ -93,11 +93,16 @@ def _place(buffer: _cpu.Buffer) -> str:
     return f" on GPU {buffer.device}" if buffer.device >= 0 else ""
 
 
-def _given(parts: Parts, slots: Mapping[str, HostArray], buffer: _cpu.Buffer) -> Mapping[str, HostArray]:
-    """The user's arrays for the slots, or raise what is wrong with them."""
+def _given(
+    parts: Parts, slots: Mapping[str, HostArray], buffer: _cpu.Buffer, entry: Entry | None
+) -> Mapping[str, HostArray]:
+    """The user's arrays for the slots, or raise what is wrong with them; they may lie in the files of ``entry``."""
     checked = GivenSlots.of_one(slots, buffer, parts.options.state_format)
     given = checked.format_of(buffer, {}).given
-    checked.require_apart(parts.state.slots.memory_with([buffer]))
+    store = parts.state.slots
+    before = {} if entry is None else store.slots_of(entry)
+    replaced = {name: slot.ctypes.data for name, slot in before.items() if isinstance(slot, np.ndarray)}
+    checked.require_apart(store.memory_with([buffer]), replaced)
     return given
 
 

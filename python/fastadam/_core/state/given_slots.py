@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import errno
-import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +45,17 @@ class _Format(NamedTuple):
 
     def begin(self, buffer: _cpu.Buffer, name: str, /) -> AnyArray:
         return self.given[name] if name in self.given else self.chosen.begin(buffer, name)
+
+
+class _Place(NamedTuple):
+    """Where an array lies: in memory, or in a file."""
+
+    space: str  # "" for memory, or which file
+    begin: int
+    nbytes: int
+    label: str
+    address: int
+    given: str | None = None  # the name of a slot that is given
 
 
 class GivenSlots:
@@ -118,16 +129,27 @@ class GivenSlots:
             _check(found, array, dtypes[name], buffer)
         return given
 
-    def require_apart(self, others: Iterable[tuple[str, int, int]]) -> None:
-        """Raise ValueError if a given array shares memory with another, or with (label, address, bytes) of others."""
-        lying = [(address, nbytes, label, False) for label, address, nbytes in others]
+    def require_apart(self, others: Iterable[tuple[str, int, int]], replaced: Mapping[str, int] | None = None) -> None:
+        """Raise ValueError if a given array shares memory or a part of a file with another one, or with others.
+
+        Args:
+            others: Label, address and bytes of each.
+            replaced: The addresses of slots, by name, whose parts of a file the given ones of these names may have:
+                each element stays where it is.
+        """
+        lying = [_Place("", address, nbytes, label, address) for label, address, nbytes in others]
         for key, given in self.by_key.items():
-            lying += [(a.ctypes.data, a.nbytes, f"{self._labels[key]}[{name!r}]", True) for name, a in given.items()]
-        lying = sorted(each for each in lying if each[1])
-        for before, after in itertools.pairwise(lying):
-            if after[0] < before[0] + before[1] and (before[3] or after[3]):
-                mine, other = (after, before) if after[3] else (before, after)
-                raise ValueError(f"{mine[2]}: shares memory with {other[2]}, expected an array of its own")
+            for name, array in given.items():
+                address, label = array.ctypes.data, f"{self._labels[key]}[{name!r}]"
+                lying.append(_Place("", address, array.nbytes, label, address, name))
+        for mine, other in _overlaps(lying):
+            raise ValueError(f"{mine.label}: shares memory with {other.label}, expected an array of its own")
+        for mine, other in _overlaps(_in_files(lying)):
+            stays = replaced is not None and replaced.get(mine.given or "") == other.address
+            if not (stays and mine.begin == other.begin):
+                raise ValueError(
+                    f"{mine.label}: lies in the same part of a file as {other.label}, expected a file of its own"
+                )
 
     def are_zeros(self, key: Key) -> bool:
         """Whether the moments that are given for a variable are known to be zero, without reading them."""
@@ -176,6 +198,40 @@ def is_a_hole(array: HostArray) -> bool:
     except OSError as error:
         return error.errno == errno.ENXIO  # there is no data
     return len(data) <= _BLOCK and begin + len(data) == end and not any(data)
+
+
+def _overlaps(places: list[_Place]) -> Iterator[tuple[_Place, _Place]]:
+    """Pairs of places that overlap, a given one before another; not all, but some of each group."""
+    furthest = None
+    for place in sorted((each for each in places if each.nbytes), key=lambda each: each[:2]):
+        if furthest is None or furthest.space != place.space or place.begin >= furthest.begin + furthest.nbytes:
+            furthest = place
+            continue
+        if place.given or furthest.given:
+            yield (place, furthest) if place.given else (furthest, place)
+        if place.begin + place.nbytes > furthest.begin + furthest.nbytes:
+            furthest = place
+
+
+def _in_files(places: list[_Place]) -> list[_Place]:
+    """Those that lie in memory maps of files, there; none where the system does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    begins, maps = [], []
+    for line in lines:
+        span, mode, offset, device, inode, *_ = line.split()
+        if mode[3] == "s":  # what is written to it goes to the file
+            begins.append(int(span.split("-")[0], 16))
+            maps.append((int(span.split("-")[1], 16), int(offset, 16), f"{device} {inode}"))
+    found = []
+    for place in places:
+        at = bisect.bisect_right(begins, place.address) - 1
+        if at >= 0 and place.address < maps[at][0]:
+            _, start, file = maps[at]
+            found.append(place._replace(space=file, begin=start + place.address - begins[at]))
+    return found
 
 
 def _check(label: str, array: object, dtype: str, buffer: _cpu.Buffer) -> None:

@@ -57,7 +57,7 @@ class Once:
 
 @pytest.hookimpl(tryfirst=True)  # before markers select
 def pytest_collection_modifyitems(items):
-    """What has to be compiled first is slow; ids are the same in all processes."""
+    """What has to be compiled first and what runs weekly is slow; ids are the same in all processes."""
     for item in items:
         if " at 0x" in item.nodeid:
             raise pytest.UsageError(
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items):
             )
         if COMPILED & set(item.fixturenames):
             item.add_marker("fake_gpu")
-        if item.get_closest_marker("fake_gpu") or item.get_closest_marker("native"):
+        if any(item.get_closest_marker(name) for name in ("fake_gpu", "native", "weekly")):
             item.add_marker("slow")
 
 

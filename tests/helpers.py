@@ -35,6 +35,11 @@ def slow(*values):
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+def weekly(*values):
+    """The same, and left out of ``.ci/run``, where other values make the same check in less time."""
+    return [pytest.param(value, marks=pytest.mark.weekly) for value in values]
+
+
 def run_python(code, **environment):
     kept = {k: v for k, v in os.environ.items() if k not in ("FASTADAM_NUM_THREADS", "FASTADAM_ISA", "OMP_NUM_THREADS")}
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]

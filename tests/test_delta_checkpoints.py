@@ -12,7 +12,7 @@ import pytest
 from cases import bits
 from delta_cases import F32, ROWS, Training, fail_to_save
 from fastadam._core.deferred import history as histories
-from helpers import assert_same, slow
+from helpers import assert_same, slow, weekly
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a gradient for rows that wait:UserWarning")
 OPTIONS = {
@@ -169,7 +169,7 @@ ACTIONS = [
 ]
 
 
-@pytest.mark.parametrize("seed", [0, 1, *slow(*range(2, 40))])
+@pytest.mark.parametrize("seed", [0, 1, *slow(*range(2, 12)), *weekly(*range(12, 40))])
 @pytest.mark.parametrize("mode", ["deferred", "lazy"])
 @pytest.mark.parametrize("accumulates", [None, 3])
 def test_random_programs_of_steps_deltas_merges_and_restarts(accumulates, mode, seed, tmp_path, monkeypatch):

@@ -417,7 +417,7 @@ for stage in (1, 2, 3):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly  # test_readme_torch.py trains with the engine alone
 def test_engines_of_deepspeed_train_and_resume(tmp_path):
     """ZeRO 1 to 3 with offload_optimizer, beside DeepSpeed's own optimizer, which it compiles when it is first used."""
     need("deepspeed", "ninja")

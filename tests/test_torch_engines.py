@@ -173,7 +173,7 @@ def _fresh_dynamo():
         ("eager", {}),
         ("aot_eager", {"amsgrad": True, "weight_decay": 0.1}),
         ("aot_eager", {"lr": torch.tensor(0.01, dtype=torch.float64)}),
-        pytest.param("inductor", {"amsgrad": True, "weight_decay": 0.1}, marks=pytest.mark.slow),
+        pytest.param("inductor", {"amsgrad": True, "weight_decay": 0.1}, marks=pytest.mark.weekly),
     ],
     ids=str,
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fastadam
 import pytest
+from helpers import weekly
 from test_public_surface import EVERY_MODULE, need
 
 PACKAGE = Path(fastadam.__file__).parent
@@ -100,7 +101,7 @@ def check(tool, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["mypy", "pyright"])
+@pytest.mark.parametrize("tool", ["pyright", *weekly("mypy")])
 def test_a_type_checker_finds_mistakes_and_nothing_else(tool, tmp_path):
     found, complaints = check(tool, tmp_path)
     assert complaints == []

@@ -86,3 +86,19 @@ def test_a_factor_that_float32_cannot_hold_is_refused():
     with pytest.raises(ValueError, match=re.escape("grad_factor[0]: infinite in float32, expected a finite number")):
         fastadam.adam_step(w, np.ones(5, F32), np.zeros(5, F32), np.zeros(5, F32), step=1, grad_factor=1e308)
     assert w.tolist() == [1] * 5
+
+
+@pytest.mark.slow
+def test_a_step_of_many_elements_has_the_bits_of_steps_of_pieces(isa):
+    """Large ones prefetch, in blocks of their own."""
+    size, piece = 2**22 + 1000, 1000
+    gradient = np.random.RandomState(0).standard_normal(size).astype(np.float32)
+    arrays = [np.ones(size, np.float32), *(np.zeros(size, np.float32) for _ in range(2))]
+    pieces = [array.copy() for array in arrays]
+    for step in (1, 2):
+        fastadam.adam_step(arrays[0], gradient, *arrays[1:], step=step)
+        for at in range(0, size, piece):
+            part = slice(at, at + piece)
+            fastadam.adam_step(pieces[0][part], gradient[part], *(array[part] for array in pieces[1:]), step=step)
+    for whole, found in zip(arrays, pieces, strict=True):
+        np.testing.assert_array_equal(whole.view(np.uint32), found.view(np.uint32))

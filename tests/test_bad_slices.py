@@ -79,3 +79,50 @@ def test_a_step_refused_for_an_index_makes_no_slot(amsgrad_later):
 def test_a_dense_shape_that_is_none(dense_shape):
     with pytest.raises(TypeError, match="dense_shape: .*, expected the shape of the variable"):
         IndexedSlices(np.ones((1, 2)), [0], dense_shape)
+
+
+@pytest.mark.parametrize("place", [-1, 32768, 20000])
+def test_a_bad_index_is_found_wherever_it_is(place):
+    """Many are checked in blocks."""
+    table, indices = np.ones((100, 4), F32), np.zeros(40_000, np.int64)
+    indices[place] = 100
+    place %= len(indices)
+    slices = IndexedSlices(np.ones((len(indices), 4), F32), indices)
+    with pytest.raises(ValueError, match=rf"indices\[{place}\]: 100 is not a row of vars\[0\]"):
+        fastadam.Adam(0.1, sparse_update="lazy").apply_gradients([(slices, table)])
+    assert (table == 1).all()
+
+
+def test_a_mask_of_integers_is_refused():
+    """Not silently left out."""
+    table, indices = np.ones((5, 4), F32), np.ma.array([1, 2], mask=[True, False])
+    optimizer = fastadam.Adam(0.1, sparse_update="deferred")
+    optimizer.apply_gradients([(IndexedSlices(np.ones((1, 4), F32), [0]), table)])
+    calls = [
+        ("indices", lambda: IndexedSlices(np.ones((2, 4), F32), indices)),
+        ("indices", lambda: optimizer.gather(table, indices)),
+        ("rows", lambda: optimizer.reset(table, indices)),
+    ]
+    for name, call in calls:
+        with pytest.raises(TypeError, match=f"{name}: a masked array, whose mask is not used, expected integers"):
+            call()
+    plain = np.ma.array([1, 2])  # nothing is masked
+    assert optimizer.gather(table, plain).shape == (2, 4)
+
+
+def test_values_that_grow_into_the_variable_are_refused():
+    """From the address at which those of the steps before were apart from it."""
+    memory = np.ones(4096, F32)
+    table = memory[64:104].reshape(10, 4)
+    optimizer = fastadam.Adam(0.1, sparse_update="lazy")
+
+    def step(count):
+        values = memory[32 : 32 + 4 * count].reshape(count, 4)
+        optimizer.apply_gradients([(IndexedSlices(values, np.arange(count)), table)])
+
+    step(2)
+    step(2)
+    before = memory.copy()
+    with pytest.raises(ValueError, match="shares memory with"):
+        step(10)
+    np.testing.assert_array_equal(memory, before)

@@ -477,3 +477,45 @@ def test_the_rows_of_a_gradient_are_read_once_while_deltas_follow(accumulates, m
     fastadam.Adam.load(tmp_path / "base", [other], deltas=[tmp_path / "delta"])
     optimizer.sync()
     np.testing.assert_array_equal(other, table)
+
+
+@pytest.mark.parametrize("what", ["save", "save_delta"])
+def test_a_step_that_a_callable_makes_while_a_file_is_written_is_in_it(what, tmp_path):
+    """``get_config`` calls hyperparameters: what they change is there before the state is looked at."""
+    table = np.ones((6, 4), F32)
+    optimizer = fastadam.Adam(0.1, sparse_update="deferred")
+
+    def step(*ids):
+        slices = fastadam.IndexedSlices(np.ones((len(ids), 4), F32), np.array(ids))
+        optimizer.apply_gradients([(slices, table)])
+
+    made = []
+
+    def rate():
+        if not made:
+            made.append(True)
+            step(5)
+        return 0.1
+
+    step(1, 2)
+    base, deltas = tmp_path / "base", [tmp_path / "1", tmp_path / "2"]
+    if what == "save_delta":
+        optimizer.save(base, values=True)
+    step(0, 5)
+    optimizer.learning_rate = rate
+    made.clear()
+    if what == "save_delta":
+        optimizer.save_delta(deltas[0])
+    else:
+        optimizer.save(base, values=True)
+        optimizer.save_delta(deltas[0])
+    assert made
+    optimizer.learning_rate = 0.1
+    step(1)
+    optimizer.save_delta(deltas[1])
+    found = np.zeros_like(table)
+    loaded = fastadam.Adam.load(base, [found], deltas=deltas)
+    for each in (optimizer, loaded):
+        each.sync()
+    np.testing.assert_array_equal(found, table)
+    assert_same(loaded.get_weights(), optimizer.get_weights())

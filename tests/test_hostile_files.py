@@ -316,3 +316,33 @@ def test_a_file_of_adamw_without_its_weight_decay_is_refused(tmp_path):
     rewrite(tmp_path / "opt", lambda header: header["config"].pop("weight_decay"))
     with pytest.raises(ValueError, match=re.escape("'config' without ['weight_decay'], expected every hyperparameter")):
         fastadam.AdamW.load(tmp_path / "opt", [w])
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_loaded_whole(tmp_path, monkeypatch):
+    """It is opened twice, once by safetensors: header and tensors must be of one file."""
+    for name, value in (("old", 1.0), ("new", 2.0)):
+        w = np.full((2, 3), value, F32)
+        optimizer = fastadam.Adam(0.1)
+        optimizer.apply_gradients([(w.copy(), w)])
+        optimizer.save(tmp_path / name, values=True)
+    expected = optimizer.get_weights()
+    real, replaced = safetensors.safe_open, []
+
+    def replace_and_open(*arguments, **named):
+        if not replaced:
+            replaced.append((tmp_path / "new").replace(tmp_path / "old"))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(safetensors, "safe_open", replace_and_open)
+    w = np.zeros((2, 3), F32)
+    assert_same(fastadam.Adam.load(tmp_path / "old", [w]).get_weights(), expected)
+    assert replaced
+
+
+@pytest.mark.parametrize("call", ["save", "load"])
+def test_a_name_that_no_file_can_have(call):
+    optimizer, w = fastadam.Adam(0.1), np.ones(2, F32)
+    optimizer.build([w])
+    calls = {"save": lambda name: optimizer.save(name), "load": lambda name: fastadam.Adam.load(name, [w])}
+    with pytest.raises(ValueError, match=r"^path: '\\ud800', expected characters that the name of a file can have"):
+        calls[call]("\ud800")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gpu import skip_or_fail
-from helpers import run_python
+from helpers import run_python, weekly
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
@@ -29,8 +29,7 @@ TESTS = Path(__file__).parent
         ["test_jax_adam.py", "-k", "not trajectory and not chain"],
         ["test_jax_refusals.py"],
         ["test_jax_sparse.py"],
-        ["test_jax_sharded.py", "-k", "table"],
-        ["test_jax_ffi.py", "-k", "not threads and not scan"],
+        *weekly(["test_jax_sharded.py", "-k", "table"], ["test_jax_ffi.py", "-k", "not threads and not scan"]),
     ],
     ids=lambda chosen: chosen[0],
 )

@@ -58,6 +58,7 @@ def test_what_is_found_is_what_re_finds(pattern, text):
         ("(a)?(?(1)b|c)", "has a backreference, conditional or atomic group, expected a pattern that"),
         ("(?x)a b", "has the flag x, expected a pattern that"),
         ("a" * 3000, "has more than 2000 states, expected a pattern that"),
+        ("(?=(a?){200}b)c", "has more than 100 states in parts that look ahead or behind, expected a pattern that"),
         ("((a{9}){9}){99}", "has more than 2000 states, expected a pattern that"),
         ("(" * 5000 + ")" * 5000, "expected a pattern (its groups are nested too deeply)"),
         ("(" * 2000 + ")" * 2000, "expected a pattern (its groups are nested too deeply)"),

@@ -93,13 +93,15 @@ def test_none_can_be_called_in_the_middle_of_something(call, when):
     calls[call]()
 
 
-@pytest.mark.parametrize("call", ["resize", "forget", "reset"])
+@pytest.mark.parametrize("call", ["resize", "forget", "reset", "averages", "begin_step"])
 def test_code_that_a_step_runs_cannot_call_them(call):
     table = ones(4, 2)
     calls = {
         "resize": lambda o: o.resize(table, ones(5, 2)),
         "forget": lambda o: o.forget(table),
         "reset": lambda o: o.reset(),
+        "averages": lambda o: o.averages([table]).__enter__(),
+        "begin_step": lambda o: o.begin_step(),
     }
 
     def rate():
@@ -107,7 +109,7 @@ def test_code_that_a_step_runs_cannot_call_them(call):
             calls[call](optimizer)
         return 0.1
 
-    optimizer = fastadam.Adam(rate)
+    optimizer = fastadam.Adam(rate, use_ema=True)
     step_by_half(optimizer, table)
     with pytest.raises(RuntimeError, match=f"^{call}: called by code that a step runs"):
         step_by_half(optimizer, table)

@@ -319,4 +319,6 @@ if __name__ == "__main__":
         __doc__, 2000, libraries={"nargs": "*", "choices": list(WORLDS), "help": "default: those that are installed"}
     )
     installed = [name for name, (*_, needs) in WORLDS.items() if all(map(importlib.util.find_spec, needs))]
+    if missing := sorted({*(given.libraries or ())} - {*installed}):
+        raise SystemExit(f"skipped: {' and '.join(missing)} not installed (.ci/install installs all)")
     children.run("bad_calls", Numbered(given.libraries or installed), given)

@@ -50,6 +50,7 @@ def swapped(
     def prepare() -> tuple[_Copies, tuple[_Writes, _Writes] | None]:
         if parts.runtime.has_swapped_averages:
             raise RuntimeError("averages: they are in the variables already, expected one block with all variables")
+        parts.runtime.require_between_steps("averages")
         return _planned(*find())
 
     return _cpu.SwappedValues(parts.runtime, prepare, _write, parts.runtime.has_swapped_averages)

@@ -100,7 +100,7 @@ def begin(
     """Begin a step, or raise why not; ``loss_scale``: a dynamic one, with which gradients must be finite."""
     runtime, options = stepper.runtime, stepper.options
     with runtime.lock:
-        runtime.require_closed("begin_step")
+        runtime.require_between_steps("begin_step")
         refuse_while_swapped(stepper.parts, "begin_step")
         refused = {
             "gradient_accumulation_steps": options.accumulation is not None,

@@ -285,11 +285,8 @@ def _starts_of(parts: Parts, entry: Entry, ids: npt.NDArray[np.integer] | None) 
 
 
 def _require_between_steps(parts: Parts, call: str) -> None:
-    runtime = parts.runtime
-    runtime.require_closed(call)
+    parts.runtime.require_between_steps(call)
     refuse_while_swapped(parts, call)
-    if runtime.step_lock.locked():
-        raise RuntimeError(f"{call}: called by code that a step runs, expected between steps")
     parts.tables.raise_late(wait=True)
 
 

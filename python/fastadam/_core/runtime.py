@@ -138,6 +138,12 @@ class Runtime:
         if self.open is not None and self.open.is_open:
             raise RuntimeError(f"{what}: a step is open, expected end_step() or abort_step() first")
 
+    def require_between_steps(self, what: str) -> None:
+        """The same, and raise in code that a step runs; to be called under ``lock``."""
+        self.require_closed(what)
+        if self.step_lock.locked():
+            raise RuntimeError(f"{what}: called by code that a step runs, expected between steps")
+
     def forget_closed(self) -> None:
         """Let go of a step that is over, and of its gradients."""
         if self.open is not None and not self.open.is_open:

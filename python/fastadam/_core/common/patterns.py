@@ -2,8 +2,8 @@
 
 The syntax is that of ``re``, which takes exponential time for patterns such as ``(a+)+$``. Here a pattern is a
 nondeterministic automaton, whose possible states are followed through the text together (Thompson, "Regular expression
-search algorithm", CACM 1968): the time is at most proportional to the states times the square of the text's length.
-Single characters and anchors are left to ``re``.
+search algorithm", CACM 1968): the time is at most proportional to the states times the text's length, and to its square
+for the states of parts that look ahead or behind, which are few. Single characters and anchors are left to ``re``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastadam._core.common.checks import shown
 __all__ = ["check_pattern", "found"]
 
 _MOST_STATES = 2000
+_LOOKING_COUNTS_AS = 20  # states, for one of a part that looks ahead or behind
 
 
 def check_pattern(pattern: object) -> None:
@@ -125,7 +126,7 @@ class _Parser:
     """Reads a pattern that ``re`` has found good."""
 
     def __init__(self, pattern: str) -> None:
-        self._pattern, self._at, self._count = pattern, 0, 0
+        self._pattern, self._at, self._count, self._weight = pattern, 0, 0, 1
 
     def alternatives(self, flags: re.RegexFlag) -> Build:
         """``a|b|c``, to the end or to a closing parenthesis."""
@@ -203,7 +204,9 @@ class _Parser:
         if self._match(r"\(\?\(|\(\?P=|\(\?>"):
             raise _UnsupportedError("a backreference, conditional or atomic group")
         if look := self._match(r"\(\?(<?)([=!])"):
+            weight, self._weight = self._weight, _LOOKING_COUNTS_AS
             start = self._inside(flags)(_State(is_end=True))
+            self._weight = weight
             expected, ahead = look[2] == "=", not look[1]
             return lambda after: self._state(
                 next=[after], holds=lambda run, at: run.looks(start, at, ahead=ahead) is expected
@@ -224,9 +227,10 @@ class _Parser:
         reads: re.Pattern[str] | None = None,
         holds: Callable[[_Run, int], bool] | None = None,
     ) -> _State:
-        self._count += 1
+        self._count += self._weight
         if self._count > _MOST_STATES:
-            raise _UnsupportedError(f"more than {_MOST_STATES} states")
+            where = " in parts that look ahead or behind" if self._weight > 1 else ""
+            raise _UnsupportedError(f"more than {_MOST_STATES // self._weight} states{where}")
         return _State(next or [], reads, holds)
 
     def _match(self, expression: str) -> re.Match[str] | None:

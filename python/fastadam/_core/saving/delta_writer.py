@@ -30,6 +30,7 @@ def save_delta(optimizer: Foreign, path: str | os.PathLike[str], loss_scale: Con
     options, state, runtime, tables = parts
     with runtime.lock:
         refuse_while_swapped(parts, "save_delta")
+        config = optimizer.get_config()
         chain = runtime.chain
         if chain is None:
             raise ValueError(
@@ -46,7 +47,7 @@ def save_delta(optimizer: Foreign, path: str | os.PathLike[str], loss_scale: Con
         changed = [part._replace(accumulated=rows) for part, rows in zip(changed, accumulated, strict=True)]
         tables_in = {str(i): part.record for i, part in enumerate(changed) if part.rows is not None}
         description = {
-            **description_of(optimizer, entries),
+            **description_of(optimizer, config, entries),
             "loss_scale": loss_scale,
             "values": True,
             "chain": {**link._asdict(), "previous": chain.link.id},

@@ -22,8 +22,12 @@ from fastadam._core.state.state import State
 __all__ = ["accumulated_rows_of", "description_of", "entries_of", "text_of"]
 
 
-def description_of(optimizer: Foreign, entries: Sequence[Entry]) -> Config:
-    """All but the checksums and what belongs to one kind of file."""
+def description_of(optimizer: Foreign, config: Config, entries: Sequence[Entry]) -> Config:
+    """All but the checksums and what belongs to one kind of file.
+
+    ``config`` is what ``get_config`` returned before the state was looked at: it calls callable hyperparameters, and
+    these may make a step.
+    """
     options, state, _, _ = parts_of(optimizer)
     store = state.slots
     if callable(options.small.float32_for):
@@ -41,7 +45,7 @@ def description_of(optimizer: Foreign, entries: Sequence[Entry]) -> Config:
     return {
         "version": VERSION,
         "optimizer": type(optimizer).__name__,
-        "config": optimizer.get_config(),
+        "config": config,
         "variables": [entry.spec._asdict() for entry in entries],
         "excluded": _excluded(options.exclusions, entries),
         "sparse": [i for i, entry in enumerate(entries) if entry.history or options.sparse_update == "lazy"],

@@ -85,6 +85,10 @@ def path_of(path: str | os.PathLike[str], argument: str = "path") -> str:
         name = os.fsdecode(path)
     except TypeError as error:
         raise TypeError(f"{argument}: {type(path).__name__}, expected a string or a path") from error
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise ValueError(f"{argument}: {name!r:.200}, expected characters that the name of a file can have") from None
     if not name or "\0" in name:
         raise ValueError(
             f"{argument}: {name!r:.200}, expected the name of a file" + (", without null characters" * bool(name))

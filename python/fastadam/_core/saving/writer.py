@@ -46,11 +46,12 @@ def save_optimizer(
     with runtime.lock:
         if has_values:
             refuse_while_swapped(parts_of(optimizer), "save(values=True)")
+        config = optimizer.get_config()
         entries = entries_of(state.slots, selection)
         buffers = known_buffers(state.slots, entries) if has_values else [None] * len(entries)
         tables.settle()
         slots = [{at: (slot, state.slots.arrays[at]) for slot, at in entry.slots.items()} for entry in entries]
-        description = {**description_of(optimizer, entries), "loss_scale": loss_scale, "values": has_values}
+        description = {**description_of(optimizer, config, entries), "loss_scale": loss_scale, "values": has_values}
         link = Link.new()
         if has_values:
             description["chain"] = {**link._asdict(), "previous": None}

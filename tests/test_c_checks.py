@@ -259,6 +259,43 @@ def test_sums_of_rows_need_memory_of_their_own(library):
         case.refuses(lambda to=pointers: library.fastadam_sum_rows(case.listed, to.ctypes.data), f"sums[0]: {reason}")
 
 
+@pytest.mark.parametrize("written", ["var", "m", "v"])
+@pytest.mark.parametrize("name", ["rows", "starts", "order"])
+def test_arrays_of_rows_lie_in_nothing_that_a_step_writes(library, name, written):
+    """A step would read its own results as positions."""
+    case = Case(library, "float64")
+    rows = rows_of([0, 2], 4)
+    bytes_of = {"rows": 8, "starts": 16, "order": 16}[name]
+    place = case.arrays[written].ctypes.data + 8
+    ctypes.memmove(place, getattr(rows, name), bytes_of)
+    setattr(rows, name, place)
+    case.tensor.rows, case.tensor.grad_size = ctypes.addressof(rows), SIZE
+    case.tensor.vhat = case.tensor.average = None
+    case.refuses(case.step, f"tensors[0].rows->{name}: shares memory with {written}, expected its own")
+
+
+@pytest.mark.parametrize("name", ["rows", "starts", "order"])
+def test_sums_lie_in_no_array_of_rows(library, name):
+    case = Case(library)
+    rows = rows_of([0, 2], 4)
+    case.tensor.rows, case.tensor.grad_size = ctypes.addressof(rows), SIZE
+    pointers = np.array([getattr(rows, name)], np.uint64)
+    text = f"sums[0]: shares memory with rows->{name}, expected its own"
+    case.refuses(lambda: library.fastadam_sum_rows(case.listed, pointers.ctypes.data), text)
+
+
+@pytest.mark.parametrize(("offset", "reason"), [(0, "shares memory with var, expected its own"), (4, "misaligned")])
+def test_telemetry_has_memory_of_its_own(library, offset, reason):
+    case = Case(library)
+    case.arrays["var"] = memory = np.ones(256, np.float32)
+    case.tensor.var = memory.ctypes.data
+    case.tensor.size = case.tensor.grad_size = SIZE
+    case.tensor.telemetry = memory.ctypes.data + offset
+    assert case.step() == INVALID
+    assert library.fastadam_error().decode().startswith(f"tensors[0].telemetry: {reason}")
+    assert (memory == 1).all()
+
+
 @pytest.mark.parametrize("count", [-1, 1025, 65536, 2**31 - 1])
 def test_the_number_of_threads_has_a_limit(library, count):
     assert library.fastadam_set_num_threads(count) == INVALID

@@ -120,6 +120,7 @@ class TensorCheck {
     if (t_.telemetry != nullptr && t_.rows != nullptr) {
       refuse("telemetry", "not null, expected null with a sparse gradient");
     }
+    if (t_.telemetry != nullptr) require(t_.telemetry, alignof(fastadam_telemetry), 1, "telemetry");
     if (hyper.zero_gradients && t_.rows != nullptr) {
       refuse("rows", "not null, expected null with zero_gradients");
     }
@@ -132,7 +133,8 @@ class TensorCheck {
                  {"v_scales", t_.v_scales, has_codes() ? code_blocks(t_.size) : 0},
                  {"low", t_.low, t_.size * 2},
                  {"average", t_.average, t_.size * size_of(wide)},
-                 {"copy", t_.copy, t_.size * size_of(t_.copy_dtype)}});
+                 {"copy", t_.copy, t_.size * size_of(t_.copy_dtype)},
+                 {"telemetry", t_.telemetry, static_cast<int64_t>(sizeof(fastadam_telemetry))}});
   }
 
   void check_accumulate() const {
@@ -172,8 +174,11 @@ class TensorCheck {
                                   (dtype == FASTADAM_FLOAT64 ? "float64" : "float32"));
     }
     const Array written{"", sums, t_.rows->count * t_.rows->width * size_of(dtype)};
-    if (!written.overlaps(gradient())) return;
-    throw std::invalid_argument("sums[" + std::to_string(place_) + "]: shares memory with grad, expected its own");
+    for (const Array& read : {gradient(), rows(), starts(), order()}) {
+      if (!written.overlaps(read)) continue;
+      throw std::invalid_argument("sums[" + std::to_string(place_) + "]: shares memory with " + read.name +
+                                  ", expected its own");
+    }
   }
 
   [[noreturn]] void refuse_dtype(const char* name, DType dtype) const {
@@ -199,13 +204,31 @@ class TensorCheck {
     }
   };
 
+  static constexpr int64_t kIndexBytes = sizeof(int64_t);
+
   Array gradient() const { return {"grad", t_.grad, t_.grad_size * size_of(t_.grad_dtype)}; }
 
-  // Raises if arrays that are written share memory with each other or with the gradient.
+  // The arrays of the rows; empty without rows whose arrays may be read.
+  Array rows() const { return {"rows->rows", has_rows() ? t_.rows->rows : nullptr, row_count() * kIndexBytes}; }
+  Array starts() const {
+    return {"rows->starts", has_rows() ? t_.rows->starts : nullptr, (row_count() + 1) * kIndexBytes};
+  }
+  Array order() const {
+    if (!has_rows()) return {"rows->order", nullptr, 0};
+    return {"rows->order", t_.rows->order, t_.rows->starts[t_.rows->count] * kIndexBytes};
+  }
+  bool has_rows() const {
+    return t_.rows != nullptr && row_checks_ == RowChecks::kAll && t_.rows->count > 0 && t_.rows->width > 0;
+  }
+  int64_t row_count() const { return has_rows() ? t_.rows->count : 0; }
+
+  // Raises if arrays that are written share memory with each other, with the gradient or with its rows.
   void check_apart(std::initializer_list<Array> written) const {
     for (const Array* array = written.begin(); array != written.end(); ++array) {
       for (const Array* before = written.begin(); before != array; ++before) refuse_overlap(*array, *before);
       refuse_overlap(gradient(), *array);
+      if (!has_rows()) continue;
+      for (const Array& read : {rows(), starts(), order()}) refuse_overlap(read, *array);
     }
   }
 

@@ -154,6 +154,8 @@ def mutated(rng, data, others):
     kinds = [
         flip,
         flip,
+        tensor,
+        tensor,
         cut,
         fill,
         move,
@@ -172,7 +174,17 @@ def mutated(rng, data, others):
 
 
 def flip(rng, data):
-    data, bits = bytearray(data), rng.integers(len(data) * 8, size=rng.integers(1, 5))
+    return flipped(data, rng.integers(len(data) * 8, size=rng.integers(1, 5)))
+
+
+def tensor(rng, data):
+    """The header stays good: only checksums can tell."""
+    begin = 8 * (8 + struct.unpack("<Q", data[:8])[0])
+    return flipped(data, rng.integers(begin, len(data) * 8, size=rng.integers(1, 5)))
+
+
+def flipped(data, bits):
+    data = bytearray(data)
     for bit in bits:
         data[bit // 8] ^= 1 << (bit % 8)
     return f"bits {bits.tolist()}", bytes(data)

@@ -30,6 +30,11 @@ class Program:
         self.told = []
         self.options = Options(rng)
         rows, width = int(rng.integers(2, 40)), int(rng.choice([1, 2, 3, 5, 17, 130]))
+        if rng.random() < 0.1:
+            rows, width = (
+                int(rng.integers(2049, 4000)),
+                int(rng.choice([1, 3])),
+            )  # row numbers of two digits for the sort
         shapes = [(rows, width), (int(rng.integers(1, 9)),), (2, 3)][: int(rng.integers(1, 4))]
         self.variables = [self.random(shape) for shape in shapes]
         self.reference = Reference(self.options, self.variables)
@@ -68,7 +73,8 @@ class Program:
         for place, w in enumerate(self.variables):
             roll = self.rng.random()
             if place == 0 and roll < 0.7:
-                indices = self.rng.integers(len(w), size=self.rng.integers(0, 8))
+                count = self.rng.integers(0, 8) if self.rng.random() < 0.9 else self.rng.integers(65, 400)
+                indices = self.rng.integers(len(w), size=count)
                 gradients[place] = self.random((len(indices), w.shape[1])), indices
                 pairs.append((self.fastadam.IndexedSlices(*gradients[place]), w))
             elif roll < 0.85:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import functools
 import gc
@@ -17,33 +16,16 @@ import pytest
 from helpers import bits, slow, weekly
 
 
-class Places:
-    """Counts the places of one call. The third turn of a loop is where the second was, called from the same lines."""
-
-    def __init__(self):
-        self.turns = collections.Counter()
-        self.count = itertools.count()
-
-    def reach(self, frame, event):
-        """The number of this place, or None for one like those before."""
-        stack = [event]
-        while frame is not None and frame.f_code is not interrupted.__code__:
-            stack.append((frame.f_code, frame.f_lineno))
-            frame = frame.f_back
-        self.turns[stack := tuple(stack)] += 1
-        return next(self.count) if self.turns[stack] <= 2 else None
-
-
 def at_a_line(place):
     """A trace function that raises KeyboardInterrupt at one line of the package, and what says whether it did."""
-    places, raised = Places(), []
+    lines, raised = itertools.count(), []
 
     def trace(frame, event, _argument):
         if "fastadam" not in frame.f_code.co_filename:
             return None
         if event != "line" or raised or is_safe(frame.f_code.co_filename, frame.f_lineno):
             return trace
-        if places.reach(frame, event) == place:
+        if next(lines) == place:
             raised.append(place)
             raise KeyboardInterrupt
         return trace
@@ -63,11 +45,11 @@ def is_safe(file, number):
 
 def at_a_call(place):
     """The same before the first instruction of one function, or after a native call: there CPython runs handlers."""
-    places, raised = Places(), []
+    calls, raised = itertools.count(), []
 
     def profile(frame, event, _argument):
         is_ours = any(part in frame.f_code.co_filename for part in ("fastadam", "contextlib"))
-        if event in ("call", "c_return") and is_ours and not raised and places.reach(frame, event) == place:
+        if event in ("call", "c_return") and is_ours and not raised and next(calls) == place:
             raised.append(place)
             sys.setprofile(None)
             raise KeyboardInterrupt

@@ -27,7 +27,7 @@ def closing_line(*command):
 
 @pytest.mark.parametrize(
     ("library", "count", "frameworks"),
-    [("core", 1000, []), ("torch", 400, ["torch"]), ("jax", 150, ["jax", "optax"]), ("keras", 200, ["keras", "jax"])],
+    [("core", 2000, []), ("torch", 400, ["torch"]), ("jax", 150, ["jax", "optax"]), ("keras", 200, ["keras", "jax"])],
 )
 def test_bad_calls_are_refused(library, count, frameworks, monkeypatch):
     need(*frameworks)

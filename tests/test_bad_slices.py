@@ -104,10 +104,8 @@ def test_a_mask_of_integers_is_refused():
         ("rows", lambda: optimizer.reset(table, indices)),
     ]
     for name, call in calls:
-        with pytest.raises(TypeError, match=f"{name}: a masked array, whose mask is not used, expected integers"):
+        with pytest.raises(TypeError, match=f"^{name}: masked array, whose mask Adam cannot honour; pass its "):
             call()
-    plain = np.ma.array([1, 2])  # nothing is masked
-    assert optimizer.gather(table, plain).shape == (2, 4)
 
 
 def test_values_that_grow_into_the_variable_are_refused():

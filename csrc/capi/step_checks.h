@@ -2,6 +2,7 @@
 // Checks of a step. Python turns std::invalid_argument into ValueError.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <initializer_list>
 #include <limits>
@@ -174,7 +175,7 @@ class TensorCheck {
                                   (dtype == FASTADAM_FLOAT64 ? "float64" : "float32"));
     }
     const Array written{"", sums, t_.rows->count * t_.rows->width * size_of(dtype)};
-    for (const Array& read : {gradient(), rows(), starts(), order()}) {
+    for (const Array& read : arrays_read()) {
       if (!written.overlaps(read)) continue;
       throw std::invalid_argument("sums[" + std::to_string(place_) + "]: shares memory with " + read.name +
                                   ", expected its own");
@@ -191,9 +192,9 @@ class TensorCheck {
 
  private:
   struct Array {
-    const char* name;
-    const void* data;
-    int64_t bytes;
+    const char* name = "";
+    const void* data = nullptr;
+    int64_t bytes = 0;
 
     bool overlaps(const Array& other) const {
       const auto begin = reinterpret_cast<uintptr_t>(data);
@@ -204,31 +205,26 @@ class TensorCheck {
     }
   };
 
-  static constexpr int64_t kIndexBytes = sizeof(int64_t);
-
-  Array gradient() const { return {"grad", t_.grad, t_.grad_size * size_of(t_.grad_dtype)}; }
-
-  // The arrays of the rows; empty without rows whose arrays may be read.
-  Array rows() const { return {"rows->rows", has_rows() ? t_.rows->rows : nullptr, row_count() * kIndexBytes}; }
-  Array starts() const {
-    return {"rows->starts", has_rows() ? t_.rows->starts : nullptr, (row_count() + 1) * kIndexBytes};
+  // The gradient and, if their arrays may be read, its rows.
+  std::array<Array, 4> arrays_read() const {
+    std::array<Array, 4> arrays{{{"grad", t_.grad, t_.grad_size * size_of(t_.grad_dtype)}}};
+    if (t_.rows == nullptr || row_checks_ == RowChecks::kShape || t_.rows->count == 0 || t_.rows->width == 0) {
+      return arrays;
+    }
+    const Rows& rows = *t_.rows;
+    const int64_t item = sizeof(int64_t);
+    arrays[1] = {"rows->rows", rows.rows, rows.count * item};
+    arrays[2] = {"rows->starts", rows.starts, (rows.count + 1) * item};
+    arrays[3] = {"rows->order", rows.order, rows.starts[rows.count] * item};
+    return arrays;
   }
-  Array order() const {
-    if (!has_rows()) return {"rows->order", nullptr, 0};
-    return {"rows->order", t_.rows->order, t_.rows->starts[t_.rows->count] * kIndexBytes};
-  }
-  bool has_rows() const {
-    return t_.rows != nullptr && row_checks_ == RowChecks::kAll && t_.rows->count > 0 && t_.rows->width > 0;
-  }
-  int64_t row_count() const { return has_rows() ? t_.rows->count : 0; }
 
-  // Raises if arrays that are written share memory with each other, with the gradient or with its rows.
+  // Raises if arrays that are written share memory with each other or with what is read.
   void check_apart(std::initializer_list<Array> written) const {
+    const std::array<Array, 4> read = arrays_read();
     for (const Array* array = written.begin(); array != written.end(); ++array) {
       for (const Array* before = written.begin(); before != array; ++before) refuse_overlap(*array, *before);
-      refuse_overlap(gradient(), *array);
-      if (!has_rows()) continue;
-      for (const Array& read : {rows(), starts(), order()}) refuse_overlap(read, *array);
+      for (const Array& each : read) refuse_overlap(each, *array);
     }
   }
 

@@ -136,12 +136,11 @@ def as_integers(name: str, values: ArrayLike) -> HostArray:
     """In int32 or int64, as the kernels read them."""
     try:
         array = np.asarray(values)
-        is_masked = isinstance(values, np.ma.MaskedArray) and bool(np.ma.getmaskarray(values).any())
     except (MemoryError, OverflowError, RecursionError, TypeError, ValueError) as error:
         why = str(error) or type(error).__name__
         raise TypeError(f"{name}: {type(values).__name__} that is not an array of integers ({why})") from error
-    if is_masked:
-        raise TypeError(f"{name}: a masked array, whose mask is not used, expected integers: {name}.compressed()")
+    if isinstance(values, np.ma.MaskedArray):  # as the native code refuses one of numbers
+        raise TypeError(f"{name}: masked array, whose mask Adam cannot honour; pass its .data or .compressed()")
     if array.size == 0 and not isinstance(values, np.ndarray):
         array = array.astype(np.int64)  # an empty list has no dtype
     if array.dtype.kind not in "iu":

@@ -10,6 +10,7 @@ Needs 12 bytes of disk, and 24 of memory, for each element of the table.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -24,8 +25,9 @@ def _arrays(place: str, shape: tuple[int, int]) -> list[np.ndarray]:
     """The table, resident, or table, m and v in files of holes, which have no name any more and go with the process."""
     if place == "memory":
         return [np.ones(shape, np.float32)]
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        return [np.memmap(Path(folder) / name, np.float32, "w+", shape=shape) for name in ("table", "m", "v")]
+    with contextlib.ExitStack() as names:
+        files = [names.enter_context(tempfile.NamedTemporaryFile(dir=".")) for _ in range(3)]
+        return [np.memmap(file.name, np.float32, "w+", shape=shape) for file in files]
 
 
 def _begin(sizes, place, mode):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastadam._core.averages import refuse_while_swapped
-from fastadam._core.native.arrays import assign, copy_beside, to_host, zeros_like_variable
+from fastadam._core.native.arrays import assign, copy_beside, expect_random_rows, to_host, zeros_like_variable
 from fastadam._core.native.backend import _cpu
 from fastadam._core.native.buffers import buffer_of, key_of
 from fastadam._core.native.gradients import bfloat16_to_float32
@@ -49,8 +49,8 @@ def resize(
         entry, known = _known(parts, old, "old")
         buffer = _replacement(parts, new, known)
         row_map = RowMap.of(rows, _rows_of(known), _rows_of(buffer), known.label)
-        history = _moved_history(entry, known, buffer, row_map)
         given = {} if slots is None else _given(parts, slots, buffer, entry if row_map.keeps_places else None)
+        history = _moved_history(entry, known, buffer, row_map, given.get("m"))
         draft = state.slots.draft()
         draft.make_way(entry)
         draft.require_new_memory(buffer)
@@ -65,6 +65,8 @@ def resize(
         runtime.let_go(key)
         if key != key_of(buffer):
             runtime.replacements.note_resized(known)
+        if history is not None and buffer.device < 0:
+            expect_random_rows(buffer.array(), small_pages=False)  # rows are read before the next step would do this
         if options.max_staleness is not None:
             tables.catch_up(buffer)
 
@@ -140,7 +142,9 @@ def _moved(
     return arrays
 
 
-def _moved_history(entry: Entry, known: _cpu.Buffer, buffer: _cpu.Buffer, row_map: RowMap) -> History | None:
+def _moved_history(
+    entry: Entry, known: _cpu.Buffer, buffer: _cpu.Buffer, row_map: RowMap, moment: HostArray | None
+) -> History | None:
     """The history of a deferred table for the array that replaces it: rows that wait go on waiting."""
     history = entry.history
     if history is None:
@@ -160,7 +164,7 @@ def _moved_history(entry: Entry, known: _cpu.Buffer, buffer: _cpu.Buffer, row_ma
             f"{buffer.label}: row {row} is not the one of {known.label} as it is now, so that steps of it may be "
             "missing; expected the values to be copied right before the call, and changed after it"
         )
-    moved = history.moved(buffer, row_map)
+    moved = history.moved(buffer, row_map, moment)
     moved.sharing = history.sharing if is_shared else None
     return moved
 

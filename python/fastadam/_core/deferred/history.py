@@ -66,14 +66,19 @@ class History:
         self._plan: Plan | None = None  # brings rows up to date
 
     @classmethod
-    def of(cls, buffer: _cpu.Buffer, numbers: Numbers, exact: bool, doubt: Doubt) -> History:
+    def of(
+        cls, buffer: _cpu.Buffer, numbers: Numbers, exact: bool, doubt: Doubt, moment: AnyArray | None = None
+    ) -> History:
         """The history of a table whose rows are all up to date; a float64 table is always exact.
 
-        ``doubt``: whether its moments are zero.
+        ``doubt``: whether its moments are zero. ``moment``: one of them; of a file, the counters of rows are in one.
         """
-        rates = Rates.zeros(untouched_zeros(buffer.shape[:1], np.int32), buffer.state_dtype, _FIRST_ROOM)
+        rows = buffer.shape[:1]
+        rates = Rates.zeros(untouched_zeros(rows, np.int32, near=moment), buffer.state_dtype, _FIRST_ROOM)
         rates.counts[3] = doubt
-        return cls(rates, numbers, buffer.shape, exact or buffer.state_dtype == "float64").placed(buffer)
+        flags = untouched_zeros(rows, np.uint8, near=moment)
+        exact = exact or buffer.state_dtype == "float64"
+        return cls(rates, numbers, buffer.shape, exact, flags=flags).placed(buffer)
 
     def placed(self, buffer: _cpu.Buffer) -> History:
         """This history, or a copy on the GPU if its table is on one."""
@@ -390,13 +395,16 @@ class History:
 
     # ---- rows that change ------------------------------------------------------------------------------------------
 
-    def moved(self, buffer: _cpu.Buffer, row_map: RowMap) -> History:
-        """For the array that replaces the table: rows that wait go on waiting, and fresh rows wait for nothing."""
-        last = untouched_zeros(buffer.shape[:1], np.int32)
+    def moved(self, buffer: _cpu.Buffer, row_map: RowMap, moment: AnyArray | None = None) -> History:
+        """For the array that replaces the table: rows that wait go on waiting, and fresh rows wait for nothing.
+
+        ``moment``: its new one, if that is given.
+        """
+        last = untouched_zeros(buffer.shape[:1], np.int32, near=moment)
         if self.waits:
             last[...] = self.steps
             last[row_map.kept] = to_host(self.rates.last)[row_map.sources[row_map.kept]]
-        flags = untouched_zeros(buffer.shape[:1], np.uint8)
+        flags = untouched_zeros(buffer.shape[:1], np.uint8, near=moment)
         row_map.move(self.flags, flags)
         rates = self.rates.copy(last)
         rates.counts[3] = min(int(rates.counts[3]), Doubt.ONCE)  # nobody has the new arrays

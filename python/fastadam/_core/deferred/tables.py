@@ -162,7 +162,8 @@ class Tables:
         if not is_sparse(gradient) or not buffer.shape:
             return None
         doubt = Doubt.NONE if entry is None else entry.doubt
-        history = History.of(buffer, numbers, self._options.sparse_update == "deferred", doubt)
+        moment = None if entry is None else self._state.slots.slots_of(entry).get("m")
+        history = History.of(buffer, numbers, self._options.sparse_update == "deferred", doubt, moment)
         if self._runtime.chain is not None:
             history.begin_trail()
         return history

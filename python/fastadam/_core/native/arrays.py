@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import sys
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -128,18 +131,34 @@ def zeros_beside(
     return native.DeviceArray(list(shape), dtype, buffer.order, buffer.device, native.stream_of(buffer.source) or 0)
 
 
-def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike, *, near: object = None) -> npt.NDArray[Any]:
     """Zeros whose pages come to be when they are written to, 4 KiB at a time.
 
     ``np.zeros`` asks for huge pages, and may be given memory that was used before and must be cleared.
+
+    ``near``: a memory map of a file that other processes see, too. Then these zeros are in a temporary file in its
+    folder, if one can be made there, and their pages can leave memory.
     """
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     if nbytes < _MANY_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return np.zeros(shape, dtype)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = _file_of_zeros(near, nbytes) or mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     array: npt.NDArray[Any] = np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
     expect_random_rows(array, small_pages=True)
     return array
+
+
+def _file_of_zeros(near: object, nbytes: int) -> mmap.mmap | None:
+    if not isinstance(near, np.memmap) or not near.filename or near.mode not in ("r+", "w+"):
+        return None
+    if not hasattr(os, "posix_fallocate"):
+        return None
+    try:
+        with tempfile.TemporaryFile(dir=Path(near.filename).parent) as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk is an error here, and a fatal signal later
+            return mmap.mmap(file.fileno(), nbytes)
+    except OSError:  # the folder has been renamed or is read-only, or its disk is full
+        return None
 
 
 def expect_random_rows(array: npt.NDArray[Any], *, small_pages: bool) -> None:

@@ -45,7 +45,7 @@ def build(name: str, *targets: str, **options: object) -> Path:
     settings += ["-DSKBUILD_PROJECT_VERSION=0", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
     flags = [os.environ.get(flag) for flag in ("CC", "CXX", "CXXFLAGS", "LDFLAGS")]
     key = hashlib.sha256(repr((settings, flags, sys.executable, sys.version)).encode()).hexdigest()[:8]
-    folder = ROOT / "build" / "tests" / f"{name}-{key}"
+    folder = ROOT / "build" / f"tests-{name}-{key}"  # as deep as where pip builds: a compiler cache sees the same paths
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

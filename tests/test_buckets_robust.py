@@ -13,7 +13,7 @@ from pathlib import Path
 import fastadam
 import numpy as np
 import pytest
-from helpers import COUNT_THREADS, run_python, slow
+from helpers import COUNT_THREADS, run_python, slow, weekly
 from test_buckets import built, give, pairs_of, same, state_of
 from test_interrupts import either_way, interrupted, require_free
 from test_interrupts_by_signals import alarm  # noqa: F401 - a fixture
@@ -201,6 +201,7 @@ print(native_threads() <= threads + 1, resource.getrusage(resource.RUSAGE_SELF).
 """
 
 
+@pytest.mark.slow
 def test_many_steps_leave_no_threads_and_no_memory():
     result = run_python(LEAKS)
     assert result.stdout.split() == ["True", "True"], result.stderr
@@ -246,10 +247,12 @@ def check_whole(optimizer, variables, outcomes):
     assert optimizer.iterations == 2 + made
 
 
-OPTIONS = [{}, {"global_clipnorm": 1.0}, *slow({"global_clipnorm": 1e9}, {"use_ema": True})]
+MORE_OPTIONS = [{"global_clipnorm": 1e9}, {"use_ema": True}]
+OPTIONS = [{}, {"global_clipnorm": 1.0}, *slow(*MORE_OPTIONS)]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [*OPTIONS[:2], *weekly(*MORE_OPTIONS)], ids=str)
 @either_way
 def test_a_signal_at_any_line(options, way):
     outcomes = outcomes_of(**options)

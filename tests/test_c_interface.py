@@ -71,6 +71,7 @@ def test_a_c99_program_gets_the_bits_of_the_python_package(tmp_path):
     assert_output_of_the_c_program(output_of(tmp_path, tool("cc", "gcc"), "-std=c99", HERE / "program.c"))
 
 
+@pytest.mark.slow
 def test_a_cpp_program_steps_accumulates_and_is_refused_with_a_reason(tmp_path):
     output = output_of(tmp_path, tool("c++", "g++"), "-std=c++17", HERE / "program.cpp")
     assert_output_of_the_cpp_program(output)
@@ -119,6 +120,7 @@ def assert_output_of_the_cpp_program(output):
     ]
 
 
+@pytest.mark.slow
 def test_cmake_finds_the_package(tmp_path):
     folder = option("--cmake-dir").strip()
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]

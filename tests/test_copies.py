@@ -12,7 +12,17 @@ from pathlib import Path
 import fastadam
 import numpy as np
 import pytest
-from helpers import DTYPES, OPTIONS, assert_goes_on_alike, assert_same, gradients_of, make_variables, train, trained
+from helpers import (
+    DTYPES,
+    OPTIONS,
+    assert_goes_on_alike,
+    assert_same,
+    gradients_of,
+    make_variables,
+    slow,
+    train,
+    trained,
+)
 
 F32 = np.float32
 
@@ -210,7 +220,7 @@ def test_a_pickle_with_buffers_outside_of_it_is_writable_again():
     assert_goes_on_alike(optimizer, variables, again, [w.copy() for w in variables])
 
 
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL, *slow(*range(3, pickle.HIGHEST_PROTOCOL))])
 def test_a_pickle_goes_on_in_another_process(protocol, tmp_path):
     optimizer, variables = trained({"amsgrad": True}, order="F")
     (tmp_path / "in").write_bytes(pickle.dumps((optimizer, variables, gradients_of(3, variables)), protocol))
@@ -376,7 +386,7 @@ def test_the_original_and_a_copy_go_on_apart(how):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: counts pages in /proc")
-@pytest.mark.parametrize("mode", ["lazy", "deferred"])
+@pytest.mark.parametrize("mode", ["deferred", *slow("lazy")])
 def test_a_deep_copy_of_a_table_makes_only_moments_of_touched_rows_resident(mode, tmp_path):
     def resident():
         lines = Path("/proc/self/status").read_text().splitlines()

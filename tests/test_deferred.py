@@ -92,6 +92,7 @@ def test_threads_share_rows(threads):
     pair.compare()
 
 
+@pytest.mark.slow
 def test_more_than_ten_thousand_missed_steps():
     pair = Pair(rows=4)
     pair.step([0, 1, 2])

@@ -169,7 +169,7 @@ ACTIONS = [
 ]
 
 
-@pytest.mark.parametrize("seed", [0, 1, *slow(*range(2, 12)), *weekly(*range(12, 40))])
+@pytest.mark.parametrize("seed", [0, *slow(*range(1, 12)), *weekly(*range(12, 40))])
 @pytest.mark.parametrize("mode", ["deferred", "lazy"])
 @pytest.mark.parametrize("accumulates", [None, 3])
 def test_random_programs_of_steps_deltas_merges_and_restarts(accumulates, mode, seed, tmp_path, monkeypatch):

@@ -74,6 +74,7 @@ def one_epoch(monkeypatch):
     monkeypatch.setattr(demo, "train", functools.partial(demo.train, epochs=1))
 
 
+@pytest.mark.slow
 def test_the_picture_goes_where_it_is_asked_for(tmp_path, one_epoch, capsys):
     for name in ("curve.png", "curve.SVG"):
         main(["demo", "--curve", str(tmp_path / name)])

@@ -36,6 +36,7 @@ patterns = st.tuples(
 texts = st.text("abA/_0 \n.é{},]-\0", max_size=7)
 
 
+@pytest.mark.slow
 @settings(max_examples=700, deadline=None)
 @given(pattern=patterns, text=texts)
 def test_what_is_found_is_what_re_finds(pattern, text):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cases import bits
 from fastadam._core.native import chunks
-from helpers import assert_same, slow
+from helpers import assert_same
 
 F32 = np.float32
 PAGE = mmap.PAGESIZE
@@ -79,7 +79,8 @@ assert blocks(path / "x") < (32 if order == "C" else 160) * MIB, blocks(path / "
 
 
 @on_linux
-@pytest.mark.parametrize("order", ["C", *slow("F")])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["C", "F"])
 def test_a_table_that_is_a_memory_map_does_not_become_resident(order, tmp_path):
     subprocess.run([sys.executable, "-c", SAVED, str(tmp_path), "r+", order], check=True)
 

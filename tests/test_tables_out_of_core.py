@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cases import bits, random_array
 from fastadam import IndexedSlices
-from helpers import Pair, history_of, run_python, weekly
+from helpers import Pair, history_of, run_python, slow, weekly
 
 F32 = np.float32
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: counts pages in /proc")
@@ -65,7 +65,7 @@ def out_of_core(mode, kind, folder, rest):
 
 @ON_LINUX
 @pytest.mark.parametrize("mode", ["deferred", "deferred_fast", "lazy"])
-@pytest.mark.parametrize("kind", ["files", "accumulated", "memory", "built"])
+@pytest.mark.parametrize("kind", ["files", "memory", *slow("accumulated", "built")])
 def test_resident_memory_and_writes_are_proportional_to_the_rows_touched(mode, kind, tmp_path):
     out_of_core(
         mode,
@@ -139,6 +139,7 @@ def test_counters_of_rows_are_in_memory_where_no_file_can_be_made(wrong, tmp_pat
     assert tables[0][5] < 0.8
 
 
+@pytest.mark.slow
 @ON_LINUX
 def test_reading_the_state_writes_no_row_that_did_not_change(tmp_path):
     """After `weights` any row may have moments, so all are read; those of zeros are not stored."""
@@ -283,8 +284,8 @@ def test_an_array_from_before_the_first_step_may_be_written_to_at_any_time():
 # ---- a bounded history -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["constant", "decays", "restarts"])
-@pytest.mark.parametrize("room", [128, 1024])
+@pytest.mark.parametrize("schedule", ["constant", *slow("decays", "restarts")])
+@pytest.mark.parametrize("room", [128, *slow(1024)])
 def test_a_history_has_no_more_room_than_its_most(schedule, room, monkeypatch, request):
     request.getfixturevalue("rows_wait")
     monkeypatch.setattr("fastadam._core.deferred.history._FIRST_ROOM", 64)

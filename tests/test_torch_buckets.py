@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fastadam.torch  # noqa: E402
-from helpers import run_python  # noqa: E402
+from helpers import run_python, weekly  # noqa: E402
 from test_interrupts import either_way, interrupted  # noqa: E402
 
 
@@ -284,7 +284,7 @@ def test_a_shared_step_count_must_be_in_one_bucket():
 
 
 @either_way
-@pytest.mark.parametrize("options", [{}, {"early": False}, {"global_clipnorm": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"early": False}, *weekly({"global_clipnorm": 1.0})], ids=str)
 def test_a_signal_at_any_line(options, way):
     def step(optimizer, params):
         for p in params:

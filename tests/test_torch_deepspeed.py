@@ -421,7 +421,7 @@ for stage in (1, 2, 3):
 def test_engines_of_deepspeed_train_and_resume(tmp_path):
     """ZeRO 1 to 3 with offload_optimizer, beside DeepSpeed's own optimizer, which it compiles when it is first used."""
     need("deepspeed", "ninja")
-    built = {"TORCH_EXTENSIONS_DIR": os.fspath(ROOT / "build" / "tests" / "deepspeed"), "CUDA_VISIBLE_DEVICES": ""}
+    built = {"TORCH_EXTENSIONS_DIR": os.fspath(ROOT / "build" / "tests-deepspeed"), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-W", "ignore", "-c", ENGINES, os.fspath(tmp_path)]
     found = subprocess.run(command, env={**os.environ, **built}, capture_output=True, text=True, timeout=600)
     assert found.returncode == 0, found.stderr[-3000:]

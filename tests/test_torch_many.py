@@ -89,6 +89,7 @@ def test_each_holds_few_objects():
     assert (len(gc.get_objects()) - before) / len(params) < 75
 
 
+@pytest.mark.weekly  # test_torch_apart.py has the same of more optimizers
 def test_all_share_the_threads_of_one_pool():
     code = f"""{COUNT_THREADS}
 import fastadam, torch

@@ -346,3 +346,10 @@ def test_a_name_that_no_file_can_have(call):
     calls = {"save": lambda name: optimizer.save(name), "load": lambda name: fastadam.Adam.load(name, [w])}
     with pytest.raises(ValueError, match=r"^path: '\\ud800', expected characters that the name of a file can have"):
         calls[call]("\ud800")
+
+
+def test_a_file_that_cannot_be_read_is_named():
+    """Linux calls it an ordinary file, which cannot be read at its beginning; elsewhere there is none."""
+    with pytest.raises(OSError, match="/proc/self/mem") as error:
+        fastadam.Adam.load("/proc/self/mem", [])
+    assert error.value.filename == "/proc/self/mem"

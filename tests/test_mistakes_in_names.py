@@ -107,6 +107,25 @@ def test_every_attribute_that_there_is_can_be_set(name):
     assert optimizer.apply_gradients([]) == "replaced"
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda optimizer: optimizer.apply_gradients([(np.ones(2), np.ones(2))]),
+        lambda optimizer: optimizer.iterations,
+        lambda optimizer: optimizer.build([np.ones(2)]),
+        lambda optimizer: setattr(optimizer, "learning_rate", 0.1),
+        lambda optimizer: optimizer.save("never"),
+    ],
+)
+def test_a_subclass_without_the_init_of_its_class_is_told_so(use):
+    class Forgetful(fastadam.Adam):
+        def __init__(self):
+            pass
+
+    with pytest.raises(RuntimeError, match=r"^__init__ of the optimizer has not run, expected super\(\).__init__\(\)"):
+        use(Forgetful())
+
+
 def test_subclasses_keep_attributes_of_their_own():
     class Three(fastadam.Adam):
         def __init__(self, beta_3=0.5, **kwargs):

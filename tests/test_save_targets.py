@@ -122,9 +122,10 @@ def test_a_path_below_a_file_says_so_by_its_own_name(below, tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_path_that_ends_in_a_slash_names_no_file(tmp_path):
+@pytest.mark.parametrize("end", ["", ".", ".."])
+def test_a_path_that_ends_as_a_directory_names_no_file(end, tmp_path):
     with pytest.raises(OSError, match="not saved: Is a directory"):
-        optimizer().save(f"{tmp_path}/opt/")
+        optimizer().save(f"{tmp_path}/opt/{end}")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -48,10 +48,24 @@ class _OneSlot(NamedTuple):
     begin: Callable[[_cpu.Buffer, str], AnyArray]
 
 
+class _NotMade:
+    """In the place of the parts until ``__init__`` has made them."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # whoever looks at the class asks for these
+            raise AttributeError(name)
+        self.__iter__()
+
+    def __iter__(self) -> NoReturn:
+        raise RuntimeError("__init__ of the optimizer has not run, expected super().__init__() in that of a subclass")
+
+
 class Optimizer(Minimizer):
     """Iterations, slots and tables of variables, held in :class:`Parts`; a subclass steps them."""
 
     name: str
+    _parts: Parts = _NotMade()  # type: ignore[assignment]
+    _stepper: Stepper = _NotMade()  # type: ignore[assignment]
 
     def __init__(self) -> None:
         self._hold(Options(), State())

@@ -81,7 +81,7 @@ def _existing(path: str) -> os.stat_result | None:
     try:
         require_regular(path)
     except FileNotFoundError:
-        if path.endswith(os.sep):
+        if path.endswith((os.sep, f"{os.sep}.", f"{os.sep}..")):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) from None
         return None
     if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):

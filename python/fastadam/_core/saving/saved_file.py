@@ -44,6 +44,13 @@ class _File(io.FileIO):
 
     __del__ = io.FileIO.close  # native, so that no signal handler runs in it
 
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]  # it never returns None
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            error.filename = self.name
+            raise
+
 
 class SavedFile:
     """Every part is checked when it is read; a ValueError names the file.
@@ -93,13 +100,20 @@ class SavedFile:
 
     def _check_header_size(self) -> None:
         """Raise before a header is read that is longer than one that `save` writes; other files fail later."""
-        size = int.from_bytes(os.pread(self._file.fileno(), 8, 0), "little")
+        size = self._header_size()
         if MAX_HEADER < size <= os.fstat(self._file.fileno()).st_size:
             self.fail(f"a header of {size} bytes", f"at most {MAX_HEADER}")
 
+    def _header_size(self) -> int:
+        """Bytes of the header, or another number if there is none."""
+        begin = bytearray(8)
+        self._file.seek(0)
+        self._file.readinto(memoryview(begin))
+        return int.from_bytes(begin, "little")
+
     def _read_places(self) -> dict[str, tuple[Tensor, int]]:
         """What the tensors are and where they begin, from a header that the library has found good."""
-        size = int.from_bytes(self._file.read(8), "little")
+        size = self._header_size()
         header = json.loads(self._exactly(8, size).tobytes())
         return {
             key: (Tensor(record["dtype"], tuple(record["shape"])), 8 + size + record["data_offsets"][0])

@@ -122,7 +122,9 @@ def test_a_subclass_without_the_init_of_its_class_is_told_so(use):
         def __init__(self):
             pass
 
-    with pytest.raises(RuntimeError, match=r"^__init__ of the optimizer has not run, expected super\(\).__init__\(\)"):
+    with pytest.raises(
+        AttributeError, match=r"^__init__ of the optimizer has not run, expected super\(\).__init__\(\)"
+    ):
         use(Forgetful())
 
 

@@ -107,7 +107,7 @@ assert sorted(os.listdir(FOLDER)) == sorted(names)
 moved, m, v = (mapped(name + " moved") for name in names)
 ids = sorted(touched)
 moved[ids] = table[ids]
-optimizer.resize(table, moved, slots={"m": m, "v": v})
+optimizer.resize(table, moved, slots={"m": np.asarray(m), "v": v})
 table = moved
 with open("/proc/self/smaps") as smaps:
     flags = smaps.read().split("/table moved", 1)[1].split("VmFlags:", 1)[1].split("\\n", 1)[0]

@@ -52,12 +52,10 @@ class _NotMade:
     """In the place of the parts until ``__init__`` has made them."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # whoever looks at the class asks for these
-            raise AttributeError(name)
         self.__iter__()
 
     def __iter__(self) -> NoReturn:
-        raise RuntimeError("__init__ of the optimizer has not run, expected super().__init__() in that of a subclass")
+        raise AttributeError("__init__ of the optimizer has not run, expected super().__init__() in that of a subclass")
 
 
 class Optimizer(Minimizer):

@@ -136,8 +136,8 @@ def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike, *, near: objec
 
     ``np.zeros`` asks for huge pages, and may be given memory that was used before and must be cleared.
 
-    ``near``: a memory map of a file that other processes see, too. Then these zeros are in a temporary file in its
-    folder, if one can be made there, and their pages can leave memory.
+    ``near``: an array. If what is written to it goes to a file, these zeros are in a temporary file beside that, as far
+    as one can be made there: their pages can leave memory, too.
     """
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     if nbytes < _MANY_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
@@ -149,6 +149,8 @@ def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike, *, near: objec
 
 
 def _file_of_zeros(near: object, nbytes: int) -> mmap.mmap | None:
+    while isinstance(near, np.ndarray) and not isinstance(near, np.memmap):
+        near = near.base
     if not isinstance(near, np.memmap) or not near.filename or near.mode not in ("r+", "w+"):
         return None
     if not hasattr(os, "posix_fallocate"):

@@ -203,7 +203,6 @@ assert abs(average[7, 0] - 1) < 1e-6 and average[8, 0] == 0 and abs(average[0, 0
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a generator that is closed
-@pytest.mark.slow
 @either_way
 @pytest.mark.parametrize("mode", ["deferred", "dense"])
 def test_a_build_that_is_interrupted_leaves_an_average_of_zeros_or_all_of_it(way, mode, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import fastadam
 import numpy as np
@@ -205,3 +206,25 @@ def test_a_wrapper_and_what_is_no_state_dict_are_named():
     for nothing in ({}, None, wrapper):
         with pytest.raises(TypeError, match="state_dict: .*, expected a dict with 'state' and 'param_groups'"):
             exchange.from_torch_state_dict(fastadam.Adam(), nothing, variables, epsilon=1e-8)
+
+
+EMPTY = {"state": {}, "param_groups": []}
+NEEDED = {
+    "to_optax_state": ("jax", lambda: exchange.to_optax_state(fastadam.Adam(), [])),
+    "to_torch_state_dict": ("torch", lambda: exchange.to_torch_state_dict(fastadam.Adam(), [], epsilon=1e-8)),
+    "from_torch_state_dict": (
+        "torch",
+        lambda: exchange.from_torch_state_dict(fastadam.Adam(), EMPTY, [], epsilon=1e-8),
+    ),
+    "from_bitsandbytes": ("torch", lambda: exchange.from_bitsandbytes(EMPTY)),
+    "to_bitsandbytes": ("torch", lambda: exchange.to_bitsandbytes(EMPTY)),
+    "from_torchao": ("torch", lambda: exchange.from_torchao(EMPTY)),
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_package_that_is_not_installed_is_named_with_how_to_install_it(name, monkeypatch):
+    package, call = NEEDED[name]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf" needs \w+: pip install {package}$"):
+        call()

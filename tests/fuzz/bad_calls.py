@@ -248,6 +248,8 @@ def judge(entry, world, error, warned, before, bad, good):
             raise children.Finding(f"{entry.label} warned: {w.category.__name__}: {w.message}")
     if error is None:
         return "accepted" if bad else "good"
+    if isinstance(error, ModuleNotFoundError) and re.search(r" needs .*: pip install \w+$", str(error)):
+        return "refused"  # a package that is not installed here
     expected = world.raises.get(f"{entry.owner}.{entry.name}")
     if not bad and not (expected and isinstance(error, expected)):
         raise children.Finding(f"{entry.label} refused a good call: {described(error)}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastadam._core.common.checks import check_iterations, check_list, check_number
+from fastadam._core.common.frameworks import require
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import AnyArray, Foreign, HostArray
 from fastadam._core.native.gradients import bfloat16_to_float32
@@ -157,10 +158,7 @@ def read_keras3_file(path: str | os.PathLike[str]) -> dict[str, HostArray]:
     ...         assert fastadam.exchange.read_keras3_file(path) == {"0": 2}
     """
     name = path_of(path)
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("reading a weights file of Keras needs h5py: pip install h5py") from error
+    h5py = require("h5py", "reading a weights file of Keras")
     with h5py.File(_weights_of(name), "r") as file:
         group = file
         for part in _VARIABLES.split("/"):

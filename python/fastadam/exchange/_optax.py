@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastadam._core.common.checks import check_iterations
+from fastadam._core.common.frameworks import require
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.tree import flatten
 from fastadam._core.common.types import AnyArray, Foreign, Tree
@@ -115,6 +116,8 @@ def to_optax_state(optimizer: Adam, variables: VariableTree) -> Foreign:
     ...     assert int(state.count) == 1 and list(state.mu) == ["w"]
     """
     check_adam(optimizer)
+    for package in ("jax", "optax"):
+        require(package, "a state of optax")
     import jax
     import jax.numpy as jnp
     import optax

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fastadam._core.common import frameworks
 from fastadam._core.common.checks import check_iterations, check_list, check_non_negative
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam._core.common.types import AnyArray, Config
@@ -52,6 +53,7 @@ def to_torch_state_dict(optimizer: Adam, variables: Iterable[VariableLike], *, e
     ...     assert state_dict["param_groups"][0]["lr"] == 0.1
     """
     check_adam(optimizer)
+    frameworks.require("torch", "a state dict of PyTorch")
     import torch
 
     config = _plain_config(optimizer)

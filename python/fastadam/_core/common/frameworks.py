@@ -28,6 +28,7 @@ Cls = TypeVar("Cls")
 
 _NAMES = {
     "autograd": "HIPS autograd",
+    "h5py": "h5py",
     "jax": "JAX",
     "keras": "Keras 3",
     "ml_dtypes": "ml_dtypes",

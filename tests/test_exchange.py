@@ -212,10 +212,6 @@ EMPTY = {"state": {}, "param_groups": []}
 NEEDED = {
     "to_optax_state": ("jax", lambda: exchange.to_optax_state(fastadam.Adam(), [])),
     "to_torch_state_dict": ("torch", lambda: exchange.to_torch_state_dict(fastadam.Adam(), [], epsilon=1e-8)),
-    "from_torch_state_dict": (
-        "torch",
-        lambda: exchange.from_torch_state_dict(fastadam.Adam(), EMPTY, [], epsilon=1e-8),
-    ),
     "from_bitsandbytes": ("torch", lambda: exchange.from_bitsandbytes(EMPTY)),
     "to_bitsandbytes": ("torch", lambda: exchange.to_bitsandbytes(EMPTY)),
     "from_torchao": ("torch", lambda: exchange.from_torchao(EMPTY)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fastadam._core.common import frameworks
 from fastadam._core.common.checks import check_count
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam.exchange._moments import (
@@ -84,6 +85,7 @@ def from_bitsandbytes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     ...     assert torch.equal(again["state"][0]["exp_avg"], torch.ones(4096))
     """
     check_state_dict(state_dict)
+    frameworks.require("torch", "a state dict of PyTorch")
     state = {
         key: _decoded(value, f"state of parameter {key}") if value else {} for key, value in state_dict["state"].items()
     }
@@ -123,6 +125,7 @@ def to_bitsandbytes(state_dict: Mapping[str, Any], *, min_8bit_size: int = 4096)
     ...     assert codes.dtype == torch.uint8 and codes.shape == (64, 64)
     """
     check_state_dict(state_dict)
+    frameworks.require("torch", "a state dict of PyTorch")
     smallest = check_count("min_8bit_size", min_8bit_size)
     groups = [_group_to(group, f"param_groups[{i}]") for i, group in enumerate(state_dict["param_groups"])]
     state = {

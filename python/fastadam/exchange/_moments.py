@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastadam._core.common import frameworks
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -26,7 +24,7 @@ _BLOCK = 128  # elements of fastadam's 8-bit moments that share a scale
 
 
 def check_state_dict(state_dict: object) -> None:
-    """Raise TypeError for anything but a dict of a dict of states and a list of groups; without PyTorch ImportError."""
+    """Raise TypeError for anything but a dict with a dict of states and a list of groups."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise TypeError(f"state_dict: {type(state_dict).__name__}, expected a dict with 'state' and 'param_groups'")
     states, groups = state_dict["state"], state_dict["param_groups"]
@@ -37,7 +35,6 @@ def check_state_dict(state_dict: object) -> None:
     for key, state in states.items():
         if not isinstance(state, Mapping):
             raise TypeError(f"state of parameter {key}: {type(state).__name__}, expected a dict")
-    frameworks.require("torch", "a state dict of PyTorch")
 
 
 def require(needed: Iterable[str], found: Mapping[str, object], label: str, source: str) -> None:

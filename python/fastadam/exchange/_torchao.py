@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fastadam._core.common import frameworks
 from fastadam._core.common.keywords import suggests_keywords
 from fastadam.exchange._moments import check_state_dict, check_values, number_of, plain_tensor, require, times_scales
 
@@ -49,6 +50,7 @@ def from_torchao(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     ...     assert fastadam.exchange.from_torchao(saved)["param_groups"][0]["lr"] == 0.5
     """
     check_state_dict(state_dict)
+    frameworks.require("torch", "a state dict of PyTorch")
     state = {
         key: _plain(value, f"state of parameter {key}") if value else {} for key, value in state_dict["state"].items()
     }

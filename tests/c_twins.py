@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
-from helpers import bits
+from cases import number_bits
 from test_c_interface import ABI, Hyper, List, Tensor, option
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
@@ -55,6 +56,10 @@ def stored(values, dtype):
     if dtype != "bfloat16":
         return np.asarray(values).astype(dtype)
     return (np.asarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def bits_of_stored(values):
+    return number_bits(values.view(ml_dtypes.bfloat16) if values.dtype == np.uint16 else values)
 
 
 def random(rng, size, dtype):
@@ -182,7 +187,8 @@ class Twins:
         assert self.wait() == (OK, 0)
         for i, (ours, theirs) in enumerate(zip(self.host.arrays, self.device.arrays, strict=True)):
             for name, array in ours.items():
-                np.testing.assert_array_equal(bits(array), bits(self.gpu.get(theirs[name])), err_msg=f"{name} of {i}")
+                both = (bits_of_stored(values) for values in (self.gpu.get(theirs[name]), array))
+                np.testing.assert_array_equal(*both, err_msg=f"{name} of {i}")
 
 
 def cuda_library(gpu):

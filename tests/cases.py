@@ -104,6 +104,12 @@ def bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
 
 
+def number_bits(array: np.ndarray) -> np.ndarray:
+    """The bits, the same for all NaNs: their signs and payloads are the processor's, and a GPU has others than a CPU."""
+    found = bits(array)
+    return np.where(np.isnan(array), ~found.dtype.type(0), found)
+
+
 def aligned(shape, dtype, offset: int, order: str = "C") -> np.ndarray:
     """An uninitialised array that starts `offset` elements after a 64-byte boundary."""
     item = np.dtype(dtype).itemsize

@@ -83,10 +83,10 @@ fi
 
 # Speed. In ncu's output a DenseStep of float32 should move 28 bytes per element: more means that sectors are read in
 # part. Compare its stalls on long scoreboards with the issue slots in use, and its occupancy with what registers allow.
-stage "bench" python bench/cuda.py --turns 3
+stage "bench" python bench/on_gpu.py --turns 3
 if have ncu; then
   stage "ncu" ncu --clock-control none --set full --kernel-name regex:run_phases --launch-skip 20 --launch-count 12 \
-    python bench/cuda.py --turns 3
+    python bench/on_gpu.py --turns 3
 else
   note "not run: ncu is not installed"
 fi

@@ -53,6 +53,10 @@ class FakeGpu:
     def use_new_stream(self):
         self.stream = self.new_stream()
 
+    def replace_stream(self):
+        """By another at its address, as a driver may after it is destroyed, while its work is still queued."""
+        self.runtime.fake_cuda_replace_stream(ctypes.c_void_p(self.stream))
+
     def new_stream(self, device=0):
         return int(self.runtime.fake_cuda_stream(device))
 
@@ -137,10 +141,12 @@ class RealGpu:
         self.native = cuda_module()
 
     def start(self):
+        self._streams = []  # kept: CuPy would give memory of one that is gone to another at its address, without waiting
         self.use_new_stream()
 
     def use_new_stream(self):
         self.cupy_stream = self.cupy.cuda.Stream(non_blocking=True)
+        self._streams.append(self.cupy_stream)
         self.cupy_stream.use()
         self.stream = self.cupy_stream.ptr
 

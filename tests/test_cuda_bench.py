@@ -1,4 +1,4 @@
-"""What bench/cuda.py times keeps its optimizer and arrays alive: nobody else does, and freed memory faults here."""
+"""What bench/on_gpu.py times keeps its optimizer and arrays alive: nobody else does, and freed memory faults here."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def bench(fake_gpu, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(random=random, float32=np.float32))
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    for name in ("common", "models", "cuda"):
+    for name in ("common", "models", "on_gpu"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("cuda")
-    for name in ("common", "models", "cuda"):
+    yield importlib.import_module("on_gpu")
+    for name in ("common", "models", "on_gpu"):
         sys.modules.pop(name, None)
 
 

@@ -105,8 +105,9 @@ def test_what_a_graph_would_have_to_ask_the_host_is_refused(gpu):
     plan_near_1.step(gradients_for(native, [np.ones((30, 3), F32)], gpu.array), near_1, [], COUNTER.copy())
     on_gpu = gradients_for(native, [(values, indices)], gpu.array)
     other = gradients_for(native, [np.ones((30, 3), F32)], gpu.array)
+    on_host = [native.Slices(gpu.array(values), indices)]
     calls = {
-        "indices in CPU memory": lambda: plan.step([native.Slices(gpu.array(values), indices)], HYPER, [], COUNTER),
+        "indices in CPU memory": lambda: plan.step(on_host, HYPER, [], COUNTER),
         "a step that waits": lambda: plan.step(on_gpu, HYPER._replace(require_finite=True), [], COUNTER),
         "a beta is too close to 1": lambda: plan_near_1.step(other, near_1, [], COUNTER),
         "a beta has changed": lambda: plan.step(on_gpu, HYPER._replace(beta_1=0.5), [], COUNTER),

@@ -54,6 +54,7 @@ def test_sparse_gradients_of_an_embedding(gpu, torch):
     assert torch.equal(table.weight.detach(), twin.weight.detach().cpu())
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_step_in_a_graph_of_torch_is_refused(gpu, torch):
     weight, gradient = torch.ones(1000, device="cuda"), torch.full((1000,), 0.5, device="cuda")
     optimizer = fastadam.Adam(0.01)

@@ -58,12 +58,11 @@ void Context::enter(void* on_stream) {
   if (p.is_fresh) {
     if (p.is_capturing) throw std::runtime_error("the first step cannot be captured; make a step before the capture");
     check(cudaMemsetAsync(p.state.get(), 0, sizeof(StepState), stream));
-  } else if (stream != p.last && !p.is_capturing) {
-    check(cudaStreamWaitEvent(stream, p.left, 0));
+  } else if (!p.is_capturing) {
+    check(cudaStreamWaitEvent(stream, p.left, 0));  // on the same stream, too: it may be a new one at an old address
   }
   p.is_fresh = false;
   p.stream = stream;
-  if (!p.is_capturing) p.last = stream;
 }
 
 void Context::leave() {

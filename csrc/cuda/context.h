@@ -28,7 +28,6 @@ struct Context::Parts {
   HostReport report;
   cudaEvent_t left = nullptr;     // recorded after the work of each call
   cudaStream_t stream = nullptr;  // the stream of the current or last call
-  cudaStream_t last = nullptr;    // the stream of the last call that was not captured
   bool is_fresh = true;
   bool is_capturing = false;
   bool is_captured = false;

@@ -124,6 +124,12 @@ void* fake_cuda_stream(int device) {
   return runtime().make_stream(device);
 }
 
+// What is issued to the stream from now on waits for nothing that was issued to it before.
+void fake_cuda_replace_stream(void* on) {
+  const std::lock_guard lock(runtime().mutex);
+  runtime().find_stream(static_cast<cudaStream_t>(on))->last = {};
+}
+
 int fake_cuda_begin_capture(void* on) {
   Runtime& state = runtime();
   const std::lock_guard lock(state.mutex);

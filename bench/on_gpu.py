@@ -1,6 +1,6 @@
 """A GPU: how near to its bandwidth, against torch fused and a CuPy kernel, on one array, on lists, and on tables.
 
-    python bench/cuda.py [--turns N]     # needs a GPU, CuPy and a CUDA build of torch; writes bench/results/cuda.json
+    python bench/on_gpu.py [--turns N]  # needs a GPU, CuPy and a CUDA build of torch; writes bench/results/on_gpu.json
 
 Bytes over time, by events of the device, against a device-to-device copy in the same run: 28 bytes per element of a
 float32 step, 2 of a byte copied. Contenders take turns in one process; `host`: how long a call holds the caller.
@@ -36,13 +36,25 @@ def ours(sizes: list[int]) -> Step:
     return lambda: optimizer.apply_gradients(pairs)
 
 
+def parameters(sizes: list[int]):
+    import torch
+
+    found = [torch.nn.Parameter(torch.randn(size, device="cuda")) for size in sizes]
+    for parameter in found:
+        parameter.grad = torch.randn_like(parameter)
+    return found
+
+
 def torch_fused(sizes: list[int]) -> Step:
     import torch
 
-    parameters = [torch.nn.Parameter(torch.randn(size, device="cuda")) for size in sizes]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    return torch.optim.Adam(parameters, lr=RATE, fused=True).step
+    return torch.optim.Adam(parameters(sizes), lr=RATE, fused=True).step
+
+
+def fastadam_torch(sizes: list[int]) -> Step:
+    import fastadam.torch
+
+    return fastadam.torch.Adam(parameters(sizes), lr=RATE, fused=True).step
 
 
 def cupy_kernel(sizes: list[int]) -> Step:
@@ -132,7 +144,12 @@ def main() -> None:
         per_byte = copy_seconds(2**29, arguments.turns)
         print(f"{device}: a copy moves {1e-12 / per_byte:.2f} TB/s")
         for name, sizes in LISTS.items():
-            steps = {"fastadam": ours(sizes), "torch fused": torch_fused(sizes), "CuPy kernel": cupy_kernel(sizes)}
+            steps = {
+                "fastadam": ours(sizes),
+                "fastadam.torch": fastadam_torch(sizes),
+                "torch fused": torch_fused(sizes),
+                "CuPy kernel": cupy_kernel(sizes),
+            }
             floor = sum(sizes) * BYTES_PER_ELEMENT * per_byte
             rows.append({"list": name, **report(name, take_turns(steps, arguments.turns), floor)})
             steps.clear()
@@ -144,7 +161,7 @@ def main() -> None:
             floor = 24 * size * width * per_byte  # a pass over the table
             rows.append({"table": mode, **report(name, take_turns({mode: table(mode, size, width, ids)}, 5), floor)})
             cupy.get_default_memory_pool().free_all_blocks()
-    write_json("cuda", rows)
+    write_json("on_gpu", rows)
 
 
 def report(name: str, times: dict[str, tuple[float, float]], floor: float) -> dict[str, object]:

@@ -141,18 +141,21 @@ class RealGpu:
         self.native = cuda_module()
 
     def start(self):
-        self._streams = []  # kept: CuPy would give memory of one that is gone to another at its address, without waiting
+        self._copies = self.cupy.cuda.Stream(non_blocking=True)
+        self._kept = []  # streams and arrays: CuPy would give the memory of work that is queued to work that is not ordered
         self.use_new_stream()
 
     def use_new_stream(self):
         self.cupy_stream = self.cupy.cuda.Stream(non_blocking=True)
-        self._streams.append(self.cupy_stream)
+        self._kept.append(self.cupy_stream)
         self.cupy_stream.use()
         self.stream = self.cupy_stream.ptr
 
     def stop(self):
         """Free what CuPy keeps for later: other libraries need the memory."""
         self.cupy.cuda.Stream.null.use()
+        self.cupy.cuda.runtime.deviceSynchronize()
+        self._kept.clear()
         gc.collect()
         self.cupy.get_default_memory_pool().free_all_blocks()
 
@@ -160,7 +163,11 @@ class RealGpu:
         values = np.asarray(values)
         if values.dtype.name == "bfloat16" and int(self.cupy.__version__.split(".")[0]) < 14:
             pytest.skip("needs CuPy 14, the first with bfloat16")
-        return self.cupy.asarray(values, order="F" if values.flags.f_contiguous and values.ndim > 1 else "C")
+        order = "F" if values.flags.f_contiguous and values.ndim > 1 else "C"
+        with self._copies:  # other streams go on meanwhile, and find the values whichever they are
+            self._kept.append(self.cupy.asarray(values, order=order))
+        self._copies.synchronize()
+        return self._kept[-1]
 
     def get(self, array):
         return array.get()

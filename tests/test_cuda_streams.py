@@ -112,7 +112,7 @@ def test_a_gradient_on_another_stream_comes_first(fake_gpu):
     optimizer.apply_gradients([(gradient, w)])
     calls = [(call[0], call[2]) for call in fake_gpu.calls()]
     recorded = calls.index(("cudaEventRecord", str(other)))
-    waited = calls.index(("cudaStreamWaitEvent", str(fake_gpu.stream)))
+    waited = calls.index(("cudaStreamWaitEvent", str(fake_gpu.stream)), recorded)
     first_launch = [name for name, _ in calls].index("cudaLaunchKernelEx")
     assert recorded < waited < first_launch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -206,6 +207,37 @@ def test_a_compiled_first_step_makes_the_state():
     twin(torch.randn(6, 8).double()).pow(2).sum().backward()
     torch.compile(lambda: ours.step(), fullgraph=True, backend="aot_eager")()
     check_equal(twin.parameters(), [parameter.detach() for parameter in model.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", ["eager", "compiled"])
+def test_compiled_steps_count_in_tensors_of_their_own(first):
+    """Inductor before PyTorch 2.13 reads views of one tensor from the wrong place."""
+    model, twin = network(), network()
+    theirs, ours = torch.optim.Adam(model.parameters(), lr=0.1), fastadam.torch.Adam(twin.parameters(), lr=0.1)
+    compiled = SimpleNamespace(
+        zero_grad=ours.zero_grad, step=torch.compile(lambda: ours.step(), fullgraph=True, backend="aot_eager")
+    )
+    for optimizer in (compiled if first == "compiled" else ours, compiled, ours):
+        train(model, theirs, range(1))
+        train(twin, optimizer, range(1))
+    counts = [state["step"] for state in ours.state.values()]
+    assert all(count.untyped_storage().nbytes() == count.nbytes and float(count) == 3 for count in counts)
+    check_equal(twin.parameters(), [parameter.detach() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_parameters_in_one_storage_are_compiled_where_inductor_can(safe, monkeypatch):
+    monkeypatch.setattr("fastadam.torch._compiled._VIEWS_ARE_SAFE", safe)
+    flat = torch.ones(10)
+    weights = [torch.nn.Parameter(part) for part in (flat[:4], flat[4:])]
+    apart = torch.nn.Parameter(torch.ones(3))
+    for weight in (*weights, apart):
+        weight.grad = torch.ones_like(weight)
+    for parameters, is_traced in ((weights, safe), ([weights[1], apart], True)):
+        optimizer, columns = fastadam.torch.Adam(parameters), [[] for _ in range(6)]
+        assert optimizer._init_group(optimizer.param_groups[0], *columns) == is_traced
+        assert [len(column) for column in columns] == [2 * is_traced] * 4 + [0, 2 * is_traced]
 
 
 @pytest.mark.filterwarnings("ignore")

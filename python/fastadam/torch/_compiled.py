@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from fastadam._core.native.plan import BoundedCache, StepHyper
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, States, check_flags, check_options, label_of
 from fastadam.torch._grad_scaler import ScaledStep
-from fastadam.torch._layout import Turn, turns_of
+from fastadam.torch._layout import Turn, local_of, turns_of
 from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._state import Kind, states_of
@@ -34,6 +35,9 @@ _library.define(
     "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool maximize, int group, "
     "int owner, bool fused=False, bool foreach=False) -> ()"
 )
+# Inductor copies tensors that an operator mutates if they share a storage. Before PyTorch 2.13 (seen in 2.11) it then
+# reads a view with an offset from the wrong place, beyond its end.
+_VIEWS_ARE_SAFE = TorchVersion(torch.__version__) >= (2, 13)
 _MOST_SETS = 16  # each keeps the memory of its tensors, of which a backend may make copies
 
 
@@ -104,7 +108,11 @@ class Columns(NamedTuple):
             named = states_of(states, stepped, labels, options.state_format(group)) if stepped else []
         except (RuntimeError, TypeError, ValueError):
             return False  # in the compiler these would be internal errors
+        if not _VIEWS_ARE_SAFE and _share_storage([*stepped, *(state["exp_avg"] for state in named)]):
+            return False
         for param, state in zip(stepped, named, strict=True):
+            if state["step"].untyped_storage().nbytes() > state["step"].nbytes:
+                state["step"] = state["step"].clone()  # not a view: see _VIEWS_ARE_SAFE
             states[param] = state
             self.params.append(param)
             self.grads.append(param.grad)
@@ -114,6 +122,11 @@ class Columns(NamedTuple):
                 self.max_exp_avg_sqs.append(state["max_exp_avg_sq"])
             self.state_steps.append(state["step"])
         return True
+
+
+def _share_storage(tensors: list[Tensor]) -> bool:
+    found = [local_of(tensor).untyped_storage().data_ptr() for tensor in tensors if tensor.numel()]
+    return len(set(found)) < len(found)
 
 
 def traced_step(

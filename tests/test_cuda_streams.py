@@ -240,6 +240,7 @@ def test_a_build_without_cuda_says_so(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "fastadam._cuda", None)
     monkeypatch.delattr(fastadam, "_cuda", raising=False)
+    monkeypatch.setattr("fastadam._core.native.gpu._cpu.cuda_build", "not built: no GPU was found")
     assert not fastadam.cuda.is_available()
     with pytest.raises(RuntimeError, match="the CUDA kernels are not built: "):
         fastadam.cuda.array([1.0])

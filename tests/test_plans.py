@@ -96,6 +96,7 @@ def test_an_optimizer_called_layer_by_layer_has_the_bits_of_one_called_for_all()
     assert all(np.array_equal(bits(w), bits(twin)) for w, twin in zip(layers, twins, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Setting the shape on a NumPy array has been deprecated:DeprecationWarning")
 def test_a_variable_whose_shape_or_dtype_was_set_in_place_is_another_one():
     w = np.zeros((2, 3), np.float32)
     optimizer = fastadam.Adam(0.1)

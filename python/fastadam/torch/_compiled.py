@@ -9,6 +9,7 @@ import contextlib
 import os
 import threading
 import weakref
+from collections import Counter
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -108,12 +109,11 @@ class Columns(NamedTuple):
             named = states_of(states, stepped, labels, options.state_format(group)) if stepped else []
         except (RuntimeError, TypeError, ValueError):
             return False  # in the compiler these would be internal errors
-        if not _VIEWS_ARE_SAFE and _share_storage([*stepped, *(state["exp_avg"] for state in named)]):
+        if not _VIEWS_ARE_SAFE and _are_parts_of_one_storage(stepped):
             return False
+        states.update(zip(stepped, named, strict=True))
+        _count_apart(states)
         for param, state in zip(stepped, named, strict=True):
-            if state["step"].untyped_storage().nbytes() > state["step"].nbytes:
-                state["step"] = state["step"].clone()  # not a view: see _VIEWS_ARE_SAFE
-            states[param] = state
             self.params.append(param)
             self.grads.append(param.grad)
             self.exp_avgs.append(state["exp_avg"])
@@ -124,9 +124,20 @@ class Columns(NamedTuple):
         return True
 
 
-def _share_storage(tensors: list[Tensor]) -> bool:
-    found = [local_of(tensor).untyped_storage().data_ptr() for tensor in tensors if tensor.numel()]
-    return len(set(found)) < len(found)
+def _are_parts_of_one_storage(tensors: list[Tensor]) -> bool:
+    """Whether one with an offset shares its storage with another one."""
+    locals_ = [local_of(tensor) for tensor in tensors if tensor.numel()]
+    storages = Counter(local.untyped_storage().data_ptr() for local in locals_)
+    return any(local.storage_offset() and storages[local.untyped_storage().data_ptr()] > 1 for local in locals_)
+
+
+def _count_apart(states: States) -> None:
+    """Let step counts that are views of one tensor be tensors of their own, because of what _VIEWS_ARE_SAFE says."""
+    apart: dict[int, Tensor] = {}  # by address: a count of several parameters stays one
+    for state in states.values():
+        step = state.get("step")
+        if isinstance(step, Tensor) and step.untyped_storage().nbytes() > step.nbytes:
+            state["step"] = apart.setdefault(step.data_ptr(), step.clone())
 
 
 def traced_step(

@@ -164,9 +164,12 @@ class RealGpu:
         if values.dtype.name == "bfloat16" and int(self.cupy.__version__.split(".")[0]) < 14:
             pytest.skip("needs CuPy 14, the first with bfloat16")
         order = "F" if values.flags.f_contiguous and values.ndim > 1 else "C"
-        with self._copies:  # other streams go on meanwhile, and find the values whichever they are
+        self._copies.use()  # other streams go on meanwhile, and find the values whichever they are
+        try:
             self._kept.append(self.cupy.asarray(values, order=order))
-        self._copies.synchronize()
+            self._copies.synchronize()
+        finally:
+            self.cupy_stream.use()
         return self._kept[-1]
 
     def get(self, array):

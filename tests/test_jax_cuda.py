@@ -26,10 +26,13 @@ TESTS = Path(__file__).parent
 @pytest.mark.parametrize(
     "chosen",
     [
-        ["test_jax_adam.py", "-k", "not trajectory and not chain"],
         ["test_jax_refusals.py"],
         ["test_jax_sparse.py"],
-        *weekly(["test_jax_sharded.py", "-k", "table"], ["test_jax_ffi.py", "-k", "not threads and not scan"]),
+        *weekly(
+            ["test_jax_adam.py", "-k", "not trajectory and not chain"],
+            ["test_jax_sharded.py", "-k", "table"],
+            ["test_jax_ffi.py", "-k", "not threads and not scan"],
+        ),
     ],
     ids=lambda chosen: chosen[0],
 )

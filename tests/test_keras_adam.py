@@ -13,7 +13,7 @@ import pytest
 from helpers import run_python
 
 HERE = Path(__file__).parent
-FILES = ["steps memory models", "callbacks schedules"]
+FILES = ["steps memory", "models callbacks schedules"]
 
 
 def need(*packages):
@@ -28,9 +28,9 @@ def need(*packages):
     ("backend", "names"),
     [
         *(pytest.param(backend, " ".join(FILES), id=backend) for backend in ("numpy", "torch")),
-        # Compiling takes 80 of the 100 s of JAX.
+        # JAX compiles for long; test_readme_lines.py fits a model with it.
         pytest.param("jax", FILES[0], id="jax"),
-        pytest.param("jax", FILES[1], id="jax, callbacks", marks=pytest.mark.weekly),
+        pytest.param("jax", FILES[1], id="jax, models", marks=pytest.mark.weekly),
     ],
 )
 def test_on_backend(backend, names):

@@ -19,9 +19,10 @@ pytestmark = pytest.mark.native
 def path_of(program: str, sanitizers: str = "") -> Path:
     """A program, built with these sanitizers."""
     name = f"native-{sanitizers.split(',')[0] or 'plain'}"
-    # A sanitizer watches memory, which the kernels of all instruction sets touch alike: two have the two ways of the
-    # source, with and without intrinsics.
-    isas = "baseline;avx2" if sanitizers == "address,undefined" and "avx2" in fastadam.isas() else "all"
+    # AddressSanitizer watches memory, which the kernels of all instruction sets touch alike: two have the two ways of the
+    # source, with and without intrinsics. ThreadSanitizer watches the threads, which know nothing of instruction sets.
+    with_avx2 = "baseline;avx2" if "avx2" in fastadam.isas() else "all"
+    isas = {"": "all", "address,undefined": with_avx2, "thread": "baseline"}[sanitizers]
     options = {"FASTADAM_PYTHON": "OFF", "FASTADAM_NATIVE_TESTS": "ON", "FASTADAM_SANITIZE": sanitizers}
     targets = THREAD_PROGRAMS if program in THREAD_PROGRAMS else [program]
     return build(name, *targets, **options, FASTADAM_ISAS=isas) / program

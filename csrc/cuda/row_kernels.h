@@ -12,16 +12,16 @@ namespace fastadam::cuda {
 
 constexpr int kRowThreads = 256;
 
-// The number of threads per row.
-FASTADAM_INLINE int64_t row_lanes(int64_t width) {
-  int64_t lanes = 1;
-  while (lanes < width && lanes < 32) lanes *= 2;
-  return lanes;
+// The number of threads per row, as its logarithm: a GPU divides by shifting in one instruction, else in a hundred.
+FASTADAM_INLINE int row_lane_bits(int64_t width) {
+  int bits = 0;
+  while (int64_t{1} << bits < width && bits < 5) ++bits;
+  return bits;
 }
 
 // The number of blocks of threads for this many rows.
 FASTADAM_INLINE int64_t row_grid(int64_t row_count, int64_t width) {
-  const int64_t rows = kRowThreads / row_lanes(width);
+  const int64_t rows = kRowThreads >> row_lane_bits(width);
   return (row_count + rows - 1) / rows;
 }
 
@@ -33,8 +33,9 @@ struct RowPlace {
 };
 
 FASTADAM_INLINE RowPlace row_place(int64_t block, int64_t thread, int64_t width) {
-  const int64_t lanes = row_lanes(width);
-  return {block * (kRowThreads / lanes) + thread / lanes, thread % lanes, lanes};
+  const int bits = row_lane_bits(width);
+  const int64_t lanes = int64_t{1} << bits;
+  return {block * (kRowThreads >> bits) + (thread >> bits), thread & (lanes - 1), lanes};
 }
 
 // Sums one column of the k-th row in order of occurrence.

@@ -202,7 +202,7 @@ void step_rows(const StepArgs& step, const TensorArgs& tensor, const Factor* fac
       constexpr bool kTransforms = transform.value != kAsItIs;
       if (stale == nullptr && !step.lazy) {
         const TableStep<Storage, amsgrad.value, kTransforms> kernel{state, tensor, *slices, factor, table_rows};
-        return launch(kernel, row_grid(table_rows, kernel.units()), stream);
+        return launch(kernel, kernel.grid(), stream);
       }
       RowStep<Storage, amsgrad.value, kTransforms> kernel{};
       kernel.state = state;
@@ -226,8 +226,8 @@ void accumulate_rows(const TensorArgs& tensor, bool restart, const StepState* st
   const auto& slices = *static_cast<const DeviceRows*>(tensor.rows);
   const int64_t row_count = slices.width == 0 ? 0 : tensor.size / slices.width;
   with_storage(tensor.dtype, [&](auto zero) {
-    launch(AccumulateRows<decltype(zero)>{state, tensor, slices, row_count, restart}, row_grid(row_count, slices.width),
-           static_cast<cudaStream_t>(stream));
+    const AccumulateRows<decltype(zero)> kernel{state, tensor, slices, row_count, restart};
+    launch(kernel, kernel.grid(), static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -7,6 +7,31 @@
 
 namespace fastadam::cuda {
 
+// The consecutive rows of a block. Every group of lanes does up to kTurns of them, so that one search, and one load of
+// the scalars, serves them all; RowSearch has room for kRowThreads.
+struct TableRows {
+  static constexpr int64_t kTurns = 8;
+  int bits;  // of the number of lanes
+  int64_t number;
+
+  FASTADAM_INLINE explicit TableRows(int64_t width) : bits(row_lane_bits(width)) {
+    const int64_t most = kTurns * (kRowThreads >> bits);
+    number = most < kRowThreads ? most : kRowThreads;
+  }
+
+  // The number of blocks of threads for a table.
+  FASTADAM_INLINE int64_t grid(int64_t row_count) const { return (row_count + number - 1) / number; }
+
+  // Calls function(i, column, lanes) for each row i of the block that this thread works on. `left`: rows of the table
+  // from the first of the block on.
+  template <class Function>
+  FASTADAM_INLINE void for_each(int64_t thread, int64_t left, Function function) const {
+    const int64_t lanes = int64_t{1} << bits;
+    const int64_t end = left < number ? left : number;
+    for (int64_t i = thread >> bits; i < end; i += kRowThreads >> bits) function(i, thread & (lanes - 1), lanes);
+  }
+};
+
 // Finds the rows of a block of threads in the sorted list of the rows with a gradient, in as many phases as phases()
 // says. Each phase cuts the part of the list where the first row may be into kRowThreads parts: for 65536 rows that is
 // two loads that depend on each other, where a binary search for each row has sixteen.
@@ -76,27 +101,32 @@ struct TableStep {
            (!kAmsgrad || is_aligned(tensor.vhat));
   }
 
-  // The number of units per row that lanes stride over.
-  FASTADAM_INLINE int64_t units() const { return is_packed() ? slices.width / kPack : slices.width; }
+  FASTADAM_INLINE TableRows block_rows() const { return TableRows(is_packed() ? slices.width / kPack : slices.width); }
+
+  FASTADAM_INLINE int64_t grid() const { return block_rows().grid(row_count); }
 
   FASTADAM_INLINE int phases() const { return RowSearch::phases(slices.count) + 1; }
 
   FASTADAM_INLINE void phase(int phase, int64_t block, int64_t thread, Shared& shared) const {
     if (state->skip) return;
-    const RowPlace place = row_place(block, thread, units());
+    const TableRows mine = block_rows();
     const Rows rows = slices.counted();
-    const int64_t number = kRowThreads / place.lanes;
+    const int64_t first = block * mine.number;
     const int searches = RowSearch::phases(slices.count);
-    if (phase < searches) return RowSearch{rows, block * number, number}.phase(phase, searches, thread, shared);
-    if (place.row >= row_count) return;
-    const Operands s{rows, shared.places[place.row - block * number], tensor.decays ? scalars().keep : T(1),
-                     factor_of_rows<T>(tensor, factor, *state), scalars()};
-    const int64_t row = place.row * slices.width;
-    if (is_packed()) {
-      for (int64_t unit = place.column; unit < units(); unit += place.lanes) update<kPack>(s, row, unit * kPack);
-    } else {
-      for (int64_t column = place.column; column < slices.width; column += place.lanes) update<1>(s, row, column);
-    }
+    if (phase < searches) return RowSearch{rows, first, mine.number}.phase(phase, searches, thread, shared);
+    Operands s{rows, -1, tensor.decays ? scalars().keep : T(1), factor_of_rows<T>(tensor, factor, *state), scalars()};
+    const bool packed = is_packed();
+    mine.for_each(thread, row_count - first, [&](int64_t i, int64_t lane, int64_t lanes) {
+      s.k = shared.places[i];
+      const int64_t row = (first + i) * slices.width;
+      if (packed) {
+        for (int64_t column = lane * kPack; column < slices.width; column += lanes * kPack) {
+          update<kPack>(s, row, column);
+        }
+      } else {
+        for (int64_t column = lane; column < slices.width; column += lanes) update<1>(s, row, column);
+      }
+    });
   }
 
  private:
@@ -151,24 +181,27 @@ struct AccumulateRows {
   int64_t row_count;  // of the table
   bool restart;       // the accumulator counts as zero
 
+  FASTADAM_INLINE int64_t grid() const { return TableRows(slices.width).grid(row_count); }
+
   FASTADAM_INLINE int phases() const { return RowSearch::phases(slices.count) + 1; }
 
   FASTADAM_INLINE void phase(int phase, int64_t block, int64_t thread, Shared& shared) const {
     if (state->skip) return;
-    const RowPlace place = row_place(block, thread, slices.width);
+    const TableRows mine(slices.width);
     const Rows rows = slices.counted();
-    const int64_t number = kRowThreads / place.lanes;
+    const int64_t first = block * mine.number;
     const int searches = RowSearch::phases(slices.count);
-    if (phase < searches) return RowSearch{rows, block * number, number}.phase(phase, searches, thread, shared);
-    if (place.row >= row_count) return;
-    const int64_t k = shared.places[place.row - block * number];
-    T* accumulator = static_cast<T*>(tensor.accumulator) + place.row * slices.width;
-    for (int64_t column = place.column; column < slices.width; column += place.lanes) {
-      if (restart) accumulator[column] = T(0);
-      if (k < 0) continue;
-      accumulator[column] +=
-          tensor.grad_dtype == tensor.dtype ? sum<Storage>(rows, k, column) : sum<T>(rows, k, column);
-    }
+    if (phase < searches) return RowSearch{rows, first, mine.number}.phase(phase, searches, thread, shared);
+    mine.for_each(thread, row_count - first, [&](int64_t i, int64_t lane, int64_t lanes) {
+      const int64_t k = shared.places[i];
+      T* accumulator = static_cast<T*>(tensor.accumulator) + (first + i) * slices.width;
+      for (int64_t column = lane; column < slices.width; column += lanes) {
+        if (restart) accumulator[column] = T(0);
+        if (k < 0) continue;
+        accumulator[column] +=
+            tensor.grad_dtype == tensor.dtype ? sum<Storage>(rows, k, column) : sum<T>(rows, k, column);
+      }
+    });
   }
 
  private:

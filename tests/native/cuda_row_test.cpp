@@ -44,7 +44,7 @@ void run_rows(const RowArgs& args, int t) {
     slices.count += 3;  // on a GPU the host knows only the number of indices, an upper bound
     const cuda::TableStep<Storage, kAmsgrad, kTransform> all{&state, args.tensor, slices, nullptr,
                                                              args.tensor.size / args.width};
-    return emulate(all, cuda::row_grid(all.row_count, all.units()));
+    return emulate(all, all.grid());
   }
   Kernel kernel{};
   kernel.state = &state;

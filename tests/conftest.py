@@ -16,6 +16,7 @@ from providers import NAMES, Provider
 
 # JAX would take most of the memory of a GPU at once, and leave CuPy and PyTorch none.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # or a GPU multiplies float32 numbers with 10 bits
 
 # The default run finds the same on every machine. `--hypothesis-profile=random`, which .ci/run adds, looks further.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

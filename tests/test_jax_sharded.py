@@ -36,7 +36,8 @@ def values(*shape):
 
 
 def run_sharded(code):
-    result = run_python(SHARDED + textwrap.dedent(code), XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    result = run_python(SHARDED + textwrap.dedent(code), **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
 

@@ -78,6 +78,35 @@ def test_steps_on_a_stream_of_torch(gpu, name, options):
         assert float(step) == 10
 
 
+def test_a_step_like_the_last_one_exports_no_tensor(gpu, monkeypatch):
+    """Each export takes longer than all else that the host does for a parameter."""
+    found = pair("Adam", fused=True)
+    exported, export = [], torch.Tensor.__dlpack__
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", lambda *args, **named: exported.append(1) or export(*args, **named))
+    for seed in range(4):
+        if seed == 3:
+            assert exported
+            exported.clear()
+        set_gradients(found, seed)  # in new memory
+        for _, optimizer in found:
+            optimizer.step()
+    assert not exported
+    check_same(found)
+
+
+def test_parameters_with_other_memory_are_stepped_there(gpu):
+    found = pair("Adam")
+    for seed in range(4):
+        set_gradients(found, seed)
+        for weights, optimizer in found:
+            if seed == 2:
+                weights[1].data = weights[1].data.clone()
+            if seed == 3:
+                optimizer.state[weights[0]]["exp_avg"] = optimizer.state[weights[0]]["exp_avg"].clone()
+            optimizer.step()
+    check_same(found)
+
+
 @pytest.mark.parametrize("mode", ["dense", "lazy"])
 def test_embeddings(gpu, mode):
     tables = [torch.nn.Embedding(50, 4, sparse=True, device="cuda", dtype=torch.float64) for _ in range(2)]

@@ -185,8 +185,14 @@ inline Buffer read_cuda_array(const py::object& object, const Label& label) {
   return b;
 }
 
-// Returns the address and stream of an array with the properties of the one that `b` was read from.
+// Returns the address of an array with the properties of the one that `b` was read from, and the stream of all but a
+// kTensor, for which asking takes longer than all the rest.
 inline std::optional<ArrayAddress> cuda_address_if_like(const py::object& object, const Buffer& b) {
+  if (b.gpu->is_torch && exchange_api_of(object) != nullptr) {
+    const void* data = tensor_address_if_like(object, b);
+    return data == nullptr ? std::nullopt
+                           : std::optional(ArrayAddress{data, ArrayAddress::kTensor, true, b.gpu->device});
+  }
   if (b.gpu->address_is_fixed && object.is(b.gpu->source)) {
     return ArrayAddress{b.data, ArrayAddress::kOnGpu, true, b.gpu->device, b.gpu->stream};
   }
@@ -213,6 +219,7 @@ struct CudaArrays {
   static std::optional<ArrayAddress> address_on_gpu(const py::object& object, const Buffer& reference) {
     return cuda_address_if_like(object, reference);
   }
+  static std::optional<uintptr_t> stream_of_tensor(const py::object& tensor) { return torch_stream(tensor); }
 };
 
 // Reads an array of any dtype on a device: ids, or `last` of a deferred table.

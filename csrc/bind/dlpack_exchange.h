@@ -99,8 +99,8 @@ inline bool contiguous(const dlpack::DLTensor& t, bool fortran) {
   return true;
 }
 
-// The address of a tensor in CPU memory with the dtype, shape and layout of `b`. Null for any other object and for an
-// empty tensor.
+// The address of a tensor on the device of `b` and with its dtype, shape and layout. Null for any other object and for
+// an empty tensor.
 inline void* tensor_address_if_like(py::handle object, const Buffer& b) {
   const dlpack::ExchangeApi* api = exchange_api_of(object);
   if (api == nullptr) return nullptr;
@@ -109,9 +109,10 @@ inline void* tensor_address_if_like(py::handle object, const Buffer& b) {
     PyErr_Clear();  // for example a sparse tensor
     return nullptr;
   }
-  const bool same_type = t.device.device_type == dlpack::kDLCPU && t.dtype.lanes == 1 && t.dtype.code == b.type_code &&
-                         t.dtype.bits == 8 * b.item_size;
-  if (!same_type || static_cast<size_t>(t.ndim) != b.shape.size()) return nullptr;
+  const bool same_device = b.gpu ? t.device.device_type == dlpack::kDLCUDA && t.device.device_id == b.gpu->device
+                                 : t.device.device_type == dlpack::kDLCPU;
+  const bool same_type = t.dtype.lanes == 1 && t.dtype.code == b.type_code && t.dtype.bits == 8 * b.item_size;
+  if (!same_device || !same_type || static_cast<size_t>(t.ndim) != b.shape.size()) return nullptr;
   if (!std::equal(b.shape.begin(), b.shape.end(), t.shape)) return nullptr;
   const bool same_layout = t.strides == nullptr
                                ? b.c_contiguous

@@ -154,7 +154,10 @@ class Gradients {
     const bool may_be_negated = now ? now->kind == ArrayAddress::kTensor : exchange_api_of(object) != nullptr;
     if (may_be_negated && is_negated(object)) return refuse_negated(var, i);
     if (!now) return read_whole(object, i);
-    if (now->kind == ArrayAddress::kOnGpu) backend_.order_after(now->stream);
+    if (now->device != Buffer::kHost) {
+      const bool is_tensor = now->kind == ArrayAddress::kTensor;
+      backend_.order_after(is_tensor ? Arrays::stream_of_tensor(object) : now->stream);
+    }
     set(now->data, *known_of(i).dtype, i);
     is_writable_[i] = now->writable;
     if (now->kind != ArrayAddress::kNdarray) owners_.push_back(object);

@@ -170,6 +170,7 @@ struct HostArrays {
   }
   static py::array copy_from_gpu(const Buffer&) { throw py::value_error("an array on a GPU, expected CPU memory"); }
   static std::optional<ArrayAddress> address_on_gpu(const py::object&, const Buffer&) { return std::nullopt; }
+  static std::optional<uintptr_t> stream_of_tensor(const py::object&) { return std::nullopt; }
 };
 
 // Returns the address of an array with the properties of `reference` without reading it completely. Empty if the array

@@ -233,6 +233,15 @@ def test_plot_draws_functions_of_the_step(schedule, expected, pyplot):
     assert drawn(schedules.plot(schedule, 3)) == expected
 
 
+@pytest.mark.parametrize("steps", [1, 2, 9999, 10_000, 10_001, 123_456, 2**62])
+def test_plot_of_any_number_of_steps_goes_from_the_first_to_the_last(steps, pyplot):
+    asked = []
+    line = schedules.plot(lambda step: asked.append(step) or 0.5, steps).get_lines()[0]
+    assert len(asked) == len(line.get_xdata()) == min(steps, 10_000)
+    assert asked == sorted(set(asked))
+    assert (asked[0], asked[-1]) == (0, steps - 1)
+
+
 def test_plot_draws_schedules_of_keras():
     if importlib.util.find_spec("keras") is None:
         pytest.skip("keras is not installed")
@@ -254,6 +263,10 @@ print(axes.get_lines()[0].get_label(), *axes.get_lines()[0].get_ydata())
         (Halving(1), 0, ValueError, "steps: 0, expected an integer of at least 1"),
         (Halving(1), 2.5, TypeError, "steps: 2.5, expected an integer of at least 1"),
         (Halving(1), "5", TypeError, "steps: '5', expected an integer of at least 1"),
+        (lambda step: "x" if step else 1.0, 3, TypeError, "schedule(1): 'x', expected a number"),
+        (lambda step: "0.1", 3, TypeError, "schedule(0): '0.1', expected a number"),
+        (lambda step: None, 3, TypeError, "schedule(0): None, expected a number"),
+        (lambda step: [0.1], 3, TypeError, "schedule(0): [0.1], expected a number"),
     ],
 )
 def test_plot_refuses_what_it_cannot_draw_and_draws_nothing(schedule, steps, error, message, pyplot):

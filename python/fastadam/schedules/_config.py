@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["deserialize", "plot", "serialize"]
 
+_MOST_POINTS = 10_000  # of a curve: more than a picture has columns
+
 
 def serialize(learning_rate_schedule: LearningRateSchedule) -> Config:
     """Convert a schedule to ``{"class_name": ..., "config": ...}``: plain JSON in the form of TF 2.x.
@@ -66,12 +68,22 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
     return classes[name].from_config(dict(config["config"]))
 
 
+def _rate(value: object, step: int) -> float:
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"schedule({step}): {shown(value)}, expected a number")
+
+
 @suggests_keywords()
 def plot(schedule: Callable[[Any], AnyArray], steps: int, axes: Axes | None = None) -> Axes:
     """Plot the learning rates of the first ``steps`` steps with matplotlib.
 
     Args:
-        schedule: A schedule of fastadam or Keras, or any function of the step. It is called for each step.
+        schedule: A schedule of fastadam or Keras, or any function of the step. It is called for each step, or for
+            10,000 of them from the first to the last if there are more.
         steps: Number of steps.
         axes: Matplotlib axes to draw on. None means pyplot's current axes, so that ``plt.show()`` and notebooks show
             them; a second call adds a curve to the same axes.
@@ -81,7 +93,8 @@ def plot(schedule: Callable[[Any], AnyArray], steps: int, axes: Axes | None = No
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: ``schedule`` is not callable, or is a class; ``steps`` is not an integer; ``axes`` cannot plot.
+        TypeError: ``schedule`` is not callable, or is a class, or returns something else than a number; ``steps`` is
+            not an integer; ``axes`` cannot plot.
         ValueError: ``steps`` is under 1.
 
     >>> import fastadam
@@ -96,13 +109,15 @@ def plot(schedule: Callable[[Any], AnyArray], steps: int, axes: Axes | None = No
     if axes is not None and not hasattr(axes, "plot"):
         raise TypeError(f"axes: {type(axes).__name__}, expected Axes of Matplotlib or None")
     count = check_count("steps", steps)
-    rates = [float(schedule(step)) for step in range(count)]
+    last = min(count, _MOST_POINTS) - 1
+    drawn = [place * (count - 1) // last for place in range(last + 1)] if last else [0]
+    rates = [_rate(schedule(step), step) for step in drawn]
     if axes is None:
         import matplotlib.pyplot as plt
 
         axes = plt.gca()
     label = schedule.__name__ if inspect.isroutine(schedule) else type(schedule).__name__
-    axes.plot(rates, label=label)
+    axes.plot(drawn, rates, label=label)
     axes.set(xlabel="step", ylabel="learning rate")
     axes.legend()
     return axes

@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import fastadam
@@ -77,6 +78,9 @@ def pytest_collection_finish():
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    skipped = Counter(str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in skipped.most_common():
+        terminalreporter.write_line(f"{count} x {reason}")
     if config.option.markexpr == "not slow":
         how = "-m slow runs them alone, -m '' runs everything; see tests/README.md"
         terminalreporter.write_line(f"Tests marked slow were left out: {how}", yellow=True)

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("gpu", ["real"], indirect
 def torch(request):
     found = pytest.importorskip("torch")
     if not found.cuda.is_available():
-        skip_or_fail(request.config, "needs a CUDA build of PyTorch")
+        skip_or_fail(request.config, "needs a GPU that PyTorch sees")
     return found
 
 

@@ -23,7 +23,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _torch_has_cuda(request):
     if not torch.cuda.is_available():
-        skip_or_fail(request.config, "needs a CUDA build of PyTorch")
+        skip_or_fail(request.config, "needs a GPU that PyTorch sees")
 
 
 @contextlib.contextmanager

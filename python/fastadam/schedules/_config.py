@@ -83,7 +83,8 @@ def plot(schedule: Callable[[Any], AnyArray], steps: int, axes: Axes | None = No
 
     Args:
         schedule: A schedule of fastadam or Keras, or any function of the step. It is called for each step, or for
-            10,000 of them from the first to the last if there are more.
+            10,000 of them from the first to the last if there are more. Schedulers of PyTorch are not functions of the
+            step, and are refused.
         steps: Number of steps.
         axes: Matplotlib axes to draw on. None means pyplot's current axes, so that ``plt.show()`` and notebooks show
             them; a second call adds a curve to the same axes.

@@ -37,10 +37,10 @@ def files(tmp_path_factory):
 
 
 BAD_CHAINS = {
-    "missing": ("base", ["1", "3"], r"deltas\[1\]: .*3: delta 3, expected delta 2"),
-    "first missing": ("base", ["2"], r"deltas\[0\]: .*2: delta 2, expected delta 1"),
+    "missing": ("base", ["1", "3"], r"deltas\[1\]: .*3: delta 3 right after delta 1, expected delta 2"),
+    "first missing": ("base", ["2"], r"deltas\[0\]: .*2: delta 2 right after the base, expected delta 1"),
     "repeated": ("base", ["1", "1"], r"deltas\[1\]: .*1: delta 1 once more, expected delta 2"),
-    "out of order": ("base", ["1", "3", "2"], r"deltas\[1\]: .*3: delta 3, expected delta 2"),
+    "out of order": ("base", ["1", "3", "2"], r"deltas\[1\]: .*3: delta 3 right after delta 1, expected delta 2"),
     "older": ("base", ["1", "2", "3", "1"], r"deltas\[3\]: .*1: delta 1 once more, expected delta 4"),
     "merged already": ("merged", ["1"], r"deltas\[0\]: .*1: delta 1 once more, expected delta 2"),
     "stale": ("base", ["of old"], r"deltas\[0\]: .*of old: a delta of another base, expected one that follows .*base"),

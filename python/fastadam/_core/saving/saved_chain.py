@@ -103,7 +103,8 @@ class SavedChain:
         )
         is_old = there.number <= before.number
         file.require(not is_old, f"{what}, which is older than what comes before it", due)
-        file.require(there.number == before.number + 1, what, due)
+        last = f"delta {before.number}" if before.number else "the base"
+        file.require(there.number == before.number + 1, f"{what} right after {last}", due)
         file.require(
             file.previous == before.id,
             f"{what}, which follows another file than {self._files[-1].label}",

@@ -72,7 +72,7 @@ def _rate(value: object, step: int) -> float:
     try:
         if not isinstance(value, (str, bytes)):
             return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         pass
     raise TypeError(f"schedule({step}): {shown(value)}, expected a number")
 

@@ -107,10 +107,11 @@ class Columns(NamedTuple):
             for param, label in zip(stepped, labels, strict=True):
                 check_flags(group, param, label, options.sparse_update)
             named = states_of(states, stepped, labels, options.state_format(group)) if stepped else []
+            moments = [value for state in named for key, value in state.items() if key.startswith("exp_avg")]
+            if not _VIEWS_ARE_SAFE and _are_parts_of_one_storage([*stepped, *moments]):
+                return False
         except (RuntimeError, TypeError, ValueError):
             return False  # in the compiler these would be internal errors
-        if not _VIEWS_ARE_SAFE and _are_parts_of_one_storage(stepped):
-            return False
         states.update(zip(stepped, named, strict=True))
         _count_apart(states)
         for param, state in zip(stepped, named, strict=True):

@@ -323,3 +323,32 @@ def test_a_warning_that_raises_leaves_the_scale_adjusted():
     assert (optimizer.dynamic_scale, optimizer.step_counter, optimizer.iterations) == (1, 0, 0)
     skip(optimizer, 20, w)
     assert w.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("what", ["save", "save_delta"])
+def test_a_step_that_a_rate_makes_while_it_is_saved_is_in_the_file_with_its_scale(what, tmp_path):
+    w, makes_step = np.ones(4, F32), []
+
+    def rate():
+        if makes_step:
+            makes_step.clear()
+            step()
+        return 0.1
+
+    optimizer = fastadam.LossScaleOptimizer(fastadam.Adam(rate), initial_scale=8.0, dynamic_growth_steps=2)
+
+    def step():
+        optimizer.apply_gradients([(np.full(4, optimizer.dynamic_scale, F32), w)])
+
+    step()
+    if what == "save_delta":
+        optimizer.save(tmp_path / "base", values=True)
+    makes_step.append(True)
+    if what == "save":
+        optimizer.save(tmp_path / "base", values=True)
+    else:
+        optimizer.save_delta(tmp_path / "delta")
+    deltas = [tmp_path / "delta"] if what == "save_delta" else []
+    found = fastadam.LossScaleOptimizer.load(tmp_path / "base", [np.zeros(4, F32)], deltas=deltas)
+    assert (int(optimizer.iterations), float(optimizer.dynamic_scale), int(optimizer.step_counter)) == (2, 16, 0)
+    assert (int(found.iterations), float(found.dynamic_scale), int(found.step_counter)) == (2, 16, 0)

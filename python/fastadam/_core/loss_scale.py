@@ -329,12 +329,12 @@ class LossScaleOptimizer(Minimizer):
     ) -> None:
         """Save the optimizer as :meth:`Adam.save` does, with the scale and the number of good steps."""
         with parts_of(self.inner_optimizer).runtime.lock:
-            save_optimizer(self.inner_optimizer, path, variables, self._saved(), values=values)
+            save_optimizer(self.inner_optimizer, path, variables, self._saved, values=values)
 
     def save_delta(self, path: str | os.PathLike[str]) -> None:
         """Save what has changed since the last file as :meth:`Adam.save_delta` does, with the scale."""
         with parts_of(self.inner_optimizer).runtime.lock:
-            save_delta(self.inner_optimizer, path, self._saved())
+            save_delta(self.inner_optimizer, path, self._saved)
 
     def _saved(self) -> Config:
         return {**{name: getattr(self, name) for name in _SAVED}, **self._own_config()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,10 @@ from fastadam._core.state.entry import Entry
 __all__ = ["save_delta"]
 
 
-def save_delta(optimizer: Foreign, path: str | os.PathLike[str], loss_scale: Config | None = None) -> None:
-    """Save as described at ``Adam.save_delta``; ``loss_scale`` is the state of a LossScaleOptimizer."""
+def save_delta(
+    optimizer: Foreign, path: str | os.PathLike[str], loss_scale: Callable[[], Config] | None = None
+) -> None:
+    """Save as described at ``Adam.save_delta``; ``loss_scale`` returns the state of a LossScaleOptimizer."""
     name = check_target(path)
     parts = parts_of(optimizer)
     options, state, runtime, tables = parts
@@ -48,7 +51,7 @@ def save_delta(optimizer: Foreign, path: str | os.PathLike[str], loss_scale: Con
         tables_in = {str(i): part.record for i, part in enumerate(changed) if part.rows is not None}
         description = {
             **description_of(optimizer, config, entries),
-            "loss_scale": loss_scale,
+            "loss_scale": loss_scale() if loss_scale else None,
             "values": True,
             "chain": {**link._asdict(), "previous": chain.link.id},
             "positions": [part.position for part in changed],

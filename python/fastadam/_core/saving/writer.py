@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fastadam._core.averages import refuse_while_swapped
@@ -34,11 +34,11 @@ def save_optimizer(
     optimizer: Foreign,
     path: str | os.PathLike[str],
     variables: Iterable[AnyArray] | None = None,
-    loss_scale: Config | None = None,
+    loss_scale: Callable[[], Config] | None = None,
     *,
     values: bool = False,
 ) -> None:
-    """Save as described at ``Adam.save``; ``loss_scale`` is the state of a LossScaleOptimizer."""
+    """Save as described at ``Adam.save``; ``loss_scale`` returns the state of a LossScaleOptimizer."""
     name = check_target(path)
     has_values = check_bool("values", values)
     selection = None if variables is None else check_list("variables", variables)
@@ -46,12 +46,13 @@ def save_optimizer(
     with runtime.lock:
         if has_values:
             refuse_while_swapped(parts_of(optimizer), "save(values=True)")
-        config = optimizer.get_config()
+        config = optimizer.get_config()  # calls callables, which may make steps: what else is saved is read after it
         entries = entries_of(state.slots, selection)
         buffers = known_buffers(state.slots, entries) if has_values else [None] * len(entries)
         tables.settle()
         slots = [{at: (slot, state.slots.arrays[at]) for slot, at in entry.slots.items()} for entry in entries]
-        description = {**description_of(optimizer, config, entries), "loss_scale": loss_scale, "values": has_values}
+        description = description_of(optimizer, config, entries)
+        description |= {"loss_scale": loss_scale() if loss_scale else None, "values": has_values}
         link = Link.new()
         if has_values:
             description["chain"] = {**link._asdict(), "previous": None}

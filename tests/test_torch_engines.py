@@ -82,6 +82,11 @@ def fsdp(_folder):
     check_equal(model.parameters(), unsharded(5, weight_decay=0.1))
     assert type(optimizer.state[model[0].weight]["exp_avg"]).__name__ == "DTensor"
     assert type(optimizer.state[model[0].weight]["step"]) is torch.Tensor
+    compiled = SimpleNamespace(
+        zero_grad=optimizer.zero_grad, step=torch.compile(lambda: optimizer.step(), backend="aot_eager")
+    )
+    train(model, compiled, range(5, 8))  # which is eager
+    check_equal(model.parameters(), unsharded(8, weight_decay=0.1))
 
 
 def clipped(_folder):
@@ -211,8 +216,9 @@ def test_a_compiled_first_step_makes_the_state():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("first", ["eager", "compiled"])
-def test_compiled_steps_count_in_tensors_of_their_own(first):
-    """Inductor before PyTorch 2.13 reads views of one tensor from the wrong place."""
+def test_compiled_steps_count_in_tensors_of_their_own_where_inductor_needs_that(first, monkeypatch):
+    """Before PyTorch 2.13 it reads views of one tensor from the wrong place."""
+    monkeypatch.setattr("fastadam.torch._compiled._VIEWS_ARE_SAFE", False)
     model, twin = network(), network()
     theirs, ours = torch.optim.Adam(model.parameters(), lr=0.1), fastadam.torch.Adam(twin.parameters(), lr=0.1)
     compiled = SimpleNamespace(
@@ -238,6 +244,22 @@ def test_parameters_in_one_storage_are_compiled_where_inductor_can(safe, monkeyp
         optimizer, columns = fastadam.torch.Adam(parameters), [[] for _ in range(6)]
         assert optimizer._init_group(optimizer.param_groups[0], *columns) == is_traced
         assert [len(column) for column in columns] == [2 * is_traced] * 4 + [0, 2 * is_traced]
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("shared", ["exp_avg", "exp_avg_sq", "both"])
+def test_moments_in_one_storage_are_compiled_where_inductor_can(safe, shared, monkeypatch):
+    monkeypatch.setattr("fastadam.torch._compiled._VIEWS_ARE_SAFE", safe)
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad, other = torch.ones(4), torch.nn.Parameter(torch.ones(4))
+    other.grad = torch.ones(4)
+    optimizer, flat = fastadam.torch.Adam([weight, other]), torch.zeros(16)
+    optimizer.step()
+    for place, name in enumerate(("exp_avg", "exp_avg_sq")):
+        if shared in (name, "both"):
+            optimizer.state[weight][name] = flat[8 * place : 8 * place + 4]
+            optimizer.state[other][name] = flat[8 * place + 4 : 8 * place + 8]
+    assert optimizer._init_group(optimizer.param_groups[0], *([] for _ in range(6))) == safe
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastadam._core.native.plan import BoundedCache, StepHyper
 from fastadam._core.native.slices import DEFERRED
 from fastadam.torch._checks import Group, States, check_flags, check_options, label_of
 from fastadam.torch._grad_scaler import ScaledStep
-from fastadam.torch._layout import Turn, local_of, turns_of
+from fastadam.torch._layout import Turn, turns_of
 from fastadam.torch._options import Options
 from fastadam.torch._parameter_set import ParameterSet
 from fastadam.torch._state import Kind, states_of
@@ -100,6 +101,8 @@ class Columns(NamedTuple):
         stepped = [param for param in group["params"] if param.grad is not None]
         if options.sparse_update in DEFERRED or any(param.grad.layout != torch.strided for param in stepped):
             return False
+        if any(hasattr(param, "_local_tensor") for param in stepped):  # a DTensor, which the operator does not take
+            return False
         index = next(index for index, other in enumerate(groups) if other is group)
         labels = [label_of(group, index, k) for k, param in enumerate(group["params"]) if param.grad is not None]
         try:
@@ -113,7 +116,8 @@ class Columns(NamedTuple):
         except (RuntimeError, TypeError, ValueError):
             return False  # in the compiler these would be internal errors
         states.update(zip(stepped, named, strict=True))
-        _count_apart(states)
+        if not _VIEWS_ARE_SAFE:
+            _count_apart(states)
         for param, state in zip(stepped, named, strict=True):
             self.params.append(param)
             self.grads.append(param.grad)
@@ -126,14 +130,15 @@ class Columns(NamedTuple):
 
 
 def _are_parts_of_one_storage(tensors: list[Tensor]) -> bool:
-    """Whether one with an offset shares its storage with another one."""
-    locals_ = [local_of(tensor) for tensor in tensors if tensor.numel()]
-    storages = Counter(local.untyped_storage().data_ptr() for local in locals_)
-    return any(local.storage_offset() and storages[local.untyped_storage().data_ptr()] > 1 for local in locals_)
+    """Whether one with an offset shares its storage with another one; a wrapper of other tensors has no storage."""
+    plain = [tensor for tensor in tensors if tensor.numel() and not is_traceable_wrapper_subclass(tensor)]
+    places = [(tensor.untyped_storage().data_ptr(), tensor.storage_offset()) for tensor in plain]
+    tensors_in = Counter(storage for storage, _ in places)
+    return any(offset > 0 and tensors_in[storage] > 1 for storage, offset in places)
 
 
 def _count_apart(states: States) -> None:
-    """Let step counts that are views of one tensor be tensors of their own, because of what _VIEWS_ARE_SAFE says."""
+    """Let step counts that are views of one tensor be tensors of their own."""
     apart: dict[int, Tensor] = {}  # by address: a count of several parameters stays one
     for state in states.values():
         step = state.get("step")

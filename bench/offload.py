@@ -3,8 +3,8 @@
     python bench/offload.py [--turns N]   # needs a GPU and a CUDA build of torch; writes bench/results/offload.json
 
 A step is a forward and a backward pass of a GPT of 184 M parameters, the gradients' way to the host, the optimizer's
-step there, and the way of the weights back. "backward" makes nothing but the passes, "transfers" all but the step; what
-is left is the optimizer's. Contenders take turns, each in a process of its own, and are compared with PyTorch first.
+step there, and the way of the weights back. "backward" runs only the two passes, "transfers" everything but the
+optimizer's step. Contenders take turns, each in a process of its own, and are compared with PyTorch first.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cases import GOLDEN, SCHEDULE_STEPS, SCHEDULES, bits, random_array
 from fastadam import schedules
+from fastadam._core.common.checks import shown
 from fastadam.schedules import (
     CosineDecay,
     CosineDecayRestarts,
@@ -265,6 +266,7 @@ print(axes.get_lines()[0].get_label(), *axes.get_lines()[0].get_ydata())
         (Halving(1), "5", TypeError, "steps: '5', expected an integer of at least 1"),
         (lambda step: "x" if step else 1.0, 3, TypeError, "schedule(1): 'x', expected a number"),
         (lambda step: "0.1", 3, TypeError, "schedule(0): '0.1', expected a number"),
+        (lambda step: 10 ** (400 * step), 3, TypeError, f"schedule(1): {shown(10**400)}, expected a number"),
         (lambda step: None, 3, TypeError, "schedule(0): None, expected a number"),
         (lambda step: [0.1], 3, TypeError, "schedule(0): [0.1], expected a number"),
     ],

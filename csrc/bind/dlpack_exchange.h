@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reads tensors through the C functions of their library (dlpack.h), which is faster than through the Python methods of
-// DLPack. This works only for tensors in CPU memory; read_array() reads all others.
+// DLPack. Capsules are made only of tensors in CPU memory; read_array() reads all others.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -95,7 +95,9 @@ def main() -> None:
     code = subprocess.run(command, cwd=ROOT).returncode
     written = [path.read_text() for path in sorted(reports.iterdir())]
     found = [
-        text for text in written if re.search("ERROR: |WARNING: ThreadSanitizer|runtime error", text)
+        text
+        for text in written
+        if re.search("ERROR: |FATAL: |CHECK failed|WARNING: ThreadSanitizer|runtime error", text)
     ]  # not advice
     print(*found, sep="\n")
     print(f"sanitized {sanitizer}: {len(found)} reports, pytest returned {code}; {' '.join(arguments)}")

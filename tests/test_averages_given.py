@@ -202,6 +202,7 @@ assert abs(average[7, 0] - 1) < 1e-6 and average[8, 0] == 0 and abs(average[0, 0
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a generator that is closed
 @either_way
 @pytest.mark.parametrize("mode", ["deferred", "dense"])

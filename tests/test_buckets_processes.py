@@ -108,7 +108,7 @@ atexit.register(last)
 
 @pytest.mark.parametrize("kind", EXITS)
 def test_the_interpreter_exits(kind):
-    result = run_python(START + EXITS[kind])
+    result = run_python(START + EXITS[kind], exits=True)
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -118,5 +118,5 @@ import atexit
 atexit.register(lambda: print(is_undone()))
 import fastadam
 """ + START.replace("import fastadam, numpy as np", "import numpy as np")
-    result = run_python("import numpy as np\n" + code)
+    result = run_python("import numpy as np\n" + code, exits=True)
     assert result.stdout.split() == ["True"], result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import re
@@ -21,6 +22,7 @@ HERE = Path(__file__).parent / "capi"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-pedantic"]
 
 
+@functools.cache
 def option(name):
     return subprocess.run([sys.executable, "-m", "fastadam", name], capture_output=True, text=True, check=True).stdout
 

@@ -213,6 +213,7 @@ def in_eight_bits(v, word):
     return ref.decode(ref.V, ref.encode(ref.V, v, f, word >> 12), f)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "tolerance"), [(bfloat16_at_random, 0.01), (in_eight_bits, 0.04)])
 def test_v_follows_gradients_that_shrink(keep, tolerance):
     """Each element scatters by 5 % (bfloat16), 22 % (8 bits): the tolerances are 6 deviations of the mean of 1024."""

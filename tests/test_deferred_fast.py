@@ -89,6 +89,7 @@ MORE_OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [*OPTIONS, *slow(*EXTREMES), *weekly(*MORE_OPTIONS)], ids=str)
 def test_as_near_to_float64_as_dense_float32_or_nearer(options):
     truth = Run("dense", np.float64, **options).train(1500).state()
@@ -273,6 +274,7 @@ def test_a_copy_made_while_rows_wait_goes_on_to_the_bit(kind):
         np.testing.assert_array_equal(bits(a), bits(b))
 
 
+@pytest.mark.slow
 def test_a_sweep_bounds_the_gaps_of_a_history():
     run = Run("deferred_fast", max_staleness=50).train(1100)
     history = history_of(run.optimizer)

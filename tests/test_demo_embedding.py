@@ -20,6 +20,7 @@ def corpus():
     return embedding.load_corpus(bits=BITS)
 
 
+@pytest.mark.slow
 def test_the_corpus_is_functions_of_modules_that_have_many(corpus):
     counts = np.bincount(corpus.labels)
     assert len(corpus.modules) == len(counts) > 15
@@ -83,6 +84,7 @@ def test_the_gradients_of_the_classifier_are_right():
             np.testing.assert_allclose(gradient[place], (values[0] - values[1]) / 2e-6, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_both_modes_end_in_the_same_bits_and_learn(corpus):
     deferred, dense = (embedding.train(corpus, mode, steps=150) for mode in MODES)
     assert deferred.same_bits(dense)

@@ -20,11 +20,11 @@ def test_import_fastadam_imports_no_framework():
     assert printed(code) == "[]\n"
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ["torch", "jax"])  # for Keras see below
 def test_an_adapter_is_an_attribute(adapter):
     need(adapter)
     code = f"import fastadam; print(fastadam.{adapter}.__name__, 'fastadam.{adapter}' in sys.modules)"
-    assert printed(code, KERAS_BACKEND="numpy") == f"fastadam.{adapter} True\n"
+    assert printed(code) == f"fastadam.{adapter} True\n"
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -66,17 +66,19 @@ except ModuleNotFoundError as error:
     assert printed(code, ["typing_extensions"]) == "No module named 'typing_extensions'\n"
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "scale_by_adam"])
-def test_without_optax_its_transformations_say_so(name):
+def test_without_optax_its_transformations_say_so():
     need("jax")
+    names = ["adam", "adamw", "scale_by_adam"]
     code = f"""
 import fastadam.jax
-try:
-    fastadam.jax.{name}(0.1)
-except ModuleNotFoundError as error:
-    print(error.name, "-", error)
+for name in {names}:
+    try:
+        getattr(fastadam.jax, name)(0.1)
+    except ModuleNotFoundError as error:
+        print(error.name, "-", error)
 """
-    assert printed(code, ["optax"]) == f"optax - fastadam.jax.{name} needs optax: pip install optax\n"
+    expected = [f"optax - fastadam.jax.{name} needs optax: pip install optax" for name in names]
+    assert printed(code, ["optax"]).splitlines() == expected
 
 
 # ---- the backend of Keras --------------------------------------------------------------------------------------------
@@ -116,9 +118,10 @@ for chosen, text, _ in {CASES}:
     except ImportError as error:
         print(error)
 os.environ["KERAS_BACKEND"] = "numpy"
-print(fastadam.keras.Adam(0.5).amsgrad)
+print(fastadam.keras.Adam(0.5).amsgrad, fastadam.keras.__name__, "fastadam.keras" in sys.modules)
 """
-    expected = [*(f"fastadam.keras: KERAS_BACKEND is {found}. {ADVICE}" for *_, found in CASES), "False"]
+    refusals = (f"fastadam.keras: KERAS_BACKEND is {found}. {ADVICE}" for *_, found in CASES)
+    expected = [*refusals, "False fastadam.keras True"]
     assert printed(code, KERAS_HOME=str(tmp_path)).splitlines() == expected
 
 

@@ -27,8 +27,10 @@ EXAMPLES = {
 }
 OF_TORCH = {name: example for name, example in EXAMPLES.items() if "import fastadam.torch" in example}
 IN_FORKS = """
-import json, os, sys
+import gc, json, os, sys
 import torch._dynamo, fastadam.torch  # once, because it takes long; optimizers of PyTorch import torch._dynamo
+
+gc.freeze()  # or each process walks through PyTorch when it ends
 
 for name, example in json.load(open(sys.argv[1])).items():
     child = os.fork()

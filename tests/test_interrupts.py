@@ -13,7 +13,7 @@ import threading
 import fastadam
 import numpy as np
 import pytest
-from helpers import bits, slow, weekly
+from helpers import bits, weekly
 
 
 def at_a_line(place):
@@ -157,6 +157,7 @@ def test_averages_are_in_the_variables_for_the_block_alone(way):
     check_all_places(way, lambda: trained(use_ema=True), evaluate, step_with_halves, changes=False)
 
 
+@pytest.mark.slow
 @either_way
 def test_averages_that_are_kept(way):
     check_all_places(way, lambda: trained(use_ema=True), lambda o, v: o.finalize_variable_values(v), step_with_halves)
@@ -249,7 +250,8 @@ def test_set_weights(way):
     )
 
 
-@pytest.mark.parametrize("calls", [2, *slow(0, 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [0, 1, 2])
 @either_way
 def test_a_call_that_accumulates(calls, way):
     """The second variable comes in the middle of a cycle, where its old accumulator must not count."""
@@ -267,10 +269,11 @@ def test_a_call_that_accumulates(calls, way):
     check_all_places(way, make, lambda o, v: o.apply_gradients([(np.full_like(w, 0.5), w) for w in v[:2]]), go_on)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("rows_wait")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a generator that is closed
 @pytest.mark.parametrize("mode", ["deferred", "lazy"])
-@pytest.mark.parametrize("calls", [2, *slow(3)])
+@pytest.mark.parametrize("calls", [2, 3])
 @either_way
 def test_a_call_that_accumulates_rows(calls, mode, way):
     def give(optimizer, variables, *ids):

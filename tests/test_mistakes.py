@@ -5,13 +5,10 @@ Here those of what a step is given; test_mistakes_in_names.py has those of names
 
 from __future__ import annotations
 
-import importlib.util
-import re
-
 import fastadam
 import numpy as np
 import pytest
-from helpers import F32, ones, run_python, step_by_half, warned
+from helpers import F32, ones, step_by_half, warned
 
 # ---- variables that are replaced between steps ----------------------------------------------------------------------
 
@@ -407,18 +404,6 @@ def test_a_swapped_pair_is_refused_by_its_place(kind):
             optimizer.apply_gradients([(ones(3), good), (w, ones(3))])
         assert optimizer.iterations == expected
         step_by_half(optimizer, good)
-
-
-def test_a_variable_of_keras_as_the_gradient_of_an_array_is_refused():
-    if importlib.util.find_spec("keras") is None:  # imported here it would choose the backend of this process
-        pytest.skip("keras is not installed")
-    code = """
-import keras, numpy as np, fastadam
-w = keras.Variable(np.ones(3, np.float32))
-fastadam.Adam().apply_gradients([(w, np.ones(3, np.float32))])
-"""
-    error = run_python(code, KERAS_BACKEND="numpy").stderr
-    assert re.search(r"TypeError: grads_and_vars\[0\]: Variable '\w+' as the gradient of a ndarray", error), error
 
 
 def test_a_variable_as_the_gradient_of_a_known_array_is_refused():

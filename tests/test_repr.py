@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import html.parser
-import importlib.util
 import re
 import tracemalloc
 
@@ -13,15 +12,9 @@ import numpy as np
 import pytest
 from fastadam import schedules
 from fastadam._core.common import display
-from helpers import Halving, Pair, run_python
+from helpers import Halving, Pair
 
 F32 = np.float32
-
-
-def need(framework):
-    """Without importing it: Keras would choose its backend in this process."""
-    if importlib.util.find_spec(framework) is None:
-        pytest.skip(f"{framework} is not installed")
 
 
 def warm_up():
@@ -303,25 +296,6 @@ def test_html_of_a_schedule_has_its_curve(schedule):
 
 def test_no_curve_of_rates_that_are_not_finite():
     assert display.polyline([1.0, np.inf]) == display.polyline([1.0]) == ""
-
-
-def test_keras_optimizers_show_their_settings():
-    need("keras")
-    program = """
-import keras, fastadam.keras
-print(fastadam.keras.Adam())
-print(fastadam.keras.AdamW(0.5, beta_1=0.8))
-print(fastadam.keras.Adam(name="mine"))
-print(fastadam.keras.Adam(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)))
-print(repr(fastadam.keras.Adam.__new__(fastadam.keras.Adam)))
-"""
-    result = run_python(program, KERAS_BACKEND="numpy")
-    first, second, named, third, fourth = result.stdout.splitlines()
-    assert first == "fastadam.keras.Adam(learning_rate=0.001)"
-    assert second == "fastadam.keras.AdamW(learning_rate=0.5, beta_1=0.8)"
-    assert named == "fastadam.keras.Adam(learning_rate=0.001, name='mine')"
-    assert third.startswith("fastadam.keras.Adam(learning_rate=ExponentialDecay(initial_learning_rate=0.1, decay_step")
-    assert fourth.startswith(("<fastadam.keras.Adam object", "fastadam.keras.Adam("))
 
 
 @pytest.mark.parametrize(

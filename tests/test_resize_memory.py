@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cases import random_array
 from fastadam import IndexedSlices
-from helpers import F32, ones, rss_anon
+from helpers import F32, ones, rss_anon, slow
 from resize_cases import MODES, NEW, Twins, state_of, used
 
 pytestmark = pytest.mark.usefixtures("passes_touch_all_rows")
@@ -86,7 +86,7 @@ def test_files_that_are_given_take_room_for_the_rows_that_moved(mode, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: counts pages in /proc")
 @pytest.mark.parametrize("mode", ["lazy", "deferred"])
-@pytest.mark.parametrize("after", ["steps", "get_slot", "load"])
+@pytest.mark.parametrize("after", ["steps", *slow("get_slot", "load")])
 @pytest.mark.parametrize("which", ["one", "all", "rows"])
 def test_a_reset_writes_only_rows_that_have_moments(which, after, mode, tmp_path):
     table = np.memmap(tmp_path / "table", F32, "w+", shape=(200_000, 64))

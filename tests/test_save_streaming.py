@@ -286,6 +286,7 @@ def test_values_are_refused_where_they_are_not_the_variables(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
+@pytest.mark.slow
 def test_a_damaged_file_with_values_changes_nothing(tmp_path):
     w = np.random.RandomState(0).standard_normal(40).astype(F32)
     optimizer = fastadam.Adam(0.1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import pickle
 import re
@@ -22,7 +21,7 @@ from fastadam.schedules import (
     PiecewiseConstantDecay,
     PolynomialDecay,
 )
-from helpers import Halving, assert_moved, run_python
+from helpers import Halving, assert_moved
 
 IDS = [f"{i}_{name}" for i, (name, _) in enumerate(SCHEDULES)]
 ALL = [getattr(schedules, name)(**arguments) for name, arguments in SCHEDULES]
@@ -241,19 +240,6 @@ def test_plot_of_any_number_of_steps_goes_from_the_first_to_the_last(steps, pypl
     assert len(asked) == len(line.get_xdata()) == min(steps, 10_000)
     assert asked == sorted(set(asked))
     assert (asked[0], asked[-1]) == (0, steps - 1)
-
-
-def test_plot_draws_schedules_of_keras():
-    if importlib.util.find_spec("keras") is None:
-        pytest.skip("keras is not installed")
-    program = """
-import keras, matplotlib, fastadam
-matplotlib.use("Agg")
-axes = fastadam.schedules.plot(keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.5, 0.25]), 4)
-print(axes.get_lines()[0].get_label(), *axes.get_lines()[0].get_ydata())
-"""
-    result = run_python(program, KERAS_BACKEND="numpy")
-    assert result.stdout.split() == ["PiecewiseConstantDecay", "0.5", "0.5", "0.25", "0.25"], result.stderr
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import safetensors.numpy
 from fastadam import exchange
 from fastadam._core.saving import tensor_file
 from fastadam._core.saving.file_format import MAX_HEADER
-from helpers import assert_same, refuses, rewrite, run_python
+from helpers import assert_same, refuses, rewrite, run_python, slow
 
 F32 = np.float32
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def test_every_statement_of_the_document_names_tests_that_exist():
 # ---- nothing is run or opened ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["plain", "values", "delta", "loss scale", "hostile"])
+@pytest.mark.parametrize("kind", ["values", "hostile", *slow("plain", "delta", "loss scale")])
 def test_loading_does_nothing_but_read_the_named_files(kind, tmp_path):
     """In a process that has loaded a file of this kind before, so that imports of the library's own are done."""
     code = f"""

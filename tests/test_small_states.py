@@ -6,6 +6,7 @@ import codes_reference as codes
 import fastadam
 import numpy as np
 import pytest
+from helpers import slow
 from small_state_cases import (
     BF16,
     BLOCK,
@@ -95,7 +96,7 @@ def test_steps_have_the_bits_of_the_definition(moments, kind, isa):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
-@pytest.mark.parametrize("kind", ["float32", "split", "rounded"])
+@pytest.mark.parametrize("kind", ["split", *slow("float32", "rounded")])
 def test_bits_do_not_depend_on_the_number_of_threads(moments, kind, threads):
     fastadam.set_num_threads(threads)
     check_against_reference(moments, kind, sizes=(70_001, 129, 40_000), steps=2)
@@ -176,6 +177,7 @@ def test_nan_and_infinity_stay_visible():
 # ---- what is right in the mean -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
 def test_v_does_not_drift_after_gradients_shrink(moments):
     """bfloat16 to nearest gives a ratio of 8.

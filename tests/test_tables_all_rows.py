@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import bits
 from fastadam import IndexedSlices
-from helpers import run_python
+from helpers import run_python, slow
 
 F32 = np.float32
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
@@ -55,6 +55,7 @@ assert np.all(table[300_000:300_005] < one) and np.all(table[300_000:300_005] > 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "work"),
     [
@@ -86,7 +87,7 @@ def of_file(path, flags):
 
 
 @pytest.mark.parametrize("kind", ["memory", "w+", "r+", "c", "anonymous", "shared", "private file", "shared file"])
-@pytest.mark.parametrize("mode", ["deferred", "deferred_fast"])
+@pytest.mark.parametrize("mode", ["deferred", *slow("deferred_fast")])
 def test_values_are_the_same_in_memory_of_any_kind(mode, kind, tmp_path):
     """Pages of private and anonymous maps have values that no file has. A page out of line begins and ends a piece."""
     shape, path = (40_001, 67), tmp_path / "table"  # 10.7 MB, so that there are several pieces

@@ -64,7 +64,7 @@ def out_of_core(mode, kind, folder, rest):
 
 
 @ON_LINUX
-@pytest.mark.parametrize("mode", ["deferred", "deferred_fast", "lazy"])
+@pytest.mark.parametrize("mode", ["deferred", *slow("deferred_fast", "lazy")])
 @pytest.mark.parametrize("kind", ["files", "memory", *slow("accumulated", "built")])
 def test_resident_memory_and_writes_are_proportional_to_the_rows_touched(mode, kind, tmp_path):
     out_of_core(
@@ -94,6 +94,7 @@ check()
     )
 
 
+@pytest.mark.slow
 @ON_LINUX
 def test_counters_of_rows_stay_in_files_when_a_table_moves_to_others(tmp_path):
     out_of_core(
@@ -159,6 +160,7 @@ for name in names:
     )
 
 
+@pytest.mark.slow
 @ON_LINUX
 def test_a_crowded_step_moves_only_the_rows_that_were_ever_touched(tmp_path):
     out_of_core(

@@ -218,7 +218,7 @@ time.sleep({seconds})
 @pytest.mark.parametrize("step", ["large", "rows", *slow("small", "clipped", "accumulated", "stateless", "norm")])
 def test_daemon_threads_that_step_do_not_abort_the_interpreter_when_it_exits(step):
     for _ in range(2):
-        result = run_python(program_with_daemons(STEPS_OF_A_DAEMON[step]))
+        result = run_python(program_with_daemons(STEPS_OF_A_DAEMON[step]), exits=True)
         assert (result.returncode, result.stderr) == (0, "")
 
 

@@ -244,7 +244,7 @@ overlap = fastadam.torch.overlap(optimizer, bucket_mb=0).attach()
 net(torch.ones(2, 400)).sum().backward()
 print("exits")
 """
-    result = run_python(code)
+    result = run_python(code, exits=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "exits\n", "")
 
 

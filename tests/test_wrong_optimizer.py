@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import fastadam
 import numpy as np
 import pytest
-from absent import need, printed, stand_in
+from absent import stand_in
 
 F32 = np.float32
 TORCH = r"for parameters of PyTorch use fastadam\.torch\.Adam\(model\.parameters\(\), lr=\.\.\.\)"
@@ -119,30 +117,3 @@ def test_jax_has_functions_and_says_so():
     for function in (fastadam.jax.adam, fastadam.jax.adamw):
         with pytest.raises(TypeError, match=r"learning_rate: dict, expected .*; parameters go to init\(params\)"):
             function({"w": np.ones(3)})
-
-
-def test_keras_is_told_which_optimizer_it_takes():
-    need("keras", "torch")
-    code = """
-import keras, torch
-import fastadam
-
-model = keras.Sequential([keras.layers.Dense(2)])
-linear = torch.nn.Linear(3, 2)
-inner = fastadam.Adam(0.5)
-for optimizer in (inner, fastadam.AdamW(), fastadam.LossScaleOptimizer(inner), fastadam.torch.Adam(linear.parameters())):
-    try:
-        model.compile(optimizer=optimizer)
-    except ValueError as error:
-        print(str(error).splitlines()[-1].split(". ")[-1], f"{optimizer}" == "{}".format(optimizer) == str(optimizer))
-for given in (linear.parameters(), list(linear.parameters()), linear, model, [keras.Variable([1.0])]):
-    try:
-        fastadam.keras.Adam(given)
-    except TypeError as error:
-        print(error)
-"""
-    lines = printed(code, KERAS_BACKEND="numpy").splitlines()
-    assert lines[:4] == ["For Keras 3 models use fastadam.keras.Adam or AdamW True"] * 4
-    assert len(lines) == 9
-    for line, hint in zip(lines[4:], [TORCH] * 3 + [KERAS] * 2, strict=True):
-        assert re.match(f"learning_rate: .*, expected a number or a schedule; {hint}", line), line

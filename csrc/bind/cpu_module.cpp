@@ -20,6 +20,7 @@
 #include "../core/float_mode.h"
 #include "../core/split.h"
 #include "../include/fastadam.h"
+#include "build_info.h"
 #include "cpu_backend.h"
 #include "file_pages.h"
 #include "gil.h"
@@ -164,8 +165,8 @@ double norm(const py::list& objects) {
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("__version__") = fastadam_version();
-  m.attr("compiler") = FASTADAM_COMPILER;
-  m.attr("cuda_build") = FASTADAM_CUDA_BUILD;
+  m.attr("compiler") = fastadam::bind::kCompiler;
+  m.attr("cuda_build") = fastadam::bind::kCudaBuild;
   m.attr("most_threads") = FASTADAM_MOST_THREADS;
   fastadam::bind::register_ops<fastadam::bind::CpuBackend>(m);
   m.def("copy_all", &copy_all, py::arg("copies"), py::arg("counter"));

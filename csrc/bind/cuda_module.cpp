@@ -117,7 +117,7 @@ std::pair<int, std::string> device_count() {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
-  m.attr("architectures") = FASTADAM_CUDA_ARCHITECTURES;
+  m.attr("architectures") = cuda::architectures();
   m.def("device_count", &device_count);
   m.def("stream_of", &stream_of, py::arg("array"));
   m.def("is_capturing", &is_capturing, py::arg("array"));

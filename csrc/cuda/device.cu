@@ -22,6 +22,8 @@ int device_count(std::string& reason) {
   return 0;
 }
 
+const char* architectures() { return FASTADAM_CUDA_ARCHITECTURES; }
+
 Location location_of(const void* data) {
   cudaPointerAttributes attributes{};
   check(cudaPointerGetAttributes(&attributes, data));

@@ -14,6 +14,9 @@ namespace fastadam::cuda {
 // The number of usable devices. If it is 0, `reason` says why.
 FASTADAM_API int device_count(std::string& reason);
 
+// What the kernels are compiled for, such as "80-real,90".
+FASTADAM_API const char* architectures();
+
 enum class Place { kHost, kDevice, kManaged };
 
 struct Location {

@@ -5,7 +5,7 @@ What a program holds is measured in three ways: the blocks of Python's allocator
 that none of the three may be higher than the limits below in the lowest of ten measurements at the end: over the turns
 of one run, much less than one byte for each turn.
 
-The last line says the number of turns and what grew by how much. Of `core-optimizers` 2000 turns are the least: fewer end
+The last line says the number of turns and what grew by how much. `core-optimizers` needs 2000 turns or more: fewer end
 before the caches of Python are full.
 """
 

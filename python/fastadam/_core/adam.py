@@ -306,9 +306,7 @@ class Adam(Optimizer):
         options, _, runtime, tables = parts_of(self)
         refuse_lazy_overwrites(value, options.keras3)
         with runtime.lock:
-            runtime.require_closed("sparse_update")
-            if runtime.step_lock.locked():
-                raise RuntimeError("sparse_update: set by code that a step runs, expected between steps")
+            runtime.require_between_steps("sparse_update")
             tables.settle()
             tables.forget_histories()
             options.sparse_update = value

@@ -71,7 +71,7 @@ class History:
     ) -> History:
         """The history of a table whose rows are all up to date; a float64 table is always exact.
 
-        ``doubt``: whether its moments are zero. ``moment``: one of them; of a file, the counters of rows are in one.
+        ``doubt``: whether its moments are zero. ``moment``: one of them; if it is in a file, the counters are too.
         """
         rows = buffer.shape[:1]
         rates = Rates.zeros(untouched_zeros(rows, np.int32, near=moment), buffer.state_dtype, _FIRST_ROOM)

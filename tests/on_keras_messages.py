@@ -12,7 +12,6 @@ from matplotlib import pyplot as plt
 from on_keras_steps import BACKEND
 from test_wrong_optimizer import KERAS, TORCH
 
-
 if BACKEND == "numpy":  # the examples have its gradients
 
     def test_examples_of_the_docstrings_run():

@@ -41,7 +41,11 @@ def weekly(*values):
 
 
 def run_python(code, *, exits=False, **environment):
-    """Run a program. Python collects no garbage when it ends, which takes a second with PyTorch, unless it ``exits``."""
+    """Run a program.
+
+    It skips the last collection of garbage, which takes a second with PyTorch; ``exits=True`` keeps it, for tests of the
+    exit itself.
+    """
     code += "" if exits else "\nimport gc; gc.freeze()"
     kept = {k: v for k, v in os.environ.items() if k not in ("FASTADAM_NUM_THREADS", "FASTADAM_ISA", "OMP_NUM_THREADS")}
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]

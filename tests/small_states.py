@@ -1,4 +1,4 @@
-"""What tests/data/make_small_states.py and tests/test_exchange_small.py share: the file, starts and gradients."""
+"""What tests/data/make_small_states.py and tests/test_exchange_*.py share: the file, starts and gradients."""
 
 from __future__ import annotations
 

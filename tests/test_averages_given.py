@@ -11,7 +11,7 @@ import pytest
 from cases import bits
 from fastadam import IndexedSlices
 from fastadam._core.parts import parts_of
-from helpers import run_python
+from helpers import run_python, weekly
 from test_interrupts import either_way, interrupted
 
 F32 = np.float32
@@ -205,7 +205,7 @@ assert abs(average[7, 0] - 1) < 1e-6 and average[8, 0] == 0 and abs(average[0, 0
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a generator that is closed
 @either_way
-@pytest.mark.parametrize("mode", ["deferred", "dense"])
+@pytest.mark.parametrize("mode", ["deferred", *weekly("dense")])
 def test_a_build_that_is_interrupted_leaves_an_average_of_zeros_or_all_of_it(way, mode, monkeypatch):
     """Half of it would be taken for one that goes on."""
     monkeypatch.setattr("fastadam._core.native.chunks.CHUNK", 4096)

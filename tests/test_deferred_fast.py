@@ -90,7 +90,7 @@ MORE_OPTIONS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [*OPTIONS, *slow(*EXTREMES), *weekly(*MORE_OPTIONS)], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, *EXTREMES, *weekly(*MORE_OPTIONS)], ids=str)
 def test_as_near_to_float64_as_dense_float32_or_nearer(options):
     truth = Run("dense", np.float64, **options).train(1500).state()
     dense, fast = (Run(mode, **options).train(1500).state() for mode in ("dense", "deferred_fast"))

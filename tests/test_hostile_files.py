@@ -28,7 +28,6 @@ def test_a_truncated_file_is_refused_at_every_length(small_file):
     refuses(path, variables)
 
 
-@pytest.mark.slow
 def test_a_flipped_byte_is_refused_wherever_it_is(small_file):
     path, variables = small_file
     data = path.read_bytes()

@@ -26,7 +26,8 @@ TESTS = Path(__file__).parent
 @pytest.mark.parametrize(
     "chosen",
     [
-        ["test_jax_refusals.py", "test_jax_sparse.py"],
+        ["test_jax_refusals.py"],
+        ["test_jax_sparse.py"],
         *weekly(
             ["test_jax_adam.py", "-k", "not trajectory and not chain"],
             ["test_jax_sharded.py", "-k", "table"],

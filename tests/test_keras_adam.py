@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -10,17 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from absent import need
 from helpers import run_python
 
 HERE = Path(__file__).parent
 FILES = ["steps memory messages", "models callbacks schedules"]
-
-
-def need(*packages):
-    """Keras cannot be imported here to find out: it would choose the backend of this process."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ interpreters.destroy(made)
 import fastadam, numpy  # the main interpreter may
 fastadam.Adam().apply_gradients([(numpy.ones(3), numpy.ones(3))])
 """
-    result = run_python(code)
+    result = run_python(code, exits=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == (
         "fastadam: imported in a subinterpreter, expected the main interpreter, or a process of its own "

@@ -260,7 +260,7 @@ def test_sparse_update_is_not_set_within_a_step():
     optimizer = fastadam.Adam(0.1, sparse_update="deferred")
     slices = fastadam.IndexedSlices(np.ones((1, 2), np.float32), [4])
     optimizer.apply_gradients([(slices, table), (np.ones(3, np.float32), w)])
-    with pytest.raises(RuntimeError, match="sparse_update: inside of code that a step runs"):
+    with pytest.raises(RuntimeError, match="sparse_update: used in code that a step runs"):
         optimizer.apply_gradients([(slices, table), (Asking(lambda: setattr(optimizer, "sparse_update", "dense")), w)])
     assert int(optimizer.iterations) == 1
 

@@ -111,7 +111,7 @@ def test_code_that_a_step_runs_cannot_call_them(call):
 
     optimizer = fastadam.Adam(rate, use_ema=True)
     step_by_half(optimizer, table)
-    with pytest.raises(RuntimeError, match=f"^{call}: inside of code that a step runs"):
+    with pytest.raises(RuntimeError, match=f"^{call}: used in code that a step runs"):
         step_by_half(optimizer, table)
     assert optimizer.get_slot(table, "m").shape == (4, 2)
 

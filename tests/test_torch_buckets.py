@@ -335,5 +335,5 @@ print(status, any(map(torch.equal, before, params)))
 optimizer.begin_step(early=True)  # and the interpreter exits
 optimizer.step_bucket(params)
 """
-    result = run_python(code)
+    result = run_python(code, exits=True)
     assert (result.stdout.split(), result.stderr) == (["0", "False"], "")

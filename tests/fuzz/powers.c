@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Float32 powers of a C library: TensorFlow takes them of the betas in every step, so all libraries must have the same.
 
    powers COUNT SEED prints digests of powf(beta, step): steps 1 to COUNT of the betas that are used, then COUNT random

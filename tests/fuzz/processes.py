@@ -181,7 +181,7 @@ def exits(arguments):
     def case(_index, rng):
         name = rng.choice(list(calls))
         with tempfile.TemporaryDirectory() as folder:
-            result = run_python(program_with_daemons(calls[name], rng.uniform(0, 0.05)), TMPDIR=folder)
+            result = run_python(program_with_daemons(calls[name], rng.uniform(0, 0.05)), exits=True, TMPDIR=folder)
         assert (result.returncode, result.stderr) == (0, ""), f"{name}: {result}"
 
     count = campaign.run_cases(arguments, case)

@@ -142,7 +142,7 @@ class Runtime:
         """The same, and raise in code that a step runs; to be called under ``lock``."""
         self.require_closed(what)
         if self.step_lock.locked():
-            raise RuntimeError(f"{what}: inside of code that a step runs, expected between steps")
+            raise RuntimeError(f"{what}: used in code that a step runs, expected between steps")
 
     def forget_closed(self) -> None:
         """Let go of a step that is over, and of its gradients."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import fastadam
 import pytest
-from absent import WITHOUT
-from test_public_surface import EVERY_MODULE, need
+from absent import WITHOUT, need
+from test_public_surface import EVERY_MODULE
 from test_type_checkers import names_in
 
 SCRIPT = Path(__file__).parents[1] / ".ci" / "docs.py"

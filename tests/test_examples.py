@@ -16,6 +16,7 @@ from pathlib import Path
 
 import fastadam
 import pytest
+from absent import need
 from helpers import run_python
 
 ROOT = Path(__file__).parents[1]
@@ -50,13 +51,6 @@ MODULES = [
     "fastadam",
     *(m.name for m in pkgutil.walk_packages(fastadam.__path__, "fastadam.") if m.name not in NO_EXAMPLES),
 ]
-
-
-def need(*frameworks):
-    """Without importing them: Keras would choose its backend in this process."""
-    for name in frameworks:
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
 
 
 def test_the_documents_have_examples():

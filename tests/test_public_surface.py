@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import pickle
 import pkgutil
@@ -11,16 +10,11 @@ import pkgutil
 import fastadam
 import numpy as np
 import pytest
+from absent import need
 
 MODULES = {"fastadam", *(f"fastadam.{name}" for name in ("cuda", "exchange", "reference", "schedules"))}
 ADAPTERS = {"fastadam.torch": ["torch"], "fastadam.jax": ["jax"], "fastadam.keras": ["keras"]}
 EVERY_MODULE = sorted([*MODULES, *ADAPTERS])
-
-
-def need(*frameworks):
-    for framework in frameworks:
-        if importlib.util.find_spec(framework) is None:
-            pytest.skip(f"{framework} is not installed")
 
 
 def load(name):

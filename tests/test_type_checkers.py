@@ -10,8 +10,9 @@ from pathlib import Path
 
 import fastadam
 import pytest
+from absent import need
 from helpers import weekly
-from test_public_surface import EVERY_MODULE, need
+from test_public_surface import EVERY_MODULE
 
 PACKAGE = Path(fastadam.__file__).parent
 
